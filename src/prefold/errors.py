@@ -1,0 +1,25 @@
+"""The two ways in which prefold stops: the user can mend it (exit code 2), or a stage failed (exit code 1)."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Wrong use: a recipe, file, row or model that cannot be used as it is. Exit code 2, one message, no traceback.
+
+    Args:
+        what: what is wrong, in one sentence without a full stop.
+        where: file, 1-based row or line, field; whatever applies, already put together ("pairs.jsonl, row 3,
+        `chosen`"). expected: what would have been right.
+        advice: what to do now.
+    """
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", advice: str = ""):
+        self.what, self.where, self.expected, self.advice = what, where, expected, advice
+        lines = [f"{where}: {what}" if where else what]
+        lines += [f"  expected: {expected}"] if expected else []
+        lines += [f"  to do: {advice}"] if advice else []
+        super().__init__("\n".join(lines))
+
+
+class StageError(Exception):
+    """A stage could not reach its result although it was used rightly. Exit code 1, one message, no traceback."""

@@ -1,0 +1,97 @@
+"""Held-out pairs before and after: how often, and by how much, the chosen completion is the likelier one.
+
+`accuracy` and `margin` compare the mean log-prob per token, which means something before training and for every method.
+`reward` is the implicit reward against the model before training, scaled as in the training curves. Ties count one
+half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest, bootstrap
+from statsmodels.stats.proportion import proportion_confint
+
+from prefold.terminal import progress_bar
+from prefold.trees.attention import Scorer
+from prefold.trees.packing import TokenTree
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probs in nats of `n` pairs under one model: `sums` and `means` (per token) are `[n, 2]`, chosen first."""
+
+    sums: Floats
+    means: Floats
+
+
+@torch.no_grad()
+def score_pairs(scorer: Scorer, trees: Sequence[TokenTree], label: str) -> PairScores:
+    """Score trees of two completions each."""
+    scorer.model.eval()
+    sums, means = np.zeros((len(trees), 2)), np.zeros((len(trees), 2))
+    with progress_bar(label, len(trees)) as advance:
+        for row in scorer.rows(trees):
+            logprobs = scorer.score([trees[i] for i in row])
+            sums[row] = logprobs.sums().view(-1, 2).double().cpu().numpy()
+            means[row] = logprobs.means().view(-1, 2).double().cpu().numpy()
+            advance(len(row), "")
+    return PairScores(sums, means)
+
+
+def compare_pairs(before: PairScores, after: PairScores, reward_scale: float, seed: int = 0) -> dict[str, Any]:
+    """The content of `evaluation/heldout.json`.
+
+    Intervals are 95 %: Wilson's for an accuracy, the paired percentile bootstrap for the difference (10,000 resamples
+    of pairs). The p-value is the exact sign test on the pairs whose verdict changed (McNemar's exact test).
+    """
+    wins = {"before": _wins(before.means), "after": _wins(after.means)}
+    rewards = reward_scale * (after.sums - before.sums)
+    change = wins["after"] - wins["before"]
+    return {
+        "pairs": len(change),
+        "before": _one_model(wins["before"], before.means),
+        "after": _one_model(wins["after"], after.means),
+        "difference": {
+            "accuracy": float(change.mean()),
+            "ci": _paired_interval(change, seed),
+            "p_value": _sign_test(change),
+        },
+        "reward": {"accuracy": float(_wins(rewards).mean()), "margin": float((rewards[:, 0] - rewards[:, 1]).mean())},
+    }
+
+
+def _wins(values: Floats) -> Floats:
+    """`[n]`: 1 where the chosen side is higher, one half where both are equal, else 0."""
+    return (np.sign(values[:, 0] - values[:, 1]) + 1) / 2
+
+
+def _one_model(wins: Floats, means: Floats) -> dict[str, Any]:
+    low, high = proportion_confint(wins.sum(), len(wins), method="wilson")
+    return {
+        "accuracy": float(wins.mean()),
+        "accuracy_ci": [float(low), float(high)],
+        "margin": float((means[:, 0] - means[:, 1]).mean()),
+    }
+
+
+def _paired_interval(change: Floats, seed: int) -> list[float]:
+    if np.ptp(change) == 0:  # every resample is the same: the bootstrap has nothing to say
+        return [float(change[0]), float(change[0])]
+    generator = np.random.default_rng(seed)
+    result = bootstrap((change,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=generator, batch=1000)
+    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+
+
+def _sign_test(change: Floats) -> float:
+    better, worse = int((change > 0).sum()), int((change < 0).sum())
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0

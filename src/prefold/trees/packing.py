@@ -1,0 +1,127 @@
+"""Prompt trees, and how they are laid out in one flat row of tokens.
+
+A row of two trees, the first with completions A and B, the second with C:
+
+    tokens      p0 p1 p2 | a0 a1 | b0 b1 b2 || q0 q1 | c0 c1
+    positions    0  1  2 |  3  4 |  3  4  5 ||  0  1 |  2  3
+    scored                  a0 a1   b0 b1 b2           c0 c1
+    predictors              p2 a0   p2 b0 b1           q1 c0
+
+There is no padding. A completion's first token is predicted by the last token of its prompt, so that position is read
+once for every completion. Data in: `TokenTree`; data out: `PackedTrees`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """One prompt and the completions that hang from it, as token ids. None of them is empty."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Tokens of the tree when its prompt is written once."""
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def plain_size(self) -> int:
+        """Tokens of the tree when every completion brings its own copy of the prompt."""
+        return self.size + len(self.prompt) * (len(self.completions) - 1)
+
+
+Span = tuple[int, int]
+"""Start (inclusive) and stop (exclusive) of neighbouring tokens in a row."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where one tree lies in the row: its prompt, directly followed by its completions."""
+
+    prompt: Span
+    completions: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class PackedTrees:
+    """Several trees as one row of `T` tokens.
+
+    `input_ids` and `positions` are `[1, T]`; `predictors` (indices into the row), `targets` (token ids) and
+    `completion` (which completion of the row a scored token belongs to) are `[S]`, one entry per scored token;
+    `lengths` is `[N]`, the tokens of each completion.
+    """
+
+    trees: tuple[TokenTree, ...]
+    blocks: tuple[Block, ...]
+    input_ids: Tensor
+    positions: Tensor
+    predictors: Tensor
+    targets: Tensor
+    completion: Tensor
+
+    lengths: Tensor
+
+
+def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu") -> PackedTrees:
+    """Lay trees out in one row."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    lengths: list[int] = []
+    blocks: list[Block] = []
+    for tree in trees:
+        first, depth = len(tokens), len(tree.prompt)
+        tokens += tree.prompt
+        positions += range(depth)
+        spans: list[Span] = []
+        for ids in tree.completions:
+            start = len(tokens)
+            predictors += [first + depth - 1, *range(start, start + len(ids) - 1)]
+            targets += ids
+            tokens += ids
+            positions += range(depth, depth + len(ids))
+            lengths.append(len(ids))
+            spans.append((start, len(tokens)))
+        blocks.append(Block((first, first + depth), tuple(spans)))
+
+    def tensor(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return PackedTrees(
+        trees=tuple(trees),
+        blocks=tuple(blocks),
+        input_ids=tensor(tokens)[None],
+        positions=tensor(positions)[None],
+        predictors=tensor(predictors),
+        targets=tensor(targets),
+        completion=tensor(range(len(lengths))).repeat_interleave(tensor(lengths)),
+        lengths=tensor(lengths),
+    )
+
+
+def split_by_budget(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Distribute items over as few rows of at most `max_tokens` as first-fit-decreasing finds.
+
+    An item larger than the budget gets a row of its own. Returns the item indices of each row, ascending in each row;
+    the result depends on nothing but the arguments.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fitting = (row for row, free in enumerate(room) if free >= sizes[item])
+        row = next(fitting, len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_tokens)
+        rows[row].append(item)
+        room[row] -= sizes[item]
+    return [sorted(row) for row in rows]

@@ -1,0 +1,78 @@
+"""Log-probs of the reference: the model as it was before training, its adapter off.
+
+They never change during a run, so they are computed once, before the first step, and kept on disk under a key of all
+that determines them: the weights as loaded (quantised or not), their dtype, the device, the attention path and the
+token ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prefold.files import new_file
+from prefold.terminal import progress_bar
+from prefold.trees.attention import Scorer
+from prefold.trees.packing import TokenTree
+
+VERSION = "1"
+"""Part of the key; to be raised when the numbers that this engine gives change."""
+
+
+def reference_logprobs(scorer: Scorer, trees: Sequence[TokenTree], cache: Path) -> list[Tensor]:
+    """Log-probs of every completion token of every tree under the reference.
+
+    Args:
+        scorer: of the policy before its first step; a PEFT adapter is switched off meanwhile.
+        trees: in any order; the result is in the same.
+        cache: folder of the cache; the file in it is whole or absent.
+
+    Returns:
+        For each tree, `[tokens of its completions]` float32 log-probs in nats, on the CPU.
+    """
+    file = cache / "reference" / f"{_key(scorer, trees)}.safetensors"
+    if not file.is_file():
+        with new_file(file) as temporary:
+            save_file({"logprobs": torch.cat(_compute(scorer, trees))}, temporary)
+    lengths = [sum(map(len, tree.completions)) for tree in trees]
+    return list(load_file(file)["logprobs"].split(lengths))
+
+
+@torch.no_grad()
+def _compute(scorer: Scorer, trees: Sequence[TokenTree]) -> list[Tensor]:
+    found: list[Tensor] = [torch.empty(0)] * len(trees)
+    with reference_model(scorer.model), progress_bar("reference", len(trees)) as advance:
+        for row in scorer.rows(trees):
+            batch = [trees[i] for i in row]
+            scored = scorer.score(batch).tokens.float().cpu()
+            for i, part in zip(row, scored.split([sum(map(len, tree.completions)) for tree in batch]), strict=True):
+                found[i] = part
+            advance(len(row), "")
+    return found
+
+
+@contextmanager
+def reference_model(policy: nn.Module) -> Iterator[None]:
+    """While open, `policy` computes as the reference: adapter off, dropout off."""
+    training = policy.training
+    policy.eval()
+    with policy.disable_adapter() if hasattr(policy, "disable_adapter") else nullcontext():  # type: ignore[operator]
+        yield
+    policy.train(training)
+
+
+def _key(scorer: Scorer, trees: Sequence[TokenTree]) -> str:
+    digest = hashlib.sha256(f"{VERSION} packed={scorer.packed} torch={torch.__version__}".encode())
+    for name, tensor in scorer.model.state_dict().items():
+        if "lora_" not in name:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for tree in trees:
+        digest.update(repr((tree.prompt, tree.completions)).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,130 @@
+"""The report in a real browser: it loads without an error, draws its curves, and runs nothing that a text brought."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefold.reports.html import write_report
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no `chromium` on PATH")
+
+FAKE_RUN = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "reports" / "fake_run.py"))
+
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=4000",
+]
+
+# Put at the end of a copy of the page: what is drawn, how wide the page is, and whether a hostile text ran.
+PROBE = """<script>
+addEventListener("load", () => setTimeout(() => {
+  const canvases = [];
+  const visit = (node) => {
+    if (node.shadowRoot) visit(node.shadowRoot);
+    for (const child of node.children) { if (child.localName === "canvas") canvases.push(child); visit(child); }
+  };
+  document.querySelectorAll(".chart").forEach(visit);
+  const colours = (canvas) => {
+    const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    const seen = new Set();
+    for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] > 250) seen.add(pixels.slice(i, i + 3).join());
+    return seen.size;
+  };
+  const found = document.createElement("pre");
+  found.id = "found";
+  found.textContent = JSON.stringify({
+    colours: canvases.filter((canvas) => canvas.width && canvas.height).map(colours),
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    title: document.title,
+    owned: "owned" in window,
+    scripts: document.scripts.length,
+    forty_nine: document.body.innerText.includes("{{7*7}}"),
+  });
+  document.body.append(found);
+}, 1000));
+</script>"""
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+
+
+def browse(page: Path, folder: Path, *flags: str) -> tuple[str, list[str]]:
+    """The page's document after its scripts ran, and what it said on the console, its own loading line left out."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "setting log level" not in line]
+    return done.stdout, said
+
+
+def probed(page: Path, folder: Path, *flags: str) -> dict[str, Any]:
+    """Findings of `PROBE` on a copy of the page that has lost its content security policy: escaping alone must do."""
+    text, removed = POLICY.subn("", page.read_text(encoding="utf-8"))
+    assert removed == 1
+    copy = folder / "copy.html"
+    copy.write_text(text.replace("</body>\n</html>", PROBE + "</body>\n</html>"), encoding="utf-8")
+    document, _ = browse(copy, folder, *flags)
+    found = re.search(r'<pre id="found">(.*?)</pre>', document, re.DOTALL)
+    assert found is not None
+    findings: dict[str, Any] = json.loads(unescape(found[1]))
+    return findings
+
+
+def hostile_run(folder: Path) -> Path:
+    texts = FAKE_RUN["HOSTILE"]
+    data = FAKE_RUN["DATA"] | {
+        "findings": [{"kind": text, "severity": text, "count": 1, "message": text, "advice": text} for text in texts]
+    }
+    rows = FAKE_RUN["metrics"](5)
+    rows[2]["loss"] = float("nan")
+    return Path(
+        FAKE_RUN["write_run"](
+            folder,
+            data=data,
+            metrics=[row | dict.fromkeys(texts, 1.0) for row in rows],
+            samples=[FAKE_RUN["sample"](text, text, text) for text in texts],
+            environment={"packages": {text: text for text in texts}},
+        )
+    )
+
+
+def test_the_page_loads_silently_and_draws_its_curves(tmp_path: Path) -> None:
+    page = write_report(FAKE_RUN["write_run"](tmp_path / "run"))
+    _, said = browse(page, tmp_path)
+    assert said == []
+    found = probed(page, tmp_path)
+    assert len([count for count in found["colours"] if count > 2]) >= 4
+    assert found["title"].startswith("run: Held-out accuracy rose")
+
+
+def test_no_script_of_a_hostile_text_runs(tmp_path: Path) -> None:
+    page = write_report(hostile_run(tmp_path / "run"))
+    document, said = browse(page, tmp_path)
+    assert said == []
+    assert "<title>run: Held-out accuracy rose" in document
+    found = probed(page, tmp_path)
+    assert not found["owned"] and found["title"].startswith("run: Held-out accuracy rose")
+    assert found["forty_nine"]
+    assert found["scripts"] == 4  # Data, library, drawing, and the probe.
+
+
+def test_a_phone_need_not_scroll_sideways(tmp_path: Path) -> None:
+    page = write_report(hostile_run(tmp_path / "run"))
+    assert probed(page, tmp_path, "--window-size=500,900")["overflow"] <= 0

@@ -1,0 +1,147 @@
+"""Ten DPO steps of prefold and of TRL from the same weights over the same pairs in the same order, in float32."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+
+from prefold.algorithms import DPO
+from prefold.recipe import make_recipe
+from prefold.trainers.arguments import training_arguments
+from prefold.trainers.offline import PreferenceTrainer, StepOrder
+from prefold.trainers.record import StepRecord
+from prefold.trees.attention import Scorer
+from prefold.trees.packing import TokenTree
+from prefold.trees.reference import reference_logprobs
+
+STEPS, BATCH, BETA, RATE = 10, 4, 0.1, 1e-3
+COMPARED = (
+    "loss",
+    "grad_norm",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+)
+
+
+class TokenDPOTrainer(DPOTrainer):
+    """TRL on pairs that are already tokens, in the order given."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class GivenOrder(StepOrder):
+    def _epoch(self, epoch: int) -> list[int]:
+        return list(range(self.trees))
+
+
+def short_pairs(vocabulary: int, count: int) -> list[TokenTree]:
+    draw = random.Random(0)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, vocabulary) for _ in range(draw.randint(low, high)))
+
+    return [TokenTree(ids(4, 12), (ids(2, 9), ids(2, 9))) for _ in range(count)]
+
+
+def with_fresh_lora(model: PreTrainedModel) -> nn.Module:
+    torch.manual_seed(5)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def prefold_steps(model: nn.Module, trees: list[TokenTree], max_tokens: int, folder: Path) -> list[dict[str, float]]:
+    recipe = make_recipe(
+        {
+            "method": "dpo",
+            "model": {"name": "unused", "dtype": "float32"},
+            "data": {"train": [{"path": "unused"}]},
+            "train": {"batch_size": BATCH, "max_steps": STEPS, "learning_rate": RATE},
+            "output_dir": str(folder),
+        }
+    )
+    scorer = Scorer(model, max_tokens, packed=True)
+    reference = reference_logprobs(scorer, trees, folder)
+    record = StepRecord(folder, 0, lambda amount, text: None)
+    order = GivenOrder(len(trees), BATCH, STEPS * BATCH, seed=0)
+    args = training_arguments(recipe, STEPS)
+    PreferenceTrainer(DPO(beta=BETA), scorer, trees, reference, order, record, args).train()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trl_steps(model: nn.Module, trees: list[TokenTree], tokenizer: Any, folder: Path) -> list[dict[str, float]]:
+    rows = [
+        {"prompt_ids": list(t.prompt), "chosen_ids": list(t.completions[0]), "rejected_ids": list(t.completions[1])}
+        for t in trees
+    ]
+    config = DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS,
+        learning_rate=RATE,
+        beta=BETA,
+        max_length=None,
+        logging_steps=1,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = TokenDPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_steps(model: PreTrainedModel, tokenizer: Any, trees: list[TokenTree], folder: Path) -> None:
+    theirs = with_fresh_lora(copy.deepcopy(model))
+    wanted = trl_steps(theirs, trees, tokenizer, folder / "trl")
+    ours = with_fresh_lora(copy.deepcopy(model))
+    (folder / "prefold").mkdir()
+    found = prefold_steps(ours, trees, max_tokens=64, folder=folder / "prefold")
+    assert len(found) == len(wanted) == STEPS
+    assert wanted[-1]["loss"] < wanted[0]["loss"] - 0.01  # ten steps in which something happened
+    for step, (mine, other) in enumerate(zip(found, wanted, strict=True)):
+        for name in COMPARED:
+            # At step 0 the rewards are zero but for rounding.
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=2e-6), f"{name} at step {step}"
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2", unk_token="w0")
+
+
+def test_tiny_llama(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = tiny_llama(eos_token_id=2, pad_token_id=1, bos_token_id=None)
+    assert_same_steps(model, tokenizer, short_pairs(97, STEPS * BATCH), tmp_path)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    assert_same_steps(model, AutoTokenizer.from_pretrained(smollm2), short_pairs(49152, STEPS * BATCH), tmp_path)

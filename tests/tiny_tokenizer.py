@@ -1,0 +1,47 @@
+"""A byte-level tokenizer with any chat template."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+DEFAULT_SYSTEM = "You help."
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and message.role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "<|start|>{{ message.role }}<|end_header|>\n\n{{ message.content | trim }}<|eot|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end_header|>\n\n{% endif %}"
+)
+# Asks for an answer with an opened thought, which the finished conversation does not have.
+THINKING = CHATML.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant\n<think>\n{%")
+NO_END = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+STRICT = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ raise_exception('no system message, please') }}{% endif %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|start|>", "<|end_header|>", "<|eot|>", "<|text_end|>"]
+
+
+def make_tokenizer(template: str | None, eos: str = "<|im_end|>", bos: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per byte, but for two newlines in a row, which are one token, as in many real vocabularies."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: place for place, piece in enumerate([*alphabet, "ĊĊ"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=bos, chat_template=template)

@@ -1,0 +1,41 @@
+"""Short ways to write messages and pairs."""
+
+from __future__ import annotations
+
+from prefold.data.mixture import Example
+from prefold.data.preference import Message, Preference, RowId
+from prefold.trees.packing import TokenTree
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def pair(prompt: str = "Why?", chosen: str = "So.", rejected: str = "No.", row: int = 1) -> Preference:
+    return Preference((user(prompt),), (assistant(chosen),), (assistant(rejected),), RowId("pairs.jsonl", row))
+
+
+def example(
+    row: int = 1,
+    prompt: str = "Why?",
+    chosen: str = "So.",
+    lengths: tuple[int, int] = (3, 3),
+    prompt_length: int = 4,
+) -> Example:
+    tree = TokenTree(tuple(range(prompt_length)), tuple(tuple(range(length)) for length in lengths))
+    return Example(pair(prompt, chosen, row=row), tree)
+
+
+def text_rows(number: int, prompt: str = "Question {}") -> list[dict[str, str]]:
+    return [
+        {"prompt": prompt.format(place), "chosen": f"Good {place}", "rejected": f"Bad {place}"}
+        for place in range(number)
+    ]

@@ -1,0 +1,199 @@
+"""The sources of a recipe become train and held-out examples; whatever is left out is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from data_samples import example, text_rows
+from tiny_tokenizer import NO_END, THINKING, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from prefold.data.findings import SourceCount, fingerprint
+from prefold.data.mixture import Example, Prepared, hold_out, load_split
+from prefold.data.preference import RowId
+from prefold.errors import UserError
+from prefold.recipe import Data, Source
+
+Write = Callable[..., str]
+BAD = {"prompt": "Why?", "chosen": "", "rejected": "No."}
+SAME = {"prompt": "Why?", "chosen": "So.", "rejected": " So. "}
+
+
+def make_data(train: Sequence[str], held_out: Sequence[str] = (), **settings: Any) -> Data:
+    sources = {"train": [Source(path=path) for path in train], "eval": [Source(path=path) for path in held_out]}
+    return Data(**sources, **settings)
+
+
+def kinds(prepared: Prepared) -> dict[str, tuple[str, int, list[int]]]:
+    found = prepared.report.findings
+    return {finding.kind: (finding.severity, finding.count, [row.row for row in finding.rows]) for finding in found}
+
+
+def prompts(examples: Sequence[Example]) -> list[str]:
+    return [one.preference.prompt[-1]["content"] for one in examples]
+
+
+def test_sources_follow_each_other_in_the_order_of_their_rows(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    first = write("first.jsonl", [*text_rows(2, "A{}"), BAD, SAME])
+    second = write(
+        "second.json",
+        '[{"chosen": [{"role": "user", "content": "B"}, {"role": "assistant", "content": "x"}], '
+        '"rejected": [{"role": "user", "content": "B"}, {"role": "assistant", "content": "y"}]}]',
+    )
+    held_out = write("held_out.jsonl", text_rows(1, "C{}"))
+    prepared = load_split(make_data([first, second], [held_out]), chatml, seed=1)
+    assert (prompts(prepared.train), prompts(prepared.held_out)) == (["A0", "A1", "B"], ["C0"])
+    assert prepared.train[1].preference.origin == RowId(first, 2)
+    assert prepared.report.sources == (
+        SourceCount(first, "text", 4, 2),
+        SourceCount(second, "conversations", 1, 1),
+        SourceCount(held_out, "text", 1, 1),
+    )
+    assert kinds(prepared) == {
+        "empty_text": ("warning", 1, [3]),
+        "identical": ("warning", 1, [4]),
+        "held_out_small": ("warning", 1, []),
+    }
+    assert (prepared.report.train.trees, prepared.report.held_out.trees) == (3, 1)
+    assert chatml.decode(prepared.train[0].tree.completions[0]) == "Good 0<|im_end|>\n"
+
+
+def test_odd_rows_are_used_and_counted(write: Write) -> None:
+    path = write("pairs.jsonl", text_rows(3))
+    thinking = load_split(make_data([path]), make_tokenizer(THINKING), seed=1)
+    endless = load_split(make_data([path]), make_tokenizer(NO_END), seed=1)
+    assert kinds(thinking)["prompt_not_prefix"] == ("warning", 3, [1, 2, 3])
+    assert kinds(endless)["no_end_token"] == ("warning", 3, [1, 2, 3])
+    assert len(thinking.train) == len(endless.train) == 3
+
+
+# ---- policies ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_long(write: Write) -> str:
+    long = {"prompt": "Why? " * 100, "chosen": "So.", "rejected": "No."}
+    return write("pairs.jsonl", [*text_rows(2), long, {"prompt": "Why?", "chosen": "So. " * 100, "rejected": "No."}])
+
+
+def test_overlong_drop(some_long: str, chatml: PreTrainedTokenizerFast) -> None:
+    prepared = load_split(make_data([some_long], max_length=200), chatml, seed=1)
+    assert kinds(prepared)["overlong"] == ("warning", 2, [3, 4]) and len(prepared.train) == 2
+
+
+def test_overlong_truncate_prompt(some_long: str, chatml: PreTrainedTokenizerFast) -> None:
+    prepared = load_split(make_data([some_long], max_length=200, overlong="truncate_prompt"), chatml, seed=1)
+    assert kinds(prepared)["overlong"] == ("warning", 1, [4])
+    assert kinds(prepared)["prompt_truncated"] == ("warning", 1, [3])
+    assert prepared.report.train.longest == 200
+    assert chatml.decode(prepared.train[2].tree.prompt).endswith("Why? <|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_overlong_error(some_long: str, chatml: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError) as caught:
+        load_split(make_data([some_long], max_length=200, overlong="error", bad_rows="drop"), chatml, seed=1)
+    message = str(caught.value)
+    assert (
+        message.startswith(f"{some_long}, row 3: ")
+        and "`max_length` 200" in message
+        and "`data.overlong: drop`" in message
+    )
+
+
+def test_bad_rows_error_names_the_first(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    path = write("pairs.jsonl", [*text_rows(1), SAME, BAD])
+    with pytest.raises(UserError) as caught:
+        load_split(make_data([path], bad_rows="error"), chatml, seed=1)
+    assert str(caught.value) == (
+        f"{path}, row 2: `chosen` and `rejected` are the same\n  to do: mend the row, or set `data.bad_rows: drop`"
+    )
+
+
+def test_bad_rows_error_lets_overlong_rows_be_dropped(some_long: str, chatml: PreTrainedTokenizerFast) -> None:
+    assert len(load_split(make_data([some_long], max_length=200, bad_rows="error"), chatml, seed=1).train) == 2
+
+
+def test_no_usable_row_left(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    path = write("pairs.jsonl", [BAD, BAD, SAME, BAD, BAD, BAD])
+    with pytest.raises(UserError) as caught:
+        load_split(make_data([path]), chatml, seed=1)
+    rows = [(1, "`chosen` is empty"), (2, "`chosen` is empty"), (3, "`chosen` and `rejected` are the same")]
+    rows += [(4, "`chosen` is empty"), (5, "`chosen` is empty")]
+    assert str(caught.value) == (
+        "`data.train`: no usable row is left of 6: 5 empty_text, 1 identical"
+        + "".join(f"\n    {path}, row {row}: {message}" for row, message in rows)
+        + "\n  to do: mend the rows; the first ones are named above"
+    )
+
+
+def test_no_usable_held_out_row_left(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    train = write("pairs.jsonl", [*text_rows(2), BAD])
+    held_out = write("held_out.jsonl", [BAD, {**SAME, "chosen": "x" * 2000}])
+    with pytest.raises(UserError, match=r"`data.eval`: no usable row is left of 2: 1 empty_text, 1 overlong\n"):
+        load_split(make_data([train], [held_out]), chatml, seed=1)
+
+
+def test_if_all_rows_are_overlong_the_advice_is_to_raise_the_limit(
+    write: Write, chatml: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(UserError, match=r"raise `data\.max_length`"):
+        load_split(make_data([write("pairs.jsonl", text_rows(2))], max_length=5), chatml, seed=1)
+
+
+def test_a_missing_template_is_reported_before_the_files_are_read() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        load_split(make_data(["nowhere.jsonl"]), make_tokenizer(None), seed=1)
+
+
+# ---- holding out ------------------------------------------------------------------------------------------------
+
+
+def test_equal_prompts_stay_on_one_side() -> None:
+    examples = [example(row, prompt=f"Question {row % 40}", chosen=f"Answer {row}") for row in range(120)]
+    train, held_out = hold_out(examples, 0.25, seed=3)
+    assert not set(prompts(train)) & set(prompts(held_out))
+    assert len(held_out) == 30 and len(train) == 90
+    rows = [one.preference.origin.row for one in train]
+    assert rows == sorted(rows)
+
+
+def test_the_draw_hangs_on_the_seed_and_not_on_the_order_of_rows() -> None:
+    examples = [example(row, prompt=f"Question {row}") for row in range(50)]
+    held_out = set(prompts(hold_out(examples, 0.2, seed=3)[1]))
+    assert set(prompts(hold_out(examples[::-1], 0.2, seed=3)[1])) == held_out
+    assert set(prompts(hold_out(examples, 0.2, seed=4)[1])) != held_out
+
+
+@pytest.mark.parametrize("fraction, number", [(0.01, 1), (0.5, 2), (0.99, 3)])
+def test_both_sides_get_something(fraction: float, number: int) -> None:
+    train, held_out = hold_out([example(row, prompt=f"Question {row}") for row in range(4)], fraction, seed=1)
+    assert (len(train), len(held_out)) == (4 - number, number)
+
+
+def test_a_prompt_with_too_many_pairs_is_held_out_only_if_there_is_no_smaller_one() -> None:
+    crowd = [example(row, prompt="Crowd") for row in range(8)]
+    couple = [example(row, prompt="Couple") for row in (8, 9)]
+    for seed in range(10):
+        assert prompts(hold_out(crowd + couple, 0.05, seed)[1]) == ["Couple", "Couple"]
+
+
+def test_a_single_prompt_cannot_be_split() -> None:
+    with pytest.raises(UserError, match="all usable rows have the same prompt"):
+        hold_out([example(1), example(2, chosen="Yes.")], 0.5, seed=1)
+
+
+def test_load_split_holds_out_and_repeats_itself(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    path = write("pairs.jsonl", text_rows(100))
+    prepared, again = (load_split(make_data([path], eval_fraction=0.4), chatml, seed=5) for _ in range(2))
+    assert (len(prepared.train), len(prepared.held_out)) == (60, 40)
+    assert prepared == again and fingerprint(prepared.held_out) == fingerprint(again.held_out)
+    assert prepared.report.sources == (SourceCount(path, "text", 100, 100),)
+    assert "held_out_small" not in kinds(prepared) and "prompt_in_both_splits" not in kinds(prepared)
+
+
+def test_held_out_prompts_that_are_trained_on_are_found(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    train, held_out = write("pairs.jsonl", text_rows(3)), write("held_out.jsonl", text_rows(5)[2:])
+    prepared = load_split(make_data([train], [held_out]), chatml, seed=1)
+    assert kinds(prepared)["prompt_in_both_splits"] == ("warning", 1, [1])

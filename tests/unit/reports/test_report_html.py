@@ -1,0 +1,249 @@
+"""The report page: hostile text stays text, missing and odd files do not break it, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fake_run import DATA, ENVIRONMENT, HELDOUT, HOSTILE, MERGE, RECIPE, metrics, sample, write_run
+
+from prefold.reports import curves, html
+from prefold.reports.html import write_report
+from prefold.reports.read import readable
+
+VOID = {"meta", "link", "br", "img", "input", "base"}
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements with their attributes, and the text outside scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.raw: dict[str, list[str]] = {"script": [], "style": [], "title": []}
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in self.raw:
+            self.raw[tag].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in self.raw:
+            self.raw[self.open[-1]][-1] += data
+        else:
+            self.text += data
+
+    @property
+    def skeleton(self) -> list[tuple[str, frozenset[str]]]:
+        """Elements by name and names of attributes; `title` attributes come and go with numbers."""
+        return [(tag, frozenset(attributes) - {"title"}) for tag, attributes in self.elements]
+
+
+def report(folder: Path, **changes: Any) -> Page:
+    return Page(write_report(write_run(folder, **changes)).read_text(encoding="utf-8"))
+
+
+def run_of_texts(text: str) -> dict[str, Any]:
+    """Changes that put one text wherever a run has text."""
+    finding = {"kind": text, "severity": "warning", "count": 1, "rows": [{"source": text, "row": 1}]}
+    recipe = yaml.safe_load(RECIPE) | {"method": text, "model": {"name": text}, "evaluate": {"prompts": [text]}}
+    return {
+        "recipe": yaml.safe_dump(recipe),
+        "environment": ENVIRONMENT | {"device_name": text, "packages": {text: text}},
+        "data": DATA
+        | {
+            "sources": [{"path": text, "shape": text, "rows_in": 1, "rows_used": 1}],
+            "findings": [finding | {"message": text, "advice": text}],
+            "fingerprint": {"train": text},
+        },
+        "metrics": [{"step": step, "loss": 0.7, text: 1.0} for step in (1, 2)],
+        "samples": [
+            {"prompt": [{"role": text, "content": text}], "before": [text, text], "after": [text, text]},
+            sample(text, text, text),
+        ],
+        "merge": MERGE | {"dtype": text},
+        "timing": [{"stage": text, "seconds": 1.0, "peak_memory_mb": 10}],
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_the_library() -> Iterator[None]:
+    """Leave the megabyte of bokeh out of the pages, except where it is the subject."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "library", lambda: "/* bokeh */")
+        yield
+
+
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return report(tmp_path_factory.mktemp("harmless"), **run_of_texts("harmless"))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_text(text: str, harmless: Page, tmp_path: Path) -> None:
+    page = report(tmp_path, **run_of_texts(text))
+    assert page.skeleton == harmless.skeleton
+    assert page.raw["script"][1:] == harmless.raw["script"][1:]
+    # Twice in the first exchange's prompt and four times in its answers, then once and twice; more in tables.
+    assert page.text.count(readable(text).strip()) >= 12
+
+
+def test_hostile_text_in_the_name_of_the_run_is_text(tmp_path: Path) -> None:
+    page = report(tmp_path / "<script>alert(1)<:script> & {{7*7}}")
+    assert "<script>alert(1)<:script> & {{7*7}}" in page.text
+    assert page.raw["title"][0].startswith("<script>alert(1)<:script> & {{7*7}}: ")
+    assert len(page.raw["script"]) == 3
+
+
+def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
+    page = report(tmp_path)
+    for tag, attributes in page.elements:
+        assert tag not in ("img", "iframe", "object", "embed", "base", "form")
+        assert not {"src", "srcset", "action", "poster"} & set(attributes)
+        assert attributes.get("href") in (None, "data:,")
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "url(" not in page.raw["style"][0] and "@import" not in page.raw["style"][0]
+
+
+def test_the_policy_allows_the_pages_own_scripts_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "library", curves.library)
+    page = report(tmp_path)
+    policy = next(
+        attrs["content"] for _, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
+    kinds = [attributes.get("type") for tag, attributes in page.elements if tag == "script"]
+    assert kinds == ["application/json", None, None]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.raw["script"][1:]]
+    assert "Bokeh" in page.raw["script"][1]
+    assert policy is not None and "default-src 'none'" in policy
+    assert re.findall(r"'sha256-([^']+)'", policy) == hashes
+    assert "unsafe-inline" not in policy.split("script-src")[1]
+
+
+def test_what_is_embedded_in_a_script_cannot_close_it() -> None:
+    assert json.loads(html.script_safe_json({"a": "</script><!-- &"})) == {"a": "</script><!-- &"}
+    assert not set("<>&") & set(html.script_safe_json({"a": "</script><!-- &"}))
+    assert html.script_safe("'</script>' + '<!--'") == "'<\\/script>' + '<\\!--'"
+
+
+def test_metrics_that_are_not_finite_leave_a_gap_and_are_counted(tmp_path: Path) -> None:
+    rows = metrics(8)
+    for place, value in enumerate([math.nan, math.inf, -math.inf, None, "NaN", True]):
+        rows[place + 1]["loss"] = value
+    page = report(tmp_path, metrics=rows)
+    assert "6 steps have no finite value here" in page.text
+    plots = json.loads(page.raw["script"][0])
+    assert len(plots) == 4
+    # Six in the column of the single steps, six in that of the moving mean.
+    assert json.dumps(plots[0], allow_nan=False).count('"value": "nan"') == 12
+
+
+def test_a_metric_without_any_finite_value_has_no_curve(tmp_path: Path) -> None:
+    page = report(tmp_path, metrics=[{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.nan}])
+    assert page.raw["script"] == []
+    assert "Training" in page.text and "loss" in page.text
+
+
+def test_evaluation_that_is_not_finite_does_not_break_the_page(tmp_path: Path) -> None:
+    broken = HELDOUT | {"after": {"accuracy": math.nan, "accuracy_ci": [math.nan, math.inf], "margin": -math.inf}}
+    page = report(tmp_path, heldout=broken, merge=MERGE | {"max_logit_difference": math.nan})
+    assert "No verdict" in page.text
+    assert "The merged model is not the trained one." in page.text
+    assert not re.search(r"\b(nan|inf)\b", page.text, re.IGNORECASE)
+
+
+FILES = ("environment", "data", "metrics", "timing", "heldout", "samples", "merge")
+
+
+def test_a_run_that_has_only_begun_says_what_is_not_done(tmp_path: Path) -> None:
+    page = report(tmp_path, **dict.fromkeys(FILES))
+    assert "Not evaluated yet" in page.text
+    assert page.text.count("Not done yet") == len(FILES)
+    assert page.raw["script"] == []
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_each_file_may_be_missing(missing: str, tmp_path: Path) -> None:
+    assert report(tmp_path, **{missing: None}).text.count("Not done yet") == 1
+
+
+def test_files_with_empty_or_odd_values_do_not_break_the_page(tmp_path: Path) -> None:
+    empty = {name: {} for name in ("environment", "data", "heldout", "merge")}
+    page = report(tmp_path, recipe="[]\n", metrics=[{}], timing=[{"step": 1}], samples=[{}], **empty)
+    assert "Reproduce" in page.text
+    odd = {"sources": "x", "findings": [7], "tokens": [], "fingerprint": None}
+    assert "Nothing odd was found" in report(tmp_path, data=odd).text
+
+
+def test_the_answers_stand_side_by_side_right_after_the_verdict(tmp_path: Path) -> None:
+    answers = {"prompt": [{"role": "user", "content": "Q?"}], "before": ["one", "two"], "after": ["uno"]}
+    text = report(tmp_path, samples=[answers]).text
+    places = [
+        text.index(word) for word in ("rose from", "Answers", "Q?", "one", "uno", "two", "no answer", "Held-out pairs")
+    ]
+    assert places == sorted(places)
+
+
+def test_a_system_message_of_all_prompts_is_shown_once(tmp_path: Path) -> None:
+    page = report(tmp_path, samples=[sample(f"prompt {place}", "a", "b") for place in range(3)])
+    assert page.text.count("You answer in plain words.") == 1
+    assert all(f"prompt {place}" in page.text for place in range(3))
+
+
+def test_ln_2_is_marked_for_dpo_only(tmp_path: Path) -> None:
+    assert "ln 2" in report(tmp_path).text
+    other = report(tmp_path, recipe=RECIPE.replace("method: dpo", "method: orpo"))
+    assert "ln 2" not in other.text
+    assert str(math.log(2)) not in other.raw["script"][0]
+
+
+def test_a_long_run_is_thinned_not_cut(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 3 * curves.MOST_POINTS + 2)]
+    page = report(tmp_path, metrics=rows)
+    numbers = re.search(r'"step",\{"type":"ndarray".*?\}|\["step",\[(.*?)\]', page.raw["script"][0].replace(" ", ""))
+    assert numbers is not None
+    steps = [float(step) for step in numbers[1].split(",")]
+    assert len(steps) <= curves.MOST_POINTS and steps[0] == 2.5 and steps[-1] > 3 * curves.MOST_POINTS - 2
+
+
+def test_findings_are_sorted_by_severity_and_name_their_rows(tmp_path: Path) -> None:
+    text = report(tmp_path).text
+    assert text.index("chosen and rejected are the same text") < text.index("the chosen answer is the shorter one")
+    assert "more_pairs.jsonl, rows 3, 6, 9, 12, 15, 18, 21, 24; and 3 more" in text
+
+
+def test_a_resumed_stage_counts_as_one(tmp_path: Path) -> None:
+    timing = [
+        {"stage": "train", "seconds": 40.0, "peak_memory_mb": 2000},
+        {"stage": "train", "seconds": 20.0, "peak_memory_mb": 3000},
+        {"stage": "merge", "seconds": 20.0, "peak_memory_mb": None},
+    ]
+    train, merge = html.stage_costs(timing)
+    assert (train.time.text, train.share, train.memory.text) == ("1\u00a0min 00\u00a0s", 75.0, "3.0\u00a0GB")
+    assert merge.memory.text == "–"
+    assert "1\u00a0min 00\u00a0s" in report(tmp_path, timing=timing).text
+
+
+def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
+    report(tmp_path, heldout=None)
+    report(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if "report" in path.name) == ["report.html"]
+    assert "rose from" in (tmp_path / "report.html").read_text(encoding="utf-8")
