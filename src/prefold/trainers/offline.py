@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from prefold.algorithms import Algorithm, LossOutput
+from prefold.errors import UserError
 from prefold.models.load import quiet
 from prefold.trainers.record import StepRecord
 from prefold.trees.attention import Scorer
@@ -127,6 +128,21 @@ class PreferenceTrainer(Trainer):
         logs = {"epoch": epoch, **logs, **self.step_metrics}
         self.record.step(step, logs)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def create_scheduler(self, *args: Any, **settings: Any) -> Any:
+        """As transformers', with a wrong setting explained.
+
+        Raises:
+            UserError: the schedule wants other `lr_scheduler_kwargs`.
+        """
+        try:
+            return super().create_scheduler(*args, **settings)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"cannot be set up: {error}",
+                where="`train.lr_scheduler_type`",
+                advice="give its settings in `train.lr_scheduler_kwargs`",
+            ) from None
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
