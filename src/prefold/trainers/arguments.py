@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from transformers import TrainingArguments
 
+from prefold.errors import UserError
 from prefold.models.load import choose_device, choose_dtype
 from prefold.recipe import RecipeBase
 
 
 def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
-    """Arguments for a Trainer whose dataloader items are whole optimizer steps."""
+    """Arguments for a Trainer whose dataloader items are whole optimizer steps.
+
+    Raises:
+        UserError: the process is one of several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes were launched, and training uses one", advice="start `prefold` directly")
     settings, device = recipe.train, choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(recipe.run_folder / "checkpoints"),
         run_name=settings.run_name or recipe.run_folder.name,
         report_to=list(settings.report_to),
@@ -46,3 +55,7 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
         dataloader_pin_memory=False,
         average_tokens_across_devices=False,
     )
+    if arguments.n_gpu > 1:
+        # Else the Trainer would wrap the model in DataParallel, which cuts a packed row in two.
+        arguments._n_gpu = 1
+    return arguments
