@@ -188,6 +188,10 @@ def fetch(
     print(prefold.fetch(model, revision))
 
 
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
+
 def main() -> NoReturn:
     """Run the command line; errors become one message on stderr and an exit code."""
     try:
@@ -196,8 +200,10 @@ def main() -> NoReturn:
         if os.environ.get("PREFOLD_DEBUG"):
             raise
         fail(*explain(error))
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on from here", 130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            fail("stopped; a run goes on from here when it is started again", INTERRUPTED)
+        raise
     sys.exit(0)
 
 

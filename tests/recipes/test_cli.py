@@ -166,3 +166,14 @@ def test_a_bug_shows_one_line_and_debug_the_traceback(
     assert code == 1
     assert "ZeroDivisionError: by zero" in err
     assert "Traceback" not in err
+
+
+def test_ctrl_c_says_how_to_go_on(cli: Cli, recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefold.stages.reference_logprobs", interrupted)
+    code, _, err = cli("run", recipe_file)
+    assert code == 130
+    assert "goes on from here" in err
+    assert "Traceback" not in err

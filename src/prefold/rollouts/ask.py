@@ -70,9 +70,10 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     recipe = run_recipe(name)
     if recipe is None:
         return _load(Model(name=name))
-    if not (Path(name) / "merged").is_dir():
+    merged = Path(name).expanduser() / "merged"
+    if not merged.is_dir():
         raise UserError("this run has no merged model yet", where=name, advice=f"`prefold run {name}` finishes it")
-    return _load(Model(name=str(Path(name) / "merged")))
+    return _load(recipe.model.model_copy(update={"name": str(merged), "revision": None}))
 
 
 def open_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -46,5 +46,5 @@ def chat_loop(name: str, compare: bool, system: str | None, sampling: Sampling) 
 def _line() -> str:
     try:
         return input("you: ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return ""
