@@ -105,12 +105,14 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device.type,
-        "device_name": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "packages": versions,
     }
+
+
+def _cpu_name() -> str:
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
 
 
 # ---- train ------------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
 
 
 def _scorer(recipe: RecipeBase, model: torch.nn.Module, examples: list[Example]) -> Scorer:
-    return choose_scorer(model, _smallest_trees(examples), max_tokens(recipe), recipe.model.attn_implementation)
+    return choose_scorer(model, _sample_trees(examples), max_tokens(recipe), recipe.model.attn_implementation)
 
 
 def max_tokens(recipe: RecipeBase) -> int:
@@ -195,7 +197,7 @@ def _trackers(recipe: RecipeBase) -> Iterator[None]:
 def merge(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
     tokenizer = load_tokenizer(fetch(recipe.model.name, recipe.model.revision))
-    rows = [tree.prompt + tree.completions[0] for tree in _smallest_trees(_prepared(recipe).train)]
+    rows = [tree.prompt + tree.completions[0] for tree in _sample_trees(_prepared(recipe).train)]
     dtype = _merge_dtype(recipe)
     if recipe.lora == "none":
         trained = load_model(Model(name=str(folder / "trained")), dtype=dtype)
@@ -294,6 +296,7 @@ def _prepared(recipe: RecipeBase) -> Prepared:
     return found.prepared
 
 
-def _smallest_trees(examples: list[Example], count: int = 3) -> list[TokenTree]:
-    """Some trees for a check that should cost little."""
-    return sorted((example.tree for example in examples), key=lambda tree: tree.size)[:count]
+def _sample_trees(examples: list[Example]) -> list[TokenTree]:
+    """Two small trees and a middling one, for checks that should cost little."""
+    trees = sorted((example.tree for example in examples), key=lambda tree: tree.size)
+    return [*trees[:2], trees[len(trees) // 2]]

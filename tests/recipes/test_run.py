@@ -280,3 +280,27 @@ def test_the_reference_is_computed_once(recipe: MakeRecipe, tmp_path: Path, monk
     with pytest.raises(AssertionError):
         prefold.train(recipe(data={"eval_fraction": 0.2}), fresh=True)
     assert cached.is_file()
+
+
+def test_models_are_released(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a stage has ended, no model is left in memory."""
+    import gc
+
+    from transformers import PreTrainedModel
+
+    from prefold import stages
+
+    # Other tests may keep models of their own.
+    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)}
+    left: dict[str, int] = {}
+    for name in ("train", "merge", "evaluate"):
+
+        def counted(recipe: RecipeBase, name: str = name, stage: Any = getattr(stages, name)) -> None:
+            stage(recipe)
+            gc.collect()
+            models = {id(thing) for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)}
+            left[name] = len(models - before)
+
+        monkeypatch.setattr(stages, name, counted)
+    prefold.run(recipe())
+    assert left == {"train": 0, "merge": 0, "evaluate": 0}
