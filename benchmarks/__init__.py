@@ -1,0 +1,1 @@
+"""Speed and memory of prefold against its peers, measured in one run."""

@@ -1,0 +1,219 @@
+"""The two sides of a benchmark, each training in a process of its own, one step at a time when told."""
+
+from __future__ import annotations
+
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from prefold.trees.packing import TokenTree
+
+BATCH = 4
+"""Pairs per optimizer step."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    method: str
+    model: Path
+    dtype: str
+    gradient_checkpointing: bool
+    trees: list[TokenTree]
+    lora_rank: int = 16
+
+    @property
+    def steps(self) -> int:
+        return len(self.trees) // BATCH
+
+    @property
+    def order(self) -> list[TokenTree]:
+        """The trees of all steps; the first step comes twice, to warm up."""
+        return self.trees[:BATCH] + self.trees
+
+
+Target = Callable[[Connection, Workload], None]
+
+
+@dataclass
+class Side:
+    """One process, and what was measured of it."""
+
+    name: str
+    process: BaseProcess
+    connection: Connection
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @staticmethod
+    def start(context: SpawnContext, target: Target, workload: Workload) -> Side:
+        here, there = context.Pipe()
+        process = context.Process(target=target, args=(there, workload))
+        process.start()
+        there.close()
+        return Side(target.__name__, process, here)
+
+    def await_ready(self) -> None:
+        self.connection.recv()
+
+    def take_step(self, counted: bool) -> None:
+        self.connection.send("go")
+        seconds, loss, self.peak_bytes = self.connection.recv()
+        if counted:
+            self.seconds.append(round(seconds, 4))
+            self.losses.append(loss)
+
+    def finish(self) -> None:
+        self.process.join()
+
+
+def turns(connection: Connection) -> Any:
+    """A Trainer callback that waits for its turn before each step and reports the step's time, loss and peak memory."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        def __init__(self) -> None:
+            self.elapsed = 0.0
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            connection.send("ready")
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            connection.recv()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.elapsed = time.perf_counter() - self.started
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            if "loss" in logs:
+                connection.send((self.elapsed, logs["loss"], peak_bytes()))
+
+    return Turns()
+
+
+def peak_bytes() -> int:
+    """Largest memory so far: of the accelerator if there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def lora_settings(rank: int) -> dict[str, Any]:
+    return {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+def trl_dpo(connection: Connection, workload: Workload) -> None:
+    """TRL with its defaults, but for what must be equal; the reference is the model with its adapter off, each step."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class TokenDPOTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+            return dataset
+
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    rows = [
+        {"prompt_ids": list(t.prompt), "chosen_ids": list(t.completions[0]), "rejected_ids": list(t.completions[1])}
+        for t in workload.order
+    ]
+    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora_settings(workload.lora_rank)))
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH,
+            max_steps=workload.steps + 1,
+            learning_rate=5e-5,
+            beta=0.1,
+            max_length=None,
+            bf16=workload.dtype == "bfloat16",
+            gradient_checkpointing=workload.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if workload.gradient_checkpointing else None,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = TokenDPOTrainer(
+            model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(workload.model),
+            callbacks=[turns(connection)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def prefold_dpo(connection: Connection, workload: Workload) -> None:
+    """prefold as `prefold train` sets it up; the reference of a step's pairs is computed inside the timed step."""
+    os.environ["PREFOLD_CACHE"] = tempfile.mkdtemp()
+    import torch
+
+    from prefold.algorithms import DPO
+    from prefold.models.load import add_lora, load_model
+    from prefold.recipe import make_recipe
+    from prefold.stages import max_tokens
+    from prefold.trainers.arguments import training_arguments
+    from prefold.trainers.offline import PreferenceTrainer, StepOrder
+    from prefold.trainers.record import StepRecord
+    from prefold.trees.attention import choose_scorer
+    from prefold.trees.reference import compute_reference
+
+    class GivenOrder(StepOrder):
+        def _epoch(self, epoch: int) -> list[int]:
+            return list(range(self.trees))
+
+    class WithReference(PreferenceTrainer):
+        def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            found = compute_reference(self.scorer, [self.trees[i] for i in inputs])
+            self.reference = {**dict(zip(inputs, found, strict=True))}  # type: ignore[assignment]
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = make_recipe(
+            {
+                "method": "dpo",
+                "model": {"name": str(workload.model), "dtype": workload.dtype},
+                "lora": lora_settings(workload.lora_rank),
+                "data": {"train": [{"path": "unused"}]},
+                "train": {
+                    "batch_size": BATCH,
+                    "max_steps": workload.steps + 1,
+                    "learning_rate": 5e-5,
+                    "gradient_checkpointing": workload.gradient_checkpointing,
+                },
+                "output_dir": folder,
+            }
+        )
+        model = add_lora(load_model(recipe.model), recipe.lora, seed=0)
+        trees = workload.order
+        scorer = choose_scorer(model, trees[:2], max_tokens(recipe))
+        record = StepRecord(Path(folder), 0, lambda amount, text: None)
+        order = GivenOrder(len(trees), BATCH, len(trees), seed=0)
+        args = training_arguments(recipe, workload.steps + 1)
+        trainer = WithReference(DPO(beta=0.1), scorer, trees, [], order, record, args)
+        trainer.add_callback(turns(connection))
+        with scorer.attention():
+            trainer.train()

@@ -1,0 +1,109 @@
+"""What there is to do: the pairs of a benchmark, the FLOPs they need, and how fast the machine multiplies."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from prefold.trees.packing import TokenTree
+
+if TYPE_CHECKING:
+    from benchmarks.sides import Workload
+
+
+def random_pairs(model: Path, means: tuple[int, int, int], count: int) -> list[TokenTree]:
+    """Pairs of random tokens; prompt, chosen and rejected lengths are uniform within 60 % of their means."""
+    draw = random.Random(0)
+    vocabulary = AutoConfig.from_pretrained(model).vocab_size
+
+    def ids(mean: int) -> tuple[int, ...]:
+        length = draw.randint(round(mean * 0.4), round(mean * 1.6))
+        return tuple(draw.randrange(3, vocabulary) for _ in range(length))
+
+    return [TokenTree(ids(means[0]), (ids(means[1]), ids(means[2]))) for _ in range(count)]
+
+
+def text_pairs(file: Path, model: Path, max_length: int, count: int) -> tuple[list[TokenTree], int]:
+    """The first `count` pairs of a jsonl file whose sides fit, by the model's chat template, and how many did not."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found: list[TokenTree] = []
+    skipped = 0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt = [{"role": "user", "content": row["prompt"]}]
+
+        def ids(*answer: dict[str, str], prompt: list[dict[str, str]] = prompt) -> tuple[int, ...]:
+            found = tokenizer.apply_chat_template([*prompt, *answer], add_generation_prompt=not answer)
+            return tuple(found["input_ids"])
+
+        start = ids()
+        sides = [ids({"role": "assistant", "content": row[side]}) for side in ("chosen", "rejected")]
+        if max(map(len, sides)) > max_length or any(side[: len(start)] != start for side in sides):
+            skipped += 1
+            continue
+        found.append(TokenTree(start, tuple(side[len(start) :] for side in sides)))
+        if len(found) == count:
+            return found, skipped
+    raise SystemExit(f"{file.name} holds {len(found)} pairs of up to {max_length} tokens a side, {count} were asked for")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens of a run, and the FLOPs of its matrix products when every token is computed once."""
+
+    unique_tokens: int
+    plain_tokens: int
+    flops: float
+
+    @staticmethod
+    def of(workload: Workload) -> Work:
+        """Three passes over frozen weights: the reference's forward, the policy's forward, and its backward by the
+        activations. LoRA has a product by weights more. The head meets the scored tokens only."""
+        config = AutoConfig.from_pretrained(workload.model)
+        width, layers, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+        head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        queries, keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
+        shapes = [(width, queries), (width, keys), (width, keys), (queries, width), *[(width, mlp)] * 2, (mlp, width)]
+        base = sum(i * o for i, o in shapes) * layers
+        lora = sum(workload.lora_rank * (i + o) for i, o in shapes) * layers
+        unique = sum(tree.size for tree in workload.trees)
+        scored = sum(len(ids) for tree in workload.trees for ids in tree.completions)
+        attended = sum(_attended(tree) for tree in workload.trees) * queries * layers
+        recompute = int(workload.gradient_checkpointing)
+        return Work(
+            unique_tokens=unique,
+            plain_tokens=sum(tree.plain_size for tree in workload.trees),
+            flops=2.0 * unique * ((3 + recompute) * base + (3 + recompute) * lora)
+            + 2.0 * scored * 3 * width * config.vocab_size
+            # Scores and mixing forward, twice; the backward pass repeats the scores and has four products of its own.
+            + 2.0 * attended * (2 * (2 + recompute) + 5),
+        )
+
+
+def _attended(tree: TokenTree) -> int:
+    """Pairs of positions that look at each other."""
+    depth = len(tree.prompt)
+    return depth * (depth + 1) // 2 + sum(len(ids) * depth + len(ids) * (len(ids) + 1) // 2 for ids in tree.completions)
+
+
+def matrix_product_rate(dtype: str, repeats: int = 12) -> float:
+    """FLOP/s of a 2048 x 576 x 1536 product (a row of tokens through a small model's MLP), the median of `repeats`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, inner, columns = (2048, 576, 1536) if device == "cpu" else (16384, 4096, 14336)
+    left = torch.randn(rows, inner, device=device).to(getattr(torch, dtype))
+    right = torch.randn(columns, inner, device=device).to(getattr(torch, dtype))
+    times = []
+    for _ in range(repeats + 3):
+        started = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2.0 * rows * inner * columns / sorted(times[3:])[repeats // 2]
