@@ -90,7 +90,9 @@ def summarise(workload: Workload, theirs: Side, ours: Side, rate: float) -> dict
         "limit_share": round(work.flops / rate / sum(ours.seconds), 3),
         "memory_ratio": round(ours.peak_bytes / theirs.peak_bytes, 3),
         "token_ceiling": round(work.plain_tokens / work.unique_tokens, 3),
-        "spread": [round(ratio, 2) for ratio in sorted(t / o for t, o in zip(theirs.seconds, ours.seconds, strict=True))],
+        "spread": [
+            round(ratio, 2) for ratio in sorted(t / o for t, o in zip(theirs.seconds, ours.seconds, strict=True))
+        ],
         "loss_difference": max(abs(t - o) / abs(t) for t, o in zip(theirs.losses, ours.losses, strict=True)),
         "matrix_product_gflops": round(rate / 1e9),
     }
@@ -99,11 +101,15 @@ def summarise(workload: Workload, theirs: Side, ours: Side, rate: float) -> dict
 def say(workload: Workload, theirs: Side, ours: Side, summary: dict[str, Any], skipped: int) -> None:
     table = Table("step", "TRL s", "prefold s", "ratio", "TRL loss", "prefold loss")
     for step, row in enumerate(zip(theirs.seconds, ours.seconds, theirs.losses, ours.losses, strict=True), start=1):
-        table.add_row(str(step), *(f"{x:.2f}" for x in (row[0], row[1], row[0] / row[1])), f"{row[2]:.5f}", f"{row[3]:.5f}")
+        table.add_row(
+            str(step), *(f"{x:.2f}" for x in (row[0], row[1], row[0] / row[1])), f"{row[2]:.5f}", f"{row[3]:.5f}"
+        )
     table.add_section()
     medians = [statistics.median(side.seconds) for side in (theirs, ours)]
     table.add_row("median", *(f"{x:.2f}" for x in medians), f"{summary['ratio']:.2f}")
-    table.add_row("peak GB", *(f"{side.peak_bytes / 1e9:.2f}" for side in (theirs, ours)), f"{summary['memory_ratio']:.2f}")
+    table.add_row(
+        "peak GB", *(f"{side.peak_bytes / 1e9:.2f}" for side in (theirs, ours)), f"{summary['memory_ratio']:.2f}"
+    )
     console = Console()
     console.print(table)
     console.print(

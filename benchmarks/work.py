@@ -51,7 +51,9 @@ def text_pairs(file: Path, model: Path, max_length: int, count: int) -> tuple[li
         found.append(TokenTree(start, tuple(side[len(start) :] for side in sides)))
         if len(found) == count:
             return found, skipped
-    raise SystemExit(f"{file.name} holds {len(found)} pairs of up to {max_length} tokens a side, {count} were asked for")
+    raise SystemExit(
+        f"{file.name} holds {len(found)} pairs of up to {max_length} tokens a side, {count} were asked for"
+    )
 
 
 @dataclass(frozen=True)

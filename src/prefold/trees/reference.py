@@ -39,13 +39,14 @@ def reference_logprobs(scorer: Scorer, trees: Sequence[TokenTree], cache: Path) 
     file = cache / "reference" / f"{_key(scorer, trees)}.safetensors"
     if not file.is_file():
         with new_file(file) as temporary:
-            save_file({"logprobs": torch.cat(_compute(scorer, trees))}, temporary)
+            save_file({"logprobs": torch.cat(compute_reference(scorer, trees))}, temporary)
     lengths = [sum(map(len, tree.completions)) for tree in trees]
     return list(load_file(file)["logprobs"].split(lengths))
 
 
 @torch.no_grad()
-def _compute(scorer: Scorer, trees: Sequence[TokenTree]) -> list[Tensor]:
+def compute_reference(scorer: Scorer, trees: Sequence[TokenTree]) -> list[Tensor]:
+    """`reference_logprobs` without its cache."""
     found: list[Tensor] = [torch.empty(0)] * len(trees)
     with reference_model(scorer.model), progress_bar("reference", len(trees)) as advance:
         for row in scorer.rows(trees):
