@@ -29,8 +29,8 @@ test-slow: install
 	$(BIN)/pytest -m 'slow and not gpu'
 
 lint: install
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 types: install
 	$(BIN)/mypy

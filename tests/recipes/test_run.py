@@ -293,14 +293,17 @@ def test_models_are_released(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
     # Other tests may keep models of their own.
     before = {id(thing) for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)}
     left: dict[str, int] = {}
-    for name in ("train", "merge", "evaluate"):
 
-        def counted(recipe: RecipeBase, name: str = name, stage: Any = getattr(stages, name)) -> None:
+    def counting(name: str, stage: Callable[[RecipeBase], None]) -> Callable[[RecipeBase], None]:
+        def counted(recipe: RecipeBase) -> None:
             stage(recipe)
             gc.collect()
             models = {id(thing) for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)}
             left[name] = len(models - before)
 
-        monkeypatch.setattr(stages, name, counted)
+        return counted
+
+    for name in ("train", "merge", "evaluate"):
+        monkeypatch.setattr(stages, name, counting(name, getattr(stages, name)))
     prefold.run(recipe())
     assert left == {"train": 0, "merge": 0, "evaluate": 0}
