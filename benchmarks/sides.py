@@ -178,8 +178,8 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
     from prefold.trainers.arguments import training_arguments
     from prefold.trainers.offline import PreferenceTrainer, StepOrder
     from prefold.trainers.record import StepRecord
-    from prefold.trees.attention import choose_scorer
     from prefold.trees.reference import compute_reference
+    from prefold.trees.scorer import choose_scorer
 
     class GivenOrder(StepOrder):
         def _epoch(self, epoch: int) -> list[int]:
@@ -215,5 +215,5 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
         args = training_arguments(recipe, workload.steps + 1)
         trainer = WithReference(DPO(beta=0.1), scorer, trees, [], order, record, args)
         trainer.add_callback(turns(connection))
-        with scorer.attention():
+        with scorer.in_place():
             trainer.train()

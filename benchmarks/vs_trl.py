@@ -35,7 +35,7 @@ SIDES = {"dpo": (trl_dpo, prefold_dpo)}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    folder = fetch(options.model).folder
+    folder = fetch(options.model)
     if options.data:
         pairs, skipped = text_pairs(options.data, folder, options.max_length, options.pairs)
     else:

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prefold.trees.packing import TokenTree
 
@@ -30,24 +28,7 @@ SHAPE = {
 
 def tiny_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    return in_dtype(LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})), dtype)
-
-
-def tiny_mistral(dtype: torch.dtype = torch.float32, sliding_window: int = 6) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return in_dtype(MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=sliding_window)), dtype)
-
-
-def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in `dtype` throughout: transformers' norms compute in float32 whatever the weights, torch's do not."""
-    if dtype == torch.float64:
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, LlamaRMSNorm | MistralRMSNorm):
-                    norm = nn.RMSNorm(len(child.weight), eps=child.variance_epsilon)
-                    norm.weight = child.weight
-                    setattr(parent, name, norm)
-    return model.to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).to(dtype)
 
 
 def with_lora(model: PreTrainedModel, **settings: Any) -> nn.Module:

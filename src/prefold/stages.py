@@ -39,13 +39,13 @@ from prefold.terminal import progress_bar, say
 from prefold.trainers.arguments import training_arguments
 from prefold.trainers.offline import PreferenceTrainer, StepOrder, last_checkpoint, save_weights
 from prefold.trainers.record import StepRecord
-from prefold.trees.attention import Scorer, choose_scorer
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import reference_logprobs
+from prefold.trees.scorer import Scorer, choose_scorer
 
 logger = logging.getLogger("prefold")
 
-AUTO_MAX_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
+AUTO_MAX_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 """Token budgets where the recipe says `auto`; small rows are the faster ones on a CPU."""
 
 
@@ -134,7 +134,7 @@ def train(recipe: RecipeBase) -> None:
         record = StepRecord(folder, done, advance)
         args = training_arguments(recipe, len(order))
         trainer = PreferenceTrainer(recipe.algorithm, scorer, trees, reference, order, record, args)
-        with scorer.attention():
+        with scorer.in_place():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with new_folder(folder / ("trained" if recipe.lora == "none" else "adapter")) as aside:
         save_weights(model, aside)

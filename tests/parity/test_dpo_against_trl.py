@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import DPOConfig, DPOTrainer
 
 from prefold.algorithms import DPO
-from prefold.recipe import make_recipe
+from prefold.data.mixture import load_split
+from prefold.recipe import load_recipe, make_recipe
 from prefold.trainers.arguments import training_arguments
 from prefold.trainers.offline import PreferenceTrainer, StepOrder
 from prefold.trainers.record import StepRecord
-from prefold.trees.attention import Scorer
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import reference_logprobs
+from prefold.trees.scorer import Scorer
 
 STEPS, BATCH, BETA, RATE = 10, 4, 0.1, 1e-3
 COMPARED = (
@@ -77,7 +78,7 @@ def prefold_steps(model: nn.Module, trees: list[TokenTree], max_tokens: int, fol
             "output_dir": str(folder),
         }
     )
-    scorer = Scorer(model, max_tokens, packed=True)
+    scorer = Scorer(model, max_tokens, "prefold_joined")
     reference = reference_logprobs(scorer, trees, folder)
     record = StepRecord(folder, 0, lambda amount, text: None)
     order = GivenOrder(len(trees), BATCH, STEPS * BATCH, seed=0)
@@ -116,7 +117,7 @@ def assert_same_steps(model: PreTrainedModel, tokenizer: Any, trees: list[TokenT
     wanted = trl_steps(theirs, trees, tokenizer, folder / "trl")
     ours = with_fresh_lora(copy.deepcopy(model))
     (folder / "prefold").mkdir()
-    found = prefold_steps(ours, trees, max_tokens=64, folder=folder / "prefold")
+    found = prefold_steps(ours, trees, 64, folder=folder / "prefold")
     assert len(found) == len(wanted) == STEPS
     assert wanted[-1]["loss"] < wanted[0]["loss"] - 0.01  # ten steps in which something happened
     for step, (mine, other) in enumerate(zip(found, wanted, strict=True)):
@@ -143,7 +144,10 @@ def test_tiny_llama(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
+    """On real text: random tokens cost 15 nats each, and float32 rounds their sums by more than what is compared."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    assert_same_steps(
-        model, AutoTokenizer.from_pretrained(smollm2), short_pairs(49152, 2 * BATCH) * (STEPS // 2), tmp_path
-    )
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    recipe = load_recipe("demo", ["data.eval_fraction=0"])
+    examples = load_split(recipe.data, tokenizer, seed=0).train
+    trees = sorted((example.tree for example in examples), key=lambda tree: tree.size)[: STEPS * BATCH]
+    assert_same_steps(model, tokenizer, trees, tmp_path)

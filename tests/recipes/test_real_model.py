@@ -12,7 +12,7 @@ import prefold
 from prefold.data.mixture import load_split
 from prefold.models.load import load_model, load_tokenizer
 from prefold.recipe import Model, load_recipe
-from prefold.trees.attention import Scorer, choose_scorer
+from prefold.trees.scorer import Scorer, choose_scorer
 
 pytestmark = pytest.mark.real_model
 
@@ -28,8 +28,8 @@ def test_packed_is_plain(smollm2: Path) -> None:
     model = load_model(Model(name=str(smollm2), dtype="float32"))
     assert choose_scorer(model, trees[:3], 2048).packed
     with torch.no_grad():
-        packed = Scorer(model, 2048, packed=True).score(trees).tokens
-        plain = Scorer(model, 2048, packed=False).score(trees).tokens
+        packed = Scorer(model, 2048, "prefold_joined").score(trees).tokens
+        plain = Scorer(model, 2048, None).score(trees).tokens
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=5e-5)
 
 

@@ -274,7 +274,7 @@ def test_the_reference_is_computed_once(recipe: MakeRecipe, tmp_path: Path, monk
     def not_again(*args: Any) -> Any:
         raise AssertionError("the reference was computed again")
 
-    monkeypatch.setattr("prefold.trees.reference._compute", not_again)
+    monkeypatch.setattr("prefold.trees.reference.compute_reference", not_again)
     shutil.rmtree(first)
     prefold.train(recipe())
     with pytest.raises(AssertionError):

@@ -18,8 +18,8 @@ from scipy.stats import binomtest, bootstrap
 from statsmodels.stats.proportion import proportion_confint
 
 from prefold.terminal import progress_bar
-from prefold.trees.attention import Scorer
 from prefold.trees.packing import TokenTree
+from prefold.trees.scorer import Scorer
 
 Floats = NDArray[np.float64]
 

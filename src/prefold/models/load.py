@@ -30,6 +30,7 @@ from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.models.fetch import fetch
 from prefold.recipe import Lora, Model
+from prefold.trees.lora import fuse_lora
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
 """Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
@@ -136,8 +137,22 @@ def load_model(section: Model, *, dtype: str | None = None) -> PreTrainedModel:
     placed: PreTrainedModel = model if section.device_map else model.to(device)
     # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
     placed.name_or_path = placed.config.name_or_path = without_home(section.name)
+    without_dropout(placed)
     placed.eval()
     return placed
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Switch a model's own dropout off, as TRL does: a loss that compares two passes wants one function, not two draws.
+
+    Its configuration keeps the values; a dropout that the recipe gives to LoRA is added later and stays.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def plain_attention(setting: str, config: Any) -> str | None:
@@ -191,11 +206,13 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     with quiet(), torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             if "target" not in str(error).lower():
                 raise
             raise _no_target(model, f"{lora.target_modules!r} cannot be adapted: {_first_line(error)}") from None
+    fuse_lora(adapted)
+    return adapted
 
 
 def _require_targets(model: nn.Module, targets: str | list[str]) -> None:

@@ -24,9 +24,9 @@ from prefold.algorithms import Algorithm, LossOutput
 from prefold.errors import UserError
 from prefold.models.load import quiet
 from prefold.trainers.record import StepRecord
-from prefold.trees.attention import Scorer
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
+from prefold.trees.scorer import Scorer
 
 
 class StepOrder(Dataset[list[int]]):

@@ -1,105 +1,75 @@
-"""The prefix attention, the choice between packed and plain, and the self-check that guards it.
+"""The prefix attention: prompts attend causally to themselves, completions to their prompt and to themselves.
 
-The only module that knows an attention backend. One function is registered with transformers under a name of our own
-that the mask interface does not know, so models build no mask; the layout of the row reaches it as the keyword `trees`,
-which every model's `forward(**kwargs)` hands down.
+The only place that knows an attention backend. Each backend is a function registered with transformers under a name of
+our own that the mask interface does not know, so models build no mask; the layout of the row reaches it as the keyword
+`trees`, which a model's `forward(**kwargs)` hands down.
+
+Backends take `query` `[1, heads, T, D]`, `key` and `value` `[1, key heads, T, D]` and return `[1, T, heads, D]`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from prefold.errors import StageError
-from prefold.trees.logprobs import TreeLogprobs, head_obstacle, packed_logprobs, plain_logprobs
-from prefold.trees.packing import PackedTrees, Span, TokenTree, pack, split_by_budget
-
-NAME = "prefold_trees"
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
-"""Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
-
-logger = logging.getLogger("prefold")
+from prefold.trees.packing import Block, PackedTrees, Span
 
 
-def tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    trees: PackedTrees | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention over a packed row: prompts causally to themselves, completions to their prompt and to themselves.
+class Shape(NamedTuple):
+    """What a layer asks of its attention beside queries, keys and values."""
 
-    Args:
-        query: `[1, heads, T, D]`; key, value: `[1, key heads, T, D]`.
-        trees: the layout of the row.
-
-    Returns:
-        `[1, T, heads, D]` and None for the weights.
-
-    Raises:
-        NotImplementedError: for what this function cannot honour; the self-check turns it into the plain path.
-    """
-    refused = {"softcap": softcap, "dropout": dropout or None, "s_aux": kwargs.get("s_aux"), "mask": attention_mask}
-    for name, given in refused.items():
-        if given is not None:
-            raise NotImplementedError(f"the tree attention has no {name}")
-    if trees is None:
-        raise NotImplementedError("the model does not hand the layout of the row to its attention layers")
-
-    def attend(queries: Span, key_spans: list[Span]) -> Tensor:
-        keys, values = (_gather(states, key_spans) for states in (key, value))
-        rows, columns = queries[1] - queries[0], keys.shape[2]
-        masked = rows != columns or (sliding_window is not None and columns > sliding_window)
-        return scaled_dot_product_attention(
-            query[:, :, slice(*queries)],
-            keys,
-            values,
-            attn_mask=_lower_right(rows, columns, sliding_window, query.device) if masked else None,
-            is_causal=not masked,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-
-    pieces: list[Tensor] = []
-    for block in trees.blocks:
-        pieces.append(attend(block.prompt, [block.prompt]))
-        pieces += [attend(completion, [block.prompt, completion]) for completion in block.completions]
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    scale: float
+    window: int | None
+    """A position sees the `window` positions up to and including itself; None if the row needs no such limit."""
+    softcap: float | None
 
 
-def _gather(states: Tensor, spans: list[Span]) -> Tensor:
-    parts = [states[:, :, slice(*span)] for span in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+Backend = Callable[[Tensor, Tensor, Tensor, PackedTrees, Shape], Tensor]
 
 
-@lru_cache(maxsize=256)
-def _lower_right(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
-    """`[rows, columns]`, True where the last `rows` positions of `columns` may look: at or before themselves, and less
-    than `window` positions back."""
-    query = torch.arange(columns - rows, columns, device=device)[:, None]
-    distance = query - torch.arange(columns, device=device)[None]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+def register(name: str, backend: Backend) -> None:
+    """Make a backend an attention implementation of transformers."""
 
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        trees: PackedTrees | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """What transformers calls in each layer.
 
-AttentionInterface.register(NAME, tree_attention)
+        Raises:
+            NotImplementedError: for what the engine cannot honour; the self-check turns it into the plain path.
+        """
+        refused = {"mask": attention_mask, "dropout": dropout or None, "sinks": s_aux, "position bias": position_bias}
+        for what, given in refused.items():
+            if given is not None:
+                raise NotImplementedError(f"the tree attention has no {what}")
+        if trees is None:
+            raise NotImplementedError("the model does not hand the layout of the row to its attention layers")
+        trees.scratch["calls"] = trees.scratch.get("calls", 0) + 1
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window = sliding_window if sliding_window is not None and trees.longest > sliding_window else None
+        return backend(query, key, value, trees, Shape(scale, window, softcap)), None
+
+    AttentionInterface.register(name, attention)
 
 
 @contextmanager
@@ -113,94 +83,267 @@ def using_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-# ---- packed or plain --------------------------------------------------------------------------------------------
+# ---- segments: one call for each prompt and each completion; every device, dtype, window and soft-cap ------------
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """How the log-probs of trees are computed with one model: packed, or the plain way and why."""
+def segments(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
+    """Torch's attention over `[prompt keys, own keys]` of each segment, masked to the bottom-right triangle."""
+    attend = _softcapped if shape.softcap else _plain_softmax
 
-    model: nn.Module
-    max_tokens: int
-    packed: bool
-    reason: str = ""
-    """Why the plain path is taken; empty when packed."""
+    def segment(queries: Span, spans: list[Span]) -> Tensor:
+        keys, values = (
+            torch.cat([states[:, :, slice(*span)] for span in spans], dim=2) if len(spans) > 1 else
+            states[:, :, slice(*spans[0])]
+            for states in (key, value)
+        )  # fmt: skip
+        return attend(query[:, :, slice(*queries)], keys, values, shape)
 
-    def score(self, trees: Sequence[TokenTree], model: nn.Module | None = None) -> TreeLogprobs:
-        """Log-probs of the trees' completions, all in one row when packed.
-
-        Args:
-            model: the wrapped model to call instead of `self.model` (DDP, FSDP, autocast).
-        """
-        called = self.model if model is None else model
-        row = pack(trees, next(self.model.parameters()).device)
-        if not self.packed:
-            return plain_logprobs(called, row, self.max_tokens)
-        with self.attention():
-            return packed_logprobs(called, row)
-
-    def attention(self) -> AbstractContextManager[None]:
-        """Keeps the attention in place for a backward pass too, where gradient checkpointing runs the layers again."""
-        return using_attention(unwrapped(self.model), NAME) if self.packed else nullcontext()
-
-    def rows(self, trees: Sequence[TokenTree]) -> list[list[int]]:
-        """Indices of the trees of each micro-batch of at most `max_tokens`."""
-        return split_by_budget([tree.size if self.packed else tree.plain_size for tree in trees], self.max_tokens)
+    pieces: list[Tensor] = []
+    for block in trees.blocks:
+        pieces.append(segment(block.prompt, [block.prompt]))
+        pieces += [segment(completion, [block.prompt, completion]) for completion in block.completions]
+    return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+def _plain_softmax(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
+    rows, columns = query.shape[2], keys.shape[2]
+    masked = rows != columns or (shape.window is not None and columns > shape.window)
+    return scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=lower_right(rows, columns, shape.window, query.device) if masked else None,
+        is_causal=not masked,
+        scale=shape.scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
 
 
-def choose_scorer(model: nn.Module, trees: Sequence[TokenTree], max_tokens: int, setting: str = "auto") -> Scorer:
-    """Packed if the model allows it and the self-check on `trees` passes, else plain, with the reason in the log.
+def _softcapped(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
+    """Scores bent by softcap * tanh(score / softcap) before the softmax (Gemma 2, arXiv 2408.00118, section 2)."""
+    assert shape.softcap is not None
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (states.repeat_interleave(group, dim=1) for states in (keys, values))
+    scores = torch.tanh(query @ keys.transpose(2, 3) * (shape.scale / shape.softcap)) * shape.softcap
+    mask = lower_right(query.shape[2], keys.shape[2], shape.window, query.device)
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=accumulate)
+    return weights.to(values.dtype) @ values
 
-    Args:
-        setting: `model.attn_implementation` of the recipe; `trees` raises instead of falling back.
+
+@lru_cache(maxsize=256)
+def lower_right(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
+    """`[rows, columns]`, True where the last `rows` positions of `columns` may look: at or before themselves, and less
+    than `window` positions back."""
+    query = torch.arange(columns - rows, columns, device=device)[:, None]
+    distance = query - torch.arange(columns, device=device)[None]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+# ---- CPU: three kinds of unmasked calls, joined by their normalisers ---------------------------------------------
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def joined(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
+    """Prompts to themselves, completions to themselves, and all completions of a tree to their prompt at once.
+
+    The two halves of a completion's softmax are joined by their log-normalisers, as ring attention does (arXiv
+    2310.01889): no mask, no copy of the prompt's keys, no work in the masked half. Low precisions are computed in
+    float32, which is as fast here and more exact.
+    """
+    if shape.window is not None or shape.softcap:
+        return segments(query, key, value, trees, shape)
+    dtype = query.dtype
+    exact = [states.float() if dtype in (torch.bfloat16, torch.float16) else states for states in (query, key, value)]
+    attended: Tensor = _Joined.apply(*exact, trees.blocks, shape.scale)
+    return attended.to(dtype)
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float) -> Tensor:
+        _, heads, tokens, width = query.shape
+        attended = query.new_empty(1, tokens, heads, width)
+        out = attended.transpose(1, 2)
+        normaliser = query.new_empty(1, heads, tokens)
+
+        def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor]:
+            own, seen = slice(*queries), slice(*keys)
+            found: tuple[Tensor, Tensor] = _flash(
+                query[:, :, own], key[:, :, seen], value[:, :, seen], 0.0, causal, scale=scale
+            )
+            return found
+
+        for block in blocks:
+            for span in (block.prompt, *block.completions):
+                out[:, :, slice(*span)], normaliser[:, :, slice(*span)] = attend(span, span, True)
+            after = block.completions[0][0], block.completions[-1][1]
+            by_prompt, prompt_normaliser = attend(after, block.prompt, False)
+            own, own_normaliser = out[:, :, slice(*after)], normaliser[:, :, slice(*after)]
+            own.lerp_(by_prompt, torch.sigmoid(prompt_normaliser - own_normaliser)[..., None])
+            torch.logaddexp(own_normaliser, prompt_normaliser, out=own_normaliser)
+        ctx.save_for_backward(query, key, value, attended, normaliser)
+        ctx.blocks, ctx.scale = blocks, scale
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, attended, normaliser = ctx.saved_tensors
+        out, grad = attended.transpose(1, 2), grad_outputs[0].transpose(1, 2)
+        grads = [torch.empty_like(states) for states in (query, key, value)]
+
+        # With the joint normaliser each part's probabilities are the joint softmax's, so the parts just add up.
+        def back(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            own, seen = slice(*queries), slice(*keys)
+            found: tuple[Tensor, Tensor, Tensor] = _flash_backward(
+                grad[:, :, own],
+                query[:, :, own],
+                key[:, :, seen],
+                value[:, :, seen],
+                out[:, :, own],
+                normaliser[:, :, own],
+                0.0,
+                causal,
+                scale=ctx.scale,
+            )
+            return found
+
+        for block in ctx.blocks:
+            for span in (block.prompt, *block.completions):
+                for total, part in zip(grads, back(span, span, True), strict=True):
+                    total[:, :, slice(*span)] = part
+            after = block.completions[0][0], block.completions[-1][1]
+            for total, part, span in zip(
+                grads, back(after, block.prompt, False), (after, *[block.prompt] * 2), strict=True
+            ):
+                total[:, :, slice(*span)] += part
+        return *grads, None, None
+
+
+# ---- CUDA: variable-length flash attention, or a block mask ------------------------------------------------------
+
+
+def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
+    """One call of flash attention for the row; the keys of a prompt are gathered once for each of its completions.
 
     Raises:
-        StageError: `trees` was asked for and cannot be had.
+        NotImplementedError: the layer wants a soft-cap.
     """
-    if setting in ("sdpa", "eager"):
-        return Scorer(model, max_tokens, packed=False, reason=f"the recipe asks for {setting}")
-    reason = obstacle(model) or failed_self_check(model, trees)
-    if reason is None:
-        return Scorer(model, max_tokens, packed=True)
-    if setting == "trees":
-        raise StageError(f"`model.attn_implementation: trees` cannot be had for this model: {reason}")
-    logger.warning("prompts are encoded once per completion (plain path): %s", reason)
-    return Scorer(model, max_tokens, packed=False, reason=reason)
+    if shape.softcap:
+        raise NotImplementedError("variable-length attention has no soft-cap")
+    from torch.nn.attention.varlen import varlen_attn
+
+    plan = trees.once("variable length", gathered_keys)
+    out = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1).index_select(0, plan.keys),
+        value[0].transpose(0, 1).index_select(0, plan.keys),
+        plan.query_starts,
+        plan.key_starts,
+        plan.longest_query,
+        plan.longest_key,
+        scale=shape.scale,
+        window_size=(-1 if shape.window is None else shape.window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
 
 
-def obstacle(model: nn.Module) -> str | None:
-    """What about the model is known to rule packing out, or None."""
-    if not unwrapped(model)._can_set_attn_implementation():
-        return "its attention cannot be replaced"
-    return head_obstacle(unwrapped(model))
+class GatheredKeys(NamedTuple):
+    """Segments of queries in the order of the row, and the keys that each of them sees: `keys` are indices into the
+    row; `query_starts` and `key_starts` `[segments + 1]` say where the segments begin."""
+
+    keys: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    longest_query: int
+    longest_key: int
 
 
-@torch.no_grad()
-def failed_self_check(model: nn.Module, trees: Sequence[TokenTree]) -> str | None:
-    """Compare packed with plain log-probs of a few real trees; say what is wrong, or None.
+def gathered_keys(trees: PackedTrees) -> GatheredKeys:
+    """The layout of `variable_length`: a prompt sees itself, a completion its prompt and itself."""
+    segments: list[tuple[Span, list[Span]]] = []
+    for block in trees.blocks:
+        segments.append((block.prompt, [block.prompt]))
+        segments += [(completion, [block.prompt, completion]) for completion in block.completions]
+    seen = [index for _, spans in segments for span in spans for index in range(*span)]
+    queries = [stop - start for (start, stop), _ in segments]
+    keys = [sum(stop - start for start, stop in spans) for _, spans in segments]
 
-    The trees are checked together in one row, so that a token that sees a neighbouring tree shows as well.
-    """
-    dtype = unwrapped(model).dtype
-    training = model.training
-    model.eval()
-    try:
-        packed = Scorer(model, 0, packed=True).score(trees)
-    except (NotImplementedError, TypeError, RuntimeError) as error:
-        return f"its packed forward pass failed ({str(error).splitlines()[0]})"
-    finally:
-        model.train(training)
-    model.eval()
-    plain = Scorer(model, max(tree.plain_size for tree in trees), packed=False).score(trees)
-    model.train(training)
-    difference = float((packed.tokens - plain.tokens).abs().max())
-    if not difference <= TOLERANCE[dtype]:
-        return (
-            f"packed log-probs differ from plain ones by {difference:.2g} nats, {dtype} explains {TOLERANCE[dtype]:.2g}"
-        )
-    return None
+    def starts(lengths: list[int]) -> Tensor:
+        total = torch.tensor([0, *lengths]).cumsum(0)
+        return total.to(torch.int32).to(trees.input_ids.device)
+
+    indices = torch.tensor(seen, device=trees.input_ids.device)
+    return GatheredKeys(indices, starts(queries), starts(keys), max(queries), max(keys))
+
+
+def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
+    """FlexAttention with a mask over blocks of the row; honours windows and soft-caps."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = trees.once(f"block mask, window {shape.window}", lambda row: flex_mask(row, shape.window))
+    score = None if shape.softcap is None else _cap(shape.softcap)
+    attend = _compiled(flex_attention) if query.device.type == "cuda" else flex_attention
+    out = attend(query, key, value, score, mask, scale=shape.scale, enable_gqa=query.shape[1] != key.shape[1])
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
+
+
+def flex_mask(trees: PackedTrees, window: int | None) -> Any:
+    """A block mask: at or before oneself in the row, in the same tree, and in its prompt or one's own completion."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    device = trees.input_ids.device
+    tree, branch = (torch.empty(trees.tokens, dtype=torch.long) for _ in range(2))
+    for number, block in enumerate(trees.blocks):
+        tree[block.prompt[0] : block.completions[-1][1]] = number
+        branch[slice(*block.prompt)] = -1
+        for which, completion in enumerate(block.completions):
+            branch[slice(*completion)] = which
+    tree, branch, position = tree.to(device), branch.to(device), trees.positions[0]
+
+    def allowed(batch: Tensor, head: Tensor, own: Tensor, seen: Tensor) -> Tensor:
+        inside = (own >= seen) & (tree[own] == tree[seen]) & ((branch[seen] == -1) | (branch[seen] == branch[own]))
+        return inside if window is None else inside & (position[own] - position[seen] < window)
+
+    return create_block_mask(allowed, None, None, trees.tokens, trees.tokens, device=device)
+
+
+@lru_cache(maxsize=8)
+def _cap(softcap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, *place: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+@lru_cache(maxsize=1)
+def _compiled(function: Any) -> Any:
+    # Dynamic, since every row has its own number of tokens and compiling anew costs seconds.
+    return torch.compile(function, dynamic=True)
+
+
+BACKENDS: dict[str, Backend] = {
+    "prefold_segments": segments,
+    "prefold_joined": joined,
+    "prefold_variable_length": variable_length,
+    "prefold_block_mask": block_mask,
+}
+
+for _name, _backend in BACKENDS.items():
+    register(_name, _backend)
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Backends of a device: first the one that computes every dtype and is held against the plain path, then those that
+    are held against the first."""
+    if device.type == "cpu":
+        return ["prefold_joined"]
+    if device.type == "cuda":
+        half = ["prefold_variable_length"] if dtype in (torch.float16, torch.bfloat16) else []
+        return ["prefold_segments", "prefold_block_mask", *half]
+    return ["prefold_segments"]

@@ -13,8 +13,9 @@ once for every completion. Data in: `TokenTree`; data out: `PackedTrees`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class TokenTree:
     def size(self) -> int:
         """Tokens of the tree when its prompt is written once."""
         return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        return len(self.prompt) + max(map(len, self.completions))
 
     @property
     def plain_size(self) -> int:
@@ -66,8 +72,24 @@ class PackedTrees:
     predictors: Tensor
     targets: Tensor
     completion: Tensor
-
     lengths: Tensor
+    scratch: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What the attention derives from the layout once and uses in every layer."""
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its completions."""
+        return max(tree.longest for tree in self.trees)
+
+    def once(self, name: str, derive: Callable[[PackedTrees], Any]) -> Any:
+        """`derive` of this row, computed at the first call."""
+        if name not in self.scratch:
+            self.scratch[name] = derive(self)
+        return self.scratch[name]
 
 
 def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu") -> PackedTrees:

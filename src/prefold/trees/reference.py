@@ -8,20 +8,19 @@ token ids.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefold.files import new_file
 from prefold.terminal import progress_bar
-from prefold.trees.attention import Scorer
 from prefold.trees.packing import TokenTree
+from prefold.trees.scorer import Scorer, reference_model
 
-VERSION = "1"
+VERSION = "2"
 """Part of the key; to be raised when the numbers that this engine gives change."""
 
 
@@ -58,18 +57,8 @@ def compute_reference(scorer: Scorer, trees: Sequence[TokenTree]) -> list[Tensor
     return found
 
 
-@contextmanager
-def reference_model(policy: nn.Module) -> Iterator[None]:
-    """While open, `policy` computes as the reference: adapter off, dropout off."""
-    training = policy.training
-    policy.eval()
-    with policy.disable_adapter() if hasattr(policy, "disable_adapter") else nullcontext():  # type: ignore[operator]
-        yield
-    policy.train(training)
-
-
 def _key(scorer: Scorer, trees: Sequence[TokenTree]) -> str:
-    digest = hashlib.sha256(f"{VERSION} packed={scorer.packed} torch={torch.__version__}".encode())
+    digest = hashlib.sha256(f"{VERSION} attention={scorer.attention} torch={torch.__version__}".encode())
     for name, tensor in scorer.model.state_dict().items():
         if "lora_" not in name:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())

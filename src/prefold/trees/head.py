@@ -1,0 +1,208 @@
+"""The vocabulary matrix, applied to the scored positions alone, in chunks.
+
+`[S, V]` logits never exist as a whole. A head is what its family makes of it: a bias, a scale, a soft-cap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 256
+"""Rows of hidden states that meet the vocabulary matrix at once: 256 x 49,152 float32 logits are 50 MB."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * (hidden @ weight.T + bias)), where cap(x) = softcap * tanh(x / softcap)."""
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the distribution at every scored position, `[S]` each, without gradients: `entropy` in nats, `squares`, the
+    sum of squared probabilities, and `top1`, whether the target is the most likely token."""
+
+    entropy: Tensor
+    squares: Tensor
+    top1: Tensor
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into logits."""
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    assert isinstance(layer, nn.Module)
+    return layer
+
+
+def head_of(model: nn.Module) -> Head:
+    """What the model does between its last hidden states and its logits, by the names of transformers' configs."""
+    layer = output_layer(model)
+    assert isinstance(layer, nn.Linear)
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return Head(layer, scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
+def head_obstacle(model: nn.Module) -> str | None:
+    """Why the head of this model cannot be applied in chunks, or None if it can."""
+    layer = output_layer(model)
+    if type(layer) is not nn.Linear:
+        return f"its output head is a {type(layer).__name__}, not a plain linear layer"
+    return None
+
+
+@contextmanager
+def scoring_head(model: nn.Module, targets: Tensor, statistics: bool) -> Iterator[list[tuple[Tensor, Any]]]:
+    """While open, the head takes the hidden states of the scored positions' predictors and leaves the targets'
+    log-probs, and their statistics or None, in the yielded list.
+
+    The model's `forward` gets a stand-in for the logits that carries no information.
+    """
+    head = head_of(model)
+    scored: list[tuple[Tensor, Any]] = []
+
+    def score(hidden: Tensor) -> Tensor:
+        scored.append(head_logprobs(hidden[0], head, targets, statistics))
+        return hidden[..., :1].detach()
+
+    head.linear.forward = score  # type: ignore[method-assign, assignment]
+    try:
+        yield scored
+    finally:
+        del head.linear.forward
+
+
+def head_logprobs(
+    hidden: Tensor, head: Head, targets: Tensor, statistics: bool = False
+) -> tuple[Tensor, Statistics | None]:
+    """Log-probs of `targets` `[S]` given hidden states `[S, D]`: `[S]`, float32 (float64 for float64 inputs)."""
+    weight = head.linear.weight
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprobs, *found = _HeadLogprobs.apply(
+            hidden.to(weight.dtype), weight, head.linear.bias, targets, head.scale, head.softcap, statistics
+        )
+    return logprobs, Statistics(*found) if statistics else None
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """Chunked log-probs with their own backward.
+
+    A token's log-prob is one number, so its gradient by the hidden state is a single row, `W[target] - softmax @ W`
+    for a plain head. It is computed while the chunk's softmax is at hand and only scaled in the backward pass: frozen
+    heads (LoRA) need no second product with the vocabulary matrix. Trained heads recompute the softmax chunk by chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        statistics: bool,
+    ) -> tuple[Tensor, ...]:
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
+        found = [torch.empty_like(logprobs) for _ in range(2)] if statistics else []
+        found += [torch.empty_like(targets, dtype=torch.bool)] if statistics else []
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            wanted = targets[part, None]
+            logits = _raw_logits(hidden[part], weight, bias)
+            slope = _bend(logits, scale, softcap, with_slope=jacobian is not None)
+            if statistics:
+                for kept, value in zip(found, distribution_statistics(logits, wanted), strict=True):
+                    kept[part] = value
+            own = logits.gather(-1, wanted)
+            top = logits.amax(-1, keepdim=True)
+            exponentials = logits.sub_(top).exp_()
+            total = exponentials.sum(-1, keepdim=True)
+            logprobs[part] = (own - top - total.log()).squeeze(-1)
+            if jacobian is not None:
+                pull = weight[targets[part]]
+                if isinstance(slope, Tensor):
+                    pull = pull * slope.gather(-1, wanted)
+                    exponentials.mul_(slope)
+                expected = exponentials.to(weight.dtype) @ weight
+                torch.addcdiv(pull, expected, total.to(pull.dtype), value=-1, out=jacobian[part])
+        if jacobian is not None and scale != 1.0:
+            jacobian.mul_(scale)
+        head_is_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(jacobian, *((hidden, weight, bias, targets) if head_is_trained else ()))
+        ctx.scale, ctx.softcap = scale, softcap
+        ctx.mark_non_differentiable(*found)
+        return logprobs, *found
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
+        jacobian, *head = ctx.saved_tensors
+        grad_hidden = jacobian * grad[:, None].to(jacobian.dtype) if jacobian is not None else None
+        grad_weight, grad_bias = (
+            _head_gradients(grad, *head, scale=ctx.scale, softcap=ctx.softcap) if head else (None, None)
+        )
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = nn.functional.linear(hidden, weight, bias)
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _bend(logits: Tensor, scale: float, softcap: float | None, with_slope: bool) -> Tensor | None:
+    """Scale and cap the logits in place; the slope of the cap where it is needed and not 1."""
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is None:
+        return None
+    logits.div_(softcap).tanh_()
+    slope = logits.square().neg_().add_(1) if with_slope else None
+    logits.mul_(softcap)
+    return slope
+
+
+def distribution_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = logits.log_softmax(-1)
+    probabilities = logprobs.exp()
+    top1 = logits.argmax(-1) == targets.squeeze(-1)
+    return -(probabilities * logprobs).sum(-1), probabilities.square().sum(-1), top1
+
+
+def _head_gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients by the head: sum over tokens of grad * slope * (onehot(target) - softmax) times the hidden state."""
+    grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+    grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if bias is not None else None
+    for start in range(0, len(targets), CHUNK):
+        part = slice(start, start + CHUNK)
+        logits = _raw_logits(hidden[part], weight, bias)
+        slope = _bend(logits, scale, softcap, with_slope=True)
+        by_logits = logits.softmax(-1).mul_(-grad[part, None])
+        by_logits.scatter_add_(-1, targets[part, None], grad[part, None].to(by_logits.dtype))
+        by_logits.mul_(scale if slope is None else slope.mul_(scale))
+        grad_weight.addmm_(by_logits.T.to(grad_weight.dtype), hidden[part].to(grad_weight.dtype))
+        if grad_bias is not None:
+            grad_bias += by_logits.sum(0)
+    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype) if grad_bias is not None else None

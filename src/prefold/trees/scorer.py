@@ -1,0 +1,270 @@
+"""Packed or plain: the choice for one model, made by checking it, and the token budget.
+
+Packed log-probs of a few real trees are compared with plain ones before a run relies on them. Where they differ by more
+than rounding, or the model cannot be packed at all, the plain path is taken, with one line in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prefold.errors import StageError
+from prefold.trees.attention import BACKENDS, Shape, candidates, using_attention
+from prefold.trees.head import head_obstacle
+from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
+from prefold.trees.packing import PackedTrees, TokenTree, pack, split_by_budget
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
+COARSE = 1.0
+"""The same where quantised layers compute in half precision: half a nat is common there, a leak makes several."""
+
+logger = logging.getLogger("prefold")
+
+
+@dataclass
+class Scorer:
+    """How the log-probs of trees are computed with one model.
+
+    `attention` is the name of the backend, None for the plain path; then `reason` says why. `max_tokens` is what a
+    micro-batch may hold. `one_by_one`: plain rows must not share a batch.
+    """
+
+    model: nn.Module
+    max_tokens: int
+    attention: str | None
+    reason: str = ""
+    one_by_one: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return self.attention is not None
+
+    def score(
+        self, trees: Sequence[TokenTree], model: nn.Module | None = None, statistics: bool = False
+    ) -> TreeLogprobs:
+        """Log-probs of the trees' completions, all in one row when packed.
+
+        Args:
+            model: the wrapped model to call instead of `self.model` (DDP, FSDP, autocast).
+            statistics: with entropy, squares and top-1 of every scored position.
+        """
+        called = self.model if model is None else model
+        row = pack(trees, next(self.model.parameters()).device)
+        if not self.packed:
+            return plain_logprobs(called, row, self.max_tokens, statistics, self.one_by_one)
+        with self.in_place():
+            return packed_logprobs(called, row, statistics)
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Keeps the attention in place for a backward pass too, where gradient checkpointing runs the layers again."""
+        if self.attention is None:
+            return nullcontext()
+        return using_attention(unwrapped(self.model), self.attention)
+
+    def rows(self, trees: Sequence[TokenTree]) -> list[list[int]]:
+        """Indices of the trees of each micro-batch of at most `max_tokens`."""
+        return split_by_budget([self.size(tree) for tree in trees], self.max_tokens)
+
+    def size(self, tree: TokenTree) -> int:
+        """Tokens of a tree as this model computes it."""
+        return tree.size if self.packed else tree.plain_size
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def choose_scorer(
+    model: nn.Module, trees: Sequence[TokenTree], max_tokens: int, setting: str = "auto", longest: int | None = None
+) -> Scorer:
+    """Packed if the model allows it and the self-check on `trees` passes, else plain, with the reason in the log.
+
+    Args:
+        trees: real ones, a few.
+        setting: `model.attn_implementation` of the recipe; `trees` raises instead of falling back.
+        longest: tokens of the longest prompt with completion that will come; by default that of `trees`.
+
+    Raises:
+        StageError: `trees` was asked for and cannot be had.
+    """
+    longest = max(tree.longest for tree in trees) if longest is None else longest
+    stretched = stretched_positions(model, longest)
+    if setting in ("sdpa", "eager"):
+        return Scorer(model, max_tokens, None, f"the recipe asks for {setting}", one_by_one=stretched is not None)
+    reason = stretched or obstacle(model)
+    attention = None
+    if reason is None:
+        attention, reason = _checked_backend(model, trees)
+    if attention is not None:
+        return Scorer(model, max_tokens, attention)
+    if setting == "trees":
+        raise StageError(f"`model.attn_implementation: trees` cannot be had for this model: {reason}")
+    logger.warning("prompts are encoded once per completion (plain path): %s", reason)
+    return Scorer(model, max_tokens, None, str(reason), one_by_one=stretched is not None)
+
+
+# ---- what rules packing out -------------------------------------------------------------------------------------
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """What about the model is known to rule packing out, or None."""
+    base = unwrapped(model)
+    if not base._can_set_attn_implementation():
+        return "its attention cannot be replaced"
+    odd = sorted(set(getattr(_text_config(base), "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        return f"it has layers that carry a state or a mask of their own ({', '.join(odd)})"
+    return head_obstacle(base)
+
+
+def stretched_positions(model: nn.Module, longest: int) -> str | None:
+    """Why rows cannot share a batch: rotary frequencies that the longest position of a row decides."""
+    parameters: dict[str, Any] = getattr(_text_config(unwrapped(model)), "rope_parameters", None) or {}
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        kind = rope.get("rope_type", "default")
+        limit = rope.get("original_max_position_embeddings") or _text_config(unwrapped(model)).max_position_embeddings
+        if (kind == "longrope" or "dynamic" in kind) and longest > limit:
+            return f"its {kind} positions change beyond {limit:,} tokens, and the longest row has {longest:,}"
+    return None
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config()
+
+
+# ---- the self-check ---------------------------------------------------------------------------------------------
+
+
+def _checked_backend(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[str | None, str | None]:
+    """The fastest backend of the device that gives plain log-probs, or None and what was wrong."""
+    base = unwrapped(model)
+    surest, *others = candidates(base.device, base.dtype)
+    reason = failed_self_check(model, trees, surest)
+    if reason is not None:
+        return None, reason
+    row = pack(trees, base.device)
+    right = [surest, *(name for name in others if not _differs(model, row, name, surest))]
+    return min(right, key=lambda name: _seconds(model, trees, name) if others else 0.0), None
+
+
+@torch.no_grad()
+def failed_self_check(model: nn.Module, trees: Sequence[TokenTree], attention: str) -> str | None:
+    """Compare packed with plain log-probs of a few real trees; say what is wrong, or None.
+
+    The trees are checked together in one row, so that a token that sees a neighbouring tree shows as well. Both are
+    computed in float32 whatever the weights are kept in, so that a small mistake cannot hide in rounding.
+    """
+    with reference_model(model), in_float32(model):
+        row = pack(trees, unwrapped(model).device)
+        try:
+            with using_attention(unwrapped(model), attention):
+                packed = packed_logprobs(model, row)
+        except (NotImplementedError, TypeError, RuntimeError) as error:
+            return f"its packed forward pass failed ({str(error).splitlines()[0]})"
+        plain = Scorer(model, max(tree.plain_size for tree in trees), None).score(trees)
+    calls, layers = row.scratch.get("calls", 0), _text_config(unwrapped(model)).num_hidden_layers
+    if calls != layers:
+        return f"{calls} of its {layers} layers call the attention that packing replaces"
+    difference = float((packed.tokens - plain.tokens).abs().max())
+    explained = COARSE if _quantised(model) else TOLERANCE[_exact(model)]
+    if not difference <= explained:
+        return f"packed log-probs differ from plain ones by {difference:.2g} nats, rounding explains {explained:.2g}"
+    return None
+
+
+@contextmanager
+def reference_model(policy: nn.Module) -> Iterator[None]:
+    """While open, `policy` computes as the reference: adapter off, dropout off."""
+    adapter_off = policy.disable_adapter() if hasattr(policy, "disable_adapter") else nullcontext()  # type: ignore[operator]
+    training = policy.training
+    policy.eval()
+    try:
+        with adapter_off:
+            yield
+    finally:
+        policy.train(training)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """While open, every module with half-precision weights computes in float32, its weights cast for the call alone."""
+    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def widen(module: nn.Module, *arguments: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                kept.append((parameter, parameter.data))
+                parameter.data = parameter.data.float()
+
+    def narrow(module: nn.Module, *arguments: Any) -> None:
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        while kept and id(kept[-1][0]) in own:
+            parameter, data = kept.pop()
+            parameter.data = data
+
+    handles = [module.register_forward_pre_hook(widen) for module in model.modules()]
+    handles += [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _exact(model: nn.Module) -> torch.dtype:
+    return torch.promote_types(unwrapped(model).dtype, torch.float32)
+
+
+def _quantised(model: nn.Module) -> bool:
+    return any(not parameter.dtype.is_floating_point for parameter in model.parameters())
+
+
+@torch.no_grad()
+def _differs(model: nn.Module, row: PackedTrees, attention: str, surest: str) -> bool:
+    """Whether a backend's attention, on random states of the model's shape, is not that of the surest."""
+    config, base = _text_config(unwrapped(model)), unwrapped(model)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    generator = torch.Generator(base.device).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, row.tokens, width, generator=generator, device=base.device, dtype=base.dtype)
+        for heads in (config.num_attention_heads, keys, keys)
+    )
+    windows = {None, getattr(config, "sliding_window", None)}
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    for window in windows:
+        shape = Shape(width**-0.5, window, softcap)
+        try:
+            found, wanted = (BACKENDS[name](query, key, value, row, shape).float() for name in (attention, surest))
+        except Exception as error:  # a backend that a device cannot run may fail in any way
+            logger.debug("%s: %s", attention, error)
+            return True
+        if not (found - wanted).norm() <= 0.01 * wanted.norm():
+            return True
+    return False
+
+
+def _seconds(model: nn.Module, trees: Sequence[TokenTree], name: str) -> float:
+    """Time of one forward and backward pass, after one to warm up."""
+    scorer = Scorer(model, 0, name)
+    elapsed = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        with scorer.in_place():
+            scorer.score(trees).tokens.sum().backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+    model.zero_grad()
+    return elapsed
