@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 # Threads that wait for one another by spinning make a CPU run several times slower as soon as another program wants a
 # core. # OpenMP reads this when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "GOMP_SPINCOUNT" not in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from prefold.models.fetch import fetch
