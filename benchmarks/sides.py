@@ -6,7 +6,8 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
@@ -39,6 +40,17 @@ class Workload:
         return self.trees[:BATCH] + self.trees
 
 
+@contextmanager
+def plain_environment() -> Iterator[None]:
+    """Threads wait as OpenMP has them wait by default, which prefold changes when it is imported."""
+    changed = os.environ.pop("OMP_WAIT_POLICY", None)
+    os.environ["GOMP_SPINCOUNT"] = "300000"
+    yield
+    del os.environ["GOMP_SPINCOUNT"]
+    if changed is not None:
+        os.environ["OMP_WAIT_POLICY"] = changed
+
+
 Target = Callable[[Connection, Workload], None]
 
 
@@ -57,7 +69,8 @@ class Side:
     def start(context: SpawnContext, target: Target, workload: Workload) -> Side:
         here, there = context.Pipe()
         process = context.Process(target=target, args=(there, workload))
-        process.start()
+        with plain_environment() if target is trl_dpo else nullcontext():
+            process.start()
         there.close()
         return Side(target.__name__, process, here)
 
@@ -116,8 +129,20 @@ def lora_settings(rank: int) -> dict[str, Any]:
     return {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
+def quieten() -> None:
+    """Only the table is of interest here."""
+    import warnings
+
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def trl_dpo(connection: Connection, workload: Workload) -> None:
     """TRL with its defaults, but for what must be equal; the reference is the model with its adapter off, each step."""
+    quieten()
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -168,18 +193,18 @@ def trl_dpo(connection: Connection, workload: Workload) -> None:
 
 def prefold_dpo(connection: Connection, workload: Workload) -> None:
     """prefold as `prefold train` sets it up; the reference of a step's pairs is computed inside the timed step."""
-    os.environ["PREFOLD_CACHE"] = tempfile.mkdtemp()
+    quieten()
     import torch
 
     from prefold.algorithms import DPO
     from prefold.models.load import add_lora, load_model
     from prefold.recipe import make_recipe
-    from prefold.stages import max_tokens
     from prefold.trainers.arguments import training_arguments
     from prefold.trainers.offline import PreferenceTrainer, StepOrder
     from prefold.trainers.record import StepRecord
+    from prefold.trees.memory import auto_max_tokens
     from prefold.trees.reference import compute_reference
-    from prefold.trees.scorer import choose_scorer
+    from prefold.trees.scorer import choose_scorer, unwrapped
 
     class GivenOrder(StepOrder):
         def _epoch(self, epoch: int) -> list[int]:
@@ -209,7 +234,7 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
         )
         model = add_lora(load_model(recipe.model), recipe.lora, seed=0)
         trees = workload.order
-        scorer = choose_scorer(model, trees[:2], max_tokens(recipe))
+        scorer = choose_scorer(model, trees[:2], auto_max_tokens(unwrapped(model), workload.gradient_checkpointing))
         record = StepRecord(Path(folder), 0, lambda amount, text: None)
         order = GivenOrder(len(trees), BATCH, len(trees), seed=0)
         args = training_arguments(recipe, workload.steps + 1)

@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 
 from prefold import stages
-from prefold.errors import UserError
+from prefold.errors import StageError, UserError
 from prefold.files import read_json, require_writable, write_text
 from prefold.recipe import RecipeBase, as_dict, dump_recipe, load_recipe
 from prefold.stages import CheckReport
 from prefold.terminal import say
 from prefold.trainers.record import record_stage
-from prefold.trees.memory import keep_allocations
+from prefold.trees.memory import is_out_of_memory, keep_allocations
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,12 @@ def _perform(stage: Stage, recipe: RecipeBase) -> None:
     keep_allocations()
     say(stage.name)
     started = time.perf_counter()
-    stage.perform(recipe)
+    try:
+        stage.perform(recipe)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StageError(f"out of memory: the model itself does not fit ({str(error).splitlines()[0]})") from None
     record_stage(recipe.run_folder, stage.name, time.perf_counter() - started)
 
 

@@ -26,7 +26,6 @@ from prefold.models.load import (
     add_lora,
     choose_device,
     choose_dtype,
-    free_memory,
     load_model,
     load_tokenizer,
     trainable_parameters,
@@ -37,16 +36,14 @@ from prefold.reports.html import write_report
 from prefold.rollouts.generate import Sampling, answer
 from prefold.terminal import progress_bar, say
 from prefold.trainers.arguments import training_arguments
-from prefold.trainers.offline import PreferenceTrainer, StepOrder, last_checkpoint, save_weights
+from prefold.trainers.offline import PreferenceTrainer, StepOrder, budget_of, last_checkpoint, save_weights
 from prefold.trainers.record import StepRecord
+from prefold.trees.memory import auto_max_tokens, free_memory
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import reference_logprobs
-from prefold.trees.scorer import Scorer, choose_scorer
+from prefold.trees.scorer import Scorer, choose_scorer, unwrapped
 
 logger = logging.getLogger("prefold")
-
-AUTO_MAX_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
-"""Token budgets where the recipe says `auto`; small rows are the faster ones on a CPU."""
 
 
 # ---- check ------------------------------------------------------------------------------------------------------
@@ -73,7 +70,7 @@ def examine(recipe: RecipeBase) -> CheckReport:
     tokenizer = load_tokenizer(fetch(recipe.model.name, recipe.model.revision))
     prepared = load_split(recipe.data, tokenizer, recipe.train.seed)
     steps = len(_order(recipe, len(prepared.train)))
-    plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": max_tokens(recipe)}
+    plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": recipe.train.max_tokens}
     return CheckReport(prepared, tokenizer, plan)
 
 
@@ -129,6 +126,7 @@ def train(recipe: RecipeBase) -> None:
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     order = _order(recipe, len(trees))
     if checkpoint:
+        scorer.max_tokens = budget_of(checkpoint)
         say(f"  going on after step {done}")
     with _trackers(recipe), progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
@@ -156,12 +154,10 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
 
 
 def _scorer(recipe: RecipeBase, model: torch.nn.Module, examples: list[Example]) -> Scorer:
-    return choose_scorer(model, _sample_trees(examples), max_tokens(recipe), recipe.model.attn_implementation)
-
-
-def max_tokens(recipe: RecipeBase) -> int:
     setting = recipe.train.max_tokens
-    return AUTO_MAX_TOKENS[choose_device().type] if setting == "auto" else int(setting)
+    budget = auto_max_tokens(unwrapped(model), recipe.train.gradient_checkpointing) if setting == "auto" else setting
+    longest = max(example.tree.longest for example in examples)
+    return choose_scorer(model, _sample_trees(examples), budget, recipe.model.attn_implementation, longest)
 
 
 def _order(recipe: RecipeBase, trees: int) -> StepOrder:

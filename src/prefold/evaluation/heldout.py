@@ -40,8 +40,7 @@ def score_pairs(scorer: Scorer, trees: Sequence[TokenTree], label: str) -> PairS
     scorer.model.eval()
     sums, means = np.zeros((len(trees), 2)), np.zeros((len(trees), 2))
     with progress_bar(label, len(trees)) as advance:
-        for row in scorer.rows(trees):
-            logprobs = scorer.score([trees[i] for i in row])
+        for row, logprobs in scorer.scored(trees):
             sums[row] = logprobs.sums().view(-1, 2).double().cpu().numpy()
             means[row] = logprobs.means().view(-1, 2).double().cpu().numpy()
             advance(len(row), "")

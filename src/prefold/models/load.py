@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import re
@@ -247,15 +246,6 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if weight.requires_grad else 0
     return trainable, total
-
-
-def free_memory() -> None:
-    """Give back what finished models held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()
 
 
 def _first_line(error: BaseException) -> str:

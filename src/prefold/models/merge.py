@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from prefold.errors import StageError
 from prefold.files import new_folder
-from prefold.models.load import free_memory, load_model, quiet
+from prefold.models.load import load_model, quiet
 from prefold.recipe import Model
+from prefold.trees.memory import free_memory
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest root-mean-square difference of the logits, as a share of their own root mean square, by the dtype merged

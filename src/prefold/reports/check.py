@@ -51,10 +51,9 @@ def _tokens(tokens: dict[str, dict[str, Any]]) -> Table:
 
 
 def _plan(plan: dict[str, Any]) -> str:
-    return (
-        f"{plan['optimizer_steps']:,} optimizer steps of {plan['batch_size']} pairs, "
-        f"computed up to {plan['max_tokens']:,} tokens at a time"
-    )
+    budget = plan["max_tokens"]
+    at_once = "as many tokens at a time as suit the device" if budget == "auto" else f"{budget:,} tokens at a time"
+    return f"{plan['optimizer_steps']:,} optimizer steps of {plan['batch_size']} pairs, computed {at_once}"
 
 
 def _table(first: str, *others: str) -> Table:

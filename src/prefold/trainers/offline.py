@@ -22,11 +22,16 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from prefold.algorithms import Algorithm, LossOutput
 from prefold.errors import UserError
+from prefold.files import read_json, write_json
 from prefold.models.load import quiet
 from prefold.trainers.record import StepRecord
 from prefold.trees.logprobs import TreeLogprobs
+from prefold.trees.memory import is_out_of_memory
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
+
+BUDGET = "budget.json"
+"""In a checkpoint: the token budget that it was trained with, so that a resumed run splits its steps alike."""
 
 
 class StepOrder(Dataset[list[int]]):
@@ -89,12 +94,32 @@ class PreferenceTrainer(Trainer):
         return DataLoader(self.order, batch_size=1, collate_fn=lambda steps: steps[0])
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward passes of one optimizer step; returns its loss."""
+        """Forward and backward passes of one optimizer step; returns its loss.
+
+        Out of memory: the token budget is lowered and the whole step done again.
+        """
         started = time.perf_counter()
+        indices: list[int] = inputs
+        while (loss := self._try_step(model, indices)) is None:
+            model.zero_grad()
+            self.scorer.lower_budget([self.trees[i] for i in indices])
+        tokens = sum(self.scorer.size(self.trees[i]) for i in indices)
+        self.record.time(self.state.global_step + 1, time.perf_counter() - started, tokens)
+        return loss
+
+    def _try_step(self, model: nn.Module, indices: list[int]) -> Tensor | None:
+        """None if memory ran out."""
+        try:
+            return self._step(model, indices)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
+
+    def _step(self, model: nn.Module, indices: list[int]) -> Tensor:
         model.train()
         # Dropout depends on the number of the step alone, so a resumed or repeated step draws the same masks.
         torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        indices: list[int] = inputs
         trees = [self.trees[i] for i in indices]
         units = self.algorithm.units(trees)
         loss = torch.zeros((), device=self.args.device)
@@ -107,8 +132,6 @@ class PreferenceTrainer(Trainer):
             for name, mean in output.metrics.items():
                 metrics.setdefault(name, []).append((float(mean.total), mean.number))
         self.step_metrics = {name: mean_of(parts) for name, parts in metrics.items()}
-        tokens = sum(tree.size if self.scorer.packed else tree.plain_size for tree in trees)
-        self.record.time(self.state.global_step + 1, time.perf_counter() - started, tokens)
         return loss
 
     def loss_of(self, model: nn.Module, indices: Sequence[int]) -> LossOutput:
@@ -161,6 +184,7 @@ class PreferenceTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._checkpoint_parent = self.checkpoints
+        write_json(aside / name / BUDGET, {"max_tokens": self.scorer.max_tokens})
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         os.replace(aside / name, self.checkpoints / name)
         shutil.rmtree(aside)
@@ -186,3 +210,8 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
     found = [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def budget_of(checkpoint: Path) -> int:
+    """The token budget that a checkpoint was trained with."""
+    return int(read_json(checkpoint / BUDGET)["max_tokens"])

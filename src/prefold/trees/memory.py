@@ -1,9 +1,18 @@
-"""Memory between steps."""
+"""Memory: how much a micro-batch may take, what is kept between steps, and what an allocation failure looks like."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+
+import torch
+from transformers import PreTrainedModel
+
+CPU_TOKENS = 1024
+"""Where rows are fastest on a CPU: small enough for its caches, large enough for its matrix products."""
+LEAST, MOST = 1024, 32768
+"""Bounds of the budget that is derived for an accelerator."""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
@@ -21,3 +30,42 @@ def keep_allocations() -> None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**28)
+
+
+def auto_max_tokens(model: PreTrainedModel, gradient_checkpointing: bool) -> int:
+    """The token budget for a model on its device, by the device's total memory, so that it is the same in every run.
+
+    On an accelerator, half of what the weights leave is divided by the activations of a token. That is a start, not a
+    promise: a budget that turns out too large is halved on the way.
+    """
+    if model.device.type != "cuda":
+        return CPU_TOKENS
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = (14 * config.hidden_size + 6 * inner) * 2
+    token = (
+        config.hidden_size * 2 * config.num_hidden_layers + layer
+        if gradient_checkpointing
+        else layer * config.num_hidden_layers
+    )
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    room = 0.5 * (torch.cuda.get_device_properties(model.device).total_memory - weights)
+    return max(LEAST, min(MOST, int(room / token) // 256 * 256))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on an accelerator or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+
+
+def free_memory() -> None:
+    """Give back what finished models held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

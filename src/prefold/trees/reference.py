@@ -48,10 +48,9 @@ def compute_reference(scorer: Scorer, trees: Sequence[TokenTree]) -> list[Tensor
     """`reference_logprobs` without its cache."""
     found: list[Tensor] = [torch.empty(0)] * len(trees)
     with reference_model(scorer.model), progress_bar("reference", len(trees)) as advance:
-        for row in scorer.rows(trees):
-            batch = [trees[i] for i in row]
-            scored = scorer.score(batch).tokens.float().cpu()
-            for i, part in zip(row, scored.split([sum(map(len, tree.completions)) for tree in batch]), strict=True):
+        for row, logprobs in scorer.scored(trees):
+            lengths = [sum(map(len, trees[i].completions)) for i in row]
+            for i, part in zip(row, logprobs.tokens.float().cpu().split(lengths), strict=True):
                 found[i] = part
             advance(len(row), "")
     return found

@@ -21,6 +21,7 @@ from prefold.errors import StageError
 from prefold.trees.attention import BACKENDS, Shape, candidates, using_attention
 from prefold.trees.head import head_obstacle
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
+from prefold.trees.memory import free_memory, is_out_of_memory
 from prefold.trees.packing import PackedTrees, TokenTree, pack, split_by_budget
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -74,6 +75,52 @@ class Scorer:
     def rows(self, trees: Sequence[TokenTree]) -> list[list[int]]:
         """Indices of the trees of each micro-batch of at most `max_tokens`."""
         return split_by_budget([self.size(tree) for tree in trees], self.max_tokens)
+
+    def scored(self, trees: Sequence[TokenTree]) -> Iterator[tuple[list[int], TreeLogprobs]]:
+        """Log-probs of many trees, row by row with the indices of each row's trees, for use without gradients.
+
+        Raises:
+            StageError: out of memory with a single tree.
+        """
+        waiting = self.rows(trees)
+        while waiting:
+            row = waiting.pop(0)
+            found = self._try_to_score([trees[i] for i in row])
+            if found is not None:
+                yield row, found
+                continue
+            rest = [i for unscored in (row, *waiting) for i in unscored]
+            waiting = [[rest[place] for place in part] for part in self.rows([trees[i] for i in rest])]
+
+    def _try_to_score(self, trees: list[TokenTree]) -> TreeLogprobs | None:
+        """None if memory ran out; the budget is lowered then."""
+        try:
+            return self.score(trees)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, whose traceback would keep the tensors of the failed attempt alive.
+        self.lower_budget(trees)
+        return None
+
+    def lower_budget(self, trees: Sequence[TokenTree]) -> None:
+        """Halve the token budget after memory ran out on these trees, as often as it takes to split them.
+
+        Raises:
+            StageError: they were one by one already.
+        """
+        free_memory()
+        before, parts = self.max_tokens, len(self.rows(trees))
+        smallest = min(self.size(tree) for tree in trees)
+        while self.max_tokens > smallest and len(self.rows(trees)) == parts:
+            self.max_tokens //= 2
+        if len(self.rows(trees)) == parts:
+            self.max_tokens = before
+            raise StageError(
+                f"out of memory with a single prompt and its completions ({max(map(self.size, trees)):,} tokens); set "
+                "`train.gradient_checkpointing: true`, lower `data.max_length`, or take a smaller model"
+            )
+        logger.warning("out of memory: the token budget goes from %s to %s", f"{before:,}", f"{self.max_tokens:,}")
 
     def size(self, tree: TokenTree) -> int:
         """Tokens of a tree as this model computes it."""

@@ -23,12 +23,12 @@ from prefold.models.load import (
     add_lora,
     choose_device,
     choose_dtype,
-    free_memory,
     load_model,
     load_tokenizer,
     trainable_parameters,
 )
 from prefold.recipe import Lora, Model
+from prefold.trees.memory import free_memory
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,53 @@
+"""The CUDA backends against the plain path, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense import outcome
+from families import family
+from tiny import random_trees, with_lora
+
+from prefold.trees.attention import candidates
+from prefold.trees.packing import TokenTree
+from prefold.trees.scorer import Scorer, choose_scorer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox", "cohere2"]
+SHAPE = {"hidden_size": 64, "head_dim": 16}
+
+
+def trees() -> list[TokenTree]:
+    return random_trees(8, seed=4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("backend", ["prefold_segments", "prefold_block_mask"])
+def test_float32(name: str, backend: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = with_lora(family(name, **SHAPE)).cuda()
+    wanted = outcome(model, lambda: Scorer(model, 4096, None).score(trees()).tokens)
+    scorer = Scorer(model, 4096, backend)
+    with scorer.in_place():
+        found = outcome(model, lambda: scorer.score(trees()).tokens)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-4)
+    for key, gradient in wanted[1].items():
+        assert (found[1][key] - gradient).norm() <= 1e-3 * gradient.norm(), key
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("backend", candidates(torch.device("cuda"), torch.bfloat16))
+def test_bfloat16(name: str, backend: str) -> None:
+    """No further from float32 than the plain path in bfloat16."""
+    model = with_lora(family(name, **SHAPE)).cuda()
+    exact = Scorer(model, 4096, None).score(trees()).tokens.detach()
+    model.to(torch.bfloat16)
+    plain = Scorer(model, 4096, None).score(trees()).tokens.detach()
+    found = Scorer(model, 4096, backend).score(trees()).tokens.detach()
+    assert (found - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+def test_a_backend_is_chosen() -> None:
+    model = with_lora(family("llama", torch.bfloat16, **SHAPE)).cuda()
+    scorer = choose_scorer(model, trees(), 4096)
+    assert scorer.attention in candidates(torch.device("cuda"), torch.bfloat16)

@@ -1,0 +1,113 @@
+"""Out of memory, injected: the budget is lowered, the step done again, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import random_trees, tiny_llama
+
+import prefold
+from prefold.errors import StageError
+from prefold.recipe import RecipeBase
+from prefold.trees.logprobs import TreeLogprobs
+from prefold.trees.packing import TokenTree
+from prefold.trees.scorer import Scorer
+
+MakeRecipe = Callable[..., RecipeBase]
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+]
+ROOM = 230  # tokens: the three trees of the self-check fit, the four of a step do not
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def room_for(tokens: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device on which larger rows fail, in the backward pass too; the sizes of the rows that were tried."""
+    score, tried = Scorer.score, []
+
+    def limited(self: Scorer, trees: Sequence[TokenTree], *args: Any, **kwargs: Any) -> TreeLogprobs:
+        found = score(self, trees, *args, **kwargs)
+        size = sum(tree.size for tree in trees)
+        tried.append(size)
+        if size > tokens and found.tokens.requires_grad:
+
+            def fail(grad: torch.Tensor) -> None:
+                raise error
+
+            found.tokens.register_hook(fail)
+        elif size > tokens:
+            raise error
+        return found
+
+    monkeypatch.setattr(Scorer, "score", limited)
+    return tried
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu"])
+def test_the_step_is_done_again_in_smaller_parts(
+    error: Exception,
+    recipe: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    straight = prefold.train(recipe(lora={"lora_dropout": 0.0}, output_dir=str(tmp_path / "straight")))
+    tried = room_for(ROOM, error, monkeypatch)
+    monkeypatch.setenv("PREFOLD_CACHE", str(tmp_path / "another cache"))  # so that the reference is computed again
+    folder = prefold.train(
+        recipe(lora={"lora_dropout": 0.0}, train={"max_tokens": 512}, output_dir=str(tmp_path / "tight"))
+    )
+    assert max(tried) > ROOM
+    assert "out of memory: the token budget goes from 512 to" in caplog.text
+    budget = json.loads((folder / "checkpoints" / "checkpoint-6" / "budget.json").read_text())["max_tokens"]
+    assert budget <= 256
+    for found, wanted in zip(lines(folder / "metrics.jsonl"), lines(straight / "metrics.jsonl"), strict=True):
+        assert found == pytest.approx(wanted, rel=2e-4, abs=1e-5)
+
+
+def test_a_lowered_budget_is_kept_by_the_checkpoint(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after step 2 and resumed where memory is plenty, the run ends with the bytes of a straight one."""
+    from prefold.trainers.offline import PreferenceTrainer
+
+    with monkeypatch.context() as patch:
+        room_for(ROOM, ERRORS[0], patch)
+        straight = prefold.train(recipe(train={"max_tokens": 512}, output_dir=str(tmp_path / "straight")))
+        step = PreferenceTrainer.training_step
+
+        def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return step(self, *args)
+
+        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prefold.train(recipe(train={"max_tokens": 512}))
+    resumed = prefold.train(recipe(train={"max_tokens": 512}))
+    name = "adapter/adapter_model.safetensors"
+    wanted, found = load_file(straight / name), load_file(resumed / name)
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+def test_a_single_tree_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(tiny_llama(), 64, "prefold_joined")
+    room_for(5, ERRORS[0], monkeypatch)
+    with torch.no_grad(), pytest.raises(StageError, match=r"single prompt and its completions \(\d+ tokens\); set"):
+        list(scorer.scored(random_trees(4)))
+
+
+def test_other_errors_are_not_taken_for_it(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    room_for(5, RuntimeError("shapes do not match"), monkeypatch)
+    with pytest.raises(RuntimeError, match="shapes"):
+        prefold.train(recipe())
