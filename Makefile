@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export PREFOLD_CACHE ?= $(CURDIR)/.cache/prefold
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 
-.PHONY: install demo test test-slow lint types clean
+.PHONY: install demo test test-slow test-gpu lint types clean
 
 install: $(STAMP)
 
@@ -27,6 +27,9 @@ test: install lint types
 
 test-slow: install
 	$(BIN)/pytest -m 'slow and not gpu'
+
+test-gpu: install
+	$(BIN)/pytest -m gpu
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

@@ -135,6 +135,9 @@ def quieten() -> None:
 
     import transformers
 
+    from prefold import terminal
+
+    terminal.console.quiet = True
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -202,7 +205,7 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
     from prefold.trainers.arguments import training_arguments
     from prefold.trainers.offline import PreferenceTrainer, StepOrder
     from prefold.trainers.record import StepRecord
-    from prefold.trees.memory import auto_max_tokens
+    from prefold.trees.memory import auto_max_tokens, keep_allocations
     from prefold.trees.reference import compute_reference
     from prefold.trees.scorer import choose_scorer, unwrapped
 
@@ -212,10 +215,12 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
 
     class WithReference(PreferenceTrainer):
         def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-            found = compute_reference(self.scorer, [self.trees[i] for i in inputs])
+            dtype = getattr(torch, workload.dtype)
+            found = compute_reference(self.scorer, [self.trees[i] for i in inputs], dtype)
             self.reference = {**dict(zip(inputs, found, strict=True))}  # type: ignore[assignment]
             return super().training_step(model, inputs, num_items_in_batch)
 
+    keep_allocations()
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(
             {

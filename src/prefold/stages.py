@@ -121,7 +121,10 @@ def train(recipe: RecipeBase) -> None:
     model = _policy(recipe)
     trees = [example.tree for example in prepared.train]
     scorer = _scorer(recipe, model, prepared.train)
-    reference = reference_logprobs(scorer, trees, cache_folder()) if recipe.algorithm.needs_reference else None
+    reference = None
+    if recipe.algorithm.needs_reference:
+        dtype = choose_dtype(recipe.model.dtype, choose_device())
+        reference = reference_logprobs(scorer, trees, cache_folder(), dtype)
     checkpoint = last_checkpoint(folder / "checkpoints")
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     order = _order(recipe, len(trees))

@@ -268,16 +268,33 @@ def test_short_rows_of_longrope_are_packed() -> None:
     assert choose_scorer(model, [TokenTree((5, 6, 7), ((1, 2), (4, 5, 6)))], 64).packed
 
 
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "head_dim": 8,
+}
+
+
+def test_router_loss_takes_the_plain_path() -> None:
+    model = family("mixtral", output_router_logits=True, router_aux_loss_coef=0.3, **EXPERTS)
+    trees = [TokenTree((5, 6, 7), ((1, 2), (4, 5, 6))), TokenTree((9, 8), ((3, 2, 7), (5,)))]
+    scorer = choose_scorer(model, trees, 512)
+    assert "router" in scorer.reason
+    rows = [tree.prompt + ids for tree in trees for ids in tree.completions]
+    padded = torch.tensor([[*ids, *[0] * (6 - len(ids))] for ids in rows])
+    mask = torch.tensor([[1] * len(ids) + [0] * (6 - len(ids)) for ids in rows])
+    wanted = 0.3 * model(input_ids=padded, attention_mask=mask).aux_loss
+    found = scorer.score(trees).auxiliary
+    assert found is not None and found.requires_grad
+    torch.testing.assert_close(found, wanted)
+    assert Scorer(family("mixtral", **EXPERTS), 512, None).score(trees).auxiliary is None
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
 def test_mixture_of_experts(name: str) -> None:
-    sizes = {
-        "num_local_experts": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "head_dim": 8,
-    }
-    model = with_lora(family(name, **sizes))
+    model = with_lora(family(name, **EXPERTS))
     trees = random_trees(6)
     wanted = outcome(model, lambda: dense_logprobs(model, trees))
     scorer = choose_scorer(model, trees, 64)

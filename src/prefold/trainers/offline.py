@@ -125,8 +125,10 @@ class PreferenceTrainer(Trainer):
         loss = torch.zeros((), device=self.args.device)
         metrics: dict[str, list[tuple[float, int]]] = {}
         for row in self.scorer.rows(trees):
-            output = self.loss_of(model, [indices[i] for i in row])
+            policy, output = self.loss_of(model, [indices[i] for i in row])
             share = torch.stack([total / units[unit] for unit, total in output.loss.items()]).sum()
+            if policy.auxiliary is not None:
+                share = share + policy.auxiliary * (len(row) / len(trees))
             self.accelerator.backward(share)
             loss += share.detach()
             for name, mean in output.metrics.items():
@@ -134,13 +136,13 @@ class PreferenceTrainer(Trainer):
         self.step_metrics = {name: mean_of(parts) for name, parts in metrics.items()}
         return loss
 
-    def loss_of(self, model: nn.Module, indices: Sequence[int]) -> LossOutput:
-        """Loss sums and metrics of the trees at `indices`, computed in one piece."""
+    def loss_of(self, model: nn.Module, indices: Sequence[int]) -> tuple[TreeLogprobs, LossOutput]:
+        """Log-probs, loss sums and metrics of the trees at `indices`, computed in one piece."""
         policy = self.scorer.score([self.trees[i] for i in indices], model)
         if self.reference is None:
-            return self.algorithm.loss(policy, None)
+            return policy, self.algorithm.loss(policy, None)
         tokens = torch.cat([self.reference[i] for i in indices]).to(policy.tokens)
-        return self.algorithm.loss(policy, TreeLogprobs(tokens, policy.completion, policy.lengths))
+        return policy, self.algorithm.loss(policy, TreeLogprobs(tokens, policy.completion, policy.lengths))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write the metrics of a step to the run folder and hand them to the trackers."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class TreeLogprobs:
     completion: Tensor
     lengths: Tensor
     statistics: Statistics | None = None
+    auxiliary: Tensor | None = None
 
     def sums(self) -> Tensor:
         """`[N]`: log-prob of each completion given its prompt."""
@@ -69,11 +71,15 @@ def plain_logprobs(
     lengths = [len(ids) for tree in row.trees for ids in tree.completions]
     scored: list[Tensor] = [torch.empty(0)] * len(rows)
     found: list[tuple[Tensor, ...]] = [()] * len(rows)
+    auxiliary: list[Tensor] = []
     for batch in _equal_batches([len(ids) for ids in rows], 0 if one_by_one else max_tokens):
         longest = max(len(rows[i]) for i in batch)
         padded = torch.tensor([[*rows[i], *[0] * (longest - len(rows[i]))] for i in batch], device=device)
         mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
-        logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+        output = model(input_ids=padded, attention_mask=mask, use_cache=False)
+        logits = output.logits
+        if getattr(output, "aux_loss", None) is not None:
+            auxiliary.append(output.aux_loss * router_coefficient(model) * (len(batch) / len(rows)))
         for place, i in enumerate(batch):
             start = len(rows[i]) - lengths[i]
             own = logits[place, start - 1 : len(rows[i]) - 1]
@@ -82,7 +88,14 @@ def plain_logprobs(
             scored[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
             found[i] = distribution_statistics(own.detach(), targets) if statistics else ()
     together = Statistics(*map(torch.cat, zip(*found, strict=True))) if statistics else None
-    return TreeLogprobs(torch.cat(scored), row.completion, row.lengths, together)
+    of_experts = torch.stack(auxiliary).sum() if auxiliary else None
+    return TreeLogprobs(torch.cat(scored), row.completion, row.lengths, together, of_experts)
+
+
+def router_coefficient(model: Any) -> float:
+    """What a mixture of experts multiplies its load-balancing loss with; 0 if its configuration asks for none."""
+    config = getattr(model, "module", model).config.get_text_config()
+    return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
 
 
 def _equal_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,30 +25,35 @@ VERSION = "2"
 """Part of the key; to be raised when the numbers that this engine gives change."""
 
 
-def reference_logprobs(scorer: Scorer, trees: Sequence[TokenTree], cache: Path) -> list[Tensor]:
+def reference_logprobs(
+    scorer: Scorer, trees: Sequence[TokenTree], cache: Path, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Log-probs of every completion token of every tree under the reference.
 
     Args:
         scorer: of the policy before its first step; a PEFT adapter is switched off meanwhile.
         trees: in any order; the result is in the same.
         cache: folder of the cache; the file in it is whole or absent.
+        dtype: in which the training step will compute; with the same rounding on both sides, most of it cancels.
 
     Returns:
         For each tree, `[tokens of its completions]` float32 log-probs in nats, on the CPU.
     """
-    file = cache / "reference" / f"{_key(scorer, trees)}.safetensors"
+    file = cache / "reference" / f"{_key(scorer, trees, dtype)}.safetensors"
     if not file.is_file():
         with new_file(file) as temporary:
-            save_file({"logprobs": torch.cat(compute_reference(scorer, trees))}, temporary)
+            save_file({"logprobs": torch.cat(compute_reference(scorer, trees, dtype))}, temporary)
     lengths = [sum(map(len, tree.completions)) for tree in trees]
     return list(load_file(file)["logprobs"].split(lengths))
 
 
 @torch.no_grad()
-def compute_reference(scorer: Scorer, trees: Sequence[TokenTree]) -> list[Tensor]:
+def compute_reference(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """`reference_logprobs` without its cache."""
     found: list[Tensor] = [torch.empty(0)] * len(trees)
-    with reference_model(scorer.model), progress_bar("reference", len(trees)) as advance:
+    device = next(scorer.model.parameters()).device.type
+    precision = torch.autocast(device, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
+    with reference_model(scorer.model), precision, progress_bar("reference", len(trees)) as advance:
         for row, logprobs in scorer.scored(trees):
             lengths = [sum(map(len, trees[i].completions)) for i in row]
             for i, part in zip(row, logprobs.tokens.float().cpu().split(lengths), strict=True):
@@ -56,8 +62,8 @@ def compute_reference(scorer: Scorer, trees: Sequence[TokenTree]) -> list[Tensor
     return found
 
 
-def _key(scorer: Scorer, trees: Sequence[TokenTree]) -> str:
-    digest = hashlib.sha256(f"{VERSION} attention={scorer.attention} torch={torch.__version__}".encode())
+def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
+    digest = hashlib.sha256(f"{VERSION} attention={scorer.attention} {dtype} torch={torch.__version__}".encode())
     for name, tensor in scorer.model.state_dict().items():
         if "lora_" not in name:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from prefold.errors import StageError
 from prefold.trees.attention import BACKENDS, Shape, candidates, using_attention
 from prefold.trees.head import head_obstacle
-from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
+from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs, router_coefficient
 from prefold.trees.memory import free_memory, is_out_of_memory
 from prefold.trees.packing import PackedTrees, TokenTree, pack, split_by_budget
 
@@ -172,6 +172,8 @@ def obstacle(model: nn.Module) -> str | None:
     odd = sorted(set(getattr(_text_config(base), "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if odd:
         return f"it has layers that carry a state or a mask of their own ({', '.join(odd)})"
+    if router_coefficient(base):
+        return "the auxiliary loss of its router counts the tokens of padded batches"
     return head_obstacle(base)
 
 
