@@ -51,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = adapted(folder, "float32")
     adapter = trained(model, training)
     exact = prefold_margins(model, pairs, torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    theirs = trl_margins(model, tokenizer, pairs)
+    theirs = trl_margins(adapted(folder, "float32"), adapter, AutoTokenizer.from_pretrained(folder), pairs)
     low = adapted(folder, "bfloat16")
     set_peft_model_state_dict(low, adapter)
     ours = prefold_margins(low, pairs, torch.bfloat16)
@@ -117,7 +116,9 @@ def margin(tokens: Tensor, tree: TokenTree) -> Tensor:
     return tokens[:first].sum() - tokens[first:].sum()
 
 
-def trl_margins(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[TokenTree]) -> Tensor:
+def trl_margins(
+    model: nn.Module, adapter: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, pairs: list[TokenTree]
+) -> Tensor:
     """`[n]`, by TRL's own loss under the autocast of `bf16=True`, one pair at a time."""
 
     class TokenDPOTrainer(DPOTrainer):
@@ -139,11 +140,14 @@ def trl_margins(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: lis
             gradient_checkpointing=False,
         )
         trainer = TokenDPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        # Only now: the adapter that a model brings along is a part of TRL's reference.
+        set_peft_model_state_dict(model, adapter)
         found = []
         model.eval()
         for row in rows:
             trainer._metrics["eval"].clear()
-            with torch.no_grad(), trainer.compute_loss_context_manager():
+            # What `bf16=True` wraps the model's forward in when it trains.
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 trainer.compute_loss(model, trainer.data_collator([row]))
             found.append(trainer._metrics["eval"]["rewards/margins"][0])
     return torch.tensor(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 DEFAULT_SYSTEM = "You help."
@@ -36,7 +36,9 @@ STRICT = (
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|start|>", "<|end_header|>", "<|eot|>", "<|text_end|>"]
 
 
-def make_tokenizer(template: str | None, eos: str = "<|im_end|>", bos: str | None = None) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str | None, eos: str = "<|im_end|>", bos: str | None = None, adds_bos: bool = False
+) -> PreTrainedTokenizerFast:
     """One token per byte, but for two newlines in a row, which are one token, as in many real vocabularies."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: place for place, piece in enumerate([*alphabet, "ĊĊ"])}
@@ -44,4 +46,6 @@ def make_tokenizer(template: str | None, eos: str = "<|im_end|>", bos: str | Non
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, backend.token_to_id(bos))])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=bos, chat_template=template)

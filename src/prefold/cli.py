@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -56,14 +57,23 @@ def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False) -
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
+    reference: Annotated[
+        bool,
+        typer.Option("--reference", help="Score pairs by the model: which are learnt already, which look flipped."),
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """What will be trained on, what is wrong with it, and what it will take."""
     import prefold
     from prefold.reports.check import print_check
+    from prefold.reports.html import write_check
 
-    found = prefold.check(recipe, overrides or [])
-    print(json.dumps(found.as_json(), indent=2)) if as_json else print_check(found)
+    found = prefold.check(recipe, overrides or [], reference=reference)
+    facts = found.as_json()
+    if html:
+        write_check(html, recipe, facts)
+    print(json.dumps(facts, indent=2)) if as_json else print_check(facts)
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -155,6 +165,87 @@ def chat(
     from prefold.rollouts.generate import Sampling
 
     chat_loop(model, compare, system, Sampling(max_new_tokens, 1, temperature, top_p, top_k, min_p, seed))
+
+
+@app.command()
+def pairs(
+    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="A file, folder, built-in set or Hub data set.")],
+    model: Annotated[list[str], typer.Option(help="What answers, as MODEL elsewhere; twice for two models.")],
+    output: Annotated[Path, typer.Option(help="The file of pairs, .jsonl.")],
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What scores answers: NAME:SETTING=VALUE,..., FILE.py:FUNCTION, model:NAME or judge. Several add up.",
+            show_default=False,
+        ),
+    ] = None,
+    prefer_first: Annotated[
+        bool,
+        typer.Option("--prefer-first", help="No scores: the first model's answer is chosen, the second's rejected."),
+    ] = False,
+    num_completions: Annotated[
+        int | None, typer.Option(help="Answers per prompt and model. 4; with --prefer-first 1.", min=1)
+    ] = None,
+    min_margin: Annotated[float, typer.Option(help="Least difference of a pair's scores.", min=0.0)] = 0.0,
+    max_length_ratio: Annotated[
+        float | None, typer.Option(help="A pair's longer answer is at most so many times the shorter.", min=1.0)
+    ] = None,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Address of an OpenAI-compatible server that has the models; with two models one each, or `local`.",
+            show_default=False,
+        ),
+    ] = None,
+    judge_endpoint: Annotated[str | None, typer.Option(help="Address of the judge's server.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge.")] = None,
+    where: Annotated[str | None, typer.Option(help="Condition on a row's columns, as in a recipe.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First so many prompts.", min=1)] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a built-in set or Hub data set.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the prompts, if it is not found.")] = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = 42,
+    concurrency: Annotated[int, typer.Option(help="Requests to an endpoint at a time.", min=1)] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds that an endpoint's answer may take.", min=0.001)] = 300.0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Use no answers and scores of an earlier run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Preference pairs from a model's own answers to prompts, scored by rewards or a judge."""
+    from prefold.rollouts.generate import Sampling
+    from prefold.rollouts.pair_settings import PairSettings
+    from prefold.rollouts.pairs import make_pairs, print_report
+
+    sampling = Sampling(max_new_tokens, num_completions or 0, temperature, top_p, top_k, min_p, seed)
+    settings = PairSettings(
+        prompts=prompts,
+        models=model,
+        output=output.expanduser(),
+        rewards=reward or [],
+        prefer_first=prefer_first,
+        endpoints=endpoint or [],
+        judge_endpoint=judge_endpoint,
+        judge_model=judge_model,
+        sampling=sampling,
+        min_margin=min_margin,
+        max_length_ratio=max_length_ratio,
+        where=where,
+        limit=limit,
+        name=name,
+        split=split,
+        prompt_column=prompt_column,
+        system=system,
+        concurrency=concurrency,
+        timeout=timeout,
+        fresh=fresh,
+    )
+    report = make_pairs(settings)
+    print(json.dumps(asdict(report), indent=2)) if as_json else print_report(report)
 
 
 @app.command()

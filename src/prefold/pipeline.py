@@ -63,9 +63,14 @@ RECORDS = (*WHILE_TRAINING, "timing.jsonl", "run.log", "recipe.yaml", "trained",
 # ---- the API ----------------------------------------------------------------------------------------------------
 
 
-def check(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> CheckReport:
-    """What would be trained on, what is wrong with it and what it would take; writes nothing."""
-    return stages.examine(_recipe(recipe, overrides))
+def check(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, reference: bool = False) -> CheckReport:
+    """What would be trained on, what is wrong with it and what it would take; writes nothing.
+
+    Args:
+        reference: load the model and say how far it tells chosen from rejected already.
+    """
+    stages.forget_data()
+    return stages.examine(_recipe(recipe, overrides), reference)
 
 
 def run(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
@@ -166,6 +171,7 @@ def _open_run_folder(recipe: RecipeBase, fresh: bool = False) -> Iterator[Path]:
             stage.remove_outputs(folder)
         for name in RECORDS:
             _remove(folder / name)
+    stages.forget_data()
     _accept_changes(recipe, folder)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     handler = logging.FileHandler(folder / "run.log", encoding="utf-8")

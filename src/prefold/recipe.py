@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     create_model,
@@ -30,8 +31,10 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from prefold.algorithms import ALGORITHMS, Algorithm
+from prefold.data.where import Where
 from prefold.errors import UserError
 from prefold.files import without_home
+from prefold.rollouts.rewards import REWARDS, settings_of
 
 
 class Section(BaseModel):
@@ -62,11 +65,52 @@ class Lora(Section):
     """`all-linear`, a regular expression, or a list of module names."""
 
 
-class Source(Section):
+class Rows(Section):
+    """Where rows are read from, and which of them."""
+
     path: str = Field(min_length=1)
-    """A .jsonl or .json file, or a built-in set (`builtin:plain_words`)."""
+    """A file (.jsonl, .json, .csv, .parquet; the first three also .gz, .bz2, .xz or .zst), a folder or a glob of files,
+    a built-in set (`builtin:plain_words`), or a data set of the Hub (`org/name`)."""
+    name: str | None = None
+    """Configuration of a Hub data set, where it has several."""
     split: str | None = None
-    """Split of a built-in set; unset: `train`."""
+    """Split of a built-in set or Hub data set, `all` for all of a Hub data set; unset: `train`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    streaming: bool = False
+    """Read a Hub data set over the network without storing it; `count` then takes its first rows."""
+    where: str | None = None
+    """Condition on a row's own columns, e.g. `rating >= 5 and in_gsm8k_train == false`; other rows are left out."""
+
+    @field_validator("where")
+    @classmethod
+    def condition_can_be_read(cls, value: str | None) -> str | None:
+        if value is not None:
+            Where(value)
+        return value
+
+
+class Source(Rows):
+    columns: dict[str, str] | None = None
+    """Columns that have other names than those of a known shape: `{prompt: question}`."""
+    weight: float | None = Field(None, gt=0)
+    """Share of the rows, relative to the other sources that have a weight. The mixture is the largest one that keeps
+    these proportions without repeating a row; the rows are drawn by `train.seed`."""
+    count: int | None = Field(None, gt=0)
+    """Number of rows, drawn by `train.seed`."""
+
+    @model_validator(mode="after")
+    def one_way_to_choose_rows(self) -> Source:
+        if self.weight and self.count:
+            raise ValueError("give either `weight` or `count`, not both")
+        if self.weight and self.streaming:
+            raise ValueError("`weight` needs the number of rows, which is unknown with `streaming`; give `count`")
+        return self
+
+
+class Benchmark(Rows):
+    column: str = Field(min_length=1)
+    """The column that holds the text, e.g. `question`."""
 
 
 class Data(Section):
@@ -76,6 +120,18 @@ class Data(Section):
     """Where the held-out pairs come from; or set `eval_fraction`."""
     eval_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the training rows to hold out, equal prompts on one side. 0.1 where neither this nor `eval` is given."""
+    shuffle: bool = False
+    """Shuffle the examples of all sources together by `train.seed`. Each epoch of training draws an order anyway."""
+    duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
+    """What happens to a pair that was there before: `drop_exact` leaves out those that are the same word for word,
+    `drop_near` also those whose prompt, chosen and rejected each share 0.8 of their runs of 5 words with an earlier
+    pair's."""
+    decontaminate: list[Benchmark] = []
+    """Texts to be evaluated on: training pairs that hold 13 words of one in a row, or a shorter one whole, are left
+    out."""
+    template: Literal["chat", "none"] = "chat"
+    """How messages become text: by the model's chat template, or `none`: a prompt and its answer as they are, with the
+    tokenizer's BOS token before and its EOS token behind them."""
     max_length: int = Field(1024, gt=1)
     """Tokens of prompt and completion together."""
     max_prompt_length: int | None = Field(None, gt=0)
@@ -83,7 +139,7 @@ class Data(Section):
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
     """What happens to a pair that is longer than `max_length`."""
     bad_rows: Literal["drop", "error"] = "drop"
-    """What happens to a row that is broken, empty, or not text."""
+    """What happens to a row that is broken, empty, not text, or for which `where` cannot be evaluated."""
 
     @model_validator(mode="after")
     def one_way_to_hold_out(self) -> Data:
@@ -185,6 +241,63 @@ class Evaluate(Section):
                 what = ", ".join(f"`{name}`" for name in [*idle, *(["num_answers"] if self.num_answers > 1 else [])])
                 raise ValueError(f"{what} would change nothing at temperature 0; set `temperature`")
         return self
+
+
+class RewardBase(Section):
+    name: str = Field(min_length=1)
+    """A built-in reward; or, with `file`, the function of that name in it."""
+    file: str | None = Field(None, min_length=1)
+    """A Python file with a reward function."""
+    weight: float = Field(1.0, allow_inf_nan=False)
+    """What its numbers are multiplied with before those of all rewards are added."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is given of the built-in reward's own settings."""
+        return {
+            name: value
+            for name in type(self).model_fields
+            if name not in RewardBase.model_fields and (value := getattr(self, name)) is not None
+        }
+
+    @model_validator(mode="before")
+    @classmethod
+    def only_its_own_settings(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(name := values.get("name"), str):
+            return values
+        own = [] if values.get("file") else list(settings_of(name))
+        known = [*own, *RewardBase.model_fields]
+        for key, value in values.items():
+            # A resolved recipe holds the settings of all rewards, empty where they are not this one's.
+            if key not in known and (value is not None or key not in cls.model_fields):
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else "it has " + (", ".join(own) or "none")
+                raise ValueError(f"`{key}` is not a setting of `{name}`; {hint}")
+        return values
+
+    @model_validator(mode="after")
+    def can_be_made(self) -> RewardBase:
+        if self.file is None:
+            missing = [name for name, needed in settings_of(self.name).items() if needed and name not in self.settings]
+            if missing:
+                raise ValueError(f"`{self.name}` needs `{missing[0]}`")
+            REWARDS[self.name](**self.settings)
+        return self
+
+
+def _reward_settings() -> dict[str, Any]:
+    """The settings of all built-in rewards as optional fields, with the meanings that stand below them."""
+    found: dict[str, Any] = {}
+    for reward in REWARDS.values():
+        meanings, types = TypeAdapter(reward).json_schema()["properties"], get_type_hints(reward)
+        for name in (field.name for field in fields(reward)):
+            found[name] = (types[name] | None, Field(None, description=meanings[name].get("description")))
+    return found
+
+
+Reward: type[RewardBase] = create_model(
+    "Reward", __base__=RewardBase, __doc__="One reward: built in, or a function of a Python file.", **_reward_settings()
+)
 
 
 class RecipeBase(Section):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prefold.data.findings import fingerprint
-from prefold.data.mixture import Example, Prepared, load_split
+from prefold.data.examples import Example, Examples
+from prefold.data.findings import by_severity, fingerprint
+from prefold.data.mixture import Prepared, load_split
 from prefold.data.preference import Message
+from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
 from prefold.evaluation.heldout import PairScores, compare_pairs, score_pairs
+from prefold.evaluation.separation import findings_of as separation_findings
+from prefold.evaluation.separation import separation
 from prefold.files import cache_folder, new_folder, read_json, write_json, write_jsonl
 from prefold.models.fetch import fetch
 from prefold.models.load import (
@@ -46,16 +49,22 @@ from prefold.trees.scorer import Scorer, choose_scorer, unwrapped
 logger = logging.getLogger("prefold")
 
 
+EXAMPLES_SHOWN = 3
+PAIRS_SCORED = 128
+"""Enough to tell an accuracy to 9 points."""
+
+
 # ---- check ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `prefold check` found. `ok` is False if a finding is an error."""
+    """What `prefold check` found. `ok` is False if a finding is an error; `separation` is there on request."""
 
     prepared: Prepared
     tokenizer: PreTrainedTokenizerBase
     plan: dict[str, Any]
+    separation: dict[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
@@ -63,15 +72,58 @@ class CheckReport:
 
     def as_json(self) -> dict[str, Any]:
         fingerprints = {"train": fingerprint(self.prepared.train), "held_out": fingerprint(self.prepared.held_out)}
-        return {"ok": self.ok, **self.prepared.report.as_json(), "fingerprint": fingerprints, "plan": self.plan}
+        return {
+            "ok": self.ok,
+            **self.prepared.report.as_json(),
+            "fingerprint": fingerprints,
+            "plan": self.plan,
+            **({"separation": self.separation} if self.separation else {}),
+            "examples": [self._shown(example) for example in self.prepared.train[:EXAMPLES_SHOWN]],
+        }
+
+    def _shown(self, example: Example) -> dict[str, Any]:
+        """An example as it is trained on: the text of its ids."""
+        parts = (example.tree.prompt, *example.tree.completions)
+        prompt, *completions = (str(self.tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in parts)
+        tokens = [len(part) for part in parts]
+        return {"row": asdict(example.record.origin), "prompt": prompt, "completions": completions, "tokens": tokens}
 
 
-def examine(recipe: RecipeBase) -> CheckReport:
+def examine(recipe: RecipeBase, reference: bool = False) -> CheckReport:
+    """Read and count the data; with `reference`, score pairs by the model as well."""
     tokenizer = load_tokenizer(fetch(recipe.model.name, recipe.model.revision))
-    prepared = load_split(recipe.data, tokenizer, recipe.train.seed)
+    prepared = _read_once(recipe, tokenizer)
     steps = len(_order(recipe, len(prepared.train)))
     plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": recipe.train.max_tokens}
-    return CheckReport(prepared, tokenizer, plan)
+    found = CheckReport(prepared, tokenizer, plan)
+    return _with_separation(recipe, found) if reference else found
+
+
+_last_read: dict[str, Prepared] = {}
+
+
+def _read_once(recipe: RecipeBase, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The data of a recipe; the stages of one run share it."""
+    key = f"{recipe.model!r} {recipe.data!r} {recipe.train.seed} {recipe.method}"
+    if key not in _last_read:
+        _last_read.clear()
+        _last_read[key] = load_split(recipe.data, tokenizer, recipe.train.seed, recipe.algorithm.data)
+    return _last_read[key]
+
+
+def forget_data() -> None:
+    """Read the data anew when it is next needed: files may have changed."""
+    _last_read.clear()
+
+
+def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
+    pairs = found.prepared.train.select(shuffled(len(found.prepared.train), recipe.train.seed)[:PAIRS_SCORED])
+    model = load_model(recipe.model, dtype="float32" if choose_device().type == "cpu" else None)
+    scores = score_pairs(_scorer(recipe, model, pairs), pairs.trees, "pairs under the model")
+    report = found.prepared.report
+    everything = by_severity([*report.findings, *separation_findings(scores, pairs.origins)])
+    prepared = replace(found.prepared, report=replace(report, findings=everything))
+    return replace(found, prepared=prepared, separation=separation(scores))
 
 
 def check(recipe: RecipeBase) -> None:
@@ -119,7 +171,7 @@ def train(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
     prepared = _prepared(recipe)
     model = _policy(recipe)
-    trees = [example.tree for example in prepared.train]
+    trees = prepared.train.trees
     scorer = _scorer(recipe, model, prepared.train)
     reference = None
     if recipe.algorithm.needs_reference:
@@ -156,10 +208,10 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
     return model
 
 
-def _scorer(recipe: RecipeBase, model: torch.nn.Module, examples: list[Example]) -> Scorer:
+def _scorer(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) -> Scorer:
     setting = recipe.train.max_tokens
     budget = auto_max_tokens(unwrapped(model), recipe.train.gradient_checkpointing) if setting == "auto" else setting
-    longest = max(example.tree.longest for example in examples)
+    longest = max(tree.longest for tree in examples.trees)
     return choose_scorer(model, _sample_trees(examples), budget, recipe.model.attn_implementation, longest)
 
 
@@ -236,14 +288,14 @@ def evaluate(recipe: RecipeBase) -> None:
     write_json(folder / "evaluation" / "heldout.json", comparison)
 
 
-def evaluation_prompts(recipe: RecipeBase, held_out: list[Example]) -> list[list[Message]]:
+def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> list[list[Message]]:
     """The conversations to answer: those the recipe names, else the first different held-out prompts."""
     wanted = recipe.evaluate.prompts
     if isinstance(wanted, list):
         prompts = [[Message(role="user", content=text)] for text in wanted]
     else:
-        different = {json.dumps(example.preference.prompt): list(example.preference.prompt) for example in held_out}
-        prompts = list(different.values())[:wanted]
+        first = {key: place for place, key in reversed(list(enumerate(held_out.prompt_keys)))}
+        prompts = [list(held_out.records[place].prompt) for place in sorted(first.values())[:wanted]]
     if recipe.evaluate.system is None:
         return prompts
     system = Message(role="system", content=recipe.evaluate.system)
@@ -251,15 +303,15 @@ def evaluation_prompts(recipe: RecipeBase, held_out: list[Example]) -> list[list
 
 
 def _measure(
-    recipe: RecipeBase, section: Model, held_out: list[Example], prompts: list[list[Message]], when: str
+    recipe: RecipeBase, section: Model, held_out: Examples, prompts: list[list[Message]], when: str
 ) -> tuple[PairScores | None, list[list[str]]]:
     """Held-out scores and answers of one model, which is released afterwards."""
     # On a CPU float32 costs little and keeps rounding out of the comparison.
     model = load_model(section, dtype="float32" if choose_device().type == "cpu" else None)
     tokenizer = load_tokenizer(fetch(section.name, section.revision))
-    trees = [example.tree for example in held_out]
+    trees = held_out.trees
     scores = score_pairs(_scorer(recipe, model, held_out), trees, f"held-out pairs {when}") if trees else None
-    answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}")
+    answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}", template=recipe.data.template)
     del model
     free_memory()
     return scores, answers
@@ -295,7 +347,8 @@ def _prepared(recipe: RecipeBase) -> Prepared:
     return found.prepared
 
 
-def _sample_trees(examples: list[Example]) -> list[TokenTree]:
+def _sample_trees(examples: Examples) -> list[TokenTree]:
     """Two small trees and a middling one, for checks that should cost little."""
-    trees = sorted((example.tree for example in examples), key=lambda tree: tree.size)
-    return [*trees[:2], trees[len(trees) // 2]]
+    trees = examples.trees
+    by_size = sorted(range(len(trees)), key=lambda place: trees[place].size)
+    return [trees[place] for place in (*by_size[:2], by_size[len(by_size) // 2])]

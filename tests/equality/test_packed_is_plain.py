@@ -137,7 +137,7 @@ Fault = Callable[[PreTrainedModel, pytest.MonkeyPatch], None]
 
 
 def changed_row(monkeypatch: pytest.MonkeyPatch, change: Callable[[PackedTrees], None]) -> None:
-    def changed(trees: list[TokenTree], device: object = "cpu") -> PackedTrees:
+    def changed(trees: list[TokenTree], device: object = "cpu", scores_prompt: bool = False) -> PackedTrees:
         row = pack(trees)
         change(row)
         return row

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +39,9 @@ class Algorithm(ABC):
     """Settings of a method as fields; what it needs as class attributes."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
+
+    data: ClassVar[Literal["pairs", "unpaired", "prompts"]] = "pairs"
+    """What a row must hold."""
 
     needs_reference: ClassVar[bool]
     """Whether the loss compares with the log-probs of the model before training."""

@@ -1,10 +1,13 @@
-"""Messages -> token ids by the model's chat template, and what happens to pairs that are too long.
+"""Messages -> token ids by the model's chat template, and what happens to records that are too long.
 
 The ids are the template's own. A prompt ends where the conversation stops being what the template writes to ask for an
 answer (`add_generation_prompt=True`); everything after that is the completion, with the end token and what the template
 writes behind it. No id is added, and none is dropped but by `truncate_prompt`.
 
-Data in: `Preference`; data out: `TokenTree` with the completions `(chosen, rejected)`.
+With `data.template: none` a prompt is the tokenizer's ids of the bare text (with its BOS token, if it adds one), and a
+completion goes on from there and ends with the EOS token.
+
+Data in: a `Record`; data out: a `TokenTree` with a completion for each of its answers.
 """
 
 from __future__ import annotations
@@ -12,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from jinja2.exceptions import TemplateError
 
-from prefold.data.preference import Message, Preference, Problem, RowId
+from prefold.data.preference import Message, Problem, Record, RowId, Unfit
 from prefold.errors import UserError
 from prefold.recipe import Data
 from prefold.trees.packing import TokenTree
@@ -24,14 +27,15 @@ from prefold.trees.packing import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Template = Literal["chat", "none"]
+
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A pair as ids. `boundary` and `ending` name a finding, or are None where all is as it should be."""
+    """A record as ids. `oddities` name findings; there are none where all is as it should be."""
 
     tree: TokenTree
-    boundary: str | None
-    ending: str | None
+    oddities: tuple[str, ...]
     origin: RowId
 
 
@@ -52,33 +56,64 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         ) from None
 
 
-def tokenize(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Tokenized | Problem:
-    """Render a pair by the chat template.
+def tokenize_all(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, template: Template = "chat"
+) -> list[Tokenized | Problem]:
+    """Records as ids, in their order; all texts meet the tokenizer in one call, which uses all cores.
 
-    Returns a `Problem` where the template refuses the messages (some know no system message, or want strict turns) or
-    leaves nothing to train on.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
+    A `Problem` takes the place of a record where the template refuses the messages (some know no system message, or
+    want strict turns) or leaves nothing to train on.
     """
-    require_chat_template(tokenizer)
+    written = [_written(record, tokenizer, template) for record in records]
+    texts = [text for one in written if not isinstance(one, Problem) for text in one]
+    ids, special = iter(_encoded(texts, tokenizer, template)), _special_ids(tokenizer)
+    found: list[Tokenized | Problem] = []
+    for record, one in zip(records, written, strict=True):
+        if isinstance(one, Problem):
+            found.append(one)
+        else:
+            prompt, *conversations = [next(ids) for _ in one]
+            found.append(_parted(record, prompt, conversations, tokenizer, special, template))
+    return found
+
+
+def _written(record: Record, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str] | Problem:
+    """The text of the prompt, and of the conversation with each of the answers."""
+    write = _raw_text if template == "none" else _chat_text
     try:
-        prompt = render(preference.prompt, tokenizer, add_generation_prompt=True)
-        chosen = render(preference.prompt + preference.chosen, tokenizer)
-        rejected = render(preference.prompt + preference.rejected, tokenizer)
+        prompt = write(record.prompt, tokenizer, True)
+        return [prompt, *(write(record.prompt + answer, tokenizer, False) for answer in record.answers)]
     except (TemplateError, TypeError) as error:
-        return Problem("template_refused", f"the chat template refuses it: {error}", preference.origin)
-    # One prompt for both: what lies behind the shorter common beginning belongs to the completions.
-    cut = min(_common_length(prompt, chosen), _common_length(prompt, rejected))
-    completions = (tuple(chosen[cut:]), tuple(rejected[cut:]))
+        return Problem("template_refused", f"the chat template refuses it: {error}", record.origin)
+    except Unfit as unfit:
+        return Problem(unfit.kind, unfit.message, record.origin)
+
+
+def _parted(
+    record: Record,
+    prompt: list[int],
+    conversations: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    special: frozenset[int],
+    template: Template,
+) -> Tokenized | Problem:
+    if template == "none":
+        eos = cast(int, tokenizer.eos_token_id)
+        conversations = [[*ids, eos] if ids[-1:] != [eos] else ids for ids in conversations]
+    # One prompt for all: what lies behind the shortest common beginning belongs to the completions.
+    cut = min((_common_length(prompt, ids) for ids in conversations), default=len(prompt))
+    completions = tuple(tuple(ids[cut:]) for ids in conversations)
     if nothing := _nothing_to_learn(cut, completions):
-        return Problem(*nothing, preference.origin)
-    return Tokenized(
-        tree=TokenTree(tuple(chosen[:cut]), completions),
-        boundary=None if cut == len(prompt) else "prompt_not_prefix",
-        ending=None if all(_has_end_token(ids, tokenizer) for ids in completions) else "no_end_token",
-        origin=preference.origin,
-    )
+        return Problem(*nothing, record.origin)
+    tree = TokenTree(tuple(prompt[:cut]), completions)
+    endings = [_ending(ids, tokenizer, special) for ids in completions]
+    oddities = {
+        "prompt_not_prefix": cut < len(prompt),
+        "no_end_token": not all(endings),
+        "double_end_token": any(len(set(ending[:2])) < len(ending[:2]) for ending in endings),
+        "double_bos": prompt[:2] == [tokenizer.bos_token_id] * 2,
+    }
+    return Tokenized(tree, tuple(name for name, is_odd in oddities.items() if is_odd), record.origin)
 
 
 def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
@@ -87,7 +122,7 @@ def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
     A completion is never cut, so what cannot fit is a `Problem` also where prompts are truncated.
     """
     tree = tokenized.tree
-    completion = max(map(len, tree.completions))
+    completion = max(map(len, tree.completions), default=0)
     length = len(tree.prompt) + completion
     if length <= data.max_length:
         return tree
@@ -101,19 +136,30 @@ def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
     return Problem("overlong", message, tokenized.origin)
 
 
-def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> list[int]:
-    """Token ids of a conversation as the chat template writes it, up to where an answer begins if one is asked for."""
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template = "chat") -> list[int]:
+    """Token ids of a conversation up to where the model's answer begins."""
+    write = _raw_text if template == "none" else _chat_text
+    return _encoded([write(tuple(messages), tokenizer, True)], tokenizer, template)[0]
+
+
+def _chat_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, asks: bool) -> str:
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False))
+
+
+def _raw_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, asks: bool) -> str:
+    roles = [message["role"] for message in messages]
+    if roles != ["user", "assistant"][: 1 if asks else 2]:
+        raise Unfit("template_refused", f"`data.template: none` takes one text and its answer, not {', '.join(roles)}")
+    return "".join(message["content"] for message in messages)
+
+
+def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: Template) -> list[list[int]]:
+    if not texts:
+        return []
     # verbose=False: transformers' remark on long sequences; `fit` sees to those.
-    ids = tokenizer.apply_chat_template(
-        [{"role": message["role"], "content": message["content"]} for message in messages],
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=False,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return cast("list[int]", ids)
+    found = tokenizer(list(texts), add_special_tokens=template == "none", verbose=False)["input_ids"]
+    return cast("list[list[int]]", found)
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -121,23 +167,28 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _nothing_to_learn(cut: int, completions: tuple[tuple[int, ...], ...]) -> tuple[str, str] | None:
-    """Kind and message of the problem of a pair whose rendering has no two different completions of a prompt."""
+    """Kind and message of the problem of a record whose rendering has no prompt, or no different completions of it."""
     if cut == 0:
         return "template_refused", "prompt and conversation have no token in common at their start"
     if not all(completions):
         return "template_refused", "the chat template writes nothing for an answer"
-    if completions[0] == completions[1]:
+    if len(set(completions)) < len(completions):
         return "identical", "`chosen` and `rejected` become the same tokens"
     return None
 
 
-def _has_end_token(completion: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the last token that is not white space is a special one, which is where generation stops."""
+def _ending(completion: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: frozenset[int]) -> list[int]:
+    """The special tokens that a completion ends with, white space between them left out; the last comes first."""
+    found = []
     for token in reversed(completion):
-        text = cast(str, tokenizer.decode([token]))
-        # What is shown only when special tokens are shown is one of them.
-        if token == tokenizer.eos_token_id or (text and not tokenizer.decode([token], skip_special_tokens=True)):
-            return True
-        if text.strip():
-            return False
-    return False
+        if token in special:
+            found.append(token)
+        elif cast(str, tokenizer.decode([token])).strip():
+            break
+    return found
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that are shown only when special tokens are shown."""
+    added = [token for token, how in tokenizer.added_tokens_decoder.items() if how.special]
+    return frozenset([*added, *tokenizer.all_special_ids])

@@ -9,20 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from prefold.data.preference import Problem, RowId, messages_key
+from prefold.data.duplicates import Match
+from prefold.data.examples import Examples
+from prefold.data.preference import Preference, Problem, Record, RowId
 from prefold.recipe import Data
 
 if TYPE_CHECKING:
-    from prefold.data.mixture import Example
+    from transformers import PreTrainedTokenizerBase
 
 Severity = Literal["error", "warning", "note"]
 ROWS_SHOWN = 20
-FEW_HELD_OUT = 30
+FEW_HELD_OUT = 50
 _BIASED_SHARE = 0.65
+_OPENING_TOKENS = 3
+_OPENING_DIFFERENCE = 0.2
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
+_RESIDUE = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</s>|<</?SYS>>|</?(?:start|end)_of_turn>")
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class SourceCount:
-    """A source by the name its rows carry; `rows_used` became examples."""
+    """A source by its name; `rows_used` became examples, `rows_filtered` were left out by `where`, `rows_not_drawn` by
+    `weight` or `count`. The others of `rows_in` are problems, counted in the findings."""
 
     path: str
     shape: str
     rows_in: int
     rows_used: int
+    rows_filtered: int = 0
+    rows_not_drawn: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,12 +85,15 @@ class DataReport:
     findings: tuple[Finding, ...]
     train: TokenCounts
     held_out: TokenCounts
+    contamination: tuple[Match, ...] = ()
+    """The rows left out because they hold text of a benchmark, with the text in common."""
 
     def as_json(self) -> dict[str, Any]:
         return {
             "sources": [asdict(source) for source in self.sources],
             "findings": [asdict(finding) | {"rows": list(map(asdict, finding.rows))} for finding in self.findings],
             "tokens": {"train": self.train.as_json(), "held_out": self.held_out.as_json()},
+            "contamination": [asdict(match) for match in self.contamination],
         }
 
 
@@ -87,7 +101,12 @@ class DataReport:
 
 # kind -> severity, message, advice
 _ABOUT_ROWS: dict[str, tuple[Severity, str, str]] = {
-    "broken_row": ("warning", "{rows} left out: not a JSON object", "write one JSON object per row"),
+    "broken_row": ("warning", "{rows} left out: cannot be read", "write one JSON object per row"),
+    "where_failed": (
+        "warning",
+        "{rows} left out: `where` cannot be evaluated for them",
+        "it compares values of two types; mend the rows, or the condition",
+    ),
     "missing_field": ("warning", "{rows} left out: a field is missing", "add the field or remove the rows"),
     "null_field": ("warning", "{rows} left out: a field is null", "fill it in or remove the rows"),
     "empty_text": ("warning", "{rows} left out: a text is empty", "fill it in or remove the rows"),
@@ -102,6 +121,23 @@ _ABOUT_ROWS: dict[str, tuple[Severity, str, str]] = {
         "warning",
         "{rows} left out: the model's chat template refuses them",
         "the template may know no system message, or want strict turns",
+    ),
+    "prompts_differ": (
+        "warning",
+        "{rows} left out: chosen and rejected answer different prompts",
+        "a pair compares answers to one prompt; mend the rows or leave them",
+    ),
+    "tie": ("note", "{rows} left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
+    "bad_label": (
+        "warning",
+        "{rows} left out: a label says nothing that is understood",
+        "votes are 1 or 2, labels true or false",
+    ),
+    "repeated": ("note", "{rows} left out: they repeat earlier ones", "this is what `data.duplicates` asks for"),
+    "contaminated": (
+        "warning",
+        "{rows} left out: text of `data.decontaminate` in them",
+        "`contamination` in data.json has the words in common; cite the share",
     ),
     "overlong": (
         "warning",
@@ -123,7 +159,52 @@ _ABOUT_ROWS: dict[str, tuple[Severity, str, str]] = {
         "{rows}: the chat template ends the answer without an end token",
         "the model will not learn to stop; use a template that ends turns",
     ),
+    "double_end_token": (
+        "warning",
+        "{rows}: an answer ends with two end tokens",
+        "the model learns to go on behind the first; remove the one in the data",
+    ),
+    "double_bos": (
+        "warning",
+        "{rows}: the prompt begins with two BOS tokens",
+        "remove the one in the data, or the one in the chat template",
+    ),
+    "template_residue": (
+        "warning",
+        "{rows}: control tokens of a chat template within the text",
+        "they become real tokens: turns that nobody wrote; clean the text",
+    ),
+    "control_character": (
+        "note",
+        "{rows}: control or replacement characters in the text",
+        "the model learns to write them; look at how the text was decoded",
+    ),
+    "flipped_rating": (
+        "warning",
+        "{rows}: the row rates rejected above chosen",
+        "the label is likely flipped; check, or filter by `where`",
+    ),
+    "tied_rating": (
+        "note",
+        "{rows}: the row rates chosen and rejected alike",
+        "the order may be chance; filter by `where` to be sure",
+    ),
 }
+
+
+def oddities_of(record: Record) -> Iterator[str]:
+    """Kinds of findings that a record gives cause for by its text and ratings; it is used all the same."""
+    texts = [message["content"] for part in (record.prompt, *record.answers) for message in part]
+    if any(map(_CONTROL.search, texts)):
+        yield "control_character"
+    if any(map(_RESIDUE.search, texts)):
+        yield "template_residue"
+    if isinstance(record, Preference) and record.ratings:
+        chosen, rejected = record.ratings
+        if chosen < rejected:
+            yield "flipped_rating"
+        elif chosen == rejected:
+            yield "tied_rating"
 
 
 def about_rows(kind: str, rows: Sequence[RowId]) -> Finding:
@@ -147,66 +228,130 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
 # ---- findings about sets ----------------------------------------------------------------------------------------
 
 
-def duplicate(examples: Sequence[Example]) -> Finding | None:
-    """Pairs that were there before, word for word."""
-    seen: set[str] = set()
-    repeated: list[RowId] = []
-    for example in examples:
-        pair = example.preference
-        key = messages_key(pair.prompt, pair.chosen, pair.rejected)
+def duplicate(examples: Examples) -> Finding | None:
+    """Records that were there before, word for word."""
+    seen: set[bytes] = set()
+    repeated = []
+    for place, key in enumerate(examples.record_keys):
         if key in seen:
-            repeated.append(pair.origin)
+            repeated.append(examples.origins[place])
         seen.add(key)
-    message = f"{_counted(len(repeated), 'pair')} already there, word for word"
-    advice = "remove the repeats, unless they are meant"
+    message = f"{_counted(len(repeated), 'row')} already there, word for word"
+    advice = "they count twice; remove them or set `data.duplicates: drop_exact`"
     return _finding("duplicate", "note", repeated, message, advice) if repeated else None
 
 
-def prompt_in_both_splits(train: Sequence[Example], held_out: Sequence[Example]) -> Finding | None:
-    """Held-out pairs whose prompt is trained on."""
-    trained = {messages_key(example.preference.prompt) for example in train}
-    rows = [example.preference.origin for example in held_out if messages_key(example.preference.prompt) in trained]
-    message = f"{_counted(len(rows), 'held-out pair')} with a prompt that is also trained on"
-    advice = "remove them from one side, or use `data.eval_fraction` instead"
+def prompt_in_both_splits(train: Examples, held_out: Examples) -> Finding | None:
+    """Held-out rows whose prompt is trained on."""
+    trained = set(train.prompt_keys)
+    rows = [held_out.origins[place] for place, key in enumerate(held_out.prompt_keys) if key in trained]
+    message = f"{_counted(len(rows), 'held-out row')} with a prompt that is also trained on"
+    advice = "held-out numbers flatter; remove them from one side, or use `eval_fraction`"
     return _finding("prompt_in_both_splits", "warning", rows, message, advice) if rows else None
 
 
-def held_out_small(held_out: Sequence[Example]) -> Finding | None:
+def small_held_out(held_out: Examples) -> Finding | None:
     """Too few held-out pairs to tell a better model from a lucky one."""
     if len(held_out) >= FEW_HELD_OUT:
         return None
-    message = f"only {_counted(len(held_out), 'held-out pair')}: too few to tell progress from luck"
+    message = f"only {_counted(len(held_out), 'held-out row')}: too few to tell progress from luck"
     if not held_out:
-        message = "no held-out pairs: nothing will show whether the model got better"
-    advice = f"hold out {FEW_HELD_OUT} pairs or more by `data.eval` or `data.eval_fraction`"
-    return Finding("held_out_small", "warning", len(held_out), (), message, advice)
+        message = "no held-out rows: nothing will show whether the model got better"
+    advice = f"hold out {FEW_HELD_OUT} or more by `data.eval` or `data.eval_fraction`"
+    return Finding("small_held_out", "warning", len(held_out), (), message, advice)
 
 
-def length_bias(examples: Sequence[Example]) -> Finding | None:
+# ---- findings about pairs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """What the findings about pairs need of each: hashes of the pair and of the same pair turned round, and per side
+    the number of tokens and the first ones."""
+
+    pair: int
+    turned: int
+    lengths: tuple[int, int]
+    openings: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def facts_of(examples: Examples) -> list[PairFacts]:
+    """In one pass, because each tree is read from disk."""
+    found = []
+    for tree in examples.trees:
+        chosen, rejected = tree.completions
+        found.append(
+            PairFacts(
+                hash((tree.prompt, chosen, rejected)),
+                hash((tree.prompt, rejected, chosen)),
+                (len(chosen), len(rejected)),
+                (chosen[:_OPENING_TOKENS], rejected[:_OPENING_TOKENS]),
+            )
+        )
+    return found
+
+
+def contradiction(facts: Sequence[PairFacts], origins: Sequence[RowId]) -> Finding | None:
+    """Pairs that are there the other way round as well."""
+    pairs = {fact.pair for fact in facts}
+    rows = [origins[place] for place, fact in enumerate(facts) if fact.turned in pairs]
+    message = f"{_counted(len(rows), 'pair')} contradict each other: the same two answers, both ways round"
+    advice = "their gradients cancel; keep the right one of each two"
+    return _finding("contradiction", "warning", rows, message, advice) if rows else None
+
+
+def length_bias(facts: Sequence[PairFacts]) -> Finding | None:
     """One side longer in more than 65 % of the pairs, and in more than chance would explain. Ties count one half."""
-    lengths = [tuple(map(len, example.tree.completions)) for example in examples]
-    chosen = sum(pair[0] > pair[1] for pair in lengths)
-    rejected = sum(pair[0] < pair[1] for pair in lengths)
+    chosen = sum(fact.lengths[0] > fact.lengths[1] for fact in facts)
+    rejected = sum(fact.lengths[0] < fact.lengths[1] for fact in facts)
     # Twice the standard error of the count is the root of the number: small sets lean to one side by chance.
-    threshold = max((_BIASED_SHARE - 0.5) * len(lengths), math.sqrt(len(lengths)))
+    threshold = max((_BIASED_SHARE - 0.5) * len(facts), math.sqrt(len(facts)))
     if abs(chosen - rejected) / 2 <= threshold:
         return None
-    shares = [f"{100 * count / len(lengths):.0f} %" for count in (chosen, rejected)]
+    shares = [_percent(count, len(facts)) for count in (chosen, rejected)]
     message = f"chosen is the longer one in {shares[0]} of the pairs, rejected in {shares[1]}"
     advice = "the model may learn length; compare answer lengths after training"
     return Finding("length_bias", "note", max(chosen, rejected), (), message, advice)
 
 
-def about_sets(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding]:
+def telling_opening(facts: Sequence[PairFacts], tokenizer: PreTrainedTokenizerBase) -> Finding | None:
+    """First tokens that begin one side's answers far more often than the other's: 20 points or more, and three times
+    the standard error of chance."""
+    counts: tuple[Counter[tuple[int, ...]], Counter[tuple[int, ...]]] = (Counter(), Counter())
+    for fact in facts:
+        for side in (0, 1):
+            tokens = fact.openings[side]
+            counts[side].update({tokens[: length + 1] for length in range(len(tokens))})
+    openings = counts[0].keys() | counts[1].keys()
+    if not openings:
+        return None
+    # Of openings that tell as much, the longest says most.
+    best = max(openings, key=lambda tokens: (abs(counts[0][tokens] - counts[1][tokens]), len(tokens), tokens))
+    either = [counts[side][best] for side in (0, 1)]
+    threshold = max(_OPENING_DIFFERENCE * len(facts), 3 * math.sqrt(sum(either)))
+    if abs(either[0] - either[1]) < threshold:
+        return None
+    shares = [_percent(count, len(facts)) for count in either]
+    text = json.dumps(tokenizer.decode(list(best)), ensure_ascii=False)
+    message = f"{text} begins {shares[0]} of the chosen and {shares[1]} of the rejected answers"
+    advice = "it gives the side away, so little else is learned; cut it from the text"
+    return Finding("telling_opening", "warning", max(either), (), message, advice)
+
+
+def about_sets(train: Examples, held_out: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     """Every finding that takes more than one row to see."""
-    found = [
-        duplicate(train),
-        duplicate(held_out),
-        prompt_in_both_splits(train, held_out),
-        held_out_small(held_out),
-        length_bias(train),
-    ]
+    found = [duplicate(train), duplicate(held_out), prompt_in_both_splits(train, held_out), small_held_out(held_out)]
+    if isinstance(train.records[0], Preference):
+        facts = facts_of(train)
+        found += [contradiction(facts, train.origins), length_bias(facts), telling_opening(facts, tokenizer)]
     return [finding for finding in found if finding is not None]
+
+
+def template_unused() -> Finding:
+    """Raw text is trained on though programs will talk to the model by its chat template."""
+    message = "the model has a chat template, but `data.template: none` trains on bare text"
+    advice = "programs will use the template; train on it, unless raw prompts are meant"
+    return Finding("template_unused", "warning", 0, (), message, advice)
 
 
 def by_severity(findings: Sequence[Finding]) -> tuple[Finding, ...]:
@@ -218,23 +363,18 @@ def by_severity(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 # ---- counts -----------------------------------------------------------------------------------------------------
 
 
-def count_tokens(examples: Sequence[Example]) -> TokenCounts:
-    trees = [example.tree for example in examples]
-    return TokenCounts(
-        trees=len(trees),
-        prompt=sum(len(tree.prompt) for tree in trees),
-        completions=sum(len(ids) for tree in trees for ids in tree.completions),
-        packed=sum(tree.size for tree in trees),
-        plain=sum(tree.plain_size for tree in trees),
-        longest=max((len(tree.prompt) + max(map(len, tree.completions)) for tree in trees), default=0),
-    )
+def count_tokens(examples: Examples) -> TokenCounts:
+    sizes = [(len(tree.prompt), tree.size, tree.plain_size, tree.longest) for tree in examples.trees]
+    prompt, packed, plain = (sum(size[kind] for size in sizes) for kind in range(3))
+    longest = max((size[3] for size in sizes), default=0)
+    return TokenCounts(len(sizes), prompt, packed - prompt, packed, plain, longest)
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
+def fingerprint(examples: Examples) -> str:
     """SHA-256 over the token ids in order; says whether two runs were given the same data."""
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.tree.prompt, example.tree.completions]).encode())
+    for tree in examples.trees:
+        digest.update(repr((tree.prompt, tree.completions)).encode())
     return digest.hexdigest()
 
 
@@ -244,3 +384,7 @@ def _finding(kind: str, severity: Severity, rows: Sequence[RowId], message: str,
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _percent(count: int, number: int) -> str:
+    return f"{100 * count / number:.0f} %"

@@ -1,175 +1,237 @@
 """The sources of a recipe -> what is trained on, what is held out, and a report on both.
 
-    sources -> rows -> preferences -> token trees that fit -> train | held out
+    sources -> rows to use -> preferences -> token trees that fit -> those that repeat none -> train | held out
 
-Every row that is read is either an example or counted as a problem. The same recipe, tokenizer and seed give the same
-examples in the same order.
+Every row that is read becomes an example, or is counted as filtered by `where`, as not drawn, or as a problem. The same
+recipe, tokenizer and seed give the same examples in the same order.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
-
 from prefold.data import findings
-from prefold.data.chat import fit, require_chat_template, tokenize
+from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
+from prefold.data.conversion import to_record
+from prefold.data.duplicates import Contamination, Match, Repeats, find_repeats
+from prefold.data.examples import Example, Examples, ExampleWriter
 from prefold.data.findings import DataReport, SourceCount
-from prefold.data.preference import Preference, Problem, RowId, find_shape, messages_key, to_preference
-from prefold.data.sources import RawRow, read_rows, source_name
+from prefold.data.preference import Problem, Record, RowId
+from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
+from prefold.data.shapes import Kind, Shape, find_shape
+from prefold.data.sources import RawRow
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
-from prefold.trees.packing import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBLEMS_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Example:
-    """A pair as it was written and as it is trained on: `tree.completions` is `(chosen, rejected)`."""
-
-    preference: Preference
-    tree: TokenTree
+_HEAD_ROWS = 1000
+"""Rows that are enough to tell the shape of a source."""
+_TOKENIZED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Prepared:
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     report: DataReport
 
 
-@dataclass
-class _Collected:
-    """What has come of the rows so far; `oddities` are rows that are used, by kind of finding."""
-
-    examples: list[Example] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    oddities: dict[str, list[RowId]] = field(default_factory=dict)
-    sources: list[SourceCount] = field(default_factory=list)
-
-
-def load_split(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
+def load_split(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind = "pairs") -> Prepared:
     """Read, convert, tokenize and split everything that `data` names.
 
+    Args:
+        kind: of the records that the algorithm trains on.
+
     Raises:
-        UserError: a source cannot be read or has no known columns, the tokenizer has no chat template, no usable row is
-            left, a bad or overlong row where the policy is `error`, or nothing to hold out of a single prompt.
+        UserError: a source cannot be read or has no known columns, has fewer rows than are to be drawn, the tokenizer
+            has no chat template, no usable row is left, a bad or overlong row where the policy is `error`, or nothing
+            to hold out of a single prompt.
     """
-    require_chat_template(tokenizer)
-    collected = _Collected()
-    train = _collect(data.train, "data.train", data, tokenizer, collected)
-    held_out = _collect(data.eval, "data.eval", data, tokenizer, collected) if data.eval else []
+    if data.template == "chat":
+        require_chat_template(tokenizer)
+    texts = chain.from_iterable(map(benchmark_texts, data.decontaminate))
+    contamination = Contamination(texts) if data.decontaminate else None
+    trained = _Side("data.train", data, tokenizer, kind, contamination)
+    train = trained.examples_of(data.train, seed)
+    evaluated = _Side("data.eval", data, tokenizer, kind, contamination=None)
+    held_out = evaluated.examples_of(data.eval, seed) if data.eval else train[:0]
+    if data.shuffle:
+        train = train.select(shuffled(len(train), seed))
     if data.eval_fraction:
         train, held_out = hold_out(train, data.eval_fraction, seed)
-    about_rows = [findings.about_rows(kind, rows) for kind, rows in collected.oddities.items()]
+    found = findings.about_problems(trained.problems + evaluated.problems, data)
+    found += [findings.about_rows(*oddity) for oddity in _united(trained.oddities, evaluated.oddities).items()]
+    if data.template == "none" and tokenizer.chat_template:
+        found.append(findings.template_unused())
     report = DataReport(
-        sources=tuple(collected.sources),
-        findings=findings.by_severity(
-            findings.about_problems(collected.problems, data) + about_rows + findings.about_sets(train, held_out)
-        ),
+        sources=tuple(trained.counts + evaluated.counts),
+        findings=findings.by_severity(found + findings.about_sets(train, held_out, tokenizer)),
         train=findings.count_tokens(train),
         held_out=findings.count_tokens(held_out),
+        contamination=tuple(trained.matches),
     )
     return Prepared(train, held_out, report)
 
 
-def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split into (train, held out), about `fraction` of the examples held out, all pairs of a prompt on one side.
+def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Split into (train, held out), about `fraction` of the examples held out, all those of a prompt on one side.
 
     Which prompts are held out hangs on the seed and on the prompts themselves, not on the order of the rows.
 
     Raises:
         UserError: all examples have the same prompt.
     """
-    sizes = Counter(messages_key(example.preference.prompt) for example in examples)
+    keys = examples.prompt_keys
+    sizes = Counter(keys)
     if len(sizes) < 2:
         raise UserError(
             "all usable rows have the same prompt, so none can be held out",
             where="`data.eval_fraction`",
-            advice="give held-out pairs of their own in `data.eval`",
+            advice="give held-out rows of their own in `data.eval`",
         )
-    drawn = sorted(sizes, key=lambda prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest())
+    drawn = sorted(sizes, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
     wanted = min(round(fraction * len(examples)), len(examples) - 1)
-    chosen: set[str] = set()
-    for prompt in drawn:
-        if sizes[prompt] <= wanted:
-            chosen.add(prompt)
-            wanted -= sizes[prompt]
-    chosen = chosen or {min(drawn, key=lambda prompt: sizes[prompt])}
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    for example in examples:
-        sides[messages_key(example.preference.prompt) in chosen].append(example)
-    return sides
+    chosen: set[bytes] = set()
+    for key in drawn:
+        if sizes[key] <= wanted:
+            chosen.add(key)
+            wanted -= sizes[key]
+    chosen = chosen or {min(drawn, key=lambda key: sizes[key])}
+    sides: tuple[list[int], list[int]] = ([], [])
+    for place, key in enumerate(keys):
+        sides[key in chosen].append(place)
+    return examples.select(sides[0]), examples.select(sides[1])
 
 
-def _collect(
-    sources: Sequence[Source], where: str, data: Data, tokenizer: PreTrainedTokenizerBase, into: _Collected
-) -> list[Example]:
-    """Read `sources` into `into` and return their examples."""
-    examples_before, problems_before = len(into.examples), len(into.problems)
-    for source in sources:
-        rows = list(read_rows(source))
-        name = source_name(source)
-        shape = find_shape(rows, name)
-        used_before = len(into.examples)
-        for row in _watched(rows, name):
-            _take(row, data, tokenizer, into)
-        into.sources.append(SourceCount(name, shape, len(rows), len(into.examples) - used_before))
-    examples = into.examples[examples_before:]
-    if not examples:
-        raise _nothing_left(into.problems[problems_before:], where)
-    return examples
+# ---- rows to examples -------------------------------------------------------------------------------------------
 
 
-def _watched(rows: Sequence[RawRow], name: str) -> Iterable[RawRow]:
-    """The rows, with a progress bar on stderr where a person sits before it."""
-    console = Console(stderr=True)
-    return track(rows, f"reading {escape(name)}", console=console, transient=True, disable=not console.is_terminal)
+class _Side:
+    """Training or held-out data: what has come of its rows so far. `oddities` are rows that are used, by kind of
+    finding."""
 
+    def __init__(
+        self,
+        where: str,
+        data: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: Kind,
+        contamination: Contamination | None,
+    ):
+        self._where, self._data, self._tokenizer, self._kind = where, data, tokenizer, kind
+        self._contamination = contamination
+        self._repeats: Repeats | None = None if data.duplicates == "keep" else find_repeats(data.duplicates)
+        self._examples = ExampleWriter()
+        self.problems: list[Problem] = []
+        self.oddities: dict[str, list[RowId]] = {}
+        self.counts: list[SourceCount] = []
+        self.matches: list[Match] = []
 
-def _take(row: RawRow, data: Data, tokenizer: PreTrainedTokenizerBase, into: _Collected) -> None:
-    """Make one row an example or a problem."""
-    result = _example(row, data, tokenizer, into.oddities)
-    if isinstance(result, Example):
-        into.examples.append(result)
-        return
-    name, policy = ("overlong", data.overlong) if result.kind == "overlong" else ("bad_rows", data.bad_rows)
-    if policy == "error":
-        raise UserError(
-            result.message,
-            where=f"{result.origin.source}, row {result.origin.row}",
-            advice=f"mend the row, or set `data.{name}: drop`",
+    def examples_of(self, sources: Sequence[Source], seed: int) -> Examples:
+        """Read and convert the rows of `sources`."""
+        for source, selection in zip(sources, select_rows(sources, seed), strict=True):
+            self._convert(source, selection)
+        if not len(self._examples):
+            raise _nothing_left(self.problems, self._where)
+        return self._examples.finish()
+
+    def _convert(self, source: Source, selection: Selection) -> None:
+        head = list(_head(selection.rows))
+        shape = find_shape(head, selection.name, source.columns, kinds=(self._kind,))
+        before = len(self._examples)
+        rows = iter(watched(chain(head, selection.rows), selection.name))
+        while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
+            self._take(batch, shape)
+        for problem in selection.problems:
+            self._leave_out(problem)
+        self.counts.append(
+            SourceCount(
+                selection.name,
+                shape.name,
+                selection.rows_in,
+                len(self._examples) - before,
+                selection.rows_filtered,
+                selection.rows_not_drawn,
+            )
         )
-    into.problems.append(result)
+
+    def _take(self, rows: Sequence[RawRow], shape: Shape) -> None:
+        """Make examples of rows; tokenizing many at once is what keeps all cores busy."""
+        results = [self._uncontaminated(to_record(row, shape)) for row in rows]
+        records = [result for result in results if not isinstance(result, Problem)]
+        tokenized = iter(tokenize_all(records, self._tokenizer, self._data.template))
+        for result in results:
+            outcome = result if isinstance(result, Problem) else self._example(result, next(tokenized))
+            if isinstance(outcome, Problem):
+                self._leave_out(outcome)
+            else:
+                self._examples.append(outcome)
+
+    def _example(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
+        if isinstance(tokenized, Problem):
+            return tokenized
+        tree = fit(tokenized, self._data)
+        if isinstance(tree, Problem):
+            return tree
+        # Last, so that a row is only left out for the sake of one that is used.
+        if repeated := self._repeated(record):
+            return repeated
+        truncated = ("prompt_truncated",) if tree != tokenized.tree else ()
+        for kind in (*tokenized.oddities, *truncated, *findings.oddities_of(record)):
+            self.oddities.setdefault(kind, []).append(record.origin)
+        return Example(record, tree)
+
+    def _uncontaminated(self, record: Record | Problem) -> Record | Problem:
+        if isinstance(record, Problem) or not self._contamination:
+            return record
+        match = self._contamination.find((record.prompt, *record.answers), record.origin)
+        if not match:
+            return record
+        self.matches.append(match)
+        from_where = f"{match.benchmark.source}, row {match.benchmark.row}"
+        return Problem("contaminated", f"holds words of {from_where}: {match.words}", record.origin)
+
+    def _repeated(self, record: Record) -> Problem | None:
+        earlier = self._repeats and self._repeats.earlier((record.prompt, *record.answers), record.origin)
+        return Problem("repeated", f"repeats {earlier.source}, row {earlier.row}", record.origin) if earlier else None
+
+    def _leave_out(self, problem: Problem) -> None:
+        """Count it, or stop where that is the policy."""
+        name, policy = "bad_rows", self._data.bad_rows
+        if problem.kind == "overlong":
+            name, policy = "overlong", "error" if self._data.overlong == "error" else "drop"
+        # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
+        if policy == "error" and problem.kind not in ("repeated", "contaminated", "tie"):
+            raise UserError(
+                problem.message,
+                where=f"{problem.origin.source}, row {problem.origin.row}",
+                advice=f"mend the row, or set `data.{name}: drop`",
+            )
+        self.problems.append(problem)
 
 
-def _example(
-    row: RawRow, data: Data, tokenizer: PreTrainedTokenizerBase, oddities: dict[str, list[RowId]]
-) -> Example | Problem:
-    preference = to_preference(row)
-    if isinstance(preference, Problem):
-        return preference
-    tokenized = tokenize(preference, tokenizer)
-    if isinstance(tokenized, Problem):
-        return tokenized
-    tree = fit(tokenized, data)
-    if isinstance(tree, Problem):
-        return tree
-    truncated = "prompt_truncated" if tree != tokenized.tree else None
-    for kind in (tokenized.boundary, tokenized.ending, truncated):
-        if kind is not None:
-            oddities.setdefault(kind, []).append(row.origin)
-    return Example(preference, tree)
+def _head(rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """The rows up to the `_HEAD_ROWS`-th that could be read."""
+    readable = 0
+    while readable < _HEAD_ROWS and (row := next(rows, None)) is not None:
+        readable += row.value is not None
+        yield row
+
+
+def _united(*groups: dict[str, list[RowId]]) -> dict[str, list[RowId]]:
+    united: dict[str, list[RowId]] = {}
+    for group in groups:
+        for kind, rows in group.items():
+            united.setdefault(kind, []).extend(rows)
+    return united
 
 
 def _nothing_left(problems: Sequence[Problem], where: str) -> UserError:
@@ -177,7 +239,7 @@ def _nothing_left(problems: Sequence[Problem], where: str) -> UserError:
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     first = "".join(
         f"\n    {problem.origin.source}, row {problem.origin.row}: {problem.message}"
-        for problem in problems[:_PROBLEMS_SHOWN]
+        for problem in islice(problems, _PROBLEMS_SHOWN)
     )
     only_overlong = set(kinds) == {"overlong"}
     return UserError(

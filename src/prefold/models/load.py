@@ -137,8 +137,21 @@ def load_model(section: Model, *, dtype: str | None = None) -> PreTrainedModel:
     # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
     placed.name_or_path = placed.config.name_or_path = without_home(section.name)
     without_dropout(placed)
+    widen_residuals(placed)
     placed.eval()
     return placed
+
+
+def widen_residuals(model: nn.Module) -> None:
+    """Under autocast, keep the stream between the layers in float32, as it is beside float32 weights.
+
+    Rounding it in every layer is what moves log-probs most: over 600 tokens, by twice as much as the products do.
+    """
+
+    def widened(module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded.float() if torch.is_autocast_enabled(embedded.device.type) else embedded
+
+    model.get_input_embeddings().register_forward_hook(widened)  # type: ignore[operator]
 
 
 def without_dropout(model: torch.nn.Module) -> None:

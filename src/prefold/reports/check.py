@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from prefold.stages import CheckReport
-    from prefold.trees.packing import TokenTree
-
 SEVERITY_STYLE = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 ROWS_NAMED = 5
+BAR_WIDTH = 40
 
 
-def print_check(found: CheckReport) -> None:
+def print_check(facts: dict[str, Any]) -> None:
+    """Args: facts: the content of `CheckReport.as_json`."""
     console = Console(highlight=False)
-    facts = found.as_json()
     console.print(_sources(facts["sources"]), "")
     console.print(_tokens(facts["tokens"]), "")
     console.print(Text(_plan(facts["plan"])), "")
+    if "separation" in facts:
+        _print_separation(console, facts["separation"])
     for finding in facts["findings"]:
         _print_finding(console, finding)
-    console.print(Text("The first pair; what is trained on is underlined.", style="bold"))
-    _print_tree(console, found.tokenizer, found.prepared.train[0].tree)
-    console.print(
-        Text("ok" if found.ok else "not ok: training cannot go on", style="green" if found.ok else "bold red")
-    )
+    console.print(Text("The first row; what is trained on is underlined.", style="bold"))
+    _print_example(console, facts["examples"][0])
+    ok = facts["ok"]
+    console.print(Text("ok" if ok else "not ok: training cannot go on", style="green" if ok else "bold red"))
 
 
 def _sources(sources: Sequence[dict[str, Any]]) -> Table:
-    table = _table("source", "recognised as", "rows", "used")
+    optional = [name for name in ("rows_filtered", "rows_not_drawn") if any(source[name] for source in sources)]
+    headings = ["rows", *(name.removeprefix("rows_").replace("_", " ") for name in optional), "used"]
+    table = _table("source", "recognised as", *headings)
     for source in sources:
-        table.add_row(Text(source["path"]), Text(source["shape"]), f"{source['rows_in']:,}", f"{source['rows_used']:,}")
+        counts = [f"{source[name]:,}" for name in ("rows_in", *optional, "rows_used")]
+        table.add_row(Text(source["path"]), Text(source["shape"]), *counts)
     return table
 
 
 def _tokens(tokens: dict[str, dict[str, Any]]) -> Table:
-    table = _table("tokens", "pairs", "prompts", "completions", "longest", "saved by sharing")
+    table = _table("tokens", "rows", "prompts", "completions", "longest", "saved by sharing")
     for split, counts in tokens.items():
         numbers = [f"{counts[name]:,}" for name in ("trees", "prompt", "completions", "longest")]
         table.add_row(split.replace("_", "-"), *numbers, f"{counts['shared_share']:.0%}")
@@ -53,7 +52,7 @@ def _tokens(tokens: dict[str, dict[str, Any]]) -> Table:
 def _plan(plan: dict[str, Any]) -> str:
     budget = plan["max_tokens"]
     at_once = "as many tokens at a time as suit the device" if budget == "auto" else f"{budget:,} tokens at a time"
-    return f"{plan['optimizer_steps']:,} optimizer steps of {plan['batch_size']} pairs, computed {at_once}"
+    return f"{plan['optimizer_steps']:,} optimizer steps of {plan['batch_size']} rows, computed {at_once}"
 
 
 def _table(first: str, *others: str) -> Table:
@@ -67,26 +66,45 @@ def _table(first: str, *others: str) -> Table:
 def _print_finding(console: Console, finding: dict[str, Any]) -> None:
     style = SEVERITY_STYLE[finding["severity"]]
     console.print(Text(finding["severity"], style=style).append(f"  {finding['message']}", style="default"))
-    rows = [f"{row['source']} row {row['row']}" for row in finding["rows"][:ROWS_NAMED]]
-    more = finding["count"] - len(rows)
-    if rows:
-        console.print(
-            Padding(Text(", ".join(rows) + (f" and {more:,} more" if more > 0 else ""), style="dim"), (0, 0, 0, 9))
-        )
+    if finding["rows"]:
+        console.print(Padding(Text(_rows(finding), style="dim"), (0, 0, 0, 9)))
     console.print(Padding(Text(finding["advice"], style="dim"), (0, 0, 1, 9)))
 
 
-def _print_tree(console: Console, tokenizer: PreTrainedTokenizerBase, tree: TokenTree) -> None:
-    console.print(Padding(Text(_decoded(tokenizer, tree.prompt), style="dim"), (0, 0, 0, 2)))
-    for label, ids, style in zip(("chosen", "rejected"), tree.completions, ("green", "red"), strict=True):
-        console.print(Text(f"{label}, {len(ids)} tokens", style=f"bold {style}"))
+def _rows(finding: dict[str, Any]) -> str:
+    """The first rows by source, each source named once."""
+    by_source: dict[str, list[int]] = {}
+    for row in finding["rows"][:ROWS_NAMED]:
+        by_source.setdefault(row["source"], []).append(row["row"])
+    named = [
+        f"{source}, row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}" for source, rows in by_source.items()
+    ]
+    more = finding["count"] - min(len(finding["rows"]), ROWS_NAMED)
+    return "; ".join(named) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _print_separation(console: Console, found: dict[str, Any]) -> None:
+    """A histogram of the margins; the bars of pairs that the model has the wrong way round are dimmed."""
+    title = f"The model before training prefers the chosen one in {found['accuracy']:.0%} of {found['pairs']} pairs."
+    console.print(Text(title, style="bold"))
+    counts, edges = found["histogram"]["counts"], found["histogram"]["edges"]
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "\u2588" * round(BAR_WIDTH * count / max(counts))
+        style = "green" if low >= 0 else "dim"
+        console.print(Text(f"  {low:+7.2f} to {high:+6.2f}  ").append(bar, style=style).append(f" {count}"))
+    console.print(Text("  nats per token, chosen minus rejected", style="dim"), "")
+
+
+def _print_example(console: Console, shown: dict[str, Any]) -> None:
+    console.print(Padding(Text(shown["prompt"].translate(CONTROL), style="dim"), (0, 0, 0, 2)))
+    labels = (
+        (("chosen", "green"), ("rejected", "red")) if len(shown["completions"]) == 2 else (("completion", "green"),)
+    )
+    for (label, style), text, tokens in zip(labels, shown["completions"], shown["tokens"][1:], strict=False):
+        console.print(Text(f"{label}, {tokens} tokens", style=f"bold {style}"))
         # A visible mark for white space at the end, which is trained on as well.
-        shown = _decoded(tokenizer, ids).replace("\n", "\u23ce\n").rstrip("\n")
-        console.print(Padding(Text(shown, style="underline"), (0, 0, 1, 2)))
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False)).translate(CONTROL)
+        marked = text.translate(CONTROL).replace("\n", "\u23ce\n").rstrip("\n")
+        console.print(Padding(Text(marked, style="underline"), (0, 0, 1, 2)))
 
 
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), 11, 12, *range(14, 32), 127)}

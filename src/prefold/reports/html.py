@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from prefold.errors import UserError
 from prefold.files import write_text
 from prefold.reports import read
 from prefold.reports.curves import DRAW_CURVES, curves, library
@@ -36,6 +37,22 @@ def write_report(run_folder: Path) -> Path:
     path = run_folder / REPORT
     write_text(path, render(read_run(run_folder)))
     return path
+
+
+def write_check(path: Path, recipe: str, facts: Values) -> None:
+    """What `prefold check` found as a page of its own.
+
+    Raises:
+        UserError: the page cannot be written there.
+    """
+    counts = [(one, sum(finding["severity"] == one for finding in facts["findings"])) for one in SEVERITIES]
+    said = [f"{number} {severity}{'' if number == 1 else 's'}" for severity, number in counts if number]
+    page = _templates().get_template("check.html.j2")
+    shown = read.cleaned({"recipe": recipe, "summary": ", ".join(said) or "Nothing odd was found."})
+    try:
+        write_text(path, page.render(**shown, ok=facts["ok"], data=data_tables(read.cleaned(facts))))
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from None
 
 
 def render(run: RunRecord) -> str:
@@ -191,29 +208,62 @@ class Finding(NamedTuple):
 
 
 class Source(NamedTuple):
+    """`counts` are rows, under the headings `DataTables.counted`."""
+
     path: str
     shape: str
-    rows_in: Number
-    rows_used: Number
+    counts: list[Number]
+
+
+class Shown(NamedTuple):
+    """A row as it is trained on: completions are (label, text, tokens)."""
+
+    row: str
+    prompt: str
+    completions: list[tuple[str, str, Number]]
+
+
+class MarginBar(NamedTuple):
+    """`width` in percent of the widest."""
+
+    range: str
+    against: bool
+    width: float
+    pairs: Number
+
+
+class Separation(NamedTuple):
+    accuracy: Number
+    pairs: Number
+    bars: list[MarginBar]
 
 
 class DataTables(NamedTuple):
     """`tokens` has one row per kind of count: its name and a number for each of the `splits`."""
 
     sources: list[Source]
+    counted: list[str]
+    separation: Separation | None
+    examples: list[Shown]
     findings: list[Finding]
     splits: list[str]
     tokens: list[tuple[str, list[Number]]]
     fingerprints: list[tuple[str, str]]
 
 
+ROW_COUNTS = {
+    "rows_in": "Rows",
+    "rows_filtered": "Filtered by where",
+    "rows_not_drawn": "Not drawn",
+    "rows_used": "Used",
+}
 TOKEN_COUNTS = {
-    "trees": "pairs",
+    "trees": "rows",
     "prompt": "tokens of prompts, each written once",
     "completions": "tokens of completions",
     "plain": "tokens if every completion brought its own prompt",
     "packed": "tokens computed",
-    "longest": "tokens of the longest pair",
+    "longest": "tokens of the longest conversation",
 }
 
 
@@ -228,8 +278,13 @@ def data_tables(data: Values) -> DataTables:
     if counts and any("shared_share" in section(tokens, split) for split in splits):
         saved = [read.percent(section(tokens, split).get("shared_share")) for split in splits]
         counts.append(("saved by encoding each prompt once", saved))
+    sources = _objects(data.get("sources"))
+    counted = {name: label for name, label in ROW_COUNTS.items() if any(finite(row.get(name)) for row in sources)}
     return DataTables(
-        sources=[_source(source) for source in _objects(data.get("sources"))],
+        sources=[_source(source, list(counted)) for source in sources],
+        counted=list(counted.values()),
+        separation=_separation(section(data, "separation")),
+        examples=[_shown(shown) for shown in _objects(data.get("examples"))],
         findings=sorted(map(_finding, _objects(data.get("findings"))), key=_severity),
         splits=[split.replace("_", " ") for split in splits],
         tokens=counts,
@@ -237,9 +292,38 @@ def data_tables(data: Values) -> DataTables:
     )
 
 
-def _source(source: Values) -> Source:
-    numbers = (read.count(source.get(name)) for name in ("rows_in", "rows_used"))
-    return Source(str(source.get("path", "")), str(source.get("shape", "")), *numbers)
+def _source(source: Values, counted: Sequence[str]) -> Source:
+    numbers = [read.count(source.get(name)) for name in counted]
+    return Source(str(source.get("path", "")), str(source.get("shape", "")), numbers)
+
+
+def _shown(shown: Values) -> Shown:
+    row = section(shown, "row")
+    texts: list[Any] = shown.get("completions") or []
+    tokens: list[Any] = shown.get("tokens") or []
+    labels = ("chosen", "rejected") if len(texts) == 2 else ("completion",)
+    completions = [
+        (label, str(text), read.count(number)) for label, text, number in zip(labels, texts, tokens[1:], strict=False)
+    ]
+    return Shown(f"{row.get('source', '')}, row {row.get('row', '')}", str(shown.get("prompt", "")), completions)
+
+
+def _separation(found: Values) -> Separation | None:
+    histogram = section(found, "histogram")
+    counts, edges = histogram.get("counts"), histogram.get("edges")
+    if not isinstance(counts, list) or not isinstance(edges, list):
+        return None
+    most = max((finite(count) or 0.0 for count in counts), default=0.0) or 1.0
+    bars = [
+        MarginBar(
+            f"{read.decimal(low).text} to {read.decimal(high).text}",
+            (finite(low) or 0.0) < 0,
+            round(100 * (finite(count) or 0.0) / most, 1),
+            read.count(count),
+        )
+        for count, low, high in zip(counts, edges, edges[1:], strict=False)
+    ]
+    return Separation(read.percent(found.get("accuracy")), read.count(found.get("pairs")), bars)
 
 
 def _finding(finding: Values) -> Finding:

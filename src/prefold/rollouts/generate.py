@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from prefold.data.chat import render
+from prefold.data.chat import Template, render
 from prefold.data.preference import Message
 from prefold.terminal import progress_bar
 
@@ -58,6 +58,7 @@ def answer(
     sampling: Sampling,
     label: str = "answers",
     streamer: BaseStreamer | None = None,
+    template: Template = "chat",
 ) -> list[list[str]]:
     """`num_answers` answers to each conversation, in the order of `prompts`.
 
@@ -71,7 +72,7 @@ def answer(
     step = max(1, ROWS // sampling.num_answers)
     with progress_bar(label, len(prompts)) if streamer is None else _silent() as advance:
         for start in range(0, len(prompts), step):
-            batch = [render(prompt, tokenizer, add_generation_prompt=True) for prompt in prompts[start : start + step]]
+            batch = [render(prompt, tokenizer, template) for prompt in prompts[start : start + step]]
             inputs = _left_padded(batch, int(tokenizer.pad_token_id or 0), model.device)
             tokens = cast(Any, model).generate(**inputs, generation_config=config, streamer=streamer)
             texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

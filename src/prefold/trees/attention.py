@@ -67,7 +67,11 @@ def register(name: str, backend: Backend) -> None:
         trees.scratch["calls"] = trees.scratch.get("calls", 0) + 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = sliding_window if sliding_window is not None and trees.longest > sliding_window else None
-        return backend(query, key, value, trees, Shape(scale, window, softcap)), None
+        # Beside a float32 residual stream, queries and keys come out of the rotation wider than the values.
+        on_cpu = query.device.type == "cpu"
+        dtype = torch.promote_types(query.dtype, value.dtype) if on_cpu else value.dtype
+        states = (query.to(dtype), key.to(dtype), value.to(dtype))
+        return backend(*states, trees, Shape(scale, window, softcap)).to(value.dtype), None
 
     AttentionInterface.register(name, attention)
 

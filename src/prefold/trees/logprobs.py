@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ from prefold.trees.packing import PackedTrees
 @dataclass(frozen=True)
 class TreeLogprobs:
     """Log-probs in nats: `tokens` `[S]` of every scored token, float32 or better; `completion` `[S]`, the completion of
-    the batch that it belongs to; `lengths` `[N]`, tokens per completion; `statistics` where they were asked for."""
+    the batch that it belongs to; `lengths` `[N]`, tokens per completion. Where they were asked for: `statistics` of the
+    scored positions, and `prompts`, for each tree the summed log-prob of its prompt from the second token on."""
 
     tokens: Tensor
     completion: Tensor
     lengths: Tensor
     statistics: Statistics | None = None
     auxiliary: Tensor | None = None
+    prompts: Tensor | None = None
 
     def sums(self) -> Tensor:
         """`[N]`: log-prob of each completion given its prompt."""
@@ -58,7 +61,13 @@ def packed_logprobs(model: nn.Module, row: PackedTrees, statistics: bool = False
             trees=row,
         )
     tokens, found = scored.pop()
-    return TreeLogprobs(tokens, row.completion, row.lengths, found)
+    if row.owner is None:
+        return TreeLogprobs(tokens, row.completion, row.lengths, found)
+    tokens, of_prompts = tokens.split([len(row.completion), len(row.owner)])
+    if found is not None:
+        found = Statistics(*(values[: len(tokens)] for values in (found.entropy, found.squares, found.top1)))
+    prompts = of_prompts.new_zeros(len(row.trees)).index_add(0, row.owner, of_prompts)
+    return TreeLogprobs(tokens, row.completion, row.lengths, found, prompts=prompts)
 
 
 def plain_logprobs(
@@ -71,6 +80,10 @@ def plain_logprobs(
     lengths = [len(ids) for tree in row.trees for ids in tree.completions]
     scored: list[Tensor] = [torch.empty(0)] * len(rows)
     found: list[tuple[Tensor, ...]] = [()] * len(rows)
+    # A prompt is scored where it meets its first completion.
+    firsts = accumulate((len(tree.completions) for tree in row.trees[:-1]), initial=0)
+    prompt_of = {first: tree for tree, first in enumerate(firsts)}
+    prompts: list[Tensor] = [torch.empty(0)] * len(row.trees)
     auxiliary: list[Tensor] = []
     for batch in _equal_batches([len(ids) for ids in rows], 0 if one_by_one else max_tokens):
         longest = max(len(rows[i]) for i in batch)
@@ -87,9 +100,13 @@ def plain_logprobs(
             targets = padded[place, start : len(rows[i]), None]
             scored[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
             found[i] = distribution_statistics(own.detach(), targets) if statistics else ()
+            if row.owner is not None and i in prompt_of:
+                before = logits[place, : start - 1].to(own.dtype).log_softmax(-1)
+                prompts[prompt_of[i]] = before.gather(-1, padded[place, 1:start, None]).sum()
     together = Statistics(*map(torch.cat, zip(*found, strict=True))) if statistics else None
     of_experts = torch.stack(auxiliary).sum() if auxiliary else None
-    return TreeLogprobs(torch.cat(scored), row.completion, row.lengths, together, of_experts)
+    of_prompts = torch.stack(prompts) if row.owner is not None else None
+    return TreeLogprobs(torch.cat(scored), row.completion, row.lengths, together, of_experts, of_prompts)
 
 
 def router_coefficient(model: Any) -> float:

@@ -36,12 +36,12 @@ class TokenTree:
     @property
     def longest(self) -> int:
         """Tokens of the prompt with its longest completion."""
-        return len(self.prompt) + max(map(len, self.completions))
+        return len(self.prompt) + max(map(len, self.completions), default=0)
 
     @property
     def plain_size(self) -> int:
         """Tokens of the tree when every completion brings its own copy of the prompt."""
-        return self.size + len(self.prompt) * (len(self.completions) - 1)
+        return self.size + len(self.prompt) * (max(len(self.completions), 1) - 1)
 
 
 Span = tuple[int, int]
@@ -62,7 +62,8 @@ class PackedTrees:
 
     `input_ids` and `positions` are `[1, T]`; `predictors` (indices into the row), `targets` (token ids) and
     `completion` (which completion of the row a scored token belongs to) are `[S]`, one entry per scored token;
-    `lengths` is `[N]`, the tokens of each completion.
+    `lengths` is `[N]`, the tokens of each completion. Where prompts are scored too, their tokens from the second one on
+    are the last of `predictors` and `targets`, and `owner` `[P]` is the tree that each of them belongs to.
     """
 
     trees: tuple[TokenTree, ...]
@@ -73,6 +74,7 @@ class PackedTrees:
     targets: Tensor
     completion: Tensor
     lengths: Tensor
+    owner: Tensor | None = None
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What the attention derives from the layout once and uses in every layer."""
 
@@ -92,7 +94,7 @@ class PackedTrees:
         return self.scratch[name]
 
 
-def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu") -> PackedTrees:
+def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu", scores_prompt: bool = False) -> PackedTrees:
     """Lay trees out in one row."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -114,6 +116,12 @@ def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu") -> Pack
             lengths.append(len(ids))
             spans.append((start, len(tokens)))
         blocks.append(Block((first, first + depth), tuple(spans)))
+    owner: list[int] = []
+    if scores_prompt:
+        for place, (tree, block) in enumerate(zip(trees, blocks, strict=True)):
+            predictors += range(block.prompt[0], block.prompt[1] - 1)
+            targets += tree.prompt[1:]
+            owner += [place] * (len(tree.prompt) - 1)
 
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -127,6 +135,7 @@ def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu") -> Pack
         targets=tensor(targets),
         completion=tensor(range(len(lengths))).repeat_interleave(tensor(lengths)),
         lengths=tensor(lengths),
+        owner=tensor(owner) if scores_prompt else None,
     )
 
 

@@ -51,16 +51,21 @@ class Scorer:
         return self.attention is not None
 
     def score(
-        self, trees: Sequence[TokenTree], model: nn.Module | None = None, statistics: bool = False
+        self,
+        trees: Sequence[TokenTree],
+        model: nn.Module | None = None,
+        statistics: bool = False,
+        scores_prompt: bool = False,
     ) -> TreeLogprobs:
         """Log-probs of the trees' completions, all in one row when packed.
 
         Args:
             model: the wrapped model to call instead of `self.model` (DDP, FSDP, autocast).
             statistics: with entropy, squares and top-1 of every scored position.
+            scores_prompt: with the log-probs of the prompts as well.
         """
         called = self.model if model is None else model
-        row = pack(trees, next(self.model.parameters()).device)
+        row = pack(trees, next(self.model.parameters()).device, scores_prompt)
         if not self.packed:
             return plain_logprobs(called, row, self.max_tokens, statistics, self.one_by_one)
         with self.in_place():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefold.data.mixture import Example
+from prefold.data.examples import Example, Examples
 from prefold.data.preference import Message, Preference, RowId
 from prefold.trees.packing import TokenTree
 
@@ -32,6 +32,10 @@ def example(
 ) -> Example:
     tree = TokenTree(tuple(range(prompt_length)), tuple(tuple(range(length)) for length in lengths))
     return Example(pair(prompt, chosen, row=row), tree)
+
+
+def examples(*given: Example) -> Examples:
+    return Examples.of(given)
 
 
 def text_rows(number: int, prompt: str = "Question {}") -> list[dict[str, str]]:

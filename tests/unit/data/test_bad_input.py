@@ -11,8 +11,10 @@ import pytest
 from data_samples import assistant, system, user
 from transformers import PreTrainedTokenizerFast
 
+from prefold.data.conversion import to_record
 from prefold.data.mixture import load_split
-from prefold.data.preference import Problem, RowId, to_preference
+from prefold.data.preference import Problem, RowId
+from prefold.data.shapes import find_shape
 from prefold.data.sources import read_rows
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
@@ -117,12 +119,14 @@ def test_a_bad_row_is_left_out_and_named(
     write: Write, chatml: PreTrainedTokenizerFast, line: str, kind: str, message: str
 ) -> None:
     path = write("pairs.jsonl", f"{GOOD_LINE}\n\n{line}\n{changed(prompt='How?')}\n")
-    problems = [result for row in read_rows(Source(path=path)) if isinstance(result := to_preference(row), Problem)]
+    rows = list(read_rows(Source(path=path)))
+    shape = find_shape(rows, path, kinds=("pairs",))
+    problems = [result for row in rows if isinstance(result := to_record(row, shape), Problem)]
     assert [(problem.kind, problem.origin) for problem in problems] == [(kind, RowId(path, 3))]
     assert message in problems[0].message
     assert len(problems[0].message) <= 100
     prepared = load_split(Data(train=[Source(path=path)]), chatml, seed=1)
-    assert [one.preference.origin.row for one in prepared.train] == [1, 4]
+    assert [origin.row for origin in prepared.train.origins] == [1, 4]
     counted = [(finding.kind, finding.count, finding.rows) for finding in prepared.report.findings]
     assert (kind, 1, (RowId(path, 3),)) in counted
 
@@ -135,11 +139,9 @@ BAD_FILES: list[tuple[str, bytes, list[str]]] = [
     ("pairs.json", b"", ["there are no rows in it"]),
     ("pairs.json", b" \n", ["there are no rows in it"]),
     ("pairs.json", b"[]", ["there are no rows in it"]),
-    ("pairs.jsonl", b'{"prompt": "caf\xe9"}\n', ["not UTF-8 at byte 15 (0xe9)", "convert the file to UTF-8"]),
-    ("pairs.jsonl", b'\xef\xbb\xbf{}\n{"a": "\xff"}\n', ["not UTF-8 at byte 13 (0xff)"]),
-    ("pairs.jsonl", b'\xef\xbb\xbf{"a": "\xff"}\n', ["not UTF-8 at byte 10 (0xff)"]),
-    ("pairs.jsonl", "{}\n".encode("utf-16"), ["not UTF-8 at byte 0 (it looks like UTF-16)"]),
-    ("pairs.jsonl", b"\x1f\x8b\x08\x00", ["not UTF-8 at byte 1 (0x8b)"]),
+    ("pairs.jsonl", b'{"prompt": "caf\xe9"}\n', ["no usable row is left", "not UTF-8 at byte 16 of the line (0xe9)"]),
+    ("pairs.jsonl", "{}\n".encode("utf-16"), ["not UTF-8 but, it seems, UTF-16", "convert the file to UTF-8"]),
+    ("pairs.jsonl", b"\x1f\x8b\x08\x00", ["row 1: not UTF-8 at byte 2 of the line (0x8b)"]),
     ("pairs.json", b'[{"a": "\xe9"}]', ["not UTF-8 at byte 8 (0xe9)"]),
     ("pairs.json", b'{"data": []}', ["the file holds an object", "a list of objects"]),
     ("pairs.json", b'"text"', ["the file holds a string"]),
@@ -147,8 +149,18 @@ BAD_FILES: list[tuple[str, bytes, list[str]]] = [
     ("pairs.json", b'[{"a": 1},\n {"b": }]', [", line 2, column 8: not JSON: Expecting value"]),
     ("pairs.json", b'{"a": 1}\n{"a": 2}\n', [", line 2, column 1: not JSON: Extra data", "end in .jsonl"]),
     ("pairs.json", b"[" * 100_000, ["nested too deeply"]),
-    ("pairs.csv", b"prompt,chosen,rejected\n", ["files that end in `.csv` are not read", "convert it to .jsonl"]),
-    ("pairs.jsonl.gz", b"\x1f\x8b", ["files that end in `.gz` are not read"]),
+    ("pairs.csv", b"prompt,chosen,rejected\n", ["there are no rows in it"]),
+    ("pairs.csv", b"", ["there are no rows in it"]),
+    ("pairs.csv", b"prompt,prompt\na,b\n", ["does not name the columns: a column is named twice"]),
+    ("pairs.csv", b'prompt,"chosen\na,b\n', ["does not name the columns: a quote is not closed"]),
+    ("pairs.csv", "a,b\nc,d\n".encode("utf-16"), ["not UTF-8 but, it seems, UTF-16"]),
+    ("pairs.jsonl.gz", b"\x1f\x8b", ["cannot be read"]),
+    ("pairs.jsonl.gz", b"{}\n", ["cannot be read (Not a gzipped file"]),
+    ("pairs.jsonl.xz", b"{}\n", ["cannot be read"]),
+    ("pairs.jsonl.bz2", b"{}\n", ["cannot be read"]),
+    ("pairs.jsonl.zst", b"{}\n", ["cannot be read"]),
+    ("pairs.parquet", b"{}\n", ["cannot be read"]),
+    ("pairs.parquet.gz", b"{}\n", ["files that end in `.gz` are not read"]),
     ("pairs", GOOD_LINE.encode(), ["the file name has no ending"]),
     ("pairs.jsonl", b'{"question": "Why?", "answer": "So."}\n', ["no known shape of pairs: `question`, `answer`"]),
     ("pairs.jsonl", b'{"chosen": "A", "rejected": "B"}\n', ["no known shape of pairs: `chosen`, `rejected`"]),
@@ -174,15 +186,15 @@ BAD_PATHS: list[tuple[str, str | None, list[str]]] = [
     ("pair.jsonl", None, ["pair.jsonl: no such file", "did you mean `pairs.jsonl`?"]),
     ("./pairs.json", None, ["./pairs.json: no such file", "did you mean `pairs.jsonl`?"]),
     ("zzz", None, ["zzz: no such file", "readable files in that folder: pairs.jsonl"]),
-    ("folder/x.jsonl", None, ["no such file", "that folder has no .jsonl or .json file"]),
+    ("folder/x.jsonl", None, ["no such file", "that folder has no file that can be read"]),
     ("absent/pairs.jsonl", None, ["absent/pairs.jsonl: no such file: its folder does not exist either"]),
-    ("some-org/some_set.v2", None, ["data sets of the Hub are not read yet", "download it as .jsonl"]),
     ("folder/some_set", None, ["folder/some_set: no such file", "that folder has no"]),
     ("a/b/c", None, ["its folder does not exist either"]),
     ("https://example.org/pairs.jsonl", None, ["no such file"]),
-    (".", None, ["this is a folder", "readable files in that folder: pairs.jsonl"]),
-    ("folder", None, ["folder: this is a folder", "that folder has no .jsonl or .json file"]),
-    ("pairs.jsonl", "train", ["pairs.jsonl: a file has no splits, but `split: train` is given", "remove `split`"]),
+    ("folder", None, ["folder: no file in this folder can be read"]),
+    ("*.txt", None, ["notes.txt: files that end in `.txt` are not read"]),
+    ("*.csv", None, ["*.csv: no file matches"]),
+    ("pairs.jsonl", "train", ["pairs.jsonl: a file has no `split`, but `split: train` is given", "remove `split`"]),
     ("notes.txt", None, ["files that end in `.txt` are not read"]),
     ("x" * 300 + ".jsonl", None, ["cannot be read (File name too long)"]),
     ("~nobody_of_this_name/pairs.jsonl", None, ["~nobody_of_this_name/pairs.jsonl: no such file"]),

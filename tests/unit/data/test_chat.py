@@ -11,14 +11,19 @@ from data_samples import assistant, pair, system, user
 from tiny_tokenizer import CHATML, DEFAULT_SYSTEM, LLAMA3, NO_END, STRICT, THINKING, make_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from prefold.data.chat import Tokenized, fit, tokenize
-from prefold.data.preference import Message, Preference, Problem, RowId
+from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
+from prefold.data.preference import Message, Preference, Problem, Prompt, RowId, Unpaired
 from prefold.errors import UserError
 from prefold.files import cache_folder
 from prefold.recipe import Data, Source
 from prefold.trees.packing import TokenTree
 
 ORIGIN = RowId("pairs.jsonl", 3)
+
+
+def tokenize(preference: Preference, tokenizer: PreTrainedTokenizerFast) -> Tokenized | Problem:
+    (result,) = tokenize_all([preference], tokenizer)
+    return result
 
 
 def tokenized(preference: Preference, tokenizer: PreTrainedTokenizerFast) -> Tokenized:
@@ -47,7 +52,7 @@ def test_chatml_default_system_once_and_newline_after_the_end_token(chatml: PreT
         "No.<|im_end|>\n",
     )
     result = tokenized(pair(), chatml)
-    assert (result.boundary, result.ending, result.origin) == (None, None, RowId("pairs.jsonl", 1))
+    assert (result.oddities, result.origin) == ((), RowId("pairs.jsonl", 1))
 
 
 def test_a_system_message_takes_the_place_of_the_default_one(chatml: PreTrainedTokenizerFast) -> None:
@@ -66,7 +71,7 @@ def test_llama3_writes_one_bos_and_ends_with_its_end_token() -> None:
 
 def test_the_end_token_need_not_be_the_tokenizers_eos() -> None:
     # Gemma ends its turns with a special token of their own.
-    assert tokenized(pair(), make_tokenizer(CHATML, eos="<|text_end|>")).ending is None
+    assert tokenized(pair(), make_tokenizer(CHATML, eos="<|text_end|>")).oddities == ()
 
 
 def test_the_end_token_stays_where_padding_is_the_same_token() -> None:
@@ -77,24 +82,24 @@ def test_the_end_token_stays_where_padding_is_the_same_token() -> None:
 
 def test_a_template_without_end_token_is_found() -> None:
     result = tokenized(pair(), make_tokenizer(NO_END))
-    assert (result.boundary, result.ending) == (None, "no_end_token")
+    assert result.oddities == ("no_end_token",)
 
 
 def test_an_eos_that_is_no_special_token_ends_an_answer() -> None:
     tokenizer = make_tokenizer(NO_END.replace("}}\n", "}}~\n"))
-    assert tokenized(pair(), tokenizer).ending == "no_end_token"
+    assert tokenized(pair(), tokenizer).oddities == ("no_end_token",)
     tokenizer.eos_token = "~"
-    assert tokenized(pair(), tokenizer).ending is None
+    assert tokenized(pair(), tokenizer).oddities == ()
 
 
 def test_both_answers_need_an_end_token() -> None:
     for preference in (pair(chosen="So.<|im_end|>"), pair(rejected="No.<|im_end|>")):
-        assert tokenized(preference, make_tokenizer(NO_END)).ending == "no_end_token"
+        assert tokenized(preference, make_tokenizer(NO_END)).oddities == ("no_end_token",)
 
 
 def test_a_generation_prompt_that_is_no_prefix_is_cut_to_what_is_common() -> None:
     tokenizer = make_tokenizer(THINKING)
-    assert tokenized(pair(), tokenizer).boundary == "prompt_not_prefix"
+    assert tokenized(pair(), tokenizer).oddities == ("prompt_not_prefix",)
     prompt, chosen, _ = texts(pair(), tokenizer)
     assert prompt.endswith("<|im_start|>assistant\n") and chosen == "So.<|im_end|>\n"
 
@@ -102,7 +107,7 @@ def test_a_generation_prompt_that_is_no_prefix_is_cut_to_what_is_common() -> Non
 def test_the_shorter_common_beginning_decides_for_both(chatml: PreTrainedTokenizerFast) -> None:
     # The newline before the rejected answer melts into one token with the template's own.
     preference = pair(chosen="So.", rejected="\nNo.")
-    assert tokenized(preference, chatml).boundary == "prompt_not_prefix"
+    assert tokenized(preference, chatml).oddities == ("prompt_not_prefix",)
     prompt, chosen, rejected = texts(preference, chatml)
     assert prompt.endswith("<|im_start|>assistant")
     assert (chosen, rejected) == ("\nSo.<|im_end|>\n", "\n\nNo.<|im_end|>\n")
@@ -131,6 +136,58 @@ def assert_own_ids(preference: Preference, tokenizer: PreTrainedTokenizerFast) -
     for answer, completion in zip((preference.chosen, preference.rejected), tree.completions, strict=True):
         conversation: Sequence[Message] = [*preference.prompt, *answer]
         assert list(tree.prompt + completion) == tokenizer.apply_chat_template(conversation, return_dict=False)
+
+
+def test_an_end_token_in_the_text_is_a_second_one(chatml: PreTrainedTokenizerFast) -> None:
+    assert tokenized(pair(chosen="So.<|im_end|>"), chatml).oddities == ("double_end_token",)
+    assert tokenized(pair(rejected="No.<|im_end|>\n"), chatml).oddities == ("double_end_token",)
+    assert tokenized(pair(rejected="No<|im_end|>."), chatml).oddities == ()
+
+
+def test_a_template_that_ends_with_two_different_tokens_is_no_double_end() -> None:
+    tokenizer = make_tokenizer(CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", eos="<|eot|>")
+    assert tokenized(pair(), tokenizer).oddities == ()
+
+
+def test_a_second_bos_is_found() -> None:
+    assert tokenized(pair(), make_tokenizer("<|begin|>" + LLAMA3, eos="<|eot|>", bos="<|begin|>")).oddities == (
+        "double_bos",
+    )
+
+
+def test_many_at_once_are_what_each_is_alone(chatml: PreTrainedTokenizerFast) -> None:
+    draw = random.Random(1)
+    records = [random_preference(draw) for _ in range(20)]
+    records.insert(7, Preference((user("A"), user("B")), (assistant(""),), (assistant(""),), ORIGIN))
+    assert tokenize_all(records, chatml) == [tokenize(record, chatml) for record in records]
+    assert isinstance(tokenize_all(records, chatml)[7], Problem)
+
+
+def test_prompts_and_unpaired_answers_are_cut_at_the_same_place(chatml: PreTrainedTokenizerFast) -> None:
+    whole = tokenized(pair(), chatml).tree
+    prompt = Prompt((user("Why?"),), {"answer": 3}, ORIGIN)
+    unpaired = Unpaired((user("Why?"),), (assistant("No."),), False, ORIGIN)
+    assert tokenize_all([prompt, unpaired], chatml) == [
+        Tokenized(TokenTree(whole.prompt, ()), (), ORIGIN),
+        Tokenized(TokenTree(whole.prompt, whole.completions[1:]), (), ORIGIN),
+    ]
+
+
+# ---- without a template -----------------------------------------------------------------------------------------
+
+
+def test_bare_text_begins_with_bos_and_ends_with_eos() -> None:
+    tokenizer = make_tokenizer(None, eos="<|eot|>", bos="<|begin|>", adds_bos=True)
+    (result,) = tokenize_all([pair("Once upon", " a time.", " a mattress.")], tokenizer, "none")
+    assert isinstance(result, Tokenized) and result.oddities == ()
+    assert tokenizer.decode(result.tree.prompt) == "<|begin|>Once upon"
+    assert [tokenizer.decode(ids) for ids in result.tree.completions] == [" a time.<|eot|>", " a mattress.<|eot|>"]
+
+
+def test_bare_text_has_no_turns(chatml: PreTrainedTokenizerFast) -> None:
+    preference = Preference((system("Be brief."), user("Why?")), (assistant("So."),), (assistant("No."),), ORIGIN)
+    (result,) = tokenize_all([preference], chatml, "none")
+    assert isinstance(result, Problem) and result.kind == "template_refused"
 
 
 # ---- what a template refuses ------------------------------------------------------------------------------------
@@ -162,14 +219,14 @@ def test_a_tokenizer_without_chat_template(template: object) -> None:
     tokenizer = make_tokenizer(None)
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="no chat template") as caught:
-        tokenize(pair(), tokenizer)
+        require_chat_template(tokenizer)
     assert "instruct" in str(caught.value)
 
 
 # ---- overlong pairs ---------------------------------------------------------------------------------------------
 
 TREE = TokenTree((1, 2, 3, 4), ((5, 6, 7), (8, 9)))
-OVERLONG = Tokenized(TREE, None, None, ORIGIN)
+OVERLONG = Tokenized(TREE, (), ORIGIN)
 
 
 def test_what_counts_is_the_prompt_and_the_longer_completion() -> None:
@@ -214,7 +271,7 @@ def real_smollm2() -> Path | None:
 def test_real_smollm2() -> None:
     tokenizer = AutoTokenizer.from_pretrained(real_smollm2())
     result = tokenized(pair("What is rain?", "Water.", "No idea."), tokenizer)
-    assert (result.boundary, result.ending) == (None, None)
+    assert result.oddities == ()
     assert tokenizer.decode(result.tree.prompt).count("<|im_start|>system") == 1
     assert [tokenizer.decode(ids) for ids in result.tree.completions] == ["Water.<|im_end|>\n", "No idea.<|im_end|>\n"]
     draw = random.Random(0)

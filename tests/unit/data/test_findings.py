@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
-from data_samples import example
+from data_samples import example, examples, pair
+from transformers import PreTrainedTokenizerFast
 
 from prefold.data import findings
+from prefold.data.examples import Example
 from prefold.data.findings import DataReport, Finding, SourceCount, TokenCounts
-from prefold.data.preference import Problem, RowId
+from prefold.data.preference import Preference, Problem, RowId
 from prefold.recipe import Data, Source
+from prefold.trees.packing import TokenTree
 
 DATA = Data(train=[Source(path="pairs.jsonl")])
 EMPTY = TokenCounts(0, 0, 0, 0, 0, 0)
@@ -37,26 +41,26 @@ def test_the_advice_on_overlong_rows_is_not_the_policy_that_is_set_already() -> 
 def test_duplicates_are_the_rows_that_were_there_before() -> None:
     same_answers_other_prompt = example(4, prompt="How?")
     found = findings.duplicate(
-        [example(1), example(2, chosen="Yes."), example(3), same_answers_other_prompt, example(5)]
+        examples(example(1), example(2, chosen="Yes."), example(3), same_answers_other_prompt, example(5))
     )
     assert found is not None and (found.severity, found.count) == ("note", 2)
     assert [row.row for row in found.rows] == [3, 5]
-    assert findings.duplicate([example(1), example(2, chosen="Yes.")]) is None
+    assert findings.duplicate(examples(example(1), example(2, chosen="Yes."))) is None
 
 
 def test_prompts_in_both_splits_are_named_by_their_held_out_rows() -> None:
-    train = [example(1, prompt="Why?"), example(2, prompt="How?")]
-    held_out = [example(7, prompt="Who?"), example(8, prompt="How?", chosen="Otherwise.")]
+    train = examples(example(1, prompt="Why?"), example(2, prompt="How?"))
+    held_out = examples(example(7, prompt="Who?"), example(8, prompt="How?", chosen="Otherwise."))
     found = findings.prompt_in_both_splits(train, held_out)
     assert found is not None and (found.severity, found.count, found.rows) == ("warning", 1, (RowId("pairs.jsonl", 8),))
     assert findings.prompt_in_both_splits(train, held_out[:1]) is None
 
 
 @pytest.mark.parametrize(
-    "number, message", [(0, "no held-out pairs"), (1, "only 1 held-out pair:"), (29, "only 29"), (30, None)]
+    "number, message", [(0, "no held-out rows"), (1, "only 1 held-out row:"), (49, "only 49"), (50, None)]
 )
 def test_few_held_out_pairs(number: int, message: str | None) -> None:
-    found = findings.held_out_small([example(row) for row in range(number)])
+    found = findings.small_held_out(examples(*map(example, range(number))))
     assert (found is None) == (message is None)
     if found is not None:
         assert found.message.startswith(message) and (found.severity, found.count) == ("warning", number)
@@ -78,7 +82,7 @@ def test_few_held_out_pairs(number: int, message: str | None) -> None:
 )
 def test_length_bias(chosen_longer: int, rejected_longer: int, ties: int, message: str | None) -> None:
     lengths = [(3, 2)] * chosen_longer + [(2, 3)] * rejected_longer + [(2, 2)] * ties
-    found = findings.length_bias([example(row, lengths=pair) for row, pair in enumerate(lengths, start=1)])
+    found = findings.length_bias(findings.facts_of(examples(*(example(lengths=pair) for pair in lengths))))
     assert (found.message if found else None) == message
     if found is not None:
         assert (found.severity, found.count) == ("note", max(chosen_longer, rejected_longer))
@@ -94,19 +98,28 @@ def test_findings_are_ordered_by_severity_and_then_as_given() -> None:
 
 def test_token_counts() -> None:
     # Packed: 4 + 3 + 2 and 6 + 1 + 5; plain: a second copy of each prompt.
-    counts = findings.count_tokens([example(1, lengths=(3, 2)), example(2, lengths=(1, 5), prompt_length=6)])
+    counts = findings.count_tokens(examples(example(1, lengths=(3, 2)), example(2, lengths=(1, 5), prompt_length=6)))
     assert counts == TokenCounts(trees=2, prompt=10, completions=11, packed=21, plain=31, longest=11)
     assert counts.shared_share == pytest.approx(10 / 31)
-    assert findings.count_tokens([]) == EMPTY and EMPTY.shared_share == 0.0
+    assert findings.count_tokens(examples()) == EMPTY and EMPTY.shared_share == 0.0
 
 
 def test_report_as_json() -> None:
     finding = Finding("identical", "warning", 1, (RowId("pairs.jsonl", 4),), "message", "advice")
-    train = findings.count_tokens([example(1)])
+    train = findings.count_tokens(examples(example(1)))
     report = DataReport((SourceCount("pairs.jsonl", "text", 2, 1),), (finding,), train, EMPTY)
     none = {"trees": 0, "prompt": 0, "completions": 0, "packed": 0, "plain": 0, "longest": 0, "shared_share": 0.0}
     assert report.as_json() == {
-        "sources": [{"path": "pairs.jsonl", "shape": "text", "rows_in": 2, "rows_used": 1}],
+        "sources": [
+            {
+                "path": "pairs.jsonl",
+                "shape": "text",
+                "rows_in": 2,
+                "rows_used": 1,
+                "rows_filtered": 0,
+                "rows_not_drawn": 0,
+            }
+        ],
         "findings": [
             {
                 "kind": "identical",
@@ -129,16 +142,66 @@ def test_report_as_json() -> None:
             },
             "held_out": none,
         },
+        "contamination": [],
     }
 
 
 def test_fingerprint_is_that_of_the_token_ids_in_order() -> None:
     one, other = example(1, lengths=(3, 2)), example(2, lengths=(2, 3))
-    expected = hashlib.sha256(b"[[0, 1, 2, 3], [[0, 1, 2], [0, 1]]]").hexdigest()
-    assert findings.fingerprint([one]) == expected == findings.fingerprint([example(9, "Other text", lengths=(3, 2))])
+    expected = hashlib.sha256(b"((0, 1, 2, 3), ((0, 1, 2), (0, 1)))").hexdigest()
+    elsewhere = example(9, "Other text", lengths=(3, 2))
+    assert findings.fingerprint(examples(one)) == expected == findings.fingerprint(examples(elsewhere))
     # The same ids in the same order, but the border between prompt and completion moved.
     sets = [[one, other], [other, one], [one], [other], [], [example(1, lengths=(3, 2), prompt_length=5)]]
-    assert len(set(map(findings.fingerprint, sets))) == len(sets)
+    assert len({findings.fingerprint(examples(*one_set)) for one_set in sets}) == len(sets)
+
+
+# ---- pairs ------------------------------------------------------------------------------------------------------
+
+
+def worded(row: int, chosen: tuple[int, ...], rejected: tuple[int, ...]) -> Example:
+    return Example(pair(row=row), TokenTree((9, 9), (chosen, rejected)))
+
+
+def test_pairs_that_are_there_both_ways_round_contradict_each_other() -> None:
+    given = examples(worded(1, (1, 2), (3,)), worded(2, (3,), (1, 2)), worded(3, (1, 2), (4,)), worded(4, (1, 2), (3,)))
+    found = findings.contradiction(findings.facts_of(given), given.origins)
+    assert found is not None and (found.severity, [row.row for row in found.rows]) == ("warning", [1, 2, 4])
+    assert findings.contradiction(findings.facts_of(given[1:3]), given.origins) is None
+
+
+@pytest.mark.parametrize(
+    "rejected_sure, chosen_sure, told", [(60, 0, True), (30, 0, True), (30, 15, False), (15, 0, False)]
+)
+def test_an_opening_that_gives_the_side_away(
+    chatml: PreTrainedTokenizerFast, rejected_sure: int, chosen_sure: int, told: bool
+) -> None:
+    sure, plain = tuple(chatml.encode("Sure! It is")), tuple(chatml.encode("It is"))
+    given = [
+        worded(row, sure if row < chosen_sure else plain, sure if row < rejected_sure else plain) for row in range(100)
+    ]
+    # Other words on either side, so that the plain opening tells nothing.
+    found = findings.telling_opening(findings.facts_of(examples(*given)), chatml)
+    assert (found is not None) == told
+    if found is not None:
+        assert f"of the chosen and {rejected_sure} % of the rejected answers" in found.message or (
+            f"{100 - rejected_sure} % of the rejected" in found.message
+        )
+
+
+def test_text_and_ratings_give_cause_for_findings() -> None:
+    def kinds(preference: Preference) -> list[str]:
+        return list(findings.oddities_of(preference))
+
+    assert kinds(pair()) == []
+    assert kinds(pair("Why\x00?")) == kinds(pair(rejected="caf\ufffd")) == ["control_character"]
+    assert kinds(pair("tabs\tand\r\nlines")) == []
+    for residue in ("<|im_end|>", "</s>", "[INST] x", "<start_of_turn>", "<|eot_id|>"):
+        assert kinds(pair(chosen=f"So.{residue}")) == ["template_residue"], residue
+    assert kinds(pair("a < b | c > d, <b>bold</b>, [1], Human: no")) == []
+    assert kinds(replace(pair(), ratings=(2.0, 7.0))) == ["flipped_rating"]
+    assert kinds(replace(pair(), ratings=(7.0, 7.0))) == ["tied_rating"]
+    assert kinds(replace(pair(), ratings=(7.0, 2.0))) == []
 
 
 @pytest.mark.parametrize("kind", findings._ABOUT_ROWS)
@@ -148,14 +211,21 @@ def test_every_message_fits_80_columns(kind: str) -> None:
     assert max(len(found.message), len(found.advice)) <= 76
 
 
-def test_messages_about_sets_fit_80_columns() -> None:
-    twins = [example(row, lengths=(3, 2)) for row in range(29)]
-    found = findings.about_sets(twins, twins) + findings.about_sets(twins, [])
+def test_messages_about_sets_fit_80_columns(chatml: PreTrainedTokenizerFast) -> None:
+    twins = examples(*(example(row, lengths=(3, 2)) for row in range(29)))
+    both_ways = examples(
+        worded(1, (1, 2), (3,)), worded(2, (3,), (1, 2)), *(worded(3, (50,), (60,)) for _ in range(40))
+    )
+    given = ((twins, twins), (twins, examples()), (both_ways, twins))
+    found = [finding for sets in given for finding in findings.about_sets(*sets, chatml)] + [findings.template_unused()]
     assert {finding.kind for finding in found} == {
+        "contradiction",
         "duplicate",
-        "prompt_in_both_splits",
-        "held_out_small",
         "length_bias",
+        "prompt_in_both_splits",
+        "small_held_out",
+        "telling_opening",
+        "template_unused",
     }
     for finding in found:
         assert max(len(finding.message), len(finding.advice)) <= 76, finding

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import datasets
 import pytest
 from data_samples import example, text_rows
 from tiny_tokenizer import NO_END, THINKING, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from prefold.data.duplicates import Match
+from prefold.data.examples import Examples
 from prefold.data.findings import SourceCount, fingerprint
-from prefold.data.mixture import Example, Prepared, hold_out, load_split
+from prefold.data.mixture import Prepared, hold_out, load_split
 from prefold.data.preference import RowId
 from prefold.errors import UserError
-from prefold.recipe import Data, Source
+from prefold.recipe import Benchmark, Data, Source
 
 Write = Callable[..., str]
 BAD = {"prompt": "Why?", "chosen": "", "rejected": "No."}
@@ -31,8 +34,8 @@ def kinds(prepared: Prepared) -> dict[str, tuple[str, int, list[int]]]:
     return {finding.kind: (finding.severity, finding.count, [row.row for row in finding.rows]) for finding in found}
 
 
-def prompts(examples: Sequence[Example]) -> list[str]:
-    return [one.preference.prompt[-1]["content"] for one in examples]
+def prompts(examples: Examples) -> list[str]:
+    return [record.prompt[-1]["content"] for record in examples.records]
 
 
 def test_sources_follow_each_other_in_the_order_of_their_rows(write: Write, chatml: PreTrainedTokenizerFast) -> None:
@@ -45,7 +48,7 @@ def test_sources_follow_each_other_in_the_order_of_their_rows(write: Write, chat
     held_out = write("held_out.jsonl", text_rows(1, "C{}"))
     prepared = load_split(make_data([first, second], [held_out]), chatml, seed=1)
     assert (prompts(prepared.train), prompts(prepared.held_out)) == (["A0", "A1", "B"], ["C0"])
-    assert prepared.train[1].preference.origin == RowId(first, 2)
+    assert prepared.train[1].record.origin == RowId(first, 2)
     assert prepared.report.sources == (
         SourceCount(first, "text", 4, 2),
         SourceCount(second, "conversations", 1, 1),
@@ -54,7 +57,7 @@ def test_sources_follow_each_other_in_the_order_of_their_rows(write: Write, chat
     assert kinds(prepared) == {
         "empty_text": ("warning", 1, [3]),
         "identical": ("warning", 1, [4]),
-        "held_out_small": ("warning", 1, []),
+        "small_held_out": ("warning", 1, []),
     }
     assert (prepared.report.train.trees, prepared.report.held_out.trees) == (3, 1)
     assert chatml.decode(prepared.train[0].tree.completions[0]) == "Good 0<|im_end|>\n"
@@ -147,20 +150,92 @@ def test_a_missing_template_is_reported_before_the_files_are_read() -> None:
         load_split(make_data(["nowhere.jsonl"]), make_tokenizer(None), seed=1)
 
 
+def test_every_row_is_used_or_counted_with_its_reason(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    rows = [*text_rows(20), *text_rows(2), BAD, SAME, 5, {"prompt": 1, "chosen": "a", "rejected": "b"}]
+    rows = [row if row == 5 else {"score": 1, **row} for row in rows]
+    rows += [{"score": "high", "prompt": "a", "chosen": "b", "rejected": "c"}] + [{"score": 0}] * 3
+    test = write("test.jsonl", [{"question": "Question 7"}, {"question": "Question 19"}, {"question": None}])
+    source = Source(path=write("pairs.jsonl", rows), where="score > 0", count=23)
+    data = Data(
+        train=[source], duplicates="drop_exact", decontaminate=[Benchmark(path=test, column="question")], shuffle=True
+    )
+    prepared = load_split(data, chatml, seed=3)
+    (counts,) = prepared.report.sources
+    about_sets = ("small_held_out", "length_bias", "telling_opening")
+    found = {kind: count for kind, (_, count, _) in kinds(prepared).items() if kind not in about_sets}
+    left_out = sum(found.values())
+    assert counts.rows_in == 30 == counts.rows_used + counts.rows_filtered + counts.rows_not_drawn + left_out
+    assert (counts.rows_filtered, counts.rows_not_drawn, counts.rows_used) == (3, 2, len(prepared.train))
+    assert (found["where_failed"], found["broken_row"]) == (1, 1)
+
+
+def test_shuffle_gives_the_order_of_datasets(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    paths = [write("a.jsonl", text_rows(6, "A{}")), write("b.jsonl", text_rows(6, "B{}"))]
+    plain = prompts(load_split(make_data(paths), chatml, seed=9).train)
+    expected = datasets.Dataset.from_dict({"prompt": plain}).shuffle(seed=9)["prompt"]
+    assert prompts(load_split(make_data(paths, shuffle=True), chatml, seed=9).train) == list(expected) != plain
+
+
+# ---- repeats and benchmarks -------------------------------------------------------------------------------------
+
+LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+
+
+def test_repeats_are_kept_or_dropped_as_the_recipe_says(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    pair = {"prompt": "Count: " + LONG, "chosen": "So.", "rejected": "No."}
+    path = write(
+        "pairs.jsonl", [pair, pair, {**pair, "prompt": "Count: " + LONG + " eighteen"}, {**pair, "chosen": "Yes."}]
+    )
+    for policy, used, dropped in (
+        ("keep", [1, 2, 3, 4], None),
+        ("drop_exact", [1, 3, 4], [2]),
+        ("drop_near", [1, 4], [2, 3]),
+    ):
+        prepared = load_split(make_data([path], duplicates=policy, bad_rows="error"), chatml, seed=1)
+        assert [one.record.origin.row for one in prepared.train] == used
+        found = kinds(prepared)
+        assert found.get("repeated") == (dropped and ("note", len(dropped), dropped))
+        assert ("duplicate" in found) == (policy == "keep")
+
+
+def test_a_repeat_of_a_row_that_is_not_used_is_used(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    near = [{"prompt": "Count: " + LONG + " 18" * extra, "chosen": "So.", "rejected": "No."} for extra in (2, 0)]
+    data = make_data([write("pairs.jsonl", near)], duplicates="drop_near", max_length=158)
+    prepared = load_split(data, chatml, seed=1)
+    assert [one.record.origin.row for one in prepared.train] == [2]
+
+
+def test_pairs_with_text_of_a_benchmark_are_dropped_and_reported(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    rows = [*text_rows(3), {"prompt": "Now count: " + LONG, "chosen": "So.", "rejected": "No."}]
+    path = write("pairs.jsonl", rows)
+    test = write("test.csv", f"id,question\n1,{LONG}\n2,Unseen question of a benchmark\n")
+    data = Data(
+        train=[Source(path=path)], eval=[Source(path=path)], decontaminate=[Benchmark(path=test, column="question")]
+    )
+    prepared = load_split(data, chatml, seed=1)
+    assert len(prepared.train) == 3 and len(prepared.held_out) == 4
+    assert kinds(prepared)["contaminated"] == ("warning", 1, [4])
+    words = " ".join(LONG.split()[:13])
+    assert prepared.report.contamination == (Match(RowId(path, 4), RowId(test, 1), words),)
+    assert prepared.report.as_json()["contamination"] == [
+        {"row": {"source": path, "row": 4}, "benchmark": {"source": test, "row": 1}, "words": words}
+    ]
+
+
 # ---- holding out ------------------------------------------------------------------------------------------------
 
 
 def test_equal_prompts_stay_on_one_side() -> None:
-    examples = [example(row, prompt=f"Question {row % 40}", chosen=f"Answer {row}") for row in range(120)]
+    examples = Examples.of(example(row, prompt=f"Question {row % 40}", chosen=f"Answer {row}") for row in range(120))
     train, held_out = hold_out(examples, 0.25, seed=3)
     assert not set(prompts(train)) & set(prompts(held_out))
     assert len(held_out) == 30 and len(train) == 90
-    rows = [one.preference.origin.row for one in train]
+    rows = [one.record.origin.row for one in train]
     assert rows == sorted(rows)
 
 
 def test_the_draw_hangs_on_the_seed_and_not_on_the_order_of_rows() -> None:
-    examples = [example(row, prompt=f"Question {row}") for row in range(50)]
+    examples = Examples.of(example(row, prompt=f"Question {row}") for row in range(50))
     held_out = set(prompts(hold_out(examples, 0.2, seed=3)[1]))
     assert set(prompts(hold_out(examples[::-1], 0.2, seed=3)[1])) == held_out
     assert set(prompts(hold_out(examples, 0.2, seed=4)[1])) != held_out
@@ -168,7 +243,9 @@ def test_the_draw_hangs_on_the_seed_and_not_on_the_order_of_rows() -> None:
 
 @pytest.mark.parametrize("fraction, number", [(0.01, 1), (0.5, 2), (0.99, 3)])
 def test_both_sides_get_something(fraction: float, number: int) -> None:
-    train, held_out = hold_out([example(row, prompt=f"Question {row}") for row in range(4)], fraction, seed=1)
+    train, held_out = hold_out(
+        Examples.of(example(row, prompt=f"Question {row}") for row in range(4)), fraction, seed=1
+    )
     assert (len(train), len(held_out)) == (4 - number, number)
 
 
@@ -176,21 +253,21 @@ def test_a_prompt_with_too_many_pairs_is_held_out_only_if_there_is_no_smaller_on
     crowd = [example(row, prompt="Crowd") for row in range(8)]
     couple = [example(row, prompt="Couple") for row in (8, 9)]
     for seed in range(10):
-        assert prompts(hold_out(crowd + couple, 0.05, seed)[1]) == ["Couple", "Couple"]
+        assert prompts(hold_out(Examples.of(crowd + couple), 0.05, seed)[1]) == ["Couple", "Couple"]
 
 
 def test_a_single_prompt_cannot_be_split() -> None:
     with pytest.raises(UserError, match="all usable rows have the same prompt"):
-        hold_out([example(1), example(2, chosen="Yes.")], 0.5, seed=1)
+        hold_out(Examples.of([example(1), example(2, chosen="Yes.")]), 0.5, seed=1)
 
 
 def test_load_split_holds_out_and_repeats_itself(write: Write, chatml: PreTrainedTokenizerFast) -> None:
     path = write("pairs.jsonl", text_rows(100))
-    prepared, again = (load_split(make_data([path], eval_fraction=0.4), chatml, seed=5) for _ in range(2))
-    assert (len(prepared.train), len(prepared.held_out)) == (60, 40)
+    prepared, again = (load_split(make_data([path], eval_fraction=0.5), chatml, seed=5) for _ in range(2))
+    assert (len(prepared.train), len(prepared.held_out)) == (50, 50)
     assert prepared == again and fingerprint(prepared.held_out) == fingerprint(again.held_out)
     assert prepared.report.sources == (SourceCount(path, "text", 100, 100),)
-    assert "held_out_small" not in kinds(prepared) and "prompt_in_both_splits" not in kinds(prepared)
+    assert "small_held_out" not in kinds(prepared) and "prompt_in_both_splits" not in kinds(prepared)
 
 
 def test_held_out_prompts_that_are_trained_on_are_found(write: Write, chatml: PreTrainedTokenizerFast) -> None:

@@ -1,4 +1,4 @@
-"""Every known shape becomes the same record; the boundary between prompt and answers is where it should be."""
+"""Pairs of prompt, chosen and rejected: the boundary between prompt and answers is where it should be."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from typing import Any
 import pytest
 from data_samples import assistant, system, user
 
-from prefold.data.preference import Preference, RowId, find_shape, messages_key, shape_of, to_preference
+from prefold.data.conversion import to_record
+from prefold.data.preference import Preference, Problem, RowId, messages_key, short
+from prefold.data.shapes import find_shape
 from prefold.data.sources import RawRow
-from prefold.errors import UserError
 
 ORIGIN = RowId("pairs.jsonl", 7)
 TEXT = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
 HISTORY = [user("Hi"), assistant("Hello"), user("Why?")]
+WHOLE = {"chosen": [*HISTORY, assistant("So.")], "rejected": [*HISTORY, assistant("No.")]}
 
 
-def converted(value: dict[str, Any]) -> Preference:
-    result = to_preference(RawRow(ORIGIN, value))
-    assert isinstance(result, Preference), result
+def converted(value: dict[str, Any], like: dict[str, Any] | None = None) -> Any:
+    """The record of a row in the shape of a source whose rows are `like` another."""
+    row = RawRow(ORIGIN, value)
+    shape = find_shape([RawRow(ORIGIN, like or value)], "pairs.jsonl")
+    result = to_record(row, shape)
     assert result.origin == ORIGIN
     return result
 
@@ -41,7 +45,10 @@ def converted(value: dict[str, Any]) -> Preference:
         ({**TEXT, "prompt": HISTORY, "chosen": [assistant("So.")], "rejected": [assistant("No.")]}, HISTORY),
         ({**TEXT, "prompt": HISTORY, "chosen": [assistant("So.")]}, HISTORY),
         ({**TEXT, "chosen": [assistant("So.")], "rejected": [assistant("No.")]}, [user("Why?")]),
-        ({"chosen": [*HISTORY, assistant("So.")], "rejected": [*HISTORY, assistant("No.")]}, HISTORY),
+        ({**TEXT, "chosen": assistant("So."), "rejected": assistant("No.")}, [user("Why?")]),
+        (WHOLE, HISTORY),
+        ({**WHOLE, "prompt": "Why?"}, HISTORY),
+        ({**WHOLE, "prompt": HISTORY, "system": "Be brief."}, [system("Be brief."), *HISTORY]),
         (
             {"chosen": [{**user("Why?"), "id": 4}, assistant("So.")], "rejected": [user("Why?"), assistant("No.")]},
             [user("Why?")],
@@ -49,8 +56,7 @@ def converted(value: dict[str, Any]) -> Preference:
     ],
 )
 def test_known_shapes(value: dict[str, Any], prompt: list[Any]) -> None:
-    result = converted(value)
-    assert result == Preference(tuple(prompt), (assistant("So."),), (assistant("No."),), ORIGIN)
+    assert converted(value) == Preference(tuple(prompt), (assistant("So."),), (assistant("No."),), ORIGIN)
 
 
 def test_white_space_of_texts_is_kept() -> None:
@@ -62,6 +68,13 @@ def test_white_space_of_texts_is_kept() -> None:
     )
 
 
+def test_text_that_looks_like_markup_is_left_as_it_is() -> None:
+    written = "<|im_start|>user\nHow?<|im_end|>"
+    result = converted({"prompt": written, "chosen": f"{written} So.", "rejected": "Human: No."}, like=TEXT)
+    assert result.prompt == (user(written),) and result.chosen == (assistant(f"{written} So."),)
+    assert result.rejected == (assistant("Human: No."),)
+
+
 def test_conversations_are_cut_before_the_first_words_of_the_assistant_in_a_row() -> None:
     common = [user("Why?"), assistant("Let me see.")]
     result = converted({"chosen": [*common, assistant("So.")], "rejected": [*common, assistant("No.")]})
@@ -69,46 +82,23 @@ def test_conversations_are_cut_before_the_first_words_of_the_assistant_in_a_row(
     assert result.chosen == (assistant("Let me see."), assistant("So."))
 
 
+def test_whole_conversations_are_seen_in_a_source_of_texts_as_well() -> None:
+    assert converted(WHOLE, like=TEXT) == converted({**WHOLE, "prompt": "Hi"}, like=TEXT) == converted(WHOLE)
+    assert converted(TEXT, like=WHOLE) == Problem("bad_message", "`chosen` is a string, not a list of messages", ORIGIN)
+
+
+def test_tool_turns_are_refused_by_name() -> None:
+    value = {**TEXT, "prompt": [user("Why?"), {"role": "tool", "content": "4"}]}
+    message = "`prompt`, message 2 is a tool's turn (`tool`); tool turns are not supported"
+    assert converted(value, like=TEXT) == Problem("bad_message", message, ORIGIN)
+
+
 @pytest.mark.parametrize(
-    "value, shape",
-    [
-        (TEXT, "text"),
-        ({**TEXT, "prompt": HISTORY}, "messages"),
-        ({**TEXT, "chosen": [assistant("So.")]}, "messages"),
-        ({"chosen": HISTORY, "rejected": HISTORY}, "conversations"),
-        ({"chosen": "So.", "rejected": "No."}, None),
-        ({"prompt": "Why?", "chosen": "So."}, None),
-        ({}, None),
-    ],
+    "value, text",
+    [("\ud800\n", "\\ud800\\n"), ("x" * 10**6, "x" * 27 + "..."), (["user"], "['user']"), ("it's", "it's")],
 )
-def test_shape_of(value: dict[str, Any], shape: str | None) -> None:
-    assert shape_of(value) == shape
-
-
-def test_the_shape_of_a_source_is_that_of_its_first_known_row() -> None:
-    rows = [RawRow(ORIGIN, None, "not JSON"), RawRow(ORIGIN, {"prompt": "Why?"}), RawRow(ORIGIN, TEXT)]
-    rows.append(RawRow(ORIGIN, {"chosen": HISTORY, "rejected": HISTORY}))
-    assert find_shape(rows, "pairs.jsonl") == "text"
-    assert find_shape(rows[:1], "pairs.jsonl") == "unknown"
-
-
-def test_unknown_columns_are_shown_beside_the_shapes_that_are_known() -> None:
-    with pytest.raises(UserError) as caught:
-        find_shape([RawRow(ORIGIN, {"question": "Why?", "good": "So."}), RawRow(ORIGIN, {"bad": "No."})], "pairs.jsonl")
-    assert str(caught.value) == (
-        "pairs.jsonl: its columns are no known shape of pairs: `question`, `good`, `bad`\n"
-        "  expected: one of\n"
-        "    text: strings `prompt`, `chosen`, `rejected` (and `system`)\n"
-        "    messages: `prompt`: list of {role, content}; answers: text or list\n"
-        "    conversations: `chosen`, `rejected`: lists of messages, prompt first\n"
-        "  to do: rename or complete its columns"
-    )
-
-
-def test_odd_column_names_can_be_shown() -> None:
-    with pytest.raises(UserError) as caught:
-        find_shape([RawRow(ORIGIN, {"\ud800\n": 1, "x" * 99: 2})], "pairs.jsonl")
-    assert "`\\ud800\\n`" in str(caught.value) and "x" * 31 not in str(caught.value)
+def test_any_value_can_be_shown_in_short(value: Any, text: str) -> None:
+    assert short(value) == text
 
 
 def test_messages_key_tells_messages_apart() -> None:

@@ -1,0 +1,208 @@
+"""One row in a known shape -> a record, or the first thing that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefold.data.dialogues import part, part_answer, part_transcripts, read_answer, read_dialogue, read_prompt
+from prefold.data.preference import (
+    Message,
+    Preference,
+    Problem,
+    Prompt,
+    Record,
+    RowId,
+    Unfit,
+    Unpaired,
+    check_answer,
+    check_answers,
+    check_prompt,
+    json_type,
+    message,
+    messages,
+    short,
+    with_system,
+)
+from prefold.data.shapes import Shape, is_dialogue
+from prefold.data.votes import as_flag, as_vote, majority, ratings, vote_columns
+
+if TYPE_CHECKING:
+    from prefold.data.sources import RawRow
+
+
+def to_record(row: RawRow, shape: Shape) -> Record | Problem:
+    """Convert a row; whatever is wrong with it comes back as the first `Problem` found, never as an exception."""
+    try:
+        if row.value is None:
+            raise Unfit("broken_row", row.problem or "not a JSON object")
+        if shape.layout not in _CONVERSIONS:
+            raise Unfit("broken_row", "the shape of its source is not known")
+        return _CONVERSIONS[shape.layout](_Cells(row.value, shape, dict(shape.columns)), row.origin)
+    except Unfit as unfit:
+        return Problem(unfit.kind, unfit.message, row.origin)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """A row's cells by role."""
+
+    value: dict[str, Any]
+    shape: Shape
+    columns: dict[str, str]
+
+    def where(self, role: str) -> str:
+        return f"`{short(self.columns.get(role, role))}`"
+
+    def has(self, role: str) -> bool:
+        return self.columns.get(role) in self.value
+
+    def find(self, role: str) -> Any:
+        """The cell, or None where there is none."""
+        return self.value.get(self.columns.get(role, role))
+
+    def need(self, role: str) -> Any:
+        if not self.has(role):
+            raise Unfit("missing_field", f"{self.where(role)} is missing")
+        if self.find(role) is None:
+            raise Unfit("null_field", f"{self.where(role)} is null")
+        return self.find(role)
+
+    def dialogue(self, role: str) -> list[Message]:
+        return read_dialogue(self.need(role), self.where(role), self.shape.writing)
+
+    def answer(self, role: str) -> list[Message]:
+        return read_answer(self.need(role), self.where(role), self.shape.writing)
+
+    def prompt(self, role: str = "prompt") -> list[Message]:
+        """The prompt without the text of a system column."""
+        value, where = self.need(role), self.where(role)
+        if isinstance(value, list):
+            return messages(value, where, self.shape.writing)
+        if not isinstance(value, str):
+            return [message("user", value, where)]
+        more = self.find("input") if "input" in self.columns else None
+        if more is None or more == "":
+            return read_prompt(value, where, self.shape.writing)
+        parts = [message("user", value, where), message("user", more, self.where("input"), may_be_empty=True)]
+        return [message("user", "\n\n".join(part["content"] for part in parts if part["content"].strip()), where)]
+
+    def with_system(self, prompt: list[Message]) -> list[Message]:
+        return with_system(self.find("system"), prompt, self.where("system"))
+
+
+# ---- pairs ------------------------------------------------------------------------------------------------------
+
+
+def _pair(cells: _Cells, origin: RowId) -> Preference:
+    chosen, rejected = cells.need("chosen"), cells.need("rejected")
+    where = (cells.where("chosen"), cells.where("rejected"))
+    if _brings_its_prompt(cells, chosen, rejected):
+        split = part_transcripts if isinstance(chosen, str) else part
+        prompt, *answers = split(cells.dialogue("chosen"), cells.dialogue("rejected"), where)
+        where_prompt = f"the prompt in {where[0]}"
+    else:
+        role = "messages" if cells.shape.layout == "turns" else "prompt"
+        prompt = cells.dialogue(role) if role == "messages" else cells.prompt()
+        answers = [cells.answer("chosen"), cells.answer("rejected")]
+        where_prompt = cells.where(role)
+    return _checked_pair(cells, prompt, (answers[0], answers[1]), (*where, where_prompt), origin)
+
+
+def _brings_its_prompt(cells: _Cells, chosen: Any, rejected: Any) -> bool:
+    """Whether the answers are whole conversations; what stands in a prompt column then is not put before them again."""
+    if cells.shape.layout == "conversations":
+        return True
+    any_list = isinstance(chosen, list) or isinstance(rejected, list)
+    if cells.shape.layout == "turns" or not any_list:
+        return False
+    return not cells.has("prompt") or (is_dialogue(chosen) and is_dialogue(rejected))
+
+
+def _voted(cells: _Cells, origin: RowId) -> Preference:
+    better = _better(cells)
+    roles = ("output_1", "output_2") if better == 1 else ("output_2", "output_1")
+    answers = (cells.answer(roles[0]), cells.answer(roles[1]))
+    where = (cells.where(roles[0]), cells.where(roles[1]), cells.where("prompt"))
+    return _checked_pair(cells, cells.prompt(), answers, where, origin)
+
+
+def _better(cells: _Cells) -> int:
+    """1 or 2, by the majority of the votes that were given."""
+    names = vote_columns(cells.columns["vote"], cells.value)
+    given = {name: cells.value[name] for name in names if cells.value.get(name) is not None}
+    if not given:
+        cells.need("vote")
+    votes = {name: as_vote(value) for name, value in given.items()}
+    for name, vote in votes.items():
+        if vote is None:
+            raise Unfit("bad_label", f"`{short(name)}` is {_value_text(given[name])}, not 1 or 2 (0: a tie)")
+    better = majority(vote for vote in votes.values() if vote is not None)
+    if better == 0:
+        raise Unfit("tie", "the votes do not prefer one answer")
+    return better
+
+
+def _checked_pair(
+    cells: _Cells,
+    prompt: list[Message],
+    answers: tuple[list[Message], list[Message]],
+    where: tuple[str, str, str],
+    origin: RowId,
+) -> Preference:
+    """The pair; `where` names chosen, rejected and prompt."""
+    prompt = cells.with_system(prompt)
+    check_answers(*answers, where[:2])
+    check_prompt(prompt, where[2])
+    chosen, rejected = map(tuple, answers)
+    return Preference(tuple(prompt), chosen, rejected, origin, ratings(cells.value))
+
+
+# ---- unpaired answers and prompts -------------------------------------------------------------------------------
+
+
+def _unpaired(cells: _Cells, origin: RowId) -> Unpaired:
+    label = as_flag(cells.need("label"))
+    if label is None:
+        shown = _value_text(cells.need("label"))
+        raise Unfit("bad_label", f"{cells.where('label')} is {shown}, not true or false")
+    if cells.shape.layout == "labelled messages":
+        where = cells.where("messages")
+        prompt, completion = part_answer(cells.dialogue("messages"))
+    else:
+        where = cells.where("completion")
+        prompt, completion = cells.prompt(), cells.answer("completion")
+        check_prompt(prompt, cells.where("prompt"))
+    check_answer(completion, where)
+    prompt = cells.with_system(prompt)
+    check_prompt(prompt, where)
+    return Unpaired(tuple(prompt), tuple(completion), label, origin)
+
+
+def _prompt(cells: _Cells, origin: RowId) -> Prompt:
+    role = "messages" if cells.shape.layout == "opening messages" else "prompt"
+    prompt = cells.with_system(cells.dialogue(role) if role == "messages" else cells.prompt())
+    check_prompt(prompt, cells.where(role))
+    used = set(cells.columns.values())
+    return Prompt(tuple(prompt), {name: value for name, value in cells.value.items() if name not in used}, origin)
+
+
+def _value_text(value: Any) -> str:
+    """A value as a message shows it: numbers and strings as they are, of others what they are."""
+    if isinstance(value, str | float) or (type(value) is int and abs(value) < 10**9):
+        return f"`{short(value)}`"
+    return json_type(value)
+
+
+_CONVERSIONS: dict[str, Callable[[_Cells, RowId], Record]] = {
+    "text": _pair,
+    "messages": _pair,
+    "conversations": _pair,
+    "turns": _pair,
+    "votes": _voted,
+    "labelled text": _unpaired,
+    "labelled messages": _unpaired,
+    "prompts": _prompt,
+    "opening messages": _prompt,
+}

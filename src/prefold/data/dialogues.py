@@ -1,0 +1,152 @@
+"""Whole dialogues in one cell: strings in ChatML or as transcripts, lists of turns, and where prompt and answer part.
+
+ChatML        "<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\nSo.<|im_end|>\\n"
+transcript    "\\n\\nHuman: Why?\\n\\nAssistant: So."
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import takewhile
+from typing import Any
+
+from prefold.data.preference import ROLES, Message, Unfit, Writing, message, messages, short
+
+_TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
+_TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def string_writing(text: str) -> Writing:
+    """How a string is written, by its first characters."""
+    start = text[:200].lstrip()
+    if start.startswith(_TURN_START):
+        return "ChatML"
+    return "transcripts" if start.startswith("Human:") else "plain"
+
+
+def holds_dialogue(text: str) -> bool:
+    """Whether a string is written as a dialogue that somebody else than the assistant begins."""
+    start = text[:200].lstrip()
+    return start.startswith("Human:") or (
+        start.startswith(_TURN_START) and not start.startswith(_TURN_START + "assistant")
+    )
+
+
+def read_dialogue(value: Any, where: str, writing: Writing) -> list[Message]:
+    """A cell with a whole dialogue as messages.
+
+    Raises:
+        Unfit: it is not written like that, or a turn cannot be used.
+    """
+    if isinstance(value, str) and writing in _STRING_READERS:
+        return _read_string(value, where, writing, may_stay_open=False)
+    return messages(value, where, writing)
+
+
+def read_prompt(text: str, where: str, writing: Writing) -> list[Message]:
+    """A prompt in a string; where it opens the assistant's turn, that opening is not a message."""
+    if writing in _STRING_READERS:
+        return _read_string(text, where, writing, may_stay_open=True)
+    return [message("user", text, where)]
+
+
+def read_answer(value: Any, where: str, writing: Writing) -> list[Message]:
+    """An answer: bare text, one turn, or a list of turns."""
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        return messages([value], where, writing)
+    if isinstance(value, list):
+        return messages(value, where, writing)
+    if writing == "ChatML" and isinstance(value, str):
+        value = _without_end(value.removeprefix(f"{_TURN_START}assistant\n"))
+        if _TURN_START in value or _TURN_END in value:
+            raise Unfit("bad_message", f"{where} has more than one turn")
+    if writing == "transcripts" and isinstance(value, str):
+        value = value.strip()
+    return [message("assistant", value, where)]
+
+
+# ---- where they part --------------------------------------------------------------------------------------------
+
+
+def part(
+    chosen: list[Message], rejected: list[Message], where: tuple[str, str]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Cut two dialogues where they part, or before: an answer begins with the assistant's own words.
+
+    Returns the prompt, which is the turns in common, and the two answers.
+    """
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    while common and chosen[common - 1]["role"] == "assistant":
+        common -= 1
+    if not common and chosen != rejected:
+        raise Unfit("bad_message", f"{where[0]} and {where[1]} do not begin with the same prompt")
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+def part_transcripts(
+    chosen: list[Message], rejected: list[Message], where: tuple[str, str]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """`part`, for dialogues that should differ in the assistant's last words only."""
+    try:
+        prompt, *answers = part(chosen, rejected, where)
+    except Unfit as unfit:
+        raise Unfit("prompts_differ", unfit.message) from None
+    if any(turn["role"] != "assistant" for answer in answers for turn in answer):
+        raise Unfit("prompts_differ", f"{where[0]} and {where[1]} part before their last answers")
+    return prompt, answers[0], answers[1]
+
+
+def part_answer(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The prompt and the assistant's last words."""
+    length = sum(1 for _ in takewhile(lambda turn: turn["role"] == "assistant", reversed(dialogue)))
+    cut = len(dialogue) - length
+    return dialogue[:cut], dialogue[cut:]
+
+
+# ---- strings ----------------------------------------------------------------------------------------------------
+
+
+def _read_string(text: str, where: str, writing: Writing, may_stay_open: bool) -> list[Message]:
+    turns = _STRING_READERS[writing](text, where)
+    if may_stay_open and turns and turns[-1] == ("assistant", ""):
+        turns.pop()
+    if not turns:
+        raise Unfit("empty_text", f"{where} has no messages")
+    return [
+        message(role, words, f"{where}, turn {place}", may_be_empty=role == "system")
+        for place, (role, words) in enumerate(turns, start=1)
+    ]
+
+
+def _chatml_turns(text: str, where: str) -> list[tuple[str, str]]:
+    before, *parts = text.split(_TURN_START)
+    if before.strip() or not parts:
+        raise Unfit("bad_message", f"{where} does not begin with `{_TURN_START}`")
+    turns = []
+    for place, written in enumerate(parts, start=1):
+        role, _, words = written.partition("\n")
+        if role.strip() not in ROLES:
+            raise Unfit("bad_message", f"{where}, turn {place} has the role `{short(role)}`")
+        is_open = place == len(parts) and not words.strip()
+        content = "" if is_open else _without_end(words)
+        if _TURN_END in content or (content == words and not is_open):
+            raise Unfit("bad_message", f"{where}, turn {place} does not end with its one `{_TURN_END}`")
+        turns.append((role.strip(), content))
+    return turns
+
+
+def _without_end(words: str) -> str:
+    """`words` up to the end token that closes them; as they are if none does."""
+    stripped = words.rstrip()
+    return stripped.removesuffix(_TURN_END) if stripped.endswith(_TURN_END) else words
+
+
+def _transcript_turns(text: str, where: str) -> list[tuple[str, str]]:
+    before, *parts = _TRANSCRIPT_TURN.split(text)
+    if before.strip() or not parts:
+        raise Unfit("bad_message", f"{where} does not begin with `Human:`")
+    return [(_TRANSCRIPT_ROLES[name], words.strip()) for name, words in zip(parts[::2], parts[1::2], strict=True)]
+
+
+_STRING_READERS = {"ChatML": _chatml_turns, "transcripts": _transcript_turns}

@@ -1,0 +1,177 @@
+"""Records that repeat earlier ones, and records that hold text of a benchmark.
+
+Both compare runs of words: lower case, without punctuation; of scripts without spaces between words, a character is a
+word. A word is a 64-bit hash and a run of them a polynomial of their hashes, so that runs are numpy arrays `[runs]` of
+uint64. Two of a data set's runs that differ share a hash about once in 1e19 comparisons, which is ignored.
+
+Near repeats are found as in A. Broder, "On the resemblance and containment of documents" (1997), with banding: only
+records that agree in a band of minimum hashes are compared, and then exactly.
+
+Data in: the parts of a record (prompt, chosen, rejected), each a list of messages; data out: the row that it repeats,
+or the benchmark text that it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefold.data.preference import Message, RowId, messages_key
+
+Runs = NDArray[np.uint64]
+Parts = Sequence[Sequence[Message]]
+
+SHINGLE_WORDS = 5
+NEAR = 0.8
+"""Share of the runs of two texts, of those that either has, that both have in near repeats."""
+BENCHMARK_WORDS = 13
+WHOLE_MESSAGE_WORDS = 5
+"""A benchmark text of fewer words must be a whole message: "what is it" is held by too many."""
+
+# 24 bands of 2 hashes per part: records whose three parts are each alike by just `NEAR` agree in a band with
+# probability 1 - (1 - 0.8**6)**24 > 0.999.
+_BANDS, _HASHES = 24, 2
+_CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+# ---- words ------------------------------------------------------------------------------------------------------
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text; the text itself where it has none, such as "?!"."""
+    return _WORD.findall(text.lower()) or [text]
+
+
+@lru_cache(maxsize=1 << 18)
+def _hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+
+
+def _hashes(words: Iterable[str]) -> Runs:
+    return np.fromiter(map(_hash, words), dtype=np.uint64)
+
+
+def _runs(hashes: Runs, length: int) -> Runs:
+    """One number for every `length` words in a row, in order; for all of them where they are fewer."""
+    length = min(length, len(hashes))
+    runs = np.zeros(len(hashes) - length + 1, dtype=np.uint64)
+    for start in range(length):
+        runs = runs * _BASE + hashes[start : start + len(runs)]
+    return runs
+
+
+# ---- repeats ----------------------------------------------------------------------------------------------------
+
+
+class Repeats(Protocol):
+    def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
+        """The row that a record repeats; a record that repeats none is remembered as `origin`."""
+
+
+class ExactRepeats:
+    """Same messages, word for word."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, RowId] = {}
+
+    def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
+        key = messages_key(*parts)
+        if key in self._rows:
+            return self._rows[key]
+        self._rows[key] = origin
+        return None
+
+
+class NearRepeats:
+    """Every part alike by `NEAR` or more: Jaccard similarity of the sets of runs of `SHINGLE_WORDS` words."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[RowId, list[Runs]]] = []
+        self._bands: dict[bytes, list[int]] = {}
+        draw = np.random.default_rng(0)
+        factors, offsets = draw.integers(2**64, size=(2, _BANDS * _HASHES, 1), dtype=np.uint64)
+        self._factors, self._offsets = factors | np.uint64(1), offsets
+
+    def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
+        shingles = [_shingles(part) for part in parts]
+        keys = self._keys(shingles)
+        candidates = sorted({place for key in keys for place in self._bands.get(key, ())})
+        for place in candidates:
+            row, others = self._seen[place]
+            if all(_similarity(one, other) >= NEAR for one, other in zip(shingles, others, strict=True)):
+                return row
+        for key in keys:
+            self._bands.setdefault(key, []).append(len(self._seen))
+        self._seen.append((origin, shingles))
+        return None
+
+    def _keys(self, shingles: Sequence[Runs]) -> list[bytes]:
+        """What a record must have in common with another one to be compared to it, one key a band."""
+        minima = np.stack([(self._factors * part + self._offsets).min(axis=1) for part in shingles])
+        bands = minima.reshape(len(shingles), _BANDS, _HASHES).swapaxes(0, 1)
+        return [bytes([place]) + band.tobytes() for place, band in enumerate(bands)]
+
+
+def find_repeats(policy: Literal["drop_exact", "drop_near"]) -> Repeats:
+    return ExactRepeats() if policy == "drop_exact" else NearRepeats()
+
+
+def _shingles(part: Sequence[Message]) -> Runs:
+    text = "\n".join(message["content"] for message in part)
+    return np.unique(_runs(_hashes(words_of(text)), SHINGLE_WORDS))
+
+
+def _similarity(one: Runs, other: Runs) -> float:
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    return both / (len(one) + len(other) - both)
+
+
+# ---- benchmarks -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Match:
+    """A row that holds text of a benchmark: where that text is from, and the words in common."""
+
+    row: RowId
+    benchmark: RowId
+    words: str
+
+
+class Contamination:
+    """Finds `BENCHMARK_WORDS` words in a row of a benchmark text in a record, or a shorter benchmark text whole."""
+
+    def __init__(self, texts: Iterable[tuple[str, RowId]]):
+        found: dict[int, dict[int, RowId]] = {}
+        for text, origin in texts:
+            hashes = _hashes(words_of(text))
+            runs = found.setdefault(min(BENCHMARK_WORDS, len(hashes)), {})
+            for run in _runs(hashes, BENCHMARK_WORDS).tolist():
+                runs.setdefault(run, origin)
+        self._origins = found
+        self._sorted = {length: np.array(sorted(runs), dtype=np.uint64) for length, runs in sorted(found.items())}
+
+    def find(self, parts: Parts, origin: RowId) -> Match | None:
+        """The first match of a record; None if it holds no benchmark text."""
+        for message in (message for part in parts for message in part):
+            words = words_of(message["content"])
+            hashes = _hashes(words)
+            for length, known in self._sorted.items():
+                if length > len(words) or (length < WHOLE_MESSAGE_WORDS and length != len(words)):
+                    continue
+                runs = _runs(hashes, length)
+                nearest = known[np.minimum(np.searchsorted(known, runs), len(known) - 1)]
+                if (hits := np.flatnonzero(nearest == runs)).size:
+                    start = int(hits[0])
+                    benchmark = self._origins[length][int(runs[start])]
+                    return Match(origin, benchmark, " ".join(words[start : start + length]))
+        return None

@@ -1,0 +1,272 @@
+"""One file -> rows, by its ending: JSON lines, a JSON list, CSV, Parquet; all but the last may be compressed.
+
+Data in: a file's bytes as a stream; data out: `RawRow` after `RawRow`, read as they are asked for (a JSON list alone is
+read whole). A row that cannot be understood is a row with a problem, because it says nothing about the next. A file
+that cannot be read further on ends with such a row; a file that cannot be read from the start is a `UserError`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from pathlib import PurePath
+from typing import IO, Any
+
+from prefold.data.preference import RowId, json_type
+from prefold.errors import UserError
+
+_BATCH_ROWS = 256
+_SURROGATES = range(0xDC80, 0xDD00)
+"""What bytes that are not UTF-8 become under `surrogateescape`."""
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it was read: either an object, or None and what kept it from being one."""
+
+    origin: RowId
+    value: dict[str, Any] | None
+    problem: str | None = None
+
+
+Reader = Callable[[IO[bytes], str], Iterator[RawRow]]
+
+
+def reader_for(file_name: str) -> Reader | None:
+    """How files of this name are read; None if they are not."""
+    *before, ending = ["", *PurePath(file_name.lower()).suffixes]
+    if ending in _DECOMPRESSED and before[-1] != ".parquet":
+        ending = before[-1]
+    return _READERS.get(ending)
+
+
+def read_file(file: Traversable, name: str) -> Iterator[RawRow]:
+    """Rows of a file that `reader_for` knows; `name` is what they call it.
+
+    Raises:
+        UserError: the file cannot be read, or is not of its format.
+    """
+    reader, rows = reader_for(file.name), 0
+    assert reader is not None, file.name
+    try:
+        with file.open("rb") as raw:
+            for row in reader(_decompressed(raw, file.name), name):
+                rows = row.origin.row
+                yield row
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0][:60]
+        if not rows:
+            raise UserError(f"cannot be read ({reason})", where=name) from None
+        yield RawRow(RowId(name, rows + 1), None, f"the file cannot be read from here on ({reason})")
+
+
+# ---- JSON -------------------------------------------------------------------------------------------------------
+
+
+def _json_lines(stream: IO[bytes], name: str) -> Iterator[RawRow]:
+    """A row's number is that of its line, so that an editor finds it."""
+    # Split at \n only: text mode would also split at characters that JSON allows within a string.
+    for number, line in enumerate(stream, start=1):
+        content = _without_mark(line, name) if number == 1 else line
+        if content.strip():
+            yield _json_line(content, RowId(name, number))
+
+
+def _json_line(line: bytes, origin: RowId) -> RawRow:
+    try:
+        return _object(json.loads(line.decode("utf-8").strip()), origin)
+    except UnicodeDecodeError as error:
+        return RawRow(origin, None, f"not UTF-8 at byte {error.start + 1} of the line (0x{line[error.start]:02x})")
+    except json.JSONDecodeError as error:
+        return RawRow(origin, None, f"not JSON: {error.msg} at character {error.pos + 1}")
+    except RecursionError:
+        return RawRow(origin, None, "not JSON that can be read: nested too deeply")
+    except ValueError:
+        return RawRow(origin, None, "not JSON that can be read: a number has too many digits")
+
+
+def _object(value: Any, origin: RowId) -> RawRow:
+    if isinstance(value, dict):
+        return RawRow(origin, value)
+    return RawRow(origin, None, f"not a JSON object but {json_type(value)}")
+
+
+def _json_list(stream: IO[bytes], name: str) -> Iterator[RawRow]:
+    content = _without_mark(stream.read(), name)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"at byte {error.start} (0x{content[error.start]:02x})", name) from None
+    values = _parsed(text, name) if text.strip() else []
+    if not isinstance(values, list):
+        raise UserError(
+            f"the file holds {json_type(values)}",
+            where=name,
+            expected="a list of objects: [{...}, {...}]",
+            advice="put the rows in one list, or write a .jsonl file",
+        )
+    for number, value in enumerate(values, start=1):
+        yield _object(value, RowId(name, number))
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        several_documents = error.msg == "Extra data"
+        raise UserError(
+            f"not JSON: {error.msg}",
+            where=f"{name}, line {error.lineno}, column {error.colno}",
+            expected="one list of objects: [{...}, {...}]",
+            advice="if it has one object a line, let its name end in .jsonl" if several_documents else "",
+        ) from None
+    except (ValueError, RecursionError):
+        raise UserError("JSON nested too deeply, or a number with too many digits", where=name) from None
+
+
+# ---- CSV --------------------------------------------------------------------------------------------------------
+
+
+def _csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
+    """Every value is text; the first record names the columns, and row 1 is the one below it."""
+    records = _records(_csv_lines(stream, name))
+    header = next(records, None)
+    if header is None:
+        return
+    columns, problem = _checked(header)
+    if not problem and len(set(columns)) < len(columns):
+        problem = "a column is named twice"
+    if problem:
+        raise UserError(f"its first line does not name the columns: {problem}", where=name)
+    for number, record in enumerate(records, start=1):
+        values, problem = _checked(record)
+        if not problem and len(values) != len(columns):
+            problem = f"{len(values)} values for {len(columns)} columns"
+        value = None if problem else dict(zip(columns, values, strict=True))
+        yield RawRow(RowId(name, number), value, problem)
+
+
+def _csv_lines(stream: IO[bytes], name: str) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        yield (_without_mark(line, name) if number == 1 else line).decode("utf-8", "surrogateescape")
+
+
+def _records(lines: Iterator[str]) -> Iterator[list[str] | csv.Error]:
+    """Records, or what is wrong with one. Reading goes on behind the first line of a record that cannot be read: an
+    open quote takes in all lines up to the next quote, and those may be good records."""
+    again: deque[str] = deque()
+    while True:
+        taken: list[str] = []
+
+        def next_lines(taken: list[str] = taken) -> Iterator[str]:
+            while (line := again.popleft() if again else next(lines, None)) is not None:
+                taken.append(line)
+                yield line
+
+        try:
+            record = next(csv.reader(next_lines(), strict=True), None)
+        except csv.Error as error:
+            again.extendleft(reversed(taken[1:]))
+            yield error
+            continue
+        if record is None:
+            return
+        if record:
+            yield record
+
+
+def _checked(record: list[str] | csv.Error) -> tuple[list[str], str | None]:
+    """The values of a record, and what is wrong with it."""
+    if isinstance(record, csv.Error):
+        return [], _CSV_PROBLEMS.get(str(record), f"not CSV: {record}")
+    text = "".join(record)
+    if "\0" in text:
+        return [], "it holds a NUL byte"
+    if not text.isascii() and any(ord(character) in _SURROGATES for character in text):
+        return [], "not UTF-8"
+    return record, None
+
+
+_CSV_PROBLEMS = {
+    "unexpected end of data": "a quote is not closed",
+    f"field larger than field limit ({csv.field_size_limit()})": (
+        f"a quote is not closed, or a value has more than {csv.field_size_limit()} characters"
+    ),
+}
+
+
+# ---- Parquet ----------------------------------------------------------------------------------------------------
+
+
+def _parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(stream).iter_batches(batch_size=_BATCH_ROWS):
+            for value in _python_values(batch):
+                number += 1
+                if isinstance(value, Exception):
+                    yield RawRow(RowId(name, number), None, f"a value cannot be read: {value}")
+                else:
+                    yield RawRow(RowId(name, number), value)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from None
+
+
+def _python_values(batch: Any) -> list[dict[str, Any] | Exception]:
+    """The rows of a record batch; where one of them cannot be a Python value, an exception in its place."""
+    try:
+        rows: list[dict[str, Any] | Exception] = batch.to_pylist()
+        return rows
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [row for place in range(batch.num_rows) for row in _python_values(batch.slice(place, 1))]
+
+
+# ---- bytes ------------------------------------------------------------------------------------------------------
+
+
+def _decompressed(raw: IO[bytes], file_name: str) -> IO[bytes]:
+    opener = _DECOMPRESSED.get(PurePath(file_name.lower()).suffix)
+    return opener(raw) if opener else raw
+
+
+def _zstd(raw: IO[bytes]) -> IO[bytes]:
+    import pyarrow
+
+    # It gives nothing of a read that fails, so the rows before a cut are lost by as much as is read at once.
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), buffer_size=256)
+
+
+def _without_mark(content: bytes, name: str) -> bytes:
+    """The beginning of a file, or all of it, without the byte order mark of UTF-8."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise _not_utf8("but, it seems, UTF-16", name)
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _not_utf8(found: str, name: str) -> UserError:
+    return UserError(f"not UTF-8 {found}", where=name, advice="convert the file to UTF-8")
+
+
+_READERS: dict[str, Reader] = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".parquet": _parquet}
+_DECOMPRESSED: dict[str, Callable[[Any], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstd,
+}
+READABLE = ".jsonl, .json, .csv or .parquet, the first three also compressed"

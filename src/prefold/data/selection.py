@@ -1,0 +1,178 @@
+"""Sources -> the rows that are to be used: filtered by `where`, drawn by `weight` and `count`, counted.
+
+Knows nothing of what the columns mean. The draws are those of `datasets.Dataset.shuffle(seed=seed).select(range(n))`,
+so that a recipe can repeat a published mixture row by row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+from prefold.data.preference import Problem, RowId, json_type
+from prefold.data.sources import RawRow, read_rows, source_name
+from prefold.data.where import Mismatch, Where
+from prefold.errors import UserError
+from prefold.recipe import Benchmark, Rows, Source
+
+
+@dataclass
+class Selection:
+    """The rows of a source that are to be used, once `rows` is exhausted with the counts of those that are not.
+
+    `rows_in` were read; `problems` are those for which `where` could not be evaluated. Rows that could not be read
+    are among `rows`: what is wrong with them is told where rows are converted.
+    """
+
+    source: Rows
+    name: str
+    rows: Iterator[RawRow] = field(default_factory=lambda: iter(()))
+    problems: list[Problem] = field(default_factory=list)
+    rows_in: int = 0
+    rows_filtered: int = 0
+    rows_not_drawn: int = 0
+
+
+def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
+    """Apply `where`, `weight` and `count`. Sources that have neither of the last two are read as `rows` is asked for.
+
+    Raises:
+        UserError: a source cannot be read, `where` names a column that no row has or leaves none, or there are fewer
+            rows than are to be drawn.
+    """
+    selections = [_filtered(source) for source in sources]
+    drawn = {place: _Pool(selections[place]) for place, source in enumerate(sources) if _is_drawn(source)}
+    weights = {place: source.weight for place, source in enumerate(sources) if source.weight}
+    counts = {place: source.count for place, source in enumerate(sources) if source.count}
+    # The source that runs out first sets the scale: no row is repeated. The tolerance is that of the division.
+    scale = min((len(drawn[place].good) / weight for place, weight in weights.items()), default=0.0)
+    counts |= {place: math.floor(scale * weight + 1e-6) for place, weight in weights.items()}
+    for place, pool in drawn.items():
+        pool.draw(counts[place], seed)
+    for source, selection in zip(sources, selections, strict=True):
+        if source.count and source.streaming:
+            selection.rows = _first(selection.rows, selection.name, source.count)
+    return selections
+
+
+def benchmark_texts(benchmark: Benchmark) -> Iterator[tuple[str, RowId]]:
+    """The texts of a benchmark and where they are from; a null has none.
+
+    Raises:
+        UserError: it cannot be read, a row is broken or has no such column, or something in it is not text.
+    """
+    selection, column = _filtered(benchmark), benchmark.column
+    for row in selection.rows:
+        if problem := _text_problem(row, column):
+            raise UserError(
+                problem,
+                where=f"{row.origin.source}, row {row.origin.row}, `{column}`",
+                expected="a text in every row of a benchmark",
+            )
+        text = row.value[column] if row.value else None
+        if text and text.strip():
+            yield text, row.origin
+
+
+def _text_problem(row: RawRow, column: str) -> str | None:
+    if row.value is None:
+        return row.problem
+    if column not in row.value:
+        near = difflib.get_close_matches(column, row.value, n=1)
+        return "there is no such column" + (f"; did you mean `{near[0]}`?" if near else "")
+    value = row.value[column]
+    return None if isinstance(value, str | None) else f"it is {json_type(value)}"
+
+
+def _is_drawn(source: Source) -> bool:
+    return bool(source.weight or (source.count and not source.streaming))
+
+
+def _filtered(source: Rows) -> Selection:
+    selection = Selection(source, source_name(source))
+    rows = read_rows(source)
+    selection.rows = _passing(rows, Where(source.where), selection) if source.where else _all(rows, selection)
+    return selection
+
+
+def _all(rows: Iterable[RawRow], into: Selection) -> Iterator[RawRow]:
+    for row in rows:
+        into.rows_in += 1
+        yield row
+
+
+def _passing(rows: Iterable[RawRow], condition: Where, into: Selection) -> Iterator[RawRow]:
+    passed = 0
+    for row in _all(rows, into):
+        try:
+            keep = row.value is None or condition(row.value)
+        except Mismatch as mismatch:
+            into.problems.append(Problem("where_failed", str(mismatch), row.origin))
+            continue
+        if keep:
+            passed += row.value is not None
+            yield row
+        else:
+            into.rows_filtered += 1
+    condition.require_known_columns(into.name)
+    if not passed:
+        failed = f"; it fails for {len(into.problems)}: {into.problems[0].message}" if into.problems else ""
+        raise UserError(
+            f"`where` leaves none of its {into.rows_in} rows{failed}", where=into.name, advice="mend the condition"
+        )
+
+
+def _first(rows: Iterator[RawRow], name: str, count: int) -> Iterator[RawRow]:
+    taken = 0
+    for row in rows:
+        yield row
+        taken += row.value is not None
+        if taken == count:
+            return
+    raise _too_few(name, taken, count)
+
+
+class _Pool:
+    """All rows of a source at once, to draw from those that can be read."""
+
+    def __init__(self, selection: Selection):
+        rows = list(watched(selection.rows, selection.name))
+        self.good = [row for row in rows if row.value is not None]
+        self._broken = [row for row in rows if row.value is None]
+        self._selection = selection
+
+    def draw(self, count: int, seed: int) -> None:
+        if not 0 < count <= len(self.good):
+            raise _too_few(self._selection.name, len(self.good), count)
+        order = shuffled(len(self.good), seed)[:count]
+        self._selection.rows = iter(self._broken + [self.good[place] for place in order])
+        self._selection.rows_not_drawn = len(self.good) - count
+
+
+def _too_few(name: str, rows: int, count: int) -> UserError:
+    if not count:
+        return UserError(
+            "no row of it would be used: the other sources with a `weight` are too small beside it",
+            where=name,
+            advice="raise its `weight`, or give `count`",
+        )
+    return UserError(f"only {rows} rows to draw from, but `count: {count}`", where=name, advice="lower `count`")
+
+
+def shuffled(number: int, seed: int) -> list[int]:
+    """The order that `datasets.Dataset.shuffle(seed=seed)` gives to so many rows."""
+    order: list[int] = np.random.default_rng(seed).permutation(number).tolist()
+    return order
+
+
+def watched(rows: Iterable[RawRow], name: str) -> Iterable[RawRow]:
+    """The rows, with a progress bar on stderr where a person sits before it."""
+    console = Console(stderr=True)
+    return track(rows, f"reading {escape(name)}", console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,386 @@
+"""The shape of a source, recognised by the columns of its first rows and by what is in them.
+
+A shape is a layout (which columns hold what) in one of the ways in which turns are written (`preference.Writing`). The
+layouts are the table `_LAYOUTS`; a new one is an entry there and a conversion in `conversion`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from prefold.data import dialogues
+from prefold.data.preference import Writing, json_type, short
+from prefold.data.votes import as_flag, as_vote, is_first_annotator
+from prefold.errors import UserError
+
+if TYPE_CHECKING:
+    from prefold.data.sources import RawRow
+
+Kind = Literal["pairs", "unpaired", "prompts"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_ROWS_LOOKED_AT = 20
+_VOTES_TO_JUDGE = 10
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a source's columns hold. `columns` are pairs of (our role, the file's column)."""
+
+    layout: str
+    kind: Kind
+    columns: tuple[tuple[str, str], ...] = ()
+    writing: Writing = "plain"
+
+    @property
+    def name(self) -> str:
+        return self.layout if self.writing == "plain" else f"{self.layout}, {self.writing}"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """`cells`: the form that each role's cell must have; `aside`: roles that may be named, but are not used."""
+
+    name: str
+    kind: Kind
+    cells: Mapping[str, Callable[[Any], bool]]
+    meaning: str
+    aside: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> set[str]:
+        extra = {"system", "input"} if "prompt" in self.cells else {"system"}
+        return {*self.cells, *self.aside} | extra
+
+
+# ---- forms of cells ---------------------------------------------------------------------------------------------
+
+
+def _speaker(turn: Any) -> Any:
+    """Who speaks in a turn; None if it is none."""
+    return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+
+
+def _assistant_speaks(turn: Any) -> bool:
+    return _speaker(turn) in ("assistant", "gpt")
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bare_text(value: Any) -> bool:
+    return isinstance(value, str) and not dialogues.holds_dialogue(value)
+
+
+def _is_opening(value: Any) -> bool:
+    """Turns that wait for an answer."""
+    return isinstance(value, list) and value != [] and bool(_speaker(value[-1])) and not _assistant_speaks(value[-1])
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or _is_opening(value)
+
+
+def _is_answer(value: Any) -> bool:
+    return _is_bare_text(value) or _assistant_speaks(value[0] if isinstance(value, list) and value else value)
+
+
+def is_dialogue(value: Any) -> bool:
+    """A dialogue with its prompt."""
+    if isinstance(value, list):
+        return value != [] and bool(_speaker(value[0])) and not _assistant_speaks(value[0])
+    return isinstance(value, str) and dialogues.holds_dialogue(value)
+
+
+def _is_turn_list(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and bool(_speaker(value[0]))
+
+
+def _is_vote(value: Any) -> bool:
+    return as_vote(value) is not None
+
+
+def _is_flag(value: Any) -> bool:
+    return as_flag(value) is not None
+
+
+# The first layout that fits wins among those of the same columns.
+_LAYOUTS = (
+    _Layout(
+        "text",
+        "pairs",
+        {"prompt": _is_string, "chosen": _is_bare_text, "rejected": _is_bare_text},
+        "strings `prompt`, `chosen`, `rejected` (and `system`)",
+    ),
+    _Layout(
+        "messages",
+        "pairs",
+        {"prompt": _is_prompt, "chosen": _is_answer, "rejected": _is_answer},
+        "`prompt`: list of {role, content}; answers: text or list",
+    ),
+    _Layout(
+        "conversations",
+        "pairs",
+        {"chosen": is_dialogue, "rejected": is_dialogue},
+        "`chosen`, `rejected`: lists of messages, prompt first",
+        aside=("prompt",),
+    ),
+    _Layout(
+        "turns",
+        "pairs",
+        {"messages": _is_opening, "chosen": _is_answer, "rejected": _is_answer},
+        "`conversations`: list of turns; answers: one turn each",
+    ),
+    _Layout(
+        "votes",
+        "pairs",
+        {"prompt": _is_prompt, "output_1": _is_answer, "output_2": _is_answer, "vote": _is_vote},
+        "`instruction`, `output_1`, `output_2`, `label` (1 or 2)",
+    ),
+    _Layout(
+        "labelled text",
+        "unpaired",
+        {"prompt": _is_prompt, "completion": _is_answer, "label": _is_flag},
+        "`prompt`, `completion`, `label` (true or false)",
+    ),
+    _Layout(
+        "labelled messages",
+        "unpaired",
+        {"messages": _is_turn_list, "label": _is_flag},
+        "`messages`: list, answer last; `label` (true or false)",
+    ),
+    _Layout("prompts", "prompts", {"prompt": _is_prompt}, "`prompt` or `question`, and columns for rewards"),
+    _Layout("opening messages", "prompts", {"messages": _is_opening}, "`messages`: a list that waits for an answer"),
+)
+# Role -> columns that are taken for it by themselves; the first is what messages call it.
+_KNOWN_COLUMNS = {
+    "prompt": ("prompt", "question", "instruction", "input"),
+    "chosen": ("chosen", "chosen_response", "chatgpt"),
+    "rejected": ("rejected", "rejected_response", "llama2-13b-chat"),
+    "messages": ("messages", "conversations"),
+    "output_1": ("output_1", "output1", "response_1", "response1"),
+    "output_2": ("output_2", "output2", "response_2", "response2"),
+    "vote": ("label", "preference", "annotator1", "annotator_1"),
+    "completion": ("completion", "response", "output"),
+    "label": ("label", "kto_tag"),
+}
+ROLES = (*_KNOWN_COLUMNS, "system", "input")
+
+
+# ---- recognition ------------------------------------------------------------------------------------------------
+
+
+def find_shape(
+    rows: Sequence[RawRow], source: str, columns: Mapping[str, str] | None = None, kinds: Sequence[Kind] = KINDS
+) -> Shape:
+    """The shape of a source by its first rows that are objects; layout `unknown` if no row is one.
+
+    Pairs go before unpaired answers, and these before prompts: what a row has besides its prompt is not overlooked.
+
+    Args:
+        rows: the first ones will do.
+        columns: our role -> the file's column, where it is not to be guessed.
+        kinds: those that come into question; with `prompts` alone, the prompts of pairs are found too.
+
+    Raises:
+        UserError: `columns` names a role or a column that is not there, no shape fits, or several fit equally.
+    """
+    values = [row.value for row in rows if row.value is not None]
+    named = dict(columns or {})
+    _check_named(named, values, source)
+    if not values:
+        return Shape("unknown", kinds[0])
+    first = values[:_ROWS_LOOKED_AT]
+    for kind, forgiving in itertools.product([kind for kind in KINDS if kind in kinds], (False, True)):
+        fitting = [_fitting(value, kind, named, forgiving) for value in first]
+        if any(fitting):
+            shape = _most_frequent(fitting, source)
+            _check_votes(shape, values, source)
+            return shape
+    raise _no_shape(first, source, named, kinds)
+
+
+def _fitting(value: dict[str, Any], kind: Kind, named: Mapping[str, str], forgiving: bool) -> list[Shape]:
+    """The shapes that fit a row, at most one for the same columns."""
+    shapes: dict[tuple[tuple[str, str], ...], Shape] = {}
+    for layout in _LAYOUTS:
+        if layout.kind == kind and named.keys() <= layout.roles:
+            for columns in _assignments(layout, value, named):
+                if _fits(layout, value, columns, forgiving):
+                    shapes.setdefault(columns, Shape(layout.name, kind, columns, _writing(value, columns)))
+    return list(shapes.values())
+
+
+def _assignments(
+    layout: _Layout, value: dict[str, Any], named: Mapping[str, str]
+) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Every way to find the roles of a layout among a row's columns."""
+    choices = [[name for name in _names(role, layout, value, named) if name in value] for role in layout.cells]
+    for chosen in itertools.product(*choices):
+        found = dict(zip(layout.cells, chosen, strict=True))
+        extra = {"system": named.get("system", "system")}
+        # `input` is more of an instruction; beside another prompt it may be anything.
+        if found.get("prompt") == "instruction" or "input" in named:
+            extra["input"] = named.get("input", "input")
+        yield tuple((found | extra).items())
+
+
+def _names(role: str, layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> Sequence[str]:
+    if role in named:
+        return [named[role]]
+    if role == "prompt" and (layout.kind == "prompts" or "instruction" in value or "input" in named):
+        return _KNOWN_COLUMNS[role][:-1]
+    return _KNOWN_COLUMNS[role]
+
+
+def _fits(layout: _Layout, value: dict[str, Any], columns: tuple[tuple[str, str], ...], forgiving: bool) -> bool:
+    """Whether the cells have their forms; if forgiving, empty ones may be of any, but not all besides the prompt."""
+    cells = {role: value[column] for role, column in columns if role in layout.cells}
+    if not forgiving:
+        return all(layout.cells[role](cell) for role, cell in cells.items())
+    telling = [cell for role, cell in cells.items() if role not in ("prompt", "messages")]
+    return any(cell not in (None, []) for cell in telling) and all(
+        cell in (None, []) or layout.cells[role](cell) for role, cell in cells.items()
+    )
+
+
+def _writing(value: dict[str, Any], columns: tuple[tuple[str, str], ...]) -> Writing:
+    """How turns are written in the cells that could be dialogues."""
+    roles = dict(columns)
+    for role in ("prompt", "messages", "chosen"):
+        cell = value.get(roles.get(role, ""))
+        first = cell[0] if isinstance(cell, list) and cell else cell
+        if isinstance(first, dict) and "from" in first and "role" not in first:
+            return "ShareGPT"
+        if isinstance(cell, str) and (role == "prompt" or "prompt" not in roles):
+            return dialogues.string_writing(cell)
+    return "plain"
+
+
+def _most_frequent(fitting: Sequence[list[Shape]], source: str) -> Shape:
+    counts = Counter(itertools.chain.from_iterable(fitting))
+    best = max(counts, key=lambda shape: counts[shape])
+    for shapes in fitting:
+        rivals = [shape for shape in shapes if counts[shape] == counts[best] and shape.columns != best.columns]
+        if best in shapes and rivals:
+            raise _ambiguous(best, rivals[0], source)
+    return best
+
+
+# ---- messages ---------------------------------------------------------------------------------------------------
+
+
+def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], source: str) -> None:
+    where = f"{source}, `columns`"
+    for role in named:
+        if role not in ROLES:
+            near = difflib.get_close_matches(role, ROLES, n=1)
+            advice = f"did you mean `{near[0]}`?" if near else ""
+            expected = f"one of{_folded(', '.join(ROLES))}"
+            raise UserError(f"there is no role `{short(role)}`", where=where, expected=expected, advice=advice)
+    present = dict.fromkeys(column for value in values for column in value)
+    for role, column in named.items():
+        if values and column not in present:
+            near = difflib.get_close_matches(column, list(present), n=1)
+            advice = f"did you mean `{short(near[0])}`?" if near else ""
+            what = f"`{role}: {short(column)}`, but there is no such column"
+            raise UserError(what, where=where, expected=_shown(present), advice=advice)
+
+
+def _check_votes(shape: Shape, values: Sequence[dict[str, Any]], source: str) -> None:
+    """Refuse votes that count from 0, which would be read as ties."""
+    column = dict(shape.columns).get("vote")
+    if column is None or is_first_annotator(column):
+        return
+    votes = [vote for value in values if (vote := as_vote(value.get(column))) is not None]
+    # In a few rows there may be ties and no vote for the second by chance.
+    if len(votes) >= _VOTES_TO_JUDGE and set(votes) == {0, 1}:
+        raise UserError(
+            f"`{short(column)}` holds 0 and 1 only: which output does 0 stand for?",
+            where=source,
+            expected="1: the first output is better, 2: the second, 0: a tie",
+            advice="write 1 and 2 instead of 0 and 1",
+        )
+
+
+def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
+    ways = "".join(f"\n    {shape.name}: {_columns_text(shape)}" for shape in (first, second))
+    pair = {role: column for role, column in first.columns if (role, column) not in second.columns}
+    example = ", ".join(f"{role}: {short(column)}" for role, column in pair.items())
+    return UserError(
+        f"its columns can be read in more than one way{ways}",
+        where=source,
+        advice=f"say which by `columns:`, such as {{{example}}}",
+    )
+
+
+def _columns_text(shape: Shape) -> str:
+    cells = next(layout.cells for layout in _LAYOUTS if layout.name == shape.layout)
+    return _listed([column for role, column in shape.columns if role in cells])
+
+
+def _no_shape(
+    values: Sequence[dict[str, Any]], source: str, named: Mapping[str, str], kinds: Sequence[Kind]
+) -> UserError:
+    columns = list(dict.fromkeys(name for value in values for name in value))
+    what = "no known shape" if len(kinds) == len(KINDS) else f"no known shape of {' or '.join(kinds)}"
+    layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
+    layouts = [layout for layout in layouts if named.keys() <= layout.roles] or layouts
+    merged = {name: value[name] for value in reversed(values) for name in value}
+    nearest = max(layouts, key=lambda layout: _overlap(layout, merged, named))
+    if _found(nearest, merged, named):
+        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {_amiss(nearest, merged, named)}"
+    else:
+        expected = "one of" + "".join(f"\n    {layout.name}: {layout.meaning}" for layout in layouts)
+    return UserError(
+        f"its columns are {what}: {_shown(columns)}" if columns else "its rows have no columns",
+        where=source,
+        expected=expected,
+        advice="rename its columns, or say by `columns:` which is what",
+    )
+
+
+def _found(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, str]:
+    """Role -> column, of those roles of a layout that have one."""
+    names = {role: [name for name in _names(role, layout, value, named) if name in value] for role in layout.cells}
+    return {role: found[0] for role, found in names.items() if found}
+
+
+def _overlap(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> tuple[float, int]:
+    found = len(_found(layout, value, named))
+    return found / len(layout.cells), found
+
+
+def _amiss(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> str:
+    """What keeps a row from having a layout."""
+    unknown = [role for role in named if role not in layout.roles]
+    if unknown:
+        return f"but it has no {_listed(unknown)}, which `columns` names"
+    found = _found(layout, value, named)
+    missing = [_KNOWN_COLUMNS[role][0] for role in layout.cells if role not in found]
+    if missing:
+        return f"but there is no {_listed(missing)}"
+    misfits = [column for role, column in found.items() if not layout.cells[role](value[column])]
+    if not misfits:
+        return "but no row has all of it"
+    return f"but `{short(misfits[0])}` is {json_type(value[misfits[0]])} that does not fit"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{short(name)}`" for name in names)
+
+
+def _folded(text: str) -> str:
+    """`text` as indented lines of their own."""
+    return "".join(f"\n    {line}" for line in textwrap.wrap(text, 70))
+
+
+def _shown(columns: Sequence[str] | Mapping[str, Any]) -> str:
+    names = list(columns)
+    return _listed(names[:8]) + (", ..." if len(names) > 8 else "")

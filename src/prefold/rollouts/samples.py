@@ -1,0 +1,192 @@
+"""A model's answers to many prompts, by a model of this machine or one behind an endpoint.
+
+What a prompt is answered with depends on the prompts, the settings and the seed, and not on what was answered before:
+work that was stopped goes on with the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from prefold.data.chat import render, require_chat_template
+from prefold.data.preference import Prompt
+from prefold.errors import UserError
+from prefold.models.fetch import fetch
+from prefold.models.load import load_tokenizer
+from prefold.rollouts.ask import open_model, run_recipe
+from prefold.rollouts.endpoint import Endpoint, Refused, in_parallel
+from prefold.rollouts.generate import ROWS, Sampling, answer
+from prefold.rollouts.journal import Journal, key_of
+from prefold.terminal import progress_bar
+from prefold.trees.memory import free_memory
+
+Answers = list[str] | UserError
+"""The answers to a prompt, or why it has none."""
+REFUSALS_IN_A_ROW = 10
+"""Prompts without an answer after which nothing more is expected."""
+
+
+class Sampler(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def keys(self, prompts: Sequence[Prompt]) -> list[str]:
+        """For each prompt what its answers depend on, as a key."""
+
+    def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
+        """The answers to the prompts at the wanted places (and perhaps to others), in any order."""
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        """The tokens of answers; None where the tokenizer is not known."""
+
+
+def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> list[list[str] | None]:
+    """A model's answers, from the work file or anew; None where the prompt is refused.
+
+    Raises:
+        UserError: all prompts are refused, or many in a row.
+    """
+    keys = sampler.keys(prompts)
+    missing = [place for place, key in enumerate(keys) if key not in work]
+    refusals: list[UserError] = []
+    label = f"answers of {Path(sampler.name).name[:24]}"
+    with progress_bar(label, len(prompts), len(prompts) - len(missing)) as advance:
+        for place, answers in sampler.sample(prompts, missing) if missing else ():
+            if isinstance(answers, UserError):
+                refusals.append(answers)
+                if len(refusals) == REFUSALS_IN_A_ROW:
+                    raise answers
+                continue
+            refusals.clear()
+            if keys[place] not in work:
+                work.add(keys[place], answers)
+                advance(1, "")
+    if refusals and not any(key in work for key in keys):
+        raise refusals[-1]
+    return [work.get(key) for key in keys]
+
+
+class LocalModel:
+    """A model that is loaded here, when the first answer is asked for, and released after the last one."""
+
+    def __init__(self, name: str, sampling: Sampling):
+        self.name, self._sampling = name, sampling
+        self._prompts_at_once = max(1, ROWS // sampling.num_answers)
+
+    @cached_property
+    def _folder(self) -> Path:
+        return Path(self.name).expanduser() / "merged" if run_recipe(self.name) else fetch(self.name)
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._folder)
+
+    def keys(self, prompts: Sequence[Prompt]) -> list[str]:
+        # Prompts that are answered together draw from one stream of random numbers.
+        model = (self.name, files_of(self._folder), asdict(self._sampling))
+        starts = range(0, len(prompts), self._prompts_at_once)
+        batches = [(start, [prompt.prompt for prompt in self._batch(prompts, start)]) for start in starts]
+        return [key_of(model, start, batch, place) for start, batch in batches for place in range(len(batch))]
+
+    def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
+        model, tokenizer = open_model(self.name)
+        require_chat_template(tokenizer)
+        for start in sorted({place - place % self._prompts_at_once for place in wanted}):
+            batch = dict(enumerate(self._batch(prompts, start), start))
+            refused = {place: why for place, prompt in batch.items() if (why := _refusal(prompt, tokenizer))}
+            yield from refused.items()
+            fit = {place: prompt.prompt for place, prompt in batch.items() if place not in refused}
+            sampling = replace(self._sampling, seed=seed_of(self._sampling.seed, start))
+            if fit:
+                texts = answer(model, tokenizer, list(fit.values()), sampling, streamer=_NoBar())
+                yield from zip(fit, texts, strict=True)
+        del model
+        free_memory()
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _batch(self, prompts: Sequence[Prompt], start: int) -> Sequence[Prompt]:
+        return prompts[start : start + self._prompts_at_once]
+
+
+class _NoBar(BaseStreamer):
+    """Keeps `answer` from drawing a progress bar for every batch: there is one over all of them."""
+
+    def put(self, value: Any) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def _refusal(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> UserError | None:
+    try:
+        render(prompt.prompt, tokenizer)
+    except (TemplateError, TypeError) as error:
+        where = f"{prompt.origin.source}, row {prompt.origin.row}"
+        return UserError(f"the chat template refuses the prompt: {error}", where=where)
+    return None
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model behind an endpoint. One request for each answer: many servers give only one at a time."""
+
+    endpoint: Endpoint
+    sampling: Sampling
+    concurrency: int
+
+    @property
+    def name(self) -> str:
+        return self.endpoint.model
+
+    def keys(self, prompts: Sequence[Prompt]) -> list[str]:
+        model = (self.endpoint.url, self.endpoint.model, asdict(self.sampling))
+        return [key_of(model, place, prompt.prompt) for place, prompt in enumerate(prompts)]
+
+    def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
+        def answers(place: int) -> Answers:
+            try:
+                return [self._answer(prompts[place], place, number) for number in range(self.sampling.num_answers)]
+            except Refused as refused:
+                return refused
+
+        return in_parallel(answers, wanted, self.concurrency)
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        return None
+
+    def _answer(self, prompt: Prompt, place: int, number: int) -> str:
+        drawn = self.sampling
+        # Few servers know the other fields, and some refuse those that they do not know.
+        optional = {"top_p": (drawn.top_p, 1.0), "top_k": (drawn.top_k, 0), "min_p": (drawn.min_p, 0.0)}
+        return self.endpoint.ask(
+            prompt.prompt,
+            max_tokens=drawn.max_new_tokens,
+            temperature=drawn.temperature,
+            seed=seed_of(drawn.seed, place, number),
+            **{name: value for name, (value, default) in optional.items() if value != default},
+        )
+
+
+def seed_of(*parts: int) -> int:
+    """A seed below 2^31 for a part of the work."""
+    return int(key_of(*parts)[:8], 16) >> 1
+
+
+def files_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of a model folder: other weights under its name are another model."""
+    found = [
+        (file.name, file.stat()) for ending in ("safetensors", "json", "jinja") for file in folder.glob(f"*.{ending}")
+    ]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
