@@ -203,7 +203,7 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
     from prefold.models.load import add_lora, load_model
     from prefold.recipe import make_recipe
     from prefold.trainers.arguments import training_arguments
-    from prefold.trainers.offline import PreferenceTrainer, StepOrder
+    from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet
     from prefold.trainers.record import StepRecord
     from prefold.trees.memory import auto_max_tokens, keep_allocations
     from prefold.trees.reference import compute_reference
@@ -216,8 +216,9 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
     class WithReference(PreferenceTrainer):
         def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             dtype = getattr(torch, workload.dtype)
-            found = compute_reference(self.scorer, [self.trees[i] for i in inputs], dtype)
-            self.reference = {**dict(zip(inputs, found, strict=True))}  # type: ignore[assignment]
+            found = compute_reference(self.scorer, [self.data.trees[i] for i in inputs], dtype)
+            by_place: Any = dict(zip(inputs, found, strict=True))
+            self.data = TreeSet(self.data.trees, by_place)
             return super().training_step(model, inputs, num_items_in_batch)
 
     keep_allocations()
@@ -243,7 +244,7 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
         record = StepRecord(Path(folder), 0, lambda amount, text: None)
         order = GivenOrder(len(trees), BATCH, len(trees), seed=0)
         args = training_arguments(recipe, workload.steps + 1)
-        trainer = WithReference(DPO(beta=0.1), scorer, trees, [], order, record, args)
+        trainer = WithReference(DPO(beta=0.1), scorer, TreeSet(trees), order, record, args)
         trainer.add_callback(turns(connection))
         with scorer.in_place():
             trainer.train()

@@ -179,6 +179,17 @@ class Train(Section):
     """Optimizer steps between checkpoints."""
     save_total_limit: int = Field(2, gt=0)
     """Checkpoints kept."""
+    eval_steps: int | float | None = Field(None, gt=0)
+    """Optimizer steps between measurements of the held-out data while training, or below 1 their share of all steps;
+    unset: none are made."""
+    metric_for_best_model: str | None = None
+    """A held-out metric, such as `loss` or `rewards/margins`, by which checkpoints are told apart."""
+    greater_is_better: bool | None = None
+    """Unset: yes, unless the metric's name ends in `loss`."""
+    load_best_model_at_end: bool = False
+    """Go on with the best checkpoint instead of the last; `loss` decides unless `metric_for_best_model` is given."""
+    early_stopping_patience: int | None = Field(None, gt=0)
+    """Measurements in a row without a better metric after which training ends."""
     report_to: list[Literal["wandb", "tensorboard"]] = []
     """Trackers that get every step's metrics."""
     project: str = "prefold"
@@ -203,6 +214,18 @@ class Train(Section):
                 f"`{value}` is unknown; " + (f"did you mean `{near[0]}`?" if near else ", ".join(sorted(known)))
             )
         return value
+
+    @model_validator(mode="after")
+    def metrics_are_measured(self) -> Train:
+        wanted = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience")
+        given = [name for name in wanted if getattr(self, name)]
+        if given and self.eval_steps is None:
+            raise ValueError(f"`{given[0]}` needs held-out metrics while training; set `eval_steps`")
+        if self.early_stopping_patience and not (self.metric_for_best_model or self.load_best_model_at_end):
+            raise ValueError("`early_stopping_patience` needs a `metric_for_best_model`")
+        if isinstance(self.eval_steps, float) and self.eval_steps >= 1:
+            raise ValueError("`eval_steps` is a whole number of steps, or a share of all steps below 1")
+        return self
 
 
 class Merge(Section):

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import by_severity, fingerprint
 from prefold.data.mixture import Prepared, load_split
-from prefold.data.preference import Message
+from prefold.data.preference import Message, Unpaired
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
-from prefold.evaluation.heldout import PairScores, compare_pairs, score_pairs
+from prefold.evaluation.heldout import PairScores, compare_pairs, match, score_matched, score_pairs
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import cache_folder, new_folder, read_json, write_json, write_jsonl
@@ -39,7 +39,7 @@ from prefold.reports.html import write_report
 from prefold.rollouts.generate import Sampling, answer
 from prefold.terminal import progress_bar, say
 from prefold.trainers.arguments import training_arguments
-from prefold.trainers.offline import PreferenceTrainer, StepOrder, budget_of, last_checkpoint, save_weights
+from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet, kept_in, last_checkpoint, save_weights
 from prefold.trainers.record import StepRecord
 from prefold.trees.memory import auto_max_tokens, free_memory
 from prefold.trees.packing import TokenTree
@@ -117,6 +117,9 @@ def forget_data() -> None:
 
 
 def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
+    if recipe.algorithm.data != "pairs":
+        what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
+        raise UserError(what, where=recipe.output_dir, advice="check without it")
     pairs = found.prepared.train.select(shuffled(len(found.prepared.train), recipe.train.seed)[:PAIRS_SCORED])
     model = load_model(recipe.model, dtype="float32" if choose_device().type == "cpu" else None)
     scores = score_pairs(_scorer(recipe, model, pairs), pairs.trees, "pairs under the model")
@@ -171,28 +174,44 @@ def train(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
     prepared = _prepared(recipe)
     model = _policy(recipe)
-    trees = prepared.train.trees
     scorer = _scorer(recipe, model, prepared.train)
-    reference = None
-    if recipe.algorithm.needs_reference:
-        dtype = choose_dtype(recipe.model.dtype, choose_device())
-        reference = reference_logprobs(scorer, trees, cache_folder(), dtype)
+    held_out = prepared.held_out if recipe.train.eval_steps else None
+    data, measured = _tree_sets(recipe, scorer, prepared.train, held_out)
     checkpoint = last_checkpoint(folder / "checkpoints")
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    order = _order(recipe, len(trees))
-    if checkpoint:
-        scorer.max_tokens = budget_of(checkpoint)
-        say(f"  going on after step {done}")
+    order = _order(recipe, len(data.trees))
     with _trackers(recipe), progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
         args = training_arguments(recipe, len(order))
-        trainer = PreferenceTrainer(recipe.algorithm, scorer, trees, reference, order, record, args)
+        patience = recipe.train.early_stopping_patience
+        trainer = PreferenceTrainer(recipe.algorithm, scorer, data, order, record, args, measured, patience)
+        if checkpoint:
+            scorer.max_tokens, trainer.carried = kept_in(checkpoint)
+            say(f"  going on after step {done}")
         with scorer.in_place():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with new_folder(folder / ("trained" if recipe.lora == "none" else "adapter")) as aside:
         save_weights(model, aside)
     del trainer, model, scorer
     free_memory()
+
+
+def _tree_sets(
+    recipe: RecipeBase, scorer: Scorer, train: Examples, held_out: Examples | None
+) -> tuple[TreeSet, TreeSet | None]:
+    """Training and held-out data with what the algorithm asks for."""
+    dtype = choose_dtype(recipe.model.dtype, choose_device())
+
+    def of(part: Examples) -> TreeSet:
+        needs = recipe.algorithm
+        reference = reference_logprobs(scorer, part.trees, cache_folder(), dtype) if needs.needs_reference else None
+        return TreeSet(part.trees, reference, _labels(part) if needs.data == "unpaired" else None)
+
+    return of(train), of(held_out) if held_out else None
+
+
+def _labels(examples: Examples) -> list[bool]:
+    return [record.label for record in examples.records if isinstance(record, Unpaired)]
 
 
 def _policy(recipe: RecipeBase) -> torch.nn.Module:
@@ -309,12 +328,19 @@ def _measure(
     # On a CPU float32 costs little and keeps rounding out of the comparison.
     model = load_model(section, dtype="float32" if choose_device().type == "cpu" else None)
     tokenizer = load_tokenizer(fetch(section.name, section.revision))
-    trees = held_out.trees
-    scores = score_pairs(_scorer(recipe, model, held_out), trees, f"held-out pairs {when}") if trees else None
+    scores = _scores(recipe, model, held_out, f"held-out pairs {when}") if held_out else None
     answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}", template=recipe.data.template)
     del model
     free_memory()
     return scores, answers
+
+
+def _scores(recipe: RecipeBase, model: torch.nn.Module, held_out: Examples, label: str) -> PairScores | None:
+    scorer = _scorer(recipe, model, held_out)
+    if recipe.algorithm.data == "pairs":
+        return score_pairs(scorer, held_out.trees, label)
+    matches = match(held_out.prompt_keys, _labels(held_out))
+    return score_matched(scorer, held_out.trees, matches, label) if matches else None
 
 
 def sampling(recipe: RecipeBase) -> Sampling:

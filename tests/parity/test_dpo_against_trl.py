@@ -21,7 +21,7 @@ from prefold.algorithms import DPO
 from prefold.data.mixture import load_split
 from prefold.recipe import load_recipe, make_recipe
 from prefold.trainers.arguments import training_arguments
-from prefold.trainers.offline import PreferenceTrainer, StepOrder
+from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet
 from prefold.trainers.record import StepRecord
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import reference_logprobs
@@ -83,7 +83,7 @@ def prefold_steps(model: nn.Module, trees: list[TokenTree], max_tokens: int, fol
     record = StepRecord(folder, 0, lambda amount, text: None)
     order = GivenOrder(len(trees), BATCH, STEPS * BATCH, seed=0)
     args = training_arguments(recipe, STEPS)
-    PreferenceTrainer(DPO(beta=BETA), scorer, trees, reference, order, record, args).train()
+    PreferenceTrainer(DPO(beta=BETA), scorer, TreeSet(trees, reference), order, record, args).train()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

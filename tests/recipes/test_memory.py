@@ -69,7 +69,7 @@ def test_the_step_is_done_again_in_smaller_parts(
     )
     assert max(tried) > ROOM
     assert "out of memory: the token budget goes from 512 to" in caplog.text
-    budget = json.loads((folder / "checkpoints" / "checkpoint-6" / "budget.json").read_text())["max_tokens"]
+    budget = json.loads((folder / "checkpoints" / "checkpoint-6" / "prefold.json").read_text())["max_tokens"]
     assert budget <= 256
     for found, wanted in zip(lines(folder / "metrics.jsonl"), lines(straight / "metrics.jsonl"), strict=True):
         assert found == pytest.approx(wanted, rel=2e-4, abs=1e-5)

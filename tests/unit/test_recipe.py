@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import prefold
+from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
 from prefold.recipe import (
     all_fields,
@@ -92,7 +93,7 @@ def test_the_home_folder_is_not_written(recipe_file: str, monkeypatch: pytest.Mo
         ("data.max_prompt_length=5", "`max_prompt_length` is used by `overlong: truncate_prompt` only"),
         ("evaluate.top_p=0.5", "`top_p` would change nothing at temperature 0"),
         ("lora=some", "`lora` is 'some'"),
-        ("orpo.beta=1", "`orpo` is not a field"),
+        ("ppo.beta=1", "`ppo` is not a field"),
         ("nonsense", "not an override"),
         ("train.seed={a: 1", "not valid YAML"),
     ],
@@ -160,7 +161,7 @@ def test_every_field_is_read_somewhere() -> None:
 
     passed_on = set(Sampling.__dataclass_fields__)
     read = attributes_read() | passed_on
-    unread = [field for field in all_fields() if field.split(".")[-1] not in read and field not in ("dpo",)]
+    unread = [field for field in all_fields() if field.split(".")[-1] not in read and field not in ALGORITHMS]
     assert unread == []
 
 

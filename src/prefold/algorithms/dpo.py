@@ -5,82 +5,56 @@ pair is (equation 7)
 
     -log sigmoid(r(x, chosen) - r(x, rejected))
 
-Left out: label smoothing and the other pairwise losses (they are algorithms of their own); the partition function Z(x)
-of equation 5, which cancels in the difference.
+With label smoothing e, the share of pairs believed to be the wrong way round, it is the conservative loss (Mitchell, "A
+note on DPO with noisy preferences")
+
+    -(1 - e) log sigmoid(r(x, chosen) - r(x, rejected)) - e log sigmoid(r(x, rejected) - r(x, chosen))
+
+Left out: the partition function Z(x) of equation 5, which cancels in the difference; a separate reference model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefold.algorithms.base import Algorithm, LossOutput, Mean
-
-if TYPE_CHECKING:
-    from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
+from prefold.algorithms.base import require_between
+from prefold.algorithms.pairwise import ByDifference, Pairs
 
 
-def dpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and implicit rewards of `B` pairs (equation 7 of arXiv 2305.18290).
+def dpo_loss(difference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Losses of pairs (equation 7 of arXiv 2305.18290), any shape.
 
     Args:
-        chosen, rejected, ref_chosen, ref_rejected: `[B]`, summed log-probs of the completions in nats.
+        difference: log-ratio of policy and reference of the chosen completion minus that of the rejected one, in nats.
         beta: weight of the KL constraint; larger stays closer to the reference.
-
-    Returns:
-        `[B]` losses in nats, `[B]` rewards of the chosen, `[B]` rewards of the rejected completions.
+        label_smoothing: share of pairs believed to be the wrong way round.
     """
-    chosen_rewards = beta * (chosen - ref_chosen)
-    rejected_rewards = beta * (rejected - ref_rejected)
-    return -logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+    margin = beta * difference
+    losses = -logsigmoid(margin)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * logsigmoid(-margin)
+    return losses
 
 
 @dataclass(frozen=True)
-class DPO(Algorithm):
+class DPO(ByDifference):
+    """Direct Preference Optimization: classify which completion is the chosen one"""
+
     beta: float = 0.1
     """How strongly the policy is held to the reference: 0.01 (loose) to 0.5 (tight)."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be the wrong way round, less than 0.5 (conservative DPO)."""
 
-    needs_reference: ClassVar[bool] = True
-
-    # A learning rate of 5e-5 and rank 16 on all linear layers are what the QLoRA DPO recipes in the field settled on;
-    # full fine-tuning wants about a hundredth of that rate.
-    defaults: ClassVar[dict[str, Any]] = {
-        "train.learning_rate": 5e-5,
-        "train.gradient_checkpointing": False,
-        "data.max_length": 1024,
-    }
+    paper: ClassVar[str] = "2305.18290"
+    oracle: ClassVar[str] = "`DPOTrainer`, `sigmoid`; label smoothing: `aot` on one pair"
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta must be greater than 0, got {self.beta}")
+        super().__post_init__()
+        require_between(0, 0.5, label_smoothing=self.label_smoothing)
 
-    @property
-    def reward_scale(self) -> float:
-        return self.beta
-
-    def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
-        return {"pairs": len(trees)}
-
-    def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None) -> LossOutput:
-        assert reference is not None
-        chosen, rejected = policy.pairs()
-        losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference.pairs(), beta=self.beta)
-        metrics = {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
-        }
-        return LossOutput(
-            loss={"pairs": losses.sum()},
-            metrics={name: Mean(values.detach().sum(), len(values)) for name, values in metrics.items()},
-        )
+    def losses(self, pairs: Pairs) -> Tensor:
+        return dpo_loss(self.difference(pairs), beta=self.beta, label_smoothing=self.label_smoothing)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefold.data.duplicates import Match
 from prefold.data.examples import Examples
-from prefold.data.preference import Preference, Problem, Record, RowId
+from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired
 from prefold.recipe import Data
 
 if TYPE_CHECKING:
@@ -341,10 +341,21 @@ def telling_opening(facts: Sequence[PairFacts], tokenizer: PreTrainedTokenizerBa
 def about_sets(train: Examples, held_out: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     """Every finding that takes more than one row to see."""
     found = [duplicate(train), duplicate(held_out), prompt_in_both_splits(train, held_out), small_held_out(held_out)]
+    if isinstance(train.records[0], Unpaired):
+        found.append(one_label([isinstance(record, Unpaired) and record.label for record in train.records]))
     if isinstance(train.records[0], Preference):
         facts = facts_of(train)
         found += [contradiction(facts, train.origins), length_bias(facts), telling_opening(facts, tokenizer)]
     return [finding for finding in found if finding is not None]
+
+
+def one_label(labels: Sequence[bool]) -> Finding | None:
+    """Unpaired answers that are all desirable, or all undesirable."""
+    if len(set(labels)) > 1:
+        return None
+    message = f"all answers are {'' if labels[0] else 'un'}desirable"
+    advice = "there is nothing to tell them from; add answers of the other label"
+    return Finding("one_label", "error", len(labels), (), message, advice)
 
 
 def template_unused() -> Finding:

@@ -21,12 +21,13 @@ from prefold.data.conversion import to_record
 from prefold.data.duplicates import Contamination, Match, Repeats, find_repeats
 from prefold.data.examples import Example, Examples, ExampleWriter
 from prefold.data.findings import DataReport, SourceCount
-from prefold.data.preference import Problem, Record, RowId
+from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired
 from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
 from prefold.data.shapes import Kind, Shape, find_shape
 from prefold.data.sources import RawRow
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
+from prefold.trees.packing import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,25 @@ def load_split(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: 
         contamination=tuple(trained.matches),
     )
     return Prepared(train, held_out, report)
+
+
+_TAKEN: dict[Kind, tuple[Kind, ...]] = {
+    "pairs": ("pairs",),
+    # Each side of a pair is an answer with a label.
+    "unpaired": ("unpaired", "pairs"),
+    "prompts": ("prompts",),
+}
+
+
+def unpaired(example: Example) -> list[Example]:
+    """The two answers of a pair by themselves, the chosen one as the desirable; any other example as it is."""
+    record, tree = example.record, example.tree
+    if not isinstance(record, Preference):
+        return [example]
+    return [
+        Example(Unpaired(record.prompt, answer, label, record.origin), TokenTree(tree.prompt, (completion,)))
+        for answer, completion, label in zip(record.answers, tree.completions, (True, False), strict=True)
+    ]
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -145,11 +165,11 @@ class _Side:
 
     def _convert(self, source: Source, selection: Selection) -> None:
         head = list(_head(selection.rows))
-        shape = find_shape(head, selection.name, source.columns, kinds=(self._kind,))
-        before = len(self._examples)
+        shape = find_shape(head, selection.name, source.columns, kinds=_TAKEN[self._kind])
+        used = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
-            self._take(batch, shape)
+            used += self._take(batch, shape)
         for problem in selection.problems:
             self._leave_out(problem)
         self.counts.append(
@@ -157,14 +177,15 @@ class _Side:
                 selection.name,
                 shape.name,
                 selection.rows_in,
-                len(self._examples) - before,
+                used,
                 selection.rows_filtered,
                 selection.rows_not_drawn,
             )
         )
 
-    def _take(self, rows: Sequence[RawRow], shape: Shape) -> None:
-        """Make examples of rows; tokenizing many at once is what keeps all cores busy."""
+    def _take(self, rows: Sequence[RawRow], shape: Shape) -> int:
+        """Make examples of rows, and say how many could be used. Tokenizing many at once keeps all cores busy."""
+        used = 0
         results = [self._uncontaminated(to_record(row, shape)) for row in rows]
         records = [result for result in results if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self._tokenizer, self._data.template))
@@ -172,8 +193,11 @@ class _Side:
             outcome = result if isinstance(result, Problem) else self._example(result, next(tokenized))
             if isinstance(outcome, Problem):
                 self._leave_out(outcome)
-            else:
-                self._examples.append(outcome)
+                continue
+            used += 1
+            for example in unpaired(outcome) if self._kind == "unpaired" else [outcome]:
+                self._examples.append(example)
+        return used
 
     def _example(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
         if isinstance(tokenized, Problem):

@@ -1,6 +1,7 @@
 """Held-out pairs before and after: how often, and by how much, the chosen completion is the likelier one.
 
 `accuracy` and `margin` compare the mean log-prob per token, which means something before training and for every method.
+Unpaired completions are matched, a desirable one with an undesirable one, of the same prompt where that is possible.
 `reward` is the implicit reward against the model before training, scaled as in the training curves. Ties count one
 half.
 """
@@ -34,17 +35,50 @@ class PairScores:
     means: Floats
 
 
-@torch.no_grad()
 def score_pairs(scorer: Scorer, trees: Sequence[TokenTree], label: str) -> PairScores:
     """Score trees of two completions each."""
+    return PairScores(*_score(scorer, trees, label))
+
+
+def score_matched(
+    scorer: Scorer, trees: Sequence[TokenTree], matches: Sequence[tuple[int, int]], label: str
+) -> PairScores:
+    """Score trees of one completion each, as the pairs that `matches` makes of them."""
+    sums, means = _score(scorer, trees, label)
+    places = np.array(matches, dtype=int).reshape(-1, 2)
+    return PairScores(sums[places, 0], means[places, 0])
+
+
+def match(prompts: Sequence[bytes], labels: Sequence[bool]) -> list[tuple[int, int]]:
+    """Places of a desirable and an undesirable completion each: of the same prompt first, then in their order.
+
+    Each completion is used once at most, so that the pairs are independent.
+    """
+    waiting: dict[bytes, tuple[list[int], list[int]]] = {}
+    for place, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
+        waiting.setdefault(prompt, ([], []))[0 if label else 1].append(place)
+    together: list[tuple[int, int]] = []
+    rest: tuple[list[int], list[int]] = ([], [])
+    for desirable, undesirable in waiting.values():
+        shared = min(len(desirable), len(undesirable))
+        together += zip(desirable[:shared], undesirable[:shared], strict=True)
+        rest[0].extend(desirable[shared:])
+        rest[1].extend(undesirable[shared:])
+    return together + list(zip(sorted(rest[0]), sorted(rest[1]), strict=False))
+
+
+@torch.no_grad()
+def _score(scorer: Scorer, trees: Sequence[TokenTree], label: str) -> tuple[Floats, Floats]:
+    """`[n, completions]` sums and means of log-probs; every tree has as many completions."""
     scorer.model.eval()
-    sums, means = np.zeros((len(trees), 2)), np.zeros((len(trees), 2))
+    shape = (len(trees), len(trees[0].completions))
+    sums, means = np.zeros(shape), np.zeros(shape)
     with progress_bar(label, len(trees)) as advance:
         for row, logprobs in scorer.scored(trees):
-            sums[row] = logprobs.sums().view(-1, 2).double().cpu().numpy()
-            means[row] = logprobs.means().view(-1, 2).double().cpu().numpy()
+            sums[row] = logprobs.sums().view(-1, shape[1]).double().cpu().numpy()
+            means[row] = logprobs.means().view(-1, shape[1]).double().cpu().numpy()
             advance(len(row), "")
-    return PairScores(sums, means)
+    return sums, means
 
 
 def compare_pairs(before: PairScores, after: PairScores, reward_scale: float, seed: int = 0) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 One item of the dataloader is one whole optimizer step, as indices of its trees. `training_step` splits it into token
 budgets, divides every loss sum by its count over the whole step and accumulates the gradients; the rest (optimizer,
-schedule, clipping, trackers, resuming) is the Trainer's.
+schedule, clipping, trackers, best checkpoint, early stopping, resuming) is the Trainer's.
+
+A loss that couples the trees of a step is computed once for all of them: first their log-probs without gradient, then
+the gradients of the loss by these log-probs, then, budget by budget, the backward passes of the log-probs.
 """
 
 from __future__ import annotations
@@ -11,27 +14,40 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from prefold.algorithms import Algorithm, LossOutput
+from prefold.algorithms import NO_STATE, Algorithm, LossOutput, Mean, State
+from prefold.algorithms.kto import mismatched
 from prefold.errors import UserError
 from prefold.files import read_json, write_json
 from prefold.models.load import quiet
 from prefold.trainers.record import StepRecord
-from prefold.trees.logprobs import TreeLogprobs
+from prefold.trees.logprobs import TreeLogprobs, concatenated
 from prefold.trees.memory import is_out_of_memory
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer
+from prefold.trees.scorer import Scorer, reference_model
 
-BUDGET = "budget.json"
-"""In a checkpoint: the token budget that it was trained with, so that a resumed run splits its steps alike."""
+KEPT = "prefold.json"
+"""In a checkpoint: the token budget that it was trained with, so that a resumed run splits its steps alike, and what
+the algorithm carries from step to step."""
+
+
+@dataclass(frozen=True)
+class TreeSet:
+    """Trees with what the algorithm asks for: the reference's log-probs of each tree's completion tokens, and whether a
+    tree's completion is desirable."""
+
+    trees: Sequence[TokenTree]
+    reference: Sequence[Tensor] | None = None
+    labels: Sequence[bool] | None = None
 
 
 class StepOrder(Dataset[list[int]]):
@@ -65,30 +81,35 @@ class PreferenceTrainer(Trainer):
     Args:
         algorithm: loss and what it needs.
         scorer: how log-probs are computed, and the token budget.
-        trees: the training set.
-        reference: per tree, the reference's log-probs of its completion tokens; None if the algorithm needs none.
+        data: the training set.
+        held_out: what metrics are computed on at every `eval_steps`; None where they are not.
         order: which trees each step covers.
         record: where metrics and times of the steps go.
         args: of transformers; batch size and accumulation are 1, since an item is a whole step.
+        patience: evaluations without a better metric after which training stops; None: never.
     """
 
     def __init__(
         self,
         algorithm: Algorithm,
         scorer: Scorer,
-        trees: Sequence[TokenTree],
-        reference: Sequence[Tensor] | None,
+        data: TreeSet,
         order: StepOrder,
         record: StepRecord,
         args: TrainingArguments,
+        held_out: TreeSet | None = None,
+        patience: int | None = None,
     ):
-        self.algorithm, self.scorer, self.trees, self.reference = algorithm, scorer, trees, reference
+        self.algorithm, self.scorer, self.data, self.held_out = algorithm, scorer, data, held_out
         self.order, self.record = order, record
+        self.carried: State = NO_STATE
         self.checkpoints = Path(str(args.output_dir))
         self._checkpoint_parent = self.checkpoints
-        super().__init__(model=scorer.model, args=args)
+        stopping: list[Any] = [EarlyStoppingCallback(patience)] if patience else []
+        super().__init__(model=scorer.model, args=args, eval_dataset=held_out and order, callbacks=stopping)
         self.remove_callback(PrinterCallback)
         self.step_metrics: dict[str, float] = {}
+        self.held_out_metrics: dict[str, float] = {}
 
     def get_train_dataloader(self) -> DataLoader[list[int]]:
         return DataLoader(self.order, batch_size=1, collate_fn=lambda steps: steps[0])
@@ -100,10 +121,11 @@ class PreferenceTrainer(Trainer):
         """
         started = time.perf_counter()
         indices: list[int] = inputs
+        trees = [self.data.trees[i] for i in indices]
         while (loss := self._try_step(model, indices)) is None:
             model.zero_grad()
-            self.scorer.lower_budget([self.trees[i] for i in indices])
-        tokens = sum(self.scorer.size(self.trees[i]) for i in indices)
+            self.scorer.lower_budget(trees)
+        tokens = sum(map(self.scorer.size, trees))
         self.record.time(self.state.global_step + 1, time.perf_counter() - started, tokens)
         return loss
 
@@ -118,31 +140,112 @@ class PreferenceTrainer(Trainer):
 
     def _step(self, model: nn.Module, indices: list[int]) -> Tensor:
         model.train()
-        # Dropout depends on the number of the step alone, so a resumed or repeated step draws the same masks.
-        torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        trees = [self.trees[i] for i in indices]
+        trees = [self.data.trees[i] for i in indices]
+        rows = [[indices[i] for i in row] for row in self.scorer.rows(trees)]
         units = self.algorithm.units(trees)
-        loss = torch.zeros((), device=self.args.device)
-        metrics: dict[str, list[tuple[float, int]]] = {}
-        for row in self.scorer.rows(trees):
-            policy, output = self.loss_of(model, [indices[i] for i in row])
-            share = torch.stack([total / units[unit] for unit, total in output.loss.items()]).sum()
-            if policy.auxiliary is not None:
-                share = share + policy.auxiliary * (len(row) / len(trees))
-            self.accelerator.backward(share)
-            loss += share.detach()
+        perform = self._coupled_step if self.algorithm.couples_step else self._separable_step
+        loss, outputs = perform(model, rows, units)
+        metrics: dict[str, list[Mean]] = {}
+        for output in outputs:
             for name, mean in output.metrics.items():
-                metrics.setdefault(name, []).append((float(mean.total), mean.number))
+                metrics.setdefault(name, []).append(mean)
         self.step_metrics = {name: mean_of(parts) for name, parts in metrics.items()}
+        self.carried = outputs[-1].state
         return loss
 
-    def loss_of(self, model: nn.Module, indices: Sequence[int]) -> tuple[TreeLogprobs, LossOutput]:
-        """Log-probs, loss sums and metrics of the trees at `indices`, computed in one piece."""
-        policy = self.scorer.score([self.trees[i] for i in indices], model)
-        if self.reference is None:
-            return policy, self.algorithm.loss(policy, None)
-        tokens = torch.cat([self.reference[i] for i in indices]).to(policy.tokens)
-        return policy, self.algorithm.loss(policy, TreeLogprobs(tokens, policy.completion, policy.lengths))
+    def _separable_step(
+        self, model: nn.Module, rows: list[list[int]], units: dict[str, int]
+    ) -> tuple[Tensor, list[LossOutput]]:
+        """Row by row: log-probs, loss, backward."""
+        loss, outputs = torch.zeros((), device=self.args.device), []
+        number = sum(map(len, rows))
+        self._seed_dropout()
+        for row in rows:
+            policy = self._score(model, [self.data.trees[i] for i in row])
+            output = self.loss_of(policy, self.data, row)
+            share = _per_unit(output, units) + _auxiliary(policy, len(row) / number)
+            self.accelerator.backward(share)
+            loss += share.detach()
+            outputs.append(output)
+        return loss, outputs
+
+    def _coupled_step(
+        self, model: nn.Module, rows: list[list[int]], units: dict[str, int]
+    ) -> tuple[Tensor, list[LossOutput]]:
+        """All log-probs, the loss by them, and then the backward pass of each row."""
+        number = sum(map(len, rows))
+        self._seed_dropout()
+        with torch.no_grad():
+            parts = [self._score(model, [self.data.trees[i] for i in row]) for row in rows]
+        whole = concatenated(parts).as_leaf()
+        output = self.loss_of(whole, self.data, [i for row in rows for i in row])
+        loss = _per_unit(output, units)
+        loss.backward()
+        grads = whole.gradients_of(parts)
+        # The same masks as before: the second pass is that of the same numbers.
+        self._seed_dropout()
+        for row, grad in zip(rows, grads, strict=True):
+            policy = self._score(model, [self.data.trees[i] for i in row])
+            auxiliary = _auxiliary(policy, len(row) / number)
+            self.accelerator.backward(policy.dot(grad) + auxiliary)
+            loss = loss + auxiliary
+        return loss.detach(), [output]
+
+    def _seed_dropout(self) -> None:
+        """Masks depend on the number of the step alone, so a resumed or repeated step draws the same."""
+        torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+
+    def _score(self, model: nn.Module, trees: Sequence[TokenTree]) -> TreeLogprobs:
+        needs = self.algorithm
+        return self.scorer.score(trees, model, needs.needs_statistics, needs.scores_prompt)
+
+    def loss_of(self, policy: TreeLogprobs, data: TreeSet, indices: Sequence[int]) -> LossOutput:
+        """Loss sums and metrics of the trees of `data` at `indices`, whose log-probs are `policy`."""
+        reference = None
+        if data.reference is not None:
+            tokens = torch.cat([data.reference[i] for i in indices]).to(policy.tokens)
+            reference = TreeLogprobs(tokens, policy.completion, policy.lengths)
+        if data.labels is not None:
+            labels = torch.tensor([data.labels[i] for i in indices], device=policy.tokens.device)
+            policy = replace(policy, labels=labels)
+        if self.algorithm.needs_mismatched:
+            assert reference is not None
+            others = mismatched([data.trees[i] for i in indices])
+            policy = replace(policy, mismatched=self._sums(others))
+            with reference_model(self.scorer.model):
+                reference = replace(reference, mismatched=self._sums(others))
+        return self.algorithm.loss(policy, reference, self.carried)
+
+    @torch.no_grad()
+    def _sums(self, trees: Sequence[TokenTree]) -> Tensor:
+        """`[completions]`, in the order of the trees."""
+        found = torch.zeros(len(trees), device=self.args.device)
+        for row, logprobs in self.scorer.scored(trees):
+            found[row] = logprobs.sums()
+        return found
+
+    # ---- held-out data -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, held_out: TreeSet) -> dict[str, float]:
+        """Loss and metrics of held-out trees under the policy as it is, by the names of training with `eval_`."""
+        model, order = self.scorer.model, []
+        model.eval()
+        parts = []
+        for row, policy in self.scorer.scored(
+            held_out.trees, self.algorithm.needs_statistics, self.algorithm.scores_prompt
+        ):
+            order += row
+            parts.append(policy)
+        output = self.loss_of(concatenated(parts), held_out, order)
+        loss = _per_unit(output, self.algorithm.units(held_out.trees))
+        metrics = {name: mean_of([mean]) for name, mean in output.metrics.items()}
+        return {f"eval_{name}": value for name, value in {"loss": float(loss), **metrics}.items()}
+
+    def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
+        """What `log` has just measured, for the choice of the best checkpoint and for early stopping."""
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, self.held_out_metrics)
+        return self.held_out_metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write the metrics of a step to the run folder and hand them to the trackers."""
@@ -150,6 +253,9 @@ class PreferenceTrainer(Trainer):
             return
         step = self.state.global_step
         epoch = min(step * self.order.batch_size, self.order.draws) / self.order.trees
+        if self.control.should_evaluate and self.held_out is not None:
+            self.held_out_metrics = self.measure(self.held_out)
+            logs |= self.held_out_metrics
         logs = {"epoch": epoch, **logs, **self.step_metrics}
         self.record.step(step, logs)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
@@ -186,11 +292,23 @@ class PreferenceTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._checkpoint_parent = self.checkpoints
-        write_json(aside / name / BUDGET, {"max_tokens": self.scorer.max_tokens})
+        write_json(aside / name / KEPT, {"max_tokens": self.scorer.max_tokens, "carried": dict(self.carried)})
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         os.replace(aside / name, self.checkpoints / name)
         shutil.rmtree(aside)
-        rotate_checkpoints(str(self.checkpoints), save_total_limit=self.args.save_total_limit)
+        self._point_to_best()
+        rotate_checkpoints(
+            str(self.checkpoints), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+        )
+
+    def _point_to_best(self) -> None:
+        """Where the best checkpoint lies for good, not where it was written."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.checkpoints / f"checkpoint-{self.state.best_global_step}")
+
+    def _load_best_model(self) -> None:
+        self._point_to_best()
+        super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The weights and nothing else: transformers would add a pickle of its arguments."""
@@ -203,9 +321,18 @@ def save_weights(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def mean_of(parts: Sequence[tuple[float, int]]) -> float:
+def _per_unit(output: LossOutput, units: dict[str, int]) -> Tensor:
+    """The loss of a step, or a row's share of it."""
+    return torch.stack([total / units[unit] for unit, total in output.loss.items()]).sum()
+
+
+def _auxiliary(policy: TreeLogprobs, share: float) -> Tensor:
+    return policy.tokens.new_zeros(()) if policy.auxiliary is None else policy.auxiliary * share
+
+
+def mean_of(parts: Sequence[Mean]) -> float:
     """The mean of values that come as sums with their numbers."""
-    return sum(total for total, _ in parts) / sum(number for _, number in parts)
+    return float(sum(float(part.total) for part in parts) / sum(part.number for part in parts))
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -214,6 +341,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
-def budget_of(checkpoint: Path) -> int:
-    """The token budget that a checkpoint was trained with."""
-    return int(read_json(checkpoint / BUDGET)["max_tokens"])
+def kept_in(checkpoint: Path) -> tuple[int, State]:
+    """The token budget that a checkpoint was trained with, and what its algorithm carried."""
+    kept = read_json(checkpoint / KEPT)
+    return int(kept["max_tokens"]), dict(kept["carried"])

@@ -81,7 +81,9 @@ class Scorer:
         """Indices of the trees of each micro-batch of at most `max_tokens`."""
         return split_by_budget([self.size(tree) for tree in trees], self.max_tokens)
 
-    def scored(self, trees: Sequence[TokenTree]) -> Iterator[tuple[list[int], TreeLogprobs]]:
+    def scored(
+        self, trees: Sequence[TokenTree], statistics: bool = False, scores_prompt: bool = False
+    ) -> Iterator[tuple[list[int], TreeLogprobs]]:
         """Log-probs of many trees, row by row with the indices of each row's trees, for use without gradients.
 
         Raises:
@@ -90,17 +92,17 @@ class Scorer:
         waiting = self.rows(trees)
         while waiting:
             row = waiting.pop(0)
-            found = self._try_to_score([trees[i] for i in row])
+            found = self._try_to_score([trees[i] for i in row], statistics, scores_prompt)
             if found is not None:
                 yield row, found
                 continue
             rest = [i for unscored in (row, *waiting) for i in unscored]
             waiting = [[rest[place] for place in part] for part in self.rows([trees[i] for i in rest])]
 
-    def _try_to_score(self, trees: list[TokenTree]) -> TreeLogprobs | None:
+    def _try_to_score(self, trees: list[TokenTree], statistics: bool, scores_prompt: bool) -> TreeLogprobs | None:
         """None if memory ran out; the budget is lowered then."""
         try:
-            return self.score(trees)
+            return self.score(trees, None, statistics, scores_prompt)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

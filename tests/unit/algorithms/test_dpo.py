@@ -1,4 +1,4 @@
-"""The DPO loss against numbers derived by hand and against TRL's formula in value and gradient."""
+"""DPO against numbers derived by hand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from of_pairs import by_ratios
+from preference_batches import logprobs, metric_means
 
 from prefold.algorithms.dpo import DPO, dpo_loss
-from prefold.trees.logprobs import TreeLogprobs
 
 
 def test_numbers_by_hand() -> None:
@@ -17,44 +18,45 @@ def test_numbers_by_hand() -> None:
     Pair 2: chosen ratio 2 nats, rejected ratio -2, beta 0.5: rewards 1 and -1, margin 2,
     loss = -ln(1 / (1 + e^-2)) = ln(1 + e^-2).
     """
-    chosen, rejected = torch.tensor([-10.0, -8.0]), torch.tensor([-20.0, -7.0])
-    ref_chosen, ref_rejected = torch.tensor([-10.0, -10.0]), torch.tensor([-20.0, -5.0])
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.5)
+    losses = dpo_loss(torch.tensor([0.0, 4.0]), beta=0.5)
     torch.testing.assert_close(losses, torch.tensor([math.log(2), math.log(1 + math.exp(-2))]))
-    assert chosen_rewards.tolist() == [0.0, 1.0]
-    assert rejected_rewards.tolist() == [0.0, -1.0]
 
 
 def test_gradient_by_hand() -> None:
     """By equation 7 the gradient by the chosen log-prob is -beta * sigmoid(-margin), by the rejected one its
     opposite."""
-    values = [torch.tensor([value], requires_grad=True) for value in (-8.0, -7.0, -10.0, -5.0)]
-    dpo_loss(*values, beta=0.5)[0].backward()
+    _, gradient = by_ratios(DPO(beta=0.5), 2.0, -2.0)
     expected = 0.5 / (1 + math.exp(2))
-    assert values[0].grad is not None and values[1].grad is not None
-    assert values[0].grad.item() == pytest.approx(-expected)
-    assert values[1].grad.item() == pytest.approx(expected)
+    assert gradient.tolist() == pytest.approx([-expected, expected])
+
+
+def test_label_smoothing_by_hand() -> None:
+    """Margin 2, smoothing 0.1: 0.9 ln(1 + e^-2) + 0.1 ln(1 + e^2). Beyond a margin of ln(0.9 / 0.1) it pulls back."""
+    loss = dpo_loss(torch.tensor(4.0, dtype=torch.float64), beta=0.5, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(0.9 * math.log(1 + math.exp(-2)) + 0.1 * math.log(1 + math.exp(2)))
+    least = math.log(9)
+    below, above = (by_ratios(DPO(beta=1.0, label_smoothing=0.1), least + step, 0.0)[1] for step in (-0.1, 0.1))
+    assert below[0] < 0 < above[0]
 
 
 def test_extremes_stay_finite() -> None:
-    huge = torch.tensor([-1e4, 0.0], requires_grad=True)
-    losses = dpo_loss(huge, huge.flip(0), torch.zeros(2), torch.zeros(2), beta=1.0)[0]
-    losses.sum().backward()
-    assert losses.tolist() == [1e4, 0.0]
-    assert huge.grad is not None and torch.isfinite(huge.grad).all()
+    difference = torch.tensor([-1e4, 1e4], requires_grad=True)
+    for smoothing in (0.0, 0.1):
+        losses = dpo_loss(difference, beta=1.0, label_smoothing=smoothing)
+        (gradient,) = torch.autograd.grad(losses.sum(), difference)
+        assert losses.tolist() == pytest.approx([1e4 * (1 - smoothing), 1e4 * smoothing])
+        assert gradient.isfinite().all()
 
 
 def test_sums_and_metrics() -> None:
     """Two pairs, completions of 2, 1, 1 and 3 tokens; metrics are sums with the number of pairs."""
-    completion = torch.tensor([0, 0, 1, 2, 3, 3, 3])
-    lengths = torch.tensor([2, 1, 1, 3])
-    policy = TreeLogprobs(torch.tensor([-1.0, -2.0, -4.0, -3.0, -1.0, -1.0, -1.0]), completion, lengths)
-    reference = TreeLogprobs(torch.tensor([-2.0, -2.0, -3.0, -3.0, -1.0, -1.0, -1.0]), completion, lengths)
+    lengths = [2, 1, 1, 3]
+    policy = logprobs(torch.tensor([-1.0, -2.0, -4.0, -3.0, -1.0, -1.0, -1.0]), lengths)
+    reference = logprobs(torch.tensor([-2.0, -2.0, -3.0, -3.0, -1.0, -1.0, -1.0]), lengths)
     output = DPO(beta=0.1).loss(policy, reference)
     # pair 1: ratios 1 and -1, margin 0.2; pair 2: 0 and 0
     assert output.loss["pairs"].item() == pytest.approx(math.log(1 + math.exp(-0.2)) + math.log(2))
-    means = {name: mean.total.item() / mean.number for name, mean in output.metrics.items()}
-    assert means == pytest.approx(
+    assert metric_means(output) == pytest.approx(
         {
             "rewards/chosen": 0.05,
             "rewards/rejected": -0.05,
@@ -70,3 +72,9 @@ def test_sums_and_metrics() -> None:
 def test_beta_must_be_positive(beta: float) -> None:
     with pytest.raises(ValueError, match="beta must be greater than 0"):
         DPO(beta=beta)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 0.5, float("nan")])
+def test_smoothing_is_less_than_half(smoothing: float) -> None:
+    with pytest.raises(ValueError, match="label_smoothing must be at least 0 and less than"):
+        DPO(label_smoothing=smoothing)

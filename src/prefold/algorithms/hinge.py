@@ -1,0 +1,35 @@
+"""The hinge loss of SLiC-HF, arXiv 2305.10425, on DPO's implicit rewards.
+
+The calibration loss (section 2) asks for a margin between the two completions and is content behind it; with
+implicit rewards in place of log-probs, as in RSO (arXiv 2309.06657), and a margin of 1:
+
+    max(0, 1 - beta * (chosen log-ratio - rejected log-ratio))
+
+Left out: SLiC's cross-entropy regulariser (`mixed` with `sft` adds one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import relu
+
+from prefold.algorithms.pairwise import ByDifference, Pairs
+
+
+def hinge_loss(difference: Tensor, *, beta: float) -> Tensor:
+    """Losses from the difference of the log-ratios in nats, any shape."""
+    return relu(1 - beta * difference)
+
+
+@dataclass(frozen=True)
+class Hinge(ByDifference):
+    """SLiC: a margin of 1 between the implicit rewards, and no more"""
+
+    paper: ClassVar[str] = "2305.10425"
+    oracle: ClassVar[str] = "`DPOTrainer`, `hinge`"
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        return hinge_loss(self.difference(pairs), beta=self.beta)

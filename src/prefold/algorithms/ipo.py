@@ -1,0 +1,36 @@
+"""Identity Preference Optimization, arXiv 2310.12036.
+
+The loss pulls the difference of the log-ratios to a finite target instead of pushing it to infinity (equation 17); beta
+is the paper's tau:
+
+    (difference - 1 / (2 beta))^2
+
+The difference is one of log-ratios per token, which the equation does not say: summed ones would make the loss grow
+with the square of the length. TRL has it from the paper's authors that their results were computed so.
+Left out: summed log-ratios.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from prefold.algorithms.pairwise import ByDifference, Pairs
+
+
+def ipo_loss(difference: Tensor, *, beta: float) -> Tensor:
+    """Losses from the difference of the log-ratios per token in nats, any shape."""
+    return (difference - 1 / (2 * beta)) ** 2
+
+
+@dataclass(frozen=True)
+class IPO(ByDifference):
+    """Identity Preference Optimization: pull the difference to a finite target"""
+
+    paper: ClassVar[str] = "2310.12036"
+    oracle: ClassVar[str] = "`DPOTrainer`, `ipo`"
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        return ipo_loss(self.difference_per_token(pairs), beta=self.beta)

@@ -1,0 +1,98 @@
+"""Odds Ratio Preference Optimization, arXiv 2403.07691.
+
+Supervised fine-tuning on the chosen side, with a term that holds the rejected one down; no reference. With p the
+geometric mean of a completion's token probabilities and odds = p / (1 - p) (equation 4), the loss is (equations 6, 7)
+
+    NLL - beta * log sigmoid(log(odds(chosen) / odds(rejected)))
+
+The NLL is the mean over the tokens of the chosen conversations, prompts included, as the paper's code and TRL have it;
+the first token of a conversation is predicted by nothing and not counted. beta is the paper's lambda.
+Left out: nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State, require_positive
+from prefold.algorithms.pairwise import chosen_tokens, means, pair_metrics
+from prefold.algorithms.sft import chosen_nll
+
+if TYPE_CHECKING:
+    from prefold.trees.logprobs import TreeLogprobs
+    from prefold.trees.packing import TokenTree
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) of `x` <= 0, any shape, without cancellation.
+
+    At 0, where it is minus infinity, the value is that of the smallest normal number below 0 (-87 in float32) and there
+    is no gradient. The branch for small exp(x) is kept from arguments near 0, where its slope is infinite.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    near = x > -math.log(2)
+    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x.where(~near, -1.0))))
+
+
+def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Log of odds(chosen) / odds(rejected) from log-probs per token in nats, any shape, float32 or better."""
+    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+
+
+@dataclass(frozen=True)
+class ORPO(Algorithm):
+    """Odds Ratio Preference Optimization: supervised fine-tuning that holds the rejected completions down"""
+
+    beta: float = 0.1  # TRL's
+    """Weight of the odds ratio beside the supervised loss."""
+    completion_only_loss: bool = False
+    """Leave the prompts out of the supervised loss."""
+
+    paper: ClassVar[str] = "2403.07691"
+    oracle: ClassVar[str] = "`ORPOTrainer`"
+
+    def __post_init__(self) -> None:
+        require_positive(beta=self.beta)
+
+    @property
+    def scores_prompt(self) -> bool:
+        return not self.completion_only_loss
+
+    @property
+    def reward_scale(self) -> float:
+        return self.beta
+
+    @property
+    def _tokens(self) -> str:
+        return "chosen_tokens" if self.completion_only_loss else "conversation_tokens"
+
+    def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
+        prompts = 0 if self.completion_only_loss else sum(len(tree.prompt) - 1 for tree in trees)
+        return {"pairs": len(trees), self._tokens: prompts + chosen_tokens(trees)}
+
+    def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
+        chosen, rejected = policy.means().view(-1, 2).unbind(1)
+        log_odds = log_odds_ratio(chosen, rejected)
+        ratio = logsigmoid(log_odds)
+        nll, tokens = self.supervised(policy)
+        metrics = {
+            "nll_loss": Mean(nll.detach(), tokens),
+            **means({"log_odds_ratio": ratio, "log_odds_chosen": log_odds}),
+            **pair_metrics(chosen, rejected, self.beta * chosen, self.beta * rejected),
+        }
+        return LossOutput({"pairs": -self.beta * ratio.sum(), self._tokens: nll}, metrics)
+
+    def supervised(self, policy: TreeLogprobs) -> tuple[Tensor, int]:
+        """Negative log-prob of what the supervised loss is on, as a sum in nats, and its tokens."""
+        nll, tokens = chosen_nll(policy)
+        if self.completion_only_loss:
+            return nll, tokens
+        assert policy.prompts is not None and policy.prompt_lengths is not None
+        return nll - policy.prompts.sum(), tokens + int(policy.prompt_lengths.sum())

@@ -1,0 +1,191 @@
+"""What the losses of a chosen and a rejected completion share: comparing with the reference, metrics, settings.
+
+A subclass of `Pairwise` gives the losses of pairs and nothing else. One of `ByDifference` does it from the difference
+of the two completions' scores alone.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State, require_positive
+from prefold.algorithms.divergence import Divergence, divergence_scores
+
+if TYPE_CHECKING:
+    from prefold.trees.logprobs import TreeLogprobs
+    from prefold.trees.packing import TokenTree
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """`[B]` each: summed log-probs of the completions in nats, by policy and reference, and lengths in tokens."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+    @property
+    def chosen_ratios(self) -> Tensor:
+        """`[B]`: log of the probability ratio of policy and reference."""
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_ratios(self) -> Tensor:
+        return self.rejected - self.ref_rejected
+
+
+def compare(policy: TreeLogprobs, reference: TreeLogprobs | None, ld_alpha: float | None = None) -> Pairs:
+    """The pairs of a batch of trees with two completions each."""
+    assert reference is not None
+    if ld_alpha is not None:
+        policy, reference = discount_tails(policy, ld_alpha), discount_tails(reference, ld_alpha)
+    chosen_lengths, rejected_lengths = policy.lengths.view(-1, 2).unbind(1)
+    return Pairs(*policy.pairs(), *reference.pairs(), chosen_lengths, rejected_lengths)
+
+
+def discount_tails(logprobs: TreeLogprobs, ld_alpha: float) -> TreeLogprobs:
+    """Every token behind the length of the shorter completion of its pair, times `ld_alpha` (arXiv 2409.06411)."""
+    lengths, completion = logprobs.lengths, logprobs.completion
+    first = lengths.cumsum(0) - lengths
+    place = torch.arange(len(completion), device=completion.device) - first[completion]
+    shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+    tokens = torch.where(place < shared[completion], logprobs.tokens, ld_alpha * logprobs.tokens)
+    return replace(logprobs, tokens=tokens)
+
+
+def pair_weights(policy: TreeLogprobs) -> Tensor:
+    """`[B]`, without gradient: how likely the policy itself is to write both completions (arXiv 2406.11827).
+
+    Equation 2 with its alignment of weights: a token counts as p(token) / sum of p^2 over the vocabulary, which is
+    1 on average for a model's own samples, however peaked its distribution is; a completion as the geometric mean of
+    its tokens.
+    """
+    assert policy.statistics is not None
+    aligned = policy.tokens.detach() - policy.statistics.squares.log()
+    return replace(policy, tokens=aligned).means().view(-1, 2).sum(1).exp()
+
+
+def means(values: dict[str, Tensor]) -> dict[str, Mean]:
+    """Metrics from their values, one dimension each."""
+    return {name: Mean(value.detach().sum(), len(value)) for name, value in values.items()}
+
+
+def pair_metrics(chosen: Tensor, rejected: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Mean]:
+    """TRL's metrics of `[B]` pairs from log-probs and rewards. A tie counts as wrong."""
+    return means(
+        {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+    )
+
+
+def pair_output(losses: Tensor, pairs: Pairs, beta: float) -> LossOutput:
+    """`[B]` losses as their sum, with the metrics of the pairs they belong to."""
+    metrics = pair_metrics(pairs.chosen, pairs.rejected, beta * pairs.chosen_ratios, beta * pairs.rejected_ratios)
+    return LossOutput({"pairs": losses.sum()}, metrics)
+
+
+def chosen_tokens(trees: Sequence[TokenTree]) -> int:
+    """Tokens of the chosen completions."""
+    return sum(len(tree.completions[0]) for tree in trees)
+
+
+@dataclass(frozen=True)
+class Pairwise(Algorithm):
+    """A loss of each pair by itself, against a reference."""
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference."""
+    ld_alpha: float | None = None
+    """Weight, 0 to 1, of the tokens behind the length of the pair's shorter completion (LD-DPO, arXiv 2409.06411);
+    unset: all count the same."""
+    use_weighting: bool = False
+    """Weigh each pair by how likely the policy itself is to write it (WPO, arXiv 2406.11827)."""
+
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_positive(beta=self.beta)
+        require_share(self.ld_alpha)
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.use_weighting
+
+    @property
+    def reward_scale(self) -> float:
+        return self.beta
+
+    def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
+        return {"pairs": len(trees)}
+
+    def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
+        pairs = compare(policy, reference, self.ld_alpha)
+        return self.output(self.losses(pairs), pairs, policy)
+
+    def output(self, losses: Tensor, pairs: Pairs, policy: TreeLogprobs) -> LossOutput:
+        if self.use_weighting:
+            losses = losses * pair_weights(policy)
+        return pair_output(losses, pairs, self.beta)
+
+    @abstractmethod
+    def losses(self, pairs: Pairs) -> Tensor:
+        """`[B]`."""
+
+
+@dataclass(frozen=True)
+class ByDifference(Pairwise):
+    """A loss of the difference of the two scores. In it alone the normaliser of an f-divergence cancels."""
+
+    f_divergence_type: Divergence = "reverse_kl"
+    """What holds the policy to the reference (arXiv 2309.16240)."""
+    f_alpha_divergence_coef: float = 0.5
+    """Of `alpha_divergence`: 1 is the reverse KL divergence, 0 the forward one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("f_divergence_type", self.f_divergence_type, get_args(Divergence))
+        if self.f_alpha_divergence_coef != 0.5 and self.f_divergence_type != "alpha_divergence":
+            raise ValueError("f_alpha_divergence_coef is used by `f_divergence_type: alpha_divergence` only")
+
+    def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """`[B]`, `[B]`: of the chosen and the rejected completions; their log-ratios, by the reverse KL divergence."""
+        kind, alpha = self.f_divergence_type, self.f_alpha_divergence_coef
+        return (
+            divergence_scores(pairs.chosen_ratios, kind, alpha),
+            divergence_scores(pairs.rejected_ratios, kind, alpha),
+        )
+
+    def difference(self, pairs: Pairs) -> Tensor:
+        """`[B]`: score of the chosen minus score of the rejected completion."""
+        chosen, rejected = self.scores(pairs)
+        return chosen - rejected
+
+    def difference_per_token(self, pairs: Pairs) -> Tensor:
+        """`[B]`: the same, each score divided by the length of its completion."""
+        chosen, rejected = self.scores(pairs)
+        return chosen / pairs.chosen_lengths - rejected / pairs.rejected_lengths
+
+
+def require_share(ld_alpha: float | None) -> None:
+    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha must be from 0 to 1, got {ld_alpha}")
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value}")

@@ -1,0 +1,166 @@
+"""Every method through the whole pipeline, its steps split, resumed and measured, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefold
+from prefold.algorithms import ALGORITHMS
+from prefold.errors import UserError
+from prefold.recipe import RecipeBase
+from prefold.trainers.offline import PreferenceTrainer
+
+MakeRecipe = Callable[..., RecipeBase]
+OFFLINE = [name for name, algorithm in ALGORITHMS.items() if algorithm.data != "prompts"]
+COUPLED = ["aot", "aot_unpaired", "bco", "kto", "mixed"]
+EXACT = {"lora": {"r": 4, "lora_dropout": 0.0}}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", OFFLINE)
+def test_a_run_of_every_method(method: str, recipe: MakeRecipe) -> None:
+    folder = prefold.run(recipe(method=method, train={"max_steps": 3, "learning_rate": 1e-3}))
+    metrics = lines(folder)
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert all(torch.isfinite(torch.tensor(list(line.values()))).all() for line in metrics)
+    heldout = json.loads((folder / "evaluation" / "heldout.json").read_text())
+    assert heldout["pairs"] == 6 and (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize("method", OFFLINE)
+def test_splitting_a_step_changes_nothing(method: str, recipe: MakeRecipe, tmp_path: Path) -> None:
+    def trained(name: str, max_tokens: int) -> list[dict[str, Any]]:
+        train = {"max_steps": 3, "learning_rate": 1e-3, "max_tokens": max_tokens}
+        return lines(prefold.train(recipe(method=method, train=train, output_dir=str(tmp_path / name), **EXACT)))
+
+    for split, whole in zip(trained("split", 100), trained("whole", 10_000), strict=True):
+        assert split == pytest.approx(whole, rel=1e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize("method", COUPLED)
+def test_a_coupled_step_is_that_of_one_graph(method: str, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients by way of log-probs, row by row, against one backward pass through everything."""
+    coupled, compared = PreferenceTrainer._coupled_step, []
+
+    def checked(self: PreferenceTrainer, model: Any, rows: list[list[int]], units: dict[str, int]) -> Any:
+        found = coupled(self, model, rows, units)
+        grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        model.zero_grad()
+        indices = [i for row in rows for i in row]
+        policy = self._score(model, [self.data.trees[i] for i in indices])
+        output = self.loss_of(policy, self.data, indices)
+        loss = torch.stack([total / units[unit] for unit, total in output.loss.items()]).sum()
+        loss.backward()
+        torch.testing.assert_close(found[0], loss.detach(), rtol=1e-5, atol=1e-6)
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                torch.testing.assert_close(grads[name], weight.grad, rtol=1e-4, atol=1e-6)
+        compared.append(len(rows))
+        return found
+
+    monkeypatch.setattr(PreferenceTrainer, "_coupled_step", checked)
+    prefold.train(recipe(method=method, train={"max_steps": 2, "max_tokens": 100}, **EXACT))
+    assert len(compared) == 2 and min(compared) > 1
+
+
+@pytest.mark.parametrize("method", ["bco", "orpo", "kto"])
+def test_a_resumed_run_is_a_straight_one(
+    method: str, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-3}
+    straight = prefold.train(recipe(method=method, train=train, output_dir=str(tmp_path / "straight")))
+    step = PreferenceTrainer.training_step
+
+    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    stopped = recipe(method=method, train=train, output_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        prefold.train(stopped)
+    resumed = prefold.train(stopped)
+    assert lines(resumed) == lines(straight)
+    name = "adapter/adapter_model.safetensors"
+    assert (resumed / name).read_bytes() == (straight / name).read_bytes()
+
+
+# ---- held-out metrics while training ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eval_steps, measured", [(2, [2, 4, 6]), (0.5, [3, 6])])
+def test_held_out_metrics_while_training(eval_steps: float, measured: list[int], recipe: MakeRecipe) -> None:
+    found = lines(prefold.train(recipe(train={"eval_steps": eval_steps})))
+    assert [line["step"] for line in found if "eval_loss" in line] == measured
+    assert found[-1].keys() >= {"eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen"}
+    assert found[-1]["eval_loss"] < 0.69
+
+
+def test_held_out_metrics_are_those_of_training_on_the_same_pairs(recipe: MakeRecipe, pairs: Path) -> None:
+    """Before the first update, and with the training pairs held out as well, both are the same numbers."""
+    train = {"eval_steps": 1, "max_steps": 1, "batch_size": 20, "learning_rate": 1e-12}
+    data = {"eval": [{"path": str(pairs)}], "eval_fraction": 0.0}
+    (line,) = lines(prefold.train(recipe(data=data, train=train, **EXACT)))
+    for name in ("loss", "logps/chosen", "logps/rejected"):
+        assert line[f"eval_{name}"] == pytest.approx(line[name], rel=1e-5)
+
+
+def test_the_best_checkpoint_is_what_goes_on(recipe: MakeRecipe, pairs: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text(
+        "".join(json.dumps(row | {"chosen": row["rejected"], "rejected": row["chosen"]}) + "\n" for row in rows)
+    )
+    # What training learns is wrong on the held-out side, so the first measurement stays the best.
+    data = {"eval": [{"path": str(turned)}], "eval_fraction": 0.0}
+    folder = prefold.train(recipe(data=data, train={"eval_steps": 2, "load_best_model_at_end": True}))
+    losses = {line["step"]: line["eval_loss"] for line in lines(folder) if "eval_loss" in line}
+    assert min(losses, key=lambda step: losses[step]) == 2
+    name = "adapter_model.safetensors"
+    kept = (folder / "checkpoints" / "checkpoint-2" / name).read_bytes()
+    assert (folder / "adapter" / name).read_bytes() == kept
+
+
+def test_training_stops_early_where_nothing_gets_better(recipe: MakeRecipe) -> None:
+    train = {"eval_steps": 1, "save_steps": 1, "metric_for_best_model": "loss", "early_stopping_patience": 2}
+    folder = prefold.train(recipe(train={**train, "max_steps": 40, "learning_rate": 1.0}))
+    assert 3 <= len(lines(folder)) < 40
+
+
+@pytest.mark.parametrize(
+    "train, message",
+    [
+        ({"load_best_model_at_end": True}, "needs held-out metrics while training; set `eval_steps`"),
+        ({"eval_steps": 2, "early_stopping_patience": 1}, "needs a `metric_for_best_model`"),
+        ({"eval_steps": 2.5}, "a whole number of steps, or a share of all steps below 1"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_errors(train: dict[str, Any], message: str, recipe: MakeRecipe) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(train=train)
+
+
+# ---- unpaired data ----------------------------------------------------------------------------------------------
+
+
+def test_unpaired_rows(recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = tmp_path / "unpaired.jsonl"
+    rows = [
+        {"prompt": f"Say word {i % 10}", "completion": f"WORD {i}!" if i % 3 else f"word {i}, maybe", "label": i % 3 > 0}
+        for i in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = prefold.run(recipe(method="kto", data={"train": [{"path": str(path)}]}))
+    assert json.loads((folder / "data.json").read_text())["sources"][0]["rows_used"] == 30
+    assert set().union(*lines(folder)) >= {"kl", "rewards/chosen", "rewards/rejected", "rewards/margins"}
+    assert json.loads((folder / "evaluation" / "heldout.json").read_text())["pairs"] >= 1
