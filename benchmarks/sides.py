@@ -69,7 +69,7 @@ class Side:
     def start(context: SpawnContext, target: Target, workload: Workload) -> Side:
         here, there = context.Pipe()
         process = context.Process(target=target, args=(there, workload))
-        with plain_environment() if target is trl_dpo else nullcontext():
+        with nullcontext() if target is prefold_side else plain_environment():
             process.start()
         there.close()
         return Side(target.__name__, process, here)
@@ -194,12 +194,67 @@ def trl_dpo(connection: Connection, workload: Workload) -> None:
         trainer.train()
 
 
-def prefold_dpo(connection: Connection, workload: Workload) -> None:
+def trl_orpo(connection: Connection, workload: Workload) -> None:
+    """TRL's ORPO trainer with its defaults, but for what must be equal, on pairs that are tokens already."""
+    quieten()
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    class TokenORPOTrainer(ORPOTrainer):
+        def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+            """Labels are the completion's tokens; its trainer takes the prompt's from the attention mask."""
+            tree = workload.order[feature["place"]]
+            row: dict[str, Any] = {"prompt_input_ids": list(tree.prompt)}
+            for side, ids in zip(("chosen", "rejected"), tree.completions, strict=True):
+                row[f"{side}_input_ids"] = [*tree.prompt, *ids]
+                row[f"{side}_attention_mask"] = [1] * (len(tree.prompt) + len(ids))
+                row[f"{side}_labels"] = [-100] * len(tree.prompt) + list(ids)
+            return row
+
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    rows = [{"place": i, "prompt": "", "chosen": "", "rejected": ""} for i in range(len(workload.order))]
+    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora_settings(workload.lora_rank)))
+    with tempfile.TemporaryDirectory() as folder:
+        config = ORPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH,
+            max_steps=workload.steps + 1,
+            learning_rate=5e-5,
+            beta=0.1,
+            max_length=4096,
+            bf16=workload.dtype == "bfloat16",
+            gradient_checkpointing=workload.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if workload.gradient_checkpointing else None,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            disable_dropout=True,
+        )
+        trainer = TokenORPOTrainer(
+            model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(workload.model),
+            callbacks=[turns(connection)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def prefold_side(connection: Connection, workload: Workload) -> None:
     """prefold as `prefold train` sets it up; the reference of a step's pairs is computed inside the timed step."""
     quieten()
     import torch
 
-    from prefold.algorithms import DPO
     from prefold.models.load import add_lora, load_model
     from prefold.recipe import make_recipe
     from prefold.trainers.arguments import training_arguments
@@ -215,17 +270,19 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
 
     class WithReference(PreferenceTrainer):
         def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-            dtype = getattr(torch, workload.dtype)
-            found = compute_reference(self.scorer, [self.data.trees[i] for i in inputs], dtype)
-            by_place: Any = dict(zip(inputs, found, strict=True))
-            self.data = TreeSet(self.data.trees, by_place)
+            if self.algorithm.needs_reference:
+                dtype = getattr(torch, workload.dtype)
+                found = compute_reference(self.scorer, [self.data.trees[i] for i in inputs], dtype)
+                by_place: Any = dict(zip(inputs, found, strict=True))
+                self.data = TreeSet(self.data.trees, by_place)
             return super().training_step(model, inputs, num_items_in_batch)
 
     keep_allocations()
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(
             {
-                "method": "dpo",
+                "method": workload.method,
+                workload.method: {"beta": 0.1},
                 "model": {"name": str(workload.model), "dtype": workload.dtype},
                 "lora": lora_settings(workload.lora_rank),
                 "data": {"train": [{"path": "unused"}]},
@@ -244,7 +301,7 @@ def prefold_dpo(connection: Connection, workload: Workload) -> None:
         record = StepRecord(Path(folder), 0, lambda amount, text: None)
         order = GivenOrder(len(trees), BATCH, len(trees), seed=0)
         args = training_arguments(recipe, workload.steps + 1)
-        trainer = WithReference(DPO(beta=0.1), scorer, TreeSet(trees), order, record, args)
+        trainer = WithReference(recipe.algorithm, scorer, TreeSet(trees), order, record, args)
         trainer.add_callback(turns(connection))
         with scorer.in_place():
             trainer.train()

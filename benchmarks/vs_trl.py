@@ -1,7 +1,7 @@
 """prefold against TRL: the same model, pairs, losses and dtype, step by step in alternation.
 
     python -m benchmarks.vs_trl dpo --prompt 256 --chosen 128 --rejected 160 --pairs 24
-    python -m benchmarks.vs_trl dpo --data pairs.jsonl --pairs 24 --dtype bfloat16
+    python -m benchmarks.vs_trl orpo --data pairs.jsonl --pairs 24 --dtype bfloat16
 
 Each side trains in a process of its own, as a user would start it, and waits while the other takes its step. The first
 step of each is a warm-up and not counted. Prints a table and, as its last line, JSON.
@@ -24,13 +24,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sides import BATCH, Side, Workload, prefold_dpo, trl_dpo
+from benchmarks.sides import BATCH, Side, Workload, prefold_side, trl_dpo, trl_orpo
 from benchmarks.work import Work, matrix_product_rate, random_pairs, text_pairs
 from prefold.models.fetch import fetch
 from prefold.stages import environment
 
 RESULTS = Path(__file__).parent / "results"
-SIDES = {"dpo": (trl_dpo, prefold_dpo)}
+SIDES = {"dpo": (trl_dpo, prefold_side), "orpo": (trl_orpo, prefold_side)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from prefold.algorithms import ALGORITHMS
 from prefold.trees.packing import TokenTree
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ class Work:
 
     @staticmethod
     def of(workload: Workload) -> Work:
-        """Three passes over frozen weights: the reference's forward, the policy's forward, and its backward by the
-        activations. LoRA has a product by weights more. The head meets the scored tokens only."""
+        """Passes over frozen weights: the reference's forward if there is one, the policy's forward, and its backward by
+        the activations. LoRA has a product by weights in place of the reference's forward, which is without it. The
+        head meets the scored tokens only."""
         config = AutoConfig.from_pretrained(workload.model)
         width, layers, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
         head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
@@ -76,16 +78,19 @@ class Work:
         base = sum(i * o for i, o in shapes) * layers
         lora = sum(workload.lora_rank * (i + o) for i, o in shapes) * layers
         unique = sum(tree.size for tree in workload.trees)
+        algorithm = ALGORITHMS[workload.method]()
+        passes = 2 + int(algorithm.needs_reference) + int(workload.gradient_checkpointing)
         scored = sum(len(ids) for tree in workload.trees for ids in tree.completions)
+        if algorithm.scores_prompt:
+            scored += sum(len(tree.prompt) - 1 for tree in workload.trees)
         attended = sum(_attended(tree) for tree in workload.trees) * queries * layers
-        recompute = int(workload.gradient_checkpointing)
         return Work(
             unique_tokens=unique,
             plain_tokens=sum(tree.plain_size for tree in workload.trees),
-            flops=2.0 * unique * ((3 + recompute) * base + (3 + recompute) * lora)
-            + 2.0 * scored * 3 * width * config.vocab_size
-            # Scores and mixing forward, twice; the backward pass repeats the scores and has four products of its own.
-            + 2.0 * attended * (2 * (2 + recompute) + 5),
+            flops=2.0 * unique * (passes * base + (3 + int(workload.gradient_checkpointing)) * lora)
+            + 2.0 * scored * (2 + int(algorithm.needs_reference)) * width * config.vocab_size
+            # Scores and mixing in every forward; the backward pass repeats the scores and has four products of its own.
+            + 2.0 * attended * (2 * (passes - 1) + 5),
         )
 
 

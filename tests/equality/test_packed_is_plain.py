@@ -76,6 +76,29 @@ def test_statistics(name: str, backend: str | None) -> None:
         assert not found.statistics.entropy.requires_grad
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_prompts_are_scored_where_they_are_asked_for(name: str, backend: str | None) -> None:
+    with exactly(torch.float64):
+        model = family(name, torch.float64)
+        trees = random_trees(5)
+        found = Scorer(model, 64, backend).score(trees, scores_prompt=True)
+        wanted = []
+        with attention.using_attention(model, "dense_for_tests"):
+            for tree in trees:
+                ids = torch.tensor([tree.prompt])
+                logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+                wanted.append(logprobs.gather(1, ids[0, 1:, None]).sum())
+        assert found.prompts is not None and found.prompt_lengths is not None
+        torch.testing.assert_close(found.prompts, torch.stack(wanted), rtol=1e-10, atol=1e-10)
+        assert found.prompt_lengths.tolist() == [len(tree.prompt) - 1 for tree in trees]
+        without = Scorer(model, 64, backend).score(trees)
+        torch.testing.assert_close(found.tokens, without.tokens, rtol=1e-12, atol=1e-12)
+        assert without.prompts is None
+        found.prompts.sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
 def test_attention_is_put_back() -> None:
     model = with_lora(tiny_llama())
     Scorer(model, 64, BACKENDS[0]).score(random_trees(2))

@@ -156,7 +156,11 @@ def test_settings_that_would_be_ignored_are_errors(train: dict[str, Any], messag
 def test_unpaired_rows(recipe: MakeRecipe, tmp_path: Path) -> None:
     path = tmp_path / "unpaired.jsonl"
     rows = [
-        {"prompt": f"Say word {i % 10}", "completion": f"WORD {i}!" if i % 3 else f"word {i}, maybe", "label": i % 3 > 0}
+        {
+            "prompt": f"Say word {i % 10}",
+            "completion": f"WORD {i}!" if i % 3 else f"word {i}, maybe",
+            "label": i % 3 > 0,
+        }
         for i in range(30)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
