@@ -67,9 +67,9 @@ class Work:
 
     @staticmethod
     def of(workload: Workload) -> Work:
-        """Passes over frozen weights: the reference's forward if there is one, the policy's forward, and its backward by
-        the activations. LoRA has a product by weights in place of the reference's forward, which is without it. The
-        head meets the scored tokens only."""
+        """Passes over frozen weights: the reference's forward if there is one, the policy's, and its backward by the
+        activations. LoRA has a product by weights in place of the reference's forward, which is without it. The head
+        meets the scored tokens only."""
         config = AutoConfig.from_pretrained(workload.model)
         width, layers, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
         head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
