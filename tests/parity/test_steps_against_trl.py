@@ -1,4 +1,4 @@
-"""Ten DPO steps of prefold and of TRL from the same weights over the same pairs in the same order, in float32."""
+"""Ten steps of prefold and of TRL from the same weights over the same pairs in the same order, in float32."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from prefold.algorithms import DPO
 from prefold.data.mixture import load_split
 from prefold.recipe import load_recipe, make_recipe
 from prefold.trainers.arguments import training_arguments
@@ -28,15 +28,11 @@ from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer
 
 STEPS, BATCH, BETA, RATE = 10, 4, 0.1, 1e-3
-COMPARED = (
-    "loss",
-    "grad_norm",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-)
+PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+COMPARED = {
+    "dpo": ("loss", "grad_norm", *PAIR_METRICS),
+    "orpo": ("loss", "grad_norm", "nll_loss", "log_odds_ratio", "log_odds_chosen", *PAIR_METRICS),
+}
 
 
 class TokenDPOTrainer(DPOTrainer):
@@ -44,6 +40,23 @@ class TokenDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class TokenORPOTrainer(ORPOTrainer):
+    """The same; a row of its dataset is the token ids of a pair."""
+
+    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+        prompt: list[int] = feature["prompt_ids"]
+        row: dict[str, Any] = {"prompt_input_ids": prompt}
+        for side in ("chosen", "rejected"):
+            ids = feature[f"{side}_ids"]
+            row[f"{side}_input_ids"] = prompt + ids
+            row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(ids))
+            row[f"{side}_labels"] = [-100] * len(prompt) + ids
+        return row
 
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -68,10 +81,13 @@ def with_fresh_lora(model: PreTrainedModel) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def prefold_steps(model: nn.Module, trees: list[TokenTree], max_tokens: int, folder: Path) -> list[dict[str, float]]:
+def prefold_steps(
+    method: str, model: nn.Module, trees: list[TokenTree], max_tokens: int, folder: Path
+) -> list[dict[str, float]]:
     recipe = make_recipe(
         {
-            "method": "dpo",
+            "method": method,
+            method: {"beta": BETA},
             "model": {"name": "unused", "dtype": "float32"},
             "data": {"train": [{"path": "unused"}]},
             "train": {"batch_size": BATCH, "max_steps": STEPS, "learning_rate": RATE},
@@ -79,49 +95,64 @@ def prefold_steps(model: nn.Module, trees: list[TokenTree], max_tokens: int, fol
         }
     )
     scorer = Scorer(model, max_tokens, "prefold_joined")
-    reference = reference_logprobs(scorer, trees, folder)
+    reference = reference_logprobs(scorer, trees, folder) if recipe.algorithm.needs_reference else None
     record = StepRecord(folder, 0, lambda amount, text: None)
     order = GivenOrder(len(trees), BATCH, STEPS * BATCH, seed=0)
     args = training_arguments(recipe, STEPS)
-    PreferenceTrainer(DPO(beta=BETA), scorer, TreeSet(trees, reference), order, record, args).train()
+    PreferenceTrainer(recipe.algorithm, scorer, TreeSet(trees, reference), order, record, args).train()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def trl_steps(model: nn.Module, trees: list[TokenTree], tokenizer: Any, folder: Path) -> list[dict[str, float]]:
+def trl_steps(
+    method: str, model: nn.Module, trees: list[TokenTree], tokenizer: Any, folder: Path
+) -> list[dict[str, float]]:
     rows = [
         {"prompt_ids": list(t.prompt), "chosen_ids": list(t.completions[0]), "rejected_ids": list(t.completions[1])}
         for t in trees
     ]
-    config = DPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        beta=BETA,
-        max_length=None,
-        logging_steps=1,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    trainer = TokenDPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "learning_rate": RATE,
+        "beta": BETA,
+        "logging_steps": 1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    trainer: Any
+    if method == "dpo":
+        config = DPOConfig(max_length=None, **settings)
+        trainer = TokenDPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    else:
+        for row in rows:
+            row |= {"prompt": "", "chosen": "", "rejected": ""}
+        trainer = TokenORPOTrainer(
+            model,
+            args=ORPOConfig(max_length=1024, **settings),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def assert_same_steps(model: PreTrainedModel, tokenizer: Any, trees: list[TokenTree], folder: Path) -> None:
+def assert_same_steps(
+    method: str, model: PreTrainedModel, tokenizer: Any, trees: list[TokenTree], folder: Path
+) -> None:
     theirs = with_fresh_lora(copy.deepcopy(model))
-    wanted = trl_steps(theirs, trees, tokenizer, folder / "trl")
+    wanted = trl_steps(method, theirs, trees, tokenizer, folder / "trl")
     ours = with_fresh_lora(copy.deepcopy(model))
     (folder / "prefold").mkdir()
-    found = prefold_steps(ours, trees, 64, folder=folder / "prefold")
+    found = prefold_steps(method, ours, trees, 64, folder=folder / "prefold")
     assert len(found) == len(wanted) == STEPS
     assert wanted[-1]["loss"] < wanted[0]["loss"] - 0.01  # ten steps in which something happened
     for step, (mine, other) in enumerate(zip(found, wanted, strict=True)):
-        for name in COMPARED:
+        for name in COMPARED[method]:
             # At step 0 the rewards are zero but for rounding.
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=2e-6), f"{name} at step {step}"
 
@@ -136,18 +167,20 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2", unk_token="w0")
 
 
-def test_tiny_llama(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", COMPARED)
+def test_tiny_llama(method: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = tiny_llama(eos_token_id=2, pad_token_id=1, bos_token_id=None)
-    assert_same_steps(model, tokenizer, short_pairs(97, 2 * BATCH) * (STEPS // 2), tmp_path)
+    assert_same_steps(method, model, tokenizer, short_pairs(97, 2 * BATCH) * (STEPS // 2), tmp_path)
 
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", COMPARED)
+def test_smollm2(method: str, smollm2: Path, tmp_path: Path) -> None:
     """On real text: random tokens cost 15 nats each, and float32 rounds their sums by more than what is compared."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     recipe = load_recipe("demo", ["data.eval_fraction=0"])
     examples = load_split(recipe.data, tokenizer, seed=0).train
-    trees = sorted((example.tree for example in examples), key=lambda tree: tree.size)[: STEPS * BATCH]
-    assert_same_steps(model, tokenizer, trees, tmp_path)
+    trees = sorted(examples.trees, key=lambda tree: tree.size)[: STEPS * BATCH]
+    assert_same_steps(method, model, tokenizer, trees, tmp_path)
