@@ -53,6 +53,52 @@ class Model(Section):
     falling back; `sdpa`, `eager`: the plain path with that attention."""
     device_map: str | dict[str, str | int] | None = None
     """As transformers takes it; unset: the whole model on the training device."""
+    adapter: str | None = Field(None, min_length=1)
+    """Folder of a LoRA adapter of this model, e.g. another run's `adapter/`: training goes on with it, and the
+    reference is a frozen copy of it. It brings its own LoRA settings, so the section `lora` is left out."""
+    chat_template: str | None = None
+    """The chat format that a base model is to learn: `chatml`, or a file FILE.jinja with a template whose tokens the
+    tokenizer has. The rows of its tokens in the embeddings are trained. Unset: the tokenizer's own template."""
+    load_in_4bit: bool = False
+    """Train over weights that are held in 4 bits (QLoRA). The adapter is merged into the unquantised weights, and they
+    are what is evaluated."""
+    load_in_8bit: bool = False
+    """The same in 8 bits."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
+    """Number format of 4-bit weights; unset: `nf4`. Beware that transformers' own default is `fp4`."""
+    bnb_4bit_use_double_quant: bool | None = None
+    """Quantise the scales of 4-bit weights as well, which saves 0.4 bits per weight; unset: `false`."""
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """What 4-bit weights are unpacked to for each product; unset: `auto`, that of `dtype`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def four_bits_are_spelt_out(cls, values: Any) -> Any:
+        """With 4-bit weights the unset settings take their values here, so that the resolved recipe names them."""
+        if not isinstance(values, dict) or not values.get("load_in_4bit"):
+            return values
+        given = {name: value for name, value in values.items() if value is not None or name not in FOUR_BITS}
+        return {**FOUR_BITS, **given}
+
+    @model_validator(mode="after")
+    def settings_are_used(self) -> Model:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("give either `load_in_4bit` or `load_in_8bit`, not both")
+        idle = [name for name in FOUR_BITS if getattr(self, name) is not None]
+        if idle and not self.load_in_4bit:
+            raise ValueError(f"`{idle[0]}` would be ignored without `load_in_4bit: true`")
+        if self.chat_template not in (None, "chatml") and not str(self.chat_template).endswith(".jinja"):
+            raise ValueError(f"`chat_template` is `{self.chat_template}`; write `chatml`, or name a file FILE.jinja")
+        return self
+
+    def whole(self, folder: Path) -> Model:
+        """These settings for what has become of the model: whole weights in a folder, with their chat format."""
+        kept = ("dtype", "attn_implementation", "device_map")
+        return Model(name=str(folder), **{name: getattr(self, name) for name in kept})
+
+
+FOUR_BITS = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "auto"}
+"""What the settings of 4-bit weights are where they are left out."""
 
 
 class Lora(Section):
@@ -63,6 +109,12 @@ class Lora(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     """`all-linear`, a regular expression, or a list of module names."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r, so that high ranks learn as fast as low ones."""
+    use_dora: bool = False
+    """Train the length of every output's weights beside their direction (DoRA): slower, often better at low ranks."""
+    modules_to_save: list[str] = []
+    """Modules that are trained and saved whole beside LoRA, by name, e.g. `[lm_head]`."""
 
 
 class Rows(Section):
@@ -327,8 +379,8 @@ class RecipeBase(Section):
     method: Literal[tuple(ALGORITHMS)]  # type: ignore[valid-type]
     """How to align."""
     model: Model
-    lora: Lora | Literal["none"] = Lora()
-    """LoRA settings, or `none` for full fine-tuning."""
+    lora: Lora | Literal["none"] | None = Lora()
+    """LoRA settings, or `none` for full fine-tuning; empty only beside `model.adapter`, which brings its own."""
     data: Data
     train: Train = Train()
     merge: Merge = Merge()
@@ -344,6 +396,26 @@ class RecipeBase(Section):
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir).expanduser()
+
+    @model_validator(mode="before")
+    @classmethod
+    def an_adapter_brings_its_own_settings(cls, values: Any) -> Any:
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict) or not model.get("adapter"):
+            return values
+        if values.get("lora") is not None:
+            raise ValueError("a section `lora` beside `model.adapter` would be ignored; remove one of them")
+        return {**values, "lora": None}
+
+    @model_validator(mode="after")
+    def the_model_fits_the_rest(self) -> RecipeBase:
+        if self.lora is None and not self.model.adapter:
+            raise ValueError("`lora` is empty; give its fields, `none` for full fine-tuning, or leave it out")
+        if self.lora == "none" and (self.model.load_in_4bit or self.model.load_in_8bit):
+            raise ValueError("`lora: none` trains all weights, which quantised ones cannot be; remove one of them")
+        if self.data.template == "none" and self.model.chat_template:
+            raise ValueError("`model.chat_template` would be ignored beside `data.template: none`; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def only_the_methods_own_section(self) -> RecipeBase:

@@ -24,16 +24,9 @@ from prefold.evaluation.heldout import PairScores, compare_pairs, match, score_m
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import cache_folder, new_folder, read_json, write_json, write_jsonl
-from prefold.models.fetch import fetch
-from prefold.models.load import (
-    add_lora,
-    choose_device,
-    choose_dtype,
-    load_model,
-    load_tokenizer,
-    trainable_parameters,
-)
-from prefold.models.merge import merge_adapter, save_and_check
+from prefold.models.adapters import load_policy, load_start
+from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
+from prefold.models.merge import merge_adapter, remarks, save_and_check
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.html import write_report
 from prefold.rollouts.generate import Sampling, answer
@@ -91,7 +84,7 @@ class CheckReport:
 
 def examine(recipe: RecipeBase, reference: bool = False) -> CheckReport:
     """Read and count the data; with `reference`, score pairs by the model as well."""
-    tokenizer = load_tokenizer(fetch(recipe.model.name, recipe.model.revision))
+    tokenizer = tokenizer_of(recipe.model)
     prepared = _read_once(recipe, tokenizer)
     steps = len(_order(recipe, len(prepared.train)))
     plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": recipe.train.max_tokens}
@@ -121,7 +114,7 @@ def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
         what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
         raise UserError(what, where=recipe.output_dir, advice="check without it")
     pairs = found.prepared.train.select(shuffled(len(found.prepared.train), recipe.train.seed)[:PAIRS_SCORED])
-    model = load_model(recipe.model, dtype="float32" if choose_device().type == "cpu" else None)
+    model = load_start(recipe.model, dtype="float32" if choose_device().type == "cpu" else None)
     scores = score_pairs(_scorer(recipe, model, pairs), pairs.trees, "pairs under the model")
     report = found.prepared.report
     everything = by_severity([*report.findings, *separation_findings(scores, pairs.origins)])
@@ -192,6 +185,8 @@ def train(recipe: RecipeBase) -> None:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with new_folder(folder / ("trained" if recipe.lora == "none" else "adapter")) as aside:
         save_weights(model, aside)
+        if recipe.model.chat_template:
+            tokenizer_of(recipe.model).save_pretrained(aside)
     del trainer, model, scorer
     free_memory()
 
@@ -221,7 +216,7 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
         # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
         model = load_model(recipe.model, dtype="float32")
     else:
-        model = add_lora(load_model(recipe.model), recipe.lora, recipe.train.seed)
+        model = load_policy(recipe.model, recipe.lora, recipe.train.seed)
     trainable, total = trainable_parameters(model)
     say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
@@ -266,22 +261,26 @@ def _trackers(recipe: RecipeBase) -> Iterator[None]:
 
 def merge(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
-    tokenizer = load_tokenizer(fetch(recipe.model.name, recipe.model.revision))
-    rows = [tree.prompt + tree.completions[0] for tree in _sample_trees(_prepared(recipe).train)]
+    tokenizer = tokenizer_of(recipe.model)
+    trees = _sample_trees(_prepared(recipe).train)
+    rows, prompts = [tree.prompt + tree.completions[0] for tree in trees], [tree.prompt for tree in trees]
     dtype = _merge_dtype(recipe)
     if recipe.lora == "none":
         trained = load_model(Model(name=str(folder / "trained")), dtype=dtype)
-        result = save_and_check(trained, folder / "merged", tokenizer, rows)
+        result = save_and_check(trained, folder / "merged", tokenizer, rows, prompts)
     else:
-        result = merge_adapter(recipe.model, folder / "adapter", folder / "merged", tokenizer, rows, dtype)
-    say(f"  logits differ by {result['relative_difference']:.1e} of their size, {result['tolerance']:.0e} is allowed")
+        result = merge_adapter(recipe.model, folder / "adapter", folder / "merged", tokenizer, rows, dtype, prompts)
+    for remark in remarks(result):
+        say(f"  {remark}")
     write_json(folder / "merge.json", result)
 
 
 def _merge_dtype(recipe: RecipeBase) -> str:
     if recipe.merge.dtype != "auto":
         return recipe.merge.dtype
-    return str(choose_dtype(recipe.model.dtype, choose_device())).removeprefix("torch.")
+    computed = recipe.model.bnb_4bit_compute_dtype
+    trained_in = recipe.model.dtype if computed in (None, "auto") else computed
+    return str(choose_dtype(trained_in, choose_device())).removeprefix("torch.")
 
 
 # ---- evaluate ---------------------------------------------------------------------------------------------------
@@ -292,7 +291,7 @@ def evaluate(recipe: RecipeBase) -> None:
     held_out = _prepared(recipe).held_out
     prompts = evaluation_prompts(recipe, held_out)
     scores_before, answers_before = _measure(recipe, recipe.model, held_out, prompts, "before")
-    merged = recipe.model.model_copy(update={"name": str(folder / "merged"), "revision": None})
+    merged = recipe.model.whole(folder / "merged")
     scores_after, answers_after = _measure(recipe, merged, held_out, prompts, "after")
     comparison: dict[str, Any] = {"pairs": 0}
     if scores_before is not None and scores_after is not None:
@@ -326,8 +325,8 @@ def _measure(
 ) -> tuple[PairScores | None, list[list[str]]]:
     """Held-out scores and answers of one model, which is released afterwards."""
     # On a CPU float32 costs little and keeps rounding out of the comparison.
-    model = load_model(section, dtype="float32" if choose_device().type == "cpu" else None)
-    tokenizer = load_tokenizer(fetch(section.name, section.revision))
+    model = load_start(section, dtype="float32" if choose_device().type == "cpu" else None)
+    tokenizer = tokenizer_of(section)
     scores = _scores(recipe, model, held_out, f"held-out pairs {when}") if held_out else None
     answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}", template=recipe.data.template)
     del model

@@ -52,7 +52,8 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "the tokenizer has no chat template, so messages cannot become text",
             where=tokenizer.name_or_path or "model",
             expected="a chat (instruct) model, whose tokenizer brings its template",
-            advice="name the instruct model of the same family in `model.name`",
+            advice="name the instruct model of the same family in `model.name`, or teach this one a chat format: "
+            "`model.chat_template: chatml`",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Base model, tokenizer, dtype, attention, LoRA."""
+"""Base model, tokenizer, dtype, attention, fresh LoRA weights."""
 
 # ruff: noqa: E402  (a logger must be quiet before peft is imported)
 
@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,9 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from prefold.errors import UserError
 from prefold.files import without_home
+from prefold.models.chat_format import fit_vocabulary, set_chat_format
 from prefold.models.fetch import fetch
+from prefold.models.quantised import prepare_quantised, quantisation
 from prefold.recipe import Lora, Model
 from prefold.trees.lora import fuse_lora
+from prefold.trees.tokens import fuse_tokens
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
 """Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
@@ -103,27 +106,48 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(section: Model, *, dtype: str | None = None) -> PreTrainedModel:
-    """The unquantised base model on its device, in eval mode, with the attention of the plain path.
+def tokenizer_of(section: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model as a recipe names it, with the chat format that it is to learn."""
+    return _tokenizer_and_tokens(section)[0]
+
+
+def chat_tokens(section: Model) -> list[int]:
+    """Ids of the tokens of a new chat format, whose rows of the embeddings are trained."""
+    return _tokenizer_and_tokens(section)[1] if section.chat_template else []
+
+
+def _tokenizer_and_tokens(section: Model) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    tokenizer = load_tokenizer(fetch(section.name, section.revision))
+    return tokenizer, set_chat_format(tokenizer, section.chat_template) if section.chat_template else []
+
+
+def load_model(section: Model, *, dtype: str | None = None, quantised: bool = False) -> PreTrainedModel:
+    """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
     Args:
         section: which model and how.
         dtype: instead of the section's.
+        quantised: with weights in the 4 or 8 bits that the section asks for; without this they are whole.
 
     Raises:
-        UserError: the model cannot be had, needs code of its own, or its weights do not fit its configuration.
+        UserError: the model cannot be had, is quantised already, needs code of its own, or its weights do not fit its
+        configuration.
     """
     folder = fetch(section.name, section.revision)
     device = choose_device()
+    chosen = choose_dtype(dtype or section.dtype, device)
+    bits = quantisation(section, chosen) if quantised else None
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            _require_whole_weights(config, section.name)
             model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
                 folder,
                 config=config,
-                dtype=choose_dtype(dtype or section.dtype, device),
+                dtype=chosen,
                 attn_implementation=plain_attention(section.attn_implementation, config),
-                device_map=section.device_map,
+                device_map=({"": device} if bits and not section.device_map else section.device_map),
+                quantization_config=bits,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_require_complete` names them
                 local_files_only=True,
@@ -133,13 +157,29 @@ def load_model(section: Model, *, dtype: str | None = None) -> PreTrainedModel:
     except UNREADABLE as error:
         raise _explained("cannot be loaded", error, section.name) from None
     _require_complete(report, section.name)
-    placed: PreTrainedModel = model if section.device_map else model.to(device)
+    placed: PreTrainedModel = model if section.device_map or bits else model.to(device)
+    if section.chat_template:
+        known = len(load_tokenizer(folder))
+        with quiet():
+            fit_vocabulary(placed, tokenizer_of(section), known)
+    if bits:
+        prepare_quantised(placed)
     # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
     placed.name_or_path = placed.config.name_or_path = without_home(section.name)
     without_dropout(placed)
     widen_residuals(placed)
     placed.eval()
     return placed
+
+
+def _require_whole_weights(config: Any, name: str) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            "its weights are stored quantised, and an adapter cannot be merged into them",
+            where=name,
+            expected="the unquantised model",
+            advice="name that one; `model.load_in_4bit: true` quantises it for training",
+        )
 
 
 def widen_residuals(model: nn.Module) -> None:
@@ -198,22 +238,32 @@ def _explained(what: str, error: Exception, where: str) -> UserError:
             where=where,
             expected="an architecture that transformers knows",
         )
-    return UserError(f"{what}: {_first_line(error)}", where=where)
+    return UserError(f"{what}: {first_line(error)}", where=where)
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
     """Put fresh LoRA weights on a model: float32, the same for the same seed, a no-op before the first step.
 
+    Args:
+        tokens: ids whose rows in the embeddings and the head are trained as well.
+
     Raises:
-        UserError: `target_modules`, or one of its names, fits no module of the model that LoRA can adapt.
+        UserError: `target_modules` or `modules_to_save`, or one of their names, fits no module of the model.
     """
     _require_targets(model, lora.target_modules)
+    _require_modules(model, lora)
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=cast(int, lora.lora_alpha),  # peft only divides it by r: any number will do
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save or None,
+        ensure_weight_tying=tied and bool(lora.modules_to_save),
+        trainable_token_indices=_rows_to_train(model, lora, tokens) or None,
     )
     with quiet(), torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
         torch.manual_seed(seed)
@@ -222,9 +272,38 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         except ValueError as error:
             if "target" not in str(error).lower():
                 raise
-            raise _no_target(model, f"{lora.target_modules!r} cannot be adapted: {_first_line(error)}") from None
-    fuse_lora(adapted)
+            raise _no_target(model, f"{lora.target_modules!r} cannot be adapted: {first_line(error)}") from None
+    ready_to_train(adapted)
     return adapted
+
+
+def ready_to_train(adapted: PeftModel) -> None:
+    """Keep what is trained in float32, which half-precision copies of whole modules are not, and compute it fast.
+
+    Raises:
+        UserError: DoRA over 8-bit weights on a CPU, where unpacking them breaks them.
+    """
+    settings = cast(LoraConfig, adapted.peft_config["default"])
+    if settings.use_dora and getattr(adapted, "is_loaded_in_8bit", False) and adapted.device.type == "cpu":
+        advice = "take `load_in_4bit`, or LoRA without DoRA"
+        raise UserError(
+            "DoRA over 8-bit weights cannot be computed on a CPU", where="`model.load_in_8bit`", advice=advice
+        )
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    fuse_lora(adapted)
+    fuse_tokens(adapted)
+
+
+def _rows_to_train(model: PreTrainedModel, lora: Lora, tokens: Sequence[int]) -> dict[str, list[int]]:
+    """By module, the rows that peft is to train; a matrix that is trained as a whole needs none."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    whole = [name for name in names if any(f".{name}".endswith(f".{saved}") for saved in lora.modules_to_save)]
+    if whole and model.config.get_text_config().tie_word_embeddings:
+        return {}
+    return {name: list(tokens) for name in names if tokens and name not in whole}
 
 
 def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
@@ -244,6 +323,16 @@ def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
         raise _no_target(model, f"no module of the model is called {', '.join(map(repr, missing)) or 'nothing'}")
 
 
+def _require_modules(model: nn.Module, lora: Lora) -> None:
+    """Every name in `modules_to_save` fits some module that is not to get LoRA weights as well."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in lora.modules_to_save:
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):
+            what = f"no module of the model is called {wanted!r}"
+            known = sorted({name.split(".")[-1] for name in names if name and not name.split(".")[-1].isdigit()})
+            raise UserError(what, where="`lora.modules_to_save`", expected=f"some of {', '.join(known)}")
+
+
 def _no_target(model: nn.Module, what: str) -> UserError:
     linear = (part for part in model.named_modules() if isinstance(part[1], nn.Linear | Conv1D))
     names = sorted({name.split(".")[-1] for name, _ in linear})
@@ -261,5 +350,5 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,27 +1,43 @@
 """Merge an adapter into its unquantised base, saved whole, and proven: what is loaded back from disk must give the
-logits of base + adapter on real tokens.
+logits of base + adapter on real tokens, and its tokenizer the same ids. How far it is from a quantised model that was
+trained, and whether both models write the same, is measured and reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.errors import StageError
 from prefold.files import new_folder
-from prefold.models.load import load_model, quiet
+from prefold.models.adapters import open_adapter
+from prefold.models.load import choose_device, choose_dtype, load_model, quiet
 from prefold.recipe import Model
 from prefold.trees.memory import free_memory
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest root-mean-square difference of the logits, as a share of their own root mean square, by the dtype merged
 into."""
+NEW_TOKENS = 24
+"""Tokens that each model writes to each prompt, greedily, to see whether they write the same."""
+SHARD = "5GB"
+"""Most that a weight file of the merged model holds."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model does on real tokens: `logits` `[tokens of all rows, V]`, float32 on the CPU, and the ids that it
+    writes to each prompt."""
+
+    logits: Tensor
+    answers: list[list[int]]
 
 
 def merge_adapter(
@@ -31,26 +47,31 @@ def merge_adapter(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
     dtype: str,
+    prompts: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
     """Write `merged` (weights, configuration, generation settings, tokenizer, chat template) and check it.
 
     Args:
         rows: token ids on which the logits are compared.
         dtype: of the merged weights.
+        prompts: token ids that both models go on from.
 
     Returns:
         The content of `merge.json`.
 
     Raises:
         StageError: the merged model is not base + adapter; nothing is written, the adapter is kept.
+        UserError: the adapter belongs to another base, or the base is stored quantised.
     """
+    trained = _trained_logits(base, adapter, rows) if base.load_in_4bit or base.load_in_8bit else None
     model = load_model(base, dtype=dtype)
     base_logits = _logits(model, rows)
+    adapted: Any = open_adapter(model, adapter)
+    wanted = Behaviour(_logits(adapted, rows), _answers(adapted, prompts))
+    effect = _relative_rms(base_logits - wanted.logits, wanted.logits)
     with quiet():
-        adapted: Any = PeftModel.from_pretrained(model, str(adapter), torch_device=str(model.device))
-    wanted = _logits(adapted, rows)
-    effect = _relative_rms(base_logits - wanted, wanted)
-    return save_and_check(adapted.merge_and_unload(safe_merge=True), merged, tokenizer, rows, wanted, effect)
+        whole = adapted.merge_and_unload(safe_merge=True)
+    return save_and_check(whole, merged, tokenizer, rows, prompts, wanted, effect, trained)
 
 
 def save_and_check(
@@ -58,30 +79,58 @@ def save_and_check(
     merged: Path,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
-    wanted: Tensor | None = None,
+    prompts: Sequence[Sequence[int]] = (),
+    wanted: Behaviour | None = None,
     adapter_effect: float | None = None,
+    trained: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Save a model whole, load it back and compare its logits with `wanted` (unset: its own); see `merge_adapter`."""
+    """Save a model whole, load it back and compare it with `wanted` (unset: itself); see `merge_adapter`.
+
+    Args:
+        trained: logits of the quantised model that was trained, on the same rows.
+    """
     dtype, device = model.dtype, model.device
-    wanted = _logits(model, rows) if wanted is None else wanted
+    wanted = Behaviour(_logits(model, rows), _answers(model, prompts)) if wanted is None else wanted
     with new_folder(merged) as folder, quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
         del model
         free_memory()
+        _require_same_tokenizer(tokenizer, folder, rows)
         saved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        found = _logits(saved.to(device), rows)
-        difference = found - wanted
+        found = Behaviour(_logits(saved.to(device), rows), _answers(saved, prompts))
+        difference = found.logits - wanted.logits
         result = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_logit_difference": float(difference.abs().max()),
-            "relative_difference": _relative_rms(difference, wanted),
+            "relative_difference": _relative_rms(difference, wanted.logits),
             "tolerance": TOLERANCE[dtype],
             "adapter_effect": adapter_effect,
-            "tokens_compared": wanted.shape[0],
+            "tokens_compared": wanted.logits.shape[0],
+            "answers_compared": len(prompts),
+            "answers_equal": sum(a == b for a, b in zip(found.answers, wanted.answers, strict=True)),
+            "difference_from_quantised": None,
         }
+        if trained is not None:
+            result["difference_from_quantised"] = _relative_rms(found.logits - trained, trained)
         _judge(result)
     return result
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What the checks of a merge found, in lines for people."""
+    measured, allowed = result["relative_difference"], result["tolerance"]
+    lines = [f"logits differ by {measured:.1e} of their size, {allowed:.0e} is allowed"]
+    drift = result["difference_from_quantised"]
+    if drift is not None:
+        lines.append(f"from those of the quantised model that was trained they differ by {drift:.1e}")
+    equal, compared = result["answers_equal"], result["answers_compared"]
+    if equal < compared:
+        lines.append(
+            f"greedy answers differ from those of base + adapter at {compared - equal} of {compared} prompts: rounding "
+            f"in {result['dtype']} tips the scales where two tokens are nearly as likely"
+        )
+    return lines
 
 
 def _judge(result: dict[str, Any]) -> None:
@@ -98,6 +147,28 @@ def _judge(result: dict[str, Any]) -> None:
         )
 
 
+def _require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Sequence[Sequence[int]]) -> None:
+    saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    texts = [str(tokenizer.decode(list(row), skip_special_tokens=False)) for row in rows]
+    ids, again = (one(texts, add_special_tokens=False)["input_ids"] for one in (tokenizer, saved))
+    kept = ("chat_template", "eos_token_id", "bos_token_id")
+    changed = [name for name in kept if getattr(tokenizer, name) != getattr(saved, name)]
+    if ids != again or changed:
+        what = f"has another {changed[0]}" if changed else "writes other ids for the same text"
+        raise StageError(f"the saved tokenizer {what} than the one that was trained with; adapter kept")
+
+
+def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Logits of the quantised base with its adapter, computed as in training."""
+    adapted: PeftModel = open_adapter(load_model(base, quantised=True), adapter)
+    dtype = choose_dtype(base.dtype, choose_device())
+    with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
+        found = _logits(adapted, rows)
+    del adapted
+    free_memory()
+    return found
+
+
 @torch.no_grad()
 def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """`[tokens of all rows, V]` float32 on the CPU."""
@@ -106,6 +177,20 @@ def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
         model(torch.tensor([list(row)], device=model.device), use_cache=False).logits[0].float().cpu() for row in rows
     ]
     return torch.cat(found)
+
+
+@torch.no_grad()
+def _answers(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    model.eval()
+    stops = model.generation_config.eos_token_id
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        with quiet():
+            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        answers.append(written[0, len(prompt) :].tolist())
+    return answers
 
 
 def _relative_rms(difference: Tensor, wanted: Tensor) -> float:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.data.preference import Message
 from prefold.errors import UserError
-from prefold.models.fetch import fetch
-from prefold.models.load import load_model, load_tokenizer
+from prefold.models.adapters import load_start
+from prefold.models.load import tokenizer_of
 from prefold.recipe import Model, RecipeBase, load_recipe
 from prefold.rollouts.generate import Sampling, answer
 
@@ -73,7 +73,7 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     merged = Path(name).expanduser() / "merged"
     if not merged.is_dir():
         raise UserError("this run has no merged model yet", where=name, advice=f"`prefold run {name}` finishes it")
-    return _load(recipe.model.model_copy(update={"name": str(merged), "revision": None}))
+    return _load(recipe.model.whole(merged))
 
 
 def open_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -90,4 +90,4 @@ def run_recipe(name: str) -> RecipeBase | None:
 
 
 def _load(section: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_model(section), load_tokenizer(fetch(section.name, section.revision))
+    return load_start(section), tokenizer_of(section)

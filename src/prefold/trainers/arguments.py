@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from prefold.errors import UserError
 from prefold.models.load import choose_device, choose_dtype
 from prefold.recipe import RecipeBase
+
+logger = logging.getLogger("prefold")
 
 
 def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
@@ -61,7 +67,25 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
         dataloader_pin_memory=False,
         average_tokens_across_devices=False,
     )
+    _require_optimizer(arguments, device)
     if arguments.n_gpu > 1:
         # Else the Trainer would wrap the model in DataParallel, which cuts a packed row in two.
         arguments._n_gpu = 1
     return arguments
+
+
+def _require_optimizer(arguments: TrainingArguments, device: torch.device) -> None:
+    """The optimizer can be made here; those of bitsandbytes all run on a CPU too, but nothing is paged there."""
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    layer: Any = nn.Linear(1, 1)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
+    except (ImportError, ValueError, TypeError) as error:
+        raise UserError(
+            f"`{name}` cannot be had here: {str(error).splitlines()[0]}",
+            where="`train.optim`",
+            advice="install what it needs, or take `adamw_torch`, or one of bitsandbytes such as `adamw_bnb_8bit`",
+        ) from None
+    if "paged" in name and device.type == "cpu":
+        logger.warning("`train.optim: %s` keeps its states in RAM like any other on a CPU: nothing is paged", name)
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU", UserWarning)

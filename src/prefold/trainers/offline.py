@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
@@ -317,8 +318,10 @@ class PreferenceTrainer(Trainer):
 
 def save_weights(model: Any, folder: Path) -> None:
     """A model's or an adapter's weights and configuration, as safetensors."""
+    # Else peft adds the whole embeddings where the vocabulary has grown, and asks the hub whether it has.
+    settings = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **settings)
 
 
 def _per_unit(output: LossOutput, units: dict[str, int]) -> Tensor:

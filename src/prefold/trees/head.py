@@ -1,6 +1,7 @@
 """The vocabulary matrix, applied to the scored positions alone, in chunks.
 
-`[S, V]` logits never exist as a whole. A head is what its family makes of it: a bias, a scale, a soft-cap.
+`[S, V]` logits never exist as a whole. A head is what its family makes of it: a bias, a scale, a soft-cap. PEFT may
+have wrapped it: then it is a copy that is trained, or a few of its rows are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+
+from prefold.trees.tokens import trained_rows
 
 CHUNK = 256
 """Rows of hidden states that meet the vocabulary matrix at once: 256 x 49,152 float32 logits are 50 MB."""
@@ -19,11 +23,17 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap(scale * (hidden @ weight.T + bias)), where cap(x) = softcap * tanh(x / softcap)."""
+    """logits = cap(scale * (hidden @ weight.T + bias)), where cap(x) = softcap * tanh(x / softcap).
 
+    `layer` is the module that the model calls, `linear` the one whose weights are at work, `rows` the ids `[K]` and
+    rows `[K, D]` that are trained in place of the frozen ones.
+    """
+
+    layer: nn.Module
     linear: nn.Linear
     scale: float = 1.0
     softcap: float | None = None
+    rows: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,20 +56,34 @@ def output_layer(model: nn.Module) -> nn.Module:
 def head_of(model: nn.Module) -> Head:
     """What the model does between its last hidden states and its logits, by the names of transformers' configs."""
     layer = output_layer(model)
-    assert isinstance(layer, nn.Linear)
+    linear = _weights_of(layer)
+    assert isinstance(linear, nn.Linear)
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    return Head(layer, scale / divisor, getattr(config, "final_logit_softcapping", None))
+    rows = trained_rows(layer) if isinstance(layer, TrainableTokensWrapper) else None
+    return Head(layer, linear, scale / divisor, getattr(config, "final_logit_softcapping", None), rows)
 
 
 def head_obstacle(model: nn.Module) -> str | None:
     """Why the head of this model cannot be applied in chunks, or None if it can."""
-    layer = output_layer(model)
+    layer = _weights_of(output_layer(model))
     if type(layer) is not nn.Linear:
         return f"its output head is a {type(layer).__name__}, not a plain linear layer"
     return None
+
+
+def _weights_of(layer: Any) -> nn.Module:
+    """The module inside PEFT's wrappers whose weights are at work."""
+    if isinstance(layer, TrainableTokensWrapper):
+        found = layer.token_adapter.get_base_layer()
+    elif isinstance(layer, ModulesToSaveWrapper) and layer.active_adapters and not layer.disable_adapters:
+        found = layer.modules_to_save[layer.active_adapters[0]]
+    else:
+        found = layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer
+    assert isinstance(found, nn.Module)
+    return found
 
 
 @contextmanager
@@ -76,11 +100,15 @@ def scoring_head(model: nn.Module, targets: Tensor, statistics: bool) -> Iterato
         scored.append(head_logprobs(hidden[0], head, targets, statistics))
         return hidden[..., :1].detach()
 
-    head.linear.forward = score  # type: ignore[method-assign, assignment]
+    before = vars(head.layer).get("forward")
+    head.layer.forward = score
     try:
         yield scored
     finally:
-        del head.linear.forward
+        if before is None:
+            del head.layer.forward
+        else:
+            head.layer.forward = before
 
 
 def head_logprobs(
@@ -90,7 +118,14 @@ def head_logprobs(
     weight = head.linear.weight
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs, *found = _HeadLogprobs.apply(
-            hidden.to(weight.dtype), weight, head.linear.bias, targets, head.scale, head.softcap, statistics
+            hidden.to(weight.dtype),
+            weight,
+            head.linear.bias,
+            targets,
+            head.scale,
+            head.softcap,
+            statistics,
+            *(head.rows or (None, None)),
         )
     return logprobs, Statistics(*found) if statistics else None
 
@@ -100,7 +135,8 @@ class _HeadLogprobs(torch.autograd.Function):
 
     A token's log-prob is one number, so its gradient by the hidden state is a single row, `W[target] - softmax @ W`
     for a plain head. It is computed while the chunk's softmax is at hand and only scaled in the backward pass: frozen
-    heads (LoRA) need no second product with the vocabulary matrix. Trained heads recompute the softmax chunk by chunk.
+    heads (LoRA) need no second product with the vocabulary matrix. The same holds for single trained rows, by whose
+    logits the gradient is `[S, K]`. Heads that are trained as a whole recompute the softmax chunk by chunk.
     """
 
     @staticmethod
@@ -113,12 +149,18 @@ class _HeadLogprobs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         statistics: bool,
+        ids: Tensor | None,
+        rows: Tensor | None,
     ) -> tuple[Tensor, ...]:
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
         found = [torch.empty_like(logprobs) for _ in range(2)] if statistics else []
         found += [torch.empty_like(targets, dtype=torch.bool)] if statistics else []
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        by_rows = None
+        if ids is not None and rows is not None:
+            weight = weight.index_copy(0, ids, rows.to(weight.dtype))
+            by_rows = logprobs.new_empty(len(targets), len(ids)) if jacobian is not None else None
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             wanted = targets[part, None]
@@ -137,12 +179,17 @@ class _HeadLogprobs(torch.autograd.Function):
                 if isinstance(slope, Tensor):
                     pull = pull * slope.gather(-1, wanted)
                     exponentials.mul_(slope)
+                if by_rows is not None and ids is not None:
+                    hits = wanted.eq(ids).to(by_rows.dtype)
+                    hits = hits * slope[:, ids] if isinstance(slope, Tensor) else hits
+                    by_rows[part] = scale * (hits - exponentials[:, ids] / total)
                 expected = exponentials.to(weight.dtype) @ weight
                 torch.addcdiv(pull, expected, total.to(pull.dtype), value=-1, out=jacobian[part])
         if jacobian is not None and scale != 1.0:
             jacobian.mul_(scale)
         head_is_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(jacobian, *((hidden, weight, bias, targets) if head_is_trained else ()))
+        kept_hidden = hidden if head_is_trained or by_rows is not None else None
+        ctx.save_for_backward(jacobian, by_rows, kept_hidden, *((weight, bias, targets) if head_is_trained else ()))
         ctx.scale, ctx.softcap = scale, softcap
         ctx.mark_non_differentiable(*found)
         return logprobs, *found
@@ -150,12 +197,13 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0]
-        jacobian, *head = ctx.saved_tensors
+        jacobian, by_rows, hidden, *head = ctx.saved_tensors
         grad_hidden = jacobian * grad[:, None].to(jacobian.dtype) if jacobian is not None else None
         grad_weight, grad_bias = (
-            _head_gradients(grad, *head, scale=ctx.scale, softcap=ctx.softcap) if head else (None, None)
+            _head_gradients(grad, hidden, *head, scale=ctx.scale, softcap=ctx.softcap) if head else (None, None)
         )
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        grad_rows = (grad[:, None] * by_rows).T @ hidden.to(by_rows.dtype) if by_rows is not None else None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, grad_rows
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
-"""Log-probs of the reference: the model as it was before training, its adapter off.
+"""Log-probs of the reference: the model as it was before training, its adapter off, or as it came where training goes
+on with one.
 
 They never change during a run, so they are computed once, before the first step, and kept on disk under a key of all
-that determines them: the weights as loaded (quantised or not), their dtype, the device, the attention path and the
-token ids.
+that determines them: the weights as loaded (quantised or not), those of the adapter that was there, their dtypes, the
+device, the attention path and the token ids.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from prefold.files import new_file
 from prefold.terminal import progress_bar
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer, reference_model
+from prefold.trees.scorer import Scorer, frozen_adapter, reference_model
 
 VERSION = "2"
 """Part of the key; to be raised when the numbers that this engine gives change."""
@@ -64,10 +65,14 @@ def compute_reference(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.d
 
 def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
     digest = hashlib.sha256(f"{VERSION} attention={scorer.attention} {dtype} torch={torch.__version__}".encode())
-    for name, tensor in scorer.model.state_dict().items():
-        if "lora_" not in name:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    base = {name: tensor for name, tensor in scorer.model.state_dict().items() if "lora_" not in name}
+    adapter = frozen_adapter(scorer.model)
+    for name, tensor in [*base.items(), *adapter.items()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for module in scorer.model.modules():
+        digest.update(str(getattr(module, "compute_dtype", "")).encode())
+        digest.update(str(getattr(module, "scaling", "") if adapter else "").encode())
     for tree in trees:
         digest.update(repr((tree.prompt, tree.completions)).encode())
     return digest.hexdigest()[:32]

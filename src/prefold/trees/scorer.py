@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,7 +28,8 @@ from prefold.trees.packing import PackedTrees, TokenTree, pack, split_by_budget
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
 COARSE = 1.0
-"""The same where quantised layers compute in half precision: half a nat is common there, a leak makes several."""
+"""The same where 8-bit layers round their inputs, each row of tokens in its own way: half a nat is common there, a leak
+makes several."""
 
 logger = logging.getLogger("prefold")
 
@@ -233,57 +235,98 @@ def failed_self_check(model: nn.Module, trees: Sequence[TokenTree], attention: s
     if calls != layers:
         return f"{calls} of its {layers} layers call the attention that packing replaces"
     difference = float((packed.tokens - plain.tokens).abs().max())
-    explained = COARSE if _quantised(model) else TOLERANCE[_exact(model)]
+    explained = COARSE if _rounds_inputs(model) else TOLERANCE[_exact(model)]
     if not difference <= explained:
         return f"packed log-probs differ from plain ones by {difference:.2g} nats, rounding explains {explained:.2g}"
     return None
 
 
+def freeze_reference(policy: nn.Module) -> None:
+    """Make a frozen copy of the adapter as it is now part of the reference, which is the bare base otherwise."""
+    policy.frozen_adapter = {  # type: ignore[assignment]
+        name: parameter.detach().clone() for name, parameter in policy.named_parameters() if parameter.requires_grad
+    }
+
+
+def frozen_adapter(policy: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, the weights of the adapter that the reference has; none if it is the bare base."""
+    found: dict[str, torch.Tensor] = vars(policy).get("frozen_adapter", {})
+    return found
+
+
 @contextmanager
 def reference_model(policy: nn.Module) -> Iterator[None]:
-    """While open, `policy` computes as the reference: adapter off, dropout off."""
-    adapter_off = policy.disable_adapter() if hasattr(policy, "disable_adapter") else nullcontext()  # type: ignore[operator]
+    """While open, `policy` computes as the reference: adapter off, or as it was at first if it came with one; dropout
+    off."""
     training = policy.training
     policy.eval()
     try:
-        with adapter_off:
+        with _adapter_of_the_reference(policy):
             yield
     finally:
         policy.train(training)
 
 
 @contextmanager
+def _adapter_of_the_reference(policy: nn.Module) -> Iterator[None]:
+    frozen = frozen_adapter(policy)
+    if not frozen:
+        with policy.disable_adapter() if hasattr(policy, "disable_adapter") else nullcontext():  # type: ignore[operator]
+            yield
+        return
+    trained = {name: parameter for name, parameter in policy.named_parameters() if name in frozen}
+    kept = {name: parameter.data for name, parameter in trained.items()}
+    try:
+        for name, parameter in trained.items():
+            parameter.data = frozen[name].to(parameter.device)
+        yield
+    finally:
+        for name, parameter in trained.items():
+            parameter.data = kept[name]
+
+
+@contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """While open, every module with half-precision weights computes in float32, its weights cast for the call alone."""
+    """While open, every module with half-precision weights computes in float32, its weights cast for the call alone;
+    4-bit layers unpack theirs to float32."""
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    packed: dict[Any, Any] = {each: each.compute_dtype for each in model.modules() if hasattr(each, "compute_dtype")}
+
+    def weights(module: nn.Module) -> Iterator[nn.Parameter]:
+        # What PEFT wraps is not always called, but its weights are used.
+        return module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper))
 
     def widen(module: nn.Module, *arguments: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in weights(module):
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 kept.append((parameter, parameter.data))
                 parameter.data = parameter.data.float()
 
     def narrow(module: nn.Module, *arguments: Any) -> None:
-        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        own = {id(parameter) for parameter in weights(module)}
         while kept and id(kept[-1][0]) in own:
             parameter, data = kept.pop()
             parameter.data = data
 
     handles = [module.register_forward_pre_hook(widen) for module in model.modules()]
     handles += [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]
+    for module in packed:
+        module.compute_dtype = torch.float32
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module, dtype in packed.items():
+            module.compute_dtype = dtype
 
 
 def _exact(model: nn.Module) -> torch.dtype:
     return torch.promote_types(unwrapped(model).dtype, torch.float32)
 
 
-def _quantised(model: nn.Module) -> bool:
-    return any(not parameter.dtype.is_floating_point for parameter in model.parameters())
+def _rounds_inputs(model: nn.Module) -> bool:
+    return any(parameter.dtype == torch.int8 for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -312,12 +355,13 @@ def _differs(model: nn.Module, row: PackedTrees, attention: str, surest: str) ->
 
 
 def _seconds(model: nn.Module, trees: Sequence[TokenTree], name: str) -> float:
-    """Time of one forward and backward pass, after one to warm up."""
+    """Time of one forward and backward pass as in training, after one to warm up."""
     scorer = Scorer(model, 0, name)
     elapsed = 0.0
+    base = unwrapped(model)
     for _ in range(2):
         started = time.perf_counter()
-        with scorer.in_place():
+        with scorer.in_place(), torch.autocast(base.device.type, base.dtype, enabled=base.dtype.itemsize == 2):
             scorer.score(trees).tokens.sum().backward()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -1,0 +1,128 @@
+"""A chat format for a base model: the template, the tokens that it writes, and their rows in the embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefold.errors import UserError
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
+
+MULTIPLE = 64
+"""Rows of a matrix that has to grow: a multiple of this, which matrix products on GPUs like best."""
+NOISE = 0.01
+"""Spread of new rows around the mean of the old ones, as a share of the old ones' own."""
+
+ANSWER = "answer"
+SAMPLE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
+
+
+def set_chat_format(tokenizer: PreTrainedTokenizerBase, setting: str) -> list[int]:
+    """Give a base model's tokenizer a chat template, in memory, and make the token that ends a turn its end token.
+
+    Padding keeps the token that it had, or takes the one that ended texts: it is not the one that ends a turn.
+
+    Args:
+        setting: `model.chat_template`.
+
+    Returns:
+        The ids whose rows are to be trained: the special tokens that the template writes, those left out with which
+        the base model has learnt to begin and end a text.
+
+    Raises:
+        UserError: the template cannot be read or used.
+    """
+    learnt = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    padding = tokenizer.pad_token or tokenizer.eos_token
+    if setting == "chatml":
+        begins = cast("list[int]", tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + CHATML
+        tokenizer.add_special_tokens({"extra_special_tokens": CHATML_TOKENS}, replace_extra_special_tokens=False)
+    else:
+        tokenizer.chat_template = _read(setting)
+    text = _conversation(tokenizer, setting)
+    if behind := _special_ids(text.rpartition(ANSWER)[2], tokenizer):
+        tokenizer.eos_token = cast(str, tokenizer.convert_ids_to_tokens(behind[0]))
+    tokenizer.pad_token = padding or tokenizer.eos_token
+    return sorted(set(_special_ids(text, tokenizer)) - learnt)
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"the template cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise UserError(what, where=file, expected="a Jinja file, UTF-8") from None
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    try:
+        return cast(str, tokenizer.apply_chat_template(SAMPLE, tokenize=False))
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"the chat template cannot write a conversation: {error}", where=where) from None
+
+
+def _special_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens in a text, in their order."""
+    special = {token for token, how in tokenizer.added_tokens_decoder.items() if how.special}
+    special |= set(tokenizer.all_special_ids)
+    ids = cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [token for token in ids if token in special]
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: int) -> None:
+    """Make room for the tokens of a chat format and tell the model where its turns end.
+
+    Rows of new tokens, and those that fill a grown matrix up, begin near the mean of the old ones, where they take no
+    probability from them. The same every time, so that base and adapter go together wherever they are loaded.
+
+    Args:
+        known: tokens that the tokenizer had before.
+    """
+    rows = vocabulary_rows(model)
+    if len(tokenizer) > rows:
+        with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=MULTIPLE, mean_resizing=False)
+    new = slice(min(known, rows), None if len(tokenizer) > rows else len(tokenizer))
+    matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    for matrix in matrices[:1] if matrices[0] is matrices[1] else matrices:
+        _begin_near_the_mean(cast(Tensor, matrix), new)
+    if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
+        _begin_near_the_mean(bias, new)
+    _set_end(model, tokenizer)
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the embeddings: the tokens that the model knows, and what fills the matrix up."""
+    return len(cast(Tensor, model.get_input_embeddings().weight))
+
+
+@torch.no_grad()
+def _begin_near_the_mean(values: Tensor, new: slice) -> None:
+    old = values[: new.start].float()
+    noise = torch.randn(values[new].shape, generator=torch.Generator().manual_seed(0)).to(old.device)
+    values[new] = (old.mean(0) + NOISE * old.std(0) * noise).to(values.dtype)
+
+
+def _set_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Generation stops at the end of a turn, and where the base model ended a text."""
+    generation: Any = model.generation_config
+    before = generation.eos_token_id if generation.eos_token_id is not None else model.config.eos_token_id
+    stops = [tokenizer.eos_token_id, *(before if isinstance(before, list) else [before])]
+    generation.eos_token_id = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    for config in (model.config, model.config.get_text_config()):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
