@@ -139,7 +139,7 @@ def generate(
 ) -> None:
     """Answers to prompts, from arguments or a file."""
     from prefold.rollouts.ask import ask, print_answers
-    from prefold.rollouts.generate import Sampling
+    from prefold.rollouts.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, num_answers, temperature, top_p, top_k, min_p, seed)
     answers = ask(model, prompts or [], file, system, sampling)
@@ -162,7 +162,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal."""
     from prefold.rollouts.chat import chat_loop
-    from prefold.rollouts.generate import Sampling
+    from prefold.rollouts.sampling import Sampling
 
     chat_loop(model, compare, system, Sampling(max_new_tokens, 1, temperature, top_p, top_k, min_p, seed))
 
@@ -217,9 +217,9 @@ def pairs(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Preference pairs from a model's own answers to prompts, scored by rewards or a judge."""
-    from prefold.rollouts.generate import Sampling
     from prefold.rollouts.pair_settings import PairSettings
     from prefold.rollouts.pairs import make_pairs, print_report
+    from prefold.rollouts.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, num_completions or 0, temperature, top_p, top_k, min_p, seed)
     settings = PairSettings(

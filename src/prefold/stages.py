@@ -29,7 +29,8 @@ from prefold.models.load import choose_device, choose_dtype, load_model, tokeniz
 from prefold.models.merge import merge_adapter, remarks, save_and_check
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.html import write_report
-from prefold.rollouts.generate import Sampling, answer
+from prefold.rollouts.generate import answer
+from prefold.rollouts.sampling import Sampling
 from prefold.terminal import progress_bar, say
 from prefold.trainers.arguments import training_arguments
 from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet, kept_in, last_checkpoint, save_weights

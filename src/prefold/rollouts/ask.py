@@ -17,7 +17,8 @@ from prefold.errors import UserError
 from prefold.models.adapters import load_start
 from prefold.models.load import tokenizer_of
 from prefold.recipe import Model, RecipeBase, load_recipe
-from prefold.rollouts.generate import Sampling, answer
+from prefold.rollouts.generate import answer
+from prefold.rollouts.sampling import Sampling
 
 
 def ask(

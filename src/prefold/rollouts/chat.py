@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from prefold.data.preference import Message
 from prefold.rollouts.ask import open_base, open_model
-from prefold.rollouts.generate import Sampling, answer
+from prefold.rollouts.generate import answer
+from prefold.rollouts.sampling import Sampling
 
 HELP = "An empty line or Ctrl-D ends; /new starts over."
 
@@ -25,7 +26,7 @@ class Speaker:
         """Answer on stdout as the tokens come."""
         self.messages.append(Message(role="user", content=text))
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        [[answered]] = answer(self.model, self.tokenizer, [self.messages], sampling, streamer=streamer)
+        [[answered]] = answer(self.model, self.tokenizer, [self.messages], sampling, streamer=streamer, progress=False)
         self.messages.append(Message(role="assistant", content=answered))
 
 

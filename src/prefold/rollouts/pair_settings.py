@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.recipe import Reward, RewardBase, describe, parse_yaml
-from prefold.rollouts.generate import Sampling
+from prefold.rollouts.sampling import Sampling
 
 LOCAL = "local"
 """Stands for no endpoint where another model has one."""

@@ -7,14 +7,13 @@ work that was stopped goes on with the same answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from prefold.data.chat import render, require_chat_template
 from prefold.data.preference import Prompt
@@ -23,8 +22,9 @@ from prefold.models.fetch import fetch
 from prefold.models.load import load_tokenizer
 from prefold.rollouts.ask import open_model, run_recipe
 from prefold.rollouts.endpoint import Endpoint, Refused, in_parallel
-from prefold.rollouts.generate import ROWS, Sampling, answer
+from prefold.rollouts.generate import LocalEngine
 from prefold.rollouts.journal import Journal, key_of
+from prefold.rollouts.sampling import Sampling
 from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
 
@@ -79,7 +79,6 @@ class LocalModel:
 
     def __init__(self, name: str, sampling: Sampling):
         self.name, self._sampling = name, sampling
-        self._prompts_at_once = max(1, ROWS // sampling.num_answers)
 
     @cached_property
     def _folder(self) -> Path:
@@ -90,24 +89,23 @@ class LocalModel:
         return load_tokenizer(self._folder)
 
     def keys(self, prompts: Sequence[Prompt]) -> list[str]:
-        # Prompts that are answered together draw from one stream of random numbers.
         model = (self.name, files_of(self._folder), asdict(self._sampling))
-        starts = range(0, len(prompts), self._prompts_at_once)
-        batches = [(start, [prompt.prompt for prompt in self._batch(prompts, start)]) for start in starts]
-        return [key_of(model, start, batch, place) for start, batch in batches for place in range(len(batch))]
+        return [key_of(model, place, prompt.prompt) for place, prompt in enumerate(prompts)]
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
         model, tokenizer = open_model(self.name)
         require_chat_template(tokenizer)
-        for start in sorted({place - place % self._prompts_at_once for place in wanted}):
-            batch = dict(enumerate(self._batch(prompts, start), start))
-            refused = {place: why for place, prompt in batch.items() if (why := _refusal(prompt, tokenizer))}
-            yield from refused.items()
-            fit = {place: prompt.prompt for place, prompt in batch.items() if place not in refused}
-            sampling = replace(self._sampling, seed=seed_of(self._sampling.seed, start))
-            if fit:
-                texts = answer(model, tokenizer, list(fit.values()), sampling, streamer=_NoBar())
-                yield from zip(fit, texts, strict=True)
+        fit: dict[int, list[int]] = {}
+        for place in wanted:
+            ids = _ids_of(prompts[place], tokenizer)
+            if isinstance(ids, UserError):
+                yield place, ids
+            else:
+                fit[place] = ids
+        # A prompt's own place, so that its answers stay the same where others have theirs already.
+        places = list(fit)
+        for index, completions in LocalEngine(model, tokenizer).stream(list(fit.values()), self._sampling, places):
+            yield places[index], [completion.text.strip() for completion in completions]
         del model
         free_memory()
 
@@ -117,25 +115,14 @@ class LocalModel:
         ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _batch(self, prompts: Sequence[Prompt], start: int) -> Sequence[Prompt]:
-        return prompts[start : start + self._prompts_at_once]
 
-
-class _NoBar(BaseStreamer):
-    """Keeps `answer` from drawing a progress bar for every batch: there is one over all of them."""
-
-    def put(self, value: Any) -> None: ...
-
-    def end(self) -> None: ...
-
-
-def _refusal(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> UserError | None:
+def _ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int] | UserError:
+    """The prompt's tokens, or why it has none."""
     try:
-        render(prompt.prompt, tokenizer)
+        return render(prompt.prompt, tokenizer)
     except (TemplateError, TypeError) as error:
         where = f"{prompt.origin.source}, row {prompt.origin.row}"
         return UserError(f"the chat template refuses the prompt: {error}", where=where)
-    return None
 
 
 @dataclass(frozen=True)

