@@ -99,23 +99,28 @@ def alternate(
     settings: Sampling,
     repeats: int,
 ) -> dict[str, Any]:
-    """Tokens per second of both sides, and the ratio of their medians."""
+    """Tokens per second of both sides, and the ratio of their medians.
+
+    Where `cpu_seconds` are far from the time that passed, other work shared the machine.
+    """
     sides: dict[str, Side] = {"transformers": with_transformers, "prefold": with_prefold}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     lengths: dict[str, list[float]] = {name: [] for name in sides}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     for write in sides.values():
         write(model, tokenizer, prompts[:1], replace(settings, max_new_tokens=8))
     for seed in range(repeats):
         for name, write in sides.items():
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             tokens = write(model, tokenizer, prompts, replace(settings, seed=seed))
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             rates[name].append(round(tokens / (time.perf_counter() - started), 2))
+            cpu_seconds[name].append(round(time.process_time() - busy, 1))
             lengths[name].append(round(tokens / len(prompts) / settings.num_answers, 2))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratio = medians["prefold"] / medians["transformers"]
-    return {"ratio": ratio, "tokens_per_second": rates, "mean_length": lengths}
+    return {"ratio": ratio, "tokens_per_second": rates, "mean_length": lengths, "cpu_seconds": cpu_seconds}
 
 
 def with_prefold(

@@ -17,14 +17,14 @@ from prefold.trees.scorer import unwrapped
 Outcome = tuple[Tensor, dict[str, Tensor]]
 
 
-def dense_logprobs(model: nn.Module, trees: list[TokenTree]) -> Tensor:
+def dense_logprobs(model: nn.Module, trees: list[TokenTree], temperature: float = 1.0) -> Tensor:
     """One completion at a time, unpadded, full logits: the definition."""
     scored = []
     with using_attention(unwrapped(model), "dense_for_tests"):
         for tree in trees:
             for ids in tree.completions:
                 row = torch.tensor([tree.prompt + ids])
-                logits = model(input_ids=row, use_cache=False).logits[0, -len(ids) - 1 : -1]
+                logits = model(input_ids=row, use_cache=False).logits[0, -len(ids) - 1 : -1] / temperature
                 scored.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1))
     return torch.cat(scored)
 

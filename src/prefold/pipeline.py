@@ -47,16 +47,17 @@ class Stage:
 
 def stages_of(recipe: RecipeBase) -> list[Stage]:
     trained = "trained" if recipe.lora == "none" else "adapter"
+    measured = "rewards" if recipe.algorithm.data == "prompts" else "heldout"
     return [
         Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), stages.check),
-        Stage("train", (trained,), ("lora", "train", recipe.method), stages.train),
+        Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train),
         Stage("merge", ("merged", "merge.json"), ("merge",), stages.merge),
-        Stage("evaluate", ("evaluation/heldout.json", "samples.jsonl"), ("evaluate",), stages.evaluate),
+        Stage("evaluate", (f"evaluation/{measured}.json", "samples.jsonl"), ("evaluate",), stages.evaluate),
         Stage("report", ("report.html",), (), stages.report),
     ]
 
 
-WHILE_TRAINING = ("checkpoints", "metrics.jsonl")
+WHILE_TRAINING = ("checkpoints", "metrics.jsonl", "rollouts.jsonl")
 RECORDS = (*WHILE_TRAINING, "timing.jsonl", "run.log", "recipe.yaml", "trained", "adapter")
 
 
@@ -97,9 +98,12 @@ def merge(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> Path:
 
 
 def evaluate(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate (again, if it was done); returns the content of `evaluation/heldout.json`."""
-    folder = _redo("evaluate", _recipe(recipe, overrides))
-    return dict(read_json(folder / "evaluation" / "heldout.json"))
+    """Evaluate (again, if it was done); returns the content of `evaluation/heldout.json`, or of `rewards.json` for a
+    method that samples."""
+    recipe = _recipe(recipe, overrides)
+    folder = _redo("evaluate", recipe)
+    [stage] = [stage for stage in stages_of(recipe) if stage.name == "evaluate"]
+    return dict(read_json(folder / stage.outputs[0]))
 
 
 def report(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> Path:

@@ -185,7 +185,7 @@ class Data(Section):
     """How messages become text: by the model's chat template, or `none`: a prompt and its answer as they are, with the
     tokenizer's BOS token before and its EOS token behind them."""
     max_length: int = Field(1024, gt=1)
-    """Tokens of prompt and completion together."""
+    """Tokens of prompt and completion together; of the prompt alone where completions are sampled."""
     max_prompt_length: int | None = Field(None, gt=0)
     """Tokens that `overlong: truncate_prompt` leaves of a prompt; unset: what fits beside the longer completion."""
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
@@ -382,6 +382,8 @@ class RecipeBase(Section):
     lora: Lora | Literal["none"] | None = Lora()
     """LoRA settings, or `none` for full fine-tuning; empty only beside `model.adapter`, which brings its own."""
     data: Data
+    rewards: list[Reward] = []
+    """What scores completions, for methods that train on the model's own."""
     train: Train = Train()
     merge: Merge = Merge()
     evaluate: Evaluate = Evaluate()
@@ -418,12 +420,34 @@ class RecipeBase(Section):
         return self
 
     @model_validator(mode="after")
+    def measured_while_training(self) -> RecipeBase:
+        if self.train.eval_steps and ALGORITHMS[self.method].data == "prompts":
+            raise ValueError(
+                f"`train.eval_steps` measures the loss of held-out pairs, and `{self.method}` has none; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def only_the_methods_own_section(self) -> RecipeBase:
         for name in ALGORITHMS:
             if name != self.method and getattr(self, name) is not None:
                 raise ValueError(
                     f"a section `{name}` beside `method: {self.method}` would be ignored; remove one of them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def rewards_where_they_are_used(self) -> RecipeBase:
+        samples = self.algorithm.data == "prompts"
+        if samples and not self.rewards:
+            raise ValueError(f"`method: {self.method}` needs `rewards`, e.g. `rewards: [{{name: length, target: 50}}]`")
+        if self.rewards and not samples:
+            raise ValueError(f"`rewards` would be ignored by `method: {self.method}`; remove them")
+        if samples and self.algorithm.needs_reference and self.lora == "none":
+            raise ValueError(
+                f"`{self.method}.beta` compares with the model before training, which full fine-tuning does not keep; "
+                f"set `{self.method}.beta: 0`, or train LoRA"
+            )
         return self
 
 
@@ -550,7 +574,7 @@ def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm
     data = filled.get("data")
     if isinstance(data, dict) and not data.get("eval"):
         data.setdefault("eval_fraction", EVAL_FRACTION)
-    if filled.get(method) is None and method not in filled:
+    if filled.get(method) is None:
         filled[method] = {}
     for dotted, default in algorithm.defaults.items():
         section, field = dotted.split(".")
@@ -721,10 +745,13 @@ def all_fields() -> Iterator[str]:
 
 
 def as_dict(recipe: RecipeBase) -> dict[str, Any]:
-    """The resolved recipe as plain values, without the sections of other methods and without the user's home path."""
+    """The resolved recipe as plain values, without sections that the method does not use and without the user's home
+    path."""
     values = recipe.model_dump(mode="json")
     values[recipe.method] = asdict(recipe.algorithm)
-    return {key: _homeless(value) for key, value in values.items() if key not in ALGORITHMS or key == recipe.method}
+    values["rewards"] = [reward.model_dump(mode="json", exclude_none=True) for reward in recipe.rewards]
+    idle = {*ALGORITHMS, "rewards"} - {recipe.method, "rewards" if recipe.rewards else ""}
+    return {key: _homeless(value) for key, value in values.items() if key not in idle}
 
 
 def _homeless(value: Any) -> Any:

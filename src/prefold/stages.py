@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from prefold.algorithms import GRPO
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import by_severity, fingerprint
 from prefold.data.mixture import Prepared, load_split
@@ -21,6 +24,7 @@ from prefold.data.preference import Message, Unpaired
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
 from prefold.evaluation.heldout import PairScores, compare_pairs, match, score_matched, score_pairs
+from prefold.evaluation.rewards import compare_rewards
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import cache_folder, new_folder, read_json, write_json, write_jsonl
@@ -29,11 +33,16 @@ from prefold.models.load import choose_device, choose_dtype, load_model, tokeniz
 from prefold.models.merge import merge_adapter, remarks, save_and_check
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.html import write_report
+from prefold.rollouts.candidates import column_names
+from prefold.rollouts.completions import Group, prompts_of, sample, scored_groups
 from prefold.rollouts.generate import answer
+from prefold.rollouts.rewards import LoadedReward, open_rewards
+from prefold.rollouts.samples import seed_of
 from prefold.rollouts.sampling import Sampling
 from prefold.terminal import progress_bar, say
 from prefold.trainers.arguments import training_arguments
 from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet, kept_in, last_checkpoint, save_weights
+from prefold.trainers.online import OnlineTrainer, sampling_of
 from prefold.trainers.record import StepRecord
 from prefold.trees.memory import auto_max_tokens, free_memory
 from prefold.trees.packing import TokenTree
@@ -46,6 +55,8 @@ logger = logging.getLogger("prefold")
 EXAMPLES_SHOWN = 3
 PAIRS_SCORED = 128
 """Enough to tell an accuracy to 9 points."""
+STAND_IN = 32
+"""Tokens."""
 
 
 # ---- check ------------------------------------------------------------------------------------------------------
@@ -87,6 +98,8 @@ def examine(recipe: RecipeBase, reference: bool = False) -> CheckReport:
     """Read and count the data; with `reference`, score pairs by the model as well."""
     tokenizer = tokenizer_of(recipe.model)
     prepared = _read_once(recipe, tokenizer)
+    if _samples(recipe):
+        _rewards(recipe, column_names(prompts_of(prepared.train)))
     steps = len(_order(recipe, len(prepared.train)))
     plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": recipe.train.max_tokens}
     found = CheckReport(prepared, tokenizer, plan)
@@ -169,18 +182,15 @@ def train(recipe: RecipeBase) -> None:
     prepared = _prepared(recipe)
     model = _policy(recipe)
     scorer = _scorer(recipe, model, prepared.train)
-    held_out = prepared.held_out if recipe.train.eval_steps else None
-    data, measured = _tree_sets(recipe, scorer, prepared.train, held_out)
+    make_trainer = (_online_trainer if _samples(recipe) else _offline_trainer)(recipe, scorer, prepared)
     checkpoint = last_checkpoint(folder / "checkpoints")
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    order = _order(recipe, len(data.trees))
+    order = _order(recipe, len(prepared.train))
     with _trackers(recipe), progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
-        args = training_arguments(recipe, len(order))
-        patience = recipe.train.early_stopping_patience
-        trainer = PreferenceTrainer(recipe.algorithm, scorer, data, order, record, args, measured, patience)
+        trainer = make_trainer(order, record, training_arguments(recipe, len(order)))
         if checkpoint:
-            scorer.max_tokens, trainer.carried = kept_in(checkpoint)
+            trainer.scorer.max_tokens, trainer.carried = kept_in(checkpoint)
             say(f"  going on after step {done}")
         with scorer.in_place():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -188,26 +198,46 @@ def train(recipe: RecipeBase) -> None:
         save_weights(model, aside)
         if recipe.model.chat_template:
             tokenizer_of(recipe.model).save_pretrained(aside)
-    del trainer, model, scorer
+    del trainer, make_trainer, model, scorer
     free_memory()
 
 
-def _tree_sets(
-    recipe: RecipeBase, scorer: Scorer, train: Examples, held_out: Examples | None
-) -> tuple[TreeSet, TreeSet | None]:
-    """Training and held-out data with what the algorithm asks for."""
-    dtype = choose_dtype(recipe.model.dtype, choose_device())
+MakeTrainer = Callable[[StepOrder, StepRecord, TrainingArguments], PreferenceTrainer]
 
-    def of(part: Examples) -> TreeSet:
-        needs = recipe.algorithm
-        reference = reference_logprobs(scorer, part.trees, cache_folder(), dtype) if needs.needs_reference else None
-        return TreeSet(part.trees, reference, _labels(part) if needs.data == "unpaired" else None)
 
-    return of(train), of(held_out) if held_out else None
+def _offline_trainer(recipe: RecipeBase, scorer: Scorer, prepared: Prepared) -> MakeTrainer:
+    train = _tree_set(recipe, scorer, prepared.train)
+    held_out = _tree_set(recipe, scorer, prepared.held_out) if recipe.train.eval_steps else None
+    patience = recipe.train.early_stopping_patience
+    return partial(PreferenceTrainer, recipe.algorithm, scorer, train, held_out=held_out, patience=patience)
+
+
+def _tree_set(recipe: RecipeBase, scorer: Scorer, examples: Examples) -> TreeSet:
+    """Examples with what the algorithm asks for."""
+    needs, dtype = recipe.algorithm, choose_dtype(recipe.model.dtype, choose_device())
+    reference = reference_logprobs(scorer, examples.trees, cache_folder(), dtype) if needs.needs_reference else None
+    return TreeSet(examples.trees, reference, _labels(examples) if needs.data == "unpaired" else None)
 
 
 def _labels(examples: Examples) -> list[bool]:
     return [record.label for record in examples.records if isinstance(record, Unpaired)]
+
+
+def _online_trainer(recipe: RecipeBase, scorer: Scorer, prepared: Prepared) -> MakeTrainer:
+    assert isinstance(recipe.algorithm, GRPO)
+    columns = column_names(prompts_of(prepared.train))
+    rewards, tokenizer = _rewards(recipe, columns), tokenizer_of(recipe.model)
+    return partial(OnlineTrainer, recipe.algorithm, scorer, prepared.train, rewards, columns, tokenizer)
+
+
+def _samples(recipe: RecipeBase) -> bool:
+    """Whether the method trains on completions that it samples."""
+    return recipe.algorithm.data == "prompts"
+
+
+def _rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:
+    """Raises UserError if a reward cannot be loaded, or asks for what there is not."""
+    return open_rewards(recipe.rewards, ["prompts", "completions", "completion_ids", *columns])
 
 
 def _policy(recipe: RecipeBase) -> torch.nn.Module:
@@ -226,14 +256,24 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
 def _scorer(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) -> Scorer:
     setting = recipe.train.max_tokens
     budget = auto_max_tokens(unwrapped(model), recipe.train.gradient_checkpointing) if setting == "auto" else setting
-    longest = max(tree.longest for tree in examples.trees)
-    return choose_scorer(model, _sample_trees(examples), budget, recipe.model.attn_implementation, longest)
+    sampled = recipe.algorithm.max_completion_length if isinstance(recipe.algorithm, GRPO) else 0
+    longest = max(tree.longest for tree in examples.trees) + sampled
+    return choose_scorer(model, _checked_trees(examples), budget, recipe.model.attn_implementation, longest)
+
+
+def _checked_trees(examples: Examples) -> list[TokenTree]:
+    """Sample trees; where completions are yet to be sampled, ends of their prompts stand in for them."""
+    trees = _sample_trees(examples)
+    stand_ins = tuple(tree.prompt[-STAND_IN:] for tree in trees)
+    return [tree if tree.completions else replace(tree, completions=stand_ins) for tree in trees]
 
 
 def _order(recipe: RecipeBase, trees: int) -> StepOrder:
-    settings = recipe.train
-    draws = settings.max_steps * settings.batch_size if settings.max_steps else round(settings.num_train_epochs * trees)
-    return StepOrder(trees, settings.batch_size, max(1, draws), settings.seed)
+    settings, iterations = recipe.train, recipe.algorithm.iterations
+    draws = round(settings.num_train_epochs * trees)
+    if settings.max_steps:
+        draws = math.ceil(settings.max_steps / iterations) * settings.batch_size
+    return StepOrder(trees, settings.batch_size, max(1, draws), settings.seed, iterations)
 
 
 @contextmanager
@@ -264,7 +304,7 @@ def merge(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
     tokenizer = tokenizer_of(recipe.model)
     trees = _sample_trees(_prepared(recipe).train)
-    rows, prompts = [tree.prompt + tree.completions[0] for tree in trees], [tree.prompt for tree in trees]
+    rows, prompts = [sum(tree.completions[:1], tree.prompt) for tree in trees], [tree.prompt for tree in trees]
     dtype = _merge_dtype(recipe)
     if recipe.lora == "none":
         trained = load_model(Model(name=str(folder / "trained")), dtype=dtype)
@@ -291,12 +331,10 @@ def evaluate(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
     held_out = _prepared(recipe).held_out
     prompts = evaluation_prompts(recipe, held_out)
-    scores_before, answers_before = _measure(recipe, recipe.model, held_out, prompts, "before")
+    measure: Callable[..., tuple[Any, list[list[str]]]] = _measure_rewards if _samples(recipe) else _measure
+    before, answers_before = measure(recipe, recipe.model, held_out, prompts, "before")
     merged = recipe.model.whole(folder / "merged")
-    scores_after, answers_after = _measure(recipe, merged, held_out, prompts, "after")
-    comparison: dict[str, Any] = {"pairs": 0}
-    if scores_before is not None and scores_after is not None:
-        comparison = compare_pairs(scores_before, scores_after, recipe.algorithm.reward_scale)
+    after, answers_after = measure(recipe, merged, held_out, prompts, "after")
     write_jsonl(
         folder / "samples.jsonl",
         [
@@ -304,6 +342,12 @@ def evaluate(recipe: RecipeBase) -> None:
             for prompt, before, after in zip(prompts, answers_before, answers_after, strict=True)
         ],
     )
+    if _samples(recipe):
+        write_json(folder / "evaluation" / "rewards.json", compare_rewards(before, after))
+        return
+    comparison: dict[str, Any] = {"pairs": 0}
+    if before is not None and after is not None:
+        comparison = compare_pairs(before, after, recipe.algorithm.reward_scale)
     write_json(folder / "evaluation" / "heldout.json", comparison)
 
 
@@ -341,6 +385,30 @@ def _scores(recipe: RecipeBase, model: torch.nn.Module, held_out: Examples, labe
         return score_pairs(scorer, held_out.trees, label)
     matches = match(held_out.prompt_keys, _labels(held_out))
     return score_matched(scorer, held_out.trees, matches, label) if matches else None
+
+
+def _measure_rewards(
+    recipe: RecipeBase, section: Model, held_out: Examples, prompts: list[list[Message]], when: str
+) -> tuple[list[Group], list[list[str]]]:
+    """Rewards of a completion of each held-out prompt, sampled as in training, and answers of one model, which is
+    released afterwards."""
+    assert isinstance(recipe.algorithm, GRPO)
+    model = load_start(section, dtype="float32" if choose_device().type == "cpu" else None)
+    tokenizer = tokenizer_of(section)
+    columns = column_names(prompts_of(held_out))
+    rewards = _rewards(recipe, columns) if len(held_out) else []
+    drawn = replace(sampling_of(recipe.algorithm), num_answers=1)
+    groups = []
+    with progress_bar(f"held-out prompts {when}", len(held_out)) as advance:
+        for place, example in enumerate(held_out):
+            seed = seed_of(recipe.train.seed, place)
+            completions = sample(model, tokenizer, [example.tree.prompt], drawn, [seed])
+            groups += scored_groups(rewards, prompts_of([example]), completions, columns)
+            advance(1, "")
+    answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}", template=recipe.data.template)
+    del model
+    free_memory()
+    return groups, answers
 
 
 def sampling(recipe: RecipeBase) -> Sampling:

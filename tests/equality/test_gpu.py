@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from dense import outcome
 from families import family
 from tiny import random_trees, with_lora
 
+from prefold.models.adapters import load_policy
+from prefold.recipe import Lora, Model
 from prefold.trees.attention import candidates
 from prefold.trees.packing import TokenTree
+from prefold.trees.reference import compute_reference
 from prefold.trees.scorer import Scorer, choose_scorer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -45,6 +50,23 @@ def test_bfloat16(name: str, backend: str) -> None:
     plain = Scorer(model, 4096, None).score(trees()).tokens.detach()
     found = Scorer(model, 4096, backend).score(trees()).tokens.detach()
     assert (found - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantised(bits: str, tmp_path: Path) -> None:
+    """Packed over quantised weights, the reference equal to the policy, and a gradient through every layer."""
+    pytest.importorskip("bitsandbytes")
+    family("llama", hidden_size=256, intermediate_size=512, head_dim=64).save_pretrained(tmp_path)
+    section = Model(name=str(tmp_path), dtype="bfloat16", **{bits: True})
+    model = load_policy(section, Lora(r=4), seed=0)
+    scorer = choose_scorer(model, trees(), 4096, "trees")
+    reference = torch.cat(compute_reference(scorer, trees(), torch.bfloat16))
+    with torch.autocast("cuda", torch.bfloat16), scorer.in_place():
+        policy = scorer.score(trees()).tokens
+    torch.testing.assert_close(policy.detach().cpu(), reference, rtol=1e-3, atol=0.05)
+    policy.sum().backward()
+    layers = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    assert layers and all(weight.grad is not None and weight.grad.norm() > 0 for weight in layers)
 
 
 def test_a_backend_is_chosen() -> None:

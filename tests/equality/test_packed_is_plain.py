@@ -195,7 +195,7 @@ def broken_mask(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def forgotten_softcap(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefold.trees.head._bend", lambda logits, scale, softcap, with_slope: None)
+    monkeypatch.setattr("prefold.trees.head._bend", lambda logits, head, with_slope: None)
 
 
 FAULTS = [

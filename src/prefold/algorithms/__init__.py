@@ -12,6 +12,7 @@ from prefold.algorithms.cpo import CPO
 from prefold.algorithms.discopop import DiscoPOP
 from prefold.algorithms.dpo import DPO
 from prefold.algorithms.exo import EXO
+from prefold.algorithms.grpo import GRPO
 from prefold.algorithms.hinge import Hinge
 from prefold.algorithms.ipo import IPO
 from prefold.algorithms.kto import KTO
@@ -45,6 +46,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "cpo": CPO,
     "sft": SFT,
     "mixed": Mixed,
+    "grpo": GRPO,
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "CPO",
     "DPO",
     "EXO",
+    "GRPO",
     "IPO",
     "KTO",
     "NCA",

@@ -90,6 +90,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def iterations(self) -> int:
+        """Optimizer steps in a row on the same trees."""
+        return 1
+
+    @property
     def reward_scale(self) -> float:
         """What a log-prob ratio against the reference is multiplied with to be the implicit reward of this method."""
         return 1.0

@@ -269,7 +269,11 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
+            if "trainable_token_indices" in str(error):
+                what = "the embeddings and the head cannot get LoRA weights beside `model.chat_template`"
+                advice = "leave them out, or train them whole by `lora.modules_to_save`"
+                raise UserError(what, where="`lora.target_modules`", advice=advice) from None
             if "target" not in str(error).lower():
                 raise
             raise _no_target(model, f"{lora.target_modules!r} cannot be adapted: {first_line(error)}") from None
@@ -324,13 +328,17 @@ def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
 
 
 def _require_modules(model: nn.Module, lora: Lora) -> None:
-    """Every name in `modules_to_save` fits some module that is not to get LoRA weights as well."""
-    names = [name for name, _ in model.named_modules()]
+    """Every name in `modules_to_save` fits some module, and its weights can be trained."""
+    modules = dict(model.named_modules())
     for wanted in lora.modules_to_save:
-        if not any(f".{name}".endswith(f".{wanted}") for name in names):
-            what = f"no module of the model is called {wanted!r}"
-            known = sorted({name.split(".")[-1] for name in names if name and not name.split(".")[-1].isdigit()})
-            raise UserError(what, where="`lora.modules_to_save`", expected=f"some of {', '.join(known)}")
+        meant = [module for name, module in modules.items() if f".{name}".endswith(f".{wanted}")]
+        if not meant:
+            known = sorted({name.split(".")[-1] for name in modules if name and not name.split(".")[-1].isdigit()})
+            what, expected = f"no module of the model is called {wanted!r}", f"some of {', '.join(known)}"
+            raise UserError(what, where="`lora.modules_to_save`", expected=expected)
+        if not all(weight.is_floating_point() for module in meant for weight in module.parameters()):
+            what = f"{wanted!r} is quantised, and quantised weights cannot be trained whole"
+            raise UserError(what, where="`lora.modules_to_save`", expected="embeddings, head or norms")
 
 
 def _no_target(model: nn.Module, what: str) -> UserError:

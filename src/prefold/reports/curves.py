@@ -102,6 +102,22 @@ LOSS_FROM_LN_2 = CurveKind(
     "it has learned its pairs by heart.",
     level=math.log(2),
 )
+REWARD = CurveKind(
+    "Reward",
+    (Line("reward", "reward", PLAIN),),
+    "Healthy: it climbs and then levels off. One step has few prompts, so it jumps about. A reward that climbs while "
+    "the answers get worse is being gamed.",
+)
+LENGTH = CurveKind(
+    "Length of completions",
+    (Line("completions/mean_length", "tokens", PLAIN),),
+    "Healthy: it moves only as far as the reward asks for. At the limit completions are cut off, and learn from that.",
+)
+DIVERGENCE = CurveKind(
+    "KL divergence from the reference",
+    (Line("kl", "nats per token", PLAIN),),
+    "Healthy: it grows slowly. A jump says that the model leaves what it knew; a larger beta holds it.",
+)
 LOSSES = {"dpo": LOSS_FROM_LN_2}
 """Losses whose first value is known; every other method gets `LOSS`."""
 
@@ -118,7 +134,7 @@ class Curve(NamedTuple):
 
 
 def curves(run: RunRecord) -> list[Curve]:
-    kinds = [LOSSES.get(run.method, LOSS), REWARDS, MARGINS, ACCURACIES]
+    kinds = [LOSSES.get(run.method, LOSS), REWARDS, MARGINS, ACCURACIES, REWARD, LENGTH, DIVERGENCE]
     return [curve for place, kind in enumerate(kinds) if (curve := _curve(kind, f"curve-{place}", run.metrics))]
 
 

@@ -61,9 +61,10 @@ def render(run: RunRecord) -> str:
     page = _templates().get_template("report.html.j2")
     return page.render(
         run=run,
-        verdict=read.verdict(run.heldout),
+        verdict=read.verdict_of(run),
         accuracy_bars=accuracy_bars(run.heldout),
-        comparisons=read.comparisons(run.heldout) if run.heldout else [],
+        comparisons=read.comparisons_of(run),
+        held_out="prompts" if run.rewards and not run.heldout else "pairs",
         system=shared_system(run.samples),
         exchanges=exchanges(run.samples),
         curves=drawn,

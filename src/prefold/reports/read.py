@@ -37,6 +37,7 @@ class RunRecord:
     metrics: list[Values]
     timing: list[Values]
     heldout: Values | None
+    rewards: Values | None
     samples: list[Values]
     merge: Values | None
 
@@ -79,6 +80,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=_read_lines(folder / "metrics.jsonl"),
         timing=_read_lines(folder / "timing.jsonl"),
         heldout=_read_object(folder / "evaluation" / "heldout.json"),
+        rewards=_read_object(folder / "evaluation" / "rewards.json"),
         samples=_read_lines(folder / "samples.jsonl"),
         merge=_read_object(folder / "merge.json"),
     )
@@ -290,6 +292,33 @@ def verdict(heldout: Values | None) -> Verdict:
     return Verdict("unclear", f"No clear difference: held-out accuracy was {was} before and {became} after", evidence)
 
 
+def reward_verdict(rewards: Values) -> Verdict:
+    """The same of the mean reward of completions of held-out prompts."""
+    before, after = (finite(section(rewards, when).get("reward")) for when in ("before", "after"))
+    if before is None or after is None:
+        return Verdict("missing", "No verdict: the evaluation gave no finite reward")
+    difference = section(rewards, "difference")
+    low, high = interval(difference.get("ci"))
+    was, became = signed(before).text, signed(after).text
+    parts = [signed(difference.get("reward")).text]
+    if low is not None and high is not None:
+        parts.append(f"95{NARROW_SPACE}% interval {signed(low).text} to {signed(high).text}")
+    if finite(difference.get("p_value")) is not None:
+        parts.append(p_value(difference["p_value"]).text)
+    number = rewards.get("prompts")
+    parts.append(f"{count(number).text} {'prompt' if number == 1 else 'prompts'}")
+    evidence = ", ".join(parts)
+    if low is not None and low > 0:
+        return Verdict("better", f"The held-out reward rose from {was} to {became}", evidence)
+    if high is not None and high < 0:
+        return Verdict("worse", f"The model got worse: the held-out reward fell from {was} to {became}", evidence)
+    return Verdict("unclear", f"No clear difference: the held-out reward was {was} before and {became} after", evidence)
+
+
+def verdict_of(run: RunRecord) -> Verdict:
+    return reward_verdict(run.rewards) if run.rewards and run.heldout is None else verdict(run.heldout)
+
+
 def _evidence(difference: Values, pairs: Any, digits: int) -> str:
     low, high = interval(difference.get("ci"))
     unit = "point" if points(difference.get("accuracy"), digits).text in ("+1", f"{MINUS}1") else "points"
@@ -368,6 +397,43 @@ def comparisons(heldout: Values) -> list[Comparison]:
         ),
     ]
     return rows + _reward_rows(section(heldout, "reward"))
+
+
+def comparisons_of(run: RunRecord) -> list[Comparison]:
+    if run.heldout:
+        return comparisons(run.heldout)
+    return reward_comparisons(run.rewards) if run.rewards else []
+
+
+def reward_comparisons(rewards: Values) -> list[Comparison]:
+    """The table of a run whose method samples; empty if there was no prompt to compare."""
+    before, after, difference = (section(rewards, name) for name in ("before", "after", "difference"))
+    if not before or not after:
+        return []
+
+    def ends(value: Any) -> str:
+        return _range(value, lambda end: signed(end).text)
+
+    def row(name: str, note: str, was: Any, became: Any, write: Callable[[Any], Number] = signed) -> Comparison:
+        return Comparison(name, note, write(was), "", write(became), "", _difference(was, became), "")
+
+    total = row("Reward", "mean of a sampled completion of each held-out prompt", before["reward"], after["reward"])
+    total = total._replace(
+        before_interval=ends(before.get("reward_ci")),
+        after_interval=ends(after.get("reward_ci")),
+        change_interval=ends(difference.get("ci")),
+    )
+    alone_before, alone_after = (section(side, "rewards") for side in (before, after))
+    single = [
+        row(name, "this reward alone, unweighted", alone_before[name], alone_after.get(name))
+        for name in alone_before
+        if len(alone_before) > 1
+    ]
+    length = row("Length", "tokens of a completion", before.get("tokens"), after.get("tokens"), decimal)
+    finished = row(
+        "Finished", "share of completions that ended", before.get("finished"), after.get("finished"), percent
+    )
+    return [total, *single, length, finished._replace(change=Number(NO_VALUE, ""))]
 
 
 def _reward_rows(reward: Values) -> list[Comparison]:

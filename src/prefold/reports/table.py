@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from prefold.files import without_home
 from prefold.reports import read
-from prefold.reports.read import NARROW_SPACE, Number, Values, read_run
+from prefold.reports.read import NARROW_SPACE, Comparison, Number, read_run
 
 STYLES: dict[read.Outcome, str] = {
     "better": "bold green",
@@ -28,23 +29,23 @@ def summary(run_folder: Path) -> RenderableType:
         UserError: the folder holds no recipe, or one of its files cannot be read.
     """
     run = read_run(run_folder)
-    verdict = read.verdict(run.heldout)
+    verdict = read.verdict_of(run)
     parts: list[RenderableType] = [_text(verdict.headline, STYLES[verdict.outcome])]
     if verdict.evidence:
         parts.append(_text(verdict.evidence))
-    if run.heldout:
-        parts.append(Padding(_comparison(run.heldout), (1, 0, 0, 0)))
+    if rows := read.comparisons_of(run):
+        parts.append(Padding(_comparison(rows, "pairs" if run.heldout else "prompts"), (1, 0, 0, 0)))
     if places := _places(run_folder):
         parts.append(Padding(places, (1, 0, 0, 0)))
     return Group(*parts)
 
 
-def _comparison(heldout: Values) -> Table:
+def _comparison(rows: Sequence[Comparison], held_out: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("held-out pairs")
+    table.add_column(f"held-out {held_out}")
     for when in ("before", "after", "change"):
         table.add_column(when, justify="right")
-    for row in read.comparisons(heldout):
+    for row in rows:
         table.add_row(
             _text(row.name.lower()),
             _value(row.before, row.before_interval),

@@ -54,7 +54,7 @@ class Completion:
     token_ids: tuple[int, ...]
     text: str
     finished: bool
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] = ()
     model_logprobs: tuple[float, ...] | None = None
 
 

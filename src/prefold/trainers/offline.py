@@ -54,20 +54,27 @@ class TreeSet:
 class StepOrder(Dataset[list[int]]):
     """Which trees each optimizer step covers: seeded permutations, one per epoch, cut into steps end to end.
 
-    Every step is full but the last, which takes what is left. The order depends on the seed alone, never on the state
-    of a random generator, so a resumed run continues it by the number of the step.
+    Every step is full but the last, which takes what is left; `iterations` steps in a row cover the same. The order
+    depends on the seed alone, never on the state of a random generator, so a resumed run continues it by the number of
+    the step.
     """
 
-    def __init__(self, trees: int, batch_size: int, draws: int, seed: int):
+    def __init__(self, trees: int, batch_size: int, draws: int, seed: int, iterations: int = 1):
         self.trees, self.batch_size, self.draws, self.seed = trees, batch_size, draws, seed
+        self.iterations = iterations
         self._epochs: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
-        return -(-self.draws // self.batch_size)
+        return -(-self.draws // self.batch_size) * self.iterations
 
     def __getitem__(self, step: int) -> list[int]:
-        draws = range(step * self.batch_size, min((step + 1) * self.batch_size, self.draws))
+        batch = step // self.iterations
+        draws = range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.draws))
         return [self._epoch(draw // self.trees)[draw % self.trees] for draw in draws]
+
+    def epochs(self, steps: int) -> float:
+        """How often that many steps have seen the training set."""
+        return min(steps / self.iterations * self.batch_size, self.draws) / self.trees
 
     def _epoch(self, epoch: int) -> list[int]:
         if epoch not in self._epochs:
@@ -121,7 +128,7 @@ class PreferenceTrainer(Trainer):
         Out of memory: the token budget is lowered and the whole step done again.
         """
         started = time.perf_counter()
-        indices: list[int] = inputs
+        indices = self.indices_of(inputs)
         trees = [self.data.trees[i] for i in indices]
         while (loss := self._try_step(model, indices)) is None:
             model.zero_grad()
@@ -130,7 +137,12 @@ class PreferenceTrainer(Trainer):
         self.record.time(self.state.global_step + 1, time.perf_counter() - started, tokens)
         return loss
 
-    def _try_step(self, model: nn.Module, indices: list[int]) -> Tensor | None:
+    def indices_of(self, item: Any) -> Sequence[int]:
+        """The trees of the step for which the dataloader gave `item`."""
+        indices: list[int] = item
+        return indices
+
+    def _try_step(self, model: nn.Module, indices: Sequence[int]) -> Tensor | None:
         """None if memory ran out."""
         try:
             return self._step(model, indices)
@@ -139,7 +151,7 @@ class PreferenceTrainer(Trainer):
                 raise
         return None
 
-    def _step(self, model: nn.Module, indices: list[int]) -> Tensor:
+    def _step(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         model.train()
         trees = [self.data.trees[i] for i in indices]
         rows = [[indices[i] for i in row] for row in self.scorer.rows(trees)]
@@ -151,7 +163,7 @@ class PreferenceTrainer(Trainer):
             for name, mean in output.metrics.items():
                 metrics.setdefault(name, []).append(mean)
         self.step_metrics = {name: mean_of(parts) for name, parts in metrics.items()}
-        self.carried = outputs[-1].state
+        self.carried = outputs[-1].state if outputs else self.carried
         return loss
 
     def _separable_step(
@@ -253,11 +265,10 @@ class PreferenceTrainer(Trainer):
         if "learning_rate" not in logs:  # the Trainer's closing summary; the run folder has its own
             return
         step = self.state.global_step
-        epoch = min(step * self.order.batch_size, self.order.draws) / self.order.trees
         if self.control.should_evaluate and self.held_out is not None:
             self.held_out_metrics = self.measure(self.held_out)
             logs |= self.held_out_metrics
-        logs = {"epoch": epoch, **logs, **self.step_metrics}
+        logs = {"epoch": self.order.epochs(step), **logs, **self.step_metrics}
         self.record.step(step, logs)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def peak_memory_mb() -> int:
 
 
 class StepRecord:
-    """Appends one line per optimizer step to `metrics.jsonl` (no clock times) and to `timing.jsonl`.
+    """Appends one line per optimizer step to `metrics.jsonl` (no clock times) and to `timing.jsonl`, and some of what
+    was sampled for it to `rollouts.jsonl`.
 
     A run that continues from a checkpoint first drops the lines of later steps, so that its file equals a straight
     run's.
@@ -31,14 +33,19 @@ class StepRecord:
 
     def __init__(self, run_folder: Path, resumed_step: int, advance: Advance):
         self.metrics, self.timing, self.advance = run_folder / "metrics.jsonl", run_folder / "timing.jsonl", advance
-        for path in (self.metrics, self.timing):
+        self.rollouts = run_folder / "rollouts.jsonl"
+        for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
             kept = [line for line in _whole_lines(path) if line.get("step", 0) <= resumed_step]
             write_jsonl(path, kept)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         _append(self.metrics, {"step": step, **metrics})
-        shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc"}
+        shown = {"loss": "loss", "reward": "reward", "rewards/margins": "margin", "rewards/accuracies": "acc"}
         self.advance(1, " ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics))
+
+    def rollout(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
+        for group in groups:
+            _append(self.rollouts, {"step": step, **group})
 
     def time(self, step: int, seconds: float, tokens: int) -> None:
         line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens, "peak_memory_mb": peak_memory_mb()}
@@ -53,13 +60,11 @@ def record_stage(run_folder: Path, stage: str, seconds: float) -> None:
 
 def _append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file whose last one may have been cut off by the end of the process."""
-    if not path.is_file():
-        return []
     text = path.read_text(encoding="utf-8")
     if not text.endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

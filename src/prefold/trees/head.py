@@ -23,7 +23,7 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap(scale * (hidden @ weight.T + bias)), where cap(x) = softcap * tanh(x / softcap).
+    """logits = cap(scale * (hidden @ weight.T + bias)) / temperature, where cap(x) = softcap * tanh(x / softcap).
 
     `layer` is the module that the model calls, `linear` the one whose weights are at work, `rows` the ids `[K]` and
     rows `[K, D]` that are trained in place of the frozen ones.
@@ -34,6 +34,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     rows: tuple[Tensor, Tensor] | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def output_layer(model: nn.Module) -> nn.Module:
     return layer
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
     """What the model does between its last hidden states and its logits, by the names of transformers' configs."""
     layer = output_layer(model)
     linear = _weights_of(layer)
@@ -63,7 +64,7 @@ def head_of(model: nn.Module) -> Head:
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     rows = trained_rows(layer) if isinstance(layer, TrainableTokensWrapper) else None
-    return Head(layer, linear, scale / divisor, getattr(config, "final_logit_softcapping", None), rows)
+    return Head(layer, linear, scale / divisor, getattr(config, "final_logit_softcapping", None), rows, temperature)
 
 
 def head_obstacle(model: nn.Module) -> str | None:
@@ -87,13 +88,15 @@ def _weights_of(layer: Any) -> nn.Module:
 
 
 @contextmanager
-def scoring_head(model: nn.Module, targets: Tensor, statistics: bool) -> Iterator[list[tuple[Tensor, Any]]]:
+def scoring_head(
+    model: nn.Module, targets: Tensor, statistics: bool, temperature: float = 1.0
+) -> Iterator[list[tuple[Tensor, Any]]]:
     """While open, the head takes the hidden states of the scored positions' predictors and leaves the targets'
     log-probs, and their statistics or None, in the yielded list.
 
     The model's `forward` gets a stand-in for the logits that carries no information.
     """
-    head = head_of(model)
+    head = head_of(model, temperature)
     scored: list[tuple[Tensor, Any]] = []
 
     def score(hidden: Tensor) -> Tensor:
@@ -122,8 +125,7 @@ def head_logprobs(
             weight,
             head.linear.bias,
             targets,
-            head.scale,
-            head.softcap,
+            head,
             statistics,
             *(head.rows or (None, None)),
         )
@@ -146,8 +148,7 @@ class _HeadLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        scale: float,
-        softcap: float | None,
+        head: Head,
         statistics: bool,
         ids: Tensor | None,
         rows: Tensor | None,
@@ -165,7 +166,7 @@ class _HeadLogprobs(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             wanted = targets[part, None]
             logits = _raw_logits(hidden[part], weight, bias)
-            slope = _bend(logits, scale, softcap, with_slope=jacobian is not None)
+            slope = _bend(logits, head, with_slope=jacobian is not None)
             if statistics:
                 for kept, value in zip(found, distribution_statistics(logits, wanted), strict=True):
                     kept[part] = value
@@ -182,28 +183,26 @@ class _HeadLogprobs(torch.autograd.Function):
                 if by_rows is not None and ids is not None:
                     hits = wanted.eq(ids).to(by_rows.dtype)
                     hits = hits * slope[:, ids] if isinstance(slope, Tensor) else hits
-                    by_rows[part] = scale * (hits - exponentials[:, ids] / total)
+                    by_rows[part] = head.scale / head.temperature * (hits - exponentials[:, ids] / total)
                 expected = exponentials.to(weight.dtype) @ weight
                 torch.addcdiv(pull, expected, total.to(pull.dtype), value=-1, out=jacobian[part])
-        if jacobian is not None and scale != 1.0:
-            jacobian.mul_(scale)
+        if jacobian is not None and head.scale != head.temperature:
+            jacobian.mul_(head.scale / head.temperature)
         head_is_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         kept_hidden = hidden if head_is_trained or by_rows is not None else None
         ctx.save_for_backward(jacobian, by_rows, kept_hidden, *((weight, bias, targets) if head_is_trained else ()))
-        ctx.scale, ctx.softcap = scale, softcap
+        ctx.head = head
         ctx.mark_non_differentiable(*found)
         return logprobs, *found
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0]
-        jacobian, by_rows, hidden, *head = ctx.saved_tensors
+        jacobian, by_rows, hidden, *saved = ctx.saved_tensors
         grad_hidden = jacobian * grad[:, None].to(jacobian.dtype) if jacobian is not None else None
-        grad_weight, grad_bias = (
-            _head_gradients(grad, hidden, *head, scale=ctx.scale, softcap=ctx.softcap) if head else (None, None)
-        )
+        grad_weight, grad_bias = _head_gradients(grad, hidden, *saved, head=ctx.head) if saved else (None, None)
         grad_rows = (grad[:, None] * by_rows).T @ hidden.to(by_rows.dtype) if by_rows is not None else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, grad_rows
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, grad_rows
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -211,15 +210,17 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _bend(logits: Tensor, scale: float, softcap: float | None, with_slope: bool) -> Tensor | None:
-    """Scale and cap the logits in place; the slope of the cap where it is needed and not 1."""
-    if scale != 1.0:
-        logits.mul_(scale)
-    if softcap is None:
-        return None
-    logits.div_(softcap).tanh_()
-    slope = logits.square().neg_().add_(1) if with_slope else None
-    logits.mul_(softcap)
+def _bend(logits: Tensor, head: Head, with_slope: bool) -> Tensor | None:
+    """Scale, cap and cool the logits in place; the slope of the cap where it is needed and not 1."""
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    slope = None
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_()
+        slope = logits.square().neg_().add_(1) if with_slope else None
+        logits.mul_(head.softcap)
+    if head.temperature != 1.0:
+        logits.div_(head.temperature)
     return slope
 
 
@@ -237,16 +238,16 @@ def _head_gradients(
     bias: Tensor | None,
     targets: Tensor,
     *,
-    scale: float,
-    softcap: float | None,
+    head: Head,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients by the head: sum over tokens of grad * slope * (onehot(target) - softmax) times the hidden state."""
+    scale = head.scale / head.temperature
     grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
     grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if bias is not None else None
     for start in range(0, len(targets), CHUNK):
         part = slice(start, start + CHUNK)
         logits = _raw_logits(hidden[part], weight, bias)
-        slope = _bend(logits, scale, softcap, with_slope=True)
+        slope = _bend(logits, head, with_slope=True)
         by_logits = logits.softmax(-1).mul_(-grad[part, None])
         by_logits.scatter_add_(-1, targets[part, None], grad[part, None].to(by_logits.dtype))
         by_logits.mul_(scale if slope is None else slope.mul_(scale))

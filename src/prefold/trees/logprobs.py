@@ -28,7 +28,8 @@ class TreeLogprobs:
     `prompt_lengths` tokens.
 
     For unpaired data, `labels` `[N]`: whether a completion is desirable. For KTO, `mismatched` `[M]`: summed log-probs,
-    without gradient, of completions under prompts that are not theirs.
+    without gradient, of completions under prompts that are not theirs. For completions that were sampled, `advantages`
+    `[N]`; and `old` `[S]`, the log-probs that `tokens` had before the first step on them, None at that step.
     """
 
     tokens: Tensor
@@ -40,6 +41,8 @@ class TreeLogprobs:
     prompt_lengths: Tensor | None = None
     labels: Tensor | None = None
     mismatched: Tensor | None = None
+    advantages: Tensor | None = None
+    old: Tensor | None = None
 
     def sums(self) -> Tensor:
         """`[N]`: log-prob of each completion given its prompt."""
@@ -116,9 +119,11 @@ def sums_by(owner: Tensor, values: Tensor, owners: int) -> Tensor:
     return values.new_zeros(owners, dtype=wide).index_add(0, owner, values.to(wide)).to(values.dtype)
 
 
-def packed_logprobs(model: nn.Module, row: PackedTrees, statistics: bool = False) -> TreeLogprobs:
+def packed_logprobs(
+    model: nn.Module, row: PackedTrees, statistics: bool = False, temperature: float = 1.0
+) -> TreeLogprobs:
     """Score one packed row. The model's attention implementation must be one of the engine's."""
-    with scoring_head(model, row.targets, statistics) as scored:
+    with scoring_head(model, row.targets, statistics, temperature) as scored:
         model(
             input_ids=row.input_ids,
             position_ids=row.positions,
@@ -137,7 +142,12 @@ def packed_logprobs(model: nn.Module, row: PackedTrees, statistics: bool = False
 
 
 def plain_logprobs(
-    model: nn.Module, row: PackedTrees, max_tokens: int, statistics: bool = False, one_by_one: bool = False
+    model: nn.Module,
+    row: PackedTrees,
+    max_tokens: int,
+    statistics: bool = False,
+    one_by_one: bool = False,
+    temperature: float = 1.0,
 ) -> TreeLogprobs:
     """Score the same completions by themselves: rows of prompt + completion, padded on the right, `max_tokens` at a
     time, or one at a time for models in which a row depends on its neighbours."""
@@ -163,11 +173,12 @@ def plain_logprobs(
             start = len(rows[i]) - lengths[i]
             own = logits[place, start - 1 : len(rows[i]) - 1]
             own = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
+            own = own / temperature if temperature != 1.0 else own
             targets = padded[place, start : len(rows[i]), None]
             scored[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
             found[i] = distribution_statistics(own.detach(), targets) if statistics else ()
             if row.owner is not None and i in prompt_of:
-                before = logits[place, : start - 1].to(own.dtype).log_softmax(-1)
+                before = (logits[place, : start - 1].to(own.dtype) / temperature).log_softmax(-1)
                 prompts[prompt_of[i]] = before.gather(-1, padded[place, 1:start, None]).sum()
     together = Statistics(*map(torch.cat, zip(*found, strict=True))) if statistics else None
     of_experts = torch.stack(auxiliary).sum() if auxiliary else None

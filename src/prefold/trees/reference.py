@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefold.files import new_file
-from prefold.terminal import progress_bar
+from prefold.terminal import Advance, progress_bar
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, frozen_adapter, reference_model
 
@@ -42,19 +42,24 @@ def reference_logprobs(
     """
     file = cache / "reference" / f"{_key(scorer, trees, dtype)}.safetensors"
     if not file.is_file():
-        with new_file(file) as temporary:
-            save_file({"logprobs": torch.cat(compute_reference(scorer, trees, dtype))}, temporary)
+        with progress_bar("reference", len(trees)) as advance, new_file(file) as temporary:
+            save_file({"logprobs": torch.cat(compute_reference(scorer, trees, dtype, advance))}, temporary)
     lengths = [sum(map(len, tree.completions)) for tree in trees]
     return list(load_file(file)["logprobs"].split(lengths))
 
 
 @torch.no_grad()
-def compute_reference(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def compute_reference(
+    scorer: Scorer,
+    trees: Sequence[TokenTree],
+    dtype: torch.dtype = torch.float32,
+    advance: Advance = lambda amount, text: None,
+) -> list[Tensor]:
     """`reference_logprobs` without its cache."""
     found: list[Tensor] = [torch.empty(0)] * len(trees)
     device = next(scorer.model.parameters()).device.type
     precision = torch.autocast(device, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
-    with reference_model(scorer.model), precision, progress_bar("reference", len(trees)) as advance:
+    with reference_model(scorer.model), precision:
         for row, logprobs in scorer.scored(trees):
             lengths = [sum(map(len, trees[i].completions)) for i in row]
             for i, part in zip(row, logprobs.tokens.float().cpu().split(lengths), strict=True):

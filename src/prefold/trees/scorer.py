@@ -39,7 +39,8 @@ class Scorer:
     """How the log-probs of trees are computed with one model.
 
     `attention` is the name of the backend, None for the plain path; then `reason` says why. `max_tokens` is what a
-    micro-batch may hold. `one_by_one`: plain rows must not share a batch.
+    micro-batch may hold. `one_by_one`: plain rows must not share a batch. `temperature` divides the logits, as in
+    sampling: the log-probs are those of the distribution that is sampled from at it.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Scorer:
     attention: str | None
     reason: str = ""
     one_by_one: bool = False
+    temperature: float = 1.0
 
     @property
     def packed(self) -> bool:
@@ -69,9 +71,9 @@ class Scorer:
         called = self.model if model is None else model
         row = pack(trees, next(self.model.parameters()).device, scores_prompt)
         if not self.packed:
-            return plain_logprobs(called, row, self.max_tokens, statistics, self.one_by_one)
+            return plain_logprobs(called, row, self.max_tokens, statistics, self.one_by_one, self.temperature)
         with self.in_place():
-            return packed_logprobs(called, row, statistics)
+            return packed_logprobs(called, row, statistics, self.temperature)
 
     def in_place(self) -> AbstractContextManager[None]:
         """Keeps the attention in place for a backward pass too, where gradient checkpointing runs the layers again."""
@@ -80,8 +82,11 @@ class Scorer:
         return using_attention(unwrapped(self.model), self.attention)
 
     def rows(self, trees: Sequence[TokenTree]) -> list[list[int]]:
-        """Indices of the trees of each micro-batch of at most `max_tokens`."""
-        return split_by_budget([self.size(tree) for tree in trees], self.max_tokens)
+        """Indices of the trees of each micro-batch of at most `max_tokens`. A tree without completions, of which there
+        is nothing to score, is in none."""
+        scored = [place for place, tree in enumerate(trees) if tree.completions]
+        rows = split_by_budget([self.size(trees[place]) for place in scored], self.max_tokens)
+        return [[scored[place] for place in row] for row in rows]
 
     def scored(
         self, trees: Sequence[TokenTree], statistics: bool = False, scores_prompt: bool = False

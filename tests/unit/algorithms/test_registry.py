@@ -20,6 +20,8 @@ OF_PAIRS = {name: kind for name, kind in ALGORITHMS.items() if kind.data == "pai
 
 
 def recipe(method: str, **sections: Any) -> RecipeBase:
+    if ALGORITHMS[method].data == "prompts":
+        sections = {"rewards": [{"name": "length", "target": 50}], **sections}
     return make_recipe(
         {"method": method, "model": {"name": "m"}, "data": {"train": [{"path": "d"}]}, "output_dir": "o", **sections}
     )

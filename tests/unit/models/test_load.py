@@ -295,6 +295,41 @@ def test_convolutions_that_are_linear_layers_are_listed() -> None:
         add_lora(model, Lora(target_modules=["q_proj"]), seed=0)
 
 
+def test_kinds_of_lora() -> None:
+    model = add_lora(tiny_llama(), Lora(r=4, use_rslora=True, use_dora=True), seed=0)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    assert layer.scaling["default"] == 32 / 4**0.5
+    assert "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight" in adapter(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", [[], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_whole_modules_and_single_rows_in_float32(tied: bool, saved: list[str]) -> None:
+    model = add_lora(tiny_llama(torch.bfloat16, tie_word_embeddings=tied), Lora(modules_to_save=saved), 0, [3, 5])
+    trained = {name: weight for name, weight in adapter(model).items() if "lora_" not in name}
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    rows = [name for name, weight in trained.items() if weight.shape == (2, 32)]
+    whole = [name for name, weight in trained.items() if weight.shape == (97, 32)]
+    if tied:  # one matrix: whole, or the same rows at both ends
+        assert (len(rows), len(whole)) == ((0, 1) if saved else (1, 0))
+    else:
+        assert (len(rows), len(whole)) == (2 - len(saved), len(saved))
+    assert len(rows) + len(whole) == len(trained)
+
+
+@pytest.mark.parametrize(
+    ("lora", "tokens", "message"),
+    [
+        ({"modules_to_save": ["lm_haed"]}, [], "no module of the model is called 'lm_haed'"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, [3], "beside `model.chat_template`"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, [], "cannot be adapted"),
+    ],
+)
+def test_modules_that_cannot_be_trained(lora: dict[str, Any], tokens: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        add_lora(tiny_llama(), Lora(**lora), 0, tokens)
+
+
 # ---- counting and releasing -------------------------------------------------------------------------------------
 
 

@@ -109,7 +109,7 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         quantised, "find_spec", lambda name: None if name == "bitsandbytes" else importlib.util.find_spec(name)
     )
-    with pytest.raises(UserError, match=r"`model\.load_in_4bit`: needs the package bitsandbytes"):
+    with pytest.raises(UserError, match="needs the package bitsandbytes"):
         quantisation(Model(name="a", **FOUR), torch.bfloat16)
 
 
@@ -186,6 +186,12 @@ def test_the_key_of_the_reference_knows_the_bits(folder: Path) -> None:
         model = load_policy(section(folder, **settings), Lora(r=2), seed=0)
         keys.add(_key(Scorer(model, 64, "prefold_joined"), random_trees(2), torch.float32))
     assert len(keys) == 5
+
+
+def test_quantised_modules_cannot_be_trained_whole(folder: Path) -> None:
+    with pytest.raises(UserError, match="'up_proj' is quantised"):
+        load_policy(section(folder, **FOUR), Lora(modules_to_save=["up_proj"]), seed=0)
+    load_policy(section(folder, **FOUR), Lora(modules_to_save=["lm_head"]), seed=0)
 
 
 def test_a_base_that_is_quantised_already(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,246 @@
+"""Group Relative Policy Optimization, arXiv 2402.03300, and its variants.
+
+The model samples G completions of a prompt, rewards score them, and each is judged by how its reward r compares with
+the others' (section 4.1.2): its advantage is A = (r - mean) / (std + 1e-4). With the ratio w = pi / pi_old of a token's
+probabilities now and when it was sampled, the loss of the token is (equation 3)
+
+    -min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A) + beta * KL
+
+where KL = pi_ref / pi - log(pi_ref / pi) - 1 (equation 4; Schulman's k3). With `use_bias_correction_kl` the KL is
+multiplied by w, which makes its gradient that of the reverse KL divergence (arXiv 2512.02556, section 3.1); the paper
+and older versions of TRL do not. `loss_type` says what the losses of the tokens are divided by, over the whole step:
+
+    grpo     each completion by its length, then by the completions
+    dr_grpo  by the completions times `max_completion_length` (arXiv 2503.20783)
+    bnpo     by the tokens
+    dapo     by the tokens (arXiv 2503.14476)
+    cispo    by the tokens, and the loss is -min(w, epsilon_high) A log pi without gradient through w (arXiv 2506.13585)
+
+TRL's bnpo divides by the tokens of a micro-batch. Over a whole step there is no such thing, and bnpo and dapo are the
+same. With `importance_sampling_level: sequence` (GSPO, arXiv 2507.18071) the ratio of a token is the geometric mean of
+those of its completion; it wants an epsilon of 3e-4 or so. In the first step on a rollout all ratios are 1: nothing is
+clipped, and token and sequence level, and cispo and dapo, have the same policy gradient.
+
+The log-probs are those at the sampling temperature, as in TRL; `top_p`, `top_k` and `min_p` are left out of them.
+Completions that are left out (`mask_truncated_completions`) are not computed at all: they are in no tree, and count in
+what `grpo` and `dr_grpo` divide by, as in TRL.
+Left out: the loss types sapo, luspo and vespo; the upper bound of two-sided clipping; entropy bonuses and masks; masks
+of off-policy completions; a reference that follows the policy; normalising each reward by itself; the smallest and the
+largest of the clip ratios among TRL's metrics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State, require_between, require_positive
+from prefold.algorithms.pairwise import require_choice
+
+if TYPE_CHECKING:
+    from prefold.trees.logprobs import TreeLogprobs
+    from prefold.trees.packing import TokenTree
+
+ScaleRewards = Literal["group", "batch", "none"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+Level = Literal["token", "sequence"]
+
+EPSILON = 0.2
+_SMALL = 1e-4
+"""Added to a standard deviation, so that a group of equal rewards has advantages of 0."""
+
+
+def group_advantages(rewards: Tensor, scale_rewards: ScaleRewards = "group") -> Tensor:
+    """How much better each completion is than the others of its group.
+
+    Args:
+        rewards: `[B, G]`, NaN where no reward says anything; such a completion has an advantage of 0 and is left out of
+            means and deviations.
+        scale_rewards: by which standard deviation (of a sample) to divide: of the group, of the batch, or none.
+    """
+    centred = rewards - rewards.nanmean(1, keepdim=True)
+    if scale_rewards == "group":
+        centred = centred / (deviation(rewards) + _SMALL)
+    elif scale_rewards == "batch":
+        centred = centred / (deviation(rewards.view(1, -1)) + _SMALL)
+    return centred.nan_to_num(0.0)
+
+
+def deviation(values: Tensor) -> Tensor:
+    """`[B, 1]`: standard deviation of a sample, over the finite values of each row of `[B, G]`; NaN for fewer than
+    two."""
+    centred = values - values.nanmean(1, keepdim=True)
+    known = values.isfinite().sum(1, keepdim=True)
+    return (centred.square().nansum(1, keepdim=True) / (known - 1).clamp(min=0)).sqrt()
+
+
+def clipped_losses(ratios: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Losses of tokens (equation 3 of arXiv 2402.03300), `[S]`, from their ratios and the advantages of their
+    completions."""
+    return -torch.minimum(ratios * advantages, ratios.clamp(1 - low, 1 + high) * advantages)
+
+
+def cispo_losses(ratios: Tensor, advantages: Tensor, logprobs: Tensor, high: float) -> Tensor:
+    """Losses of tokens (equation 4 of arXiv 2506.13585), `[S]`: the ratio, bounded by `high`, is a mere weight."""
+    return -ratios.detach().clamp(max=high) * advantages * logprobs
+
+
+def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """`[S]`: estimate of the KL divergence of policy and reference at each sampled token, never negative (equation 4 of
+    arXiv 2402.03300)."""
+    difference = reference - logprobs
+    return difference.expm1() - difference
+
+
+@dataclass(frozen=True)
+class GRPO(Algorithm):
+    """Group Relative Policy Optimization: from rewards of the model's own completions, each compared with its group"""
+
+    num_generations: int = 8
+    """G, the completions of a prompt."""
+    max_completion_length: int = 256
+    """Tokens after which a completion is cut off."""
+    temperature: float = 1.0
+    """Of the sampling."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that make up this share."""
+    top_k: int = 0
+    """Sample from so many likeliest tokens; 0: from all."""
+    min_p: float = 0.0
+    """Leave out tokens below this share of the likeliest one's probability."""
+    beta: float = 0.0
+    """Weight of the KL divergence from the reference; at 0 none is computed. The paper's is 0.04."""
+    use_bias_correction_kl: bool = True
+    """Weigh the KL divergence by the ratio, so that its gradient is unbiased."""
+    loss_type: LossType = "dapo"
+    """What the losses of tokens are divided by; the paper's is `grpo`, which favours short completions."""
+    epsilon: float = EPSILON
+    """Ratios are clipped at 1 - epsilon, where the advantage is negative."""
+    epsilon_high: float | None = None
+    """And at 1 + epsilon_high, where it is positive; unset: as epsilon. For `cispo` the largest ratio itself, e.g.
+    5.0."""
+    importance_sampling_level: Level = "token"
+    """`sequence`: one ratio per completion (GSPO)."""
+    scale_rewards: ScaleRewards = "group"
+    """By which standard deviation advantages are divided."""
+    num_iterations: int = 1
+    """Optimizer steps on each rollout. Checkpoints fall between rollouts: `train.max_steps` and `train.save_steps` are
+    rounded up to a multiple of this."""
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut off out of the loss."""
+
+    paper: ClassVar[str] = "2402.03300"
+    oracle: ClassVar[str] = "`GRPOTrainer`, every `loss_type` named here, and its advantages"
+    data: ClassVar[Literal["pairs", "unpaired", "prompts"]] = "prompts"
+    # A step is 8 prompts and 64 completions; the rate is the one that TRL's users settled on for LoRA.
+    defaults: ClassVar[dict[str, Any]] = {
+        "train.learning_rate": 2e-5,
+        "train.batch_size": 8,
+        "train.gradient_checkpointing": False,
+        "data.max_length": 1024,
+    }
+    needs_statistics: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations must be 2 or more, got {self.num_generations}: one has no group")
+        require_positive(
+            max_completion_length=self.max_completion_length,
+            temperature=self.temperature,
+            epsilon=self.epsilon,
+            epsilon_high=1 if self.epsilon_high is None else self.epsilon_high,
+            num_iterations=self.num_iterations,
+        )
+        require_between(0, math.inf, beta=self.beta, top_k=self.top_k)
+        require_between(0, 1, min_p=self.min_p)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be greater than 0 and at most 1, got {self.top_p}")
+        for name, choices in _CHOICES.items():
+            require_choice(name, getattr(self, name), choices)
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon != EPSILON):
+            raise ValueError("cispo clips at `epsilon_high` alone, e.g. 5.0; set it, and no `epsilon`")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+    @property
+    def iterations(self) -> int:
+        return self.num_iterations
+
+    @property
+    def _divided_by(self) -> str:
+        return "completions" if self.loss_type in ("grpo", "dr_grpo") else "completion_tokens"
+
+    def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
+        """Args: trees: of the whole step, also those whose completions are all left out."""
+        tokens = sum(len(ids) for tree in trees for ids in tree.completions)
+        counts = {"completions": len(trees) * self.num_generations, "completion_tokens": max(1, tokens)}
+        return {self._divided_by: counts[self._divided_by]}
+
+    def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
+        assert policy.advantages is not None and policy.statistics is not None
+        tokens, advantages = policy.tokens, policy.advantages[policy.completion]
+        ratios = self.ratios(policy)
+        if self.loss_type == "cispo":
+            assert self.epsilon_high is not None
+            losses = cispo_losses(ratios, advantages, tokens, self.epsilon_high)
+        else:
+            losses = clipped_losses(ratios, advantages, self.epsilon, self.high)
+        metrics = {"entropy": Mean(policy.statistics.entropy.sum(), len(tokens))}
+        if self.beta:
+            assert reference is not None
+            kl = k3(tokens, reference.tokens)
+            kl = kl * ratios if self.use_bias_correction_kl else kl
+            losses = losses + self.beta * kl
+            metrics["kl"] = Mean(kl.detach().sum(), len(tokens))
+        metrics |= self.clip_ratios(policy, ratios.detach(), advantages)
+        return LossOutput({self._divided_by: self.reduced(policy, losses)}, metrics)
+
+    @property
+    def high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def ratios(self, policy: TreeLogprobs) -> Tensor:
+        """`[S]`: how much likelier each token, or its completion per token, is than when it was sampled."""
+        # In the first step on a rollout the log-probs are the old ones, and only their gradient is wanted.
+        old = policy.tokens.detach() if policy.old is None else policy.old
+        logs = policy.tokens - old
+        if self.importance_sampling_level == "sequence":
+            logs = replace(policy, tokens=logs).means()[policy.completion]
+        return logs.exp()
+
+    def reduced(self, policy: TreeLogprobs, losses: Tensor) -> Tensor:
+        """The losses of tokens as the sum that is to be divided by `units`."""
+        if self.loss_type == "grpo":
+            return replace(policy, tokens=losses).means().sum()
+        if self.loss_type == "dr_grpo":
+            return losses.sum() / self.max_completion_length
+        return losses.sum()
+
+    def clip_ratios(self, policy: TreeLogprobs, ratios: Tensor, advantages: Tensor) -> dict[str, Mean]:
+        """Shares of the tokens (of the completions, at sequence level) whose ratio was clipped, by TRL's names."""
+        above = (ratios > (self.high if self.loss_type == "cispo" else 1 + self.high)) & (advantages > 0)
+        if self.loss_type == "cispo":
+            return {"cispo_clip_ratio": self._share(policy, above)}
+        below = (ratios < 1 - self.epsilon) & (advantages < 0)
+        shares = {"low": below, "high": above, "region": below | above}
+        return {f"clip_ratio/{name}_mean": self._share(policy, those) for name, those in shares.items()}
+
+    def _share(self, policy: TreeLogprobs, those: Tensor) -> Mean:
+        values = those.to(policy.tokens.dtype)
+        if self.importance_sampling_level == "sequence":
+            values = replace(policy, tokens=values).means()
+        return Mean(values.sum(), len(values))
+
+
+_CHOICES = {
+    "loss_type": get_args(LossType),
+    "importance_sampling_level": get_args(Level),
+    "scale_rewards": get_args(ScaleRewards),
+}

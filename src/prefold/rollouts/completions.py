@@ -1,0 +1,122 @@
+"""Groups: the completions of a prompt as token ids, and what the rewards say about them.
+
+What a group is depends on the model, the prompt and the group's seed, and on nothing else that is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefold.data.examples import Example
+from prefold.data.preference import Prompt
+from prefold.errors import UserError
+from prefold.rollouts.fold import fold_adapter
+from prefold.rollouts.generate import LocalEngine
+from prefold.rollouts.rewards import LoadedReward, score, weighted
+from prefold.rollouts.sampling import Completion, Sampling
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of a prompt; for each of them what each reward says, by the reward's name, and their weighted sum
+    (`rewards`), None where nothing is said."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    scores: dict[str, list[float | None]]
+    rewards: list[float | None]
+
+
+def scored_groups(
+    rewards: Sequence[LoadedReward],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    columns: Sequence[str],
+) -> list[Group]:
+    """Have the rewards score the completions of each prompt, all in one call.
+
+    Args:
+        columns: of the prompts' rows, that the rewards are given; null where a row has no such column.
+
+    Raises:
+        UserError, StageError: as `score`.
+    """
+    rows = [(prompt, one) for prompt, group in zip(prompts, completions, strict=True) for one in group]
+    found = score(
+        rewards,
+        [list(prompt.prompt) for prompt, _ in rows],
+        [one.text for _, one in rows],
+        [one.token_ids for _, one in rows],
+        {name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns},
+    )
+    by_name = {name: iter(values) for name, values in zip(names_of(rewards), found, strict=True)}
+    totals = iter(weighted(rewards, found))
+    return [
+        Group(
+            prompt,
+            list(group),
+            {name: list(islice(values, len(group))) for name, values in by_name.items()},
+            list(islice(totals, len(group))),
+        )
+        for prompt, group in zip(prompts, completions, strict=True)
+    ]
+
+
+def prompts_of(examples: Iterable[Example]) -> list[Prompt]:
+    """The records of examples of a set of prompts."""
+    return [example.record for example in examples if isinstance(example.record, Prompt)]
+
+
+def names_of(rewards: Sequence[LoadedReward]) -> list[str]:
+    """What to call rewards in records; the second of a name is `NAME-2`."""
+    names = [reward.name for reward in rewards]
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name}-{earlier + 1}" if earlier else name for name, earlier in zip(names, before, strict=True)]
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
+
+def require_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that a completion can end.
+
+    Raises:
+        UserError: neither model nor tokenizer names an end token.
+    """
+    if not _end_tokens(model, tokenizer):
+        raise UserError(
+            "names no end token, so no completion would ever end",
+            where=model.name_or_path or "model",
+            expected="`eos_token_id` in generation_config.json, or an EOS token of the tokenizer",
+            advice="name an instruct model in `model.name`",
+        )
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> list[list[Completion]]:
+    """`sampling.num_answers` completions of each prompt, adapters folded in meanwhile where that is exact to undo.
+
+    Args:
+        seeds: one for each prompt, instead of that of `sampling`.
+    """
+    with fold_adapter(model):
+        found = dict(LocalEngine(model, tokenizer).stream(prompts, replace(sampling, seed=0), seeds))
+    return [found[place] for place in range(len(prompts))]
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = tokenizer.eos_token_id if named is None else named
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(token for token in cast("list[int | None]", ids) if token is not None)
