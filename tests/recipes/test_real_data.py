@@ -27,7 +27,12 @@ FILES = {
     "pairs/hh_transcripts.jsonl": ("dpo", "conversations, transcripts"),
     "pairs/llmbar.jsonl": ("dpo", "votes"),
     "pairs/unpaired_en.jsonl": ("kto", "labelled messages"),
+    "prompts/gsm8k_train.jsonl": ("grpo", "prompts"),
+    "prompts/gsm8k_test.jsonl": ("grpo", "prompts"),
+    "prompts/scitldr_train.jsonl": ("grpo", "sentences"),
+    "prompts/scitldr_dev.jsonl": ("grpo", "sentences"),
 }
+REWARDS = {"rewards": [{"name": "length", "target": 3, "unit": "characters"}]}
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -70,7 +75,14 @@ def counted(name: str) -> dict[str, int]:
 def checked(name: str, recipe: Callable[..., RecipeBase], **data: Any) -> dict[str, Any]:
     method, _ = FILES[name]
     settings = {"train": [{"path": str(DATA / name)}], "max_length": 100_000, **data}
-    return prefold.check(recipe(method=method, data=settings)).as_json()
+    return prefold.check(recipe(method=method, data=settings, **needs(method))).as_json()
+
+
+def needs(method: str) -> dict[str, Any]:
+    """What a recipe of the method must have beside data."""
+    if method != "grpo":
+        return {}
+    return {**REWARDS, "grpo": {"num_generations": 2, "max_completion_length": 8, "beta": 0.0}}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -82,7 +94,7 @@ def test_the_shape_is_recognised_and_every_row_accounted_for(name: str, recipe: 
     assert source["rows_in"] == len(rows_of(name)) == source["rows_used"] + left_out
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if "unpaired" not in name])
+@pytest.mark.parametrize("name", [name for name, (method, _) in FILES.items() if method == "dpo"])
 def test_defects_are_those_that_a_plain_script_counts(name: str, recipe: Callable[..., RecipeBase]) -> None:
     # Nothing is held out, so that repeats of both sides are counted together.
     found = checked(name, recipe, eval=[{"path": str(DATA / name)}], eval_fraction=0.0)
@@ -96,5 +108,6 @@ def test_defects_are_those_that_a_plain_script_counts(name: str, recipe: Callabl
 @pytest.mark.parametrize("name", FILES)
 def test_two_steps_by_path_alone(name: str, recipe: Callable[..., RecipeBase]) -> None:
     data = {"train": [{"path": str(DATA / name)}], "max_length": 1500}
-    folder = prefold.train(recipe(method=FILES[name][0], data=data, train={"max_steps": 2, "batch_size": 2}))
+    method, train = FILES[name][0], {"max_steps": 2, "batch_size": 2}
+    folder = prefold.train(recipe(method=method, data=data, train=train, **needs(method)))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2

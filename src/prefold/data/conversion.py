@@ -188,6 +188,16 @@ def _prompt(cells: _Cells, origin: RowId) -> Prompt:
     return Prompt(tuple(prompt), {name: value for name, value in cells.value.items() if name not in used}, origin)
 
 
+def _sentences(cells: _Cells, origin: RowId) -> Prompt:
+    sentences, where = cells.need("sentences"), cells.where("sentences")
+    if not isinstance(sentences, list):
+        raise Unfit("not_text", f"{where} is {json_type(sentences)}, not a list of sentences")
+    texts = [message("user", sentence, where, may_be_empty=True)["content"].strip() for sentence in sentences]
+    prompt = cells.with_system([message("user", " ".join(text for text in texts if text), where)])
+    used = set(cells.columns.values())
+    return Prompt(tuple(prompt), {name: value for name, value in cells.value.items() if name not in used}, origin)
+
+
 def _value_text(value: Any) -> str:
     """A value as a message shows it: numbers and strings as they are, of others what they are."""
     if isinstance(value, str | float) or (type(value) is int and abs(value) < 10**9):
@@ -205,4 +215,5 @@ _CONVERSIONS: dict[str, Callable[[_Cells, RowId], Record]] = {
     "labelled messages": _unpaired,
     "prompts": _prompt,
     "opening messages": _prompt,
+    "sentences": _sentences,
 }

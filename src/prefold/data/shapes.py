@@ -102,6 +102,10 @@ def _is_turn_list(value: Any) -> bool:
     return isinstance(value, list) and value != [] and bool(_speaker(value[0]))
 
 
+def _are_sentences(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(sentence, str) for sentence in value)
+
+
 def _is_vote(value: Any) -> bool:
     return as_vote(value) is not None
 
@@ -156,6 +160,9 @@ _LAYOUTS = (
         "`messages`: list, answer last; `label` (true or false)",
     ),
     _Layout("prompts", "prompts", {"prompt": _is_prompt}, "`prompt` or `question`, and columns for rewards"),
+    _Layout(
+        "sentences", "prompts", {"sentences": _are_sentences}, "`source`: a list of sentences, and columns for rewards"
+    ),
     _Layout("opening messages", "prompts", {"messages": _is_opening}, "`messages`: a list that waits for an answer"),
 )
 # Role -> columns that are taken for it by themselves; the first is what messages call it.
@@ -164,6 +171,7 @@ _KNOWN_COLUMNS = {
     "chosen": ("chosen", "chosen_response", "chatgpt"),
     "rejected": ("rejected", "rejected_response", "llama2-13b-chat"),
     "messages": ("messages", "conversations"),
+    "sentences": ("source",),
     "output_1": ("output_1", "output1", "response_1", "response1"),
     "output_2": ("output_2", "output2", "response_2", "response2"),
     "vote": ("label", "preference", "annotator1", "annotator_1"),

@@ -512,3 +512,16 @@ def test_deep_nesting_is_no_crash() -> None:
             assert isinstance(converted({**row, column: deep}, like=row), Problem | Preference | Unpaired | Prompt)
     role = converted({"prompt": [{"role": deep, "content": "Why?"}], **ANSWERS}, like={"prompt": "Why?", **ANSWERS})
     assert role.kind == "bad_message"
+
+
+def test_a_list_of_sentences_is_a_prompt() -> None:
+    value = {"source": ["One.", " ", "Two. "], "target": ["So."], "title": "T"}
+    shape = shape_of(value)
+    assert (shape.name, shape.kind) == ("sentences", "prompts")
+    record = to_record(RawRow(ORIGIN, value), shape)
+    assert record == Prompt(({"role": "user", "content": "One. Two."},), {"target": ["So."], "title": "T"}, ORIGIN)
+    for bad, kind in (("One.", "not_text"), ([" "], "empty_text"), (["One.", 2], "not_text"), (None, "null_field")):
+        problem = to_record(RawRow(ORIGIN, value | {"source": bad}), shape)
+        assert isinstance(problem, Problem) and problem.kind == kind, bad
+    # A name of where rows are from is no prompt.
+    assert shape_of({"source": "a set", "question": "Why?"}).name == "prompts"
