@@ -434,9 +434,14 @@ def test_ctrl_c_does_not_wait_for_answers(remote: PairSettings, chat_server: Cha
 
     chat_server.answer = answer
     started = time.monotonic()
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        make_pairs(remote)
+    # A shell has its background jobs ignore Ctrl-C, and the tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            make_pairs(remote)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 20
     chat_server.answer = lambda body: "w" * (body["seed"] % 9 + 1)
     chat_server.requests.clear()
