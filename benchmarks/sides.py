@@ -143,13 +143,51 @@ def quieten() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def trl_settings(folder: str, workload: Workload) -> dict[str, Any]:
+    """What must be equal on both sides; the rest is TRL's own."""
+    import torch
+
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": BATCH,
+        "max_steps": workload.steps + 1,
+        "learning_rate": 5e-5,
+        "beta": 0.1,
+        "bf16": workload.dtype == "bfloat16",
+        "gradient_checkpointing": workload.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if workload.gradient_checkpointing else None,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def train_trl(kind: Any, config: Any, rows: list[dict[str, Any]], workload: Workload, connection: Connection) -> None:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
+    torch.manual_seed(0)
+    trainer = kind(
+        get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora_settings(workload.lora_rank))),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(workload.model),
+        callbacks=[turns(connection)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
 def trl_dpo(connection: Connection, workload: Workload) -> None:
     """TRL with its defaults, but for what must be equal; the reference is the model with its adapter off, each step."""
     quieten()
     import torch
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     class TokenDPOTrainer(DPOTrainer):
@@ -163,44 +201,15 @@ def trl_dpo(connection: Connection, workload: Workload) -> None:
         {"prompt_ids": list(t.prompt), "chosen_ids": list(t.completions[0]), "rejected_ids": list(t.completions[1])}
         for t in workload.order
     ]
-    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora_settings(workload.lora_rank)))
     with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=BATCH,
-            max_steps=workload.steps + 1,
-            learning_rate=5e-5,
-            beta=0.1,
-            max_length=None,
-            bf16=workload.dtype == "bfloat16",
-            gradient_checkpointing=workload.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if workload.gradient_checkpointing else None,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        trainer = TokenDPOTrainer(
-            model,
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(workload.model),
-            callbacks=[turns(connection)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        config = DPOConfig(max_length=None, **trl_settings(folder, workload))
+        train_trl(TokenDPOTrainer, config, rows, workload, connection)
 
 
 def trl_orpo(connection: Connection, workload: Workload) -> None:
     """TRL's ORPO trainer with its defaults, but for what must be equal, on pairs that are tokens already."""
     quieten()
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     class TokenORPOTrainer(ORPOTrainer):
@@ -218,36 +227,9 @@ def trl_orpo(connection: Connection, workload: Workload) -> None:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     rows = [{"place": i, "prompt": "", "chosen": "", "rejected": ""} for i in range(len(workload.order))]
-    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora_settings(workload.lora_rank)))
     with tempfile.TemporaryDirectory() as folder:
-        config = ORPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=BATCH,
-            max_steps=workload.steps + 1,
-            learning_rate=5e-5,
-            beta=0.1,
-            max_length=4096,
-            bf16=workload.dtype == "bfloat16",
-            gradient_checkpointing=workload.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if workload.gradient_checkpointing else None,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            disable_dropout=True,
-        )
-        trainer = TokenORPOTrainer(
-            model,
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(workload.model),
-            callbacks=[turns(connection)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        config = ORPOConfig(max_length=4096, disable_dropout=True, **trl_settings(folder, workload))
+        train_trl(TokenORPOTrainer, config, rows, workload, connection)
 
 
 def prefold_side(connection: Connection, workload: Workload) -> None:

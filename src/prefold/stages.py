@@ -338,8 +338,8 @@ def evaluate(recipe: RecipeBase) -> None:
     write_jsonl(
         folder / "samples.jsonl",
         [
-            {"prompt": list(prompt), "before": before, "after": after}
-            for prompt, before, after in zip(prompts, answers_before, answers_after, strict=True)
+            {"prompt": list(prompt), "before": first, "after": second}
+            for prompt, first, second in zip(prompts, answers_before, answers_after, strict=True)
         ],
     )
     if _samples(recipe):
@@ -398,13 +398,10 @@ def _measure_rewards(
     columns = column_names(prompts_of(held_out))
     rewards = _rewards(recipe, columns) if len(held_out) else []
     drawn = replace(sampling_of(recipe.algorithm), num_answers=1)
-    groups = []
+    seeds = [seed_of(recipe.train.seed, place) for place in range(len(held_out))]
     with progress_bar(f"held-out prompts {when}", len(held_out)) as advance:
-        for place, example in enumerate(held_out):
-            seed = seed_of(recipe.train.seed, place)
-            completions = sample(model, tokenizer, [example.tree.prompt], drawn, [seed])
-            groups += scored_groups(rewards, prompts_of([example]), completions, columns)
-            advance(1, "")
+        completions = sample(model, tokenizer, [tree.prompt for tree in held_out.trees], drawn, seeds, advance)
+    groups = scored_groups(rewards, prompts_of(held_out), completions, columns)
     answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}", template=recipe.data.template)
     del model
     free_memory()

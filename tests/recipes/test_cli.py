@@ -63,6 +63,17 @@ def test_check_json_is_one_object(cli: Cli, recipe_file: str, recipe: MakeRecipe
     assert not recipe().run_folder.exists()
 
 
+def test_check_asks_the_model_where_it_is_wanted(cli: Cli, recipe_file: str, tmp_path: Path) -> None:
+    code, out, err = cli("check", recipe_file, "--reference", "--html", "check.html", "--json")
+    found = json.loads(out)
+    assert code == 0 and "Traceback" not in err
+    assert found["separation"]["pairs"] == 14 and sum(found["separation"]["histogram"]["counts"]) == 14
+    assert "Before training" in (tmp_path / "here" / "check.html").read_text()
+    _, shown, _ = cli("check", recipe_file, "--reference")
+    assert "The model before training prefers the chosen one in" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_check_shows_the_trained_tokens(cli: Cli, recipe_file: str) -> None:
     code, out, _ = cli("check", recipe_file)
     assert code == 0

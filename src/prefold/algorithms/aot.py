@@ -13,19 +13,17 @@ Left out: WPO's weights, which belong to pairs that the sort takes apart; other 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, State, require_between, require_positive
+from prefold.algorithms.base import NO_STATE, LossOutput, State, require_between
 from prefold.algorithms.dpo import dpo_loss
-from prefold.algorithms.pairwise import Pairs, compare, pair_output, require_share
+from prefold.algorithms.pairwise import AgainstReference, Pairs, compare, pair_output
 
 if TYPE_CHECKING:
     from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
 
 
 def aot_loss(better: Tensor, worse: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -34,32 +32,19 @@ def aot_loss(better: Tensor, worse: Tensor, *, beta: float, label_smoothing: flo
 
 
 @dataclass(frozen=True)
-class AOT(Algorithm):
+class AOT(AgainstReference):
     """Alignment via Optimal Transport: the policy's margins dominate the reference's, rank by rank"""
 
-    beta: float = 0.1
-    """How strongly the policy is held to the reference."""
-    ld_alpha: float | None = None
-    """Weight, 0 to 1, of the tokens behind the length of the pair's shorter completion; unset: all count the same."""
     label_smoothing: float = 0.0
     """Share of ranks believed to be the wrong way round, less than 0.5."""
 
     paper: ClassVar[str] = "2406.05882"
     oracle: ClassVar[str] = "`DPOTrainer`, `aot`, a step in one micro-batch"
-    needs_reference: ClassVar[bool] = True
     couples_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require_positive(beta=self.beta)
-        require_share(self.ld_alpha)
+        super().__post_init__()
         require_between(0, 0.5, label_smoothing=self.label_smoothing)
-
-    @property
-    def reward_scale(self) -> float:
-        return self.beta
-
-    def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
-        return {"pairs": len(trees)}
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
         pairs = compare(policy, reference, self.ld_alpha)

@@ -105,16 +105,14 @@ def chosen_tokens(trees: Sequence[TokenTree]) -> int:
 
 
 @dataclass(frozen=True)
-class Pairwise(Algorithm):
-    """A loss of each pair by itself, against a reference."""
+class AgainstReference(Algorithm):
+    """A loss of pairs whose log-probs are compared with those of a reference."""
 
     beta: float = 0.1
     """How strongly the policy is held to the reference."""
     ld_alpha: float | None = None
     """Weight, 0 to 1, of the tokens behind the length of the pair's shorter completion (LD-DPO, arXiv 2409.06411);
     unset: all count the same."""
-    use_weighting: bool = False
-    """Weigh each pair by how likely the policy itself is to write it (WPO, arXiv 2406.11827)."""
 
     needs_reference: ClassVar[bool] = True
 
@@ -123,15 +121,23 @@ class Pairwise(Algorithm):
         require_share(self.ld_alpha)
 
     @property
-    def needs_statistics(self) -> bool:
-        return self.use_weighting
-
-    @property
     def reward_scale(self) -> float:
         return self.beta
 
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         return {"pairs": len(trees)}
+
+
+@dataclass(frozen=True)
+class Pairwise(AgainstReference):
+    """A loss of each pair by itself."""
+
+    use_weighting: bool = False
+    """Weigh each pair by how likely the policy itself is to write it (WPO, arXiv 2406.11827)."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.use_weighting
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
         pairs = compare(policy, reference, self.ld_alpha)

@@ -300,8 +300,7 @@ def _source(source: Values, counted: Sequence[str]) -> Source:
 
 def _shown(shown: Values) -> Shown:
     row = section(shown, "row")
-    texts: list[Any] = shown.get("completions") or []
-    tokens: list[Any] = shown.get("tokens") or []
+    texts, tokens = _list(shown.get("completions")), _list(shown.get("tokens"))
     labels = ("chosen", "rejected") if len(texts) == 2 else ("completion",)
     completions = [
         (label, str(text), read.count(number)) for label, text, number in zip(labels, texts, tokens[1:], strict=False)
@@ -351,7 +350,11 @@ def _severity(finding: Finding) -> int:
 
 
 def _objects(value: Any) -> list[Values]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    return [item for item in _list(value) if isinstance(item, dict)]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 class MergeCheck(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,9 +16,10 @@ from prefold.data.examples import Example
 from prefold.data.preference import Prompt
 from prefold.errors import UserError
 from prefold.rollouts.fold import fold_adapter
-from prefold.rollouts.generate import LocalEngine
+from prefold.rollouts.generate import LocalEngine, end_tokens
 from prefold.rollouts.rewards import LoadedReward, score, weighted
 from prefold.rollouts.sampling import Completion, Sampling
+from prefold.terminal import Advance
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def require_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     Raises:
         UserError: neither model nor tokenizer names an end token.
     """
-    if not _end_tokens(model, tokenizer):
+    if not end_tokens(model, tokenizer):
         raise UserError(
             "names no end token, so no completion would ever end",
             where=model.name_or_path or "model",
@@ -104,19 +104,17 @@ def sample(
     prompts: Sequence[tuple[int, ...]],
     sampling: Sampling,
     seeds: Sequence[int],
+    advance: Advance = lambda amount, text: None,
 ) -> list[list[Completion]]:
     """`sampling.num_answers` completions of each prompt, adapters folded in meanwhile where that is exact to undo.
 
     Args:
         seeds: one for each prompt, instead of that of `sampling`.
+        advance: told of each prompt that is done.
     """
+    found: dict[int, list[Completion]] = {}
     with fold_adapter(model):
-        found = dict(LocalEngine(model, tokenizer).stream(prompts, replace(sampling, seed=0), seeds))
+        for place, group in LocalEngine(model, tokenizer).stream(prompts, replace(sampling, seed=0), seeds):
+            found[place] = group
+            advance(1, "")
     return [found[place] for place in range(len(prompts))]
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    named = tokenizer.eos_token_id if named is None else named
-    ids = named if isinstance(named, list) else [named]
-    return frozenset(token for token in cast("list[int | None]", ids) if token is not None)

@@ -97,11 +97,7 @@ class LocalEngine:
             self._model.train(training)
 
     def _end_tokens(self, settings: Sampling) -> Sequence[int]:
-        if settings.end_tokens is not None:
-            return settings.end_tokens
-        own = self._model.generation_config.eos_token_id if self._model.generation_config is not None else None
-        ends = self._tokenizer.eos_token_id if own is None else own
-        return ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+        return end_tokens(self._model, self._tokenizer) if settings.end_tokens is None else settings.end_tokens
 
     def _write(self, writing: Writing) -> Iterator[tuple[int, list[Completion]]]:
         waiting = deque(range(len(writing.prompts)))
@@ -142,6 +138,13 @@ class LocalEngine:
                 break
             admitted.append(waiting.popleft())
         return admitted
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a completion: those of the model's generation settings, else the tokenizer's; perhaps none."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends: Any = tokenizer.eos_token_id if own is None else own
+    return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
 
 
 def _without_finished(waves: Sequence[tuple[Wave, list[Row]]]) -> list[tuple[Wave, list[Row]]]:

@@ -16,8 +16,9 @@ import pytest
 import yaml
 from fake_run import DATA, ENVIRONMENT, HELDOUT, HOSTILE, MERGE, RECIPE, metrics, sample, write_run
 
+from prefold.errors import UserError
 from prefold.reports import curves, html
-from prefold.reports.html import write_report
+from prefold.reports.html import write_check, write_report
 from prefold.reports.read import readable
 
 VOID = {"meta", "link", "br", "img", "input", "base"}
@@ -61,6 +62,10 @@ def report(folder: Path, **changes: Any) -> Page:
     return Page(write_report(write_run(folder, **changes)).read_text(encoding="utf-8"))
 
 
+def shown_row(text: str) -> dict[str, Any]:
+    return {"row": {"source": text, "row": 1}, "prompt": text, "completions": [text, text], "tokens": [1, 2, 3]}
+
+
 def run_of_texts(text: str) -> dict[str, Any]:
     """Changes that put one text wherever a run has text."""
     finding = {"kind": text, "severity": "warning", "count": 1, "rows": [{"source": text, "row": 1}]}
@@ -73,6 +78,7 @@ def run_of_texts(text: str) -> dict[str, Any]:
             "sources": [{"path": text, "shape": text, "rows_in": 1, "rows_used": 1}],
             "findings": [finding | {"message": text, "advice": text}],
             "fingerprint": {"train": text},
+            "examples": [shown_row(text)],
         },
         "metrics": [{"step": step, "loss": 0.7, text: 1.0} for step in (1, 2)],
         "samples": [
@@ -104,6 +110,47 @@ def test_hostile_text_is_text(text: str, harmless: Page, tmp_path: Path) -> None
     assert page.raw["script"][1:] == harmless.raw["script"][1:]
     # Twice in the first exchange's prompt and four times in its answers, then once and twice; more in tables.
     assert page.text.count(readable(text).strip()) >= 12
+
+
+def checked(text: str) -> dict[str, Any]:
+    """What `prefold check --reference` found, of one text wherever there is text."""
+    histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3, 9]}
+    separation = {"pairs": 12, "accuracy": 0.75, "quartiles": [0.0, 0.4, 0.6], "histogram": histogram}
+    return {**run_of_texts(text)["data"], "ok": True, "separation": separation}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_on_the_page_of_a_check_is_text(text: str, tmp_path: Path) -> None:
+    pages = []
+    for place, words in enumerate((text, "harmless")):
+        write_check(tmp_path / f"{place}.html", words, checked(words))
+        pages.append(Page((tmp_path / f"{place}.html").read_text(encoding="utf-8")))
+    assert pages[0].skeleton == pages[1].skeleton
+    assert pages[0].raw["script"] == []
+    assert pages[0].text.count(readable(text).strip()) >= 8
+
+
+def test_the_page_of_a_check(tmp_path: Path) -> None:
+    write_check(tmp_path / "check.html", "mine.yaml", checked("words"))
+    page = Page((tmp_path / "check.html").read_text(encoding="utf-8"))
+    assert page.raw["title"] == ["mine.yaml: data"]
+    assert "The data can be trained on." in page.text and "1 warning" in page.text
+    assert "75\u202f% of 12 pairs" in page.text
+    bars = [attributes for tag, attributes in page.elements if tag == "i" and "style" in attributes]
+    assert [(bar.get("class"), bar["style"]) for bar in bars] == [("against", "width: 33.3%"), (None, "width: 100.0%")]
+    trained = [attributes["class"] for _, attributes in page.elements if "trained" in (attributes.get("class") or "")]
+    assert trained == ["text trained chosen", "text trained rejected"]
+
+
+def test_a_page_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_check(tmp_path / "taken" / "check.html", "mine.yaml", checked("words"))
+
+
+@pytest.mark.parametrize("odd", [None, 3, "text", [3], [{}], [{"completions": 3, "tokens": "x", "row": []}]])
+def test_odd_examples_do_not_break_the_page(odd: Any, tmp_path: Path) -> None:
+    assert report(tmp_path, data=DATA | {"examples": odd}).text
 
 
 def test_hostile_text_in_the_name_of_the_run_is_text(tmp_path: Path) -> None:
