@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/prefold run demo
 
 test: install lint types
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal -m 'not slow and not gpu'
 
 test-slow: install
 	$(BIN)/pytest -m 'slow and not gpu'

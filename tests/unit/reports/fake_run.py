@@ -150,11 +150,15 @@ SAMPLES = [
 ]
 
 MERGE = {
-    "max_logit_difference": 1.2e-5,
-    "tolerance": 1e-3,
-    "dtype": "float32",
-    "trainable_parameters": 4884480,
-    "all_parameters": 134515008,
+    "dtype": "float16",
+    "max_logit_difference": 0.031,
+    "relative_difference": 4.1e-4,
+    "tolerance": 5e-3,
+    "adapter_effect": 0.12,
+    "tokens_compared": 412,
+    "answers_compared": 3,
+    "answers_equal": 2,
+    "difference_from_quantised": 0.083,
 }
 
 STAGES = {

@@ -211,10 +211,20 @@ def test_a_metric_without_any_finite_value_has_no_curve(tmp_path: Path) -> None:
 
 def test_evaluation_that_is_not_finite_does_not_break_the_page(tmp_path: Path) -> None:
     broken = HELDOUT | {"after": {"accuracy": math.nan, "accuracy_ci": [math.nan, math.inf], "margin": -math.inf}}
-    page = report(tmp_path, heldout=broken, merge=MERGE | {"max_logit_difference": math.nan})
+    page = report(tmp_path, heldout=broken, merge=MERGE | {"relative_difference": math.nan})
     assert "No verdict" in page.text
     assert "The merged model is not the trained one." in page.text
     assert not re.search(r"\b(nan|inf)\b", page.text, re.IGNORECASE)
+
+
+def test_the_merge_is_judged_by_the_difference_in_proportion(tmp_path: Path) -> None:
+    """One logit among millions may be further off than the share of their size that is allowed."""
+    page = report(tmp_path, merge=MERGE)
+    assert MERGE["max_logit_difference"] > MERGE["tolerance"] > MERGE["relative_difference"]
+    assert "The merged model is the trained one." in page.text and "4.1e\u22124" in page.text
+    assert "from the quantised model that was trained" in page.text
+    whole = report(tmp_path, merge=MERGE | {"difference_from_quantised": None})
+    assert "quantised" not in whole.text
 
 
 FILES = ("environment", "data", "metrics", "timing", "heldout", "samples", "merge")
