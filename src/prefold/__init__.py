@@ -8,13 +8,17 @@ The functions have the names of the commands. They are imported on first use, si
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 # Threads that wait for one another by spinning make a CPU run several times slower as soon as another program wants a
-# core. # OpenMP reads this when torch is first imported.
+# core. OpenMP reads this when torch is first imported.
 if "GOMP_SPINCOUNT" not in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# On a CPU, bitsandbytes says whenever it is imported, which peft does, that kernels without a gradient are not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from prefold.models.fetch import fetch

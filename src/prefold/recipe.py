@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -767,7 +767,16 @@ def dump_recipe(recipe: RecipeBase) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    return Recipe.model_json_schema()
+    """Of a recipe, with what every setting of an algorithm means."""
+    schema: dict[str, Any] = Recipe.model_json_schema()
+    for algorithm in ALGORITHMS.values():
+        settings = schema["$defs"][algorithm.__name__]["properties"]
+        # pydantic reads the docstrings of a dataclass's own fields only.
+        for ancestor in filter(is_dataclass, algorithm.__mro__[1:]):
+            inherited = create_model("One", __base__=Section, one=(ancestor, ...)).model_json_schema()["$defs"]
+            for name, found in inherited[ancestor.__name__].get("properties", {}).items():
+                settings[name] = {**found, **settings[name]}
+    return schema
 
 
 def first_comment(name: str) -> str:

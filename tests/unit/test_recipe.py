@@ -138,6 +138,17 @@ def test_built_in_recipes_load(name: str) -> None:
     assert load_recipe(name).method
 
 
+def test_every_setting_of_an_algorithm_is_described_in_the_schema() -> None:
+    definitions = json_schema()["$defs"]
+    silent = [
+        f"{algorithm.__name__}.{name}"
+        for algorithm in ALGORITHMS.values()
+        for name, found in definitions[algorithm.__name__].get("properties", {}).items()
+        if not found.get("description")
+    ]
+    assert silent == []
+
+
 def test_the_schema_describes_every_field() -> None:
     import jsonschema
 
