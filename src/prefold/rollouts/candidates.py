@@ -35,6 +35,7 @@ class Candidate:
     text: str
     model: int
     score: float | None = None
+    finished: bool = True
 
 
 Candidates = list[Candidate] | str
@@ -174,11 +175,14 @@ def best_pair(
 ) -> tuple[Candidate, Candidate] | str:
     """(chosen, rejected): of the pairs within the limits the one with the largest margin; or why there is none.
 
-    Without limits that is the best against the worst. Among equals the first ones are taken.
+    Without limits that is the best against the worst. Among equals the first ones are taken. An answer that was cut off
+    is in no pair: training on it would teach to stop there.
     """
     if isinstance(found, str):
         return found
-    usable = [one for one in found if one.score is not None]
+    usable = [one for one in found if one.score is not None and one.finished]
+    if len(usable) < 2 <= sum(one.score is not None for one in found):
+        return "cut_off"
     pairs = [(better, worse, (better.score or 0.0) - (worse.score or 0.0)) for better, worse in permutations(usable, 2)]
     ratio = max_length_ratio or float("inf")
     for reason, holds in (

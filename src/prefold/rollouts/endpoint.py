@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx2
 
@@ -45,6 +45,13 @@ class _Passing(Exception):
     def __init__(self, what: str, wait: float = 0.0):
         self.wait = wait
         super().__init__(what)
+
+
+class Answer(NamedTuple):
+    """What a model has written, perhaps nothing; `finished`: not cut off by the limit of its length."""
+
+    text: str
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return httpx2.Client(headers=headers, timeout=self.timeout)
 
-    def ask(self, messages: Sequence[Message], **settings: Any) -> str:
-        """The model's answer, which may be empty.
+    def ask(self, messages: Sequence[Message], **settings: Any) -> Answer:
+        """The model's answer.
 
         Args:
             settings: of the request, by the protocol's names (`temperature`, `max_tokens`, `seed`, ...).
@@ -112,7 +119,7 @@ class Endpoint:
                 time.sleep(min(max(WAITS[number], passing.wait), LONGEST_WAIT))
         raise AssertionError
 
-    def _reply(self, body: dict[str, Any]) -> str:
+    def _reply(self, body: dict[str, Any]) -> Answer:
         try:
             response = self._client.post(self._address, json=body)
         except httpx2.TimeoutException:
@@ -125,17 +132,18 @@ class Endpoint:
         if not response.is_success:
             kind = Refused if status in _ABOUT_THE_REQUEST else UserError
             raise kind(f"HTTP {status}: {self._told(response)}", where=self.url, advice=_ADVICE.get(status, ""))
-        return self._content(response)
+        return self._answer(response)
 
-    def _content(self, response: httpx2.Response) -> str:
+    def _answer(self, response: httpx2.Response) -> Answer:
         try:
             reply = response.json()
         except ValueError:
             raise _Passing(f"its reply is not JSON: {self._safe(response.text)}") from None
         try:
-            content = reply["choices"][0]["message"]["content"]
+            choice = reply["choices"][0]
+            content, finished = choice["message"]["content"], choice.get("finish_reason") != "length"
         except (LookupError, TypeError):
-            content = reply
+            content, finished = reply, False
         # A model that refuses, or calls a tool, leaves its content empty.
         if content is not None and not isinstance(content, str):
             raise UserError(
@@ -144,7 +152,7 @@ class Endpoint:
                 expected='the chat-completions protocol, {"choices": [{"message": {"content": "..."}}]}',
             )
         # Half a character (a lone surrogate) could not be written to any file.
-        return (content or "").encode("utf-8", "replace").decode("utf-8").strip()
+        return Answer((content or "").encode("utf-8", "replace").decode("utf-8").strip(), finished)
 
     def _told(self, response: httpx2.Response) -> str:
         """What the server says about its refusal."""

@@ -27,10 +27,6 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
 
-    def get(self, key: str) -> Any:
-        """The value, or None where there is none."""
-        return self._values.get(key)
-
     def add(self, key: str, value: Any) -> None:
         line = json.dumps([key, value]).encode() + b"\n"
         with self._lock, self.path.open("ab") as file:

@@ -80,7 +80,7 @@ class Judge:
         key = key_of(question)
         if key not in self.replies:
             asked = [Message(role="user", content=question)]
-            self.replies.add(key, self.endpoint.ask(asked, temperature=0.0))
+            self.replies.add(key, self.endpoint.ask(asked, temperature=0.0).text)
         reply = str(self.replies[key])
         match = _VERDICT.fullmatch(_THOUGHTS.sub("", reply))
         if match is None:

@@ -99,6 +99,7 @@ REASONS = {
     "refused": "refused by the chat template or endpoint",
     "no_verdict": "no verdict of the judge",
     "too_few_answers": "fewer than two answers with words and a score",
+    "cut_off": "answers cut off at --max-new-tokens",
     "identical": "all answers the same",
     "equal_scores": "all scores equal",
     "small_margin": "margin too small",
@@ -138,7 +139,12 @@ def _candidates(samplers: Sequence[Sampler], prompts: Sequence[Prompt], work: Jo
     return [
         "refused"
         if None in of_prompt
-        else [Candidate(text, model) for model, texts in enumerate(of_prompt) for text in texts or () if text.strip()]
+        else [
+            Candidate(answer.text, model, finished=answer.finished)
+            for model, answers in enumerate(of_prompt)
+            for answer in answers or ()
+            if answer.text
+        ]
         for of_prompt in zip(*found, strict=True)
     ]
 

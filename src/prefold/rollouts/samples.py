@@ -21,14 +21,14 @@ from prefold.errors import UserError
 from prefold.models.fetch import fetch
 from prefold.models.load import load_tokenizer
 from prefold.rollouts.ask import open_model, run_recipe
-from prefold.rollouts.endpoint import Endpoint, Refused, in_parallel
+from prefold.rollouts.endpoint import Answer, Endpoint, Refused, in_parallel
 from prefold.rollouts.generate import LocalEngine
 from prefold.rollouts.journal import Journal, key_of
 from prefold.rollouts.sampling import Sampling
 from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
 
-Answers = list[str] | UserError
+Answers = list[Answer] | UserError
 """The answers to a prompt, or why it has none."""
 REFUSALS_IN_A_ROW = 10
 """Prompts without an answer after which nothing more is expected."""
@@ -48,7 +48,7 @@ class Sampler(Protocol):
         """The tokens of answers; None where the tokenizer is not known."""
 
 
-def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> list[list[str] | None]:
+def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> list[list[Answer] | None]:
     """A model's answers, from the work file or anew; None where the prompt is refused.
 
     Raises:
@@ -71,7 +71,7 @@ def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> li
                 advance(1, "")
     if refusals and not any(key in work for key in keys):
         raise refusals[-1]
-    return [work.get(key) for key in keys]
+    return [[Answer(*one) for one in work[key]] if key in work else None for key in keys]
 
 
 class LocalModel:
@@ -90,7 +90,7 @@ class LocalModel:
 
     def keys(self, prompts: Sequence[Prompt]) -> list[str]:
         model = (self.name, files_of(self._folder), asdict(self._sampling))
-        return [key_of(model, place, prompt.prompt) for place, prompt in enumerate(prompts)]
+        return [key_of("answers", model, place, prompt.prompt) for place, prompt in enumerate(prompts)]
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
         model, tokenizer = open_model(self.name)
@@ -105,7 +105,7 @@ class LocalModel:
         # A prompt's own place, so that its answers stay the same where others have theirs already.
         places = list(fit)
         for index, completions in LocalEngine(model, tokenizer).stream(list(fit.values()), self._sampling, places):
-            yield places[index], [completion.text.strip() for completion in completions]
+            yield places[index], [Answer(one.text.strip(), one.finished) for one in completions]
         del model
         free_memory()
 
@@ -139,7 +139,7 @@ class RemoteModel:
 
     def keys(self, prompts: Sequence[Prompt]) -> list[str]:
         model = (self.endpoint.url, self.endpoint.model, asdict(self.sampling))
-        return [key_of(model, place, prompt.prompt) for place, prompt in enumerate(prompts)]
+        return [key_of("answers", model, place, prompt.prompt) for place, prompt in enumerate(prompts)]
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
         def answers(place: int) -> Answers:
@@ -153,7 +153,7 @@ class RemoteModel:
     def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
         return None
 
-    def _answer(self, prompt: Prompt, place: int, number: int) -> str:
+    def _answer(self, prompt: Prompt, place: int, number: int) -> Answer:
         drawn = self.sampling
         # Few servers know the other fields, and some refuse those that they do not know.
         optional = {"top_p": (drawn.top_p, 1.0), "top_k": (drawn.top_k, 0), "min_p": (drawn.min_p, 0.0)}

@@ -31,7 +31,7 @@ def refusal(server: ChatServer, timeout: float = 5.0) -> UserError:
 @pytest.mark.parametrize("path", ["", "/", "/chat/completions"])
 def test_an_answer(chat_server: ChatServer, path: str) -> None:
     chat_server.answer = lambda body: " So. \n"
-    assert Endpoint(chat_server.address + path, "m").ask(ASKED, temperature=0.5, seed=3) == "So."
+    assert Endpoint(chat_server.address + path, "m").ask(ASKED, temperature=0.5, seed=3).text == "So."
     assert chat_server.requests == [{"model": "m", "messages": ASKED, "temperature": 0.5, "seed": 3}]
     assert chat_server.keys == [None]
 
@@ -58,7 +58,7 @@ def test_the_key_is_sent_and_never_shown(chat_server: ChatServer, monkeypatch: p
 )
 def test_what_goes_away_is_tried_again(chat_server: ChatServer, failure: Failure) -> None:
     chat_server.failures = [failure, failure]
-    assert Endpoint(chat_server.address, "m").ask(ASKED, seed=1) == "w w"
+    assert Endpoint(chat_server.address, "m").ask(ASKED, seed=1) == ("w w", True)
     assert len(chat_server.requests) == 3
 
 
@@ -88,7 +88,7 @@ def test_waits_grow(chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_slow_answer(chat_server: ChatServer) -> None:
     chat_server.failures = [Failure(seconds=0.4)]
-    assert Endpoint(chat_server.address, "m", timeout=0.2).ask(ASKED, seed=0) == "w"
+    assert Endpoint(chat_server.address, "m", timeout=0.2).ask(ASKED, seed=0).text == "w"
     chat_server.failures = [Failure(seconds=0.2)] * 6
     assert "no answer within 0.05 s (6 tries)" in str(refusal(chat_server, timeout=0.05))
 
@@ -131,7 +131,7 @@ def test_broken_json_that_stays_is_shown(chat_server: ChatServer) -> None:
 @pytest.mark.parametrize("content", ["null", '""', '"\\ud800"'])
 def test_empty_and_odd_contents_are_answers(chat_server: ChatServer, content: str) -> None:
     chat_server.failures = [Failure(200, f'{{"choices": [{{"message": {{"content": {content}}}}}]}}')]
-    assert Endpoint(chat_server.address, "m").ask(ASKED) in ("", "?")
+    assert Endpoint(chat_server.address, "m").ask(ASKED).text in ("", "?")
 
 
 @pytest.mark.parametrize(

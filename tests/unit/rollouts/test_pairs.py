@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, Failure
+from chat_server import ChatServer, Failure, words
 from tiny import tiny_llama
 from tiny_tokenizer import CHATML, STRICT, make_tokenizer
 
@@ -49,6 +49,8 @@ def save_model(folder: Path, template: str) -> Path:
     model = tiny_llama(
         vocab_size=len(tokenizer), initializer_range=0.05, eos_token_id=end, pad_token_id=end, bos_token_id=None
     )
+    # So that random answers come to an end of their own.
+    model.generation_config.eos_token_id = [end, *range(0, end, 4)]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -67,7 +69,7 @@ def write(path: Path, rows: list[Any]) -> None:
 
 @pytest.fixture
 def local(tiny_model: Path, prompts: Path, tmp_path: Path) -> PairSettings:
-    sampling = Sampling(max_new_tokens=6, num_answers=4, temperature=1.0)
+    sampling = Sampling(max_new_tokens=16, num_answers=4, temperature=1.0)
     return PairSettings(str(prompts), [str(tiny_model)], tmp_path / "pairs.jsonl", [LENGTH], sampling=sampling)
 
 
@@ -133,7 +135,7 @@ def test_a_prompt_that_comes_again_gets_other_answers(local: PairSettings, promp
     write(prompts, [{"prompt": "Say it"}] * 8)
     make_pairs(local)
     work = local.output.with_name("pairs.jsonl.work").read_text().splitlines()
-    answers = [tuple(json.loads(line)[1]) for line in work[:8]]
+    answers = [tuple(text for text, _ in json.loads(line)[1]) for line in work[:8]]
     assert len(set(answers)) == 8
 
 
@@ -156,7 +158,7 @@ def test_two_models_and_their_own_endpoints(remote: PairSettings, chat_server: C
     make_pairs(replace(remote, models=["strong", "weak"], rewards=["regex:pattern=strong"]))
     assert {(row["chosen"][:6], row["rejected"][:4]) for row in rows_of(remote.output)} == {("strong", "weak")}
     two = replace(remote, models=["strong", str(tiny_model)], endpoints=[chat_server.address, "local"])
-    make_pairs(replace(two, rewards=["regex:pattern=strong"], sampling=replace(two.sampling, max_new_tokens=4)))
+    make_pairs(replace(two, rewards=["regex:pattern=strong"], sampling=replace(two.sampling, max_new_tokens=16)))
     rows = rows_of(remote.output)
     assert {row["chosen"] for row in rows} == {"strong" * 40}
     assert all("strong" not in row["rejected"] for row in rows)
@@ -252,6 +254,21 @@ def test_best_pair(found: Any, margin: float, ratio: float | None, expected: Any
     assert (pair if isinstance(pair, str) else (pair[0].text, pair[1].text)) == expected
 
 
+def test_an_answer_that_was_cut_off_is_in_no_pair() -> None:
+    best, middle, worst = candidates(("a", 3), ("b", 2), ("c", 1))
+    cut = replace(best, finished=False)
+    assert best_pair([cut, middle, worst], 0, None) == (middle, worst)
+    assert best_pair([cut, middle], 0, None) == "cut_off"
+
+
+def test_an_endpoint_says_what_it_cut_off(remote: PairSettings, chat_server: ChatServer) -> None:
+    chat_server.answer = lambda body: Failure(
+        body=json.dumps({"choices": [{"message": {"content": words(body)}, "finish_reason": "length"}]})
+    )
+    with pytest.raises(StageError, match="12 answers cut off at --max-new-tokens"):
+        make_pairs(remote)
+
+
 def test_limits_are_counted(remote: PairSettings, chat_server: ChatServer) -> None:
     report = make_pairs(replace(remote, max_length_ratio=1.5, min_margin=2))
     assert set(report.left_out) <= {"length_ratio", "small_margin", "equal_scores", "identical"}
@@ -337,6 +354,15 @@ def test_prompts_that_the_template_refuses(local: PairSettings, prompts: Path, t
 # ---- going on ---------------------------------------------------------------------------------------------------
 
 
+def _let_requests_end(server: ChatServer) -> None:
+    """Those that were under way when their caller was stopped."""
+    before = -1
+    while before != len(server.requests):
+        before = len(server.requests)
+        time.sleep(0.5)
+
+
+
 @pytest.mark.parametrize(("kind", "after"), [("local", 5), ("local", 14), ("remote", 1), ("remote", 5), ("remote", 20)])
 def test_an_interrupted_run_goes_on_to_the_same_file(
     kind: str, after: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, chat_server: ChatServer
@@ -364,7 +390,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
             make_pairs(settings)
     assert not settings.output.exists()
     assert len(work.read_bytes().splitlines()) == after
-    time.sleep(0.05)
+    _let_requests_end(chat_server)
     chat_server.requests.clear()
     make_pairs(settings)
     assert settings.output.read_bytes() == straight
