@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if "GOMP_SPINCOUNT" not in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# On a CPU, bitsandbytes says whenever it is imported, which peft does, that kernels without a gradient are not installed.
+# Whenever bitsandbytes is imported, which peft does, it advises on a CPU to install kernels that have no gradient.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:

@@ -362,7 +362,6 @@ def _let_requests_end(server: ChatServer) -> None:
         time.sleep(0.5)
 
 
-
 @pytest.mark.parametrize(("kind", "after"), [("local", 5), ("local", 14), ("remote", 1), ("remote", 5), ("remote", 20)])
 def test_an_interrupted_run_goes_on_to_the_same_file(
     kind: str, after: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, chat_server: ChatServer
