@@ -69,7 +69,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """By name, which is the family's `model_type` unless the settings say otherwise: what differs from `SHAPE`."""
 
 
-def family(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def family(
+    name: str, dtype: torch.dtype = torch.float32, kind: Any = AutoModelForCausalLM, **changes: Any
+) -> PreTrainedModel:
     settings = {"model_type": name, **FAMILIES.get(name, {}), **changes}
     shape = {
         k: v for k, v in SHAPE.items() if settings["model_type"] != "gpt2" or k.endswith(("_id", "_size", "_range"))
@@ -77,7 +79,7 @@ def family(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pre
     torch.manual_seed(0)
     config = AutoConfig.for_model(settings.pop("model_type"), **{**shape, **settings})
     config._attn_implementation = "eager" if name in ("gemma2", "mamba") else "sdpa"
-    model = AutoModelForCausalLM.from_config(config)
+    model = kind.from_config(config)
     for parameter in model.parameters():  # biases and norms start at 0 and 1, which hides mistakes
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefold.algorithms import Algorithm, LossOutput
+from prefold.trainers.offline import value_of
 from prefold.trees.head import Statistics
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
@@ -80,4 +81,4 @@ def step_loss(output: LossOutput, algorithm: Algorithm, trees: Sequence[TokenTre
 
 
 def metric_means(output: LossOutput) -> dict[str, float]:
-    return {name: mean.total.item() / mean.number for name, mean in output.metrics.items()}
+    return {name: value_of([metric]) for name, metric in output.metrics.items()}

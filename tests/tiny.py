@@ -34,7 +34,8 @@ def tiny_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrained
 def with_lora(model: PreTrainedModel, **settings: Any) -> nn.Module:
     """Random LoRA weights on every linear layer, none of them zero."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    settings = {"task_type": "CAUSAL_LM", **settings}
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **settings)
     return get_peft_model(model, config, autocast_adapter_dtype=False).to(model.dtype)
 
 

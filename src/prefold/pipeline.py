@@ -48,11 +48,12 @@ class Stage:
 def stages_of(recipe: RecipeBase) -> list[Stage]:
     trained = "trained" if recipe.lora == "none" else "adapter"
     measured = "rewards" if recipe.algorithm.data == "prompts" else "heldout"
+    answers = () if recipe.algorithm.scores_sequences else ("samples.jsonl",)
     return [
         Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), stages.check),
         Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train),
         Stage("merge", ("merged", "merge.json"), ("merge",), stages.merge),
-        Stage("evaluate", (f"evaluation/{measured}.json", "samples.jsonl"), ("evaluate",), stages.evaluate),
+        Stage("evaluate", (f"evaluation/{measured}.json", *answers), ("evaluate",), stages.evaluate),
         Stage("report", ("report.html",), (), stages.report),
     ]
 

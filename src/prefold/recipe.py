@@ -226,7 +226,7 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(42, ge=0)
-    """Of the data order, the LoRA initialisation and dropout."""
+    """Of the data order, the initialisation of LoRA and of a reward model's head, and dropout."""
     save_steps: int = Field(50, gt=0)
     """Optimizer steps between checkpoints."""
     save_total_limit: int = Field(2, gt=0)
@@ -448,6 +448,15 @@ class RecipeBase(Section):
                 f"`{self.method}.beta` compares with the model before training, which full fine-tuning does not keep; "
                 f"set `{self.method}.beta: 0`, or train LoRA"
             )
+        return self
+
+    @model_validator(mode="after")
+    def answered_where_something_answers(self) -> RecipeBase:
+        unset = Evaluate()
+        idle = [name for name, value in self.evaluate if value != getattr(unset, name)]
+        if idle and self.algorithm.scores_sequences:
+            what = f"would be ignored by `method: {self.method}`, whose model scores answers and gives none; remove it"
+            raise ValueError(f"`evaluate.{idle[0]}` {what}")
         return self
 
 

@@ -23,7 +23,15 @@ from prefold.data.mixture import Prepared, load_split
 from prefold.data.preference import Message, Unpaired
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
-from prefold.evaluation.heldout import PairScores, compare_pairs, match, score_matched, score_pairs
+from prefold.evaluation.heldout import (
+    CHANCE,
+    PairScores,
+    against_chance,
+    compare_pairs,
+    match,
+    score_matched,
+    score_pairs,
+)
 from prefold.evaluation.rewards import compare_rewards
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
@@ -31,6 +39,7 @@ from prefold.files import cache_folder, new_folder, read_json, write_json, write
 from prefold.models.adapters import load_policy, load_start
 from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
 from prefold.models.merge import merge_adapter, remarks, save_and_check
+from prefold.models.score_head import pad_apart
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.html import write_report
 from prefold.rollouts.candidates import column_names
@@ -245,12 +254,17 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
     model: torch.nn.Module
     if recipe.lora == "none":
         # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
-        model = load_model(recipe.model, dtype="float32")
+        model = load_model(recipe.model, dtype="float32", head_seed=_head_seed(recipe))
     else:
-        model = load_policy(recipe.model, recipe.lora, recipe.train.seed)
+        model = load_policy(recipe.model, recipe.lora, recipe.train.seed, _head_seed(recipe))
     trainable, total = trainable_parameters(model)
     say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
+
+
+def _head_seed(recipe: RecipeBase) -> int | None:
+    """What a new head is drawn by, for a method that wants one that gives scores."""
+    return recipe.train.seed if recipe.algorithm.scores_sequences else None
 
 
 def _scorer(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) -> Scorer:
@@ -305,12 +319,16 @@ def merge(recipe: RecipeBase) -> None:
     tokenizer = tokenizer_of(recipe.model)
     trees = _sample_trees(_prepared(recipe).train)
     rows, prompts = [sum(tree.completions[:1], tree.prompt) for tree in trees], [tree.prompt for tree in trees]
-    dtype = _merge_dtype(recipe)
+    if recipe.algorithm.scores_sequences:
+        rows, prompts = [tree.prompt + ids for tree in trees for ids in tree.completions], []
+        pad_apart(tokenizer, {row[-1] for row in rows})
+    dtype, seed = _merge_dtype(recipe), _head_seed(recipe)
     if recipe.lora == "none":
-        trained = load_model(Model(name=str(folder / "trained")), dtype=dtype)
+        trained = load_model(Model(name=str(folder / "trained")), dtype=dtype, head_seed=seed)
         result = save_and_check(trained, folder / "merged", tokenizer, rows, prompts)
     else:
-        result = merge_adapter(recipe.model, folder / "adapter", folder / "merged", tokenizer, rows, dtype, prompts)
+        adapter, merged = folder / "adapter", folder / "merged"
+        result = merge_adapter(recipe.model, adapter, merged, tokenizer, rows, dtype, prompts, seed)
     for remark in remarks(result):
         say(f"  {remark}")
     write_json(folder / "merge.json", result)
@@ -330,6 +348,9 @@ def _merge_dtype(recipe: RecipeBase) -> str:
 def evaluate(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
     held_out = _prepared(recipe).held_out
+    if recipe.algorithm.scores_sequences:
+        write_json(folder / "evaluation" / "heldout.json", _judge_head(recipe, held_out))
+        return
     prompts = evaluation_prompts(recipe, held_out)
     measure: Callable[..., tuple[Any, list[list[str]]]] = _measure_rewards if _samples(recipe) else _measure
     before, answers_before = measure(recipe, recipe.model, held_out, prompts, "before")
@@ -377,6 +398,19 @@ def _measure(
     del model
     free_memory()
     return scores, answers
+
+
+def _judge_head(recipe: RecipeBase, held_out: Examples) -> dict[str, Any]:
+    """How well the trained head tells held-out pairs apart. Before training there was none to compare it with."""
+    if not held_out:
+        return {"pairs": 0, "chance": {"accuracy": CHANCE}}
+    merged = recipe.model.whole(recipe.run_folder / "merged")
+    dtype = "float32" if choose_device().type == "cpu" else None
+    model = load_model(merged, dtype=dtype, head_seed=_head_seed(recipe))
+    found = against_chance(score_pairs(_scorer(recipe, model, held_out), held_out.trees, "held-out pairs"))
+    del model
+    free_memory()
+    return found
 
 
 def _scores(recipe: RecipeBase, model: torch.nn.Module, held_out: Examples, label: str) -> PairScores | None:

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from preference_batches import CASES, Batch, batch, case, logprobs, metric_means, random_batch, step_loss
 from torch import Tensor
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -43,6 +43,7 @@ from prefold.algorithms import (
     DiscoPOP,
     Hinge,
     Mixed,
+    Reward,
     Robust,
     SigmoidNorm,
     SimPO,
@@ -466,3 +467,31 @@ def test_kto_mismatches_as_trl_does(tmp_path: Path) -> None:
     trees = [TokenTree(tuple(row["prompt_ids"]), (tuple(row["completion_ids"]),)) for row in prepared]
     assert [list(tree.completions[0]) for tree in mismatched(trees)] == prepared["KL_completion_ids"][:]
     assert [tree.prompt for tree in mismatched(trees)] == [tree.prompt for tree in trees]
+
+
+# ---- RewardTrainer -----------------------------------------------------------------------------------------------
+
+SCORES = {
+    "ordinary": [0.3, -0.2, 1.5, 1.6, -0.7, -2.0, 0.1, 0.1],
+    "extreme": [80.0, -80.0, -80.0, 80.0, 1e4, 1e4 + 1, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.01])
+@pytest.mark.parametrize("which", SCORES)
+def test_reward(which: str, coefficient: float | None, tmp_path: Path) -> None:
+    """TRL has all chosen conversations before all rejected ones; prefold has pairs."""
+    policy = logprobs(torch.tensor(SCORES[which], dtype=torch.float64, requires_grad=True), [1] * 8)
+    sides = policy.tokens.view(-1, 2).T.reshape(-1, 1)
+    trainer = bare(
+        RewardTrainer,
+        args=RewardConfig(str(tmp_path), use_cpu=True, bf16=False, center_rewards_coefficient=coefficient),
+    )
+    inputs = {"input_ids": torch.zeros(8, 1), "attention_mask": torch.ones(8, 1)}
+    theirs = trainer.compute_loss(lambda **inputs: SimpleNamespace(logits=sides), inputs)
+    algorithm = Reward(center_rewards_coefficient=coefficient)
+    output = algorithm.loss(policy, None)
+    assert_same(output.loss["pairs"] / 4, theirs, policy.tokens, 1e-10)
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
+    # TRL rounds its accuracy to float32.
+    assert metric_means(output) == pytest.approx(metrics, rel=1e-6)

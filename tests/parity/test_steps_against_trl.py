@@ -14,8 +14,15 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from prefold.data.mixture import load_split
@@ -27,11 +34,13 @@ from prefold.trees.packing import TokenTree
 from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer
 
-STEPS, BATCH, BETA, RATE = 10, 4, 0.1, 1e-3
+STEPS, BATCH, RATE = 10, 4, 1e-3
+SETTINGS = {"dpo": {"beta": 0.1}, "orpo": {"beta": 0.1}, "reward": {"center_rewards_coefficient": 0.01}}
 PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
 COMPARED = {
     "dpo": ("loss", "grad_norm", *PAIR_METRICS),
     "orpo": ("loss", "grad_norm", "nll_loss", "log_odds_ratio", "log_odds_chosen", *PAIR_METRICS),
+    "reward": ("loss", "grad_norm", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"),
 }
 
 
@@ -62,6 +71,16 @@ class TokenORPOTrainer(ORPOTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+class TokenRewardTrainer(RewardTrainer):
+    """The same; conversations are whole in TRL, their prompts included."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
 class GivenOrder(StepOrder):
     def _epoch(self, epoch: int) -> list[int]:
         return list(range(self.trees))
@@ -78,7 +97,8 @@ def short_pairs(vocabulary: int, count: int) -> list[TokenTree]:
 
 def with_fresh_lora(model: PreTrainedModel) -> nn.Module:
     torch.manual_seed(5)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=task))
 
 
 def prefold_steps(
@@ -87,7 +107,7 @@ def prefold_steps(
     recipe = make_recipe(
         {
             "method": method,
-            method: {"beta": BETA},
+            method: SETTINGS[method],
             "model": {"name": "unused", "dtype": "float32"},
             "data": {"train": [{"path": "unused"}]},
             "train": {"batch_size": BATCH, "max_steps": STEPS, "learning_rate": RATE},
@@ -115,7 +135,7 @@ def trl_steps(
         "per_device_train_batch_size": BATCH,
         "max_steps": STEPS,
         "learning_rate": RATE,
-        "beta": BETA,
+        **SETTINGS[method],
         "logging_steps": 1,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -128,6 +148,11 @@ def trl_steps(
     if method == "dpo":
         config = DPOConfig(max_length=None, **settings)
         trainer = TokenDPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    elif method == "reward":
+        whole = [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
+        data = Dataset.from_list(whole)
+        config = RewardConfig(max_length=None, **settings)
+        trainer = TokenRewardTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
     else:
         for row in rows:
             row |= {"prompt": "", "chosen": "", "rejected": ""}
@@ -169,7 +194,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("method", COMPARED)
 def test_tiny_llama(method: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    model = tiny_llama(eos_token_id=2, pad_token_id=1, bos_token_id=None)
+    model = tiny_llama(eos_token_id=2, pad_token_id=1, bos_token_id=None, num_labels=1)
+    if method == "reward":
+        model = LlamaForSequenceClassification(model.config)
     assert_same_steps(method, model, tokenizer, short_pairs(97, 2 * BATCH) * (STEPS // 2), tmp_path)
 
 
@@ -178,7 +205,9 @@ def test_tiny_llama(method: str, tokenizer: PreTrainedTokenizerBase, tmp_path: P
 @pytest.mark.parametrize("method", COMPARED)
 def test_smollm2(method: str, smollm2: Path, tmp_path: Path) -> None:
     """On real text: random tokens cost 15 nats each, and float32 rounds their sums by more than what is compared."""
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    kind = AutoModelForSequenceClassification if method == "reward" else AutoModelForCausalLM
+    torch.manual_seed(0)  # of a new head
+    model = kind.from_pretrained(smollm2, dtype=torch.float32, num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     recipe = load_recipe("demo", ["data.eval_fraction=0"])
     examples = load_split(recipe.data, tokenizer, seed=0).train

@@ -11,6 +11,7 @@ import pytest
 from tiny import tiny_llama
 from tiny_tokenizer import CHATML, make_tokenizer
 
+from prefold.algorithms import ALGORITHMS
 from prefold.recipe import RecipeBase, make_recipe
 
 
@@ -61,6 +62,8 @@ def recipe(tiny_model: Path, pairs: Path, tmp_path: Path) -> Callable[..., Recip
                 if isinstance(values.get(name), dict) and isinstance(change, dict)
                 else change
             )
+        if ALGORITHMS[values["method"]].scores_sequences and "evaluate" not in changes:
+            del values["evaluate"]
         return make_recipe(values)
 
     return make

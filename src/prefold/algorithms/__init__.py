@@ -6,7 +6,7 @@ To add one: a file here, a line in `ALGORITHMS`, a test in `tests/unit/algorithm
 
 from prefold.algorithms.aot import AOT, AOTUnpaired
 from prefold.algorithms.apo import APODown, APOZero
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State
+from prefold.algorithms.base import NO_STATE, Algorithm, Extreme, LossOutput, Mean, Metric, State
 from prefold.algorithms.bco import BCO
 from prefold.algorithms.cpo import CPO
 from prefold.algorithms.discopop import DiscoPOP
@@ -19,6 +19,7 @@ from prefold.algorithms.kto import KTO
 from prefold.algorithms.mixed import Mixed
 from prefold.algorithms.nca import NCA
 from prefold.algorithms.orpo import ORPO
+from prefold.algorithms.reward import Reward
 from prefold.algorithms.robust import Robust
 from prefold.algorithms.sft import SFT
 from prefold.algorithms.sigmoid_norm import SigmoidNorm
@@ -46,6 +47,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "cpo": CPO,
     "sft": SFT,
     "mixed": Mixed,
+    "reward": Reward,
     "grpo": GRPO,
 }
 
@@ -69,10 +71,13 @@ __all__ = [
     "APOZero",
     "Algorithm",
     "DiscoPOP",
+    "Extreme",
     "Hinge",
     "LossOutput",
     "Mean",
+    "Metric",
     "Mixed",
+    "Reward",
     "Robust",
     "SigmoidNorm",
     "SimPO",

@@ -9,7 +9,7 @@ micro-batches, or over ranks, changes nothing. A loss that ties the completions 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -39,13 +39,23 @@ class Mean(NamedTuple):
     number: int
 
 
+class Extreme(NamedTuple):
+    """A metric on its way to being the least or the greatest of its values: `pick` is `min` or `max`."""
+
+    value: Tensor
+    pick: Callable[[Iterable[float]], float]
+
+
+Metric = Mean | Extreme
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """`loss`: scalar sums by the unit that each is divided by; `metrics`: by TRL's names; `state`: what the next
     step's `loss` is to be given."""
 
     loss: dict[str, Tensor]
-    metrics: dict[str, Mean] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     state: State = field(default_factory=dict)
 
 
@@ -61,6 +71,9 @@ class Algorithm(ABC):
     """What of TRL 1.16 the tests hold the loss against, or what else where TRL has no such loss."""
     data: ClassVar[Literal["pairs", "unpaired", "prompts"]] = "pairs"
     """Trees of a chosen and a rejected completion; of completions with a label each; or prompts alone."""
+    scores_sequences: ClassVar[bool] = False
+    """Whether the model has a head that gives a conversation one score in place of the vocabulary's: it writes nothing,
+    and `TreeLogprobs.tokens` are the scores, one to each completion."""
     defaults: ClassVar[dict[str, Any]] = ADAPTER_DEFAULTS
     """Vetted recipe values of this method by dotted field, used where the recipe is silent."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State
+from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Metric, State
 
 if TYPE_CHECKING:
     from prefold.trees.logprobs import TreeLogprobs
@@ -83,7 +83,7 @@ class Mixed(Algorithm):
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
         totals: dict[str, Tensor] = {}
-        metrics: dict[str, Mean] = {}
+        metrics: dict[str, Metric] = {}
         states: dict[str, float] = {}
         for place, (weight, part) in enumerate(self.parts):
             prefix = f"{place}."
@@ -106,7 +106,8 @@ def part_of(entry: dict[str, Any]) -> tuple[float, Algorithm]:
 
     settings = dict(entry)
     name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
-    known = [key for key, kind in ALGORITHMS.items() if kind.data == "pairs" and kind is not Mixed]
+    of_pairs = [key for key, kind in ALGORITHMS.items() if kind.data == "pairs" and not kind.scores_sequences]
+    known = [key for key in of_pairs if ALGORITHMS[key] is not Mixed]
     if name not in known:
         raise ValueError(f"`{name}` is not the name of a loss of pairs; they are {', '.join(known)}")
     if not fits(weight, float) or not weight > 0:

@@ -17,7 +17,8 @@ Written by `python -m prefold.algorithms.table` from `src/prefold/algorithms/`; 
 The learning rate is that for LoRA; full fine-tuning wants about a hundredth. "Held against" is what the tests compare
 value and gradient with; the trainers are those of TRL 1.16.
 
-In depth: [DPO](dpo.md), [its family](dpo-family.md), [ORPO](orpo.md), [KTO](kto.md), [GRPO](grpo.md).
+In depth: [DPO](dpo.md), [its family](dpo-family.md), [ORPO](orpo.md), [KTO](kto.md), [reward models](reward.md),
+[GRPO](grpo.md).
 
 | method | what it is | paper | reference | settings | learning rate | held against |
 |---|---|---|---|---|---|---|

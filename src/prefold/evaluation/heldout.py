@@ -4,6 +4,8 @@
 Unpaired completions are matched, a desirable one with an undesirable one, of the same prompt where that is possible.
 `reward` is the implicit reward against the model before training, scaled as in the training curves. Ties count one
 half.
+
+A reward model has scores in their place. It is compared with chance: before training there was no head to compare.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from prefold.trees.scorer import Scorer
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
+CHANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,20 @@ def compare_pairs(before: PairScores, after: PairScores, reward_scale: float, se
             "p_value": _sign_test(change),
         },
         "reward": {"accuracy": float(_wins(rewards).mean()), "margin": float((rewards[:, 0] - rewards[:, 1]).mean())},
+    }
+
+
+def against_chance(scores: PairScores) -> dict[str, Any]:
+    """The content of `evaluation/heldout.json` for scores of conversations.
+
+    The interval is Wilson's, 95 %; the p-value that of the exact sign test: how often as many pairs of equally good
+    answers would be told apart the same way.
+    """
+    wins = _wins(scores.sums)
+    return {
+        "pairs": len(wins),
+        "after": _one_model(wins, scores.sums),
+        "chance": {"accuracy": CHANCE, "p_value": _sign_test(wins - CHANCE)},
     }
 
 

@@ -16,17 +16,19 @@ from prefold.models.chat_format import vocabulary_rows
 from prefold.models.load import UNREADABLE, add_lora, chat_tokens, first_line, load_model, quiet, ready_to_train
 from prefold.recipe import Lora, Model
 from prefold.trees.scorer import freeze_reference
+from prefold.trees.scores import HEAD, score_layer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def load_policy(section: Model, lora: Lora | None, seed: int) -> PeftModel:
+def load_policy(section: Model, lora: Lora | None, seed: int, head_seed: int | None = None) -> PeftModel:
     """The model to train: quantised if the section says so, with fresh LoRA weights or the adapter that it names.
 
     Args:
         lora: None beside `model.adapter`, which brings its own settings.
+        head_seed: see `load_model`.
     """
-    model = load_model(section, quantised=True)
+    model = load_model(section, quantised=True, head_seed=head_seed)
     if section.adapter is None:
         return add_lora(model, lora or Lora(), seed, chat_tokens(section))
     policy = open_adapter(model, Path(section.adapter).expanduser(), is_trainable=True)
@@ -49,11 +51,15 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     """Put the LoRA adapter of a folder on its base.
 
     Raises:
-        UserError: there is none, it is not LoRA as safetensors, or it was made for another base.
+        UserError: there is none, it is not LoRA as safetensors, it was made for another base, or has no score head for
+            a model that scores conversations.
     """
     where = without_home(str(folder))
     config = _config_of(folder, where)
     _require_same_base(config, model, where)
+    if score_layer(model) is not None and HEAD not in (config.get("modules_to_save") or ()):
+        advice = "merge it, and train a reward model on the merged model"
+        raise UserError("has no score head", where=where, expected="an adapter of a reward model", advice=advice)
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(

@@ -96,8 +96,9 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
         with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=MULTIPLE, mean_resizing=False)
     new = slice(min(known, rows), None if len(tokenizer) > rows else len(tokenizer))
-    matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    for matrix in matrices[:1] if matrices[0] is matrices[1] else matrices:
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    matrices = {id(layer.weight): layer.weight for layer in layers if layer is not None}
+    for matrix in matrices.values():
         _begin_near_the_mean(cast(Tensor, matrix), new)
     if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
         _begin_near_the_mean(bias, new)
@@ -118,11 +119,12 @@ def _begin_near_the_mean(values: Tensor, new: slice) -> None:
 
 def _set_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Generation stops at the end of a turn, and where the base model ended a text."""
-    generation: Any = model.generation_config
-    before = generation.eos_token_id if generation.eos_token_id is not None else model.config.eos_token_id
-    stops = [tokenizer.eos_token_id, *(before if isinstance(before, list) else [before])]
-    generation.eos_token_id = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:  # a model that scores conversations writes none
+        before = generation.eos_token_id if generation.eos_token_id is not None else model.config.eos_token_id
+        stops = [tokenizer.eos_token_id, *(before if isinstance(before, list) else [before])]
+        generation.eos_token_id = list(dict.fromkeys(stop for stop in stops if stop is not None))
+        generation.pad_token_id = tokenizer.pad_token_id
     for config in (model.config, model.config.get_text_config()):
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    generation.pad_token_id = tokenizer.pad_token_id

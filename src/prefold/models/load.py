@@ -22,7 +22,14 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from prefold.errors import UserError
@@ -30,8 +37,10 @@ from prefold.files import without_home
 from prefold.models.chat_format import fit_vocabulary, set_chat_format
 from prefold.models.fetch import fetch
 from prefold.models.quantised import prepare_quantised, quantisation
+from prefold.models.score_head import set_up_head
 from prefold.recipe import Lora, Model
 from prefold.trees.lora import fuse_lora
+from prefold.trees.scores import score_layer
 from prefold.trees.tokens import fuse_tokens
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
@@ -121,13 +130,17 @@ def _tokenizer_and_tokens(section: Model) -> tuple[PreTrainedTokenizerBase, list
     return tokenizer, set_chat_format(tokenizer, section.chat_template) if section.chat_template else []
 
 
-def load_model(section: Model, *, dtype: str | None = None, quantised: bool = False) -> PreTrainedModel:
+def load_model(
+    section: Model, *, dtype: str | None = None, quantised: bool = False, head_seed: int | None = None
+) -> PreTrainedModel:
     """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
     Args:
         section: which model and how.
         dtype: instead of the section's.
         quantised: with weights in the 4 or 8 bits that the section asks for; without this they are whole.
+        head_seed: given, the model scores conversations: a sequence classifier with one label, whose head, if the files
+            hold none, is drawn by this seed.
 
     Raises:
         UserError: the model cannot be had, is quantised already, needs code of its own, or its weights do not fit its
@@ -139,9 +152,11 @@ def load_model(section: Model, *, dtype: str | None = None, quantised: bool = Fa
     bits = quantisation(section, chosen) if quantised else None
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            labels = {} if head_seed is None else {"num_labels": 1}
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **labels)
             _require_whole_weights(config, section.name)
-            model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+            kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification
+            model, report = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=chosen,
@@ -156,6 +171,8 @@ def load_model(section: Model, *, dtype: str | None = None, quantised: bool = Fa
             )
     except UNREADABLE as error:
         raise _explained("cannot be loaded", error, section.name) from None
+    if head_seed is not None:
+        report = set_up_head(model, report, head_seed, section.name)
     _require_complete(report, section.name)
     placed: PreTrainedModel = model if section.device_map or bits else model.to(device)
     if section.chat_template:
@@ -242,7 +259,8 @@ def _explained(what: str, error: Exception, where: str) -> UserError:
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
-    """Put fresh LoRA weights on a model: float32, the same for the same seed, a no-op before the first step.
+    """Put fresh LoRA weights on a model: float32, the same for the same seed, a no-op before the first step. A head
+    that gives scores is trained whole.
 
     Args:
         tokens: ids whose rows in the embeddings and the head are trained as well.
@@ -252,16 +270,17 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int
     """
     _require_targets(model, lora.target_modules)
     _require_modules(model, lora)
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    scores = score_layer(model) is not None
+    tied = bool(model.config.get_text_config().tie_word_embeddings) and not scores
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         r=lora.r,
         lora_alpha=cast(int, lora.lora_alpha),  # peft only divides it by r: any number will do
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        modules_to_save=lora.modules_to_save or None,
+        modules_to_save=[*lora.modules_to_save] or None,  # peft adds the head to it, if that gives scores
         ensure_weight_tying=tied and bool(lora.modules_to_save),
         trainable_token_indices=_rows_to_train(model, lora, tokens) or None,
     )

@@ -13,18 +13,31 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from prefold.errors import StageError
 from prefold.files import new_folder
 from prefold.models.adapters import open_adapter
 from prefold.models.load import choose_device, choose_dtype, load_model, quiet
+from prefold.models.score_head import set_padding
 from prefold.recipe import Model
+from prefold.trees.logprobs import pad
 from prefold.trees.memory import free_memory
+from prefold.trees.scores import score_layer, scores_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest root-mean-square difference of the logits, as a share of their own root mean square, by the dtype merged
 into."""
+SCORE_ALLOWANCE = 4
+"""Times as much is tolerated of scores: they lack the offset that logits share and that makes those large beside what
+rounding does."""
 NEW_TOKENS = 24
 """Tokens that each model writes to each prompt, greedily, to see whether they write the same."""
 SHARD = "5GB"
@@ -34,7 +47,7 @@ SHARD = "5GB"
 @dataclass(frozen=True)
 class Behaviour:
     """What a model does on real tokens: `logits` `[tokens of all rows, V]`, float32 on the CPU, and the ids that it
-    writes to each prompt."""
+    writes to each prompt. Of a model that scores conversations, the scores `[rows]`."""
 
     logits: Tensor
     answers: list[list[int]]
@@ -48,6 +61,7 @@ def merge_adapter(
     rows: Sequence[Sequence[int]],
     dtype: str,
     prompts: Sequence[Sequence[int]] = (),
+    head_seed: int | None = None,
 ) -> dict[str, Any]:
     """Write `merged` (weights, configuration, generation settings, tokenizer, chat template) and check it.
 
@@ -55,6 +69,7 @@ def merge_adapter(
         rows: token ids on which the logits are compared.
         dtype: of the merged weights.
         prompts: token ids that both models go on from.
+        head_seed: see `load_model`.
 
     Returns:
         The content of `merge.json`.
@@ -63,8 +78,9 @@ def merge_adapter(
         StageError: the merged model is not base + adapter; nothing is written, the adapter is kept.
         UserError: the adapter belongs to another base, or the base is stored quantised.
     """
-    trained = _trained_logits(base, adapter, rows) if base.load_in_4bit or base.load_in_8bit else None
-    model = load_model(base, dtype=dtype)
+    quantised = base.load_in_4bit or base.load_in_8bit
+    trained = _trained_logits(base, adapter, rows, head_seed) if quantised else None
+    model = load_model(base, dtype=dtype, head_seed=head_seed)
     base_logits = _logits(model, rows)
     adapted: Any = open_adapter(model, adapter)
     wanted = Behaviour(_logits(adapted, rows), _answers(adapted, prompts))
@@ -90,21 +106,27 @@ def save_and_check(
         trained: logits of the quantised model that was trained, on the same rows.
     """
     dtype, device = model.dtype, model.device
+    tolerance = TOLERANCE[dtype]
     wanted = Behaviour(_logits(model, rows), _answers(model, prompts)) if wanted is None else wanted
+    scores = score_layer(model) is not None
+    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    if scores:
+        tolerance *= SCORE_ALLOWANCE
+        set_padding(model, tokenizer.pad_token_id)
     with new_folder(merged) as folder, quiet():
         model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
         del model
         free_memory()
         _require_same_tokenizer(tokenizer, folder, rows)
-        saved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        found = Behaviour(_logits(saved.to(device), rows), _answers(saved, prompts))
+        saved = kind.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+        found = Behaviour((_scores_as_read if scores else _logits)(saved, rows), _answers(saved, prompts))
         difference = found.logits - wanted.logits
         result = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_logit_difference": float(difference.abs().max()),
             "relative_difference": _relative_rms(difference, wanted.logits),
-            "tolerance": TOLERANCE[dtype],
+            "tolerance": tolerance,
             "adapter_effect": adapter_effect,
             "tokens_compared": wanted.logits.shape[0],
             "answers_compared": len(prompts),
@@ -158,9 +180,9 @@ def _require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, ro
         raise StageError(f"the saved tokenizer {what} than the one that was trained with; adapter kept")
 
 
-def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]]) -> Tensor:
+def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]], head_seed: int | None) -> Tensor:
     """Logits of the quantised base with its adapter, computed as in training."""
-    adapted: PeftModel = open_adapter(load_model(base, quantised=True), adapter)
+    adapted: PeftModel = open_adapter(load_model(base, quantised=True, head_seed=head_seed), adapter)
     dtype = choose_dtype(base.dtype, choose_device())
     with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
         found = _logits(adapted, rows)
@@ -171,8 +193,10 @@ def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]]) -
 
 @torch.no_grad()
 def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """`[tokens of all rows, V]` float32 on the CPU."""
+    """`[tokens of all rows, V]` float32 on the CPU; or `[rows]`, scores."""
     model.eval()
+    if score_layer(model) is not None:
+        return scores_of(model, rows, model.device).float().cpu()
     found = [
         model(torch.tensor([list(row)], device=model.device), use_cache=False).logits[0].float().cpu() for row in rows
     ]
@@ -180,7 +204,21 @@ def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 @torch.no_grad()
+def _scores_as_read(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """`[rows]`: what transformers itself reads, in one batch if the model has a pad token."""
+    padding = model.config.get_text_config().pad_token_id
+    batches = [rows] if padding is not None else [[row] for row in rows]
+    found = []
+    for batch in batches:
+        ids, mask = pad(batch, model.device, padding or 0)
+        found.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
 def _answers(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    if not prompts:
+        return []
     model.eval()
     stops = model.generation_config.eos_token_id
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=0)
@@ -194,4 +232,6 @@ def _answers(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _relative_rms(difference: Tensor, wanted: Tensor) -> float:
-    return float(difference.square().mean().sqrt() / wanted.square().mean().sqrt())
+    """Scores below 1 count as 1: near zero they mean little, and rounding does not shrink with them."""
+    size = wanted.square().mean().sqrt()
+    return float(difference.square().mean().sqrt() / (size.clamp(min=1) if wanted.dim() == 1 else size))

@@ -118,6 +118,19 @@ DIVERGENCE = CurveKind(
     (Line("kl", "nats per token", PLAIN),),
     "Healthy: it grows slowly. A jump says that the model leaves what it knew; a larger beta holds it.",
 )
+SCORES = CurveKind(
+    "Scores",
+    (
+        Line("max_reward", "highest", CHOSEN),
+        Line("mean_reward", "mean", PLAIN),
+        Line("min_reward", "lowest", REJECTED),
+    ),
+    "Healthy: they spread out, and the mean stays put. `center_rewards_coefficient` holds one that wanders off.",
+)
+SCORE_MARGIN = CurveKind("Margin", (Line("margin", "margin", PLAIN),), MARGINS.healthy)
+SCORE_ACCURACY = CurveKind(
+    "Accuracy", (Line("accuracy", "accuracy", PLAIN),), ACCURACIES.healthy, ACCURACIES.level, ACCURACIES.is_share
+)
 LOSSES = {"dpo": LOSS_FROM_LN_2}
 """Losses whose first value is known; every other method gets `LOSS`."""
 
@@ -135,6 +148,7 @@ class Curve(NamedTuple):
 
 def curves(run: RunRecord) -> list[Curve]:
     kinds = [LOSSES.get(run.method, LOSS), REWARDS, MARGINS, ACCURACIES, REWARD, LENGTH, DIVERGENCE]
+    kinds += [SCORES, SCORE_MARGIN, SCORE_ACCURACY]
     return [curve for place, kind in enumerate(kinds) if (curve := _curve(kind, f"curve-{place}", run.metrics))]
 
 

@@ -64,6 +64,7 @@ def render(run: RunRecord) -> str:
         verdict=read.verdict_of(run),
         accuracy_bars=accuracy_bars(run.heldout),
         comparisons=read.comparisons_of(run),
+        columns=read.columns_of(run),
         held_out="prompts" if run.rewards and not run.heldout else "pairs",
         system=shared_system(run.samples),
         exchanges=exchanges(run.samples),
@@ -124,7 +125,7 @@ class AccuracyBar(NamedTuple):
 
 def accuracy_bars(heldout: Values | None) -> list[AccuracyBar]:
     bars = []
-    for name in ("before", "after"):
+    for name in ("after",) if "chance" in (heldout or {}) else ("before", "after"):
         side = section(heldout, name)
         accuracy = finite(side.get("accuracy"))
         if heldout is None or accuracy is None:

@@ -53,6 +53,11 @@ class RunRecord:
     def model(self) -> str:
         return str(section(self.recipe, "model").get("name", ""))
 
+    @property
+    def scores(self) -> bool:
+        """Whether the model scores answers: it gives none itself, and is compared with chance."""
+        return "chance" in (self.heldout or {})
+
 
 # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -272,6 +277,8 @@ def verdict(heldout: Values | None) -> Verdict:
     """Judge by the paired interval of the accuracy difference: an interval that holds 0 is no difference."""
     if heldout is None:
         return Verdict("missing", "Not evaluated yet")
+    if "chance" in heldout:
+        return chance_verdict(heldout)
     before = finite(section(heldout, "before").get("accuracy"))
     after = finite(section(heldout, "after").get("accuracy"))
     if before is None or after is None:
@@ -286,6 +293,28 @@ def verdict(heldout: Values | None) -> Verdict:
     if high is not None and high < 0:
         return Verdict("worse", f"The model got worse: held-out accuracy fell from {was} to {became}", evidence)
     return Verdict("unclear", f"No clear difference: held-out accuracy was {was} before and {became} after", evidence)
+
+
+def chance_verdict(heldout: Values) -> Verdict:
+    """The same of a model that scores answers, by the interval of its accuracy: one that holds chance is no skill."""
+    after, chance = section(heldout, "after"), section(heldout, "chance")
+    accuracy, guessed = finite(after.get("accuracy")), finite(chance.get("accuracy"))
+    if accuracy is None or guessed is None:
+        return Verdict("missing", "No verdict: the evaluation gave no finite accuracy")
+    low, high = interval(after.get("accuracy_ci"))
+    parts = ["no interval"]
+    if low is not None and high is not None:
+        parts = [f"95{NARROW_SPACE}% interval {percent(low).text} to {percent(high).text}"]
+    if finite(chance.get("p_value")) is not None:
+        parts.append(p_value(chance["p_value"]).text)
+    if finite(heldout.get("pairs")) is not None:
+        parts.append(_pairs(heldout["pairs"]))
+    evidence, became, by_chance = ", ".join(parts), percent(accuracy).text, percent(guessed).text
+    if low is not None and low > guessed:
+        return Verdict("better", f"Held-out accuracy is {became}, and {by_chance} by chance", evidence)
+    if high is not None and high < guessed:
+        return Verdict("worse", f"Worse than chance: held-out accuracy is {became}, not {by_chance}", evidence)
+    return Verdict("unclear", f"Held-out accuracy is {became}, which is not clearly more than chance", evidence)
 
 
 def reward_verdict(rewards: Values) -> Verdict:
@@ -326,8 +355,12 @@ def _evidence(difference: Values, pairs: Any, digits: int) -> str:
     if finite(difference.get("p_value")) is not None:
         parts.append(p_value(difference["p_value"]).text)
     if finite(pairs) is not None:
-        parts.append(f"{count(pairs).text} {'pair' if pairs == 1 else 'pairs'}")
+        parts.append(_pairs(pairs))
     return ", ".join(parts)
+
+
+def _pairs(number: Any) -> str:
+    return f"{count(number).text} {'pair' if number == 1 else 'pairs'}"
 
 
 def accuracy_digits(heldout: Values) -> int:
@@ -396,9 +429,34 @@ def comparisons(heldout: Values) -> list[Comparison]:
 
 
 def comparisons_of(run: RunRecord) -> list[Comparison]:
+    if run.scores:
+        return score_rows(section(run.heldout, "after"))
     if run.heldout:
         return comparisons(run.heldout)
     return reward_comparisons(run.rewards) if run.rewards else []
+
+
+def columns_of(run: RunRecord) -> tuple[str, ...]:
+    """The fields of a `Comparison` that the run has values for."""
+    return ("after",) if run.scores else ("before", "after", "change")
+
+
+def score_rows(after: Values) -> list[Comparison]:
+    """The table of a model that scores answers; empty if there were no pairs."""
+    if not after:
+        return []
+    nothing = Number(NO_VALUE, "there was no head to score with")
+
+    def row(name: str, note: str, value: Number, ends: str = "") -> Comparison:
+        return Comparison(name, note, nothing, "", value, ends, nothing, "")
+
+    ends = _range(after.get("accuracy_ci"), lambda end: percent(end).text)
+    share = "share of held-out pairs in which the chosen answer has the higher score"
+    gap = "score of the chosen minus the rejected answer"
+    return [
+        row("Accuracy", share, percent(after.get("accuracy")), ends),
+        row("Margin", gap, signed(after.get("margin"))),
+    ]
 
 
 def reward_comparisons(rewards: Values) -> list[Comparison]:

@@ -34,24 +34,21 @@ def summary(run_folder: Path) -> RenderableType:
     if verdict.evidence:
         parts.append(_text(verdict.evidence))
     if rows := read.comparisons_of(run):
-        parts.append(Padding(_comparison(rows, "pairs" if run.heldout else "prompts"), (1, 0, 0, 0)))
+        table = _comparison(rows, "pairs" if run.heldout else "prompts", read.columns_of(run))
+        parts.append(Padding(table, (1, 0, 0, 0)))
     if places := _places(run_folder):
         parts.append(Padding(places, (1, 0, 0, 0)))
     return Group(*parts)
 
 
-def _comparison(rows: Sequence[Comparison], held_out: str) -> Table:
+def _comparison(rows: Sequence[Comparison], held_out: str, columns: Sequence[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column(f"held-out {held_out}")
-    for when in ("before", "after", "change"):
+    for when in columns:
         table.add_column(when, justify="right")
     for row in rows:
-        table.add_row(
-            _text(row.name.lower()),
-            _value(row.before, row.before_interval),
-            _value(row.after, row.after_interval),
-            _value(row.change, row.change_interval),
-        )
+        values = [_value(getattr(row, when), getattr(row, f"{when}_interval")) for when in columns]
+        table.add_row(_text(row.name.lower()), *values)
     return table
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from prefold.algorithms import NO_STATE, Algorithm, LossOutput, Mean, State
+from prefold.algorithms import NO_STATE, Algorithm, Extreme, LossOutput, Mean, Metric, State
 from prefold.algorithms.kto import mismatched
 from prefold.errors import UserError
 from prefold.files import read_json, write_json
@@ -158,11 +158,11 @@ class PreferenceTrainer(Trainer):
         units = self.algorithm.units(trees)
         perform = self._coupled_step if self.algorithm.couples_step else self._separable_step
         loss, outputs = perform(model, rows, units)
-        metrics: dict[str, list[Mean]] = {}
+        metrics: dict[str, list[Metric]] = {}
         for output in outputs:
-            for name, mean in output.metrics.items():
-                metrics.setdefault(name, []).append(mean)
-        self.step_metrics = {name: mean_of(parts) for name, parts in metrics.items()}
+            for name, metric in output.metrics.items():
+                metrics.setdefault(name, []).append(metric)
+        self.step_metrics = {name: value_of(parts) for name, parts in metrics.items()}
         self.carried = outputs[-1].state if outputs else self.carried
         return loss
 
@@ -252,7 +252,7 @@ class PreferenceTrainer(Trainer):
             parts.append(policy)
         output = self.loss_of(concatenated(parts), held_out, order)
         loss = _per_unit(output, self.algorithm.units(held_out.trees))
-        metrics = {name: mean_of([mean]) for name, mean in output.metrics.items()}
+        metrics = {name: value_of([metric]) for name, metric in output.metrics.items()}
         return {f"eval_{name}": value for name, value in {"loss": float(loss), **metrics}.items()}
 
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
@@ -344,9 +344,13 @@ def _auxiliary(policy: TreeLogprobs, share: float) -> Tensor:
     return policy.tokens.new_zeros(()) if policy.auxiliary is None else policy.auxiliary * share
 
 
-def mean_of(parts: Sequence[Mean]) -> float:
-    """The mean of values that come as sums with their numbers."""
-    return float(sum(float(part.total) for part in parts) / sum(part.number for part in parts))
+def value_of(parts: Sequence[Metric]) -> float:
+    """The mean, or the extreme, of values that came in parts."""
+    extremes = [part for part in parts if isinstance(part, Extreme)]
+    if extremes:
+        return extremes[0].pick(float(part.value) for part in extremes)
+    means = [part for part in parts if isinstance(part, Mean)]
+    return float(sum(float(part.total) for part in means) / sum(part.number for part in means))
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:

@@ -41,6 +41,7 @@ class StepRecord:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         _append(self.metrics, {"step": step, **metrics})
         shown = {"loss": "loss", "reward": "reward", "rewards/margins": "margin", "rewards/accuracies": "acc"}
+        shown |= {"margin": "margin", "accuracy": "acc"}
         self.advance(1, " ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics))
 
     def rollout(self, step: int, groups: Sequence[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ have wrapped it: then it is a copy that is trained, or a few of its rows are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,7 @@ def output_layer(model: nn.Module) -> nn.Module:
 def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
     """What the model does between its last hidden states and its logits, by the names of transformers' configs."""
     layer = output_layer(model)
-    linear = _weights_of(layer)
+    linear = weights_of(layer)
     assert isinstance(linear, nn.Linear)
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -69,13 +69,13 @@ def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
 
 def head_obstacle(model: nn.Module) -> str | None:
     """Why the head of this model cannot be applied in chunks, or None if it can."""
-    layer = _weights_of(output_layer(model))
+    layer = weights_of(output_layer(model))
     if type(layer) is not nn.Linear:
         return f"its output head is a {type(layer).__name__}, not a plain linear layer"
     return None
 
 
-def _weights_of(layer: Any) -> nn.Module:
+def weights_of(layer: Any) -> nn.Module:
     """The module inside PEFT's wrappers whose weights are at work."""
     if isinstance(layer, TrainableTokensWrapper):
         found = layer.token_adapter.get_base_layer()
@@ -103,15 +103,22 @@ def scoring_head(
         scored.append(head_logprobs(hidden[0], head, targets, statistics))
         return hidden[..., :1].detach()
 
-    before = vars(head.layer).get("forward")
-    head.layer.forward = score
-    try:
+    with computing_by(score, head.layer):
         yield scored
+
+
+@contextmanager
+def computing_by(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Iterator[None]:
+    """While open, a layer computes `forward`; its hooks stay."""
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
     finally:
         if before is None:
-            del head.layer.forward
+            del layer.forward
         else:
-            head.layer.forward = before
+            layer.forward = before
 
 
 def head_logprobs(

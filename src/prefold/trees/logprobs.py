@@ -30,6 +30,8 @@ class TreeLogprobs:
     For unpaired data, `labels` `[N]`: whether a completion is desirable. For KTO, `mismatched` `[M]`: summed log-probs,
     without gradient, of completions under prompts that are not theirs. For completions that were sampled, `advantages`
     `[N]`; and `old` `[S]`, the log-probs that `tokens` had before the first step on them, None at that step.
+
+    A model that scores conversations has scores in their place, one to each completion, as if it had one token.
     """
 
     tokens: Tensor
@@ -161,10 +163,8 @@ def plain_logprobs(
     prompt_of = {first: tree for tree, first in enumerate(firsts)}
     prompts: list[Tensor] = [torch.empty(0)] * len(row.trees)
     auxiliary: list[Tensor] = []
-    for batch in _equal_batches([len(ids) for ids in rows], 0 if one_by_one else max_tokens):
-        longest = max(len(rows[i]) for i in batch)
-        padded = torch.tensor([[*rows[i], *[0] * (longest - len(rows[i]))] for i in batch], device=device)
-        mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
+    for batch in equal_batches([len(ids) for ids in rows], 0 if one_by_one else max_tokens):
+        padded, mask = pad([rows[i] for i in batch], device)
         output = model(input_ids=padded, attention_mask=mask, use_cache=False)
         logits = output.logits
         if getattr(output, "aux_loss", None) is not None:
@@ -199,7 +199,14 @@ def router_coefficient(model: Any) -> float:
     return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
 
 
-def _equal_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+def pad(rows: Sequence[Sequence[int]], device: torch.device, padding: int = 0) -> tuple[Tensor, Tensor]:
+    """`[rows, longest]` token ids, padded on the right, and the mask that tells padding from them."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], device=device)
+    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+
+
+def equal_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Items of similar size together, so that a padded batch (longest x items) stays within `max_tokens`."""
     batches: list[list[int]] = []
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

@@ -24,6 +24,7 @@ from prefold.trees.head import head_obstacle
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs, router_coefficient
 from prefold.trees.memory import free_memory, is_out_of_memory
 from prefold.trees.packing import PackedTrees, TokenTree, pack, split_by_budget
+from prefold.trees.scores import packed_scores, plain_scores, score_layer
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
@@ -70,10 +71,12 @@ class Scorer:
         """
         called = self.model if model is None else model
         row = pack(trees, next(self.model.parameters()).device, scores_prompt)
-        if not self.packed:
-            return plain_logprobs(called, row, self.max_tokens, statistics, self.one_by_one, self.temperature)
-        with self.in_place():
-            return packed_logprobs(called, row, statistics, self.temperature)
+        if self.packed:
+            with self.in_place():
+                return _of_packed(called, row, statistics, self.temperature)
+        if score_layer(called) is not None:
+            return plain_scores(called, row, self.max_tokens, self.one_by_one)
+        return plain_logprobs(called, row, self.max_tokens, statistics, self.one_by_one, self.temperature)
 
     def in_place(self) -> AbstractContextManager[None]:
         """Keeps the attention in place for a backward pass too, where gradient checkpointing runs the layers again."""
@@ -141,6 +144,12 @@ class Scorer:
         return tree.size if self.packed else tree.plain_size
 
 
+def _of_packed(model: nn.Module, row: PackedTrees, statistics: bool = False, temperature: float = 1.0) -> TreeLogprobs:
+    if score_layer(model) is not None:
+        return packed_scores(model, row)
+    return packed_logprobs(model, row, statistics, temperature)
+
+
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
@@ -188,7 +197,7 @@ def obstacle(model: nn.Module) -> str | None:
         return f"it has layers that carry a state or a mask of their own ({', '.join(odd)})"
     if router_coefficient(base):
         return "the auxiliary loss of its router counts the tokens of padded batches"
-    return head_obstacle(base)
+    return None if score_layer(base) is not None else head_obstacle(base)
 
 
 def stretched_positions(model: nn.Module, longest: int) -> str | None:
@@ -232,7 +241,7 @@ def failed_self_check(model: nn.Module, trees: Sequence[TokenTree], attention: s
         row = pack(trees, unwrapped(model).device)
         try:
             with using_attention(unwrapped(model), attention):
-                packed = packed_logprobs(model, row)
+                packed = _of_packed(model, row)
         except (NotImplementedError, TypeError, RuntimeError) as error:
             return f"its packed forward pass failed ({str(error).splitlines()[0]})"
         plain = Scorer(model, max(tree.plain_size for tree in trees), None).score(trees)
@@ -242,7 +251,9 @@ def failed_self_check(model: nn.Module, trees: Sequence[TokenTree], attention: s
     difference = float((packed.tokens - plain.tokens).abs().max())
     explained = COARSE if _rounds_inputs(model) else TOLERANCE[_exact(model)]
     if not difference <= explained:
-        return f"packed log-probs differ from plain ones by {difference:.2g} nats, rounding explains {explained:.2g}"
+        what, unit = ("log-probs", " nats") if score_layer(model) is None else ("scores", "")
+        measured, allowed = f"{difference:.2g}{unit}", f"{explained:.2g}{unit}"
+        return f"packed {what} differ from plain ones by {measured}, rounding explains {allowed}"
     return None
 
 

@@ -304,3 +304,18 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     report(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if "report" in path.name) == ["report.html"]
     assert "rose from" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_of_a_reward_model(tmp_path: Path) -> None:
+    after = {"accuracy": 0.85, "accuracy_ci": [0.76, 0.91], "margin": 1.5}
+    names = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+    page = report(
+        tmp_path,
+        heldout={"pairs": 84, "after": after, "chance": {"accuracy": 0.5, "p_value": 1e-6}},
+        metrics=[{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)],
+        samples=[],
+    )
+    assert "Answers" not in page.text and "Before" not in page.text and "Change" not in page.text
+    assert "Their scores differ by" in page.text
+    for title in ("Scores", "Margin", "Accuracy", "Loss"):
+        assert title in page.text

@@ -143,3 +143,26 @@ def test_half_a_line_at_the_end_of_a_running_file_is_left_out(tmp_path: Path) ->
     write_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "lo')
     assert read_run(tmp_path).metrics == [{"step": 1, "loss": 0.7}]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "ci", "outcome", "headline"),
+    [
+        (0.85, [0.76, 0.91], "better", "Held-out accuracy is 85 %, and 50 % by chance"),
+        (0.30, [0.21, 0.41], "worse", "Worse than chance: held-out accuracy is 30 %, not 50 %"),
+        (0.55, [0.44, 0.65], "unclear", "Held-out accuracy is 55 %, which is not clearly more than chance"),
+        (0.55, None, "unclear", "Held-out accuracy is 55 %, which is not clearly more than chance"),
+        (float("nan"), None, "missing", "No verdict: the evaluation gave no finite accuracy"),
+    ],
+)
+def test_a_reward_model_is_compared_with_chance(accuracy: float, ci: Any, outcome: str, headline: str) -> None:
+    after = {"accuracy": accuracy, "accuracy_ci": ci, "margin": 0.4}
+    found = verdict({"pairs": 84, "after": after, "chance": {"accuracy": 0.5, "p_value": 0.0042}})
+    assert (found.outcome, plain(found.headline)) == (outcome, headline)
+    if outcome == "better":
+        assert plain(found.evidence) == "95 % interval 76 % to 91 %, p = 0.0042, 84 pairs"
+
+
+def test_a_reward_model_without_held_out_pairs_has_no_verdict(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, heldout={"pairs": 0, "chance": {"accuracy": 0.5}}))
+    assert read.verdict_of(run).outcome == "missing" and read.comparisons_of(run) == []

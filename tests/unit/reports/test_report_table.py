@@ -62,3 +62,13 @@ def test_hostile_text_steers_no_terminal(text: str, tmp_path: Path) -> None:
     assert "rose from 31 % to 92 %" in shown
     if name.isascii() and name.isprintable():
         assert "".join(name.split()) in "".join(shown.split())
+
+
+def test_a_reward_model_has_one_column(tmp_path: Path) -> None:
+    after = {"accuracy": 0.85, "accuracy_ci": [0.76, 0.91], "margin": 1.5}
+    chance = {"accuracy": 0.5, "p_value": 1e-6}
+    text = words(printed(tmp_path, heldout={"pairs": 84, "after": after, "chance": chance}))
+    assert text == (
+        "Held-out accuracy is 85 %, and 50 % by chance 95 % interval 76 % to 91 %, p < 0.001, 84 pairs "
+        "held-out pairs after accuracy 85 % 76 % to 91 % margin +1.50"
+    )

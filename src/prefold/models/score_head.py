@@ -1,0 +1,70 @@
+"""The head of a reward model: a linear layer that gives the last token of a conversation its score, in place of the
+vocabulary's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefold.errors import UserError
+from prefold.trees.scores import HEAD, score_layer
+
+WEIGHT = f"{HEAD}.weight"
+
+
+def set_up_head(model: PreTrainedModel, report: dict[str, Any], seed: int, name: str) -> dict[str, Any]:
+    """Draw the weights of a head that no file held: small and random, the same for the same seed on every device.
+
+    Args:
+        report: what transformers says about loading.
+
+    Returns:
+        The report without what the change of heads explains.
+
+    Raises:
+        UserError: the model has no such head, or one for several labels.
+    """
+    head = score_layer(model)
+    if type(head) is not nn.Linear:
+        expected = "a model that writes from left to right, or a reward model"
+        raise UserError("its classifier has no linear head on the last token", where=name, expected=expected)
+    if any(WEIGHT in entry for entry in report["mismatched_keys"]):
+        expected = "a reward model has one score"
+        raise UserError("is a classifier with several labels", where=name, expected=expected)
+    if WEIGHT in report["missing_keys"]:
+        spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+        drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+        head.weight.data.copy_(spread * drawn)
+    if model.config.get_text_config().pad_token_id is None:
+        # Without one the model refuses batches; which it is does not matter to the engine, that knows the last tokens.
+        set_padding(model, 0)
+    trunk = f"{model.base_model_prefix}."
+    return {
+        **report,
+        "missing_keys": set(report["missing_keys"]) - {WEIGHT},
+        "unexpected_keys": [key for key in report["unexpected_keys"] if key.startswith(trunk)],
+    }
+
+
+def set_padding(model: PreTrainedModel, token: int | None) -> None:
+    """Tell a classifier which token is padding: it reads a score at the last one that is not."""
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = token
+
+
+def pad_apart(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
+    """Pad with a special token that is not one of `ends`, those that conversations end with: in a batch a classifier of
+    transformers would read their scores one token early.
+
+    Its own pad token is kept where it will do. Where none will, there is none afterwards, and classifiers refuse
+    batches.
+    """
+    special = [how.content for how in tokenizer.added_tokens_decoder.values() if how.special]
+    tokens = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special]
+    free = (token for token in tokens if token is not None and tokenizer.convert_tokens_to_ids(token) not in ends)
+    tokenizer.pad_token = next(free, None)
