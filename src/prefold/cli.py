@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from prefold.errors import StageError, UserError
+from prefold.files import storage_trouble
 
 app = typer.Typer(
     name="prefold",
@@ -279,8 +280,8 @@ def fetch(
     print(prefold.fetch(model, revision))
 
 
-INTERRUPTED = 130
-"""What typer makes of Ctrl-C."""
+INTERRUPTED = (130, 143)
+"""What typer makes of Ctrl-C, and training of SIGTERM."""
 
 
 def main() -> NoReturn:
@@ -292,8 +293,8 @@ def main() -> NoReturn:
             raise
         fail(*explain(error))
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            fail("stopped; a run goes on from here when it is started again", INTERRUPTED)
+        if isinstance(stop.code, int) and stop.code in INTERRUPTED:
+            fail("stopped; a run goes on from here when it is started again", stop.code)
         raise
     sys.exit(0)
 
@@ -302,6 +303,8 @@ def explain(error: Exception) -> tuple[str, int]:
     """Message and exit code of an error."""
     if isinstance(error, UserError | StageError):
         return str(error), 2 if isinstance(error, UserError) else 1
+    if trouble := storage_trouble(error):
+        return f"{trouble}\n  to do: make room or mend the folder, and start again: what was done is kept", 1
     return f"{type(error).__name__}: {error}\n  to do: `prefold --debug ...` shows where it happened", 1
 
 

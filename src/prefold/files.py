@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,15 +32,48 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`; on success it takes the place of `path`, on failure it is
     removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old.tmp"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
+        settle(temporary)
+        if path.exists():
+            os.replace(path, old)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(path: Path) -> None:
+    """Have a file, or all that is in a folder, on the disk before anything that relies on it, should the power fail."""
+    for one in [*path.rglob("*"), path]:
+        if one.is_file():
+            descriptor = os.open(one, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process left in `folder`."""
+    for path in folder.glob(".*"):
+        found = re.fullmatch(r"\..+?\.(\d+)(\.old)?\.tmp|\.writable\.(\d+)", path.name)
+        if found and not _is_alive(int(found[1] or found[3])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether another process has that number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,6 +114,21 @@ def require_writable(folder: Path) -> None:
             where=str(folder),
             advice="choose another one, e.g. `output_dir=runs/mine`, or change its permissions",
         ) from None
+
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# Writers that are not Python's report a failed write in words of their own.
+_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
+
+
+def storage_trouble(error: BaseException) -> str:
+    """Why something cannot be written or read, if that is what an error is about; empty if not."""
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        place = f": {without_home(str(error.filename))}" if error.filename else ""
+        return f"{error.strerror}{place}"
+    if any(words in str(error) for words in _FULL):
+        return os.strerror(errno.ENOSPC)
+    return storage_trouble(error.__cause__) if error.__cause__ else ""
 
 
 def without_home(path: str) -> str:

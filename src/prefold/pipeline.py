@@ -20,7 +20,7 @@ import yaml
 
 from prefold import stages
 from prefold.errors import StageError, UserError
-from prefold.files import read_json, require_writable, write_text
+from prefold.files import read_json, require_writable, sweep, write_text
 from prefold.recipe import RecipeBase, as_dict, dump_recipe, load_recipe
 from prefold.stages import CheckReport
 from prefold.terminal import say
@@ -41,7 +41,8 @@ class Stage:
         return all((folder / output).exists() for output in self.outputs)
 
     def remove_outputs(self, folder: Path) -> None:
-        for output in self.outputs:
+        # The first one last: a folder that is half removed must not pass for a stage that is done.
+        for output in reversed(self.outputs):
             _remove(folder / output)
 
 
@@ -58,8 +59,9 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     ]
 
 
-WHILE_TRAINING = ("checkpoints", "metrics.jsonl", "rollouts.jsonl")
-RECORDS = (*WHILE_TRAINING, "timing.jsonl", "run.log", "recipe.yaml", "trained", "adapter")
+WHILE_TRAINING = ("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json")
+# The recipe last: without it a folder is not known for a run's any more.
+RECORDS = (*WHILE_TRAINING, "timing.jsonl", "run.log", "trained", "adapter", "recipe.yaml")
 
 
 # ---- the API ----------------------------------------------------------------------------------------------------
@@ -167,6 +169,7 @@ def _open_run_folder(recipe: RecipeBase, fresh: bool = False) -> Iterator[Path]:
     """The run folder, ready for this recipe; the log goes to its `run.log` meanwhile."""
     folder = recipe.run_folder
     require_writable(folder)
+    sweep(folder)
     if any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
         raise UserError(
             "is neither empty nor a run folder", where=recipe.output_dir, advice="choose another `output_dir`"
@@ -181,6 +184,7 @@ def _open_run_folder(recipe: RecipeBase, fresh: bool = False) -> Iterator[Path]:
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk has a message of its own
     logger = logging.getLogger("prefold")
     logger.addHandler(handler)
     try:

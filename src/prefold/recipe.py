@@ -280,6 +280,43 @@ class Train(Section):
         return self
 
 
+Warns = Literal["off", "warn"]
+Stops = Literal["off", "warn", "stop"]
+Acts = Literal["off", "warn", "stop", "roll_back", "lower_rate"]
+
+
+class Guards(Section):
+    """What follows when training goes wrong: `off`: not looked for; `warn`: said once, and reported; `stop`: the run
+    ends and keeps its checkpoints; `roll_back`: back to the last checkpoint, and on at half the rate; `lower_rate`: on
+    at half the rate. May be changed while a run is under way."""
+
+    not_finite: Literal["stop", "roll_back"] = "stop"
+    """Loss or gradient is NaN or infinite; the rows of the step are shown."""
+    no_gradient: Stops = "warn"
+    """The gradient is 0 step after step."""
+    stuck_at_start: Stops = "warn"
+    """The loss stays at ln 2, where DPO starts, although the rate has risen."""
+    chosen_falling: Acts = "warn"
+    """Log-probs of the chosen answers collapse while the margin grows."""
+    too_easy: Stops = "warn"
+    """Every pair is told right after a few steps."""
+    held_out_falling: Acts = "warn"
+    """The margin on held-out pairs falls (with `train.eval_steps`)."""
+    kl_running_off: Acts = "warn"
+    """Completions go far away from the reference."""
+    equal_rewards: Stops = "warn"
+    """All completions of each prompt get the same reward."""
+    cut_off: Stops = "warn"
+    """Nearly all completions reach the longest length."""
+    undertrained: Warns = "warn"
+    """At the end, pairs are hardly told apart."""
+
+    @property
+    def actions(self) -> dict[str, str]:
+        """By the name of the guard."""
+        return dict(self.model_dump())
+
+
 class Merge(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: the dtype that was trained in."""
@@ -385,6 +422,7 @@ class RecipeBase(Section):
     rewards: list[Reward] = []
     """What scores completions, for methods that train on the model's own."""
     train: Train = Train()
+    guards: Guards = Guards()
     merge: Merge = Merge()
     evaluate: Evaluate = Evaluate()
     output_dir: str = Field(min_length=1)

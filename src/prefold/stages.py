@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +36,7 @@ from prefold.evaluation.rewards import compare_rewards
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import cache_folder, new_folder, read_json, write_json, write_jsonl
+from prefold.inputs import inputs_of, require_unchanged, row_list
 from prefold.models.adapters import load_policy, load_start
 from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
 from prefold.models.merge import merge_adapter, remarks, save_and_check
@@ -50,9 +51,14 @@ from prefold.rollouts.samples import seed_of
 from prefold.rollouts.sampling import Sampling
 from prefold.terminal import progress_bar, say
 from prefold.trainers.arguments import training_arguments
-from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet, kept_in, last_checkpoint, save_weights
+from prefold.trainers.checkpoints import kept_in, last_checkpoint, step_of
+from prefold.trainers.guards import Facts
+from prefold.trainers.interrupt import Interruption
+from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet, save_weights
 from prefold.trainers.online import OnlineTrainer, sampling_of
 from prefold.trainers.record import StepRecord
+from prefold.trainers.trackers import open_trackers
+from prefold.trainers.watch import RolledBack, Watch
 from prefold.trees.memory import auto_max_tokens, free_memory
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import reference_logprobs
@@ -73,11 +79,13 @@ STAND_IN = 32
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `prefold check` found. `ok` is False if a finding is an error; `separation` is there on request."""
+    """What `prefold check` found. `ok` is False if a finding is an error; `inputs` are fingerprints of what a run reads
+    beside its data; `separation` is there on request."""
 
     prepared: Prepared
     tokenizer: PreTrainedTokenizerBase
     plan: dict[str, Any]
+    inputs: dict[str, str]
     separation: dict[str, Any] | None = None
 
     @property
@@ -89,7 +97,7 @@ class CheckReport:
         return {
             "ok": self.ok,
             **self.prepared.report.as_json(),
-            "fingerprint": fingerprints,
+            "fingerprint": {**fingerprints, **self.inputs},
             "plan": self.plan,
             **({"separation": self.separation} if self.separation else {}),
             "examples": [self._shown(example) for example in self.prepared.train[:EXAMPLES_SHOWN]],
@@ -111,7 +119,7 @@ def examine(recipe: RecipeBase, reference: bool = False) -> CheckReport:
         _rewards(recipe, column_names(prompts_of(prepared.train)))
     steps = len(_order(recipe, len(prepared.train)))
     plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": recipe.train.max_tokens}
-    found = CheckReport(prepared, tokenizer, plan)
+    found = CheckReport(prepared, tokenizer, plan, inputs_of(recipe))
     return _with_separation(recipe, found) if reference else found
 
 
@@ -187,28 +195,56 @@ def _cpu_name() -> str:
 
 
 def train(recipe: RecipeBase) -> None:
-    folder = recipe.run_folder
+    """Train; where a guard rolls back, once more from the checkpoint before."""
     prepared = _prepared(recipe)
+    while True:
+        try:
+            return _train(recipe, prepared)
+        except RolledBack:
+            pass
+        free_memory()
+
+
+def _train(recipe: RecipeBase, prepared: Prepared) -> None:
+    folder = recipe.run_folder
     model = _policy(recipe)
     scorer = _scorer(recipe, model, prepared.train)
     make_trainer = (_online_trainer if _samples(recipe) else _offline_trainer)(recipe, scorer, prepared)
     checkpoint = last_checkpoint(folder / "checkpoints")
-    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    order = _order(recipe, len(prepared.train))
-    with _trackers(recipe), progress_bar("train", len(order), done) as advance:
+    done, order = step_of(checkpoint), _order(recipe, len(prepared.train))
+    interruption = Interruption(every=order.iterations)
+    with interruption, _trackers(recipe), progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
         trainer = make_trainer(order, record, training_arguments(recipe, len(order)))
+        trainer.watch_by(_watch(recipe, record, done, order, prepared))
+        for callback in (*open_trackers(recipe.train.report_to), interruption):
+            trainer.add_callback(callback)
         if checkpoint:
             trainer.scorer.max_tokens, trainer.carried = kept_in(checkpoint)
             say(f"  going on after step {done}")
         with scorer.in_place():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        interruption.leave()
     with new_folder(folder / ("trained" if recipe.lora == "none" else "adapter")) as aside:
         save_weights(model, aside)
         if recipe.model.chat_template:
             tokenizer_of(recipe.model).save_pretrained(aside)
     del trainer, make_trainer, model, scorer
     free_memory()
+
+
+def _watch(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Watch:
+    dtype = choose_dtype(recipe.model.dtype, choose_device())
+    facts = Facts(len(order), recipe.train.learning_rate, scales_gradients=dtype == torch.float16)
+    origins, checkpoints = prepared.train.origins, recipe.run_folder / "checkpoints"
+    return Watch(
+        recipe.guards.actions,
+        facts,
+        record,
+        done,
+        rows_of=lambda step: row_list([origins[place] for place in order[step - 1]]),
+        last_step=lambda: step_of(last_checkpoint(checkpoints)),
+    )
 
 
 MakeTrainer = Callable[[StepOrder, StepRecord, TrainingArguments], PreferenceTrainer]
@@ -308,7 +344,8 @@ def _trackers(recipe: RecipeBase) -> Iterator[None]:
         if "wandb" in recipe.train.report_to:
             import wandb
 
-            wandb.finish()
+            with suppress(Exception):  # a tracker that is down costs its curves, never the run
+                wandb.finish()
 
 
 # ---- merge ------------------------------------------------------------------------------------------------------
@@ -460,15 +497,10 @@ def _prepared(recipe: RecipeBase) -> Prepared:
     """The data as it was checked.
 
     Raises:
-        UserError: a file has changed since.
+        UserError: the data, or another file that the run reads, has changed since.
     """
     found = examine(recipe)
-    if found.as_json()["fingerprint"] != read_json(recipe.run_folder / "data.json")["fingerprint"]:
-        raise UserError(
-            "the data is not what it was when this run began",
-            where=recipe.output_dir,
-            advice="restore the files, take another `output_dir`, or `--fresh` to start over",
-        )
+    require_unchanged(read_json(recipe.run_folder / "data.json"), found.as_json(), recipe.output_dir)
     return found.prepared
 
 

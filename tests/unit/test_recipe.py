@@ -167,10 +167,11 @@ def attributes_read() -> set[str]:
 
 
 def test_every_field_is_read_somewhere() -> None:
-    # `Sampling(**evaluate.model_dump(...))` reads these by name.
+    # `Sampling(**evaluate.model_dump(...))` and `Guards.actions` read these by name.
     from prefold.rollouts.generate import Sampling
+    from prefold.trainers.guards import AT_THE_END, GUARDS
 
-    passed_on = set(Sampling.__dataclass_fields__)
+    passed_on = {*Sampling.__dataclass_fields__, *GUARDS, *AT_THE_END}
     read = attributes_read() | passed_on
     unread = [field for field in all_fields() if field.split(".")[-1] not in read and field not in ALGORITHMS]
     assert unread == []

@@ -110,9 +110,11 @@ def _require_shards(folder: Path, name: str) -> None:
     if not index.is_file() or (folder / "model.safetensors").is_file():
         return
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index.name} cannot be read", where=name, expected="a `weight_map` in JSON") from None
+    if outside := sorted(shard for shard in shards if Path(shard).name != shard):
+        raise UserError(f"{index.name} names files outside the folder, e.g. {outside[0]}", where=name)
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         what = f"{len(missing)} of {len(shards)} weight files are missing, e.g. {missing[0]}"

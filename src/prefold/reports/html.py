@@ -71,6 +71,8 @@ def render(run: RunRecord) -> str:
         curves=drawn,
         metric_rows=metric_rows(run.metrics),
         steps=len(run.metrics),
+        guarded=run.guards is not None,
+        sightings=sightings(run.guards),
         data=data_tables(run.data) if run.data else None,
         merge=merge_check(run.merge) if run.merge else None,
         stages=stage_costs(run.timing),
@@ -194,6 +196,35 @@ def metric_rows(metrics: Sequence[Values]) -> list[MetricRow]:
         numbers = (known[0], known[-1], min(known), max(known)) if known else (None,) * 4
         rows.append(MetricRow(name, *map(read.decimal, numbers)))
     return rows
+
+
+CONSEQUENCES = {
+    "warn": "",
+    "stop": "Training stopped.",
+    "roll_back": "Training went back to step {after}, and on from there at half the rate.",
+    "lower_rate": "The rate was halved from there on.",
+}
+
+
+class Sighting(NamedTuple):
+    """What a guard saw while training."""
+
+    guard: str
+    step: str
+    message: str
+    rows: str
+    advice: str
+    consequence: str
+
+
+def sightings(guards: Values | None) -> list[Sighting]:
+    return [_sighting(event) for event in _objects((guards or {}).get("events"))]
+
+
+def _sighting(event: Values) -> Sighting:
+    words = {name: str(event.get(name, "")) for name in ("step", "message", "rows", "advice")}
+    consequence = CONSEQUENCES.get(str(event.get("action")), "").format(after=read.count(event.get("after")).text)
+    return Sighting(guard=str(event.get("guard", "")).replace("_", " "), consequence=consequence, **words)
 
 
 SEVERITIES = ("error", "warning", "note")

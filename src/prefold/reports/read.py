@@ -40,6 +40,7 @@ class RunRecord:
     rewards: Values | None
     samples: list[Values]
     merge: Values | None
+    guards: Values | None
 
     @property
     def name(self) -> str:
@@ -88,6 +89,7 @@ def read_run(folder: Path) -> RunRecord:
         rewards=_read_object(folder / "evaluation" / "rewards.json"),
         samples=_read_lines(folder / "samples.jsonl"),
         merge=_read_object(folder / "merge.json"),
+        guards=_read_object(folder / "guards.json"),
     )
 
 

@@ -31,7 +31,7 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(recipe.run_folder / "checkpoints"),
         run_name=settings.run_name or recipe.run_folder.name,
-        report_to=list(settings.report_to),
+        report_to="none",  # see `open_trackers`
         use_cpu=device.type == "cpu",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,

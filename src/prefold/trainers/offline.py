@@ -28,17 +28,14 @@ from transformers.trainer_utils import rotate_checkpoints
 from prefold.algorithms import NO_STATE, Algorithm, Extreme, LossOutput, Mean, Metric, State
 from prefold.algorithms.kto import mismatched
 from prefold.errors import UserError
-from prefold.files import read_json, write_json
 from prefold.models.load import quiet
+from prefold.trainers.checkpoints import seal
 from prefold.trainers.record import StepRecord
+from prefold.trainers.watch import Watch
 from prefold.trees.logprobs import TreeLogprobs, concatenated
 from prefold.trees.memory import is_out_of_memory
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, reference_model
-
-KEPT = "prefold.json"
-"""In a checkpoint: the token budget that it was trained with, so that a resumed run splits its steps alike, and what
-the algorithm carries from step to step."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,14 @@ class PreferenceTrainer(Trainer):
         stopping: list[Any] = [EarlyStoppingCallback(patience)] if patience else []
         super().__init__(model=scorer.model, args=args, eval_dataset=held_out and order, callbacks=stopping)
         self.remove_callback(PrinterCallback)
+        self.watch: Watch | None = None
         self.step_metrics: dict[str, float] = {}
         self.held_out_metrics: dict[str, float] = {}
+
+    def watch_by(self, watch: Watch) -> None:
+        """Have guards look at every step from now on."""
+        self.watch = watch
+        self.add_callback(watch)
 
     def get_train_dataloader(self) -> DataLoader[list[int]]:
         return DataLoader(self.order, batch_size=1, collate_fn=lambda steps: steps[0])
@@ -287,6 +290,26 @@ class PreferenceTrainer(Trainer):
                 advice="give its settings in `train.lr_scheduler_kwargs`",
             ) from None
 
+    def _get_learning_rate(self) -> float:
+        """The rate of the step that is being done, lowered by guards or not."""
+        lowered = self.watch.rate(self.state.global_step + 1) if self.watch else 1.0
+        return float(super()._get_learning_rate()) * lowered
+
+    def _run_epoch(self, *args: Any, **settings: Any) -> None:
+        """Nothing more, where the checkpoint that is gone on from is of a run that early stopping had ended."""
+        stopping = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        if any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stopping):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **settings)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As transformers', and a best one that is wanted in the end is saved whatever `save_steps` says."""
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
@@ -302,12 +325,14 @@ class PreferenceTrainer(Trainer):
         self._checkpoint_parent = aside
         try:
             super()._save_checkpoint(model, trial)
+            best = self.state.best_global_step if self.args.load_best_model_at_end else None
+            seal(aside / name, self.scorer.max_tokens, self.carried, best)
+            self.record.settle()
+            shutil.rmtree(self.checkpoints / name, ignore_errors=True)
+            os.replace(aside / name, self.checkpoints / name)
         finally:
             self._checkpoint_parent = self.checkpoints
-        write_json(aside / name / KEPT, {"max_tokens": self.scorer.max_tokens, "carried": dict(self.carried)})
-        shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-        os.replace(aside / name, self.checkpoints / name)
-        shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         self._point_to_best()
         rotate_checkpoints(
             str(self.checkpoints), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
@@ -351,15 +376,3 @@ def value_of(parts: Sequence[Metric]) -> float:
         return extremes[0].pick(float(part.value) for part in extremes)
     means = [part for part in parts if isinstance(part, Mean)]
     return float(sum(float(part.total) for part in means) / sum(part.number for part in means))
-
-
-def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint of the highest step, or None."""
-    found = [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def kept_in(checkpoint: Path) -> tuple[int, State]:
-    """The token budget that a checkpoint was trained with, and what its algorithm carried."""
-    kept = read_json(checkpoint / KEPT)
-    return int(kept["max_tokens"]), dict(kept["carried"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prefold.files import read_jsonl, write_jsonl
+from prefold.files import read_jsonl, settle, write_text
 from prefold.terminal import Advance
 
 
@@ -28,18 +28,19 @@ class StepRecord:
     was sampled for it to `rollouts.jsonl`.
 
     A run that continues from a checkpoint first drops the lines of later steps, so that its file equals a straight
-    run's.
+    run's. `history` holds the lines of `metrics.jsonl`.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int, advance: Advance):
         self.metrics, self.timing, self.advance = run_folder / "metrics.jsonl", run_folder / "timing.jsonl", advance
         self.rollouts = run_folder / "rollouts.jsonl"
         for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
-            kept = [line for line in _whole_lines(path) if line.get("step", 0) <= resumed_step]
-            write_jsonl(path, kept)
+            _cut(path, resumed_step)
+        self.history: list[dict[str, float]] = read_jsonl(self.metrics) if self.metrics.is_file() else []
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        _append(self.metrics, {"step": step, **metrics})
+        self.history.append({"step": step, **metrics})
+        _append(self.metrics, self.history[-1])
         shown = {"loss": "loss", "reward": "reward", "rewards/margins": "margin", "rewards/accuracies": "acc"}
         shown |= {"margin": "margin", "accuracy": "acc"}
         self.advance(1, " ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics))
@@ -47,6 +48,11 @@ class StepRecord:
     def rollout(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
         for group in groups:
             _append(self.rollouts, {"step": step, **group})
+
+    def settle(self) -> None:
+        """A checkpoint is about to count on the lines so far."""
+        for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
+            settle(path)
 
     def time(self, step: int, seconds: float, tokens: int) -> None:
         line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens, "peak_memory_mb": peak_memory_mb()}
@@ -64,9 +70,9 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file whose last one may have been cut off by the end of the process."""
+def _cut(path: Path, step: int) -> None:
+    """Leave the lines up to a step as they are; the end of the process may have cut the last one off."""
     text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-    return read_jsonl(path)
+    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
+    kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+    write_text(path, "".join(f"{line}\n" for line in kept))

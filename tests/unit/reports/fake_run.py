@@ -115,6 +115,20 @@ HELDOUT = {
     "reward": {"accuracy": 0.9762, "margin": 3.2114},
 }
 
+GUARDS = {
+    "events": [
+        {
+            "guard": "too_easy",
+            "action": "roll_back",
+            "step": 57,
+            "after": 50,
+            "message": "every pair of the last 5 steps is told right",
+            "advice": "look at the findings of `prefold check`",
+            "rows": "more_pairs.jsonl 3, 9",
+        }
+    ]
+}
+
 SYSTEM = "You answer in plain words."
 
 SAMPLES = [
@@ -225,6 +239,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
         "heldout": HELDOUT,
         "samples": [sample(*texts) for texts in SAMPLES],
         "merge": MERGE,
+        "guards": GUARDS,
     }
     contents |= changes
     names = {"recipe": "recipe.yaml", "heldout": "evaluation/heldout.json"}

@@ -86,6 +86,7 @@ def run_of_texts(text: str) -> dict[str, Any]:
             sample(text, text, text),
         ],
         "merge": MERGE | {"dtype": text},
+        "guards": {"events": [dict.fromkeys(("guard", "action", "step", "message", "advice", "rows"), text)]},
         "timing": [{"stage": text, "seconds": 1.0, "peak_memory_mb": 10}],
     }
 
@@ -285,6 +286,13 @@ def test_findings_are_sorted_by_severity_and_name_their_rows(tmp_path: Path) -> 
     text = report(tmp_path).text
     assert text.index("chosen and rejected are the same text") < text.index("the chosen answer is the shorter one")
     assert "more_pairs.jsonl, rows 3, 6, 9, 12, 15, 18, 21, 24; and 3 more" in text
+
+
+def test_what_the_guards_saw(tmp_path: Path) -> None:
+    seen = report(tmp_path).text
+    for words in ("too easy", "57", "is told right", "Rows of the step: more_pairs.jsonl 3, 9", "went back to step 50"):
+        assert words in seen
+    assert "no sign of a run that diverges" in report(tmp_path, guards={"events": []}).text
 
 
 def test_a_resumed_stage_counts_as_one(tmp_path: Path) -> None:

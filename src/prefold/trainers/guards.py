@@ -1,0 +1,246 @@
+"""What goes wrong in training, told from its metrics: one small function for each trouble.
+
+A guard is given the lines of `metrics.jsonl` so far, whose last one is of the step just done, and what is known of the
+run beside them. It gives None, or what it sees and what to do about it in plain words. Guards keep nothing between
+steps, so a resumed run says what a straight one does. Who calls them, and what follows, is in `watch.py`.
+
+A guard speaks only at a step that has its metric, so each of them suits any method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+History = Sequence[Mapping[str, float]]
+
+LN_2 = math.log(2)
+FEW = 5
+"""Steps in a row that are no accident."""
+SOME = 10
+"""Steps whose mean says where a metric stands."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What guards know of a run beside its metrics.
+
+    `steps`: of the whole run. `learning_rate`: the highest of its schedule. `scales_gradients`: float16, where a step
+    whose gradients overflow is left out by the loss scaler, and the scale lowered.
+    """
+
+    steps: int
+    learning_rate: float
+    scales_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What a guard sees and what to do; `of_rows`: the rows of the step are to blame, and shown."""
+
+    message: str
+    advice: str
+    of_rows: bool = False
+
+
+Guard = Callable[[History, Facts], Sighting | None]
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------
+
+
+def not_finite(history: History, facts: Facts) -> Sighting | None:
+    """NaN or infinity as loss or gradient: from then on every weight is NaN."""
+    line = history[-1]
+    wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(line.get(name, 0.0))]
+    overflows = [one for one in history[-SOME:] if not math.isfinite(one.get("grad_norm", 0.0))]
+    if not wrong or (facts.scales_gradients and wrong == ["grad_norm"] and len(overflows) < SOME):
+        return None
+    before = [f"{one['grad_norm']:.3g}" for one in history[-1 - FEW : -1] if "grad_norm" in one]
+    shown = " and ".join(f"{'gradient norm' if name == 'grad_norm' else name} {line[name]}" for name in wrong)
+    return Sighting(
+        f"{shown}" + (f" (gradient norms before: {', '.join(before)})" if before else ""),
+        "look at the rows of the step; where the gradient norm grew before, lower `train.learning_rate` or "
+        "`train.max_grad_norm`; in half precision try `model.dtype: float32`",
+        of_rows=True,
+    )
+
+
+def no_gradient(history: History, facts: Facts) -> Sighting | None:
+    """Nothing reaches what is trained. Equal rewards explain themselves elsewhere."""
+    lines = history[-FEW:]
+    silent = all(line.get("grad_norm", 1.0) == 0 and line.get("frac_reward_zero_std", 0.0) < 1 for line in lines)
+    if len(lines) < FEW or not silent or all(line.get("completions/clipped_ratio", 0.0) == 1 for line in lines):
+        return None
+    return Sighting(
+        f"the gradient was 0 in each of the last {FEW} steps (loss {lines[-1].get('loss', math.nan):.4g}): nothing is "
+        "learnt",
+        "where the loss is 0 as well, every pair is beyond the loss's margin and there is nothing left to learn; else "
+        "see that `lora.target_modules` names modules that the model uses, and that chosen and rejected differ",
+    )
+
+
+# ---- pairs ------------------------------------------------------------------------------------------------------
+
+
+def stuck_at_start(history: History, facts: Facts) -> Sighting | None:
+    """A DPO loss that stays at ln 2: the policy is still the reference. Warm-up does not count."""
+    needed = max(2 * SOME, facts.steps // 10)
+    lines = [line for line in history[-needed:] if line.get("learning_rate", 0.0) >= facts.learning_rate / 2]
+    if len(lines) < needed or "rewards/margins" not in history[-1]:
+        return None
+    loss, margin = (fmean(line.get(name, math.nan) for line in lines) for name in ("loss", "rewards/margins"))
+    if not (abs(loss - LN_2) < 2e-3 and abs(margin) < 4e-3):
+        return None
+    return Sighting(
+        f"after {needed} steps at the full rate the loss is still ln 2 ({LN_2:.4f}) and the margin {margin:.1g}: the "
+        "model is what it was",
+        f"raise `train.learning_rate` (it is {facts.learning_rate:.1g}; LoRA wants at least ten times what full "
+        "fine-tuning does); see by `prefold check` that chosen and rejected differ",
+    )
+
+
+def chosen_falling(history: History, facts: Facts) -> Sighting | None:
+    """Chosen answers lose half of their log-probability again while margins grow. That both fall a little is usual."""
+    if not {"logps/chosen", "rewards/margins"} <= history[-1].keys() or len(history) < 2 * SOME:
+        return None
+    (was, now), (margin_was, margin_now) = (_ends(history, name) for name in ("logps/chosen", "rewards/margins"))
+    if not (now < was - 0.5 * abs(was) and margin_now > margin_was):
+        return None
+    return Sighting(
+        f"log-probs of the chosen answers fell from {was:.0f} to {now:.0f} while the margin grew from {margin_was:.2g} "
+        f"to {margin_now:.2g}: the model unlearns good answers along with bad ones",
+        "a little of this is usual, so much is not: lower `train.learning_rate`, raise `beta`, or add the chosen "
+        "answers' own likelihood to the loss (methods `orpo`, `cpo`, `apo_zero`, or `mixed` with `sft`)",
+    )
+
+
+def too_easy(history: History, facts: Facts) -> Sighting | None:
+    """Every pair told right within a few steps."""
+    values = _latest(history, "rewards/accuracies", FEW)
+    if not values or min(values) < 1 or len(history) > max(2 * SOME, facts.steps // 10):
+        return None
+    return Sighting(
+        f"every pair of the last {FEW} steps is told right, after {len(history)} steps of {facts.steps}",
+        "chosen and rejected differ by something that is easy to see, such as length, an opening or a format: look at "
+        "the findings of `prefold check`; what is learnt may be that and nothing else. Where the loss fell to 0 at "
+        "once, lower `train.learning_rate`",
+    )
+
+
+def held_out_falling(history: History, facts: Facts) -> Sighting | None:
+    """Three measurements in a row well below the best before them."""
+    name = "eval_rewards/margins"
+    if name not in history[-1]:
+        return None
+    values = [line[name] for line in history if name in line]
+    if len(values) < 4:
+        return None
+    best = max(values[:-3])
+    if not max(values[-3:]) < best - max(0.1 * abs(best), 0.02):
+        return None
+    return Sighting(
+        f"the margin on held-out pairs was {best:.3g} and is {values[-1]:.3g} now, lower for three measurements in a "
+        "row: training goes on to learn what does not carry over",
+        "train for fewer steps or at a lower rate; `train.load_best_model_at_end: true` goes on with the best "
+        "checkpoint, `train.early_stopping_patience` ends the run by itself",
+    )
+
+
+def undertrained(history: History, facts: Facts) -> Sighting | None:
+    """At the end of a run: pairs are told apart no better than by a coin."""
+    lines = [line for line in history[-max(FEW, len(history) // 4) :] if "rewards/accuracies" in line]
+    if len(lines) < FEW:
+        return None
+    accuracy, margin = (fmean(line.get(name, math.nan) for line in lines) for name in _APART)
+    if not (accuracy < 0.55 and abs(margin) < 0.05):
+        return None
+    return Sighting(
+        f"at the end the margin is {margin:.2g} and the accuracy {accuracy:.2f}: hardly anything was learnt in "
+        f"{facts.steps} steps",
+        f"train for longer, or raise `train.learning_rate` (it was {facts.learning_rate:.1g}) or `lora.r`; one pass "
+        "over a few hundred pairs at a small rate is rarely enough",
+    )
+
+
+_APART = ("rewards/accuracies", "rewards/margins")
+
+
+# ---- rollouts ---------------------------------------------------------------------------------------------------
+
+
+def kl_running_off(history: History, facts: Facts) -> Sighting | None:
+    """More than a nat per token away from the reference, or ten times as far as before."""
+    now = _latest(history, "kl", FEW)
+    if not now or "reward" not in history[-1]:
+        return None
+    before = [line["kl"] for line in history[-3 * SOME : -FEW] if "kl" in line]
+    jumped = len(before) >= SOME and min(now) > max(0.1, 10 * median(before))
+    if not (fmean(now) > 1 or jumped):
+        return None
+    return Sighting(
+        f"the model is {fmean(now):.2g} nats per token away from the reference"
+        + (f", where it was {median(before):.2g} before" if before else "")
+        + ": it may be leaving the language for the reward",
+        "read the completions in rollouts.jsonl; lower `train.learning_rate`, or raise `beta` in the method's section",
+    )
+
+
+def equal_rewards(history: History, facts: Facts) -> Sighting | None:
+    """Groups whose completions all score the same teach nothing."""
+    values = _latest(history, "frac_reward_zero_std", FEW)
+    if not values or min(values) < 0.99:
+        return None
+    return Sighting(
+        f"in the last {FEW} rollouts all completions of a prompt got the same reward: there is nothing to learn from",
+        "read the completions and rewards in rollouts.jsonl; take prompts that are neither too hard nor too easy, a "
+        "reward with more than two values, a higher `temperature`, or more `num_generations`",
+    )
+
+
+def cut_off(history: History, facts: Facts) -> Sighting | None:
+    """Completions that nearly all reach the longest length: their ends, and often their answers, are never seen."""
+    values = _latest(history, "completions/clipped_ratio", FEW)
+    if not values or fmean(values) < 0.95:
+        return None
+    return Sighting(
+        f"{fmean(values):.0%} of the completions of the last {FEW} rollouts were cut off at the longest length",
+        "raise `max_completion_length` in the method's section; where they would never end, the model may not know its "
+        "end token (see `model.chat_template`), or a reward for ending is missing",
+    )
+
+
+GUARDS: dict[str, Guard] = {
+    "not_finite": not_finite,
+    "no_gradient": no_gradient,
+    "stuck_at_start": stuck_at_start,
+    "chosen_falling": chosen_falling,
+    "too_easy": too_easy,
+    "held_out_falling": held_out_falling,
+    "kl_running_off": kl_running_off,
+    "equal_rewards": equal_rewards,
+    "cut_off": cut_off,
+}
+"""Asked after every step, in this order."""
+AT_THE_END: dict[str, Guard] = {"undertrained": undertrained}
+"""Asked once all steps are done."""
+
+
+def _latest(history: History, name: str, count: int) -> list[float]:
+    """The last `count` values of a metric that not every step has; none if the last step has none or there are
+    fewer."""
+    values: list[float] = []
+    for line in reversed(history if name in history[-1] else ()):
+        if name in line:
+            values.append(line[name])
+        if len(values) == count:
+            return values[::-1]
+    return []
+
+
+def _ends(history: History, name: str) -> tuple[float, float]:
+    """Means of a metric over the first and the last steps."""
+    first, last = ([line[name] for line in part if name in line] for part in (history[:SOME], history[-SOME:]))
+    return (fmean(first), fmean(last)) if first and last else (math.nan, math.nan)
