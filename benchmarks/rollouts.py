@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +26,7 @@ from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.sides import quieten
-from prefold.data.chat import render
-from prefold.data.preference import Message
+from benchmarks.work import make_prompts
 from prefold.models.fetch import fetch
 from prefold.models.load import load_model, load_tokenizer
 from prefold.recipe import Model
@@ -68,28 +66,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="at most")
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args(arguments)
-
-
-def make_prompts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int) -> list[list[int]]:
-    """Chat prompts of nearly so many tokens, and never more: notes about a house, and a question on one of them."""
-    draw = random.Random(0)
-    colours, things = ("red", "blue", "green", "yellow"), ("lamp", "chair", "table", "clock", "vase", "carpet")
-
-    def prompt(notes: list[str]) -> list[int]:
-        question = f"Where is the {things[len(notes) % len(things)]}? Answer in one short sentence."
-        return render([Message(role="user", content=" ".join([*notes, question]))], tokenizer)
-
-    prompts = []
-    for _ in range(count):
-        notes: list[str] = []
-        longest = prompt(notes)
-        while len(longer := prompt(notes)) <= tokens:
-            longest = longer
-            notes.append(
-                f"The {draw.choice(things)} in the {draw.choice(colours)} room cost {draw.randint(2, 99)} coins."
-            )
-        prompts.append(longest)
-    return prompts
 
 
 def alternate(

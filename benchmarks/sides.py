@@ -8,17 +8,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefold.trees.packing import TokenTree
 
+if TYPE_CHECKING:
+    from prefold.recipe import RecipeBase
+
 BATCH = 4
 """Pairs per optimizer step."""
+GROUP_BETA = 0.04
+"""Weight of the KL divergence in GRPO."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +34,25 @@ class Workload:
     gradient_checkpointing: bool
     trees: list[TokenTree]
     lora_rank: int = 16
+    batch: int = BATCH
+    natural_stops: bool = False
 
     @property
     def steps(self) -> int:
-        return len(self.trees) // BATCH
+        return len(self.trees) // self.batch
 
     @property
     def order(self) -> list[TokenTree]:
         """The trees of all steps; the first step comes twice, to warm up."""
-        return self.trees[:BATCH] + self.trees
+        return self.trees[: self.batch] + self.trees
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the method, on both sides. The completions of a group's tree stand in for those that will be sampled."""
+        if self.method != "grpo":
+            return {"beta": 0.1}
+        group = self.trees[0].completions
+        return {"beta": GROUP_BETA, "num_generations": len(group), "max_completion_length": len(group[0])}
 
 
 @contextmanager
@@ -62,14 +77,16 @@ class Side:
     process: BaseProcess
     connection: Connection
     seconds: list[float] = field(default_factory=list)
+    rollout_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    mean_lengths: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
     @staticmethod
     def start(context: SpawnContext, target: Target, workload: Workload) -> Side:
         here, there = context.Pipe()
         process = context.Process(target=target, args=(there, workload))
-        with nullcontext() if target is prefold_side else plain_environment():
+        with nullcontext() if target.__name__.startswith("prefold") else plain_environment():
             process.start()
         there.close()
         return Side(target.__name__, process, here)
@@ -79,18 +96,57 @@ class Side:
 
     def take_step(self, counted: bool) -> None:
         self.connection.send("go")
-        seconds, loss, self.peak_bytes = self.connection.recv()
+        taken = self.connection.recv()
+        self.peak_bytes = taken.peak_bytes
         if counted:
-            self.seconds.append(round(seconds, 4))
-            self.losses.append(loss)
+            self.seconds.append(round(taken.seconds, 4))
+            self.losses.append(taken.loss)
+            if taken.mean_length is not None:
+                self.rollout_seconds.append(round(taken.rollout_seconds, 4))
+                self.mean_lengths.append(taken.mean_length)
+
+    @property
+    def training_seconds(self) -> list[float]:
+        """What is left of each step without its rollout."""
+        return [whole - part for whole, part in zip(self.seconds, self.rollout_seconds, strict=True)]
 
     def finish(self) -> None:
         self.process.join()
 
 
-def turns(connection: Connection) -> Any:
-    """A Trainer callback that waits for its turn before each step and reports the step's time, loss and peak memory."""
+class TakenStep(NamedTuple):
+    """`mean_length` is that of the completions that were sampled, in tokens; None where none were."""
+
+    seconds: float
+    rollout_seconds: float
+    loss: float
+    mean_length: float | None
+    peak_bytes: int
+
+
+class Stopwatch:
+    """Adds up the time that it runs."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        synchronize()
+        self.seconds += time.perf_counter() - self._started
+
+
+def synchronize() -> None:
     import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def turns(connection: Connection, rollouts: Stopwatch) -> Any:
+    """A Trainer callback that waits for its turn before each step and reports the step."""
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -102,16 +158,16 @@ def turns(connection: Connection) -> Any:
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             connection.recv()
-            self.started = time.perf_counter()
+            rollouts.seconds, self.started = 0.0, time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
             self.elapsed = time.perf_counter() - self.started
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "loss" in logs:
-                connection.send((self.elapsed, logs["loss"], peak_bytes()))
+                length = logs.get("completions/mean_length")
+                connection.send(TakenStep(self.elapsed, rollouts.seconds, logs["loss"], length, peak_bytes()))
 
     return Turns()
 
@@ -149,10 +205,10 @@ def trl_settings(folder: str, workload: Workload) -> dict[str, Any]:
 
     return {
         "output_dir": folder,
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": workload.batch,
         "max_steps": workload.steps + 1,
         "learning_rate": 5e-5,
-        "beta": 0.1,
+        **workload.settings,
         "bf16": workload.dtype == "bfloat16",
         "gradient_checkpointing": workload.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if workload.gradient_checkpointing else None,
@@ -164,7 +220,9 @@ def trl_settings(folder: str, workload: Workload) -> dict[str, Any]:
     }
 
 
-def train_trl(kind: Any, config: Any, rows: list[dict[str, Any]], workload: Workload, connection: Connection) -> None:
+def train_trl(
+    kind: Any, config: Any, rows: list[dict[str, Any]], workload: Workload, callback: Any, **more: Any
+) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -177,7 +235,8 @@ def train_trl(kind: Any, config: Any, rows: list[dict[str, Any]], workload: Work
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(workload.model),
-        callbacks=[turns(connection)],
+        callbacks=[callback],
+        **more,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -203,7 +262,7 @@ def trl_dpo(connection: Connection, workload: Workload) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(max_length=None, **trl_settings(folder, workload))
-        train_trl(TokenDPOTrainer, config, rows, workload, connection)
+        train_trl(TokenDPOTrainer, config, rows, workload, turns(connection, Stopwatch()))
 
 
 def trl_orpo(connection: Connection, workload: Workload) -> None:
@@ -229,26 +288,99 @@ def trl_orpo(connection: Connection, workload: Workload) -> None:
     rows = [{"place": i, "prompt": "", "chosen": "", "rejected": ""} for i in range(len(workload.order))]
     with tempfile.TemporaryDirectory() as folder:
         config = ORPOConfig(max_length=4096, disable_dropout=True, **trl_settings(folder, workload))
-        train_trl(TokenORPOTrainer, config, rows, workload, connection)
+        train_trl(TokenORPOTrainer, config, rows, workload, turns(connection, Stopwatch()))
 
 
-def prefold_side(connection: Connection, workload: Workload) -> None:
-    """prefold as `prefold train` sets it up; the reference of a step's pairs is computed inside the timed step."""
+def trl_grpo(connection: Connection, workload: Workload) -> None:
+    """TRL with its defaults, but for what must be equal: prompts that are tokens already, transformers' `generate` of
+    all completions at once, then a backward pass for each prompt's completions.
+
+    Neither side computes old log-probs, as each rollout serves one step; both compute the reference's in the step, and
+    the entropy.
+    """
     quieten()
-    import torch
+    from trl import GRPOConfig, GRPOTrainer
 
-    from prefold.models.load import add_lora, load_model
+    rollouts = Stopwatch()
+
+    class TokenGRPOTrainer(GRPOTrainer):
+        def _tokenize_prompts(self, prompts: list[str]) -> Any:
+            return [list(workload.order[int(place)].prompt) for place in prompts], None, {}
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            with rollouts:
+                return super()._generate_single_turn(*args, **kwargs)
+
+    group, longest = workload.settings["num_generations"], workload.settings["max_completion_length"]
+    rows = [{"prompt": str(place)} for place in range(len(workload.order))]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = trl_settings(folder, workload)
+        settings |= {"per_device_train_batch_size": group, "gradient_accumulation_steps": workload.batch}
+        settings |= {} if workload.natural_stops else {"generation_kwargs": {"min_new_tokens": longest}}
+        config = GRPOConfig(shuffle_dataset=False, **settings)
+        callback = turns(connection, rollouts)
+        train_trl(TokenGRPOTrainer, config, rows, workload, callback, reward_funcs=closeness_to_target)
+
+
+TARGET = 200
+
+
+def closeness_to_target(completions: list[str], **columns: Any) -> list[float]:
+    return [-float(abs(TARGET - len(text))) for text in completions]
+
+
+def prefold_recipe(workload: Workload, folder: str) -> RecipeBase:
     from prefold.recipe import make_recipe
+
+    rewards = {"rewards": [{"name": "length", "target": TARGET, "unit": "characters"}]}
+    return make_recipe(
+        {
+            "method": workload.method,
+            workload.method: workload.settings,
+            "model": {"name": str(workload.model), "dtype": workload.dtype},
+            "lora": lora_settings(workload.lora_rank),
+            "data": {"train": [{"path": "unused"}]},
+            **(rewards if workload.method == "grpo" else {}),
+            "train": {
+                "batch_size": workload.batch,
+                "max_steps": workload.steps + 1,
+                "learning_rate": 5e-5,
+                "gradient_checkpointing": workload.gradient_checkpointing,
+            },
+            "output_dir": folder,
+        }
+    )
+
+
+def prefold_setup(workload: Workload, folder: str) -> tuple[Any, ...]:
+    """What every trainer of prefold's is given: the recipe, and scorer, order, record and arguments."""
+    from prefold.models.load import add_lora, load_model
     from prefold.trainers.arguments import training_arguments
-    from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet
+    from prefold.trainers.offline import StepOrder
     from prefold.trainers.record import StepRecord
     from prefold.trees.memory import auto_max_tokens, keep_allocations
-    from prefold.trees.reference import compute_reference
     from prefold.trees.scorer import choose_scorer, unwrapped
 
     class GivenOrder(StepOrder):
         def _epoch(self, epoch: int) -> list[int]:
             return list(range(self.trees))
+
+    keep_allocations()
+    recipe, trees = prefold_recipe(workload, folder), workload.order
+    model = add_lora(load_model(recipe.model), recipe.lora, seed=0)
+    scorer = choose_scorer(model, trees[:2], auto_max_tokens(unwrapped(model), workload.gradient_checkpointing))
+    order = GivenOrder(len(trees), workload.batch, len(trees), seed=0)
+    record = StepRecord(Path(folder), 0, lambda amount, text: None)
+    return recipe, scorer, order, record, training_arguments(recipe, workload.steps + 1)
+
+
+def prefold_pairs(connection: Connection, workload: Workload) -> None:
+    """prefold as `prefold train` sets it up; the reference of a step's pairs is computed inside the timed step."""
+    quieten()
+    import torch
+
+    from prefold.trainers.offline import PreferenceTrainer, TreeSet
+    from prefold.trees.reference import compute_reference
 
     class WithReference(PreferenceTrainer):
         def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -259,31 +391,41 @@ def prefold_side(connection: Connection, workload: Workload) -> None:
                 self.data = TreeSet(self.data.trees, by_place)
             return super().training_step(model, inputs, num_items_in_batch)
 
-    keep_allocations()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = make_recipe(
-            {
-                "method": workload.method,
-                workload.method: {"beta": 0.1},
-                "model": {"name": str(workload.model), "dtype": workload.dtype},
-                "lora": lora_settings(workload.lora_rank),
-                "data": {"train": [{"path": "unused"}]},
-                "train": {
-                    "batch_size": BATCH,
-                    "max_steps": workload.steps + 1,
-                    "learning_rate": 5e-5,
-                    "gradient_checkpointing": workload.gradient_checkpointing,
-                },
-                "output_dir": folder,
-            }
-        )
-        model = add_lora(load_model(recipe.model), recipe.lora, seed=0)
-        trees = workload.order
-        scorer = choose_scorer(model, trees[:2], auto_max_tokens(unwrapped(model), workload.gradient_checkpointing))
-        record = StepRecord(Path(folder), 0, lambda amount, text: None)
-        order = GivenOrder(len(trees), BATCH, len(trees), seed=0)
-        args = training_arguments(recipe, workload.steps + 1)
-        trainer = WithReference(recipe.algorithm, scorer, TreeSet(trees), order, record, args)
-        trainer.add_callback(turns(connection))
+        recipe, scorer, *rest = prefold_setup(workload, folder)
+        trainer = WithReference(recipe.algorithm, scorer, TreeSet(workload.order), *rest)
+        trainer.add_callback(turns(connection, Stopwatch()))
+        with scorer.in_place():
+            trainer.train()
+
+
+def prefold_grpo(connection: Connection, workload: Workload) -> None:
+    """prefold as `prefold train` sets it up, on prompts that are tokens already."""
+    quieten()
+    from prefold.data.examples import Example, Examples
+    from prefold.data.preference import Message, Prompt, RowId
+    from prefold.models.load import load_tokenizer
+    from prefold.rollouts.rewards import open_rewards
+    from prefold.trainers import online
+
+    rollouts, sampling_of = Stopwatch(), online.sampling_of
+
+    class Timed(online.OnlineTrainer):
+        def completions_of(self, *args: Any) -> Any:
+            with rollouts:
+                return super().completions_of(*args)
+
+    if not workload.natural_stops:
+        online.sampling_of = lambda algorithm: replace(sampling_of(algorithm), end_tokens=())
+    examples = Examples.of(
+        Example(Prompt((Message(role="user", content=str(place)),), {}, RowId("", place)), TokenTree(tree.prompt, ()))
+        for place, tree in enumerate(workload.order)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, scorer, *rest = prefold_setup(workload, folder)
+        rewards = open_rewards(recipe.rewards, ["completions"])
+        tokenizer = load_tokenizer(workload.model)
+        trainer = Timed(recipe.algorithm, scorer, examples, rewards, [], tokenizer, *rest)
+        trainer.add_callback(turns(connection, rollouts))
         with scorer.in_place():
             trainer.train()

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefold.algorithms import ALGORITHMS
+from prefold.data.chat import render
+from prefold.data.preference import Message
+from prefold.models.load import load_tokenizer
 from prefold.trees.packing import TokenTree
 
 if TYPE_CHECKING:
@@ -57,6 +60,35 @@ def text_pairs(file: Path, model: Path, max_length: int, count: int) -> tuple[li
     )
 
 
+def make_prompts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int) -> list[list[int]]:
+    """Chat prompts of nearly so many tokens, and never more: notes about a house, and a question on one of them."""
+    draw = random.Random(0)
+    colours, things = ("red", "blue", "green", "yellow"), ("lamp", "chair", "table", "clock", "vase", "carpet")
+
+    def prompt(notes: list[str]) -> list[int]:
+        question = f"Where is the {things[len(notes) % len(things)]}? Answer in one short sentence."
+        return render([Message(role="user", content=" ".join([*notes, question]))], tokenizer)
+
+    prompts = []
+    for _ in range(count):
+        notes: list[str] = []
+        longest = prompt(notes)
+        while len(longer := prompt(notes)) <= tokens:
+            longest = longer
+            notes.append(
+                f"The {draw.choice(things)} in the {draw.choice(colours)} room cost {draw.randint(2, 99)} coins."
+            )
+        prompts.append(longest)
+    return prompts
+
+
+def prompt_groups(model: Path, count: int, prompt_tokens: int, group: int, new_tokens: int) -> list[TokenTree]:
+    """Chat prompts, each with stand-ins for the completions that are to be sampled."""
+    completions = ((0,) * new_tokens,) * group
+    prompts = make_prompts(load_tokenizer(model), count, prompt_tokens)
+    return [TokenTree(tuple(prompt), completions) for prompt in prompts]
+
+
 @dataclass(frozen=True)
 class Work:
     """Tokens of a run, and the FLOPs of its matrix products when every token is computed once."""
@@ -67,9 +99,9 @@ class Work:
 
     @staticmethod
     def of(workload: Workload) -> Work:
-        """Passes over frozen weights: the reference's forward if there is one, the policy's, and its backward by the
-        activations. LoRA has a product by weights in place of the reference's forward, which is without it. The head
-        meets the scored tokens only."""
+        """Passes over frozen weights: the sampling and the reference's forward if there are any, the policy's, and its
+        backward by the activations. LoRA has a product by weights in place of the reference's forward, which is without
+        it; while sampling it is part of the weights. The head meets the scored tokens only."""
         config = AutoConfig.from_pretrained(workload.model)
         width, layers, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
         head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
@@ -78,8 +110,9 @@ class Work:
         base = sum(i * o for i, o in shapes) * layers
         lora = sum(workload.lora_rank * (i + o) for i, o in shapes) * layers
         unique = sum(tree.size for tree in workload.trees)
-        algorithm = ALGORITHMS[workload.method]()
-        passes = 2 + int(algorithm.needs_reference) + int(workload.gradient_checkpointing)
+        algorithm = ALGORITHMS[workload.method](**workload.settings)
+        without_gradient = int(algorithm.needs_reference) + int(algorithm.data == "prompts")
+        passes = 2 + without_gradient + int(workload.gradient_checkpointing)
         scored = sum(len(ids) for tree in workload.trees for ids in tree.completions)
         if algorithm.scores_prompt:
             scored += sum(len(tree.prompt) - 1 for tree in workload.trees)
@@ -88,7 +121,7 @@ class Work:
             unique_tokens=unique,
             plain_tokens=sum(tree.plain_size for tree in workload.trees),
             flops=2.0 * unique * (passes * base + (3 + int(workload.gradient_checkpointing)) * lora)
-            + 2.0 * scored * (2 + int(algorithm.needs_reference)) * width * config.vocab_size
+            + 2.0 * scored * (2 + without_gradient) * width * config.vocab_size
             # Scores and mixing in every forward; the backward pass repeats the scores and has four products of its own.
             + 2.0 * attended * (2 * (passes - 1) + 5),
         )

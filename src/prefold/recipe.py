@@ -34,7 +34,7 @@ from prefold.algorithms import ALGORITHMS, Algorithm
 from prefold.data.where import Where
 from prefold.errors import UserError
 from prefold.files import without_home
-from prefold.rollouts.rewards import REWARDS, settings_of
+from prefold.rollouts.rewards import REWARDS, OnError, settings_of
 
 
 class Section(BaseModel):
@@ -181,6 +181,8 @@ class Data(Section):
     decontaminate: list[Benchmark] = []
     """Texts to be evaluated on: training pairs that hold 13 words of one in a row, or a shorter one whole, are left
     out."""
+    system: str | None = None
+    """System message put before each prompt; a row that brings another one is left out."""
     template: Literal["chat", "none"] = "chat"
     """How messages become text: by the model's chat template, or `none`: a prompt and its answer as they are, with the
     tokenizer's BOS token before and its EOS token behind them."""
@@ -362,6 +364,9 @@ class RewardBase(Section):
     """A Python file with a reward function."""
     weight: float = Field(1.0, allow_inf_nan=False)
     """What its numbers are multiplied with before those of all rewards are added."""
+    on_error: OnError = "stop"
+    """What an exception, or anything but a finite number or None, does: `stop` the run and show the completion, or
+    `skip`: the completion has no score of this reward, and is counted."""
 
     @property
     def settings(self) -> dict[str, Any]:

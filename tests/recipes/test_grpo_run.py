@@ -77,7 +77,10 @@ def test_every_stage_leaves_its_outputs(grpo: MakeRecipe) -> None:
         "kl",
         "entropy",
         "clip_ratio/region_mean",
+        "sampling/sampling_logp_difference/mean",
     }
+    # What is drawn is what is trained on.
+    assert all(line["sampling/sampling_logp_difference/mean"] < 1e-5 for line in metrics)
     assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics[-1]["kl"] > 1e-6
     assert metrics[0]["grad_norm"] > 0
@@ -225,6 +228,70 @@ def test_a_wrong_reward_stops_the_run(grpo: MakeRecipe, tmp_path: Path, body: st
     assert message in str(caught.value)
     if "1 values" not in message:
         assert "prompt: 'Say word" in str(caught.value) and "completion: '" in str(caught.value)
+
+
+def test_a_reward_that_may_fail_is_counted(grpo: MakeRecipe, tmp_path: Path) -> None:
+    """It fails on the prompts with an odd number; only the other groups have rewards."""
+    body = (
+        "def mine(completions, answer):\n"
+        "    return [len(c) / (a % 2 == 0) for c, a in zip(completions, answer, strict=True)]\n"
+    )
+    [reward] = reward_file(tmp_path, body)
+    folder = prefold.run(grpo(rewards=[{**reward, "on_error": "skip"}]))
+    for step, line in enumerate(lines(folder / "metrics.jsonl"), start=1):
+        groups = [group for group in lines(folder / "rollouts.jsonl") if group["step"] == step]
+        failing = [int(group["prompt"][0]["content"].split()[-1]) % 2 for group in groups]
+        assert line["rewards/mine/failed"] == 4 * sum(failing)
+        for group, fails in zip(groups, failing, strict=True):
+            assert all((one["reward"] is None) == bool(fails) for one in group["completions"])
+    assert "failed: ZeroDivisionError" in (folder / "run.log").read_text()
+
+
+def test_out_of_memory_while_sampling(grpo: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on with fewer completions at a time, and is the same."""
+    from prefold.rollouts import generate
+
+    straight = prefold.train(grpo(output_dir=str(tmp_path / "straight")))
+    step = generate.decode
+
+    def limited(model: Any, waves: Any, tokens: Any, starts: Any) -> torch.Tensor:
+        found = step(model, waves, tokens, starts)
+        if len(tokens) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(generate, "decode", limited)
+    folder = prefold.train(grpo())
+    assert "out of memory: the token budget of completions goes from" in (folder / "run.log").read_text()
+    for found, wanted in zip(lines(folder / "metrics.jsonl"), lines(straight / "metrics.jsonl"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_wandb_gets_a_table_of_completions(grpo: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client, offline."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = {"report_to": ["wandb"], "max_steps": 2, "batch_size": 3, "learning_rate": 5e-3}
+    folder = prefold.train(grpo(train=settings, rewards=[SHORT, {"name": "repetition"}]))
+    tables = [json.loads(path.read_text()) for path in (folder / "wandb").glob("offline-run-*/**/*.table.json")]
+    assert len(tables) == 2
+    shown = [{**dict(zip(table["columns"], row, strict=True))} for table in tables for row in table["data"]]
+    groups = lines(folder / "rollouts.jsonl")
+    assert len(shown) == 4 * len(groups) == 24
+    by_text = {(row["step"], row["prompt"], row["completion"]): row for row in shown}
+    for group in groups:
+        for one in group["completions"]:
+            row = by_text[group["step"], group["prompt"][0]["content"], one["text"]]
+            assert row["reward"] == pytest.approx(one["reward"])
+            assert row["advantage"] == pytest.approx(one["advantage"])
+            assert row["rewards/length"] == one["scores"]["length"] and "rewards/repetition" in row
+
+
+def test_the_report_shows_rollouts(grpo: MakeRecipe) -> None:
+    page = (prefold.run(grpo()) / "report.html").read_text()
+    assert 'id="rollouts"' in page and "Step <span" in page
+    assert page.count("advantage <span") == 6  # the worst and the best at three steps
+    assert "it starts at 0 (dashed)" in page
 
 
 def test_a_reward_that_cannot_be_given_what_it_asks_for_is_found_by_check(grpo: MakeRecipe, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prefold.data.dialogues import part, part_answer, part_transcripts, read_answer, read_dialogue, read_prompt
@@ -42,6 +42,20 @@ def to_record(row: RawRow, shape: Shape) -> Record | Problem:
         return _CONVERSIONS[shape.layout](_Cells(row.value, shape, dict(shape.columns)), row.origin)
     except Unfit as unfit:
         return Problem(unfit.kind, unfit.message, row.origin)
+
+
+def with_system_message(record: Record | Problem, system: str | None, where: str) -> Record | Problem:
+    """A record with a system message before its prompt; a `Problem` if the prompt brings another one.
+
+    Args:
+        where: the setting that the message comes from.
+    """
+    if system is None or isinstance(record, Problem):
+        return record
+    try:
+        return replace(record, prompt=tuple(with_system(system, list(record.prompt), where)))
+    except Unfit as unfit:
+        return Problem(unfit.kind, unfit.message, record.origin)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from prefold.data import findings
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
-from prefold.data.conversion import to_record
+from prefold.data.conversion import to_record, with_system_message
 from prefold.data.duplicates import Contamination, Match, Repeats, find_repeats
 from prefold.data.examples import Example, Examples, ExampleWriter
 from prefold.data.findings import DataReport, SourceCount
@@ -186,7 +186,8 @@ class _Side:
     def _take(self, rows: Sequence[RawRow], shape: Shape) -> int:
         """Make examples of rows, and say how many could be used. Tokenizing many at once keeps all cores busy."""
         used = 0
-        results = [self._uncontaminated(to_record(row, shape)) for row in rows]
+        found = (with_system_message(to_record(row, shape), self._data.system, "`data.system`") for row in rows)
+        results = [self._uncontaminated(one) for one in found]
         records = [result for result in results if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self._tokenizer, self._data.template))
         for result in results:

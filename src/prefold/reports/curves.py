@@ -102,6 +102,14 @@ LOSS_FROM_LN_2 = CurveKind(
     "it has learned its pairs by heart.",
     level=math.log(2),
 )
+LOSS_FROM_0 = CurveKind(
+    "Loss",
+    LOSS.lines,
+    "Expected: divided by completions (loss_type grpo) it starts at 0 (dashed), as they are compared with one another, "
+    "and rises with the KL divergence; divided by tokens it is above 0 while the longer ones are the worse. It says "
+    "nothing about success; the reward does.",
+    level=0.0,
+)
 REWARD = CurveKind(
     "Reward",
     (Line("reward", "reward", PLAIN),),
@@ -131,7 +139,7 @@ SCORE_MARGIN = CurveKind("Margin", (Line("margin", "margin", PLAIN),), MARGINS.h
 SCORE_ACCURACY = CurveKind(
     "Accuracy", (Line("accuracy", "accuracy", PLAIN),), ACCURACIES.healthy, ACCURACIES.level, ACCURACIES.is_share
 )
-LOSSES = {"dpo": LOSS_FROM_LN_2}
+LOSSES = {"dpo": LOSS_FROM_LN_2, "grpo": LOSS_FROM_0}
 """Losses whose first value is known; every other method gets `LOSS`."""
 
 

@@ -24,6 +24,7 @@ from prefold.files import write_text
 from prefold.reports import read
 from prefold.reports.curves import DRAW_CURVES, curves, library
 from prefold.reports.read import Number, RunRecord, Values, finite, interval, read_run, section
+from prefold.reports.rollouts import remarks, sampled
 
 REPORT = "report.html"
 
@@ -65,11 +66,13 @@ def render(run: RunRecord) -> str:
         accuracy_bars=accuracy_bars(run.heldout),
         comparisons=read.comparisons_of(run),
         columns=read.columns_of(run),
-        held_out="prompts" if run.rewards and not run.heldout else "pairs",
+        held_out="prompts" if run.recipe.get("rewards") and not run.heldout else "pairs",
         system=shared_system(run.samples),
         exchanges=exchanges(run.samples),
         curves=drawn,
         metric_rows=metric_rows(run.metrics),
+        rollouts=sampled(run),
+        remarks=remarks(run),
         steps=len(run.metrics),
         guarded=run.guards is not None,
         sightings=sightings(run.guards),

@@ -27,7 +27,8 @@ NARROW_SPACE = "\u202f"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run folder. None, or an empty list, stands for a file that the run has not written yet."""
+    """The files of a run folder. None, or an empty list, stands for a file that the run has not written yet. Of its
+    rollouts only the first, the middle and the last groups are here."""
 
     folder: Path
     recipe_text: str
@@ -41,6 +42,7 @@ class RunRecord:
     samples: list[Values]
     merge: Values | None
     guards: Values | None
+    rollouts: list[Values]
 
     @property
     def name(self) -> str:
@@ -90,6 +92,7 @@ def read_run(folder: Path) -> RunRecord:
         samples=_read_lines(folder / "samples.jsonl"),
         merge=_read_object(folder / "merge.json"),
         guards=_read_object(folder / "guards.json"),
+        rollouts=_read(folder / "rollouts.jsonl", lambda text: _parse_lines(_excerpt(text))) or [],
     )
 
 
@@ -140,6 +143,17 @@ def _parse_lines(text: str) -> list[Values]:
             raise ValueError(f"line {number}: not an object")
         rows.append(cleaned(row))
     return rows
+
+
+GROUPS_READ = 8
+
+
+def _excerpt(text: str) -> str:
+    """The first, the middle and the last lines of a long file."""
+    lines = text.split("\n")
+    starts = (0, (len(lines) - GROUPS_READ) // 2, len(lines) - GROUPS_READ - 1)
+    chosen = sorted({place for start in starts for place in range(max(start, 0), start + GROUPS_READ + 1)})
+    return "\n".join(lines[place] for place in chosen if place < len(lines))
 
 
 def cleaned(value: Any) -> Any:

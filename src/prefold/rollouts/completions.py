@@ -6,8 +6,7 @@ What a group is depends on the model, the prompt and the group's seed, and on no
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,12 +24,13 @@ from prefold.terminal import Advance
 @dataclass(frozen=True)
 class Group:
     """The completions of a prompt; for each of them what each reward says, by the reward's name, and their weighted sum
-    (`rewards`), None where nothing is said."""
+    (`rewards`), None where nothing is said. `failed`: how many of them a reward that may fail failed on."""
 
     prompt: Prompt
     completions: list[Completion]
     scores: dict[str, list[float | None]]
     rewards: list[float | None]
+    failed: dict[str, int] = field(default_factory=dict)
 
 
 def scored_groups(
@@ -55,17 +55,23 @@ def scored_groups(
         [one.token_ids for _, one in rows],
         {name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns},
     )
-    by_name = {name: iter(values) for name, values in zip(names_of(rewards), found, strict=True)}
-    totals = iter(weighted(rewards, found))
-    return [
-        Group(
-            prompt,
-            list(group),
-            {name: list(islice(values, len(group))) for name, values in by_name.items()},
-            list(islice(totals, len(group))),
+    by_name = dict(zip(names_of(rewards), found, strict=True))
+    skipping = [name for name, reward in zip(by_name, rewards, strict=True) if reward.on_error == "skip"]
+    totals = weighted(rewards, found)
+    groups, stop = [], 0
+    for prompt, completed in zip(prompts, completions, strict=True):
+        start, stop = stop, stop + len(completed)
+        places = range(start, stop)
+        groups.append(
+            Group(
+                prompt,
+                list(completed),
+                {name: scores.values[start:stop] for name, scores in by_name.items()},
+                totals[start:stop],
+                {name: len(by_name[name].failed.intersection(places)) for name in skipping},
+            )
         )
-        for prompt, group in zip(prompts, completions, strict=True)
-    ]
+    return groups
 
 
 def prompts_of(examples: Iterable[Example]) -> list[Prompt]:

@@ -8,6 +8,7 @@ Data in: token ids of prompts; data out: `Completion`s.
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from prefold.data.chat import Template, render
 from prefold.data.preference import Message
+from prefold.errors import StageError
 from prefold.rollouts.cache import ATTENTION, HALF, Decode, Group, Prefill, Wave
 from prefold.rollouts.packed_weights import packed_weights
 from prefold.rollouts.plain import write_plainly
@@ -28,6 +30,7 @@ from prefold.rollouts.sampling import Completion, Sampling
 from prefold.rollouts.writing import OnToken, Row, Writing
 from prefold.terminal import progress_bar
 from prefold.trees.attention import using_attention
+from prefold.trees.memory import free_memory, is_out_of_memory
 from prefold.trees.packing import TokenTree, pack, split_by_budget
 from prefold.trees.scorer import COARSE, in_float32, obstacle, stretched_positions, unwrapped
 
@@ -41,7 +44,11 @@ CHECKED_TOKENS = 256
 TOLERANCE = 1e-3
 """Largest difference of a log-prob in nats, between the shared prompts and a plain pass, that rounding explains."""
 
+Waves = list[tuple[Wave, list[Row]]]
+
 logger = logging.getLogger("prefold")
+_lowered: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Tokens that were too many for a model's memory, halved."""
 
 
 class Engine(Protocol):
@@ -77,6 +84,9 @@ class LocalEngine:
 
         Args:
             numbers: what a prompt's random numbers depend on beside the seed; by default its place.
+
+        Raises:
+            StageError: out of memory with a single prompt.
         """
         if not prompts:
             return
@@ -100,27 +110,63 @@ class LocalEngine:
         return end_tokens(self._model, self._tokenizer) if settings.end_tokens is None else settings.end_tokens
 
     def _write(self, writing: Writing) -> Iterator[tuple[int, list[Completion]]]:
+        """Where memory runs out, the prompts under way are begun anew with less room: what is drawn for them hangs on
+        their seeds, so their completions are the same."""
         waiting = deque(range(len(writing.prompts)))
-        waves: list[tuple[Wave, list[Row]]] = []
-        room = self._max_tokens or cache_tokens(self._model)
+        waves: Waves = []
+        room = min(self._max_tokens or cache_tokens(self._model), _lowered.get(self._model, sys.maxsize))
         while waiting or waves:
-            if admitted := self._admitted(waiting, waves, writing, room):
-                rows = [row for place in admitted for row in writing.begin(place)]
-                wave, logits = prefill(self._model, [writing.prompts[place] for place in admitted], writing.settings)
-                waves.append((wave, rows))
-                logits = logits.repeat_interleave(writing.settings.num_answers, 0)
+            begun = self._admitted(waiting, waves, writing, room)
+            stepped = self._try_to_step(begun, waves, writing)
+            if stepped is None:
+                under_way = {row.prompt for _, rows in waves for row in rows}.union(begun)
+                waves, waiting = [], deque(sorted(under_way.union(waiting)))
+                room = self._lowered_room(room, [_size(writing, place) for place in under_way])
             else:
-                rows = [row for _, rows in waves for row in rows]
-                starts = [len(writing.prompts[row.prompt]) for row in rows]
-                logits = decode(self._model, [wave for wave, _ in waves], [row.tokens[-1] for row in rows], starts)
-            with torch.no_grad():
-                writing.extend(rows, logits)
-            waves = _without_finished(waves)
-            yield from writing.finished(rows)
+                rows, waves = stepped
+                yield from writing.finished(rows)
 
-    def _admitted(
-        self, waiting: deque[int], waves: Sequence[tuple[Wave, list[Row]]], writing: Writing, room: int
-    ) -> list[int]:
+    def _try_to_step(self, begun: Sequence[int], waves: Waves, writing: Writing) -> tuple[list[Row], Waves] | None:
+        """None if memory ran out; the waves are of no use then."""
+        try:
+            return self._step(begun, waves, writing)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
+
+    def _step(self, begun: Sequence[int], waves: Waves, writing: Writing) -> tuple[list[Row], Waves]:
+        """A token for the prompts that begin, or else for all rows under way; these rows, and the waves that go on."""
+        if begun:
+            rows = [row for place in begun for row in writing.begin(place)]
+            wave, logits = prefill(self._model, [writing.prompts[place] for place in begun], writing.settings)
+            waves = [*waves, (wave, rows)]
+            logits = logits.repeat_interleave(writing.settings.num_answers, 0)
+        else:
+            rows = [row for _, rows in waves for row in rows]
+            starts = [len(writing.prompts[row.prompt]) for row in rows]
+            logits = decode(self._model, [wave for wave, _ in waves], [row.tokens[-1] for row in rows], starts)
+        with torch.no_grad():
+            writing.extend(rows, logits)
+        return rows, _without_finished(waves)
+
+    def _lowered_room(self, room: int, sizes: Sequence[int]) -> int:
+        """Half of what prompts of these sizes take, for which memory ran out; it stays so for the model.
+
+        Raises:
+            StageError: it is a single prompt.
+        """
+        free_memory()
+        if len(sizes) == 1:
+            raise StageError(
+                f"out of memory with a single prompt and its completions ({sizes[0]:,} tokens); ask for fewer or "
+                "shorter completions, or take a smaller model"
+            )
+        lowered = _lowered[self._model] = sum(sizes) // 2
+        logger.warning("out of memory: the token budget of completions goes from %s to %s", f"{room:,}", f"{lowered:,}")
+        return lowered
+
+    def _admitted(self, waiting: deque[int], waves: Waves, writing: Writing, room: int) -> list[int]:
         """The prompts that begin now: as many as fit once half of the room is free, so that they are encoded together.
 
         One always fits where there is nothing else to do.
@@ -132,7 +178,7 @@ class LocalEngine:
         if 2 * tokens > room or 2 * rows > most:
             return admitted
         while waiting:
-            tokens += len(writing.prompts[waiting[0]]) + settings.num_answers * settings.max_new_tokens
+            tokens += _size(writing, waiting[0])
             rows += settings.num_answers
             if (tokens > room or rows > most) and (waves or admitted):
                 break
@@ -147,8 +193,13 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
 
 
-def _without_finished(waves: Sequence[tuple[Wave, list[Row]]]) -> list[tuple[Wave, list[Row]]]:
-    left: list[tuple[Wave, list[Row]]] = []
+def _size(writing: Writing, place: int) -> int:
+    """Tokens of a prompt with its completions at their longest."""
+    return len(writing.prompts[place]) + writing.settings.num_answers * writing.settings.max_new_tokens
+
+
+def _without_finished(waves: Waves) -> Waves:
+    left: Waves = []
     for wave, rows in waves:
         live = [place for place, row in enumerate(rows) if not row.over]
         if len(live) < len(rows):
@@ -255,6 +306,8 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
                 newest = [ids[cut + step]] * 2 + [ids[half + step]] * 2
                 found.append(decode(model, [wave], newest, [cut, cut, half, half])[1:3])
         except (NotImplementedError, TypeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             return f"sharing its prompts failed ({str(error).splitlines()[0]})"
     if len(wave.own) != model.config.get_text_config().num_hidden_layers:
         return f"{len(wave.own)} of its layers call the attention that sharing replaces"

@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prefold.data.conversion import to_record
+from prefold.data.conversion import to_record, with_system_message
 from prefold.data.dialogues import holds_dialogue
-from prefold.data.preference import Problem, Prompt, Record, Unfit, with_system
+from prefold.data.preference import Problem, Prompt
 from prefold.data.selection import select_rows
 from prefold.data.shapes import find_shape
 from prefold.errors import StageError, UserError
@@ -192,7 +192,7 @@ def _read_prompts(settings: PairSettings) -> tuple[list[Prompt], Counter[str]]:
     prompts: list[Prompt] = []
     problems: list[Problem] = []
     for row in chain(head, rows):
-        record = _with_system(to_record(row, shape), settings.system)
+        record = with_system_message(to_record(row, shape), settings.system, "--system")
         if isinstance(record, Prompt):
             prompts.append(record)
         elif isinstance(record, Problem):
@@ -204,15 +204,6 @@ def _read_prompts(settings: PairSettings) -> tuple[list[Prompt], Counter[str]]:
         where = f"{problems[0].origin.source}, row {problems[0].origin.row}"
         raise UserError(f"no row is a prompt; the first problem is: {problems[0].message}", where=where)
     return prompts, Counter(problem.kind for problem in problems)
-
-
-def _with_system(record: Record | Problem, system: str | None) -> Record | Problem:
-    if system is None or not isinstance(record, Prompt):
-        return record
-    try:
-        return replace(record, prompt=tuple(with_system(system, list(record.prompt), "--system")))
-    except Unfit as unfit:
-        return Problem(unfit.kind, unfit.message, record.origin)
 
 
 # ---- the report and the output ------------------------------------------------------------------------------

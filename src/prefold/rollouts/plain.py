@@ -5,6 +5,7 @@ Tokens are chosen as everywhere else: `generate` is handed the choice as the onl
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -14,25 +15,57 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
+from prefold.errors import StageError
 from prefold.rollouts.sampling import Completion
 from prefold.rollouts.writing import Row, Writing
+from prefold.trees.memory import free_memory, is_out_of_memory
+
+logger = logging.getLogger("prefold")
 
 
 def write_plainly(
     model: PreTrainedModel, writing: Writing, rows_at_once: int
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Prompts with their completions. Only prompts of one length share a batch: nothing is padded, which not all of
-    these models can bear."""
+    these models can bear. Where memory runs out, half of the batch is tried.
+
+    Raises:
+        StageError: out of memory with a single prompt.
+    """
     prompts, answers = writing.prompts, writing.settings.num_answers
     at_once = max(1, rows_at_once // answers)
     by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for _, places in groupby(by_length, key=lambda place: len(prompts[place])):
         same = list(places)
-        for start in range(0, len(same), at_once):
-            batch = same[start : start + at_once]
-            rows = [row for place in batch for row in writing.begin(place)]
-            _generate(model, torch.tensor([list(prompts[row.prompt]) for row in rows]), rows, writing)
-            yield from writing.finished(rows)
+        while same:
+            rows = [row for place in same[:at_once] for row in writing.begin(place)]
+            if _has_room(model, rows, writing):
+                same = same[at_once:]
+                yield from writing.finished(rows)
+            else:
+                at_once = _halved(min(at_once, len(same)))
+
+
+def _has_room(model: PreTrainedModel, rows: Sequence[Row], writing: Writing) -> bool:
+    """Write the completions of all rows; False if memory ran out."""
+    try:
+        _generate(model, torch.tensor([list(writing.prompts[row.prompt]) for row in rows]), rows, writing)
+        return True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()
+    return False
+
+
+def _halved(prompts: int) -> int:
+    if prompts == 1:
+        raise StageError(
+            "out of memory with a single prompt and its completions; ask for fewer or shorter completions, or take a "
+            "smaller model"
+        )
+    logger.warning("out of memory: completions of %s prompts at a time, not of %s", prompts // 2, prompts)
+    return prompts // 2
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ A reward is called with lists of equal length, each by its name, and takes those
 
 It returns one number for each completion, or None where it has nothing to say about it. A built-in reward is a
 dataclass whose fields are its settings; one of the user's own is a function in a Python file that the recipe or the
-command names. Nothing is forgiven: what a reward returns is checked, and a failure shows the completion that caused it.
+command names. What a reward returns is checked, and a failure shows the completion that caused it and stops the run, or
+leaves that completion without a score where the recipe says so (`on_error: skip`). It is never taken for 0.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import logging
 import math
 import re
 import sys
@@ -32,13 +34,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from prefold.data.preference import Message, json_type
 from prefold.errors import StageError, UserError
 from prefold.files import without_home
+from prefold.rollouts.formulas import SymbolicEquality
 from prefold.rollouts.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from prefold.recipe import RewardBase
 
 RewardFunction = Callable[..., Sequence[float | None]]
+OnError = Literal["stop", "skip"]
 _SHOWN_CHARACTERS = 160
+
+logger = logging.getLogger("prefold")
 
 
 # ---- built-in rewards -------------------------------------------------------------------------------------------
@@ -132,6 +138,7 @@ REWARDS: dict[str, type[Any]] = {
     "exact_number": ExactNumber,
     "repetition": Repetition,
     "reward_model": RewardModel,
+    "symbolic_equality": SymbolicEquality,
 }
 
 
@@ -180,12 +187,14 @@ _MINUS = ("-", "\u2212")
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward that is ready to be called; `file` is that of a user's own."""
+    """A reward that is ready to be called; `file` is that of a user's own. With `on_error: skip` it says nothing about
+    completions that it fails on."""
 
     name: str
     function: RewardFunction
     weight: float = 1.0
     file: str | None = None
+    on_error: OnError = "stop"
 
     def takes(self, name: str) -> bool:
         """Whether the function is given the argument of that name."""
@@ -214,8 +223,9 @@ def open_rewards(specs: Sequence[RewardBase], known: Collection[str]) -> list[Lo
 
 def _opened(spec: RewardBase) -> LoadedReward:
     if spec.file is None:
-        return LoadedReward(spec.name, REWARDS[spec.name](**spec.settings), spec.weight)
-    return LoadedReward(spec.name, _function_in(spec.file, spec.name), spec.weight, without_home(spec.file))
+        return LoadedReward(spec.name, REWARDS[spec.name](**spec.settings), spec.weight, on_error=spec.on_error)
+    function = _function_in(spec.file, spec.name)
+    return LoadedReward(spec.name, function, spec.weight, without_home(spec.file), spec.on_error)
 
 
 def _function_in(file: str, name: str) -> RewardFunction:
@@ -271,20 +281,30 @@ _WITHOUT = {"completion_ids": "an endpoint gives texts only; `length` can count 
 # ---- scoring ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says about each completion, unweighted; and the places of those that it failed on, about which it
+    says nothing."""
+
+    values: list[float | None]
+    failed: frozenset[int] = frozenset()
+
+
 def score(
     rewards: Sequence[LoadedReward],
     prompts: Sequence[Sequence[Message]],
     completions: Sequence[str],
     ids: Sequence[Sequence[int]] | None,
     columns: Mapping[str, Sequence[Any]],
-) -> list[list[float | None]]:
-    """What each reward says about each completion, `[reward][completion]`, unweighted.
+) -> list[Scores]:
+    """What each reward says about the completions.
 
     Args:
         prompts: one for each completion; so are `ids` (None where they are not known) and every column.
 
     Raises:
-        UserError: a user's function fails, or returns anything but a finite number or None for each completion.
+        UserError: a user's function fails, or returns anything but a finite number or None for each completion, and
+            is not to be skipped then.
         StageError: the same of a built-in reward.
     """
     arguments: dict[str, Any] = {**columns, "prompts": prompts, "completions": completions}
@@ -293,16 +313,48 @@ def score(
     return [_scores(reward, arguments) for reward in rewards]
 
 
-def weighted(rewards: Sequence[LoadedReward], scores: Sequence[Sequence[float | None]]) -> list[float | None]:
+def weighted(rewards: Sequence[LoadedReward], scores: Sequence[Scores]) -> list[float | None]:
     """The weighted sum for each completion over the rewards that say something about it; None if none does."""
     totals: list[float | None] = []
-    for of_one in zip(*scores, strict=True):
+    for of_one in zip(*(one.values for one in scores), strict=True):
         said = [reward.weight * value for reward, value in zip(rewards, of_one, strict=True) if value is not None]
         totals.append(math.fsum(said) if said else None)
     return totals
 
 
-def _scores(reward: LoadedReward, arguments: Mapping[str, Any]) -> list[float | None]:
+class _Refused(Exception):
+    """A reward failed, or returned what cannot be used; `message` is what to tell."""
+
+    def __init__(self, message: UserError | StageError):
+        self.message = message
+
+
+def _scores(reward: LoadedReward, arguments: Mapping[str, Any]) -> Scores:
+    try:
+        return Scores(_called(reward, arguments))
+    except _Refused as refused:
+        if reward.on_error == "stop":
+            raise refused.message from refused.__cause__
+        told = str(refused.message)
+    return _one_by_one(reward, arguments, told)
+
+
+def _one_by_one(reward: LoadedReward, arguments: Mapping[str, Any], told: str) -> Scores:
+    """Each completion by itself; `told` is what was wrong with them together."""
+    count = len(arguments["completions"])
+    values: list[float | None] = []
+    failed: list[int] = []
+    for place in range(count):
+        try:
+            values += _called(reward, {name: column[place : place + 1] for name, column in arguments.items()})
+        except _Refused:
+            values.append(None)
+            failed.append(place)
+    logger.warning("%s\n  skipped: %s of %s completions get no score of it", told, len(failed), count)
+    return Scores(values, frozenset(failed))
+
+
+def _called(reward: LoadedReward, arguments: Mapping[str, Any]) -> list[float | None]:
     count = len(arguments["completions"])
     try:
         returned = reward(arguments)
@@ -347,8 +399,8 @@ def _refused(
     arguments: Mapping[str, Any],
     place: int | None,
     error: Exception | None = None,
-) -> UserError | StageError:
-    """The message that shows the completion at `place`, as far as one is to blame."""
+) -> _Refused:
+    """With the message that shows the completion at `place`, as far as one is to blame."""
     where = reward.file or ""
     if error is not None and reward.file:
         where = _line_in(error, Path(reward.file).expanduser().absolute(), reward.file)
@@ -359,7 +411,7 @@ def _refused(
         lines.append(f"  prompt: {_shortened(arguments['prompts'][place][-1]['content'])}")
         lines.append(f"  completion: {_shortened(arguments['completions'][place])}")
     message = "\n".join(lines)
-    return UserError(message, where=where) if reward.file else StageError(message)
+    return _Refused(UserError(message, where=where) if reward.file else StageError(message))
 
 
 def _shortened(text: str) -> str:

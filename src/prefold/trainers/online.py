@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from prefold.algorithms import GRPO, LossOutput
+from prefold.algorithms import GRPO, LossOutput, Mean
 from prefold.algorithms.grpo import group_advantages
 from prefold.data.examples import Examples
 from prefold.rollouts.completions import Group, prompts_of, require_end_token, sample, scored_groups
@@ -27,6 +27,7 @@ from prefold.rollouts.samples import seed_of
 from prefold.rollouts.sampling import Completion, Sampling
 from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet
 from prefold.trainers.record import StepRecord
+from prefold.trainers.tracking import send_completions
 from prefold.trees.attention import using_attention
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
@@ -42,12 +43,14 @@ class Rollout:
     """What was sampled for one step: a tree for each prompt, with the completions that are trained on.
 
     `advantages`: for each tree, `[completions]`. `reference`: for each tree, the reference's log-probs of its
-    completions' tokens; None if the algorithm needs none.
+    completions' tokens; None if the algorithm needs none. `sampled`: for each tree, the log-probs that they were drawn
+    with; None where the sampler does not tell.
     """
 
     trees: list[TokenTree]
     advantages: list[Tensor]
     reference: list[Tensor] | None
+    sampled: list[Tensor] | None
     metrics: dict[str, float]
 
 
@@ -89,7 +92,7 @@ class OnlineTrainer(PreferenceTrainer):
         self.columns = columns
         # Training switches the model to an attention that cannot generate.
         self.attention = unwrapped(scorer.model).config._attn_implementation
-        self.rollout = Rollout([], [], None, {})
+        self.rollout = Rollout([], [], None, None, {})
         self.old: dict[int, Tensor] = {}
 
     # ---- a step ----
@@ -122,30 +125,47 @@ class OnlineTrainer(PreferenceTrainer):
         elif self.grpo.num_iterations > 1:
             sizes = [sum(map(len, data.trees[i].completions)) for i in indices]
             self.old |= zip(indices, policy.tokens.detach().split(sizes), strict=True)
-        return super().loss_of(policy, data, indices)
+        output = super().loss_of(policy, data, indices)
+        return replace(output, metrics={**output.metrics, **self._sampler_metrics(policy, indices)})
+
+    def _sampler_metrics(self, policy: TreeLogprobs, indices: Sequence[int]) -> dict[str, Mean]:
+        """How far the sampler's log-probs are from those that are trained on: rounding, dropout, and what `top_p` and
+        the like cut off. They serve nothing else."""
+        if not self.is_first_on_rollout or self.rollout.sampled is None:
+            return {}
+        sampled = torch.cat([self.rollout.sampled[i] for i in indices]).to(policy.tokens)
+        difference = (policy.tokens.detach() - sampled).abs()
+        return {"sampling/sampling_logp_difference/mean": Mean(difference.sum(), len(difference))}
 
     # ---- a rollout ----
 
     def roll_out(self, places: Sequence[int]) -> Rollout:
         """Sample and judge completions of the prompts at `places`, and write some of them to the run folder."""
-        step = self.state.global_step
         examples = [self.prompts[place] for place in places]
-        seeds = [seed_of(self.args.seed, step, place) for place in range(len(places))]
+        seeds = [seed_of(self.args.seed, self.state.global_step, place) for place in range(len(places))]
         completions = self.completions_of([example.tree.prompt for example in examples], seeds)
         groups = scored_groups(self.rewards, prompts_of(examples), completions, self.columns)
         advantages = group_advantages(rewards_of(groups), self.grpo.scale_rewards)
-        self.record.rollout(step + 1, [shown(*pair) for pair in zip(groups[:GROUPS_SHOWN], advantages, strict=False)])
+        self._show([shown(*pair) for pair in zip(groups[:GROUPS_SHOWN], advantages, strict=False)])
         kept = [[place for place, one in enumerate(group) if self._is_kept(one)] for group in completions]
+        used = [[group[place] for place in places] for group, places in zip(completions, kept, strict=True)]
         trees = [
-            TokenTree(example.tree.prompt, tuple(group[place].token_ids for place in places))
-            for example, group, places in zip(examples, completions, kept, strict=True)
+            TokenTree(example.tree.prompt, tuple(one.token_ids for one in group))
+            for example, group in zip(examples, used, strict=True)
         ]
         return Rollout(
             trees,
             [of_group[places] for of_group, places in zip(advantages, kept, strict=True)],
             self._reference_of(trees) if self.grpo.needs_reference else None,
+            sampler_logprobs(used),
             {**reward_metrics(groups), **length_metrics([one for group in completions for one in group])},
         )
+
+    def _show(self, groups: Sequence[dict[str, Any]]) -> None:
+        step = self.state.global_step + 1
+        self.record.rollout(step, groups)
+        if "wandb" in (self.args.report_to or ()):
+            send_completions(step, groups)
 
     def completions_of(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[list[Completion]]:
         """A group for each prompt, by the model as it is now."""
@@ -174,6 +194,13 @@ def sampling_of(algorithm: GRPO) -> Sampling:
     )
 
 
+def sampler_logprobs(groups: Sequence[Sequence[Completion]]) -> list[Tensor] | None:
+    """For each group, the log-probs of its tokens, one completion after the other."""
+    if any(len(one.logprobs) != len(one.token_ids) for group in groups for one in group):
+        return None
+    return [torch.tensor([value for one in group for value in one.logprobs]) for group in groups]
+
+
 # ---- records of a rollout ---------------------------------------------------------------------------------------
 
 
@@ -200,15 +227,17 @@ def shown(group: Group, advantages: Tensor) -> dict[str, Any]:
 
 
 def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """TRL's metrics of rewards, over the completions that they say something about; and the share of the groups whose
-    rewards are all equal, which teach nothing."""
+    """TRL's metrics of rewards, over the completions that they say something about; the share of the groups whose
+    rewards are all equal, which teach nothing; and how many completions each reward that may fail failed on."""
     metrics: dict[str, float] = {}
     for name in groups[0].scores:
         values = [value for group in groups for value in known(group.scores[name])]
         metrics |= spread(values, f"rewards/{name}/mean", f"rewards/{name}/std")
     metrics |= spread([value for group in groups for value in known(group.rewards)], "reward", "reward_std")
     metrics["frac_reward_zero_std"] = fmean(len(set(known(group.rewards))) < 2 for group in groups)
-    return metrics
+    return metrics | {
+        f"rewards/{name}/failed": sum(group.failed[name] for group in groups) for name in groups[0].failed
+    }
 
 
 def spread(values: Sequence[float], mean_name: str, deviation_name: str) -> dict[str, float]:

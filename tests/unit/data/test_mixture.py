@@ -72,6 +72,21 @@ def test_odd_rows_are_used_and_counted(write: Write) -> None:
     assert len(thinking.train) == len(endless.train) == 3
 
 
+@pytest.mark.parametrize("kind", ["pairs", "prompts"])
+def test_a_system_message_for_all(kind: Any, write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    """Before every prompt and once; a row with another one of its own is left out."""
+    rows = [{**row, "system": own} for row, own in zip(text_rows(3), ("", "Be brief.", "Be long."), strict=True)]
+    rows = rows if kind == "pairs" else [{"prompt": row["prompt"], "system": row["system"]} for row in rows]
+    data = make_data([write("rows.jsonl", rows)], system="Be brief.")
+    prepared = load_split(data, chatml, seed=1, kind=kind)
+    assert [[turn["content"] for turn in record.prompt] for record in prepared.train.records] == [
+        ["Be brief.", "Question 0"],
+        ["Be brief.", "Question 1"],
+    ]
+    assert chatml.decode(prepared.train[0].tree.prompt).count("Be brief.") == 1
+    assert kinds(prepared)["bad_message"][1:] == (1, [3])
+
+
 # ---- policies ---------------------------------------------------------------------------------------------------
 
 

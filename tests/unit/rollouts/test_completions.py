@@ -80,6 +80,18 @@ def test_rewards_of_groups() -> None:
     assert (first.prompt, first.completions) == (prompts[0], groups[0])
 
 
+def test_failures_of_groups_are_counted() -> None:
+    def picky(completions: Any) -> list[float | None]:
+        return [1.0 / len(text) for text in completions]
+
+    prompt = Prompt((Message(role="user", content="a"),), {}, RowId("p", 1))
+    groups = [[Completion((1,), text, True) for text in texts] for texts in (("x", ""), ("", ""), ("x", "xx"))]
+    rewards = [LoadedReward("picky", picky, on_error="skip"), LoadedReward("kind", lambda completions: [1.0] * 6)]
+    found = scored_groups(rewards, [prompt] * 3, groups, [])
+    assert [group.failed for group in found] == [{"picky": 1}, {"picky": 2}, {"picky": 0}]
+    assert [group.rewards for group in found] == [[2.0, 1.0], [1.0, 1.0], [2.0, 1.5]]
+
+
 def test_names_of_rewards() -> None:
     rewards = [LoadedReward(name, len) for name in ("a", "b", "a", "a")]  # type: ignore[arg-type]
     assert names_of(rewards) == ["a", "b", "a-2", "a-3"]

@@ -17,6 +17,7 @@ from tiny_tokenizer import CHATML, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.data.preference import Message
+from prefold.errors import StageError
 from prefold.rollouts import generate
 from prefold.rollouts.cache import Decode, Group, Wave
 from prefold.rollouts.generate import LocalEngine, answer, failed_check, prefill, why_not_shared
@@ -416,3 +417,91 @@ def test_answers_come_in_the_order_of_the_prompts(
     assert "answers" in capfd.readouterr().err
     assert answer(model, tokenizer, prompts, Sampling(5, 2), progress=False) == found
     assert capfd.readouterr().err == ""
+
+
+# ---- out of memory ----------------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device on which a step of more rows fails; the rows of the steps that were tried."""
+    step, tried = generate.decode, []
+
+    def limited(model: Any, waves: Any, tokens: Any, starts: Any) -> Any:
+        tried.append(len(tokens))
+        found = step(model, waves, tokens, starts)
+        # Late, so that what is to be done again has left traces.
+        if len(tokens) > rows and waves[0].filled > 3:
+            raise OUT_OF_MEMORY
+        return found
+
+    monkeypatch.setattr(generate, "decode", limited)
+    return tried
+
+
+def test_out_of_memory_lowers_the_budget_and_changes_no_completion(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama(vocab_size=264)
+    prompts = prompts_of([*LENGTHS, 40, 2], 264)
+    settings = Sampling(12, 3, temperature=1.0, end_tokens=tuple(range(10, 24)))
+    wanted = ids_of(LocalEngine(model, tokenizer).sample(prompts, settings))
+    with monkeypatch.context() as patch:
+        tried = room_for(7, patch)
+        assert ids_of(LocalEngine(model, tokenizer).sample(prompts, settings)) == wanted
+        # All 345 tokens, of which half are tried, and so on.
+        assert max(tried) > 7 and "out of memory: the token budget of completions goes from" in caplog.text
+        assert "to 172" in caplog.text
+        tried.clear()
+        caplog.clear()
+        # The model's next completions begin with what was found to fit.
+        assert ids_of(LocalEngine(model, tokenizer).sample(prompts, settings)) == wanted
+        assert max(tried) <= 7 and not caplog.text
+
+
+def test_out_of_memory_with_a_single_prompt(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(3, monkeypatch)
+    settings = Sampling(12, 4, temperature=1.0, end_tokens=())
+    with pytest.raises(StageError, match=r"with a single prompt and its completions \(50 tokens\); ask for fewer"):
+        LocalEngine(tiny_llama(vocab_size=264), tokenizer).sample(prompts_of([2, 2, 2], 264), settings)
+
+
+def test_other_errors_are_not_taken_for_it(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    why_not_shared(model, [1, 2], 4)
+    monkeypatch.setattr(generate, "decode", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        LocalEngine(model, tokenizer).sample(prompts_of([2], 264), Sampling(4))
+
+
+def test_out_of_memory_in_transformers_own_generate(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama(vocab_size=264)
+    monkeypatch.setattr(generate, "why_not_shared", lambda *args: "it is told to")
+    settings = Sampling(6, 2, temperature=1.0, end_tokens=tuple(range(10, 24)))
+    prompts = prompts_of([4, 4, 4, 4, 6], 264)
+    wanted = ids_of(LocalEngine(model, tokenizer).sample(prompts, settings))
+    own = model.generate
+
+    def limited(**settings: Any) -> Any:
+        found = own(**settings)
+        if len(settings["input_ids"]) > rows:
+            raise OUT_OF_MEMORY
+        return found
+
+    rows = 2
+    monkeypatch.setattr(model, "generate", limited)
+    assert ids_of(LocalEngine(model, tokenizer).sample(prompts, settings)) == wanted
+    assert "completions of 2 prompts at a time, not of 4" in caplog.text
+    assert "completions of 1 prompts at a time, not of 2" in caplog.text
+    rows = 1
+    with pytest.raises(StageError, match="out of memory with a single prompt"):
+        LocalEngine(model, tokenizer).sample(prompts, settings)

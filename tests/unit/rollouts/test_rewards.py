@@ -20,7 +20,7 @@ from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
 from prefold.models import load
 from prefold.recipe import Reward, describe
-from prefold.rollouts.rewards import REWARDS, LoadedReward, number_in, open_rewards, score, weighted
+from prefold.rollouts.rewards import REWARDS, LoadedReward, Scores, number_in, open_rewards, score, weighted
 
 KNOWN = ("prompts", "completions", "completion_ids", "answer")
 PROMPT = [Message(role="user", content="How many?")]
@@ -28,6 +28,10 @@ PROMPT = [Message(role="user", content="How many?")]
 
 def scores(spec: dict[str, Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
     """What a reward says, with one token id for each word."""
+    return scored(spec, completions, **columns).values
+
+
+def scored(spec: dict[str, Any], completions: list[str], **columns: list[Any]) -> Scores:
     [reward] = open_rewards([Reward(**spec)], (*KNOWN, *columns))
     ids = [list(range(len(completion.split()))) for completion in completions]
     [found] = score([reward], [PROMPT] * len(completions), completions, ids, columns)
@@ -295,6 +299,36 @@ def test_a_failure_that_no_single_completion_causes(own: Own) -> None:
         scores(spec, ["a", "b"])
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1 / (c != 'bad') for c in completions]", "failed: ZeroDivisionError"),
+        ("return [float('nan') if c == 'bad' else 1.0 for c in completions]", "returned nan"),
+        ("return [1.0 for c in completions if c != 'bad']", "returned 3 values for 4 completions"),
+        ("return ['x' if c == 'bad' else 1.0 for c in completions]", "returned a string"),
+    ],
+)
+def test_failures_that_may_be_skipped_are_counted_and_never_0(
+    own: Own, body: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = own(f"def mine(completions):\n    {body}\n") | {"on_error": "skip"}
+    found = scored(spec, ["good", "bad", "fine", "good"])
+    assert found == Scores([1.0, None, 1.0, 1.0], frozenset({1}))
+    assert message in caplog.text and "skipped: 1 of 4 completions get no score of it" in caplog.text
+    caplog.clear()
+    assert scored(spec, ["good"]) == Scores([1.0]) and not caplog.text
+
+
+def test_all_of_them_may_fail(own: Own) -> None:
+    spec = own("def mine(completions):\n    return 1.0\n") | {"on_error": "skip"}
+    assert scored(spec, ["a", "b"]) == Scores([None, None], frozenset({0, 1}))
+
+
+def test_what_cannot_be_loaded_is_not_skipped(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        scores({"name": "reward_model", "model": str(tmp_path / "none"), "on_error": "skip"}, ["a"])
+
+
 def test_a_failure_of_a_built_in_reward_is_no_fault_of_the_user() -> None:
     broken = LoadedReward("length", lambda completions: 1 / 0)
     with pytest.raises(StageError, match="the reward `length` failed: ZeroDivisionError"):
@@ -303,4 +337,4 @@ def test_a_failure_of_a_built_in_reward_is_no_fault_of_the_user() -> None:
 
 def test_weights_add_up_what_is_said() -> None:
     rewards = [LoadedReward("a", lambda: [], 2.0), LoadedReward("b", lambda: [], -1.0)]
-    assert weighted(rewards, [[1.0, None, None], [3.0, 4.0, None]]) == [-1.0, -4.0, None]
+    assert weighted(rewards, [Scores([1.0, None, None]), Scores([3.0, 4.0, None])]) == [-1.0, -4.0, None]

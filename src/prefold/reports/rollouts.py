@@ -1,0 +1,119 @@
+"""What a model wrote while it trained on its own completions: the best and the worst by their rewards, so that a reward
+that is being gamed is seen, and what the metrics of all rollouts give away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from prefold.reports import read
+from prefold.reports.read import Number, RunRecord, Values, finite, section
+
+NEARLY_ALL = 0.9
+OFTEN = 0.5
+"""Of the rollouts."""
+
+
+class Written(NamedTuple):
+    """A completion; `scores` are those of single rewards, where there are several."""
+
+    text: str
+    reward: Number
+    advantage: Number
+    tokens: Number
+    finished: bool
+    scores: list[tuple[str, Number]]
+
+
+class Sampled(NamedTuple):
+    """A prompt as (role, text) messages, with two of its completions."""
+
+    step: Number
+    prompt: list[tuple[str, str]]
+    worst: Written
+    best: Written
+
+
+class Remark(NamedTuple):
+    message: str
+    advice: str
+
+
+def sampled(run: RunRecord) -> list[Sampled]:
+    """Of the first, a middle and the last step that was recorded, a group whose rewards differ if there is one."""
+    by_step: dict[Any, list[Values]] = {}
+    for group in run.rollouts:
+        if len(_judged(group)) > 1:
+            by_step.setdefault(str(group.get("step")), []).append(group)
+    steps = list(by_step.values())
+    places = dict.fromkeys((0, len(steps) // 2, len(steps) - 1)) if steps else {}
+    return [_sampled(max(steps[place], key=_spread)) for place in places]
+
+
+def _sampled(group: Values) -> Sampled:
+    written = sorted(_judged(group), key=_reward)
+    prompt = [message for message in _list(group.get("prompt")) if isinstance(message, dict)]
+    messages = [(str(message.get("role", "")), str(message.get("content", ""))) for message in prompt]
+    return Sampled(read.count(group.get("step")), messages, _written(written[0]), _written(written[-1]))
+
+
+def _written(one: Values) -> Written:
+    scores = section(one, "scores")
+    return Written(
+        str(one.get("text", "")),
+        read.signed(one.get("reward")),
+        read.signed(one.get("advantage")),
+        read.count(one.get("tokens")),
+        one.get("finished") is not False,
+        [(name, read.signed(value)) for name, value in scores.items()] if len(scores) > 1 else [],
+    )
+
+
+def _spread(group: Values) -> float:
+    rewards = [_reward(one) for one in _judged(group)]
+    return max(rewards) - min(rewards)
+
+
+def _reward(one: Values) -> float:
+    return finite(one.get("reward")) or 0.0
+
+
+def _judged(group: Values) -> list[Values]:
+    """The completions that a reward says something about."""
+    completions = [one for one in _list(group.get("completions")) if isinstance(one, dict)]
+    return [one for one in completions if finite(one.get("reward")) is not None]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def remarks(run: RunRecord) -> list[Remark]:
+    """What went wrong with most of the rollouts, and what to do."""
+    limit = section(run.recipe, run.method).get("max_completion_length")
+    found = [
+        (
+            "frac_reward_zero_std",
+            "nearly all prompts had completions of equal rewards, from which nothing can be learned",
+            "read the completions: if none is ever rewarded, take easier prompts, more completions of each "
+            "(`num_generations`) or a reward that counts steps on the way; if all are, the model has learned it",
+        ),
+        (
+            "completions/clipped_ratio",
+            f"nearly all completions were cut off at `max_completion_length: {limit}`, before they ended",
+            "raise `max_completion_length`, or reward short completions; a model that never ends its turn may lack its "
+            "chat template",
+        ),
+    ]
+    return [
+        Remark(f"In {read.count(often).text} of {read.count(total).text} rollouts {what}.", advice)
+        for metric, what, advice in found
+        for often, total in [_how_often(run.metrics, metric)]
+        if total and often >= OFTEN * total
+    ]
+
+
+def _how_often(metrics: Sequence[Values], name: str) -> tuple[int, int]:
+    """In how many rollouts a share was near 1, and of how many."""
+    values = [value for row in metrics if (value := finite(row.get(name))) is not None]
+    return sum(value >= NEARLY_ALL for value in values), len(values)

@@ -1,0 +1,54 @@
+"""The process behind `formulas.py`: reads lines of JSON, [answer, completion], and writes a line with 1, 0 or null for
+each, after an empty object that says it is ready. Runs as a file by itself and imports nothing of prefold."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+MOST_BYTES = 4 * 2**30
+MARK = "####"
+LONGEST = 20_000
+"""Characters of a text, from its end, that are looked at."""
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stdout = sys.stderr
+    logging.disable()
+    _limit_memory()
+    from math_verify import parse, verify
+
+    def formulas(text: str, is_formula: bool) -> list[Any]:
+        text = text[-LONGEST:]
+        marked = text.rpartition(MARK)[2].strip() if MARK in text else ""
+        is_formula = bool(marked) or (is_formula and "$" not in text and "\\boxed" not in text)
+        text = marked or text
+        found = parse(f"${text}$", parsing_timeout=None) if is_formula and "$" not in text else []
+        # A text stands for what could not be parsed.
+        return [one for one in found or parse(text, parsing_timeout=None) if not isinstance(one, str)]
+
+    def compared(answer: str, completion: str) -> float | None:
+        right = formulas(answer, is_formula=True)
+        return float(verify(right, formulas(completion, is_formula=False), timeout_seconds=None)) if right else None
+
+    replies.write("{}\n")
+    replies.flush()
+    for line in sys.stdin:
+        replies.write(json.dumps(compared(*json.loads(line))) + "\n")
+        replies.flush()
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+
+
+if __name__ == "__main__":
+    main()

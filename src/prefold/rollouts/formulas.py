@@ -1,0 +1,116 @@
+"""Whether two formulas are the same mathematics, by the package math-verify.
+
+What a model writes is hostile until proven otherwise: a formula can take years to simplify. So comparing is the work of
+a process of its own with bounded memory, which is killed when it takes too long; that works in every thread and on
+every system. The package has no way to run code that stands in a text: its LaTeX goes through a grammar, and sympy's
+`parse_expr`, which evaluates, is only given digits, operators and brackets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, ClassVar
+from weakref import finalize
+
+from prefold.errors import StageError
+
+PACKAGE = "math_verify"
+STARTING_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class SymbolicEquality:
+    """1 where the completion's last formula equals that of the column `answer`, else 0; None where the answer has none.
+
+    `0.5`, `1/2` and `\\frac{1}{2}` are equal, and so are `(x+1)^2` and `x^2+2x+1`. A formula is what stands behind the
+    last `####`, in `\\boxed{}`, between dollars, or a number or calculation in the text; an answer without any of these
+    marks is a formula as a whole. Needs the package math-verify (`pip install 'prefold[math]'`).
+    """
+
+    seconds: float = 5.0
+    """What takes longer to compare counts as different."""
+
+    __pydantic_config__: ClassVar[Any] = {"use_attribute_docstrings": True}
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0:
+            raise ValueError("`seconds` must be greater than 0")
+        if importlib.util.find_spec(PACKAGE) is None:
+            raise ValueError("`symbolic_equality` needs the package math-verify: pip install 'prefold[math]'")
+
+    @cached_property
+    def _comparer(self) -> Comparer:
+        return Comparer()
+
+    def __call__(self, completions: Sequence[str], answer: Sequence[Any]) -> list[float | None]:
+        return [
+            self._comparer.compare(str(right), completion, self.seconds)
+            for completion, right in zip(completions, answer, strict=True)
+        ]
+
+
+class Comparer:
+    """A process that compares formulas, started when it is needed and anew after it had to be killed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._replies: SimpleQueue[str] = SimpleQueue()
+
+    def compare(self, answer: str, completion: str, seconds: float) -> float | None:
+        """1 or 0, also where it takes longer than `seconds` or more memory than there is; None if the answer holds no
+        formula."""
+        process = self._started()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps([answer, completion]) + "\n")
+        process.stdin.flush()
+        reply = self._reply(seconds)
+        if reply is None:
+            self._stop()
+            return 0.0
+        value: float | None = json.loads(reply)
+        return value
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        worker = Path(__file__).with_name("formula_worker.py")
+        # -P: the modules beside it must not stand in for installed ones.
+        command = [sys.executable, "-P", str(worker)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
+        self._process, self._replies = process, SimpleQueue()
+        finalize(self, process.kill)
+        Thread(target=_forward, args=(process, self._replies), daemon=True).start()
+        if self._reply(STARTING_SECONDS) is None:
+            self._stop()
+            raise StageError("math-verify cannot be started in a process of its own")
+        return process
+
+    def _reply(self, seconds: float) -> str | None:
+        """The next line of the process; None if there is none in time, or it has ended."""
+        try:
+            return self._replies.get(timeout=seconds) or None
+        except Empty:
+            return None
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def _forward(process: subprocess.Popen[str], replies: SimpleQueue[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        replies.put(line)
+    replies.put("")

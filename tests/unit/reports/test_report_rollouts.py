@@ -1,0 +1,93 @@
+"""Rollouts in the report: which completions are shown, and what is said about all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fake_run import HOSTILE, write_run
+from test_report_html import Page, report
+
+from prefold.reports.read import read_run
+from prefold.reports.rollouts import remarks, sampled
+
+RECIPE = yaml.safe_dump(
+    {"method": "grpo", "model": {"name": "m"}, "rewards": [{"name": "length"}], "grpo": {"max_completion_length": 96}}
+)
+
+
+def group(step: int, rewards: list[float | None], text: str = "text", **scores: Any) -> dict[str, Any]:
+    completions = [
+        {
+            "text": f"{text} {place}",
+            "tokens": 5,
+            "finished": place > 0,
+            "scores": {"length": reward, **scores},
+            "reward": reward,
+            "advantage": 0.5,
+        }
+        for place, reward in enumerate(rewards)
+    ]
+    return {"step": step, "prompt": [{"role": "user", "content": f"prompt {step}"}], "completions": completions}
+
+
+def run_with(folder: Path, rollouts: Any = None, metrics: Any = None) -> Any:
+    return read_run(write_run(folder, recipe=RECIPE, rollouts=rollouts, **({"metrics": metrics} if metrics else {})))
+
+
+def test_first_middle_and_last_step_are_shown_with_their_best_and_worst(tmp_path: Path) -> None:
+    groups = [one for step in range(1, 101) for one in (group(step, [1.0, 1.0]), group(step, [3.0, None, 7.0, 5.0]))]
+    found = sampled(run_with(tmp_path, groups))
+    assert [one.step.text for one in found] == ["1", "51", "100"]
+    for one in found:
+        assert (one.worst.reward.text, one.worst.text, one.worst.finished) == ("+3.00", "text 0", False)
+        assert (one.best.reward.text, one.best.text, one.best.finished) == ("+7.00", "text 2", True)
+        assert one.best.scores == []  # a single reward is the reward
+
+
+def test_few_steps_and_several_rewards(tmp_path: Path) -> None:
+    found = sampled(run_with(tmp_path, [group(1, [1.0, 2.0], format=0.5), group(2, [None, None], format=None)]))
+    assert [one.step.text for one in found] == ["1"]
+    assert [(name, value.text) for name, value in found[0].best.scores] == [("length", "+2.00"), ("format", "+0.50")]
+    assert sampled(run_with(tmp_path / "none")) == []
+
+
+def test_odd_and_half_written_files(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, recipe=RECIPE)
+    odd: list[Any] = [{}, {"completions": [1, None, {}]}, {"completions": 5, "prompt": 7}, group(3, [1.0, 2.0])]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in odd) + '{"step": 4, "comp')
+    assert [one.step.text for one in sampled(read_run(folder))] == ["3"]
+
+
+def test_hostile_completions_stay_text(tmp_path: Path) -> None:
+    harmless = report(tmp_path / "a", recipe=RECIPE, rollouts=[group(1, [1.0, 2.0], "harmless")])
+    for place, text in enumerate(HOSTILE):
+        rows = [group(1, [1.0, 2.0], text)]
+        rows[0]["completions"][0]["scores"] = rows[0]["completions"][1]["scores"] = {text: 1.0, "b": 2.0}
+        page = report(tmp_path / str(place), recipe=RECIPE, rollouts=rows)
+        assert len([tag for tag, _ in page.elements if tag == "script"]) == len(
+            [tag for tag, _ in harmless.elements if tag == "script"]
+        )
+        assert {tag for tag, _ in page.elements} == {tag for tag, _ in harmless.elements}
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "advice"),
+    [
+        ("frac_reward_zero_std", "completions of equal rewards", "easier prompts"),
+        ("completions/clipped_ratio", "cut off at `max_completion_length: 96`", "raise `max_completion_length`"),
+    ],
+)
+def test_remarks(name: str, message: str, advice: str, tmp_path: Path) -> None:
+    """In most rollouts, not in a few; only the first step on a rollout has these metrics."""
+    often = [{"step": 1, name: 1.0}, {"step": 2}, {"step": 3, name: 0.95}, {"step": 4}, {"step": 5, name: 0.1}]
+    [remark] = remarks(run_with(tmp_path, metrics=often))
+    assert remark.message.startswith("In 2 of 3 rollouts nearly all") and message in remark.message
+    assert advice in remark.advice
+    assert remarks(run_with(tmp_path, metrics=[{"step": 1, name: 1.0}, *[{"step": 2, name: 0.5}] * 3])) == []
+    page: Page = report(tmp_path, recipe=RECIPE, metrics=often, heldout=None)
+    assert "Held-out prompts" in page.text and "Held-out pairs" not in page.text
+    assert message in page.text and advice in page.text
