@@ -21,13 +21,14 @@ if "GOMP_SPINCOUNT" not in os.environ:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
+    from prefold.comparison import compare
     from prefold.models.fetch import fetch
     from prefold.pipeline import check, evaluate, merge, report, run, train
     from prefold.recipe import load_recipe
 
-__all__ = ["check", "evaluate", "fetch", "load_recipe", "merge", "report", "run", "train"]
+__all__ = ["check", "compare", "evaluate", "fetch", "load_recipe", "merge", "report", "run", "train"]
 
-_HOMES = {"fetch": "prefold.models.fetch", "load_recipe": "prefold.recipe"}
+_HOMES = {"compare": "prefold.comparison", "fetch": "prefold.models.fetch", "load_recipe": "prefold.recipe"}
 
 
 def __getattr__(name: str) -> Any:

@@ -103,6 +103,34 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(metavar="BASELINE [OTHER]...", help="Run folders, and models as MODEL elsewhere.")
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Ask all of them these, by name: TASK,SUITE,... Unset: what the run folders were asked."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of YAML files with tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First so many questions of each task.", min=1)] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
+    html: Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Compare run folders and models with the first of them, question by question; one run folder with its base."""
+    import prefold
+    from prefold.reports.comparison import summary, write_comparison
+    from prefold.terminal import console
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    folder = str(include_path) if include_path else None
+    found = prefold.compare(models, names, include_path=folder, limit=limit, num_fewshot=num_fewshot)
+    if html:
+        write_comparison(html, found)
+    print(json.dumps(found, indent=2)) if as_json else console.print(summary(found))
+
+
+@app.command()
 def report(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Write report.html from what is in the run folder."""
     import prefold

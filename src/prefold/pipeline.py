@@ -1,4 +1,4 @@
-"""The run folder and its stages, in order: check, train, merge, evaluate, report.
+"""The run folder and its stages, in order: check, train, merge, evaluate, compare, judge, report.
 
 A stage is done when its outputs exist; each of them appears under its final name only when it is whole, so a run that
 is stopped anywhere goes on from there. What the stages do is in `stages.py`. The functions without an underscore are
@@ -50,11 +50,15 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     trained = "trained" if recipe.lora == "none" else "adapter"
     measured = "rewards" if recipe.algorithm.data == "prompts" else "heldout"
     answers = () if recipe.algorithm.scores_sequences else ("samples.jsonl",)
+    compared = Stage("compare", ("evaluation/compared.json",), ("compare_with",), stages.compare)
+    judged = Stage("judge", ("evaluation/win_rate.json",), ("win_rate",), stages.judge)
     return [
         Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), stages.check),
         Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train),
         Stage("merge", ("merged", "merge.json"), ("merge",), stages.merge),
         Stage("evaluate", (f"evaluation/{measured}.json", *answers), ("evaluate",), stages.evaluate),
+        *([compared] if recipe.evaluate.compare_with else []),
+        *([judged] if recipe.evaluate.win_rate else []),
         Stage("report", ("report.html",), (), stages.report),
     ]
 
@@ -105,6 +109,9 @@ def evaluate(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> dict[st
     method that samples."""
     recipe = _recipe(recipe, overrides)
     folder = _redo("evaluate", recipe)
+    for stage in stages_of(recipe):
+        if stage.name in ("compare", "judge"):
+            _redo(stage.name, recipe)
     [stage] = [stage for stage in stages_of(recipe) if stage.name == "evaluate"]
     return dict(read_json(folder / stage.outputs[0]))
 
@@ -209,7 +216,7 @@ def _accept_changes(recipe: RecipeBase, folder: Path) -> None:
     )
     outdated = False
     for stage in stages_of(recipe):
-        outdated = outdated or any(name.split(".")[0] in stage.sections for name in changed)
+        outdated = outdated or any(_section_of(name) in stage.sections for name in changed)
         if outdated and stage.name == "train" and (stage.is_done(folder) or (folder / "checkpoints").exists()):
             shown = "; ".join(f"`{name}` was {old.get(name)!r}, is {new.get(name)!r}" for name in changed[:5])
             raise UserError(
@@ -219,6 +226,13 @@ def _accept_changes(recipe: RecipeBase, folder: Path) -> None:
             )
         if outdated:
             stage.remove_outputs(folder)
+
+
+def _section_of(name: str) -> str:
+    """The part of the recipe that a field belongs to. Who judges, or is asked beside them, is no part of the evaluation
+    of the run's own models."""
+    first, *rest = name.split(".")
+    return rest[0] if first == "evaluate" and rest[:1] and rest[0] in ("compare_with", "win_rate") else first
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:

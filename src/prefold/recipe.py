@@ -14,13 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -325,6 +327,18 @@ class Merge(Section):
 
 
 class Evaluate(Section):
+    tasks: list[str] = []
+    """What to ask before and after: suites (`open_llm_leaderboard`, `nous`), tasks and groups of
+    lm-evaluation-harness, and tasks of your own, all by name."""
+    include_path: str | None = Field(None, min_length=1)
+    """Folder of YAML files in the harness's format, with tasks of your own."""
+    limit: int | None = Field(None, gt=0)
+    """Questions of each task, the first ones; unset: all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question, for tasks that are not named by a suite and have no fixed number; unset: each
+    task's own."""
+    apply_chat_template: bool = False
+    """Ask the tasks as chat messages; off, as most published scores are."""
     prompts: int | list[str] = 8
     """How many held-out prompts are answered before and after, or the prompts themselves."""
     system: str | None = None
@@ -339,7 +353,19 @@ class Evaluate(Section):
     """0: off."""
     min_p: float = Field(0.0, ge=0, le=1)
     """0: off."""
+    compare_with: list[str] = []
+    """Other models, by any name that `model.name` can have, and run folders, that are asked the tasks as well. They are
+    compared with the model before training."""
+    win_rate: WinRate | None = None
+    """Have a judge say which answer to each prompt is better, the one before or the one after."""
     seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def tasks_are_asked(self) -> Evaluate:
+        for name in ("include_path", "limit", "num_fewshot", "apply_chat_template"):
+            if not self.tasks and getattr(self, name) not in (None, False):
+                raise ValueError(f"`{name}` is for `tasks`, and there are none")
+        return self
 
     @model_validator(mode="after")
     def sampling_is_used(self) -> Evaluate:
@@ -354,6 +380,18 @@ class Evaluate(Section):
             if idle or self.num_answers > 1:
                 what = ", ".join(f"`{name}`" for name in [*idle, *(["num_answers"] if self.num_answers > 1 else [])])
                 raise ValueError(f"{what} would change nothing at temperature 0; set `temperature`")
+        return self
+
+    @model_validator(mode="after")
+    def there_is_something_to_judge(self) -> Evaluate:
+        if self.win_rate and not self.prompts:
+            raise ValueError("`win_rate` judges the answers to `prompts`, and there are none")
+        return self
+
+    @model_validator(mode="after")
+    def others_are_asked_something(self) -> Evaluate:
+        if self.compare_with and not self.tasks:
+            raise ValueError("`compare_with` asks other models the `tasks`, and there are none")
         return self
 
 
@@ -415,6 +453,36 @@ def _reward_settings() -> dict[str, Any]:
 Reward: type[RewardBase] = create_model(
     "Reward", __base__=RewardBase, __doc__="One reward: built in, or a function of a Python file.", **_reward_settings()
 )
+
+
+class EndpointJudge(Section):
+    """A chat model behind an OpenAI-compatible endpoint. It is shown both orders of every two answers."""
+
+    endpoint: str = Field(min_length=1)
+    """Its address, e.g. `http://localhost:8000/v1`. A key is read from the environment variable OPENAI_API_KEY."""
+    model: str = Field(min_length=1)
+    """The model's name there."""
+    timeout: float = Field(300.0, gt=0)
+    """Seconds that a reply may take."""
+    concurrency: int = Field(8, gt=0)
+    """Requests at a time."""
+
+
+def _kind_of_judge(value: Any) -> str:
+    of_endpoint = isinstance(value, EndpointJudge) or (isinstance(value, dict) and "endpoint" in value)
+    return "judge:endpoint" if of_endpoint else "judge:reward"
+
+
+class WinRate(Section):
+    judge: Annotated[
+        Annotated[EndpointJudge, Tag("judge:endpoint")] | Annotated[Reward, Tag("judge:reward")],
+        Discriminator(_kind_of_judge),
+    ]
+    """Who judges: a reward as in `rewards`, e.g. `{name: reward_model, model: NAME}`, which prefers the answer that it
+    gives more; or a chat model, `{endpoint: URL, model: NAME}`."""
+
+
+Evaluate.model_rebuild()
 
 
 class RecipeBase(Section):
@@ -731,7 +799,7 @@ _BRANCHES = {"Lora", "int", "str", "float", "none", "bool"}
 
 
 def _is_union_branch(part: str) -> bool:
-    return part in _BRANCHES or part.startswith(("literal[", "list[", "dict[", "function-"))
+    return part in _BRANCHES or part.startswith(("literal[", "list[", "dict[", "function-", "judge:"))
 
 
 def section_fields(path: Sequence[str]) -> dict[str, str]:
@@ -802,6 +870,8 @@ def as_dict(recipe: RecipeBase) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     values[recipe.method] = asdict(recipe.algorithm)
     values["rewards"] = [reward.model_dump(mode="json", exclude_none=True) for reward in recipe.rewards]
+    if judged := recipe.evaluate.win_rate:
+        values["evaluate"]["win_rate"] = judged.model_dump(mode="json", exclude_none=True)
     idle = {*ALGORITHMS, "rewards"} - {recipe.method, "rewards" if recipe.rewards else ""}
     return {key: _homeless(value) for key, value in values.items() if key not in idle}
 

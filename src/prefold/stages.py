@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from prefold.algorithms import GRPO
+from prefold.comparison import compare_with, read_scores, require_models
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import by_severity, fingerprint
 from prefold.data.mixture import Prepared, load_split
@@ -35,7 +36,8 @@ from prefold.evaluation.heldout import (
 from prefold.evaluation.rewards import compare_rewards
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
-from prefold.files import cache_folder, new_folder, read_json, write_json, write_jsonl
+from prefold.evaluation.win_rate import Compares, measure_win_rate, open_judge
+from prefold.files import cache_folder, new_folder, read_json, read_jsonl, write_json, write_jsonl
 from prefold.inputs import inputs_of, require_unchanged, row_list
 from prefold.models.adapters import load_policy, load_start
 from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
@@ -117,6 +119,9 @@ def examine(recipe: RecipeBase, reference: bool = False) -> CheckReport:
     prepared = _read_once(recipe, tokenizer)
     if _samples(recipe):
         _rewards(recipe, column_names(prompts_of(prepared.train)))
+    if recipe.evaluate.win_rate:
+        _judge(recipe, tokenizer)
+    require_models(recipe.evaluate.compare_with)
     steps = len(_order(recipe, len(prepared.train)))
     plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": recipe.train.max_tokens}
     found = CheckReport(prepared, tokenizer, plan, inputs_of(recipe))
@@ -480,7 +485,8 @@ def _measure_rewards(
 
 
 def sampling(recipe: RecipeBase) -> Sampling:
-    return Sampling(**recipe.evaluate.model_dump(exclude={"prompts", "system"}))
+    own = recipe.evaluate.model_dump()
+    return Sampling(**{field.name: own[field.name] for field in fields(Sampling) if field.name in own})
 
 
 # ---- report -----------------------------------------------------------------------------------------------------
@@ -488,6 +494,33 @@ def sampling(recipe: RecipeBase) -> Sampling:
 
 def report(recipe: RecipeBase) -> None:
     write_report(recipe.run_folder)
+
+
+# ---- compare and judge ------------------------------------------------------------------------------------------
+
+
+def compare(recipe: RecipeBase) -> None:
+    """Ask the models of `evaluate.compare_with` what this run was asked."""
+    folder, settings = recipe.run_folder / "evaluation", recipe.evaluate
+    found = compare_with(settings.compare_with, read_scores(folder / "scores_before.json"), settings)
+    write_json(folder / "compared.json", found)
+
+
+def judge(recipe: RecipeBase) -> None:
+    """Have the judge of `evaluate.win_rate` compare the answers before with those after."""
+    samples = read_jsonl(recipe.run_folder / "samples.jsonl")
+    found = measure_win_rate(_judge(recipe, tokenizer_of(recipe.model)), samples)
+    write_json(recipe.run_folder / "evaluation" / "win_rate.json", found)
+
+
+def _judge(recipe: RecipeBase, tokenizer: PreTrainedTokenizerBase) -> Compares:
+    assert recipe.evaluate.win_rate is not None
+
+    def token_ids(texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    return open_judge(recipe.evaluate.win_rate.judge, token_ids)
 
 
 # ---- data -------------------------------------------------------------------------------------------------------

@@ -16,17 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap
 from statsmodels.stats.proportion import proportion_confint
 
+from prefold.evaluation.paired import Floats, estimate, sign_test
 from prefold.terminal import progress_bar
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
 
-Floats = NDArray[np.float64]
-
-RESAMPLES = 10_000
 CHANCE = 0.5
 
 
@@ -84,11 +80,11 @@ def _score(scorer: Scorer, trees: Sequence[TokenTree], label: str) -> tuple[Floa
     return sums, means
 
 
-def compare_pairs(before: PairScores, after: PairScores, reward_scale: float, seed: int = 0) -> dict[str, Any]:
+def compare_pairs(before: PairScores, after: PairScores, reward_scale: float) -> dict[str, Any]:
     """The content of `evaluation/heldout.json`.
 
-    Intervals are 95 %: Wilson's for an accuracy, the paired percentile bootstrap for the difference (10,000 resamples
-    of pairs). The p-value is the exact sign test on the pairs whose verdict changed (McNemar's exact test).
+    Intervals are 95 %: Wilson's for an accuracy, that of `paired` for the difference. The p-value is the exact sign
+    test on the pairs whose verdict changed (McNemar's exact test).
     """
     wins = {"before": _wins(before.means), "after": _wins(after.means)}
     rewards = reward_scale * (after.sums - before.sums)
@@ -99,8 +95,8 @@ def compare_pairs(before: PairScores, after: PairScores, reward_scale: float, se
         "after": _one_model(wins["after"], after.means),
         "difference": {
             "accuracy": float(change.mean()),
-            "ci": _paired_interval(change, seed),
-            "p_value": _sign_test(change),
+            "ci": estimate(wins["before"], wins["after"]).interval(),
+            "p_value": sign_test(change),
         },
         "reward": {"accuracy": float(_wins(rewards).mean()), "margin": float((rewards[:, 0] - rewards[:, 1]).mean())},
     }
@@ -116,7 +112,7 @@ def against_chance(scores: PairScores) -> dict[str, Any]:
     return {
         "pairs": len(wins),
         "after": _one_model(wins, scores.sums),
-        "chance": {"accuracy": CHANCE, "p_value": _sign_test(wins - CHANCE)},
+        "chance": {"accuracy": CHANCE, "p_value": sign_test(wins - CHANCE)},
     }
 
 
@@ -132,16 +128,3 @@ def _one_model(wins: Floats, means: Floats) -> dict[str, Any]:
         "accuracy_ci": [float(low), float(high)],
         "margin": float((means[:, 0] - means[:, 1]).mean()),
     }
-
-
-def _paired_interval(change: Floats, seed: int) -> list[float]:
-    if np.ptp(change) == 0:  # every resample is the same: the bootstrap has nothing to say
-        return [float(change[0]), float(change[0])]
-    generator = np.random.default_rng(seed)
-    result = bootstrap((change,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=generator, batch=1000)
-    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
-
-
-def _sign_test(change: Floats) -> float:
-    better, worse = int((change > 0).sum()), int((change < 0).sum())
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0

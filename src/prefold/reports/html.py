@@ -23,8 +23,10 @@ from prefold.errors import UserError
 from prefold.files import write_text
 from prefold.reports import read
 from prefold.reports.curves import DRAW_CURVES, curves, library
+from prefold.reports.overall import overall
 from prefold.reports.read import Number, RunRecord, Values, finite, interval, read_run, section
 from prefold.reports.rollouts import remarks, sampled
+from prefold.reports.tasks import score_table, task_table, win_rate_view
 
 REPORT = "report.html"
 
@@ -48,7 +50,7 @@ def write_check(path: Path, recipe: str, facts: Values) -> None:
     """
     counts = [(one, sum(finding["severity"] == one for finding in facts["findings"])) for one in SEVERITIES]
     said = [f"{number} {severity}{'' if number == 1 else 's'}" for severity, number in counts if number]
-    page = _templates().get_template("check.html.j2")
+    page = templates().get_template("check.html.j2")
     shown = read.cleaned({"recipe": recipe, "summary": ", ".join(said) or "Nothing odd was found."})
     try:
         write_text(path, page.render(**shown, ok=facts["ok"], data=data_tables(read.cleaned(facts))))
@@ -59,14 +61,17 @@ def write_check(path: Path, recipe: str, facts: Values) -> None:
 def render(run: RunRecord) -> str:
     drawn = curves(run)
     scripts = [script_safe(text) for text in (library(), DRAW_CURVES)] if drawn else []
-    page = _templates().get_template("report.html.j2")
+    page = templates().get_template("report.html.j2")
     return page.render(
         run=run,
-        verdict=read.verdict_of(run),
+        verdict=overall(run),
         accuracy_bars=accuracy_bars(run.heldout),
         comparisons=read.comparisons_of(run),
         columns=read.columns_of(run),
         held_out="prompts" if run.recipe.get("rewards") and not run.heldout else "pairs",
+        tasks=task_table(run.tasks),
+        others=score_table(section(run.compared, "models")),
+        win_rate=win_rate_view(run.win_rate),
         system=shared_system(run.samples),
         exchanges=exchanges(run.samples),
         curves=drawn,
@@ -87,7 +92,7 @@ def render(run: RunRecord) -> str:
     )
 
 
-def _templates() -> Environment:
+def templates() -> Environment:
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

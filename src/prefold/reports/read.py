@@ -39,6 +39,9 @@ class RunRecord:
     timing: list[Values]
     heldout: Values | None
     rewards: Values | None
+    tasks: Values | None
+    compared: Values | None
+    win_rate: Values | None
     samples: list[Values]
     merge: Values | None
     guards: Values | None
@@ -79,16 +82,22 @@ def read_run(folder: Path) -> RunRecord:
             advice="give the `output_dir` of a run",
         )
     recipe = _read(folder / "recipe.yaml", lambda text: cleaned(yaml.safe_load(text)))
+    recipe = recipe if isinstance(recipe, dict) else {}
+    evaluated, asked = folder / "evaluation", section(recipe, "evaluate")
     return RunRecord(
         folder=folder,
         recipe_text=recipe_text,
-        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe=recipe,
         environment=_read_object(folder / "environment.json"),
         data=_read_object(folder / "data.json"),
         metrics=_read_lines(folder / "metrics.jsonl"),
         timing=_read_lines(folder / "timing.jsonl"),
-        heldout=_read_object(folder / "evaluation" / "heldout.json"),
-        rewards=_read_object(folder / "evaluation" / "rewards.json"),
+        heldout=_read_object(evaluated / "heldout.json"),
+        rewards=_read_object(evaluated / "rewards.json"),
+        # What an earlier recipe asked for may still lie there.
+        tasks=_read_object(evaluated / "tasks.json") if asked.get("tasks") else None,
+        compared=_read_object(evaluated / "compared.json") if asked.get("compare_with") else None,
+        win_rate=_read_object(evaluated / "win_rate.json") if asked.get("win_rate") else None,
         samples=_read_lines(folder / "samples.jsonl"),
         merge=_read_object(folder / "merge.json"),
         guards=_read_object(folder / "guards.json"),
@@ -273,16 +282,25 @@ def _duration(seconds: float) -> str:
 
 # ---- the verdict ------------------------------------------------------------------------------------------------
 
-Outcome = Literal["better", "worse", "unclear", "missing"]
+Outcome = Literal["better", "worse", "mixed", "unclear", "missing"]
+
+
+class Line(NamedTuple):
+    """One of the things that were measured, in words and numbers."""
+
+    outcome: Outcome
+    text: str
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the held-out pairs say about the run: `headline` in words, `evidence` in numbers."""
+    """What was measured says about the run: `headline` in words, `evidence` in numbers; or, where that is several
+    things, in `lines`."""
 
     outcome: Outcome
     headline: str
     evidence: str = ""
+    lines: tuple[Line, ...] = ()
 
     @property
     def sentence(self) -> str:

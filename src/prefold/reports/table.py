@@ -12,11 +12,14 @@ from rich.text import Text
 
 from prefold.files import without_home
 from prefold.reports import read
+from prefold.reports.overall import overall
 from prefold.reports.read import NARROW_SPACE, Comparison, Number, read_run
+from prefold.reports.tasks import TaskRow, TaskTable, task_table
 
 STYLES: dict[read.Outcome, str] = {
     "better": "bold green",
     "worse": "bold red",
+    "mixed": "bold yellow",
     "unclear": "bold yellow",
     "missing": "bold",
 }
@@ -29,13 +32,19 @@ def summary(run_folder: Path) -> RenderableType:
         UserError: the folder holds no recipe, or one of its files cannot be read.
     """
     run = read_run(run_folder)
-    verdict = read.verdict_of(run)
-    parts: list[RenderableType] = [_text(verdict.headline, STYLES[verdict.outcome])]
+    verdict = overall(run)
+    parts: list[RenderableType] = [plain(verdict.headline, STYLES[verdict.outcome])]
     if verdict.evidence:
-        parts.append(_text(verdict.evidence))
+        parts.append(plain(verdict.evidence))
+    parts += [
+        Padding(plain(line.text, STYLES[line.outcome].removeprefix("bold").strip()), (0, 0, 0, 2))
+        for line in verdict.lines
+    ]
     if rows := read.comparisons_of(run):
         table = _comparison(rows, "pairs" if run.heldout else "prompts", read.columns_of(run))
         parts.append(Padding(table, (1, 0, 0, 0)))
+    if tasks := task_table(run.tasks):
+        parts.append(Padding(tasks_for_terminal(tasks), (1, 0, 0, 0)))
     if places := _places(run_folder):
         parts.append(Padding(places, (1, 0, 0, 0)))
     return Group(*parts)
@@ -48,13 +57,30 @@ def _comparison(rows: Sequence[Comparison], held_out: str, columns: Sequence[str
         table.add_column(when, justify="right")
     for row in rows:
         values = [_value(getattr(row, when), getattr(row, f"{when}_interval")) for when in columns]
-        table.add_row(_text(row.name.lower()), *values)
+        table.add_row(plain(row.name.lower()), *values)
     return table
 
 
+def tasks_for_terminal(tasks: TaskTable, first: str = "before", second: str = "after") -> Table:
+    """Groups, single tasks and averages, with intervals below the changes."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("tasks", overflow="fold")
+    for when in (first, second, "change"):
+        table.add_column(when, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for row in (*tasks.rows, *tasks.averages):
+        words = plain(row.words, STYLES[row.outcome].removeprefix("bold").strip())
+        table.add_row(_named(row), _value(row.before, ""), _value(row.after, ""), _value(row.change, row.ends), words)
+    return table
+
+
+def _named(row: TaskRow) -> Text:
+    return plain(row.name).append(plain(f"\n{row.note}", "dim"))
+
+
 def _value(number: Number, ends: str) -> Text:
-    text = _text(number.text)
-    return text.append(_text(f"\n{ends}", "dim")) if ends else text
+    text = plain(number.text)
+    return text.append(plain(f"\n{ends}", "dim")) if ends else text
 
 
 def _places(run_folder: Path) -> Table | None:
@@ -65,10 +91,10 @@ def _places(run_folder: Path) -> Table | None:
     for label, name in (("report", "report.html"), ("merged model", "merged")):
         path = run_folder / name
         if path.exists():
-            table.add_row(_text(label), _text(read.readable(without_home(str(path)))))
+            table.add_row(plain(label), plain(read.readable(without_home(str(path)))))
     return table if table.row_count else None
 
 
-def _text(text: str, style: str = "") -> Text:
+def plain(text: str, style: str = "") -> Text:
     # Many terminal fonts lack the narrow space.
     return Text(text.replace(NARROW_SPACE, "\u00a0"), style=style)

@@ -68,13 +68,22 @@ def _prompt_of(line: str, where: str) -> str:
 
 def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model by name, or the merged model of a run folder."""
+    return _load(model_named(name))
+
+
+def model_named(name: str) -> Model:
+    """How to load a model by name, or the merged model of a run folder.
+
+    Raises:
+        UserError: the run has none yet.
+    """
     recipe = run_recipe(name)
     if recipe is None:
-        return _load(Model(name=name))
+        return Model(name=name)
     merged = Path(name).expanduser() / "merged"
     if not merged.is_dir():
         raise UserError("this run has no merged model yet", where=name, advice=f"`prefold run {name}` finishes it")
-    return _load(recipe.model.whole(merged))
+    return recipe.model.whole(merged)
 
 
 def open_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

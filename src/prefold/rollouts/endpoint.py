@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any, NamedTuple, TypeVar
 
 import httpx2
@@ -54,6 +54,31 @@ class Answer(NamedTuple):
     finished: bool = True
 
 
+@dataclass
+class Usage:
+    """What was asked of an endpoint so far. Tokens are those that it tells of; few servers tell none."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def add(self, reply: Any) -> None:
+        told = reply.get("usage") if isinstance(reply, dict) else None
+        told = told if isinstance(told, dict) else {}
+        with self._lock:
+            self.calls += 1
+            self.prompt_tokens += _whole(told.get("prompt_tokens"))
+            self.completion_tokens += _whole(told.get("completion_tokens"))
+
+    def as_json(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("calls", "prompt_tokens", "completion_tokens")}
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """One model at one address.
@@ -69,6 +94,7 @@ class Endpoint:
     url: str
     model: str
     timeout: float = 300.0
+    usage: Usage = field(default_factory=Usage, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -139,6 +165,7 @@ class Endpoint:
             reply = response.json()
         except ValueError:
             raise _Passing(f"its reply is not JSON: {self._safe(response.text)}") from None
+        self.usage.add(reply)
         try:
             choice = reply["choices"][0]
             content, finished = choice["message"]["content"], choice.get("finish_reason") != "length"

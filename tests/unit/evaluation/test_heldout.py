@@ -42,24 +42,22 @@ def test_wilson_interval() -> None:
 
 
 def test_nothing_changed() -> None:
+    """Two pairs that stayed as they were leave nearly everything open, a thousand do not."""
     one = scores([0.0, -2.0], [-1.0, -1.0])
     difference = compare_pairs(one, one, 1.0)["difference"]
-    assert difference == {"accuracy": 0.0, "ci": [0.0, 0.0], "p_value": 1.0}
+    assert (difference["accuracy"], difference["p_value"]) == (0.0, 1.0)
+    assert difference["ci"][0] < -0.4 and difference["ci"][1] > 0.4
+    many = scores([0.0] * 1000, [-1.0] * 1000)
+    assert compare_pairs(many, many, 1.0)["difference"]["ci"] == pytest.approx([-0.002, 0.002], abs=1e-4)
 
 
-def test_the_interval_of_the_difference_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_of_the_difference_covers() -> None:
     """400 simulated comparisons of 90 pairs whose true difference is 0.2: 95 % intervals hold it in 91 to 98 %."""
-    monkeypatch.setattr("prefold.evaluation.heldout.RESAMPLES", 1000)
     draw = np.random.default_rng(0)
     covered = 0
-    for repeat in range(400):
+    for _ in range(400):
         before, after = draw.random(90) < 0.5, draw.random(90) < 0.7
         one, two = (scores(list(wins - 0.5), [0.0] * 90) for wins in (before, after))
-        low, high = compare_pairs(one, two, 1.0, seed=repeat)["difference"]["ci"]
+        low, high = compare_pairs(one, two, 1.0)["difference"]["ci"]
         covered += low <= 0.2 <= high
     assert 0.91 <= covered / 400 <= 0.98
-
-
-def test_the_same_seed_gives_the_same_interval() -> None:
-    one, two = scores([0, 1, 2, -3], [1, 1, 0, 0]), scores([0, 2, -2, 3], [1, 1, 0, 0])
-    assert compare_pairs(one, two, 1.0) == compare_pairs(one, two, 1.0)

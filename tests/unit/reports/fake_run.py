@@ -242,7 +242,8 @@ def write_run(folder: Path, **changes: Any) -> Path:
         "guards": GUARDS,
     }
     contents |= changes
-    names = {"recipe": "recipe.yaml", "heldout": "evaluation/heldout.json"}
+    evaluated = ("heldout", "tasks", "compared", "win_rate", "scores_before", "scores_after")
+    names = {"recipe": "recipe.yaml", **{name: f"evaluation/{name}.json" for name in evaluated}}
     for stem, content in contents.items():
         ending = ".jsonl" if isinstance(content, list) else ".json"
         path = folder / names.get(stem, stem + ending)

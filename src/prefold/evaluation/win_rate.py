@@ -1,0 +1,231 @@
+"""Win rate: how often a judge prefers the answer of the trained model to that of the model before training.
+
+A judge is a reward, which prefers the answer that it gives more, or a chat model behind an endpoint, which is shown
+both orders (`prefold.rollouts.judge`). A tie counts one half.
+
+Judges like length. So the rate is given a second time, as it would be if both answers were equally long: a logistic
+regression of the win on tanh(d / s), where d is how many characters longer the answer became and s the standard
+deviation of d, read at d = 0. That is the length-controlled win rate of AlpacaEval 2 (Dubois et al., arXiv 2404.04475,
+equation 1) without its term for the difficulty of each instruction, which needs the answers of many models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.special import expit
+from statsmodels.genmod.families import Binomial
+from statsmodels.genmod.generalized_linear_model import GLM
+
+from prefold.data.preference import Message
+from prefold.errors import StageError
+from prefold.evaluation.compare import verdict
+from prefold.evaluation.paired import Floats, estimate, paired_test
+from prefold.files import cache_folder
+from prefold.recipe import EndpointJudge, RewardBase
+from prefold.rollouts.endpoint import Endpoint, Refused, in_parallel
+from prefold.rollouts.judge import Judge, NoVerdict
+from prefold.rollouts.rewards import LoadedReward, open_rewards, score, weighted
+from prefold.terminal import progress_bar
+
+FAILURES_IN_A_ROW = 10
+"""Answers without a verdict after which nothing more is expected."""
+LEAST_PROMPTS = 20
+"""For the length-controlled rate: fewer do not bear a second coefficient."""
+REPLIES_SHOWN = 3
+_SHOWN_CHARACTERS = 120
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer of each model to the prompt at `place`."""
+
+    place: int
+    prompt: list[Message]
+    before: str
+    after: str
+
+
+Outcome = float | NoVerdict | Refused | None
+"""1 where the answer after training is preferred, 0 where the one before is, 0.5 where they are even; or why the judge
+says nothing. None: a reward that has no number for one of them."""
+TokenIds = Callable[[Sequence[str]], list[list[int]]]
+
+
+class Compares(Protocol):
+    def facts(self) -> dict[str, Any]:
+        """Who judges, and what that took so far."""
+
+    def outcomes(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Outcome]]:
+        """Places with their outcomes, in any order."""
+
+
+def measure_win_rate(judge: Compares, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of `evaluation/win_rate.json`.
+
+    Args:
+        samples: `{"prompt", "before": [...], "after": [...]}`, as in `samples.jsonl`; the first answer before is
+            compared with the first one after, and so on.
+
+    Raises:
+        UserError: the endpoint cannot be reached or refuses all; a reward of the user's fails.
+        StageError: the judge gives no verdict for many answers in a row, or for none.
+    """
+    asked = [
+        Asked(place, list(sample["prompt"]), before, after)
+        for place, sample in enumerate(samples)
+        for before, after in zip(sample["before"], sample["after"], strict=False)
+    ]
+    found: dict[int, Outcome] = {}
+    in_a_row = 0
+    with progress_bar("answers judged", len(asked)) as advance:
+        for place, outcome in judge.outcomes(asked):
+            found[place] = outcome
+            in_a_row = 0 if isinstance(outcome, float) else in_a_row + 1
+            if isinstance(outcome, NoVerdict | Refused) and in_a_row == FAILURES_IN_A_ROW:
+                raise _nothing_said(outcome, f"{in_a_row} pairs of answers in a row")
+            advance(1, "")
+    outcomes = [found[place] for place in range(len(asked))]
+    if outcomes and not any(isinstance(one, float) for one in outcomes):
+        raise _nothing_said(outcomes[-1], f"any of {len(outcomes)} pairs of answers")
+    return {"judge": judge.facts(), **win_rate(asked, outcomes)}
+
+
+def _nothing_said(outcome: Outcome, what: str) -> StageError:
+    if outcome is None:
+        return StageError(f"the judge of `evaluate.win_rate` has no number for {what}")
+    said = "it refuses them" if isinstance(outcome, Refused) else "its last reply"
+    return StageError(
+        f"the judge of `evaluate.win_rate` names neither answer for {what}; {said}: {_shortened(outcome)!r}\n"
+        "  to do: take a model that follows instructions (`evaluate.win_rate.judge.model`)"
+    )
+
+
+def _shortened(reply: object) -> str:
+    text = " ".join(str(reply).split())
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+# ---- judges -----------------------------------------------------------------------------------------------------
+
+
+def open_judge(spec: EndpointJudge | RewardBase, token_ids: TokenIds) -> Compares:
+    """The judge that a recipe names; a reward model or endpoint is first used when it judges.
+
+    Raises:
+        UserError: a reward cannot be loaded or needs what answers do not have; an address is none.
+    """
+    if isinstance(spec, EndpointJudge):
+        endpoint = Endpoint(spec.endpoint, spec.model, spec.timeout)
+        return _EndpointCompares(Judge.at(endpoint, cache_folder()), spec.concurrency)
+    [reward] = open_rewards([spec], ["prompts", "completions", "completion_ids"])
+    return _RewardCompares(reward, spec.settings.get("model"), token_ids)
+
+
+@dataclass(frozen=True)
+class _RewardCompares:
+    reward: LoadedReward
+    model: str | None
+    token_ids: TokenIds
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "reward", "name": self.reward.name, **({"model": self.model} if self.model else {})}
+
+    def outcomes(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Outcome]]:
+        texts = [text for one in asked for text in (one.before, one.after)]
+        prompts = [one.prompt for one in asked for _ in range(2)]
+        scores = weighted([self.reward], score([self.reward], prompts, texts, self.token_ids(texts), {}))
+        for place, (before, after) in enumerate(zip(scores[::2], scores[1::2], strict=True)):
+            yield place, None if before is None or after is None else (float(np.sign(after - before)) + 1) / 2
+
+
+@dataclass(frozen=True)
+class _EndpointCompares:
+    judge: Judge
+    workers: int
+
+    def facts(self) -> dict[str, Any]:
+        endpoint = self.judge.endpoint
+        return {"kind": "endpoint", "name": endpoint.model, "cost": endpoint.usage.as_json()}
+
+    def outcomes(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Outcome]]:
+        return in_parallel(partial(self._outcome, asked), range(len(asked)), self.workers)
+
+    def _outcome(self, asked: Sequence[Asked], place: int) -> Outcome:
+        one = asked[place]
+        try:
+            return self.judge.shares(one.prompt, [one.after, one.before])[0]
+        except (NoVerdict, Refused) as failure:
+            return failure
+
+
+# ---- what it comes to -------------------------------------------------------------------------------------------
+
+
+def win_rate(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The rate with its interval over prompts, and what was left out of it."""
+    judged = [(one, outcome) for one, outcome in zip(asked, outcomes, strict=True) if isinstance(outcome, float)]
+    replies = [_shortened(one) for one in outcomes if isinstance(one, NoVerdict)]
+    left_out = {
+        "no_verdict": len(replies),
+        "refused": sum(isinstance(one, Refused) for one in outcomes),
+        "no_score": sum(one is None for one in outcomes),
+    }
+    facts: dict[str, Any] = {"comparisons": len(judged), "left_out": left_out}
+    if replies:
+        facts["replies_without_verdict"] = replies[:REPLIES_SHOWN]
+    if not judged:
+        return {"prompts": 0, **facts}
+    wins = np.array([outcome for _, outcome in judged])
+    lengths = np.array([(len(one.before), len(one.after)) for one, _ in judged], dtype=float)
+    prompts = [str(one.place) for one, _ in judged]
+    balance = 2 * wins - 1
+    found, p_value, n = estimate(1 - wins, wins, prompts), paired_test(balance, prompts), len(set(prompts))
+    ends, detectable = found.interval(), found.detectable()
+    return {
+        "prompts": n,
+        **facts,
+        "wins": int((wins > 0.5).sum()),
+        "ties": int((wins == 0.5).sum()),
+        "losses": int((wins < 0.5).sum()),
+        "win_rate": float(wins.mean()),
+        "ci": None if ends is None else [(1 + end) / 2 for end in ends],
+        "p_value": p_value,
+        "verdict": verdict(found.mean, p_value, None if detectable is None else detectable / 2, n, of="prompt"),
+        "length_controlled": _of_prompts(wins, lengths, prompts),
+        "characters": {"before": float(lengths[:, 0].mean()), "after": float(lengths[:, 1].mean())},
+    }
+
+
+def _of_prompts(wins: Floats, lengths: Floats, prompts: Sequence[str]) -> dict[str, Any] | None:
+    """The length-controlled rate, by the means over each prompt's answers."""
+    _, places = np.unique(np.asarray(prompts), return_inverse=True)
+    sizes = np.bincount(places)
+    longer = np.bincount(places, lengths[:, 1] - lengths[:, 0]) / sizes
+    return length_controlled(np.bincount(places, wins) / sizes, longer)
+
+
+def length_controlled(wins: Floats, longer: Floats) -> dict[str, Any] | None:
+    """The rate at equal lengths with its 95 % interval; None for fewer than `LEAST_PROMPTS`.
+
+    Args:
+        wins: `[n]`, shares from 0 to 1.
+        longer: `[n]`, characters that the answer after training has more.
+    """
+    if len(wins) < LEAST_PROMPTS:
+        return None
+    spread = float(longer.std())
+    gap = np.tanh(longer / spread) if spread else np.zeros(len(longer))
+    # A win and a loss at either end, a quarter of an answer each: there is an estimate for any data, perfectly
+    # separated ones included.
+    ends = np.array([-1.0, -1.0, 1.0, 1.0])
+    design = np.column_stack([np.ones(len(gap) + 4), np.concatenate([gap, ends])])
+    won = np.concatenate([wins, [0.0, 1.0, 0.0, 1.0]])
+    weights = np.concatenate([np.ones(len(wins)), np.full(4, 0.25)])
+    fitted = GLM(won, design, family=Binomial(), freq_weights=weights).fit()
+    low, high = fitted.conf_int()[0]
+    return {"win_rate": float(expit(fitted.params[0])), "ci": [float(expit(low)), float(expit(high))]}

@@ -1,0 +1,69 @@
+"""A run that ends with a win rate, and run folders that are compared, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import prefold
+from prefold.errors import UserError
+from prefold.recipe import RecipeBase
+
+MakeRecipe = Callable[..., RecipeBase]
+JUDGED = {"prompts": 4, "max_new_tokens": 8, "win_rate": {"judge": {"name": "length", "target": 3}}}
+
+
+def times(folder: Path) -> dict[str, int]:
+    names = ("evaluation/heldout.json", "evaluation/win_rate.json", "report.html")
+    return {name: (folder / name).stat().st_mtime_ns for name in names}
+
+
+def test_a_run_with_a_judge_and_another_one_afterwards(recipe: MakeRecipe) -> None:
+    folder = prefold.run(recipe(evaluate=JUDGED))
+    found = json.loads((folder / "evaluation" / "win_rate.json").read_text())
+    assert found["judge"] == {"kind": "reward", "name": "length"}
+    assert found["prompts"] == 4 == found["wins"] + found["ties"] + found["losses"]
+    assert 'id="win-rate"' in (folder / "report.html").read_text()
+    before = times(folder)
+    # Another judge of the same answers: nothing else is done again but the report.
+    prefold.run(recipe(evaluate=JUDGED | {"win_rate": {"judge": {"name": "repetition"}}}))
+    changed = {name for name, time in times(folder).items() if before[name] != time}
+    assert changed == {"evaluation/win_rate.json", "report.html"}
+    assert json.loads((folder / "evaluation" / "win_rate.json").read_text())["judge"]["name"] == "repetition"
+    # And none: the report forgets it.
+    prefold.run(recipe(evaluate=JUDGED | {"win_rate": None}), fresh=False)
+    prefold.report(recipe(evaluate=JUDGED | {"win_rate": None}))
+    assert 'id="win-rate"' not in (folder / "report.html").read_text()
+
+
+def test_evaluating_again_judges_again(recipe: MakeRecipe) -> None:
+    folder = prefold.run(recipe(evaluate=JUDGED))
+    before = times(folder)
+    prefold.evaluate(recipe(evaluate=JUDGED))
+    assert times(folder)["evaluation/win_rate.json"] != before["evaluation/win_rate.json"]
+
+
+def test_a_judge_that_cannot_judge_is_refused_before_training(recipe: MakeRecipe) -> None:
+    with pytest.raises(UserError, match="needs `answer`, which is not there"):
+        prefold.run(recipe(evaluate={"win_rate": {"judge": {"name": "exact_number"}}}))
+    assert not (recipe().run_folder / "metrics.jsonl").exists()
+
+
+def test_a_judge_that_is_down_leaves_the_evaluation(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefold.rollouts.endpoint.WAITS", (0.01,))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    down = recipe(evaluate=JUDGED | {"win_rate": {"judge": {"endpoint": "http://127.0.0.1:1/v1", "model": "big"}}})
+    with pytest.raises(UserError, match="cannot be reached"):
+        prefold.run(down)
+    assert (down.run_folder / "evaluation" / "heldout.json").is_file()
+    assert not (down.run_folder / "evaluation" / "win_rate.json").exists()
+
+
+def test_runs_are_compared_by_command(recipe: MakeRecipe, tmp_path: Path) -> None:
+    folders = [str(prefold.run(recipe(output_dir=str(tmp_path / name)))) for name in ("one", "two")]
+    found = prefold.compare(folders)
+    assert list(found["runs"]) == folders and found["models"] == {}
+    assert found["runs"][folders[0]]["method"] == "dpo"
