@@ -48,11 +48,13 @@ class Stage:
 def stages_of(recipe: RecipeBase) -> list[Stage]:
     trained = "trained" if recipe.lora == "none" else "adapter"
     measured = "rewards" if recipe.algorithm.data == "prompts" else "heldout"
+    asked = ("scores_before", "scores_after", "tasks") if recipe.evaluate.tasks else ()
+    evaluated = (*(f"evaluation/{name}.json" for name in (measured, *asked)), "samples.jsonl")
     return [
         Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), stages.check),
         Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train),
         Stage("merge", ("merged", "merge.json"), ("merge",), stages.merge),
-        Stage("evaluate", (f"evaluation/{measured}.json", "samples.jsonl"), ("evaluate",), stages.evaluate),
+        Stage("evaluate", evaluated, ("evaluate",), stages.evaluate),
         Stage("report", ("report.html",), (), stages.report),
     ]
 
@@ -71,7 +73,9 @@ def check(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, reference:
         reference: load the model and say how far it tells chosen from rejected already.
     """
     stages.forget_data()
-    return stages.examine(_recipe(recipe, overrides), reference)
+    recipe = _recipe(recipe, overrides)
+    stages.check_tasks(recipe)
+    return stages.examine(recipe, reference)
 
 
 def run(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:

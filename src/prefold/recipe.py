@@ -286,6 +286,18 @@ class Merge(Section):
 
 
 class Evaluate(Section):
+    tasks: list[str] = []
+    """What to ask before and after: suites (`open_llm_leaderboard`, `nous`), tasks and groups of
+    lm-evaluation-harness, and tasks of your own, all by name."""
+    include_path: str | None = Field(None, min_length=1)
+    """Folder of YAML files in the harness's format, with tasks of your own."""
+    limit: int | None = Field(None, gt=0)
+    """Questions of each task, the first ones; unset: all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question, for tasks that are not named by a suite and have no fixed number; unset: each
+    task's own."""
+    apply_chat_template: bool = False
+    """Ask the tasks as chat messages; off, as most published scores are."""
     prompts: int | list[str] = 8
     """How many held-out prompts are answered before and after, or the prompts themselves."""
     system: str | None = None
@@ -301,6 +313,13 @@ class Evaluate(Section):
     min_p: float = Field(0.0, ge=0, le=1)
     """0: off."""
     seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def tasks_are_asked(self) -> Evaluate:
+        for name in ("include_path", "limit", "num_fewshot", "apply_chat_template"):
+            if not self.tasks and getattr(self, name) not in (None, False):
+                raise ValueError(f"`{name}` is for `tasks`, and there are none")
+        return self
 
     @model_validator(mode="after")
     def sampling_is_used(self) -> Evaluate:
