@@ -50,13 +50,15 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     trained = "trained" if recipe.lora == "none" else "adapter"
     measured = "rewards" if recipe.algorithm.data == "prompts" else "heldout"
     answers = () if recipe.algorithm.scores_sequences else ("samples.jsonl",)
+    asked = ("scores_before", "scores_after", "tasks") if recipe.evaluate.tasks else ()
+    evaluated = (*(f"evaluation/{name}.json" for name in (measured, *asked)), *answers)
     compared = Stage("compare", ("evaluation/compared.json",), ("compare_with",), stages.compare)
     judged = Stage("judge", ("evaluation/win_rate.json",), ("win_rate",), stages.judge)
     return [
         Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), stages.check),
         Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train),
         Stage("merge", ("merged", "merge.json"), ("merge",), stages.merge),
-        Stage("evaluate", (f"evaluation/{measured}.json", *answers), ("evaluate",), stages.evaluate),
+        Stage("evaluate", evaluated, ("evaluate",), stages.evaluate),
         *([compared] if recipe.evaluate.compare_with else []),
         *([judged] if recipe.evaluate.win_rate else []),
         Stage("report", ("report.html",), (), stages.report),
@@ -78,7 +80,9 @@ def check(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, reference:
         reference: load the model and say how far it tells chosen from rejected already.
     """
     stages.forget_data()
-    return stages.examine(_recipe(recipe, overrides), reference)
+    recipe = _recipe(recipe, overrides)
+    stages.check_tasks(recipe)
+    return stages.examine(recipe, reference)
 
 
 def run(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:

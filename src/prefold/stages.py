@@ -24,6 +24,7 @@ from prefold.data.mixture import Prepared, load_split
 from prefold.data.preference import Message, Unpaired
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
+from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.heldout import (
     CHANCE,
     PairScores,
@@ -34,8 +35,10 @@ from prefold.evaluation.heldout import (
     score_pairs,
 )
 from prefold.evaluation.rewards import compare_rewards
+from prefold.evaluation.samples import OpenTask
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
+from prefold.evaluation.tasks import asked_with, measure_model, open_tasks
 from prefold.evaluation.win_rate import Compares, measure_win_rate, open_judge
 from prefold.files import cache_folder, new_folder, read_json, read_jsonl, write_json, write_jsonl
 from prefold.inputs import inputs_of, require_unchanged, row_list
@@ -159,6 +162,7 @@ def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
 
 
 def check(recipe: RecipeBase) -> None:
+    check_tasks(recipe)
     found = examine(recipe)
     if not found.ok:
         raise StageError("the data has errors; `prefold check` shows them")
@@ -169,7 +173,10 @@ def check(recipe: RecipeBase) -> None:
     write_json(recipe.run_folder / "data.json", found.as_json())
 
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
+PACKAGES = (
+    *("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes"),
+    "lm_eval",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -388,6 +395,34 @@ def _merge_dtype(recipe: RecipeBase) -> str:
 
 
 def evaluate(recipe: RecipeBase) -> None:
+    tasks = check_tasks(recipe)
+    _evaluate_held_out(recipe)
+    if tasks:
+        _evaluate_tasks(recipe, tasks)
+
+
+def check_tasks(recipe: RecipeBase) -> list[OpenTask]:
+    """Open the tasks that the recipe asks for.
+
+    Raises:
+        UserError: one of them cannot be asked.
+    """
+    return open_tasks(recipe.evaluate, tokenizer_of(recipe.model)) if recipe.evaluate.tasks else []
+
+
+def _evaluate_tasks(recipe: RecipeBase, tasks: Sequence[OpenTask]) -> None:
+    folder, settings = recipe.run_folder / "evaluation", recipe.evaluate
+    merged = recipe.model.whole(recipe.run_folder / "merged")
+    scores = {}
+    say(f"  {len(tasks)} tasks, chat template {'applied' if settings.apply_chat_template else 'off'}")
+    for when, section in (("before", recipe.model), ("after", merged)):
+        scores[when] = measure_model(section, tasks, settings, when)
+        write_json(folder / f"scores_{when}.json", [one.as_json() for one in scores[when]])
+    compared = compare_tasks(scores["before"], scores["after"])
+    write_json(folder / "tasks.json", {**compared, "settings": asked_with(settings)})
+
+
+def _evaluate_held_out(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
     held_out = _prepared(recipe).held_out
     if recipe.algorithm.scores_sequences:

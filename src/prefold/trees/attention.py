@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from prefold.trees.packing import Block, PackedTrees, Span
+from prefold.trees.packing import Node, PackedTrees, Span
 
 
 class Shape(NamedTuple):
@@ -102,11 +102,7 @@ def segments(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shap
         )  # fmt: skip
         return attend(query[:, :, slice(*queries)], keys, values, shape)
 
-    pieces: list[Tensor] = []
-    for block in trees.blocks:
-        pieces.append(segment(block.prompt, [block.prompt]))
-        pieces += [segment(completion, [block.prompt, completion]) for completion in block.completions]
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+    return torch.cat([segment(node.own, [*node.above, node.own]) for node in trees.nodes], dim=2).transpose(1, 2)
 
 
 def _plain_softmax(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
@@ -161,13 +157,13 @@ def joined(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape:
         return segments(query, key, value, trees, shape)
     dtype = query.dtype
     exact = [states.float() if dtype in (torch.bfloat16, torch.float16) else states for states in (query, key, value)]
-    attended: Tensor = _Joined.apply(*exact, trees.blocks, shape.scale)
+    attended: Tensor = _Joined.apply(*exact, trees.nodes, shape.scale)
     return attended.to(dtype)
 
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scale: float) -> Tensor:
         _, heads, tokens, width = query.shape
         attended = query.new_empty(1, tokens, heads, width)
         out = attended.transpose(1, 2)
@@ -180,16 +176,17 @@ class _Joined(torch.autograd.Function):
             )
             return found
 
-        for block in blocks:
-            for span in (block.prompt, *block.completions):
-                out[:, :, slice(*span)], normaliser[:, :, slice(*span)] = attend(span, span, True)
-            after = block.completions[0][0], block.completions[-1][1]
-            by_prompt, prompt_normaliser = attend(after, block.prompt, False)
-            own, own_normaliser = out[:, :, slice(*after)], normaliser[:, :, slice(*after)]
+        for node in nodes:
+            span = slice(*node.own)
+            out[:, :, span], normaliser[:, :, span] = attend(node.own, node.own, True)
+        for node in _continued(nodes):
+            by_prompt, prompt_normaliser = attend(node.below, node.own, False)
+            span = slice(*node.below)
+            own, own_normaliser = out[:, :, span], normaliser[:, :, span]
             own.lerp_(by_prompt, torch.sigmoid(prompt_normaliser - own_normaliser)[..., None])
             torch.logaddexp(own_normaliser, prompt_normaliser, out=own_normaliser)
         ctx.save_for_backward(query, key, value, attended, normaliser)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.nodes, ctx.scale = nodes, scale
         return attended
 
     @staticmethod
@@ -214,16 +211,18 @@ class _Joined(torch.autograd.Function):
             )
             return found
 
-        for block in ctx.blocks:
-            for span in (block.prompt, *block.completions):
-                for total, part in zip(grads, back(span, span, True), strict=True):
-                    total[:, :, slice(*span)] = part
-            after = block.completions[0][0], block.completions[-1][1]
-            for total, part, span in zip(
-                grads, back(after, block.prompt, False), (after, *[block.prompt] * 2), strict=True
-            ):
+        for node in ctx.nodes:
+            for total, part in zip(grads, back(node.own, node.own, True), strict=True):
+                total[:, :, slice(*node.own)] = part
+        for node in _continued(ctx.nodes):
+            parts, spans = back(node.below, node.own, False), (node.below, node.own, node.own)
+            for total, part, span in zip(grads, parts, spans, strict=True):
                 total[:, :, slice(*span)] += part
         return *grads, None, None
+
+
+def _continued(nodes: tuple[Node, ...]) -> list[Node]:
+    return [node for node in nodes if node.below[0] < node.below[1]]
 
 
 # ---- CUDA: variable-length flash attention, or a block mask ------------------------------------------------------
@@ -268,14 +267,10 @@ class GatheredKeys(NamedTuple):
 
 
 def gathered_keys(trees: PackedTrees) -> GatheredKeys:
-    """The layout of `variable_length`: a prompt sees itself, a completion its prompt and itself."""
-    segments: list[tuple[Span, list[Span]]] = []
-    for block in trees.blocks:
-        segments.append((block.prompt, [block.prompt]))
-        segments += [(completion, [block.prompt, completion]) for completion in block.completions]
-    seen = [index for _, spans in segments for span in spans for index in range(*span)]
-    queries = [stop - start for (start, stop), _ in segments]
-    keys = [sum(stop - start for start, stop in spans) for _, spans in segments]
+    """The layout of `variable_length`: a node sees what is above it and itself."""
+    seen = [index for node in trees.nodes for span in (*node.above, node.own) for index in range(*span)]
+    queries = [stop - start for (start, stop), _, _ in trees.nodes]
+    keys = [node.longest for node in trees.nodes]
 
     def starts(lengths: list[int]) -> Tensor:
         total = torch.tensor([0, *lengths]).cumsum(0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,20 @@ Span = tuple[int, int]
 """Start (inclusive) and stop (exclusive) of neighbouring tokens in a row."""
 
 
+class Node(NamedTuple):
+    """Neighbouring tokens that see the same of what stands before them: the spans `above`, in their order, and of
+    their own those up to themselves. What continues them directly follows, in `below`; that is empty at an end."""
+
+    own: Span
+    above: tuple[Span, ...]
+    below: Span
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the last of them sees."""
+        return sum(stop - start for start, stop in (*self.above, self.own))
+
+
 @dataclass(frozen=True)
 class Block:
     """Where one tree lies in the row: its prompt, directly followed by its completions."""
@@ -55,10 +69,16 @@ class Block:
     prompt: Span
     completions: tuple[Span, ...]
 
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        end = self.completions[-1][1] if self.completions else self.prompt[1]
+        completions = (Node(span, (self.prompt,), (span[1], span[1])) for span in self.completions)
+        return Node(self.prompt, (), (self.prompt[1], end)), *completions
+
 
 @dataclass(frozen=True)
 class PackedTrees:
-    """Several trees as one row of `T` tokens.
+    """Several trees as one row of `T` tokens, laid out in `nodes`, each of which stands before what continues it.
 
     `input_ids` and `positions` are `[1, T]`; `predictors` (indices into the row), `targets` (token ids) and
     `completion` (which completion of the row a scored token belongs to) are `[S]`, one entry per scored token;
@@ -74,6 +94,7 @@ class PackedTrees:
     targets: Tensor
     completion: Tensor
     lengths: Tensor
+    nodes: tuple[Node, ...]
     owner: Tensor | None = None
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What the attention derives from the layout once and uses in every layer."""
@@ -85,7 +106,8 @@ class PackedTrees:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with one of its completions."""
-        return max(tree.longest for tree in self.trees)
+        found: int = self.once("longest", lambda row: max(node.longest for node in row.nodes))
+        return found
 
     def once(self, name: str, derive: Callable[[PackedTrees], Any]) -> Any:
         """`derive` of this row, computed at the first call."""
@@ -135,6 +157,7 @@ def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu", scores_
         targets=tensor(targets),
         completion=tensor(range(len(lengths))).repeat_interleave(tensor(lengths)),
         lengths=tensor(lengths),
+        nodes=tuple(node for block in blocks for node in block.nodes),
         owner=tensor(owner) if scores_prompt else None,
     )
 

@@ -9,9 +9,10 @@ device, the attention path and the token ids.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,12 +73,17 @@ def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
     digest = hashlib.sha256(f"{VERSION} attention={scorer.attention} {dtype} torch={torch.__version__}".encode())
     base = {name: tensor for name, tensor in scorer.model.state_dict().items() if "lora_" not in name}
     adapter = frozen_adapter(scorer.model)
-    for name, tensor in [*base.items(), *adapter.items()]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    hash_tensors(digest, [*base.items(), *adapter.items()])
     for module in scorer.model.modules():
         digest.update(str(getattr(module, "compute_dtype", "")).encode())
         digest.update(str(getattr(module, "scaling", "") if adapter else "").encode())
     for tree in trees:
         digest.update(repr((tree.prompt, tree.completions)).encode())
     return digest.hexdigest()[:32]
+
+
+def hash_tensors(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add named tensors to a `hashlib` digest: names, dtypes, shapes, kinds of device and every byte."""
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

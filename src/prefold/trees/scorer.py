@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -226,29 +226,40 @@ def _checked_backend(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[str 
     if reason is not None:
         return None, reason
     row = pack(trees, base.device)
-    right = [surest, *(name for name in others if not _differs(model, row, name, surest))]
+    right = [surest, *(name for name in others if not differs(model, row, name, surest))]
     return min(right, key=lambda name: _seconds(model, trees, name) if others else 0.0), None
 
 
-@torch.no_grad()
 def failed_self_check(model: nn.Module, trees: Sequence[TokenTree], attention: str) -> str | None:
     """Compare packed with plain log-probs of a few real trees; say what is wrong, or None.
 
-    The trees are checked together in one row, so that a token that sees a neighbouring tree shows as well. Both are
-    computed in float32 whatever the weights are kept in, so that a small mistake cannot hide in rounding.
+    The trees are checked together in one row, so that a token that sees a neighbouring tree shows as well.
     """
-    with reference_model(model), in_float32(model):
+    plain = Scorer(model, max(tree.plain_size for tree in trees), None)
+    with reference_model(model):
         row = pack(trees, unwrapped(model).device)
+        return differs_from_plain(model, row, attention, lambda: plain.score(trees).tokens)
+
+
+@torch.no_grad()
+def differs_from_plain(
+    model: nn.Module, row: PackedTrees, attention: str, plain: Callable[[], torch.Tensor]
+) -> str | None:
+    """How the log-probs of a row differ from those that `plain` computes, or None.
+
+    Both are computed in float32 whatever the weights are kept in, so that a small mistake cannot hide in rounding.
+    """
+    with in_float32(model):
         try:
             with using_attention(unwrapped(model), attention):
                 packed = _of_packed(model, row)
         except (NotImplementedError, TypeError, RuntimeError) as error:
             return f"its packed forward pass failed ({str(error).splitlines()[0]})"
-        plain = Scorer(model, max(tree.plain_size for tree in trees), None).score(trees)
+        wanted = plain()
     calls, layers = row.scratch.get("calls", 0), _text_config(unwrapped(model)).num_hidden_layers
     if calls != layers:
         return f"{calls} of its {layers} layers call the attention that packing replaces"
-    difference = float((packed.tokens - plain.tokens).abs().max())
+    difference = float((packed.tokens - wanted).abs().max())
     explained = COARSE if _rounds_inputs(model) else TOLERANCE[_exact(model)]
     if not difference <= explained:
         what, unit = ("log-probs", " nats") if score_layer(model) is None else ("scores", "")
@@ -346,7 +357,7 @@ def _rounds_inputs(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _differs(model: nn.Module, row: PackedTrees, attention: str, surest: str) -> bool:
+def differs(model: nn.Module, row: PackedTrees, attention: str, surest: str) -> bool:
     """Whether a backend's attention, on random states of the model's shape, is not that of the surest."""
     config, base = _text_config(unwrapped(model)), unwrapped(model)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

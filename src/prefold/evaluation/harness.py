@@ -1,0 +1,294 @@
+"""A model as lm-evaluation-harness wants it, on the tree engine.
+
+Tokens, truncation and defaults are those of the harness's own model for transformers (`lm_eval.models.huggingface`,
+0.4.13), so that scores are the same; what requests have in common is computed once: a question for all its answers,
+few-shot examples for all questions that have the same ones. Left out of it: encoder-decoder models, several processes,
+and thinking that is cut from completions.
+Data in: the harness's requests; data out: its responses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from prefold.errors import UserError
+from prefold.files import new_file
+from prefold.rollouts.generate import LocalEngine, end_tokens
+from prefold.rollouts.sampling import Sampling
+from prefold.terminal import progress_bar
+from prefold.trees.forest import Text
+from prefold.trees.reader import Reader, choose_reader
+from prefold.trees.reference import hash_tensors
+from prefold.trees.scorer import unwrapped
+
+VERSION = "1"
+"""Part of the name of remembered responses; to be raised when the numbers that this engine gives change."""
+MAX_GEN_TOKS = 256
+"""Tokens of a completion where a task does not say."""
+DEFAULTS = {"top_p": 1.0, "top_k": 50, "min_p": 0.0, "repetition_penalty": 1.0}
+"""What transformers samples with where neither the task nor the model says."""
+
+
+class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
+    """
+    Args:
+        model: with or without adapters, whole or quantised.
+        cache: folder in which responses are remembered by the weights and the requests; None for none.
+        label: what the progress bar says.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, cache: Path | None = None, label: str = "requests"
+    ):
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            what = "the tokenizer names no end-of-text token, which the harness asks with"
+            raise UserError(what, where=str(tokenizer.name_or_path), expected="`eos_token` in tokenizer_config.json")
+        self.tokenizer, self.label = tokenizer, label
+        self._model, self._base, self._cache = model, unwrapped(model), cache
+        self._identity = _identity(model, tokenizer) if cache is not None else ""
+        self._device = self._base.device
+        self._reader: Reader | None = None
+        self._longest_checked = 0
+
+    # ---- what the harness's own model for transformers says of itself ----
+
+    @property
+    def eot_token_id(self) -> int:
+        end: int = self.tokenizer.eos_token_id
+        return end
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def max_length(self) -> int:
+        return int(resolve_max_length(self._base.config, self.tokenizer))
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        settings = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **settings))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        def rendered(messages: list[dict[str, str]]) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )
+
+        try:
+            return rendered(chat_history)
+        except jinja2.exceptions.TemplateError:  # some templates know no system message
+            return rendered([message for message in chat_history if message["role"] != "system"])
+
+    # ---- log-likelihoods ----
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = (self._context_and_answer(*request.args) for request in requests)
+        return self._loglikelihood_tokens(("", *pair) for pair in pairs)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows: list[Any] = []
+        owners: list[int] = []
+        for place, request in enumerate(requests):
+            own = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+            windows += [("", *make_disjoint_window(window)) for window in own]
+            owners += [place] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        for place, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[place] += logprob
+        return totals
+
+    def _context_and_answer(self, context: str, answer: str) -> tuple[list[int], list[int]]:
+        """An answer without a context follows the prefix token, which it may start with itself."""
+        if context:
+            found: tuple[list[int], list[int]] = self._encode_pair(context, answer)
+            return found
+        ids = self.tok_encode(answer, add_special_tokens=False)
+        return ([self.prefix_token_id], ids) if ids[:1] != [self.prefix_token_id] else (ids[:1], ids[1:])
+
+    def _loglikelihood_tokens(
+        self, requests: Iterable[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-prob in nats and whether it is the greedy answer, of each request's answer after its context."""
+        known: dict[int, int] = {}
+        texts = [self._text(context, answer, known) for _, context, answer in requests]
+        found = self._remembered("texts", [(text.tokens, text.scored) for text in texts], lambda: self._read(texts))
+        return [(float(logprob), bool(greedy)) for logprob, greedy in found]
+
+    def _text(self, context: list[int], answer: list[int], known: dict[int, int]) -> Text:
+        """What fits, the end kept. `known`: one object for each id, since the tokenizer makes a new one every time."""
+        if len(answer) > self.max_length:
+            what = f"asks for an answer of {len(answer):,} tokens, and the model reads {self.max_length:,}"
+            raise UserError(what, where=self.label, advice="leave out the task, or take a model that reads more")
+        tokens = (known.setdefault(token, token) for token in (context + answer)[-(self.max_length + 1) :])
+        return Text(tuple(tokens), len(answer))
+
+    def _read(self, texts: Sequence[Text]) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(texts)  # of an answer of no tokens
+        places = [place for place, text in enumerate(texts) if text.scored]
+        asked = [texts[place] for place in places]
+        if not asked:
+            return found
+        reader = self._reader_for(asked)
+        with progress_bar(self.label, len(asked)) as advance, _evaluating(self._model):
+            for row, likelihoods in reader.read(asked):
+                for place, likelihood in zip(row, likelihoods, strict=True):
+                    found[places[place]] = likelihood
+                advance(len(row), "")
+        return found
+
+    def _reader_for(self, texts: Sequence[Text]) -> Reader:
+        longest = max(len(text.tokens) for text in texts)
+        if self._reader is None or longest > self._longest_checked:
+            with _evaluating(self._model):
+                self._reader = choose_reader(self._model, texts)
+            self._longest_checked = longest
+        return self._reader
+
+    # ---- completions ----
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        by_settings: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
+        found: dict[int, str] = {}
+        for settings, places in by_settings.items():
+            contexts = [requests[place].args[0] for place in places]
+            found.update(zip(places, self._write(contexts, json.loads(settings), places), strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def _write(self, contexts: Sequence[str], settings: dict[str, Any], places: Sequence[int]) -> list[str]:
+        """A completion of each context, cut before the first stop text."""
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_GEN_TOKS))
+        end = str(self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False))
+        until = handle_stop_sequences(kwargs.pop("until"), eos=end)
+        sampling = self._sampling(kwargs, until)
+        room = self.max_length - sampling.max_new_tokens
+        if room <= 0:
+            what = f"asks for {sampling.max_new_tokens:,} new tokens, and the model has room for {self.max_length:,}"
+            raise UserError(what, where=self.label, expected="generation_kwargs: {max_gen_toks: fewer}")
+        prompts = [self._prompt(context, room) for context in contexts]
+
+        def write() -> list[str]:
+            texts: dict[int, str] = {}
+            engine = LocalEngine(self._model, self.tokenizer)
+            with progress_bar(self.label, len(prompts)) as advance:
+                for place, [completion] in engine.stream(prompts, sampling, places):
+                    text = str(self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
+                    texts[place] = str(postprocess_generated_text(text, until, None))
+                    advance(1, "")
+            return [texts[place] for place in range(len(prompts))]
+
+        asked = [(prompt, place if sampling.temperature else 0) for prompt, place in zip(prompts, places, strict=True)]
+        return list(self._remembered(f"completions {sampling!r} {until!r}", asked, write))
+
+    def _prompt(self, context: str, room: int) -> list[int]:
+        """The end of a context that leaves room for its completion."""
+        whole = has_bos_prefix(context, getattr(self.tokenizer, "bos_token", None))
+        ids = self.tokenizer.encode(context, **({"add_special_tokens": False} if whole else {}))
+        return list(ids[-room:]) or [self.prefix_token_id]
+
+    def _sampling(self, kwargs: dict[str, Any], until: Sequence[str]) -> Sampling:
+        """A task's generation settings; what it leaves open is the model's own, as in transformers' `generate`."""
+        kwargs, own = dict(kwargs), self._base.generation_config
+        given_temperature = kwargs.pop("temperature", None)
+        sampled = bool(kwargs.pop("do_sample")) and given_temperature != 0
+        temperature = float(given_temperature or 1.0) if sampled else 0.0
+        chosen: dict[str, Any] = {}
+        for name, default in DEFAULTS.items():
+            given = kwargs.pop(name, None)
+            given = getattr(own, name, None) if given is None else given
+            chosen[name] = default if given is None else given
+        if not sampled:
+            chosen = {"repetition_penalty": chosen["repetition_penalty"]}
+        most = int(kwargs.pop("max_gen_toks"))
+        if kwargs.pop("num_beams", 1) != 1 or kwargs:
+            names = ", ".join(f"`{name}`" for name in kwargs) or "`num_beams`"
+            what = f"has generation settings that are not known here: {names}"
+            known = ("until", "max_gen_toks", "do_sample", "temperature", *DEFAULTS)
+            raise UserError(what, where=self.label, expected=", ".join(known))
+        ends = dict.fromkeys([*end_tokens(self._base, self.tokenizer), self.eot_token_id])
+        stop = tuple(text for text in until if text)
+        return Sampling(most, 1, temperature, stop=stop, end_tokens=tuple(ends), **chosen)
+
+    # ---- memory ----
+
+    def _remembered(self, kind: str, asked: Sequence[Any], compute: Callable[[], list[Any]]) -> list[Any]:
+        """What `compute` gives, once for this model and these requests."""
+        if self._cache is None:
+            return compute()
+        file = self._cache / f"{_digest([self._identity, kind, *map(repr, asked)])}.json"
+        if not file.is_file():
+            with new_file(file) as temporary:
+                temporary.write_text(json.dumps(compute()), encoding="utf-8")
+        found: list[Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides how a model responds to a request."""
+    base = unwrapped(model)
+    config = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
+    digest = hashlib.sha256(f"{VERSION} torch={torch.__version__} {base.device.type} {base.dtype}".encode())
+    digest.update(json.dumps([config, sorted(tokenizer.get_vocab().items())], default=str, sort_keys=True).encode())
+    digest.update(str(base.generation_config).encode())
+    hash_tensors(digest, model.state_dict().items())
+    for module in model.modules():
+        digest.update(str(getattr(module, "compute_dtype", "")).encode())
+        if isinstance(module, BaseTunerLayer):
+            states = (module.active_adapters, module.disable_adapters, module.merged_adapters)
+            digest.update(repr([*states, getattr(module, "scaling", None)]).encode())
+    return digest.hexdigest()
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part}\n".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,96 @@
+"""Which YAML files of lm-evaluation-harness describe the tasks that are wanted.
+
+The harness reads its 14,000 files before it knows any name, which takes most of a minute. Here only the folders that
+matter are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefold.errors import UserError
+from prefold.evaluation.suites import SUITES
+from prefold.files import without_home
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+WHERE = "evaluate.tasks"
+_NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*(?:\n[ \t]*- )?["']?([\w.:-]+)""", re.MULTILINE)
+
+
+def manager_of(names: Sequence[str], include_path: str | None) -> TaskManager:
+    """Knows these names and those that they refer to.
+
+    Raises:
+        UserError: a name is unknown, or there is no such folder.
+    """
+    own = [_own_folder(include_path)] if include_path is not None else []
+    manager = _reading(own)
+    folders: set[Path] = set()
+    while True:
+        known = manager.task_index
+        missing = _missing(names, known)
+        found = {_folders()[name] for name in missing if name in _folders()} - folders
+        if not found:
+            break
+        folders |= found
+        manager = _reading([*sorted(folders, reverse=True), *own])
+    for name in names:
+        if name not in known:
+            everything = sorted({*SUITES, *known, *_folders()})
+            near = difflib.get_close_matches(name, everything, n=3)
+            hint = f"did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else "see docs/evaluation.md"
+            raise UserError(f"there is no task `{name}`", where=WHERE, advice=hint)
+    return manager
+
+
+def _own_folder(include_path: str) -> Path:
+    folder = Path(include_path).expanduser()
+    if not folder.is_dir():
+        where = f"evaluate.include_path: {without_home(str(folder))}"
+        raise UserError("there is no such folder", where=where, expected="a folder of YAML files")
+    return folder
+
+
+def _reading(folders: Sequence[Path]) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    # Of several folders with a task of the same name, the harness takes the last one.
+    return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
+
+
+def _missing(names: Sequence[str], known: Mapping[str, Any]) -> set[str]:
+    """Names that are not known, and those that known groups refer to without knowing them."""
+    found: set[str] = set()
+    pending, seen = list(names), set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name not in known:
+            found.add(name)
+            continue
+        members = (known[name].cfg or {}).get("task")
+        if isinstance(members, list):
+            pending += [one if isinstance(one, str) else str(one.get("task") or one.get("group")) for one in members]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _folders() -> dict[str, Path]:
+    """Of each name in the harness's own YAML files, the folder that it is in."""
+    import lm_eval
+
+    root = Path(lm_eval.__file__).parent / "tasks"
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*.yaml")):
+        for name in _NAMED.findall(path.read_text(encoding="utf-8")):
+            found.setdefault(name, root / path.relative_to(root).parts[0])
+    return found

@@ -1,0 +1,247 @@
+"""Tasks of lm-evaluation-harness: found by name, opened before anything is trained, and asked of a model.
+
+Names are those of `suites.py`, of the harness, and of the user's own YAML files. The harness builds the questions and
+says what an answer is worth; who answers is `harness.py`.
+Data in: names and a model; data out: `TaskScores`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from prefold.errors import UserError
+from prefold.evaluation.samples import OpenTask, primary_metric, scores_of
+from prefold.evaluation.scores import TaskScores
+from prefold.evaluation.suites import SUITES, Wanted, wanted_by
+from prefold.evaluation.task_names import WHERE, manager_of
+from prefold.files import cache_folder, without_home
+from prefold.models.adapters import load_start
+from prefold.models.load import choose_device, quiet, tokenizer_of
+from prefold.recipe import Evaluate, Model
+from prefold.trees.memory import free_memory
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+"""The harness's own."""
+
+
+# ---- opening ----------------------------------------------------------------------------------------------------
+
+
+def open_tasks(settings: Evaluate, tokenizer: PreTrainedTokenizerBase | None = None) -> list[OpenTask]:
+    """The tasks that a recipe asks for, each proven by building its first question.
+
+    Args:
+        tokenizer: of the model that will be asked, to see that it has the chat template that is asked for.
+
+    Raises:
+        UserError: the harness is not installed, a name is unknown, or a task's data cannot be had.
+    """
+    if not settings.tasks:
+        return []
+    require_harness()
+    if settings.apply_chat_template and tokenizer is not None and not tokenizer.chat_template:
+        what = "the tokenizer has no chat template to apply"
+        raise UserError(what, where="evaluate.apply_chat_template", advice="set it to false, or name a chat model")
+    wanted = [one for name in settings.tasks for one in wanted_by(name)]
+    with _as_the_harness_runs():
+        manager = manager_of([one.task for one in wanted], settings.include_path)
+        found = [task for one in dict.fromkeys(wanted) for task in _opened(manager, one, settings.num_fewshot)]
+        found = _told_apart(found)
+        for one in found:
+            _prove(one)
+    return found
+
+
+def require_harness() -> None:
+    if find_spec("lm_eval") is None:
+        raise UserError(
+            "tasks are asked by lm-evaluation-harness, which is not installed",
+            where=WHERE,
+            advice="`pip install 'prefold[eval]'`, or leave the field out",
+        )
+
+
+def _opened(manager: TaskManager, wanted: Wanted, num_fewshot: int | None) -> list[OpenTask]:
+    """The task, or all tasks of the group."""
+    try:
+        tasks = manager.load([wanted.task])["tasks"]
+    except Exception as error:  # tasks run code of their own, and each kind of data fails in its own way
+        raise _cannot_be_opened(manager, wanted.task, error) from error
+    group = wanted.task if list(tasks) != [wanted.task] and wanted.group is None else wanted.group
+    shots = num_fewshot if wanted.num_fewshot is None else wanted.num_fewshot
+    for task in tasks.values():
+        # As in the harness: no examples, where a task says so itself, is part of what the task is.
+        if shots is not None and task.config.num_fewshot != 0:
+            task.set_config("num_fewshot", shots)
+    return [OpenTask(name, task, replace(wanted, task=name, group=group)) for name, task in tasks.items()]
+
+
+def _cannot_be_opened(manager: TaskManager, name: str, error: Exception) -> UserError:
+    entry = manager.task_index.get(name)
+    data = (entry.cfg or {}).get("dataset_path") if entry else None
+    first = without_home((str(error).splitlines() or [""])[0])
+    advice = "see that its files are there, and that its YAML names them"
+    if isinstance(data, str) and data not in ("json", "csv", "parquet", "text", "arrow"):
+        advice = (
+            f"its data is `{data}` on the Hub: run `prefold check` once where the Hub can be reached, which keeps "
+            "it in the cache; or describe the task in a YAML file with `dataset_path: json` in `evaluate.include_path`"
+        )
+    what = f"the task `{name}` cannot be opened ({type(error).__name__}: {first})"
+    return UserError(what, where=WHERE, advice=advice)
+
+
+def _told_apart(tasks: Sequence[OpenTask]) -> list[OpenTask]:
+    """Tasks that are asked for twice, with different numbers of examples, have different names."""
+    shots: dict[str, int] = {}
+    found = []
+    for one in tasks:
+        same = shots.setdefault(one.name, one.num_fewshot) == one.num_fewshot
+        found.append(one if same else replace(one, name=f"{one.name}_{one.num_fewshot}shot"))
+    return found
+
+
+def _prove(one: OpenTask) -> None:
+    """Build the first question and judge an answer to it.
+
+    Raises:
+        UserError: the task cannot be asked here.
+    """
+    if getattr(one.task, "UNSAFE_CODE", False):
+        raise UserError(f"the task `{one.name}` runs code that the model writes, which prefold does not", where=WHERE)
+    if getattr(one.task, "MULTIMODAL", False):
+        raise UserError(f"the task `{one.name}` shows pictures or plays sound, and prefold is for text", where=WHERE)
+    try:
+        one.task.set_fewshot_seed(SEEDS["fewshot"])
+        one.task.build_all_requests(limit=1, rank=0, world_size=1)
+        judged = _judged(one.task)
+    except Exception as error:
+        what = f"the task `{one.name}` cannot build and judge its first question ({type(error).__name__}: {error})"
+        advice = "see its YAML; with `num_fewshot`, that it has as many examples"
+        raise UserError(what, where=WHERE, advice=advice) from error
+    primary_metric(one, judged)
+
+
+def _judged(task: Any) -> dict[str, Any]:
+    """What the harness finds for the first question if a model knows nothing."""
+    unknown: dict[str, Any] = {"generate_until": "", "loglikelihood_rolling": -1.0}
+    responses = [unknown.get(one.request_type, (-1.0, False)) for one in task.instances]
+    found: dict[str, Any] = task.process_results(task.instances[0].doc, responses)
+    return found
+
+
+# ---- asking -----------------------------------------------------------------------------------------------------
+
+
+def measure_model(section: Model, tasks: Sequence[OpenTask], settings: Evaluate, when: str) -> list[TaskScores]:
+    """Load a model, ask it, and let go of it.
+
+    Args:
+        when: what the progress bars say beside the name of the task, e.g. `before`.
+    """
+    # On a CPU float32 costs little and keeps rounding out of the comparison.
+    model = load_start(section, dtype="float32" if choose_device().type == "cpu" else None)
+    found = measure(model, tokenizer_of(section), tasks, settings, when)
+    del model
+    free_memory()
+    return found
+
+
+def measure(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[OpenTask], settings: Evaluate, when: str = ""
+) -> list[TaskScores]:
+    """Ask a model, as it is: with or without adapters, whole or quantised. Responses are remembered in the cache folder
+    by the model's weights and the requests."""
+    from lm_eval.evaluator import evaluate
+
+    from prefold.evaluation.harness import TreeLM
+
+    lm = TreeLM(model, tokenizer, cache_folder() / "evaluation")
+    found = []
+    for one in tasks:
+        lm.label = f"{one.name} {when}".strip()
+        with _as_the_harness_runs():
+            one.task.set_fewshot_seed(SEEDS["fewshot"])
+            results: Any = evaluate(
+                lm=lm,
+                task_dict={"tasks": {one.name: one.task}, "groups": {}},
+                limit=settings.limit,
+                bootstrap_iters=0,
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=True,
+            )
+            found.append(scores_of(one, results["samples"][one.name]))
+    return found
+
+
+def asked_with(settings: Evaluate) -> dict[str, Any]:
+    """What to know of the questions beside their scores."""
+    return {
+        "harness": f"lm_eval {version('lm_eval')}",
+        "apply_chat_template": settings.apply_chat_template,
+        "limit": settings.limit,
+        "num_fewshot": settings.num_fewshot,
+        "suites": {name: SUITES[name].differs for name in settings.tasks if name in SUITES},
+    }
+
+
+@contextmanager
+def _as_the_harness_runs() -> Iterator[None]:
+    """Its random seeds, and nothing of its logs, bars and prints on the terminal; afterwards all is as it was."""
+    environment = dict(os.environ)
+    import lm_eval.api.task
+
+    logger, bars = logging.getLogger("lm_eval"), vars(lm_eval.api.task)
+    level, bar = logger.level, bars["tqdm"]
+    kept = random.getstate(), np.random.get_state()
+    logger.setLevel(logging.ERROR)
+    bars["tqdm"] = partial(bar, disable=True)
+    try:
+        with (
+            quiet(),
+            _no_dataset_bars(),
+            torch.random.fork_rng(range(torch.cuda.device_count())),
+            redirect_stdout(sys.stderr),
+        ):
+            random.seed(SEEDS["random"])
+            np.random.seed(SEEDS["numpy"])
+            torch.manual_seed(SEEDS["torch"])
+            yield
+    finally:
+        logger.setLevel(level)
+        bars["tqdm"] = bar
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+@contextmanager
+def _no_dataset_bars() -> Iterator[None]:
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
