@@ -18,10 +18,10 @@ if "GOMP_SPINCOUNT" not in os.environ:
 
 if TYPE_CHECKING:
     from prefold.models.fetch import fetch
-    from prefold.pipeline import check, evaluate, merge, report, run, train
+    from prefold.pipeline import check, evaluate, merge, publish, report, run, train
     from prefold.recipe import load_recipe
 
-__all__ = ["check", "evaluate", "fetch", "load_recipe", "merge", "report", "run", "train"]
+__all__ = ["check", "evaluate", "fetch", "load_recipe", "merge", "publish", "report", "run", "train"]
 
 _HOMES = {"fetch": "prefold.models.fetch", "load_recipe": "prefold.recipe"}
 

@@ -65,10 +65,10 @@ def merge_adapter(
     """
     trained = _trained_logits(base, adapter, rows) if base.load_in_4bit or base.load_in_8bit else None
     model = load_model(base, dtype=dtype)
-    base_logits = _logits(model, rows)
+    base_logits = logits_of(model, rows)
     adapted: Any = open_adapter(model, adapter)
-    wanted = Behaviour(_logits(adapted, rows), _answers(adapted, prompts))
-    effect = _relative_rms(base_logits - wanted.logits, wanted.logits)
+    wanted = Behaviour(logits_of(adapted, rows), _answers(adapted, prompts))
+    effect = relative_rms(base_logits - wanted.logits, wanted.logits)
     with quiet():
         whole = adapted.merge_and_unload(safe_merge=True)
     return save_and_check(whole, merged, tokenizer, rows, prompts, wanted, effect, trained)
@@ -90,7 +90,7 @@ def save_and_check(
         trained: logits of the quantised model that was trained, on the same rows.
     """
     dtype, device = model.dtype, model.device
-    wanted = Behaviour(_logits(model, rows), _answers(model, prompts)) if wanted is None else wanted
+    wanted = Behaviour(logits_of(model, rows), _answers(model, prompts)) if wanted is None else wanted
     with new_folder(merged) as folder, quiet():
         model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
@@ -98,12 +98,12 @@ def save_and_check(
         free_memory()
         _require_same_tokenizer(tokenizer, folder, rows)
         saved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        found = Behaviour(_logits(saved.to(device), rows), _answers(saved, prompts))
+        found = Behaviour(logits_of(saved.to(device), rows), _answers(saved, prompts))
         difference = found.logits - wanted.logits
         result = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_logit_difference": float(difference.abs().max()),
-            "relative_difference": _relative_rms(difference, wanted.logits),
+            "relative_difference": relative_rms(difference, wanted.logits),
             "tolerance": TOLERANCE[dtype],
             "adapter_effect": adapter_effect,
             "tokens_compared": wanted.logits.shape[0],
@@ -112,7 +112,7 @@ def save_and_check(
             "difference_from_quantised": None,
         }
         if trained is not None:
-            result["difference_from_quantised"] = _relative_rms(found.logits - trained, trained)
+            result["difference_from_quantised"] = relative_rms(found.logits - trained, trained)
         _judge(result)
     return result
 
@@ -163,14 +163,14 @@ def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]]) -
     adapted: PeftModel = open_adapter(load_model(base, quantised=True), adapter)
     dtype = choose_dtype(base.dtype, choose_device())
     with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
-        found = _logits(adapted, rows)
+        found = logits_of(adapted, rows)
     del adapted
     free_memory()
     return found
 
 
 @torch.no_grad()
-def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """`[tokens of all rows, V]` float32 on the CPU."""
     model.eval()
     found = [
@@ -193,5 +193,5 @@ def _answers(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return answers
 
 
-def _relative_rms(difference: Tensor, wanted: Tensor) -> float:
+def relative_rms(difference: Tensor, wanted: Tensor) -> float:
     return float(difference.square().mean().sqrt() / wanted.square().mean().sqrt())
