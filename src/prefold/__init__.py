@@ -23,10 +23,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 if TYPE_CHECKING:
     from prefold.comparison import compare
     from prefold.models.fetch import fetch
-    from prefold.pipeline import check, evaluate, merge, report, run, train
+    from prefold.pipeline import check, evaluate, merge, publish, report, run, train
     from prefold.recipe import load_recipe
 
-__all__ = ["check", "compare", "evaluate", "fetch", "load_recipe", "merge", "report", "run", "train"]
+__all__ = ["check", "compare", "evaluate", "fetch", "load_recipe", "merge", "publish", "report", "run", "train"]
 
 _HOMES = {"compare": "prefold.comparison", "fetch": "prefold.models.fetch", "load_recipe": "prefold.recipe"}
 

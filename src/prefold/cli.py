@@ -46,7 +46,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 @app.command()
 def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Every stage in order: check, train, merge, evaluate, report. Skips what is done."""
+    """Every stage in order: check, train, merge, evaluate, report, publish. Skips what is done."""
     import prefold
     from prefold.reports.table import summary
     from prefold.terminal import console
@@ -136,6 +136,23 @@ def report(recipe: RecipeName, overrides: Overrides = None) -> None:
     import prefold
 
     print(prefold.report(recipe, overrides or []))
+
+
+@app.command()
+def publish(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List every file, its size and where it would go.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Push the result to the Hub, or put it into a folder, as the section `publish` says."""
+    import prefold
+    from prefold.reports.table import print_published
+
+    outcome = prefold.publish(recipe, overrides or [], dry_run=dry_run)
+    print(json.dumps(outcome, indent=2)) if as_json else print_published(outcome)
 
 
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]

@@ -1,4 +1,5 @@
-"""The run folder and its stages, in order: check, train, merge, evaluate, compare, judge, report.
+"""The run folder and its stages, in order: check, train, merge, evaluate, report; where the recipe says so, other models
+are compared and a judge is asked before the report, and the result is published after it.
 
 A stage is done when its outputs exist; each of them appears under its final name only when it is whole, so a run that
 is stopped anywhere goes on from there. What the stages do is in `stages.py`. The functions without an underscore are
@@ -18,9 +19,10 @@ from typing import Any
 
 import yaml
 
-from prefold import stages
+from prefold import publishing, stages
 from prefold.errors import StageError, UserError
 from prefold.files import read_json, require_writable, sweep, write_text
+from prefold.publishing import require_ready, require_section
 from prefold.recipe import RecipeBase, as_dict, dump_recipe, load_recipe
 from prefold.stages import CheckReport
 from prefold.terminal import say
@@ -54,6 +56,7 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     evaluated = (*(f"evaluation/{name}.json" for name in (measured, *asked)), *answers)
     compared = Stage("compare", ("evaluation/compared.json",), ("compare_with",), stages.compare)
     judged = Stage("judge", ("evaluation/win_rate.json",), ("win_rate",), stages.judge)
+    published = Stage("publish", ("publish.json",), ("publish",), stages.publish)
     return [
         Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), stages.check),
         Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train),
@@ -61,13 +64,15 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
         Stage("evaluate", evaluated, ("evaluate",), stages.evaluate),
         *([compared] if recipe.evaluate.compare_with else []),
         *([judged] if recipe.evaluate.win_rate else []),
-        Stage("report", ("report.html",), (), stages.report),
+        Stage("report", ("report.html", "merged/README.md"), (), stages.report),
+        *([published] if recipe.publish else []),
     ]
 
 
 WHILE_TRAINING = ("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json")
+PUBLISHED = ("gguf", "publish.json")
 # The recipe last: without it a folder is not known for a run's any more.
-RECORDS = (*WHILE_TRAINING, "timing.jsonl", "run.log", "trained", "adapter", "recipe.yaml")
+RECORDS = (*WHILE_TRAINING, *PUBLISHED, "timing.jsonl", "run.log", "trained", "adapter", "recipe.yaml")
 
 
 # ---- the API ----------------------------------------------------------------------------------------------------
@@ -82,6 +87,7 @@ def check(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, reference:
     stages.forget_data()
     recipe = _recipe(recipe, overrides)
     stages.check_tasks(recipe)
+    require_ready(recipe)
     return stages.examine(recipe, reference)
 
 
@@ -95,7 +101,8 @@ def run(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool 
         UserError: the recipe or what it names cannot be used, or the folder holds the run of another recipe.
         StageError: a stage failed; what was finished stays.
     """
-    return _perform_until("report", _recipe(recipe, overrides), fresh)
+    recipe = _recipe(recipe, overrides)
+    return _perform_until(stages_of(recipe)[-1].name, recipe, fresh)
 
 
 def train(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
@@ -123,6 +130,26 @@ def evaluate(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> dict[st
 def report(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> Path:
     """Write the report (again, if it was there); returns its path."""
     return _redo("report", _recipe(recipe, overrides)) / "report.html"
+
+
+def publish(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
+    """Publish a finished run (again, if it was done): what is there already is not sent again.
+
+    Args:
+        dry_run: say what would be published, and where; writes and sends nothing.
+
+    Returns:
+        The content of `publish.json`: the files with their sizes, and where they are now.
+
+    Raises:
+        UserError: the run is not finished, its merge check failed, or the Hub lets nobody in with this token.
+        StageError: the connection broke, or a GGUF file is not the model.
+    """
+    recipe = _recipe(recipe, overrides)
+    section = require_section(recipe)
+    if dry_run:
+        return publishing.planned(recipe.run_folder, section)
+    return dict(read_json(_redo("publish", recipe) / "publish.json"))
 
 
 def _recipe(recipe: str | RecipeBase, overrides: Sequence[str]) -> RecipeBase:

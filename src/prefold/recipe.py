@@ -395,6 +395,53 @@ class Evaluate(Section):
         return self
 
 
+GgufKind = Literal["F16", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"]
+HUB_MODEL_ID = r"[A-Za-z0-9][\w.-]{0,94}/[A-Za-z0-9][\w.-]{0,94}"
+
+
+class Publish(Section):
+    """Where the result goes. The token of the Hub is never written here: `hf auth login` or HF_TOKEN."""
+
+    hub_model_id: str | None = Field(None, pattern=f"^{HUB_MODEL_ID}$")
+    """The repository to push to, NAME/MODEL; made if there is none."""
+    to: str | None = Field(None, min_length=1)
+    """A folder to put the files into, instead or as well."""
+    what: list[Literal["merged", "adapter", "gguf"]] = Field(["merged"], min_length=1)
+    """`merged`: the whole model; `adapter`: the LoRA weights; `gguf`: files for llama.cpp."""
+    gguf: list[GgufKind] | None = Field(None, min_length=1)
+    """Which GGUF files, e.g. `[F16, Q4_K_M]`; the kinds with a K need llama.cpp's `llama-quantize`. Unset: `[Q8_0]`."""
+    private: bool = True
+    """Whether a repository that is made is private. One that is public already is not pushed to while this is set."""
+    tags: list[str] = []
+    """Tags of the model card, beside its own."""
+    branch: str | None = Field(None, min_length=1)
+    """Branch to push to, made if there is none; unset: `main`."""
+    create_pr: bool = False
+    """Open a pull request instead of pushing to `main`."""
+    commit_message: str | None = Field(None, min_length=1)
+    """Unset: which method and which base."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def kinds_are_spelt_out(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("gguf") is not None or "gguf" not in (values.get("what") or ()):
+            return values
+        return {**values, "gguf": ["Q8_0"]}
+
+    @model_validator(mode="after")
+    def settings_are_used(self) -> Publish:
+        if not (self.hub_model_id or self.to):
+            raise ValueError("give `hub_model_id`, the Hub repository to push to, or `to`, a folder")
+        if self.gguf and "gguf" not in self.what:
+            raise ValueError("`gguf` would be ignored: `what` does not have `gguf`")
+        idle = [name for name in ("branch", "create_pr", "commit_message") if getattr(self, name)]
+        if idle and not self.hub_model_id:
+            raise ValueError(f"`{idle[0]}` would be ignored without `hub_model_id`")
+        if self.branch and self.create_pr:
+            raise ValueError("a pull request is opened against `main`; remove `branch` or `create_pr`")
+        return self
+
+
 class RewardBase(Section):
     name: str = Field(min_length=1)
     """A built-in reward; or, with `file`, the function of that name in it."""
@@ -498,6 +545,7 @@ class RecipeBase(Section):
     guards: Guards = Guards()
     merge: Merge = Merge()
     evaluate: Evaluate = Evaluate()
+    publish: Publish | None = None
     output_dir: str = Field(min_length=1)
     """The run folder."""
 
@@ -526,6 +574,8 @@ class RecipeBase(Section):
             raise ValueError("`lora` is empty; give its fields, `none` for full fine-tuning, or leave it out")
         if self.lora == "none" and (self.model.load_in_4bit or self.model.load_in_8bit):
             raise ValueError("`lora: none` trains all weights, which quantised ones cannot be; remove one of them")
+        if self.publish and "adapter" in self.publish.what and self.lora == "none":
+            raise ValueError("`publish.what` has `adapter`, and `lora: none` leaves none; remove one of them")
         if self.data.template == "none" and self.model.chat_template:
             raise ValueError("`model.chat_template` would be ignored beside `data.template: none`; remove one of them")
         return self
@@ -592,6 +642,8 @@ HINTS = {
     "warmup_ratio": "write `warmup_steps`, the number of steps",
     "fp16": "write `model: {{dtype: float16}}`",
     "bf16": "write `model: {{dtype: bfloat16}}`",
+    "push_to_hub": "write `publish: {{hub_model_id: NAME/MODEL}}`",
+    "hub_private_repo": "write `publish: {{private: true}}`",
 }
 HINTS["gradient_accumulation_steps"] = HINTS["per_device_train_batch_size"]
 
@@ -873,6 +925,7 @@ def as_dict(recipe: RecipeBase) -> dict[str, Any]:
     if judged := recipe.evaluate.win_rate:
         values["evaluate"]["win_rate"] = judged.model_dump(mode="json", exclude_none=True)
     idle = {*ALGORITHMS, "rewards"} - {recipe.method, "rewards" if recipe.rewards else ""}
+    idle |= {"publish"} if recipe.publish is None else set()
     return {key: _homeless(value) for key, value in values.items() if key not in idle}
 
 

@@ -45,8 +45,11 @@ from prefold.inputs import inputs_of, require_unchanged, row_list
 from prefold.models.adapters import load_policy, load_start
 from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
 from prefold.models.merge import merge_adapter, remarks, save_and_check
+from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart
+from prefold.publishing import publish_run, require_ready, require_section
 from prefold.recipe import Model, RecipeBase
+from prefold.reports.card import write_card
 from prefold.reports.html import write_report
 from prefold.rollouts.candidates import column_names
 from prefold.rollouts.completions import Group, prompts_of, sample, scored_groups
@@ -163,6 +166,7 @@ def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
 
 def check(recipe: RecipeBase) -> None:
     check_tasks(recipe)
+    require_ready(recipe)
     found = examine(recipe)
     if not found.ok:
         raise StageError("the data has errors; `prefold check` shows them")
@@ -380,7 +384,7 @@ def merge(recipe: RecipeBase) -> None:
         result = merge_adapter(recipe.model, adapter, merged, tokenizer, rows, dtype, prompts, seed)
     for remark in remarks(result):
         say(f"  {remark}")
-    write_json(folder / "merge.json", result)
+    write_json(folder / "merge.json", {**result, "provenance": provenance(recipe.model, recipe.data)})
 
 
 def _merge_dtype(recipe: RecipeBase) -> str:
@@ -529,6 +533,15 @@ def sampling(recipe: RecipeBase) -> Sampling:
 
 def report(recipe: RecipeBase) -> None:
     write_report(recipe.run_folder)
+    if (recipe.run_folder / "merged").is_dir():
+        write_card(recipe.run_folder)
+
+
+# ---- publish ----------------------------------------------------------------------------------------------------
+
+
+def publish(recipe: RecipeBase) -> None:
+    publish_run(recipe.run_folder, require_section(recipe))
 
 
 # ---- compare and judge ------------------------------------------------------------------------------------------

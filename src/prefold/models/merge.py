@@ -81,10 +81,10 @@ def merge_adapter(
     quantised = base.load_in_4bit or base.load_in_8bit
     trained = _trained_logits(base, adapter, rows, head_seed) if quantised else None
     model = load_model(base, dtype=dtype, head_seed=head_seed)
-    base_logits = _logits(model, rows)
+    base_logits = logits_of(model, rows)
     adapted: Any = open_adapter(model, adapter)
-    wanted = Behaviour(_logits(adapted, rows), _answers(adapted, prompts))
-    effect = _relative_rms(base_logits - wanted.logits, wanted.logits)
+    wanted = Behaviour(logits_of(adapted, rows), _answers(adapted, prompts))
+    effect = relative_rms(base_logits - wanted.logits, wanted.logits)
     with quiet():
         whole = adapted.merge_and_unload(safe_merge=True)
     return save_and_check(whole, merged, tokenizer, rows, prompts, wanted, effect, trained)
@@ -107,7 +107,7 @@ def save_and_check(
     """
     dtype, device = model.dtype, model.device
     tolerance = TOLERANCE[dtype]
-    wanted = Behaviour(_logits(model, rows), _answers(model, prompts)) if wanted is None else wanted
+    wanted = Behaviour(logits_of(model, rows), _answers(model, prompts)) if wanted is None else wanted
     scores = score_layer(model) is not None
     kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     if scores:
@@ -120,12 +120,12 @@ def save_and_check(
         free_memory()
         _require_same_tokenizer(tokenizer, folder, rows)
         saved = kind.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
-        found = Behaviour((_scores_as_read if scores else _logits)(saved, rows), _answers(saved, prompts))
+        found = Behaviour((_scores_as_read if scores else logits_of)(saved, rows), _answers(saved, prompts))
         difference = found.logits - wanted.logits
         result = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_logit_difference": float(difference.abs().max()),
-            "relative_difference": _relative_rms(difference, wanted.logits),
+            "relative_difference": relative_rms(difference, wanted.logits),
             "tolerance": tolerance,
             "adapter_effect": adapter_effect,
             "tokens_compared": wanted.logits.shape[0],
@@ -134,7 +134,7 @@ def save_and_check(
             "difference_from_quantised": None,
         }
         if trained is not None:
-            result["difference_from_quantised"] = _relative_rms(found.logits - trained, trained)
+            result["difference_from_quantised"] = relative_rms(found.logits - trained, trained)
         _judge(result)
     return result
 
@@ -185,14 +185,14 @@ def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]], h
     adapted: PeftModel = open_adapter(load_model(base, quantised=True, head_seed=head_seed), adapter)
     dtype = choose_dtype(base.dtype, choose_device())
     with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
-        found = _logits(adapted, rows)
+        found = logits_of(adapted, rows)
     del adapted
     free_memory()
     return found
 
 
 @torch.no_grad()
-def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """`[tokens of all rows, V]` float32 on the CPU; or `[rows]`, scores."""
     model.eval()
     if score_layer(model) is not None:
@@ -231,7 +231,7 @@ def _answers(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return answers
 
 
-def _relative_rms(difference: Tensor, wanted: Tensor) -> float:
+def relative_rms(difference: Tensor, wanted: Tensor) -> float:
     """Scores below 1 count as 1: near zero they mean little, and rounding does not shrink with them."""
     size = wanted.square().mean().sqrt()
     return float(difference.square().mean().sqrt() / (size.clamp(min=1) if wanted.dim() == 1 else size))

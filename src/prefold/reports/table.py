@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +13,7 @@ from rich.text import Text
 from prefold.files import without_home
 from prefold.reports import read
 from prefold.reports.overall import overall
-from prefold.reports.read import NARROW_SPACE, Comparison, Number, read_run
+from prefold.reports.read import NARROW_SPACE, Comparison, Number, Values, read_run
 from prefold.reports.tasks import TaskRow, TaskTable, task_table
 
 STYLES: dict[read.Outcome, str] = {
@@ -93,6 +93,29 @@ def _places(run_folder: Path) -> Table | None:
         if path.exists():
             table.add_row(plain(label), plain(read.readable(without_home(str(path)))))
     return table if table.row_count else None
+
+
+def print_published(outcome: Values) -> None:
+    """Args: outcome: the content of `publish.json`, or of a dry run."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right")
+    for file in outcome["files"]:
+        table.add_row(plain(file["name"]), plain(_size(file["bytes"])))
+    total = sum(file["bytes"] for file in outcome["files"])
+    table.add_row(plain("total", "dim"), plain(_size(total), "dim"))
+    console = Console(highlight=False)
+    console.print(table)
+    for label, place in (("Hub", outcome["hub_model_id"]), ("folder", outcome["folder"])):
+        if place:
+            console.print(plain(f"to {label}: {place}"))
+
+
+def _size(number: int) -> str:
+    for unit, large in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= large:
+            return f"{number / large:.1f} {unit}"
+    return f"{number} B"
 
 
 def plain(text: str, style: str = "") -> Text:

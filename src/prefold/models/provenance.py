@@ -1,0 +1,47 @@
+"""Where a base model and data sets come from, and under which licence, as the base's own card says it: what a model
+card needs to know and the run folder would not hold otherwise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.repocard import metadata_load
+
+from prefold.models.fetch import PACKAGES, fetch
+from prefold.recipe import Data, Model
+
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def provenance(model: Model, data: Data) -> dict[str, Any]:
+    """`{"base": {"hub_id", "revision", "license", ...}, "data_sets": Hub ids}`; None or no key for what is unknown."""
+    data_sets = [source.path for source in data.train if _on_hub(source.path)]
+    return {"base": _base(model), "data_sets": list(dict.fromkeys(data_sets))}
+
+
+def _base(model: Model) -> dict[str, Any]:
+    if model.name.startswith("pypi:"):
+        package = PACKAGES[model.name.removeprefix("pypi:").replace(" ", "")]
+        return {"hub_id": package.hub_id, "revision": None, "license": package.licence.lower()}
+    known = _card(fetch(model.name, model.revision))
+    licence = {name: known[name] for name in LICENCE_FIELDS if isinstance(known.get(name), str)}
+    return {"hub_id": model.name if _on_hub(model.name) else None, "revision": model.revision, **licence}
+
+
+def _on_hub(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """What the head of a model's card says; nothing where there is none, or none that can be read."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
