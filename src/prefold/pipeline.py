@@ -21,6 +21,7 @@ import yaml
 from prefold import stages
 from prefold.errors import StageError, UserError
 from prefold.files import read_json, require_writable, write_text
+from prefold.plan.memory import bytes_of
 from prefold.recipe import RecipeBase, as_dict, dump_recipe, load_recipe
 from prefold.stages import CheckReport
 from prefold.terminal import say
@@ -64,14 +65,27 @@ RECORDS = (*WHILE_TRAINING, "timing.jsonl", "run.log", "recipe.yaml", "trained",
 # ---- the API ----------------------------------------------------------------------------------------------------
 
 
-def check(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, reference: bool = False) -> CheckReport:
+def check(
+    recipe: str | RecipeBase,
+    overrides: Sequence[str] = (),
+    *,
+    reference: bool = False,
+    device_memory: str | None = None,
+    measure: bool = False,
+) -> CheckReport:
     """What would be trained on, what is wrong with it and what it would take; writes nothing.
 
     Args:
         reference: load the model and say how far it tells chosen from rejected already.
+        device_memory: of a GPU to plan for, e.g. `24GB`; unset: this machine.
+        measure: time the engine on this machine for some seconds, to say how long the run will take.
     """
+    if device_memory and measure:
+        what = "times are measured on this machine, and the plan is for another"
+        raise UserError(what, where="`--measure`", advice="leave it or `--device-memory` out")
     stages.forget_data()
-    return stages.examine(_recipe(recipe, overrides), reference)
+    room = bytes_of(device_memory) if device_memory else None
+    return stages.examine(_recipe(recipe, overrides), reference, room, measure)
 
 
 def run(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:

@@ -29,10 +29,13 @@ from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import cache_folder, new_folder, read_json, write_json, write_jsonl
 from prefold.models.adapters import load_policy, load_start
+from prefold.models.fetch import fetch
 from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
 from prefold.models.merge import merge_adapter, remarks, save_and_check
+from prefold.plan.plan import Plan, make_plan
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.html import write_report
+from prefold.reports.plan import in_two_lines
 from prefold.rollouts.candidates import column_names
 from prefold.rollouts.completions import Group, prompts_of, sample, scored_groups
 from prefold.rollouts.generate import answer
@@ -68,7 +71,7 @@ class CheckReport:
 
     prepared: Prepared
     tokenizer: PreTrainedTokenizerBase
-    plan: dict[str, Any]
+    plan: Plan
     separation: dict[str, Any] | None = None
 
     @property
@@ -76,12 +79,11 @@ class CheckReport:
         return all(finding.severity != "error" for finding in self.prepared.report.findings)
 
     def as_json(self) -> dict[str, Any]:
-        fingerprints = {"train": fingerprint(self.prepared.train), "held_out": fingerprint(self.prepared.held_out)}
         return {
             "ok": self.ok,
             **self.prepared.report.as_json(),
-            "fingerprint": fingerprints,
-            "plan": self.plan,
+            "fingerprint": fingerprints(self.prepared),
+            "plan": self.plan.as_json(),
             **({"separation": self.separation} if self.separation else {}),
             "examples": [self._shown(example) for example in self.prepared.train[:EXAMPLES_SHOWN]],
         }
@@ -94,16 +96,35 @@ class CheckReport:
         return {"row": asdict(example.record.origin), "prompt": prompt, "completions": completions, "tokens": tokens}
 
 
-def examine(recipe: RecipeBase, reference: bool = False) -> CheckReport:
-    """Read and count the data; with `reference`, score pairs by the model as well."""
-    tokenizer = tokenizer_of(recipe.model)
-    prepared = _read_once(recipe, tokenizer)
+def examine(
+    recipe: RecipeBase, reference: bool = False, device_memory: int | None = None, measure: bool | None = False
+) -> CheckReport:
+    """Read and count the data, and plan the run; with `reference`, score pairs by the model as well.
+
+    Args:
+        device_memory: bytes of a GPU to plan for; unset: this machine.
+        measure: time what a step does on this machine; None: if that takes less than the run.
+    """
+    prepared = _read_and_check(recipe)
+    order = _order(recipe, len(prepared.train))
+    train, held_out = list(prepared.train.lengths), list(prepared.held_out.lengths)
+    plan = make_plan(recipe, train, held_out, order, device_memory, measure)
+    report = prepared.report
+    everything = by_severity([*report.findings, *plan.findings()])
+    prepared = replace(prepared, report=replace(report, findings=everything))
+    found = CheckReport(prepared, tokenizer_of(recipe.model), plan)
+    return _with_separation(recipe, found) if reference else found
+
+
+def _read_and_check(recipe: RecipeBase) -> Prepared:
+    prepared = _read_once(recipe, tokenizer_of(recipe.model))
     if _samples(recipe):
         _rewards(recipe, column_names(prompts_of(prepared.train)))
-    steps = len(_order(recipe, len(prepared.train)))
-    plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": recipe.train.max_tokens}
-    found = CheckReport(prepared, tokenizer, plan)
-    return _with_separation(recipe, found) if reference else found
+    return prepared
+
+
+def fingerprints(prepared: Prepared) -> dict[str, str]:
+    return {"train": fingerprint(prepared.train), "held_out": fingerprint(prepared.held_out)}
 
 
 _last_read: dict[str, Prepared] = {}
@@ -137,12 +158,16 @@ def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
 
 
 def check(recipe: RecipeBase) -> None:
-    found = examine(recipe)
+    fetch(recipe.model.name, recipe.model.revision)
+    found = examine(recipe, measure=None)
     if not found.ok:
-        raise StageError("the data has errors; `prefold check` shows them")
+        errors = [finding.message for finding in found.prepared.report.findings if finding.severity == "error"]
+        raise StageError(f"this cannot be trained: {errors[0]}; `prefold check` shows it all")
     for finding in found.prepared.report.findings:
         if finding.severity == "warning":
             say(f"  warning: {finding.message}")
+    for line in in_two_lines(found.plan.as_json()):
+        say(f"  {line}")
     write_json(recipe.run_folder / "environment.json", environment())
     write_json(recipe.run_folder / "data.json", found.as_json())
 
@@ -428,14 +453,14 @@ def _prepared(recipe: RecipeBase) -> Prepared:
     Raises:
         UserError: a file has changed since.
     """
-    found = examine(recipe)
-    if found.as_json()["fingerprint"] != read_json(recipe.run_folder / "data.json")["fingerprint"]:
+    found = _read_and_check(recipe)
+    if fingerprints(found) != read_json(recipe.run_folder / "data.json")["fingerprint"]:
         raise UserError(
             "the data is not what it was when this run began",
             where=recipe.output_dir,
             advice="restore the files, take another `output_dir`, or `--fresh` to start over",
         )
-    return found.prepared
+    return found
 
 
 def _sample_trees(examples: Examples) -> list[TokenTree]:
