@@ -62,6 +62,12 @@ def check(
         bool,
         typer.Option("--reference", help="Score pairs by the model: which are learnt already, which look flipped."),
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time this machine for some seconds: how long the run will take.")
+    ] = False,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Plan for a GPU of so much memory, e.g. 24GB, instead of this machine.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -70,7 +76,7 @@ def check(
     from prefold.reports.check import print_check
     from prefold.reports.html import write_check
 
-    found = prefold.check(recipe, overrides or [], reference=reference)
+    found = prefold.check(recipe, overrides or [], reference=reference, device_memory=device_memory, measure=measure)
     facts = found.as_json()
     if html:
         write_check(html, recipe, facts)

@@ -1,5 +1,5 @@
-"""The run folder and its stages, in order: check, train, merge, evaluate, report; where the recipe says so, other models
-are compared and a judge is asked before the report, and the result is published after it.
+"""The run folder and its stages, in order: check, train, merge, evaluate, report. Where the recipe says so, other
+models are compared and a judge is asked before the report, and the result is published after it.
 
 A stage is done when its outputs exist; each of them appears under its final name only when it is whole, so a run that
 is stopped anywhere goes on from there. What the stages do is in `stages.py`. The functions without an underscore are
@@ -22,6 +22,7 @@ import yaml
 from prefold import publishing, stages
 from prefold.errors import StageError, UserError
 from prefold.files import read_json, require_writable, sweep, write_text
+from prefold.plan.memory import bytes_of
 from prefold.publishing import require_ready, require_section
 from prefold.recipe import RecipeBase, as_dict, dump_recipe, load_recipe
 from prefold.stages import CheckReport
@@ -78,17 +79,30 @@ RECORDS = (*WHILE_TRAINING, *PUBLISHED, "timing.jsonl", "run.log", "trained", "a
 # ---- the API ----------------------------------------------------------------------------------------------------
 
 
-def check(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, reference: bool = False) -> CheckReport:
+def check(
+    recipe: str | RecipeBase,
+    overrides: Sequence[str] = (),
+    *,
+    reference: bool = False,
+    device_memory: str | None = None,
+    measure: bool = False,
+) -> CheckReport:
     """What would be trained on, what is wrong with it and what it would take; writes nothing.
 
     Args:
         reference: load the model and say how far it tells chosen from rejected already.
+        device_memory: of a GPU to plan for, e.g. `24GB`; unset: this machine.
+        measure: time the engine on this machine for some seconds, to say how long the run will take.
     """
+    if device_memory and measure:
+        what = "times are measured on this machine, and the plan is for another"
+        raise UserError(what, where="`--measure`", advice="leave it or `--device-memory` out")
     stages.forget_data()
     recipe = _recipe(recipe, overrides)
     stages.check_tasks(recipe)
     require_ready(recipe)
-    return stages.examine(recipe, reference)
+    room = bytes_of(device_memory) if device_memory else None
+    return stages.examine(recipe, reference, room, measure)
 
 
 def run(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:

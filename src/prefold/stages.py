@@ -43,14 +43,17 @@ from prefold.evaluation.win_rate import Compares, measure_win_rate, open_judge
 from prefold.files import cache_folder, new_folder, read_json, read_jsonl, write_json, write_jsonl
 from prefold.inputs import inputs_of, require_unchanged, row_list
 from prefold.models.adapters import load_policy, load_start
+from prefold.models.fetch import fetch
 from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
 from prefold.models.merge import merge_adapter, remarks, save_and_check
 from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart
+from prefold.plan.plan import Plan, make_plan
 from prefold.publishing import publish_run, require_ready, require_section
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.card import write_card
 from prefold.reports.html import write_report
+from prefold.reports.plan import in_two_lines
 from prefold.rollouts.candidates import column_names
 from prefold.rollouts.completions import Group, prompts_of, sample, scored_groups
 from prefold.rollouts.generate import answer
@@ -87,13 +90,11 @@ STAND_IN = 32
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `prefold check` found. `ok` is False if a finding is an error; `inputs` are fingerprints of what a run reads
-    beside its data; `separation` is there on request."""
+    """What `prefold check` found. `ok` is False if a finding is an error; `separation` is there on request."""
 
     prepared: Prepared
     tokenizer: PreTrainedTokenizerBase
-    plan: dict[str, Any]
-    inputs: dict[str, str]
+    plan: Plan
     separation: dict[str, Any] | None = None
 
     @property
@@ -101,12 +102,11 @@ class CheckReport:
         return all(finding.severity != "error" for finding in self.prepared.report.findings)
 
     def as_json(self) -> dict[str, Any]:
-        fingerprints = {"train": fingerprint(self.prepared.train), "held_out": fingerprint(self.prepared.held_out)}
         return {
             "ok": self.ok,
             **self.prepared.report.as_json(),
-            "fingerprint": {**fingerprints, **self.inputs},
-            "plan": self.plan,
+            "fingerprint": fingerprints(self.prepared),
+            "plan": self.plan.as_json(),
             **({"separation": self.separation} if self.separation else {}),
             "examples": [self._shown(example) for example in self.prepared.train[:EXAMPLES_SHOWN]],
         }
@@ -119,19 +119,43 @@ class CheckReport:
         return {"row": asdict(example.record.origin), "prompt": prompt, "completions": completions, "tokens": tokens}
 
 
-def examine(recipe: RecipeBase, reference: bool = False) -> CheckReport:
-    """Read and count the data; with `reference`, score pairs by the model as well."""
-    tokenizer = tokenizer_of(recipe.model)
-    prepared = _read_once(recipe, tokenizer)
+def examine(
+    recipe: RecipeBase, reference: bool = False, device_memory: int | None = None, measure: bool | None = False
+) -> CheckReport:
+    """Read and count the data, and plan the run; with `reference`, score pairs by the model as well.
+
+    Args:
+        device_memory: bytes of a GPU to plan for; unset: this machine.
+        measure: time what a step does on this machine; None: if that takes less than the run.
+    """
+    prepared = _read_and_check(recipe)
+    order = _order(recipe, len(prepared.train))
+    train, held_out = list(prepared.train.lengths), list(prepared.held_out.lengths)
+    plan = make_plan(recipe, train, held_out, order, device_memory, measure)
+    report = prepared.report
+    everything = by_severity([*report.findings, *plan.findings()])
+    prepared = replace(prepared, report=replace(report, findings=everything))
+    found = CheckReport(prepared, tokenizer_of(recipe.model), plan)
+    return _with_separation(recipe, found) if reference else found
+
+
+def _read_and_check(recipe: RecipeBase) -> Prepared:
+    prepared = _read_once(recipe, tokenizer_of(recipe.model))
     if _samples(recipe):
         _rewards(recipe, column_names(prompts_of(prepared.train)))
     if recipe.evaluate.win_rate:
-        _judge(recipe, tokenizer)
+        _judge(recipe, tokenizer_of(recipe.model))
     require_models(recipe.evaluate.compare_with)
-    steps = len(_order(recipe, len(prepared.train)))
-    plan = {"optimizer_steps": steps, "batch_size": recipe.train.batch_size, "max_tokens": recipe.train.max_tokens}
-    found = CheckReport(prepared, tokenizer, plan, inputs_of(recipe))
-    return _with_separation(recipe, found) if reference else found
+    return prepared
+
+
+def fingerprints(prepared: Prepared) -> dict[str, str]:
+    return {"train": fingerprint(prepared.train), "held_out": fingerprint(prepared.held_out)}
+
+
+def _as_read(recipe: RecipeBase, prepared: Prepared) -> dict[str, Any]:
+    """What a run must find unchanged when it goes on: its data, and what it reads beside it."""
+    return {**prepared.report.as_json(), "fingerprint": {**fingerprints(prepared), **inputs_of(recipe)}}
 
 
 _last_read: dict[str, Prepared] = {}
@@ -167,14 +191,18 @@ def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
 def check(recipe: RecipeBase) -> None:
     check_tasks(recipe)
     require_ready(recipe)
-    found = examine(recipe)
+    fetch(recipe.model.name, recipe.model.revision)
+    found = examine(recipe, measure=None)
     if not found.ok:
-        raise StageError("the data has errors; `prefold check` shows them")
+        errors = [finding.message for finding in found.prepared.report.findings if finding.severity == "error"]
+        raise StageError(f"this cannot be trained: {errors[0]}; `prefold check` shows it all")
     for finding in found.prepared.report.findings:
         if finding.severity == "warning":
             say(f"  warning: {finding.message}")
+    for line in in_two_lines(found.plan.as_json()):
+        say(f"  {line}")
     write_json(recipe.run_folder / "environment.json", environment())
-    write_json(recipe.run_folder / "data.json", found.as_json())
+    write_json(recipe.run_folder / "data.json", {**found.as_json(), **_as_read(recipe, found.prepared)})
 
 
 PACKAGES = (
@@ -580,9 +608,9 @@ def _prepared(recipe: RecipeBase) -> Prepared:
     Raises:
         UserError: the data, or another file that the run reads, has changed since.
     """
-    found = examine(recipe)
-    require_unchanged(read_json(recipe.run_folder / "data.json"), found.as_json(), recipe.output_dir)
-    return found.prepared
+    prepared = _read_and_check(recipe)
+    require_unchanged(read_json(recipe.run_folder / "data.json"), _as_read(recipe, prepared), recipe.output_dir)
+    return prepared
 
 
 def _sample_trees(examples: Examples) -> list[TokenTree]:

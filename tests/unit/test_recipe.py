@@ -184,7 +184,7 @@ def attributes_read() -> set[str]:
 
 
 def test_every_field_is_read_somewhere() -> None:
-    # `Sampling(**evaluate.model_dump(...))` and `Guards.actions` read these by name, the model card its tags from the run.
+    # `Sampling(**evaluate.model_dump(...))` and `Guards.actions` read these by name, the card its tags from the run.
     from prefold.rollouts.generate import Sampling
     from prefold.trainers.guards import AT_THE_END, GUARDS
 

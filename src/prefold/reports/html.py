@@ -24,6 +24,7 @@ from prefold.files import write_text
 from prefold.reports import read
 from prefold.reports.curves import DRAW_CURVES, curves, library
 from prefold.reports.overall import overall
+from prefold.reports.plan import change_title, memory_headings, memory_rows, plan_lines
 from prefold.reports.read import Number, RunRecord, Values, finite, interval, read_run, section
 from prefold.reports.rollouts import remarks, sampled
 from prefold.reports.tasks import score_table, task_table, win_rate_view
@@ -53,9 +54,17 @@ def write_check(path: Path, recipe: str, facts: Values) -> None:
     page = templates().get_template("check.html.j2")
     shown = read.cleaned({"recipe": recipe, "summary": ", ".join(said) or "Nothing odd was found."})
     try:
-        write_text(path, page.render(**shown, ok=facts["ok"], data=data_tables(read.cleaned(facts))))
+        plan = plan_tables(facts["plan"])
+        write_text(path, page.render(**shown, ok=facts["ok"], data=data_tables(read.cleaned(facts)), plan=plan))
     except OSError as error:
         raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from None
+
+
+def plan_tables(plan: Values) -> Values:
+    """What the page shows of a plan."""
+    change = plan["change"] and {"title": change_title(plan), "yaml": plan["change"]["yaml"]}
+    phases = memory_headings(plan)[1:]
+    return {"phases": phases, "parts": list(memory_rows(plan)), "lines": plan_lines(plan), "change": change}
 
 
 def render(run: RunRecord) -> str:

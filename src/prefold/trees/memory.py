@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -33,24 +34,31 @@ def keep_allocations() -> None:
 
 
 def auto_max_tokens(model: PreTrainedModel, gradient_checkpointing: bool) -> int:
-    """The token budget for a model on its device, by the device's total memory, so that it is the same in every run.
-
-    On an accelerator, half of what the weights leave is divided by the activations of a token. That is a start, not a
-    promise: a budget that turns out too large is halved on the way.
-    """
+    """The token budget for a model on its device, by the device's total memory, so that it is the same in every run."""
     if model.device.type != "cuda":
         return CPU_TOKENS
-    config = model.config.get_text_config()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    return budget_for(model.config, weights, total, gradient_checkpointing)
+
+
+def budget_for(config: Any, weights: int, total: int, gradient_checkpointing: bool) -> int:
+    """The token budget on an accelerator of `total` bytes for a model whose weights take `weights`.
+
+    Half of what the weights leave is divided by the activations of a token. That is a start, not a promise: a budget
+    that turns out too large is halved on the way.
+    """
+    room = 0.5 * (total - weights)
+    return max(LEAST, min(MOST, int(room / token_bytes(config, gradient_checkpointing)) // 256 * 256))
+
+
+def token_bytes(config: Any, gradient_checkpointing: bool) -> int:
+    """Activations of a token in half precision, roughly, for any decoder."""
+    config = config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = (14 * config.hidden_size + 6 * inner) * 2
-    token = (
-        config.hidden_size * 2 * config.num_hidden_layers + layer
-        if gradient_checkpointing
-        else layer * config.num_hidden_layers
-    )
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    room = 0.5 * (torch.cuda.get_device_properties(model.device).total_memory - weights)
-    return max(LEAST, min(MOST, int(room / token) // 256 * 256))
+    kept = config.hidden_size * 2 * config.num_hidden_layers
+    return int(kept + layer if gradient_checkpointing else layer * config.num_hidden_layers)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

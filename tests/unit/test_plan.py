@@ -1,0 +1,436 @@
+"""The plan of a run: parts of memory by hand, from a configuration alone, and changes that can be pasted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SHAPE, random_trees, tiny_llama
+from tiny_tokenizer import CHATML, make_tokenizer
+from transformers import AutoConfig, PreTrainedConfig
+
+import prefold
+from prefold.errors import UserError
+from prefold.pipeline import check
+from prefold.plan.blueprint import Blueprint
+from prefold.plan.live import LiveBytes
+from prefold.plan.memory import Machine, bytes_of
+from prefold.plan.passes import ON_GPU, scoring_pass, training_pass
+from prefold.plan.plan import Plan, Planner
+from prefold.plan.work import Steps, Tokens, with_completions
+from prefold.recipe import RecipeBase, make_recipe
+from prefold.trees.attention import lower_right
+from prefold.trees.packing import TokenTree
+from prefold.trees.scorer import Scorer
+
+D, INNER, LAYERS, HEADS, KEYS = 32, 48, 3, 4, 16
+"""Width, of the MLP, layers, heads, and width of the keys of the tiny model."""
+RANK = 4
+GB = 10**9
+TREES = [(30, 20, 25), (10, 12, 9), (40, 8, 30), (22, 17, 31)]
+
+
+def values(method: str = "dpo", **changes: Any) -> dict[str, Any]:
+    recipe: dict[str, Any] = {
+        "method": method,
+        "model": {"name": "unused", "dtype": "float32"},
+        "lora": {"r": RANK},
+        "data": {"train": [{"path": "unused"}]},
+        "train": {"batch_size": 2},
+        "output_dir": "runs/planned",
+    }
+    for name, change in changes.items():
+        before = recipe.get(name)
+        recipe[name] = {**before, **change} if isinstance(before, dict) and isinstance(change, dict) else change
+    return recipe
+
+
+def recipe_of(method: str = "dpo", **changes: Any) -> RecipeBase:
+    return make_recipe(values(method, **changes))
+
+
+def config_of(**changes: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model("llama", **{**SHAPE, **changes})
+
+
+def seven_billion() -> PreTrainedConfig:
+    """The shape of Llama 3 8B."""
+    return AutoConfig.for_model(
+        "llama",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    )
+
+
+def planner(
+    recipe: RecipeBase, config: PreTrainedConfig, machine: Machine, trees: Sequence[tuple[int, ...]] = TREES
+) -> Planner:
+    trees = with_completions(recipe, trees)
+    size = recipe.train.batch_size
+    order = [range(start, min(start + size, len(trees))) for start in range(0, len(trees), size)]
+    return Planner(recipe, config, machine, Steps(trees, order), trees[:2])
+
+
+def plan_of(
+    recipe: RecipeBase, config: PreTrainedConfig | None = None, machine: Machine | None = None, **settings: Any
+) -> Plan:
+    return planner(recipe, config or config_of(), machine or Machine("cpu", 100 * GB, 0), **settings).plan()
+
+
+# ---- by hand ----------------------------------------------------------------------------------------------------
+
+LINEAR = {"q": D * D, "k": D * KEYS, "v": D * KEYS, "o": D * D, "gate": D * INNER, "up": D * INNER, "down": D * INNER}
+LORA = RANK * (2 * (D + D) + 2 * (D + KEYS) + 3 * (D + INNER)) * LAYERS
+VOCABULARY = SHAPE["vocab_size"] * D
+PARAMETERS = LAYERS * (sum(LINEAR.values()) + 2 * D) + 2 * VOCABULARY + D
+
+
+def test_parts_by_hand() -> None:
+    parts = plan_of(recipe_of()).memory["train"]
+    assert parts["weights"] == 4 * PARAMETERS
+    assert parts["adapter"] == parts["gradients"] == 4 * LORA
+    assert parts["optimizer"] == pytest.approx(8 * LORA, rel=1e-3)
+    assert parts["reference"] == 0
+
+
+def test_full_fine_tuning_by_hand() -> None:
+    plan = plan_of(recipe_of(lora="none", dpo={"beta": 0.1}, model={"dtype": "bfloat16"}))
+    parts = plan.memory["train"]
+    assert plan.trained == plan.parameters == PARAMETERS
+    assert parts["weights"] == parts["gradients"] == 4 * PARAMETERS
+    assert parts["adapter"] == 0
+    assert plan.disk.merged == 2 * PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("optim", "a_number"), [("adamw_torch", 8), ("sgd", 0), ("adamw_8bit", 2), ("lion_32bit", 4), ("adafactor", 0)]
+)
+def test_optimizer_states(optim: str, a_number: float) -> None:
+    if optim.endswith("bit"):
+        pytest.importorskip("bitsandbytes")
+    parts = plan_of(recipe_of(train={"optim": optim})).memory["train"]
+    assert parts["optimizer"] == pytest.approx(a_number * LORA, rel=0.03, abs=0.05 * LORA)
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_linear"),
+    [
+        ({"load_in_4bit": True}, 0.5 + 4 / 64),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, 0.5 + 1 / 64 + 4 / 64 / 256),
+        ({"load_in_8bit": True}, 1.0),
+    ],
+)
+def test_quantised_weights_by_hand(settings: dict[str, Any], of_linear: float) -> None:
+    pytest.importorskip("bitsandbytes")
+    parts = plan_of(recipe_of(model=settings)).memory["train"]
+    whole = PARAMETERS - LAYERS * sum(LINEAR.values())
+    rows = 4 * LAYERS * (D + KEYS + KEYS + D + INNER + INNER + D) if "load_in_8bit" in settings else 0
+    wanted = 4 * whole + of_linear * LAYERS * sum(LINEAR.values()) + rows
+    assert parts["weights"] == pytest.approx(wanted, rel=5e-3)  # a small matrix rounds its scales up
+
+
+def test_what_a_layer_keeps_by_hand() -> None:
+    """Two norms keep their input and one number, the products of a layer their inputs and the inner states of LoRA,
+    attention its queries, keys, values, outputs and normalisers, the MLP both halves of the gate and their product."""
+    tree = (50, 30, 20)
+    floats = 4 * D + 2 + 2 * D + 2 * KEYS + HEADS + 4 * INNER + 7 * RANK
+    three, four = (
+        sum(
+            training_pass(
+                Blueprint(recipe_of(), config_of(num_hidden_layers=layers), torch.float32), [tree], 512, JOINED
+            )
+        )
+        for layers in (3, 4)
+    )
+    assert four - three == pytest.approx(4 * floats * sum(tree), rel=0.01)
+
+
+JOINED = "prefold_joined"
+
+
+def test_checkpointing_keeps_the_input_of_each_layer() -> None:
+    tree = (50, 30, 20)
+    recipe = recipe_of(train={"gradient_checkpointing": True})
+    three, four = (
+        sum(training_pass(Blueprint(recipe, config_of(num_hidden_layers=layers), torch.float32), [tree], 512, JOINED))
+        for layers in (3, 4)
+    )
+    assert four - three == pytest.approx(4 * D * sum(tree), rel=0.01)
+
+
+def test_the_head_is_a_chunk_and_its_gradient() -> None:
+    scored = 10
+    _, head = training_pass(Blueprint(recipe_of(), config_of(), torch.float32), [(20, 6, 4)], 512, JOINED)
+    logits, jacobian = 4 * scored * SHAPE["vocab_size"], 4 * scored * D
+    # The logits become the exponentials in place; the pull and the expected row stand beside the gradient.
+    assert logits + jacobian <= head <= logits + 5 * jacobian
+
+
+def test_dropout_and_dora_take_more() -> None:
+    def activations(**lora: Any) -> int:
+        return plan_of(recipe_of(lora={"r": RANK, **lora})).memory["train"]["activations"]
+
+    assert activations() < activations(lora_dropout=0.1)
+    assert activations() < activations(use_dora=True)
+
+
+def test_rollouts_by_hand() -> None:
+    """Two prompts of 40 tokens at most with four completions of 16 each; the weights once folded, once reordered."""
+    recipe = recipe_of(
+        "grpo", rewards=[{"name": "length", "target": 8}], grpo={"num_generations": 4, "max_completion_length": 16}
+    )
+    parts = plan_of(recipe).memory["rollouts"]
+    states = LAYERS * 2 * KEYS * 4
+    assert parts["cache"] == 2 * (40 + 4 * 16) * states + 2 * 4 * LAYERS * sum(LINEAR.values())
+    assert parts["optimizer"] > 0
+
+
+@pytest.mark.parametrize(("device", "models"), [("cpu", 2), ("cuda", 1)])
+def test_merging_holds_one_model_on_a_gpu(device: str, models: int) -> None:
+    parts = plan_of(recipe_of(), machine=Machine(device, 100 * GB, 0)).memory["merge"]
+    assert parts["weights"] == models * 4 * PARAMETERS
+
+
+def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    given = values(model={"adapter": str(tmp_path)})
+    del given["lora"]
+    parts = plan_of(make_recipe(given)).memory["train"]
+    assert parts["reference"] == parts["adapter"] == 4 * RANK * 2 * D * LAYERS
+
+
+# ---- tokens and FLOPs -------------------------------------------------------------------------------------------
+
+
+def test_tokens_by_hand() -> None:
+    assert Tokens.of([(3, 2, 1), (4,)]) == Tokens(unique=10, plain=13, scored=3, attended=6 + 6 + 3 + 3 + 1 + 10)
+
+
+def test_the_order_counts_a_tree_as_often_as_it_is_drawn() -> None:
+    steps = Steps([(3, 2, 1), (5, 1, 1)], [[0, 1], [0]])
+    assert steps.tokens(False).unique == 2 * 6 + 7
+    assert steps.fullest_row(100, packed=True) == [(3, 2, 1), (5, 1, 1)]
+
+
+def test_flops_by_hand() -> None:
+    """One tree of a prompt and one token, so that attention is next to nothing."""
+    plan = planner(recipe_of("orpo"), config_of(), Machine("cpu", GB, 0), [(1, 1, 1)]).plan()
+    layers = 2 * 3 * (2 * LAYERS * sum(LINEAR.values()) + 3 * LORA)
+    head = 2 * 2 * 2 * VOCABULARY
+    attention = 2 * (1 + 2 + 2) * D * LAYERS * 7
+    assert plan.flops == layers + head + attention
+
+
+def test_plain_path_counts_every_copy_of_a_prompt() -> None:
+    packed, plain = (plan_of(recipe_of(model={"attn_implementation": one})) for one in ("trees", "sdpa"))
+    assert packed.tokens < plain.tokens == packed.plain_tokens
+    assert packed.memory["train"]["activations"] < plain.memory["train"]["activations"]
+
+
+# ---- what fits --------------------------------------------------------------------------------------------------
+
+
+def test_memory_grows_with_the_budget() -> None:
+    trees = [(30, 20, 25)] * 16
+    recipe = {"batch_size": 16}
+    peaks = [
+        plan_of(recipe_of(train={**recipe, "max_tokens": budget}), trees=trees).peaks["train"]
+        for budget in (75, 150, 300, 1200)
+    ]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1]
+
+
+def test_the_largest_budget_fits_and_no_larger_one() -> None:
+    trees = [(100, 60, 40)] * 64
+    config = config_of()
+    whole = plan_of(recipe_of(train={"batch_size": 64, "max_tokens": 100_000}), config, trees=trees)
+    machine = Machine("cpu", whole.peaks["train"] * 2 // 3, 0)
+
+    def train_at(budget: int) -> Plan:
+        recipe = recipe_of(train={"batch_size": 64, "max_tokens": budget})
+        return planner(recipe, config, machine, trees).plan()
+
+    largest = train_at(1000).largest_budget
+    assert largest is not None
+    assert train_at(largest).peaks["train"] <= machine.memory
+    assert train_at(largest + largest // 5).peaks["train"] > machine.memory
+
+
+def test_a_model_of_eight_billion_from_its_configuration_alone() -> None:
+    started = time.process_time()
+    recipe = recipe_of(model={"dtype": "bfloat16", "load_in_4bit": True}, lora={"r": 16})
+    plan = plan_of(recipe, seven_billion(), Machine("cuda", 24 * GB, 0), trees=[(400, 300, 280)] * 8)
+    assert time.process_time() - started < 10  # about 2 where nothing else runs
+    assert plan.parameters == 8_030_261_248
+    assert plan.trained == 41_943_040
+    assert 5.5 * GB < plan.weights < 6.5 * GB
+    assert plan.packed
+    assert max(plan.peaks.values()) == plan.peak < 24 * GB
+
+
+def test_what_is_suggested_can_be_pasted_and_fits(tmp_path: Path) -> None:
+    lines = [
+        "method: dpo",
+        "model:",
+        "  name: unused",
+        "train:",
+        "  batch_size: 8",
+        "merge:",
+        "  dtype: bfloat16",
+        "data: {train: [{path: unused}]}",
+        "output_dir: runs/planned",
+    ]
+    file = tmp_path / "recipe.yaml"
+    file.write_text("\n".join(lines))
+    machine, trees = Machine("cuda", 24 * GB, 0), [(700, 600, 500)] * 8
+    first = planner(prefold.load_recipe(str(file)), seven_billion(), machine, trees)
+    found = first.with_change(first.plan())
+    assert not found.fits
+    assert found.change is not None and found.change.fits
+    section = ""
+    for line in found.change.yaml.splitlines():
+        if not line.startswith(" "):
+            section = line
+        elif section in lines:
+            lines.insert(lines.index(section) + 1, line)
+        else:
+            lines += [section, line]
+    file.write_text("\n".join(lines))
+    pasted = prefold.load_recipe(str(file))
+    assert planner(pasted, seven_billion(), machine, trees).plan().fits
+    file.write_text("\n".join(line for line in lines if line.strip() not in found.change.yaml))
+    overridden = prefold.load_recipe(str(file), found.change.overrides)
+    assert planner(overridden, seven_billion(), machine, trees).plan().fits
+
+
+def test_too_little_for_the_weights_is_an_error_and_for_the_rest_a_warning() -> None:
+    recipe = recipe_of()
+    peak = plan_of(recipe).peak
+    severities = [
+        [finding.severity for finding in plan_of(recipe, machine=Machine("cpu", memory, 0)).findings()]
+        for memory in (2 * peak, peak - 1, 4 * PARAMETERS - 1)
+    ]
+    assert severities == [[], ["warning"], ["error"]]
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 * GB), ("79.6 GiB", int(79.6 * 2**30)), ("800MB", 8 * 10**8)])
+def test_amounts_of_memory(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "GB", "-3GB", "24", "24 elephants", "0GB"])
+def test_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(UserError, match="--device-memory"):
+        bytes_of(text)
+
+
+# ---- the pass on tensors without contents -----------------------------------------------------------------------
+
+
+def test_live_bytes_counts_what_is_held() -> None:
+    given = torch.zeros(10)
+    with LiveBytes([given]) as live:
+        first = given + 1
+        view = first[2:]
+        second = torch.cat([view, view])
+        assert live.now == 4 * (10 + 16)
+        del first, view
+        second.add_(1)
+    assert (live.now, live.peak) == (4 * 16, 4 * 26)
+
+
+def test_planned_activations_are_those_of_the_real_pass() -> None:
+    """The same count on real tensors."""
+    config, tree = config_of(), TokenTree((1,) * 40, ((2,) * 20, (3,) * 30))
+    model = tiny_llama()
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    scorer = Scorer(model, 512, JOINED)
+    resident = [*model.parameters(), *(weight.grad for weight in model.parameters()), *model.buffers()]
+    with scorer.in_place(), LiveBytes([tensor.detach() for tensor in resident if tensor is not None]) as live:
+        scorer.score([tree]).tokens.sum().backward()
+    blueprint = Blueprint(recipe_of(lora="none"), config, torch.float32)
+    assert sum(training_pass(blueprint, [(40, 20, 30)], 512, JOINED)) == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "phi3", "mixtral", "mamba", "falcon_h1"])
+def test_every_family_has_a_plan(family: str) -> None:
+    """Those whose passes depend on their contents are planned roughly, and none of them fails."""
+    changes = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma2" else {}
+    config = AutoConfig.for_model(family, **{**SHAPE, "num_hidden_layers": 4, "pad_token_id": 0, **changes})
+    plan = plan_of(recipe_of(), config)
+    assert plan.memory["train"]["activations"] > 0
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "kto", "simpo", "sft"])
+@pytest.mark.parametrize("attention", [JOINED, ON_GPU, None])
+def test_every_pass_can_be_performed(method: str, attention: str | None) -> None:
+    blueprint = Blueprint(recipe_of(method), config_of(), torch.bfloat16)
+    assert min(training_pass(blueprint, TREES[:1], 512, attention)) >= 0
+    assert scoring_pass(blueprint, torch.float32, TREES[:1], 512, attention) > 0
+
+
+def test_nothing_without_contents_is_left_behind() -> None:
+    """Masks are cached by shape; one that a plan made must not serve a real pass."""
+    config = AutoConfig.for_model("mistral", **SHAPE, sliding_window=8)
+    training_pass(Blueprint(recipe_of(), config, torch.float32), TREES[:1], 512, JOINED)
+    assert lower_right.cache_info().currsize == 0
+    scorer = Scorer(tiny_llama(), 512, "prefold_segments")
+    assert torch.isfinite(scorer.score(random_trees(2)).tokens).all()
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> str:
+    """A recipe whose model is a configuration and a tokenizer."""
+    tokenizer = make_tokenizer(CHATML, bos="<|im_start|>")
+    config_of(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"Say {i}", "chosen": f"WORD {i}!", "rejected": f"word {i}"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = values(
+        model={"name": str(tmp_path / "model")},
+        data={"train": [{"path": str(tmp_path / "pairs.jsonl")}]},
+        output_dir=str(tmp_path / "run"),
+    )
+    (tmp_path / "recipe.yaml").write_text(json.dumps(given))
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_check_plans_without_weights(recipe_file: str) -> None:
+    plan = check(recipe_file, ["train.max_tokens=256"]).as_json()["plan"]
+    assert plan["optimizer_steps"] == 9 and plan["batch_size"] == 2 and plan["max_tokens"] == 256
+    assert plan["device"] == "cpu" and plan["fits"]
+    assert plan["peak"] == max(plan["peaks"].values()) == max(sum(parts.values()) for parts in plan["memory"].values())
+    assert plan["memory"]["train"]["process"] > 10**8
+    assert json.loads(json.dumps(plan)) == plan
+
+
+def test_check_for_a_named_gpu(recipe_file: str) -> None:
+    found = check(recipe_file, device_memory="24GB")
+    assert found.plan.device == "cuda" and found.plan.at_hand == 24 * GB and found.plan.fits
+    small = check(recipe_file, device_memory="20MB")
+    assert [finding.kind for finding in small.prepared.report.findings if finding.kind == "memory"]
+    with pytest.raises(UserError, match="for another"):
+        check(recipe_file, device_memory="24GB", measure=True)
+
+
+def test_measuring_gives_seconds(recipe_file: str) -> None:
+    seconds = check(recipe_file, measure=True).plan.seconds
+    assert seconds is not None
+    assert set(seconds) == {"train", "reference", "evaluate"}
+    assert all(value >= 0 for value in seconds.values())
