@@ -40,10 +40,10 @@ from prefold.algorithms import (
     AOTUnpaired,
     APODown,
     APOZero,
+    BradleyTerry,
     DiscoPOP,
     Hinge,
     Mixed,
-    Reward,
     Robust,
     SigmoidNorm,
     SimPO,
@@ -489,7 +489,7 @@ def test_reward(which: str, coefficient: float | None, tmp_path: Path) -> None:
     )
     inputs = {"input_ids": torch.zeros(8, 1), "attention_mask": torch.ones(8, 1)}
     theirs = trainer.compute_loss(lambda **inputs: SimpleNamespace(logits=sides), inputs)
-    algorithm = Reward(center_rewards_coefficient=coefficient)
+    algorithm = BradleyTerry(center_rewards_coefficient=coefficient)
     output = algorithm.loss(policy, None)
     assert_same(output.loss["pairs"] / 4, theirs, policy.tokens, 1e-10)
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}

@@ -19,7 +19,7 @@ from prefold.algorithms.kto import KTO
 from prefold.algorithms.mixed import Mixed
 from prefold.algorithms.nca import NCA
 from prefold.algorithms.orpo import ORPO
-from prefold.algorithms.reward import Reward
+from prefold.algorithms.reward import BradleyTerry
 from prefold.algorithms.robust import Robust
 from prefold.algorithms.sft import SFT
 from prefold.algorithms.sigmoid_norm import SigmoidNorm
@@ -47,7 +47,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "cpo": CPO,
     "sft": SFT,
     "mixed": Mixed,
-    "reward": Reward,
+    "reward": BradleyTerry,
     "grpo": GRPO,
 }
 
@@ -70,6 +70,7 @@ __all__ = [
     "APODown",
     "APOZero",
     "Algorithm",
+    "BradleyTerry",
     "DiscoPOP",
     "Extreme",
     "Hinge",
@@ -77,7 +78,6 @@ __all__ = [
     "Mean",
     "Metric",
     "Mixed",
-    "Reward",
     "Robust",
     "SigmoidNorm",
     "SimPO",

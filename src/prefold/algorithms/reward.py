@@ -41,7 +41,7 @@ def reward_loss(chosen: Tensor, rejected: Tensor, *, center_rewards_coefficient:
 
 
 @dataclass(frozen=True)
-class Reward(Algorithm):
+class BradleyTerry(Algorithm):
     """Reward model: a head that scores conversations, for GRPO, best-of-n and `prefold pairs`"""
 
     center_rewards_coefficient: float | None = None

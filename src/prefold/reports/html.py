@@ -26,7 +26,7 @@ from prefold.reports.curves import DRAW_CURVES, curves, library
 from prefold.reports.overall import overall
 from prefold.reports.plan import change_title, memory_headings, memory_rows, plan_lines
 from prefold.reports.read import Number, RunRecord, Values, finite, interval, read_run, section
-from prefold.reports.rollouts import remarks, sampled
+from prefold.reports.rollouts import sampled
 from prefold.reports.tasks import score_table, task_table, win_rate_view
 
 REPORT = "report.html"
@@ -54,7 +54,7 @@ def write_check(path: Path, recipe: str, facts: Values) -> None:
     page = templates().get_template("check.html.j2")
     shown = read.cleaned({"recipe": recipe, "summary": ", ".join(said) or "Nothing odd was found."})
     try:
-        plan = plan_tables(facts["plan"])
+        plan = plan_tables(read.cleaned(facts["plan"]))
         write_text(path, page.render(**shown, ok=facts["ok"], data=data_tables(read.cleaned(facts)), plan=plan))
     except OSError as error:
         raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from None
@@ -86,7 +86,6 @@ def render(run: RunRecord) -> str:
         curves=drawn,
         metric_rows=metric_rows(run.metrics),
         rollouts=sampled(run),
-        remarks=remarks(run),
         steps=len(run.metrics),
         guarded=run.guards is not None,
         sightings=sightings(run.guards),

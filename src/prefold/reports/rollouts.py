@@ -1,17 +1,12 @@
 """What a model wrote while it trained on its own completions: the best and the worst by their rewards, so that a reward
-that is being gamed is seen, and what the metrics of all rollouts give away."""
+that is being gamed is seen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from prefold.reports import read
 from prefold.reports.read import Number, RunRecord, Values, finite, section
-
-NEARLY_ALL = 0.9
-OFTEN = 0.5
-"""Of the rollouts."""
 
 
 class Written(NamedTuple):
@@ -32,11 +27,6 @@ class Sampled(NamedTuple):
     prompt: list[tuple[str, str]]
     worst: Written
     best: Written
-
-
-class Remark(NamedTuple):
-    message: str
-    advice: str
 
 
 def sampled(run: RunRecord) -> list[Sampled]:
@@ -86,34 +76,3 @@ def _judged(group: Values) -> list[Values]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def remarks(run: RunRecord) -> list[Remark]:
-    """What went wrong with most of the rollouts, and what to do."""
-    limit = section(run.recipe, run.method).get("max_completion_length")
-    found = [
-        (
-            "frac_reward_zero_std",
-            "nearly all prompts had completions of equal rewards, from which nothing can be learned",
-            "read the completions: if none is ever rewarded, take easier prompts, more completions of each "
-            "(`num_generations`) or a reward that counts steps on the way; if all are, the model has learned it",
-        ),
-        (
-            "completions/clipped_ratio",
-            f"nearly all completions were cut off at `max_completion_length: {limit}`, before they ended",
-            "raise `max_completion_length`, or reward short completions; a model that never ends its turn may lack its "
-            "chat template",
-        ),
-    ]
-    return [
-        Remark(f"In {read.count(often).text} of {read.count(total).text} rollouts {what}.", advice)
-        for metric, what, advice in found
-        for often, total in [_how_often(run.metrics, metric)]
-        if total and often >= OFTEN * total
-    ]
-
-
-def _how_often(metrics: Sequence[Values], name: str) -> tuple[int, int]:
-    """In how many rollouts a share was near 1, and of how many."""
-    values = [value for row in metrics if (value := finite(row.get(name))) is not None]
-    return sum(value >= NEARLY_ALL for value in values), len(values)

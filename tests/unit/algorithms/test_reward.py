@@ -9,14 +9,14 @@ import torch
 from of_pairs import scored
 from preference_batches import metric_means
 
-from prefold.algorithms import Reward
+from prefold.algorithms import BradleyTerry
 from prefold.trainers.offline import value_of
 
 
 def test_numbers_by_hand() -> None:
     """Scores 2 and 0.5, then -1 and 1: differences 1.5 and -2. By a chosen score the gradient is -s(-difference)."""
     policy = scored([2.0, 0.5, -1.0, 1.0])
-    output = Reward().loss(policy, None)
+    output = BradleyTerry().loss(policy, None)
     assert output.loss["pairs"].item() == pytest.approx(math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(2.0)))
     (gradient,) = torch.autograd.grad(output.loss["pairs"], policy.tokens)
     first, second = 1 / (1 + math.exp(1.5)), 1 / (1 + math.exp(-2.0))
@@ -29,7 +29,7 @@ def test_numbers_by_hand() -> None:
 def test_centering_by_hand() -> None:
     """0.1 * (2 + 0.5)^2 is added, and 0.2 * 2.5 to both gradients."""
     policy = scored([2.0, 0.5])
-    output = Reward(center_rewards_coefficient=0.1).loss(policy, None)
+    output = BradleyTerry(center_rewards_coefficient=0.1).loss(policy, None)
     assert output.loss["pairs"].item() == pytest.approx(math.log(1 + math.exp(-1.5)) + 0.625)
     (gradient,) = torch.autograd.grad(output.loss["pairs"], policy.tokens)
     slope = 1 / (1 + math.exp(1.5))
@@ -37,7 +37,7 @@ def test_centering_by_hand() -> None:
 
 
 def test_extremes_of_a_step_that_came_in_parts() -> None:
-    parts = [Reward().loss(scored(scores), None).metrics for scores in ([2.0, 0.5], [-1.0, 1.0, 0.0, 0.2])]
+    parts = [BradleyTerry().loss(scored(scores), None).metrics for scores in ([2.0, 0.5], [-1.0, 1.0, 0.0, 0.2])]
     assert value_of([part["min_reward"] for part in parts]) == -1.0
     assert value_of([part["max_reward"] for part in parts]) == 2.0
     assert value_of([part["mean_reward"] for part in parts]) == pytest.approx(2.7 / 6)
@@ -45,4 +45,4 @@ def test_extremes_of_a_step_that_came_in_parts() -> None:
 
 def test_settings() -> None:
     with pytest.raises(ValueError, match="center_rewards_coefficient must be greater than 0"):
-        Reward(center_rewards_coefficient=0.0)
+        BradleyTerry(center_rewards_coefficient=0.0)

@@ -117,7 +117,30 @@ def checked(text: str) -> dict[str, Any]:
     """What `prefold check --reference` found, of one text wherever there is text."""
     histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3, 9]}
     separation = {"pairs": 12, "accuracy": 0.75, "quartiles": [0.0, 0.4, 0.6], "histogram": histogram}
-    return {**run_of_texts(text)["data"], "ok": True, "separation": separation}
+    return {**run_of_texts(text)["data"], "ok": True, "separation": separation, "plan": planned(text)}
+
+
+def planned(text: str) -> dict[str, Any]:
+    return {
+        "optimizer_steps": 40,
+        "batch_size": 8,
+        "dtype": "float32",
+        "device": "cpu",
+        "packed": True,
+        "fits": False,
+        "memory": {"training": {"weights": 5e8, "activations": 1e9}, "merge": {"weights": 5e8}},
+        "peaks": {"training": 1.5e9, "merge": 5e8},
+        "peak": 1.5e9,
+        "at_hand": 1e9,
+        "budget": 1024,
+        "largest_budget": 512,
+        "tokens": 12_000,
+        "plain_tokens": 18_000,
+        "flops": 1.2e15,
+        "seconds": {"training": 200.0},
+        "disk": {"checkpoints": 1e8, "adapter": 2e7, "merged": 5e8, "needed": 6.2e8, "free": 1e10},
+        "change": {"fits": True, "peak": 9e8, "yaml": f"train: {{max_tokens: 512}} # {text}"},
+    }
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -137,6 +160,7 @@ def test_the_page_of_a_check(tmp_path: Path) -> None:
     assert page.raw["title"] == ["mine.yaml: data"]
     assert "The data can be trained on." in page.text and "1 warning" in page.text
     assert "75\u202f% of 12 pairs" in page.text
+    assert "does not fit into 1.0 GB" in page.text and "train: {max_tokens: 512}" in page.text
     bars = [attributes for tag, attributes in page.elements if tag == "i" and "style" in attributes]
     assert [(bar.get("class"), bar["style"]) for bar in bars] == [("against", "width: 33.3%"), (None, "width: 100.0%")]
     trained = [attributes["class"] for _, attributes in page.elements if "trained" in (attributes.get("class") or "")]
