@@ -148,7 +148,7 @@ def _met_by_a_token(weight: Tensor, config: Any) -> int:
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
     if weight.ndim < 3 or not experts or weight.shape[0] != experts:
         return int(weight.numel())
-    return int(weight.numel()) // experts * int(getattr(text, "num_experts_per_tok", 1))
+    return int(weight.numel() // experts * getattr(text, "num_experts_per_tok", 1))
 
 
 # ---- models without contents ------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def with_layers(config: Any, layers: int | None) -> Any:
     text = copied.get_text_config()
     if layers is not None:
         text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
+        if vars(text).get("layer_types"):  # of some it is derived from their number
             text.layer_types = text.layer_types[:layers]
     return copied
 

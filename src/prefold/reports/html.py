@@ -51,7 +51,7 @@ def write_check(path: Path, recipe: str, facts: Values) -> None:
     page = _templates().get_template("check.html.j2")
     shown = read.cleaned({"recipe": recipe, "summary": ", ".join(said) or "Nothing odd was found."})
     try:
-        plan = plan_tables(facts["plan"])
+        plan = plan_tables(facts["plan"]) if "plan" in facts else None
         write_text(path, page.render(**shown, ok=facts["ok"], data=data_tables(read.cleaned(facts)), plan=plan))
     except OSError as error:
         raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from None
