@@ -205,7 +205,7 @@ def with_layers(config: Any, layers: int | None) -> Any:
     text = copied.get_text_config()
     if layers is not None:
         text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
+        if vars(text).get("layer_types"):  # of some it is derived from their number
             text.layer_types = text.layer_types[:layers]
     return copied
 

@@ -25,11 +25,12 @@ from prefold.trainers.arguments import training_arguments
 CONTEXT = 750 * 2**20
 """What CUDA and its libraries take of a GPU before the first tensor; not verified on this version."""
 SLACK = {"cpu": 1 / 3, "cuda": 0.05}
-"""What an allocator holds beyond what is in use, as a share of all that comes and goes. On a CPU measured
-(`benchmarks/planned.py`): freed blocks are kept, and those of one micro-batch do not fit between what outlives another,
-such as optimizer states; it stops growing after two steps. On a GPU not verified."""
+"""What an allocator holds beyond what is in use, as a share of all that comes and goes. On a CPU freed blocks are kept,
+and those of one micro-batch do not fit between what outlives another, such as optimizer states. The share was set by
+six measurements of SmolLM2 and a smaller model (`docs/scaling.md`); with checkpointing it is too low. On a GPU it is a
+guess."""
 BUFFERS = 100 * 10**6
-"""What libraries allocate for themselves once they compute, on a CPU; measured likewise."""
+"""What libraries allocate for themselves once they compute, on a CPU; set by the same runs."""
 STAND_IN = 32
 """Tokens of what the self-check takes for completions that are yet to be sampled."""
 PROBE = 512
@@ -203,8 +204,9 @@ class Memory:
     def _state_bytes(self) -> int:
         """Keys and values of a token in all layers; a CPU keeps them in float32."""
         text = self.blueprint.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        queries = getattr(text, "num_attention_heads", None) or 1
+        heads = getattr(text, "num_key_value_heads", None) or queries
+        width = getattr(text, "head_dim", None) or text.hidden_size // queries
         size = 4 if self.machine.device == "cpu" else self.blueprint.dtype.itemsize
         return int(text.num_hidden_layers * 2 * heads * width * size)
 

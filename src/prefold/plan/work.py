@@ -124,5 +124,6 @@ def scoring_flops(blueprint: Blueprint, tokens: Tokens, computed: int) -> float:
 def _attention_width(config: Any) -> int:
     """Width of the queries of all layers together."""
     text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(text.num_hidden_layers * text.num_attention_heads * width)
+    heads = getattr(text, "num_attention_heads", None) or 1
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(text.num_hidden_layers * heads * width)
