@@ -388,8 +388,9 @@ def _trackers(recipe: RecipeBase) -> Iterator[None]:
         if "wandb" in recipe.train.report_to:
             import wandb
 
-            with suppress(Exception):  # a tracker that is down costs its curves, never the run
+            with suppress(Exception, SystemExit):  # a tracker that is down costs its curves, never the run
                 wandb.finish()
+                wandb.teardown()  # else it keeps this run's folder for the next one in the process
 
 
 # ---- merge ------------------------------------------------------------------------------------------------------

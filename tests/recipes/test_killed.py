@@ -13,11 +13,11 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-BEST = {"eval_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 2}
+BEST = {"eval_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 5}
 TRAIN = {"batch_size": 4, "max_steps": 9, "learning_rate": 5e-3, "save_steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
-    # At this rate the held-out loss rises soon: the best checkpoint is not the last, and the run stops early.
-    "dpo": {"method": "dpo", "train": {**TRAIN, **BEST, "learning_rate": 0.3}},
+    # What it learns is wrong on the held-out side: the first checkpoint stays the best, and the run stops early.
+    "dpo": {"method": "dpo", "train": {**TRAIN, **BEST}},
     "grpo": {
         "method": "grpo",
         "train": {**TRAIN, "max_steps": 5},
@@ -50,12 +50,15 @@ def straight(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     pairs = folder / "pairs.jsonl"
     rows = [{"prompt": f"Say word {i}", "chosen": f"WORD {i}!", "rejected": f"word {i}, maybe"} for i in range(20)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    turned = folder / "turned.jsonl"
+    answers = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:6]]
+    turned.write_text("".join(json.dumps(row) + "\n" for row in answers))
     found = {}
     for name, changes in METHODS.items():
         values = {
             "model": {"name": str(tiny_model), "dtype": "float32"},
             "lora": {"r": 4, "lora_dropout": 0.1},
-            "data": {"train": [{"path": str(pairs)}], "eval_fraction": 0.3},
+            "data": {"train": [{"path": str(pairs)}], "eval": [{"path": str(turned)}]},
             "evaluate": {"prompts": 2, "max_new_tokens": 8},
             "output_dir": str(folder / name),
             **changes,
@@ -105,7 +108,7 @@ def test_the_runs_are_worth_killing(straight: dict[str, Straight]) -> None:
     folder = Path(straight["dpo"].values["output_dir"])
     losses = [json.loads(line)["eval_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     best = 1 + losses.index(min(losses))
-    assert 1 < best < len(losses) < 9
+    assert best < len(losses) < 9
     name = "adapter_model.safetensors"
     kept = folder / "checkpoints" / f"checkpoint-{best}" / name
     assert (folder / "adapter" / name).read_bytes() == kept.read_bytes()

@@ -23,6 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from prefold.algorithms import NO_STATE, Algorithm, Extreme, LossOutput, Mean, Metric, State
@@ -325,6 +326,8 @@ class PreferenceTrainer(Trainer):
         self._checkpoint_parent = aside
         try:
             super()._save_checkpoint(model, trial)
+            self._point_to_best()
+            self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
             best = self.state.best_global_step if self.args.load_best_model_at_end else None
             seal(aside / name, self.scorer.max_tokens, self.carried, best)
             self.record.settle()
@@ -333,7 +336,6 @@ class PreferenceTrainer(Trainer):
         finally:
             self._checkpoint_parent = self.checkpoints
             shutil.rmtree(aside, ignore_errors=True)
-        self._point_to_best()
         rotate_checkpoints(
             str(self.checkpoints), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
         )
