@@ -27,7 +27,7 @@ from prefold.rollouts.samples import seed_of
 from prefold.rollouts.sampling import Completion, Sampling
 from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet
 from prefold.trainers.record import StepRecord
-from prefold.trainers.tracking import send_completions
+from prefold.trainers.trackers import send_completions
 from prefold.trees.attention import using_attention
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree

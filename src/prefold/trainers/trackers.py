@@ -44,9 +44,7 @@ def _forgiven(name: str, make: Callable[[], TrainerCallback]) -> TrainerCallback
                 return event(*args, **settings)
             except Exception as error:  # whatever a client of a server can think of
                 failed = True
-                text = f"{name} failed ({type(error).__name__}); the run goes on without it, metrics.jsonl has it all"
-                logger.warning(text)
-                say(f"  {text}")
+                _say_failed(name, error)
                 return None
 
         return call
@@ -54,3 +52,38 @@ def _forgiven(name: str, make: Callable[[], TrainerCallback]) -> TrainerCallback
     for event in EVENTS:
         setattr(tracker, event, forgiving(getattr(tracker, event)))
     return tracker
+
+
+def _say_failed(name: str, error: Exception) -> None:
+    text = f"{name} failed ({type(error).__name__}); the run goes on without it, the run folder has it all"
+    logger.warning(text)
+    say(f"  {text}")
+
+
+def send_completions(step: int, groups: Sequence[dict[str, Any]]) -> None:
+    """Show groups, as they are in the run folder, in a table of the W&B run that is open."""
+    import wandb
+
+    if wandb.run is None:
+        return
+    names = list(groups[0]["completions"][0]["scores"])
+    rows = [
+        [
+            step,
+            "\n\n".join(message["content"] for message in group["prompt"]),
+            one["text"],
+            one["tokens"],
+            *(one["scores"][name] for name in names),
+            one["reward"],
+            one["advantage"],
+        ]
+        for group in groups
+        for one in group["completions"]
+    ]
+    scores = (f"rewards/{name}" for name in names)
+    columns: list[str | int] = ["step", "prompt", "completion", "tokens", *scores, "reward", "advantage"]
+    try:
+        # Not by itself: it belongs to the metrics of the step, which follow.
+        wandb.log({"completions": wandb.Table(columns=columns, data=rows)}, commit=False)
+    except Exception as error:
+        _say_failed("wandb", error)
