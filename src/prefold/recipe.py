@@ -329,7 +329,7 @@ class Merge(Section):
 class Evaluate(Section):
     tasks: list[str] = []
     """What to ask before and after: suites (`open_llm_leaderboard`, `nous`), tasks and groups of
-    lm-evaluation-harness, and tasks of your own, all by name."""
+    lm-evaluation-harness, the built-in `everyday_facts`, and tasks of your own, all by name."""
     include_path: str | None = Field(None, min_length=1)
     """Folder of YAML files in the harness's format, with tasks of your own."""
     limit: int | None = Field(None, gt=0)

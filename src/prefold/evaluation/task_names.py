@@ -7,6 +7,7 @@ matter are read.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,9 +19,12 @@ from prefold.evaluation.suites import SUITES
 from prefold.files import without_home
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
 WHERE = "evaluate.tasks"
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+"""Tasks that come with prefold."""
 _NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*(?:\n[ \t]*- )?["']?([\w.:-]+)""", re.MULTILINE)
 
 
@@ -50,6 +54,17 @@ def manager_of(names: Sequence[str], include_path: str | None) -> TaskManager:
     return manager
 
 
+def everyday_facts(**_: Any) -> dict[str, Dataset]:
+    """The questions of the built-in task of that name, as its YAML asks for them.
+
+    A file that is named in YAML would be looked for in the working directory.
+    """
+    from datasets import Dataset
+
+    lines = (BUILTIN_FOLDER / "everyday_facts" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+
+
 def _own_folder(include_path: str) -> Path:
     folder = Path(include_path).expanduser()
     if not folder.is_dir():
@@ -62,7 +77,7 @@ def _reading(folders: Sequence[Path]) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     # Of several folders with a task of the same name, the harness takes the last one.
-    return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
+    return TaskManager(include_path=[str(folder) for folder in (BUILTIN_FOLDER, *folders)], include_defaults=False)
 
 
 def _missing(names: Sequence[str], known: Mapping[str, Any]) -> set[str]:

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness: found by name, opened before anything is trained, and asked of a model.
 
-Names are those of `suites.py`, of the harness, and of the user's own YAML files. The harness builds the questions and
-says what an answer is worth; who answers is `harness.py`.
+Names are those of `suites.py`, of the harness, of `builtin/`, and of the user's own YAML files. The harness builds the
+questions and says what an answer is worth; who answers is `harness.py`.
 Data in: names and a model; data out: `TaskScores`.
 """
 
@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,11 +51,10 @@ def open_tasks(settings: Evaluate, tokenizer: PreTrainedTokenizerBase | None = N
         tokenizer: of the model that will be asked, to see that it has the chat template that is asked for.
 
     Raises:
-        UserError: the harness is not installed, a name is unknown, or a task's data cannot be had.
+        UserError: a name is unknown, or a task's data cannot be had.
     """
     if not settings.tasks:
         return []
-    require_harness()
     if settings.apply_chat_template and tokenizer is not None and not tokenizer.chat_template:
         what = "the tokenizer has no chat template to apply"
         raise UserError(what, where="evaluate.apply_chat_template", advice="set it to false, or name a chat model")
@@ -68,15 +66,6 @@ def open_tasks(settings: Evaluate, tokenizer: PreTrainedTokenizerBase | None = N
         for one in found:
             _prove(one)
     return found
-
-
-def require_harness() -> None:
-    if find_spec("lm_eval") is None:
-        raise UserError(
-            "tasks are asked by lm-evaluation-harness, which is not installed",
-            where=WHERE,
-            advice="`pip install 'prefold[eval]'`, or leave the field out",
-        )
 
 
 def _opened(manager: TaskManager, wanted: Wanted, num_fewshot: int | None) -> list[OpenTask]:

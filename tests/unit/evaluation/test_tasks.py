@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,12 +21,12 @@ from tiny import tiny_llama
 from tiny_tokenizer import CHATML, make_tokenizer
 
 from prefold.errors import UserError
-from prefold.evaluation import task_names, tasks
+from prefold.evaluation import task_names
 from prefold.evaluation.samples import _clusters
 from prefold.evaluation.scores import TaskScores
 from prefold.evaluation.suites import SUITES, wanted_by
 from prefold.evaluation.tasks import asked_with, measure, open_tasks
-from prefold.recipe import Evaluate
+from prefold.recipe import Evaluate, builtin_recipes, load_recipe
 
 pytestmark = pytest.mark.usefixtures("own_caches")
 
@@ -184,6 +185,46 @@ def test_what_the_questions_were_asked_with(folder: Path) -> None:
     assert said["harness"].startswith("lm_eval 0.") and "BIG-bench" in said["suites"]["nous"]
 
 
+# ---- the built-in task ----
+
+
+def test_questions_of_the_built_in_task() -> None:
+    rows = list(task_names.everyday_facts()["test"])
+    assert len(rows) == 100 and len({row["question"] for row in rows}) == 100
+    for row in rows:
+        assert row.keys() == {"question", "choices", "answer"} and row["question"].endswith("?")
+        assert len(row["choices"]) == len(set(row["choices"])) == 4 and all(row["choices"])
+    assert Counter(row["answer"] for row in rows) == dict.fromkeys(range(4), 25)
+
+
+def test_the_built_in_task_is_asked_from_anywhere(
+    folder: Path, tmp_path: Path, no_connections: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [alone] = scores(Evaluate(tasks=["everyday_facts"], limit=4))
+    beside = scores(settings(folder, "everyday_facts", "tiny_options", limit=4))
+    assert no_connections == [] and beside[0] == alone and len(alone.values) == 4
+    assert (alone.metric, alone.num_fewshot, alone.version) == ("acc_norm", 0, "1.0")
+    first = task_names.everyday_facts()["test"][0]
+    assert alone.texts[0] == f"Question: {first['question']}\nAnswer:"
+    assert alone.targets[0] == first["choices"][first["answer"]]
+
+
+def test_ones_own_task_of_the_same_name_comes_first(tmp_path: Path) -> None:
+    rows, task = KINDS["tiny_letters"]
+    write_task(tmp_path, "everyday_facts", rows, task)
+    [one] = open_tasks(settings(tmp_path, "everyday_facts"))
+    assert one.num_fewshot == 2
+
+
+def test_built_in_recipes_name_tasks_that_exist() -> None:
+    named = {name: load_recipe(name).evaluate.tasks for name in builtin_recipes()}
+    small = ("demo", "smollm2-dpo-4bit", "smollm2-orpo-4bit", "smollm2-length")
+    assert all(named[name] == ["everyday_facts"] for name in small)
+    everything = {name for names in named.values() for name in names}
+    task_names.manager_of([one.task for name in sorted(everything) for one in wanted_by(name)], None)
+
+
 # ---- mistakes, before anything is trained ----
 
 
@@ -191,6 +232,7 @@ def test_what_the_questions_were_asked_with(folder: Path) -> None:
     ("name", "message"),
     [
         ("tiny_optoins", "there is no task `tiny_optoins`\n  to do: did you mean `tiny_options`"),
+        ("everyday_fact", "did you mean `everyday_facts`"),
         ("arc_chalenge", "did you mean `arc_challenge`"),
         ("open_llm_leaderbord", "did you mean `open_llm_leaderboard`"),
         ("humaneval", "the task `humaneval` cannot be opened"),
@@ -242,12 +284,6 @@ def test_a_metric_of_all_questions_together(folder: Path) -> None:
 def test_a_model_without_a_chat_template(folder: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.apply_chat_template: the tokenizer has no chat template"):
         open_tasks(settings(folder, "tiny_options", apply_chat_template=True), make_tokenizer(None))
-
-
-def test_without_the_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed\n  to do: `pip install 'prefold\[eval\]'`"):
-        open_tasks(settings(folder, "tiny_options"))
 
 
 # ---- surroundings ----
