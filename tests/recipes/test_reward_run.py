@@ -32,7 +32,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def read(folder: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / name).read_text())
-    return found
+    return found.values
 
 
 def scores_by_transformers(folder: Path, texts: list[str]) -> list[float]:
@@ -42,7 +42,7 @@ def scores_by_transformers(folder: Path, texts: list[str]) -> list[float]:
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     with torch.no_grad():
         found: list[float] = model(**batch).logits[:, 0].tolist()
-    return found
+    return found.values
 
 
 def conversations(folder: Path) -> list[str]:
@@ -58,7 +58,7 @@ def scores_as_reward(folder: Path) -> list[float | None]:
     [reward] = open_rewards([Reward(name="reward_model", model=str(folder))], ("prompts", "completions"))
     prompts = [[Message(role="user", content=question)] for question in QUESTIONS]
     [found] = score([reward], prompts, ANSWERS, [[0], [0]], {})
-    return found
+    return found.values
 
 
 @pytest.fixture(autouse=True)

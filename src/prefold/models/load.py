@@ -109,7 +109,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain `Exception` for a file that it cannot read
-        raise _explained("its tokenizer cannot be loaded", error, folder.name) from None
+        raise explained("its tokenizer cannot be loaded", error, folder.name) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -170,7 +170,7 @@ def load_model(
                 output_loading_info=True,
             )
     except UNREADABLE as error:
-        raise _explained("cannot be loaded", error, section.name) from None
+        raise explained("cannot be loaded", error, section.name) from None
     if head_seed is not None:
         report = set_up_head(model, report, head_seed, section.name)
     _require_complete(report, section.name)
@@ -248,7 +248,7 @@ def _require_complete(report: dict[str, Any], name: str) -> None:
             )
 
 
-def _explained(what: str, error: Exception, where: str) -> UserError:
+def explained(what: str, error: Exception, where: str) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(
             f"{what}: it needs Python code of its own, which prefold does not run",

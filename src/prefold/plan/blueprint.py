@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prefold.errors import UserError
 from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
 from prefold.models.load import (
     UNREADABLE,
     add_lora,
     chat_tokens,
-    first_line,
+    explained,
     plain_attention,
     quiet,
     ready_to_train,
@@ -192,7 +191,7 @@ def config_of(section: Model) -> Any:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UNREADABLE as error:
-        raise UserError(f"its configuration cannot be read: {first_line(error)}", where=section.name) from None
+        raise explained("its configuration cannot be read", error, section.name) from None
     text = config.get_text_config()
     if section.chat_template and (tokens := len(tokenizer_of(section))) > text.vocab_size:
         text.vocab_size = -(-tokens // MULTIPLE) * MULTIPLE
