@@ -32,7 +32,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def read(folder: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / name).read_text())
-    return found.values
+    return found
 
 
 def scores_by_transformers(folder: Path, texts: list[str]) -> list[float]:
@@ -42,7 +42,7 @@ def scores_by_transformers(folder: Path, texts: list[str]) -> list[float]:
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     with torch.no_grad():
         found: list[float] = model(**batch).logits[:, 0].tolist()
-    return found.values
+    return found
 
 
 def conversations(folder: Path) -> list[str]:

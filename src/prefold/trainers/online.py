@@ -164,8 +164,7 @@ class OnlineTrainer(PreferenceTrainer):
     def _show(self, groups: Sequence[dict[str, Any]]) -> None:
         step = self.state.global_step + 1
         self.record.rollout(step, groups)
-        if "wandb" in (self.args.report_to or ()):
-            send_completions(step, groups)
+        send_completions(step, groups)
 
     def completions_of(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[list[Completion]]:
         """A group for each prompt, by the model as it is now."""

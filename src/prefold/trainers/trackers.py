@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,10 +62,9 @@ def _say_failed(name: str, error: Exception) -> None:
 
 
 def send_completions(step: int, groups: Sequence[dict[str, Any]]) -> None:
-    """Show groups, as they are in the run folder, in a table of the W&B run that is open."""
-    import wandb
-
-    if wandb.run is None:
+    """Show groups, as they are in the run folder, in a table of the W&B run that is open, if there is one."""
+    wandb: Any = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
         return
     names = list(groups[0]["completions"][0]["scores"])
     rows = [
