@@ -447,7 +447,8 @@ def _evaluate_tasks(recipe: RecipeBase, tasks: Sequence[OpenTask]) -> None:
     folder, settings = recipe.run_folder / "evaluation", recipe.evaluate
     merged = recipe.model.whole(recipe.run_folder / "merged")
     scores = {}
-    say(f"  {len(tasks)} tasks, chat template {'applied' if settings.apply_chat_template else 'off'}")
+    number = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
+    say(f"  {number}, chat template {'applied' if settings.apply_chat_template else 'off'}")
     for when, section in (("before", recipe.model), ("after", merged)):
         scores[when] = measure_model(section, tasks, settings, when)
         write_json(folder / f"scores_{when}.json", [one.as_json() for one in scores[when]])
