@@ -12,11 +12,13 @@ import torch
 from base_model import base_tokenizer, save_base
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from tiny import SHAPE
 from tiny_tokenizer import CHATML
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 import prefold
 from prefold.errors import StageError, UserError
+from prefold.models import merge
 from prefold.recipe import RecipeBase
 from prefold.trainers.offline import PreferenceTrainer
 
@@ -107,6 +109,29 @@ def test_a_base_model_learns_where_its_turns_end(recipe: MakeRecipe, tmp_path: P
     with torch.no_grad():
         found, wanted = (each(input_ids=prompt["input_ids"]).logits[..., : known + 2] for each in (adapted, model))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [MistralForCausalLM, LlamaForCausalLM])
+def test_orpo_teaches_a_base_model_in_shards_to_chat(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    monkeypatch.setattr(merge, "SHARD", "40KB")
+    base = save_base(tmp_path / "base")
+    shape = {**SHAPE, "vocab_size": len(base_tokenizer()), "initializer_range": 0.05, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    kind(kind.config_class(**shape, eos_token_id=base_tokenizer().eos_token_id)).save_pretrained(
+        base, max_shard_size="40KB"
+    )
+    (base / "model.safetensors").unlink()
+    merged = learns_to_chat(recipe, base, method="orpo") / "merged"
+    assert len(list(base.glob("model-*.safetensors"))) > 2 < len(list(merged.glob("model-*.safetensors")))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+    assert type(model) is kind
+    turns = [{"role": "user", "content": "Say word 3"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    written = model.generate(**prompt, max_new_tokens=60, do_sample=False)[0]
+    assert written[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert len(written) < prompt["input_ids"].shape[1] + 60
 
 
 def test_a_stopped_run_that_learns_to_chat_ends_with_the_same_bytes(
