@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from prefold import ranks
 from prefold.algorithms import GRPO
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import by_severity, fingerprint
@@ -179,11 +180,14 @@ def _cpu_name() -> str:
 
 def train(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
-    prepared = _prepared(recipe)
+    _require_sharing(recipe)
+    with ranks.first_ahead():
+        prepared = _prepared(recipe)
     model = _policy(recipe)
     scorer = _scorer(recipe, model, prepared.train)
+    _require_packing(scorer)
     make_trainer = (_online_trainer if _samples(recipe) else _offline_trainer)(recipe, scorer, prepared)
-    checkpoint = last_checkpoint(folder / "checkpoints")
+    checkpoint = ranks.from_first(lambda: last_checkpoint(folder / "checkpoints"))
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     order = _order(recipe, len(prepared.train))
     with _trackers(recipe), progress_bar("train", len(order), done) as advance:
@@ -194,12 +198,33 @@ def train(recipe: RecipeBase) -> None:
             say(f"  going on after step {done}")
         with scorer.in_place():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    with new_folder(folder / ("trained" if recipe.lora == "none" else "adapter")) as aside:
+    target = folder / ("trained" if recipe.lora == "none" else "adapter")
+    with new_folder(target) if ranks.is_first() else nullcontext(target) as aside:
         save_weights(model, aside)
-        if recipe.model.chat_template:
+        if recipe.model.chat_template and ranks.is_first():
             tokenizer_of(recipe.model).save_pretrained(aside)
     del trainer, make_trainer, model, scorer
     free_memory()
+
+
+def _require_sharing(recipe: RecipeBase) -> None:
+    """Raises UserError if what the recipe asks for cannot be had from the processes that there are."""
+    if ranks.processes() > 1:
+        say(f"  {ranks.processes()} processes, each with a share of every step")
+        if recipe.model.device_map:
+            what = "places one model on several devices, and here each process has its own"
+            raise UserError(what, where="`model.device_map`", advice="remove it, or start one process")
+    elif recipe.train.fsdp:
+        raise UserError(
+            "shards weights over processes, and there is one",
+            where="`train.fsdp`",
+            advice="start several, e.g. `prefold run RECIPE --nproc 2`",
+        )
+
+
+def _require_packing(scorer: Scorer) -> None:
+    if scorer.sharded and not scorer.packed:
+        raise StageError(f"`train.fsdp` needs a model whose trees can be packed; here: {scorer.reason}")
 
 
 MakeTrainer = Callable[[StepOrder, StepRecord, TrainingArguments], PreferenceTrainer]
@@ -245,9 +270,9 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
     model: torch.nn.Module
     if recipe.lora == "none":
         # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
-        model = load_model(recipe.model, dtype="float32")
+        model = load_model(recipe.model, dtype="float32", sharded=recipe.train.fsdp)
     else:
-        model = load_policy(recipe.model, recipe.lora, recipe.train.seed)
+        model = load_policy(recipe.model, recipe.lora, recipe.train.seed, recipe.train.fsdp)
     trainable, total = trainable_parameters(model)
     say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
@@ -329,12 +354,15 @@ def _merge_dtype(recipe: RecipeBase) -> str:
 
 def evaluate(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
-    held_out = _prepared(recipe).held_out
+    with ranks.first_ahead():
+        held_out = _prepared(recipe).held_out
     prompts = evaluation_prompts(recipe, held_out)
     measure: Callable[..., tuple[Any, list[list[str]]]] = _measure_rewards if _samples(recipe) else _measure
     before, answers_before = measure(recipe, recipe.model, held_out, prompts, "before")
     merged = recipe.model.whole(folder / "merged")
     after, answers_after = measure(recipe, merged, held_out, prompts, "after")
+    if not ranks.is_first():
+        return
     write_jsonl(
         folder / "samples.jsonl",
         [
@@ -401,7 +429,7 @@ def _measure_rewards(
     seeds = [seed_of(recipe.train.seed, place) for place in range(len(held_out))]
     with progress_bar(f"held-out prompts {when}", len(held_out)) as advance:
         completions = sample(model, tokenizer, [tree.prompt for tree in held_out.trees], drawn, seeds, advance)
-    groups = scored_groups(rewards, prompts_of(held_out), completions, columns)
+    groups = ranks.from_first(lambda: scored_groups(rewards, prompts_of(held_out), completions, columns))
     answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}", template=recipe.data.template)
     del model
     free_memory()

@@ -20,13 +20,14 @@ from prefold.trees.scorer import freeze_reference
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def load_policy(section: Model, lora: Lora | None, seed: int) -> PeftModel:
+def load_policy(section: Model, lora: Lora | None, seed: int, sharded: bool = False) -> PeftModel:
     """The model to train: quantised if the section says so, with fresh LoRA weights or the adapter that it names.
 
     Args:
         lora: None beside `model.adapter`, which brings its own settings.
+        sharded: as `load_model`; the LoRA weights are whole in every process.
     """
-    model = load_model(section, quantised=True)
+    model = load_model(section, quantised=True, sharded=sharded)
     if section.adapter is None:
         return add_lora(model, lora or Lora(), seed, chat_tokens(section))
     policy = open_adapter(model, Path(section.adapter).expanduser(), is_trainable=True)

@@ -23,8 +23,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
+from prefold import ranks
 from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.models.chat_format import fit_vocabulary, set_chat_format
@@ -121,13 +123,16 @@ def _tokenizer_and_tokens(section: Model) -> tuple[PreTrainedTokenizerBase, list
     return tokenizer, set_chat_format(tokenizer, section.chat_template) if section.chat_template else []
 
 
-def load_model(section: Model, *, dtype: str | None = None, quantised: bool = False) -> PreTrainedModel:
+def load_model(
+    section: Model, *, dtype: str | None = None, quantised: bool = False, sharded: bool = False
+) -> PreTrainedModel:
     """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
     Args:
         section: which model and how.
         dtype: instead of the section's.
         quantised: with weights in the 4 or 8 bits that the section asks for; without this they are whole.
+        sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
 
     Raises:
         UserError: the model cannot be had, is quantised already, needs code of its own, or its weights do not fit its
@@ -148,6 +153,7 @@ def load_model(section: Model, *, dtype: str | None = None, quantised: bool = Fa
                 attn_implementation=plain_attention(section.attn_implementation, config),
                 device_map=({"": device} if bits and not section.device_map else section.device_map),
                 quantization_config=bits,
+                distributed_config=DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_require_complete` names them
                 local_files_only=True,
@@ -157,7 +163,7 @@ def load_model(section: Model, *, dtype: str | None = None, quantised: bool = Fa
     except UNREADABLE as error:
         raise _explained("cannot be loaded", error, section.name) from None
     _require_complete(report, section.name)
-    placed: PreTrainedModel = model if section.device_map or bits else model.to(device)
+    placed: PreTrainedModel = model if section.device_map or bits or sharded else model.to(device)
     if section.chat_template:
         known = len(load_tokenizer(folder))
         with quiet():

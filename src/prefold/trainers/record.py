@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from prefold import ranks
 from prefold.files import read_jsonl, write_jsonl
 from prefold.terminal import Advance
 
@@ -28,15 +29,16 @@ class StepRecord:
     was sampled for it to `rollouts.jsonl`.
 
     A run that continues from a checkpoint first drops the lines of later steps, so that its file equals a straight
-    run's.
+    run's. Of several processes the first one writes.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int, advance: Advance):
         self.metrics, self.timing, self.advance = run_folder / "metrics.jsonl", run_folder / "timing.jsonl", advance
         self.rollouts = run_folder / "rollouts.jsonl"
         for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
-            kept = [line for line in _whole_lines(path) if line.get("step", 0) <= resumed_step]
-            write_jsonl(path, kept)
+            if ranks.is_first():
+                kept = [line for line in _whole_lines(path) if line.get("step", 0) <= resumed_step]
+                write_jsonl(path, kept)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         _append(self.metrics, {"step": step, **metrics})
@@ -59,6 +61,8 @@ def record_stage(run_folder: Path, stage: str, seconds: float) -> None:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
+    if not ranks.is_first():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
