@@ -32,21 +32,35 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[section.field=value]...", help="Fields to set otherwise.", show_default=False),
 ]
+Processes = Annotated[
+    int, typer.Option("--nproc", help="Processes of this machine to train with: as many as it has GPUs.", min=1)
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is in the run folder and start over.")]
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a hub id, a folder, a GGUF file or pypi:...")
 ]
 
 
+SHARED = ("run", "train")
+"""Commands for which several processes work together."""
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
     if debug:
         os.environ["PREFOLD_DEBUG"] = "1"
+    if _launched() > 1 and context.invoked_subcommand not in SHARED:
+        what = f"`prefold {context.invoked_subcommand}` uses one process, and {_launched()} were started"
+        raise UserError(what, advice="start it directly; `run` and `train` use several")
 
 
 @app.command()
-def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
     """Every stage in order: check, train, merge, evaluate, report, publish. Skips what is done."""
+    _in_processes(nproc, "run", recipe, overrides, fresh)
     import prefold
     from prefold.reports.table import summary
     from prefold.terminal import console
@@ -85,11 +99,33 @@ def check(
 
 
 @app.command()
-def train(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def train(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
     """Check and train, and leave the adapter."""
+    _in_processes(nproc, "train", recipe, overrides, fresh)
     import prefold
 
     print(prefold.train(recipe, overrides or [], fresh=fresh))
+
+
+class Told(SystemExit):
+    """The end of processes that have said themselves why."""
+
+
+def _launched() -> int:
+    """How many processes a launcher such as torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _in_processes(number: int, command: str, recipe: str, overrides: list[str] | None, fresh: bool) -> None:
+    """Hand a command to several processes, if there are to be any, and end with them."""
+    if number == 1:
+        return
+    if _launched() > 1:
+        raise UserError("torchrun and `--nproc` would both start processes", advice="leave `--nproc` out")
+    from prefold.launch import launch
+
+    arguments = [command, recipe, *(overrides or []), *(["--fresh"] if fresh else [])]
+    raise Told(launch([sys.executable, "-m", "prefold", *arguments], number))
 
 
 @app.command()
@@ -343,10 +379,16 @@ def main() -> NoReturn:
         if os.environ.get("PREFOLD_DEBUG"):
             raise
         fail(*explain(error))
+    except Told:
+        raise
     except SystemExit as stop:
         if isinstance(stop.code, int) and stop.code in INTERRUPTED:
             fail("stopped; a run goes on from here when it is started again", stop.code)
         raise
+    if _launched() > 1:
+        from prefold import ranks
+
+        ranks.leave()
     sys.exit(0)
 
 
@@ -360,5 +402,11 @@ def explain(error: Exception) -> tuple[str, int]:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    print(f"prefold: {message}", file=sys.stderr)
+    """End with a message; of several processes the first one that fails has it."""
+    if _launched() > 1:
+        from prefold import ranks
+
+        message = message if ranks.speaks() else ""
+    if message:
+        print(f"prefold: {message}", file=sys.stderr)
     sys.exit(code)

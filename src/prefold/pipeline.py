@@ -12,14 +12,15 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prefold import publishing, stages
+from prefold import publishing, ranks, stages
 from prefold.errors import StageError, UserError
 from prefold.files import read_json, require_writable, sweep, write_text
 from prefold.plan.memory import bytes_of
@@ -33,12 +34,14 @@ from prefold.trees.memory import is_out_of_memory, keep_allocations
 
 @dataclass(frozen=True)
 class Stage:
-    """`sections`: the parts of the recipe that its outputs depend on, beyond those of the stages before it."""
+    """`sections`: the parts of the recipe that its outputs depend on, beyond those of the stages before it. `shared`:
+    several processes all take part; else the first one performs it alone."""
 
     name: str
     outputs: tuple[str, ...]
     sections: tuple[str, ...]
     perform: Callable[[RecipeBase], None]
+    shared: bool = False
 
     def is_done(self, folder: Path) -> bool:
         return all((folder / output).exists() for output in self.outputs)
@@ -60,9 +63,10 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     published = Stage("publish", ("publish.json",), ("publish",), stages.publish)
     return [
         Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), stages.check),
-        Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train),
+        Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train, shared=True),
         Stage("merge", ("merged", "merge.json"), ("merge",), stages.merge),
-        Stage("evaluate", evaluated, ("evaluate",), stages.evaluate),
+        # Models that are sharded for training may have no room for a copy in each process.
+        Stage("evaluate", evaluated, ("evaluate",), stages.evaluate, shared=not recipe.train.fsdp),
         *([compared] if recipe.evaluate.compare_with else []),
         *([judged] if recipe.evaluate.win_rate else []),
         Stage("report", ("report.html", "merged/README.md"), (), stages.report),
@@ -174,9 +178,11 @@ def _recipe(recipe: str | RecipeBase, overrides: Sequence[str]) -> RecipeBase:
 
 
 def _perform_until(last: str, recipe: RecipeBase, fresh: bool) -> Path:
-    with _open_run_folder(recipe, fresh) as folder:
+    ranks.join()
+    stages.forget_data()
+    with _open_run_folder(recipe, fresh) if ranks.is_first() else nullcontext(recipe.run_folder) as folder:
         for stage in stages_of(recipe):
-            if stage.is_done(folder):
+            if ranks.from_first(partial(stage.is_done, folder)):
                 say(f"{stage.name}: done before")
             else:
                 _perform(stage, recipe)
@@ -201,11 +207,14 @@ def _redo(name: str, recipe: RecipeBase) -> Path:
 
 
 def _perform(stage: Stage, recipe: RecipeBase) -> None:
+    if not (stage.shared or ranks.is_first()):
+        return
     keep_allocations()
     say(stage.name)
     started = time.perf_counter()
     try:
-        stage.perform(recipe)
+        with nullcontext() if stage.shared else ranks.alone():
+            stage.perform(recipe)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -227,6 +227,9 @@ class Train(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    fsdp: bool = False
+    """Shard the model over all processes (FSDP2): each holds a part of every weight, and fetches the others' while it
+    computes. For models of which a device cannot hold a copy."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(42, ge=0)
@@ -578,6 +581,23 @@ class RecipeBase(Section):
             raise ValueError("`publish.what` has `adapter`, and `lora: none` leaves none; remove one of them")
         if self.data.template == "none" and self.model.chat_template:
             raise ValueError("`model.chat_template` would be ignored beside `data.template: none`; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def can_be_sharded(self) -> RecipeBase:
+        lora = self.lora if isinstance(self.lora, Lora) else Lora()
+        barred = {
+            "model.load_in_4bit": self.model.load_in_4bit,
+            "model.load_in_8bit": self.model.load_in_8bit,
+            "model.device_map": self.model.device_map,
+            "model.chat_template": self.model.chat_template,
+            "lora.use_dora": lora.use_dora,
+            "lora.modules_to_save": lora.modules_to_save,
+            f"method: {self.method}": ALGORITHMS[self.method].data == "prompts" or ALGORITHMS[self.method].scores_sequences,
+        }
+        given = [name for name, value in barred.items() if value]
+        if self.train.fsdp and given:
+            raise ValueError(f"`train.fsdp` does not go with `{given[0]}`; remove one of them")
         return self
 
     @model_validator(mode="after")

@@ -7,15 +7,17 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from prefold import ranks
 from prefold.algorithms import GRPO
 from prefold.comparison import compare_with, read_scores, require_models
 from prefold.data.examples import Example, Examples
@@ -240,7 +242,9 @@ def _cpu_name() -> str:
 
 def train(recipe: RecipeBase) -> None:
     """Train; where a guard rolls back, once more from the checkpoint before."""
-    prepared = _prepared(recipe)
+    _require_sharing(recipe)
+    with ranks.first_ahead():
+        prepared = _prepared(recipe)
     while True:
         try:
             return _train(recipe, prepared)
@@ -253,15 +257,17 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     folder = recipe.run_folder
     model = _policy(recipe)
     scorer = _scorer(recipe, model, prepared.train)
+    _require_packing(scorer)
     make_trainer = (_online_trainer if _samples(recipe) else _offline_trainer)(recipe, scorer, prepared)
-    checkpoint = last_checkpoint(folder / "checkpoints")
+    checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), _order(recipe, len(prepared.train))
     interruption = Interruption(every=order.iterations)
     with interruption, _trackers(recipe), progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
         trainer = make_trainer(order, record, training_arguments(recipe, len(order)))
         trainer.watch_by(_watch(recipe, record, done, order, prepared))
-        for callback in (*open_trackers(recipe.train.report_to), interruption):
+        trackers = open_trackers(recipe.train.report_to) if ranks.is_first() else []
+        for callback in (*trackers, interruption):
             trainer.add_callback(callback)
         if checkpoint:
             trainer.scorer.max_tokens, trainer.carried = kept_in(checkpoint)
@@ -269,9 +275,10 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         with scorer.in_place():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave()
-    with new_folder(folder / ("trained" if recipe.lora == "none" else "adapter")) as aside:
+    target = folder / ("trained" if recipe.lora == "none" else "adapter")
+    with new_folder(target) if ranks.is_first() else nullcontext(target) as aside:
         save_weights(model, aside)
-        if recipe.model.chat_template:
+        if recipe.model.chat_template and ranks.is_first():
             tokenizer_of(recipe.model).save_pretrained(aside)
     del trainer, make_trainer, model, scorer
     free_memory()
@@ -280,15 +287,39 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
 def _watch(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Watch:
     dtype = choose_dtype(recipe.model.dtype, choose_device())
     facts = Facts(len(order), recipe.train.learning_rate, scales_gradients=dtype == torch.float16)
-    origins, checkpoints = prepared.train.origins, recipe.run_folder / "checkpoints"
+    origins = prepared.train.origins
     return Watch(
         recipe.guards.actions,
         facts,
         record,
         done,
         rows_of=lambda step: row_list([origins[place] for place in order[step - 1]]),
-        last_step=lambda: step_of(last_checkpoint(checkpoints)),
+        last_step=lambda: step_of(_last_checkpoint(recipe)),
     )
+
+
+def _last_checkpoint(recipe: RecipeBase) -> Path | None:
+    return ranks.from_first(lambda: last_checkpoint(recipe.run_folder / "checkpoints"))
+
+
+def _require_sharing(recipe: RecipeBase) -> None:
+    """Raises UserError if what the recipe asks for cannot be had from the processes that there are."""
+    if ranks.processes() > 1:
+        say(f"  {ranks.processes()} processes, each with a share of every step")
+        if recipe.model.device_map:
+            what = "places one model on several devices, and here each process has its own"
+            raise UserError(what, where="`model.device_map`", advice="remove it, or start one process")
+    elif recipe.train.fsdp:
+        raise UserError(
+            "shards weights over processes, and there is one",
+            where="`train.fsdp`",
+            advice="start several, e.g. `prefold run RECIPE --nproc 2`",
+        )
+
+
+def _require_packing(scorer: Scorer) -> None:
+    if scorer.sharded and not scorer.packed:
+        raise StageError(f"`train.fsdp` needs a model whose trees can be packed; here: {scorer.reason}")
 
 
 MakeTrainer = Callable[[StepOrder, StepRecord, TrainingArguments], PreferenceTrainer]
@@ -334,9 +365,9 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
     model: torch.nn.Module
     if recipe.lora == "none":
         # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
-        model = load_model(recipe.model, dtype="float32", head_seed=_head_seed(recipe))
+        model = load_model(recipe.model, dtype="float32", head_seed=_head_seed(recipe), sharded=recipe.train.fsdp)
     else:
-        model = load_policy(recipe.model, recipe.lora, recipe.train.seed, _head_seed(recipe))
+        model = load_policy(recipe.model, recipe.lora, recipe.train.seed, _head_seed(recipe), recipe.train.fsdp)
     trainable, total = trainable_parameters(model)
     say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
@@ -451,22 +482,31 @@ def _evaluate_tasks(recipe: RecipeBase, tasks: Sequence[OpenTask]) -> None:
     say(f"  {number}, chat template {'applied' if settings.apply_chat_template else 'off'}")
     for when, section in (("before", recipe.model), ("after", merged)):
         scores[when] = measure_model(section, tasks, settings, when)
-        write_json(folder / f"scores_{when}.json", [one.as_json() for one in scores[when]])
+        _write_json(folder / f"scores_{when}.json", [one.as_json() for one in scores[when]])
     compared = compare_tasks(scores["before"], scores["after"])
-    write_json(folder / "tasks.json", {**compared, "settings": asked_with(settings)})
+    _write_json(folder / "tasks.json", {**compared, "settings": asked_with(settings)})
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Of several processes the first one writes."""
+    if ranks.is_first():
+        write_json(path, content)
 
 
 def _evaluate_held_out(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
-    held_out = _prepared(recipe).held_out
+    with ranks.first_ahead():
+        held_out = _prepared(recipe).held_out
     if recipe.algorithm.scores_sequences:
-        write_json(folder / "evaluation" / "heldout.json", _judge_head(recipe, held_out))
+        _write_json(folder / "evaluation" / "heldout.json", _judge_head(recipe, held_out))
         return
     prompts = evaluation_prompts(recipe, held_out)
     measure: Callable[..., tuple[Any, list[list[str]]]] = _measure_rewards if _samples(recipe) else _measure
     before, answers_before = measure(recipe, recipe.model, held_out, prompts, "before")
     merged = recipe.model.whole(folder / "merged")
     after, answers_after = measure(recipe, merged, held_out, prompts, "after")
+    if not ranks.is_first():
+        return
     write_jsonl(
         folder / "samples.jsonl",
         [
@@ -546,7 +586,7 @@ def _measure_rewards(
     seeds = [seed_of(recipe.train.seed, place) for place in range(len(held_out))]
     with progress_bar(f"held-out prompts {when}", len(held_out)) as advance:
         completions = sample(model, tokenizer, [tree.prompt for tree in held_out.trees], drawn, seeds, advance)
-    groups = scored_groups(rewards, prompts_of(held_out), completions, columns)
+    groups = ranks.from_first(lambda: scored_groups(rewards, prompts_of(held_out), completions, columns))
     answers = answer(model, tokenizer, prompts, sampling(recipe), f"answers {when}", template=recipe.data.template)
     del model
     free_memory()

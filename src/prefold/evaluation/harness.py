@@ -2,8 +2,8 @@
 
 Tokens, truncation and defaults are those of the harness's own model for transformers (`lm_eval.models.huggingface`,
 0.4.13), so that scores are the same; what requests have in common is computed once: a question for all its answers,
-few-shot examples for all questions that have the same ones. Left out of it: encoder-decoder models, several processes,
-and thinking that is cut from completions.
+few-shot examples for all questions that have the same ones. Several processes take a share of the requests each, and
+have all responses. Left out of it: encoder-decoder models, and thinking that is cut from completions.
 Data in: the harness's requests; data out: its responses.
 """
 
@@ -32,6 +32,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from prefold import ranks
 from prefold.errors import UserError
 from prefold.files import new_file
 from prefold.rollouts.generate import LocalEngine, end_tokens
@@ -206,13 +207,15 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         prompts = [self._prompt(context, room) for context in contexts]
 
         def write() -> list[str]:
-            texts: dict[int, str] = {}
+            own, texts = ranks.share([len(prompt) for prompt in prompts]), {}
             engine = LocalEngine(self._model, self.tokenizer)
-            with progress_bar(self.label, len(prompts)) as advance:
-                for place, [completion] in engine.stream(prompts, sampling, places):
+            with progress_bar(self.label, len(own)) as advance:
+                stream = engine.stream([prompts[i] for i in own], sampling, [places[i] for i in own])
+                for place, [completion] in stream:
                     text = str(self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
-                    texts[place] = str(postprocess_generated_text(text, until, None))
+                    texts[own[place]] = str(postprocess_generated_text(text, until, None))
                     advance(1, "")
+            texts = ranks.merged(texts)
             return [texts[place] for place in range(len(prompts))]
 
         asked = [(prompt, place if sampling.temperature else 0) for prompt, place in zip(prompts, places, strict=True)]
@@ -254,11 +257,13 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         if self._cache is None:
             return compute()
         file = self._cache / f"{_digest([self._identity, kind, *map(repr, asked)])}.json"
-        if not file.is_file():
-            with new_file(file) as temporary:
-                temporary.write_text(json.dumps(compute()), encoding="utf-8")
-        found: list[Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+        found: str | None = ranks.from_first(lambda: file.read_text(encoding="utf-8") if file.is_file() else None)
+        if found is None:
+            found = json.dumps(compute())
+            if ranks.is_first():
+                with new_file(file) as temporary:
+                    temporary.write_text(found, encoding="utf-8")
+        return list(json.loads(found))
 
 
 @contextmanager

@@ -21,14 +21,17 @@ from prefold.trees.scores import HEAD, score_layer
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def load_policy(section: Model, lora: Lora | None, seed: int, head_seed: int | None = None) -> PeftModel:
+def load_policy(
+    section: Model, lora: Lora | None, seed: int, head_seed: int | None = None, sharded: bool = False
+) -> PeftModel:
     """The model to train: quantised if the section says so, with fresh LoRA weights or the adapter that it names.
 
     Args:
         lora: None beside `model.adapter`, which brings its own settings.
         head_seed: see `load_model`.
+        sharded: as `load_model`; the LoRA weights are whole in every process.
     """
-    model = load_model(section, quantised=True, head_seed=head_seed)
+    model = load_model(section, quantised=True, head_seed=head_seed, sharded=sharded)
     if section.adapter is None:
         return add_lora(model, lora or Lora(), seed, chat_tokens(section))
     policy = open_adapter(model, Path(section.adapter).expanduser(), is_trainable=True)

@@ -30,8 +30,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
+from prefold import ranks
 from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.models.chat_format import fit_vocabulary, set_chat_format
@@ -131,7 +133,12 @@ def _tokenizer_and_tokens(section: Model) -> tuple[PreTrainedTokenizerBase, list
 
 
 def load_model(
-    section: Model, *, dtype: str | None = None, quantised: bool = False, head_seed: int | None = None
+    section: Model,
+    *,
+    dtype: str | None = None,
+    quantised: bool = False,
+    head_seed: int | None = None,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
@@ -141,6 +148,7 @@ def load_model(
         quantised: with weights in the 4 or 8 bits that the section asks for; without this they are whole.
         head_seed: given, the model scores conversations: a sequence classifier with one label, whose head, if the files
             hold none, is drawn by this seed.
+        sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
 
     Raises:
         UserError: the model cannot be had, is quantised already, needs code of its own, or its weights do not fit its
@@ -163,6 +171,7 @@ def load_model(
                 attn_implementation=plain_attention(section.attn_implementation, config),
                 device_map=({"": device} if bits and not section.device_map else section.device_map),
                 quantization_config=bits,
+                distributed_config=DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_require_complete` names them
                 local_files_only=True,
@@ -174,7 +183,7 @@ def load_model(
     if head_seed is not None:
         report = set_up_head(model, report, head_seed, section.name)
     _require_complete(report, section.name)
-    placed: PreTrainedModel = model if section.device_map or bits else model.to(device)
+    placed: PreTrainedModel = model if section.device_map or bits or sharded else model.to(device)
     if section.chat_template:
         known = len(load_tokenizer(folder))
         with quiet():

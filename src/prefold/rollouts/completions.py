@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefold import ranks
 from prefold.data.examples import Example
 from prefold.data.preference import Prompt
 from prefold.errors import UserError
@@ -113,14 +114,18 @@ def sample(
     advance: Advance = lambda amount, text: None,
 ) -> list[list[Completion]]:
     """`sampling.num_answers` completions of each prompt, adapters folded in meanwhile where that is exact to undo.
+    Several processes sample a share each, and all of them get everything.
 
     Args:
         seeds: one for each prompt, instead of that of `sampling`.
         advance: told of each prompt that is done.
     """
-    found: dict[int, list[Completion]] = {}
+    own, found = ranks.share([len(prompt) for prompt in prompts]), {}
     with fold_adapter(model):
-        for place, group in LocalEngine(model, tokenizer).stream(prompts, replace(sampling, seed=0), seeds):
-            found[place] = group
+        engine, settings = LocalEngine(model, tokenizer), replace(sampling, seed=0)
+        for place, group in engine.stream([prompts[i] for i in own], settings, [seeds[i] for i in own]):
+            found[own[place]] = group
             advance(1, "")
+    found = ranks.merged(found)
+    advance(len(prompts) - len(own), "")
     return [found[place] for place in range(len(prompts))]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from prefold import ranks
 from prefold.data.chat import Template, render
 from prefold.data.preference import Message
 from prefold.errors import StageError
@@ -333,7 +334,8 @@ def answer(
     template: Template = "chat",
     progress: bool = True,
 ) -> list[list[str]]:
-    """`num_answers` answers to each conversation, in the order of `prompts`.
+    """`num_answers` answers to each conversation, in the order of `prompts`. Several processes write a share each, and
+    all of them get everything.
 
     Args:
         streamer: for a single prompt with one answer, receives the tokens as they come.
@@ -343,11 +345,13 @@ def answer(
     if streamer is not None:
         streamer.put(torch.tensor(ids))
     on_token = None if streamer is None else lambda prompt, number, token: streamer.put(torch.tensor([token]))
-    answers: dict[int, list[str]] = {}
+    own, answers = ranks.share([len(prompt) for prompt in ids]), {}
     with progress_bar(label, len(prompts)) if progress else nullcontext(lambda amount, text: None) as advance:
-        for place, completions in LocalEngine(model, tokenizer).stream(ids, sampling, on_token=on_token):
-            answers[place] = [completion.text.strip() for completion in completions]
+        for place, completions in LocalEngine(model, tokenizer).stream([ids[i] for i in own], sampling, own, on_token):
+            answers[own[place]] = [completion.text.strip() for completion in completions]
             advance(1, "")
+        answers = ranks.merged(answers)
+        advance(len(prompts) - len(own), "")
     if streamer is not None:
         streamer.end()
     return [answers[place] for place in range(len(prompts))]

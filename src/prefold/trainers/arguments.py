@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from typing import Any
 
@@ -19,13 +18,7 @@ logger = logging.getLogger("prefold")
 
 
 def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
-    """Arguments for a Trainer whose dataloader items are whole optimizer steps.
-
-    Raises:
-        UserError: the process is one of several.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several processes were launched, and training uses one", advice="start `prefold` directly")
+    """Arguments for a Trainer whose dataloader items are whole optimizer steps."""
     settings, device = recipe.train, choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
     arguments = TrainingArguments(

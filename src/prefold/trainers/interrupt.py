@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from transformers import TrainerCallback
 
+from prefold import ranks
 from prefold.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -50,7 +51,11 @@ class Interruption(TrainerCallback):
         self.before = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.caught is not None and state.global_step % self.every == 0:
+        if state.global_step % self.every:
+            return
+        # One process alone must not stop, and signals do not reach all of them in the same step.
+        self.caught = next((caught for caught in ranks.gather(self.caught) if caught is not None), None)
+        if self.caught is not None:
             control.should_save = control.should_training_stop = True
 
     def leave(self) -> None:

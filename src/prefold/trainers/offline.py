@@ -4,6 +4,9 @@ One item of the dataloader is one whole optimizer step, as indices of its trees.
 budgets, divides every loss sum by its count over the whole step and accumulates the gradients; the rest (optimizer,
 schedule, clipping, trackers, best checkpoint, early stopping, resuming) is the Trainer's.
 
+Of several processes each takes a share of the step's trees. What they find is gathered, and their gradients are summed,
+at the end of the step; so its numbers are those of one process.
+
 A loss that couples the trees of a step is computed once for all of them: first their log-probs without gradient, then
 the gradients of the loss by these log-probs, then, budget by budget, the backward passes of the log-probs.
 """
@@ -26,17 +29,29 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from prefold import ranks
 from prefold.algorithms import NO_STATE, Algorithm, Extreme, LossOutput, Mean, Metric, State
 from prefold.algorithms.kto import mismatched
-from prefold.errors import UserError
+from prefold.errors import StageError, UserError
 from prefold.models.load import quiet
 from prefold.trainers.checkpoints import seal
 from prefold.trainers.record import StepRecord
+from prefold.trainers.sharded import (
+    giving_whole_states,
+    has_shards,
+    keep_own_parts,
+    load_whole_weights,
+    taking_whole_states,
+    whole_weights,
+)
 from prefold.trainers.watch import Watch
 from prefold.trees.logprobs import TreeLogprobs, concatenated
 from prefold.trees.memory import is_out_of_memory
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer, reference_model
+from prefold.trees.scorer import PADDING, Scorer, reference_model
+
+TREES = "trees"
+"""Among the units of a step: how many trees have something to score."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,13 @@ class PreferenceTrainer(Trainer):
         self.checkpoints = Path(str(args.output_dir))
         self._checkpoint_parent = self.checkpoints
         stopping: list[Any] = [EarlyStoppingCallback(patience)] if patience else []
+        keep_own_parts(scorer.model)
+        # transformers cannot save what training of sharded weights is resumed from; see below.
+        args.save_only_model = scorer.sharded
         super().__init__(model=scorer.model, args=args, eval_dataset=held_out and order, callbacks=stopping)
+        args.save_only_model = False
+        # That is: the model is not to be wrapped, since `_step` sums the gradients.
+        self.is_distributed_loading_by_transformers = ranks.processes() > 1
         self.remove_callback(PrinterCallback)
         self.watch: Watch | None = None
         self.step_metrics: dict[str, float] = {}
@@ -147,21 +168,31 @@ class PreferenceTrainer(Trainer):
         return indices
 
     def _try_step(self, model: nn.Module, indices: Sequence[int]) -> Tensor | None:
-        """None if memory ran out."""
+        """None if memory ran out, here or in another process."""
         try:
             return self._step(model, indices)
+        except ranks.FailedElsewhere:
+            return None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if self.scorer.sharded:
+                # The others wait for this one's part of the weights.
+                budget = f"{self.scorer.max_tokens:,}"
+                raise StageError(f"out of memory with rows of {budget} tokens; lower `train.max_tokens`") from None
+        ranks.tell_failure()
         return None
 
     def _step(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         model.train()
         trees = [self.data.trees[i] for i in indices]
-        rows = [[indices[i] for i in row] for row in self.scorer.rows(trees)]
-        units = self.algorithm.units(trees)
+        rows = [[indices[i] for i in row] for row in self.scorer.rows(trees, self.scorer.share(trees))]
+        units = {**self.algorithm.units(trees), TREES: sum(bool(tree.completions) for tree in trees)}
         perform = self._coupled_step if self.algorithm.couples_step else self._separable_step
-        loss, outputs = perform(model, rows, units)
+        parts = ranks.gather(perform(model, rows, units))
+        ranks.sum_gradients(model)
+        loss = torch.stack([part for part, _ in parts]).sum()
+        outputs = [output for _, of_one in parts for output in of_one]
         metrics: dict[str, list[Metric]] = {}
         for output in outputs:
             for name, metric in output.metrics.items():
@@ -173,44 +204,60 @@ class PreferenceTrainer(Trainer):
     def _separable_step(
         self, model: nn.Module, rows: list[list[int]], units: dict[str, int]
     ) -> tuple[Tensor, list[LossOutput]]:
-        """Row by row: log-probs, loss, backward."""
+        """Row by row: log-probs, loss, backward. This process's part of the loss, and what was found."""
         loss, outputs = torch.zeros((), device=self.args.device), []
-        number = sum(map(len, rows))
         self._seed_dropout()
+        self._keep_pace(model, rows)
         for row in rows:
             policy = self._score(model, [self.data.trees[i] for i in row])
             output = self.loss_of(policy, self.data, row)
-            share = _per_unit(output, units) + _auxiliary(policy, len(row) / number)
+            share = _per_unit(output, units) + _auxiliary(policy, len(row) / units[TREES])
             self.accelerator.backward(share)
             loss += share.detach()
-            outputs.append(output)
+            outputs.append(replace(output, loss={}))
         return loss, outputs
 
     def _coupled_step(
         self, model: nn.Module, rows: list[list[int]], units: dict[str, int]
     ) -> tuple[Tensor, list[LossOutput]]:
-        """All log-probs, the loss by them, and then the backward pass of each row."""
-        number = sum(map(len, rows))
+        """All log-probs, the loss by them, and then the backward pass of each row.
+
+        Every process computes the loss, with the log-probs of all; the first one has it in its part.
+        """
         self._seed_dropout()
         with torch.no_grad():
-            parts = [self._score(model, [self.data.trees[i] for i in row]) for row in rows]
-        whole = concatenated(parts).as_leaf()
-        output = self.loss_of(whole, self.data, [i for row in rows for i in row])
+            self._keep_pace(model, rows)
+            own = [(row, self._score(model, [self.data.trees[i] for i in row])) for row in rows]
+        shares = ranks.gather(own)
+        parts = [part for share in shares for part in share]
+        whole = concatenated([logprobs for _, logprobs in parts]).as_leaf()
+        output = self.loss_of(whole, self.data, [i for row, _ in parts for i in row])
         loss = _per_unit(output, units)
         loss.backward()
-        grads = whole.gradients_of(parts)
+        before = sum(map(len, shares[: ranks.rank()]))
+        grads = whole.gradients_of([logprobs for _, logprobs in parts])[before : before + len(rows)]
+        loss = loss if ranks.is_first() else torch.zeros_like(loss)
         # The same masks as before: the second pass is that of the same numbers.
         self._seed_dropout()
+        self._keep_pace(model, rows)
         for row, grad in zip(rows, grads, strict=True):
             policy = self._score(model, [self.data.trees[i] for i in row])
-            auxiliary = _auxiliary(policy, len(row) / number)
+            auxiliary = _auxiliary(policy, len(row) / units[TREES])
             self.accelerator.backward(policy.dot(grad) + auxiliary)
             loss = loss + auxiliary
-        return loss.detach(), [output]
+        return loss.detach(), [replace(output, loss={})] if ranks.is_first() else []
+
+    def _keep_pace(self, model: nn.Module, rows: list[list[int]]) -> None:
+        """With sharded weights, as many more passes as another process has rows, of nothing."""
+        for _ in range(self.scorer.behind(rows)):
+            nothing = 0 * self._score(model, [PADDING]).tokens.sum()
+            if torch.is_grad_enabled():
+                self.accelerator.backward(nothing)
 
     def _seed_dropout(self) -> None:
-        """Masks depend on the number of the step alone, so a resumed or repeated step draws the same."""
-        torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        """Masks depend on the number of the step and of the process alone, so a resumed or repeated step draws the
+        same."""
+        torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step + (ranks.rank() << 40))
 
     def _score(self, model: nn.Module, trees: Sequence[TokenTree]) -> TreeLogprobs:
         needs = self.algorithm
@@ -227,7 +274,8 @@ class PreferenceTrainer(Trainer):
             policy = replace(policy, labels=labels)
         if self.algorithm.needs_mismatched:
             assert reference is not None
-            others = mismatched([data.trees[i] for i in indices])
+            # In an order that does not depend on how the step was split.
+            others = mismatched([data.trees[i] for i in sorted(indices)])
             policy = replace(policy, mismatched=self._sums(others))
             with reference_model(self.scorer.model):
                 reference = replace(reference, mismatched=self._sums(others))
@@ -311,6 +359,10 @@ class PreferenceTrainer(Trainer):
             self.control.should_save = True
         return is_best
 
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """All processes start alike; transformers' hooks would average gradients in each backward pass."""
+        ranks.copy_from_first(model)
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
@@ -322,20 +374,27 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
         aside = self.checkpoints / ".writing"
-        shutil.rmtree(aside, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(aside, ignore_errors=True)
         self._checkpoint_parent = aside
         try:
             super()._save_checkpoint(model, trial)
             self._point_to_best()
-            self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
-            best = self.state.best_global_step if self.args.load_best_model_at_end else None
-            seal(aside / name, self.scorer.max_tokens, self.carried, best)
-            self.record.settle()
-            shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-            os.replace(aside / name, self.checkpoints / name)
+            if ranks.is_first():
+                self._put_in_place(aside / name)
         finally:
             self._checkpoint_parent = self.checkpoints
-            shutil.rmtree(aside, ignore_errors=True)
+            if ranks.is_first():
+                shutil.rmtree(aside, ignore_errors=True)
+        ranks.wait()
+
+    def _put_in_place(self, written: Path) -> None:
+        self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        seal(written, self.scorer.max_tokens, self.carried, best)
+        self.record.settle()
+        shutil.rmtree(self.checkpoints / written.name, ignore_errors=True)
+        os.replace(written, self.checkpoints / written.name)
         rotate_checkpoints(
             str(self.checkpoints), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
         )
@@ -347,7 +406,25 @@ class PreferenceTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._point_to_best()
-        super()._load_best_model()
+        if not load_whole_weights(self.scorer.model, Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with giving_whole_states(self.optimizer, self.scorer.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with taking_whole_states(self.optimizer, self.scorer.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_whole_weights(self.scorer.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Of one process only: no number depends on it."""
+        if ranks.processes() == 1:
+            super()._save_rng_state(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The weights and nothing else: transformers would add a pickle of its arguments."""
@@ -355,11 +432,17 @@ class PreferenceTrainer(Trainer):
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """A model's or an adapter's weights and configuration, as safetensors."""
+    """A model's or an adapter's weights and configuration, as safetensors, by the first process. Sharded weights take
+    all of them."""
+    keep_own_parts(model)
+    if not (ranks.is_first() or has_shards(model)):
+        return
     # Else peft adds the whole embeddings where the vocabulary has grown, and asks the hub whether it has.
-    settings = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    settings: dict[str, Any] = {}
+    if isinstance(model, PeftModel):
+        settings = {"save_embedding_layers": False, "state_dict": whole_weights(model)}
     with quiet():
-        model.save_pretrained(folder, **settings)
+        model.save_pretrained(folder, is_main_process=ranks.is_first(), **settings)
 
 
 def _per_unit(output: LossOutput, units: dict[str, int]) -> Tensor:

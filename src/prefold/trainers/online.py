@@ -3,7 +3,8 @@
 An item of the dataloader names the prompts of an optimizer step. The trainer samples a group of completions for each of
 them, has the rewards score them, and makes the trees of the step from them; from there on a step is that of
 `PreferenceTrainer`. What is sampled at a step depends on the weights, the seed, the step and the prompt alone, so a
-resumed run samples what a straight one does. Checkpoints fall between rollouts, so none of them holds one.
+resumed run samples what a straight one does. Checkpoints fall between rollouts, so none of them holds one. Of several
+processes each samples a share of the groups; the first one has the rewards score all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from prefold import ranks
 from prefold.algorithms import GRPO, LossOutput, Mean
 from prefold.algorithms.grpo import group_advantages
 from prefold.data.examples import Examples
@@ -144,7 +146,7 @@ class OnlineTrainer(PreferenceTrainer):
         examples = [self.prompts[place] for place in places]
         seeds = [seed_of(self.args.seed, self.state.global_step, place) for place in range(len(places))]
         completions = self.completions_of([example.tree.prompt for example in examples], seeds)
-        groups = scored_groups(self.rewards, prompts_of(examples), completions, self.columns)
+        groups = ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
         advantages = group_advantages(rewards_of(groups), self.grpo.scale_rewards)
         self._show([shown(*pair) for pair in zip(groups[:GROUPS_SHOWN], advantages, strict=False)])
         kept = [[place for place, one in enumerate(group) if self._is_kept(one)] for group in completions]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from prefold import ranks
 from prefold.files import read_jsonl, settle, write_text
 from prefold.terminal import Advance
 
@@ -28,15 +29,18 @@ class StepRecord:
     was sampled for it to `rollouts.jsonl`.
 
     A run that continues from a checkpoint first drops the lines of later steps, so that its file equals a straight
-    run's. `history` holds the lines of `metrics.jsonl`.
+    run's. `history` holds the lines of `metrics.jsonl`. Of several processes the first one writes.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int, advance: Advance):
         self.metrics, self.timing, self.advance = run_folder / "metrics.jsonl", run_folder / "timing.jsonl", advance
         self.rollouts = run_folder / "rollouts.jsonl"
+        self.history: list[dict[str, float]] = ranks.from_first(lambda: self._goes_on_after(resumed_step))
+
+    def _goes_on_after(self, step: int) -> list[dict[str, float]]:
         for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
-            _cut(path, resumed_step)
-        self.history: list[dict[str, float]] = read_jsonl(self.metrics) if self.metrics.is_file() else []
+            _cut(path, step)
+        return read_jsonl(self.metrics) if self.metrics.is_file() else []
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.history.append({"step": step, **metrics})
@@ -66,6 +70,8 @@ def record_stage(run_folder: Path, stage: str, seconds: float) -> None:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
+    if not ranks.is_first():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

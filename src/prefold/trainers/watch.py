@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from prefold import ranks
 from prefold.errors import StageError
 from prefold.files import read_json, write_json
 from prefold.terminal import say
@@ -64,7 +65,7 @@ class Watch(TrainerCallback):
         self.actions, self.facts, self.record = actions, facts, record
         self.rows_of, self.last_step = rows_of, last_step
         self.path = record.metrics.with_name("guards.json")
-        seen: list[Event] = read_json(self.path)["events"] if self.path.is_file() else []
+        seen: list[Event] = ranks.from_first(lambda: read_json(self.path)["events"] if self.path.is_file() else [])
         self.events = [event for event in seen if event["after"] <= resumed_step]
         self._write()
 
@@ -146,7 +147,8 @@ class Watch(TrainerCallback):
             say("  " + "\n  ".join(lines))
 
     def _write(self) -> None:
-        write_json(self.path, {"events": self.events})
+        if ranks.is_first():
+            write_json(self.path, {"events": self.events})
 
 
 def _told(event: Event) -> str:

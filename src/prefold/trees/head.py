@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from prefold.trees.tokens import trained_rows
 
@@ -70,7 +71,7 @@ def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
 def head_obstacle(model: nn.Module) -> str | None:
     """Why the head of this model cannot be applied in chunks, or None if it can."""
     layer = weights_of(output_layer(model))
-    if type(layer) is not nn.Linear:
+    if type(layer) is not nn.Linear and not (isinstance(layer, FSDPModule) and isinstance(layer, nn.Linear)):
         return f"its output head is a {type(layer).__name__}, not a plain linear layer"
     return None
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prefold import ranks
 from prefold.errors import StageError
 from prefold.trees.attention import candidates, using_attention
 from prefold.trees.forest import WORTH_SHARING, Ids, Text, pack_forest, split_texts
@@ -51,10 +52,22 @@ class Reader:
     def read(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[Likelihood]]]:
         """Row by row, the places of its texts and how likely they are.
 
+        Several processes read a share of the rows each, and all of them get everything.
+
         Raises:
             StageError: out of memory with the texts of a single context.
         """
-        waiting = self._rows(texts, range(len(texts)))
+        own = []
+        for row, found in self._read_here(texts):
+            own.append((row, found))
+            yield row, found
+        for process, part in enumerate(ranks.gather(own)):
+            if process != ranks.rank():
+                yield from part
+
+    def _read_here(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[Likelihood]]]:
+        rows = self._rows(texts, range(len(texts)))
+        waiting = [rows[i] for i in ranks.share([sum(len(texts[place].tokens) for place in row) for row in rows])]
         while waiting:
             row = waiting.pop(0)
             found = self._try_to_read([texts[place] for place in row])

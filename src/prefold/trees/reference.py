@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from prefold import ranks
 from prefold.files import new_file
 from prefold.terminal import Advance, progress_bar
 from prefold.trees.packing import TokenTree
@@ -42,11 +44,15 @@ def reference_logprobs(
         For each tree, `[tokens of its completions]` float32 log-probs in nats, on the CPU.
     """
     file = cache / "reference" / f"{_key(scorer, trees, dtype)}.safetensors"
-    if not file.is_file():
-        with progress_bar("reference", len(trees)) as advance, new_file(file) as temporary:
-            save_file({"logprobs": torch.cat(compute_reference(scorer, trees, dtype, advance))}, temporary)
+    found = ranks.from_first(lambda: load_file(file)["logprobs"] if file.is_file() else None)
+    if found is None:
+        with progress_bar("reference", len(trees)) as advance:
+            found = torch.cat(compute_reference(scorer, trees, dtype, advance))
+        if ranks.is_first():
+            with new_file(file) as temporary:
+                save_file({"logprobs": found}, temporary)
     lengths = [sum(map(len, tree.completions)) for tree in trees]
-    return list(load_file(file)["logprobs"].split(lengths))
+    return list(found.split(lengths))
 
 
 @torch.no_grad()
@@ -79,11 +85,15 @@ def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
         digest.update(str(getattr(module, "scaling", "") if adapter else "").encode())
     for tree in trees:
         digest.update(repr((tree.prompt, tree.completions)).encode())
+    if scorer.sharded:
+        digest = hashlib.sha256("".join(ranks.gather(digest.hexdigest())).encode())
     return digest.hexdigest()[:32]
 
 
 def hash_tensors(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Add named tensors to a `hashlib` digest: names, dtypes, shapes, kinds of device and every byte."""
+    """Add named tensors to a `hashlib` digest: names, dtypes, shapes, kinds of device and every byte; of a
+    sharded one those of this process."""
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        digest.update(own.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

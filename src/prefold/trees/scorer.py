@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.distributed.fsdp import is_fsdp_managed_module
 
+from prefold import ranks
 from prefold.errors import StageError
 from prefold.trees.attention import BACKENDS, Shape, candidates, using_attention
 from prefold.trees.head import head_obstacle
@@ -31,6 +33,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 COARSE = 1.0
 """The same where 8-bit layers round their inputs, each row of tokens in its own way: half a nat is common there, a leak
 makes several."""
+PADDING = TokenTree((0,), ((0,),))
+"""The least that can be scored, where a pass is made for the sake of the other processes."""
 
 logger = logging.getLogger("prefold")
 
@@ -84,22 +88,57 @@ class Scorer:
             return nullcontext()
         return using_attention(unwrapped(self.model), self.attention)
 
-    def rows(self, trees: Sequence[TokenTree]) -> list[list[int]]:
-        """Indices of the trees of each micro-batch of at most `max_tokens`. A tree without completions, of which there
-        is nothing to score, is in none."""
-        scored = [place for place, tree in enumerate(trees) if tree.completions]
-        rows = split_by_budget([self.size(trees[place]) for place in scored], self.max_tokens)
-        return [[scored[place] for place in row] for row in rows]
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights, so that a pass takes all of them."""
+        return is_fsdp_managed_module(unwrapped(self.model))
+
+    def rows(self, trees: Sequence[TokenTree], places: Iterable[int] | None = None) -> list[list[int]]:
+        """Indices of the trees of each micro-batch of at most `max_tokens`: of all trees, or of those at `places`. A
+        tree without completions, of which there is nothing to score, is in none."""
+        sizes = self._sizes(trees, range(len(trees)) if places is None else places)
+        scored = list(sizes)
+        return [[scored[place] for place in row] for row in split_by_budget(list(sizes.values()), self.max_tokens)]
+
+    def share(self, trees: Sequence[TokenTree]) -> list[int]:
+        """Indices of the trees that this process scores: of all of them in one process, else of its share by tokens."""
+        sizes = self._sizes(trees, range(len(trees)))
+        scored = list(sizes)
+        return [scored[place] for place in ranks.share(list(sizes.values()))]
+
+    def _sizes(self, trees: Sequence[TokenTree], places: Iterable[int]) -> dict[int, int]:
+        return {place: self.size(tree) for place in places if (tree := trees[place]).completions}
+
+    def behind(self, rows: Sequence[list[int]]) -> int:
+        """How many passes this process has to make with nothing, beside those through its rows: with sharded weights
+        all processes make as many."""
+        return ranks.missing(len(rows)) if self.sharded else 0
 
     def scored(
         self, trees: Sequence[TokenTree], statistics: bool = False, scores_prompt: bool = False
     ) -> Iterator[tuple[list[int], TreeLogprobs]]:
         """Log-probs of many trees, row by row with the indices of each row's trees, for use without gradients.
 
+        Several processes score a share each, and all of them get everything.
+
         Raises:
             StageError: out of memory with a single tree.
         """
-        waiting = self.rows(trees)
+        own = []
+        for row, found in self._scored_here(trees, statistics, scores_prompt):
+            if ranks.processes() > 1:
+                own.append((row, found))
+            yield row, found
+        for process, part in enumerate(ranks.gather(own)):
+            if process != ranks.rank():
+                yield from part
+
+    def _scored_here(
+        self, trees: Sequence[TokenTree], statistics: bool, scores_prompt: bool
+    ) -> Iterator[tuple[list[int], TreeLogprobs]]:
+        waiting = self.rows(trees, self.share(trees))
+        for _ in range(self.behind(waiting)):
+            self.score([PADDING], None, statistics, scores_prompt)
         while waiting:
             row = waiting.pop(0)
             found = self._try_to_score([trees[i] for i in row], statistics, scores_prompt)
@@ -107,14 +146,14 @@ class Scorer:
                 yield row, found
                 continue
             rest = [i for unscored in (row, *waiting) for i in unscored]
-            waiting = [[rest[place] for place in part] for part in self.rows([trees[i] for i in rest])]
+            waiting = self.rows(trees, rest)
 
     def _try_to_score(self, trees: list[TokenTree], statistics: bool, scores_prompt: bool) -> TreeLogprobs | None:
         """None if memory ran out; the budget is lowered then."""
         try:
             return self.score(trees, None, statistics, scores_prompt)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self.sharded:
                 raise
         # Outside the handler, whose traceback would keep the tensors of the failed attempt alive.
         self.lower_budget(trees)
@@ -227,7 +266,8 @@ def _checked_backend(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[str 
         return None, reason
     row = pack(trees, base.device)
     right = [surest, *(name for name in others if not differs(model, row, name, surest))]
-    return min(right, key=lambda name: _seconds(model, trees, name) if others else 0.0), None
+    fastest = min(right, key=lambda name: _seconds(model, trees, name) if others else 0.0)
+    return ranks.from_first(lambda: fastest), None
 
 
 def failed_self_check(model: nn.Module, trees: Sequence[TokenTree], attention: str) -> str | None:
@@ -316,7 +356,7 @@ def _adapter_of_the_reference(policy: nn.Module) -> Iterator[None]:
 def in_float32(model: nn.Module) -> Iterator[None]:
     """While open, every module with half-precision weights computes in float32, its weights cast for the call alone;
     4-bit layers unpack theirs to float32."""
-    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    kept: list[tuple[nn.Module, nn.Parameter, torch.Tensor]] = []
     packed: dict[Any, Any] = {each: each.compute_dtype for each in model.modules() if hasattr(each, "compute_dtype")}
 
     def weights(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -326,13 +366,13 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     def widen(module: nn.Module, *arguments: Any) -> None:
         for parameter in weights(module):
             if parameter.dtype in (torch.float16, torch.bfloat16):
-                kept.append((parameter, parameter.data))
+                kept.append((module, parameter, parameter.data))
                 parameter.data = parameter.data.float()
 
     def narrow(module: nn.Module, *arguments: Any) -> None:
-        own = {id(parameter) for parameter in weights(module)}
-        while kept and id(kept[-1][0]) in own:
-            parameter, data = kept.pop()
+        # By the module: sharded weights have been exchanged for their shards when this is called.
+        while kept and kept[-1][0] is module:
+            _, parameter, data = kept.pop()
             parameter.data = data
 
     handles = [module.register_forward_pre_hook(widen) for module in model.modules()]

@@ -1,0 +1,278 @@
+"""The processes that train one model together: which one this is, what its share is, how they tell one another.
+
+In one process every function here is the identity: its share is everything, what it gathers is what it gave. So the
+code that calls them says what is done once, and reads alike for one process and for sixteen.
+
+Whoever started the processes ends all of them when one fails (`launch.py`, torchrun), so that nothing is waited for
+that will not come.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import transformers
+from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from prefold.errors import StageError, UserError
+from prefold.launch import LIFELINE
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others: the first one may have data to read, or a model to merge, meanwhile."""
+_store: Any = None
+_alone = False
+
+
+class FailedElsewhere(MemoryError):
+    """Memory ran out in another process."""
+
+
+# ---- who is there -----------------------------------------------------------------------------------------------
+
+
+def launched() -> int:
+    """How many processes were started to work together, by torchrun or by `--nproc`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Meet the other processes, if there are any. All but the first one are silent from then on.
+
+    Raises:
+        UserError: there are more of them than GPUs, or they do not know of one another.
+    """
+    global _store
+    if launched() == 1 or distributed.is_initialized():
+        return
+    if unknown := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        what = f"WORLD_SIZE speaks of {launched()} processes, and {unknown[0]} is not set"
+        raise UserError(what, where="environment", advice="start them by `--nproc` or torchrun, or unset WORLD_SIZE")
+    _hold_lifeline()
+    _store, rank, number = next(rendezvous("env://"))
+    if rank > 0:
+        _be_silent()
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend, local = "cpu:gloo,cuda:nccl", int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            what = f"process {local + 1} of this machine has no GPU: there are {torch.cuda.device_count()}"
+            raise UserError(what, advice="start as many processes as there are GPUs")
+        torch.cuda.set_device(local)
+    distributed.init_process_group(backend, store=_store, rank=rank, world_size=number, timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Part from the other processes when all is done."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def processes() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() and not _alone else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() and not _alone else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and talks."""
+    return rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While open, this process does everything by itself."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def speaks() -> bool:
+    """Whether this process is to say why it fails: the first one that fails does, the others follow from it."""
+    if _store is None:
+        return True
+    try:
+        return bool(_store.add("prefold/failed", 1) == 1)
+    except RuntimeError:  # the process that kept the count has failed before
+        return False
+
+
+def _be_silent() -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("prefold").setLevel(logging.CRITICAL)
+    transformers.logging.set_verbosity_error()
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+
+
+def _hold_lifeline() -> None:
+    """End with the process that started this one, even where that was killed."""
+    descriptor = os.environ.pop(LIFELINE, None)
+    if descriptor is None:
+        return
+
+    def wait() -> None:
+        os.read(int(descriptor), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# ---- telling one another ----------------------------------------------------------------------------------------
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order, in each of them; tensors come to this process's device.
+
+    Raises:
+        FailedElsewhere: another process called `tell_failure` instead.
+    """
+    return [value] if processes() == 1 else _exchanged(value, failed=False)
+
+
+def tell_failure() -> None:
+    """Instead of the `gather` that comes next: memory ran out here. The others fail at their `gather`."""
+    if processes() > 1:
+        _exchanged(None, failed=True)
+
+
+def _exchanged(value: T, failed: bool) -> list[T]:
+    given = io.BytesIO()
+    torch.save((failed, value), given)
+    found: list[bytes] = [b""] * processes()
+    with _explained():
+        distributed.all_gather_object(found, given.getvalue())
+    parts = [_opened(part) for part in found]
+    if not failed and any(other for other, _ in parts):
+        raise FailedElsewhere("out of memory in another process")
+    return [part for _, part in parts]
+
+
+def _opened(content: bytes) -> Any:
+    # Written by a process of this run a moment ago.
+    return torch.load(io.BytesIO(content), map_location=_device(), weights_only=False)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first process makes, in all of them. Tensors are to be on the CPU."""
+    if processes() == 1:
+        return make()
+    box = [make() if is_first() else None]
+    with _explained():
+        distributed.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raises StageError where another process is not there any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StageError(f"another process has ended, or cannot be reached ({str(error).splitlines()[0]})") from None
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    gather(None)
+
+
+@contextmanager
+def first_ahead() -> Iterator[None]:
+    """The first process goes through before the others, so that they find in the cache what it has put there. Of those
+    of another machine, whose cache may be its own, one goes before the rest."""
+    turn = 0 if is_first() else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn):
+        wait()
+    yield
+    for _ in range(2 - turn):
+        wait()
+
+
+def merged(found: dict[int, T]) -> dict[int, T]:
+    """What all processes have found."""
+    return {place: value for part in gather(found) for place, value in part.items()}
+
+
+# ---- sharing work -----------------------------------------------------------------------------------------------
+
+
+def share(sizes: Sequence[int]) -> list[int]:
+    """Places of the items that this process is to take, in ascending order.
+
+    The largest come first, each to the process that has least so far, so that all have about as much. The shares
+    depend on nothing but the sizes and the number of processes.
+    """
+    if processes() == 1:
+        return list(range(len(sizes)))
+    loads = [0] * processes()
+    own: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        least = loads.index(min(loads))
+        loads[least] += sizes[item]
+        if least == rank():
+            own.append(item)
+    return sorted(own)
+
+
+def missing(number: int) -> int:
+    """By how much the number of the process that has most is larger than this one's."""
+    return max(gather(number)) - number
+
+
+@torch.no_grad()
+def copy_from_first(model: nn.Module) -> None:
+    """Give the trained weights of all processes the values that they have in the first."""
+    if processes() > 1:
+        for weight in _whole(model):
+            distributed.broadcast(weight.data, src=0)
+
+
+@torch.no_grad()
+def sum_gradients(model: nn.Module) -> None:
+    """Give all processes the sum of their gradients. A weight that none of them has one for keeps none.
+
+    This happens once in a step, when all backward passes are known to have succeeded: memory that runs out in the midst
+    of an exchange could not be recovered from.
+    """
+    if processes() == 1:
+        return
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    used = [any(by_all) for by_all in zip(*gather([weight.grad is not None for weight in trained]), strict=True)]
+    waiting = []
+    for weight in (weight for weight, wanted in zip(trained, used, strict=True) if wanted):
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if isinstance(weight, DTensor):
+            # Those of sharded weights have been averaged by the backward pass.
+            cast(DTensor, weight.grad).to_local().mul_(processes())
+        else:
+            waiting.append(distributed.all_reduce(weight.grad, async_op=True))
+    for work in waiting:
+        work.wait()
+
+
+def _whole(model: nn.Module) -> list[Tensor]:
+    """Trained weights that each process holds a copy of."""
+    return [weight for weight in model.parameters() if weight.requires_grad and not isinstance(weight, DTensor)]

@@ -1,0 +1,199 @@
+"""Two processes for tests that do together what they are told, job after job: starting them takes seconds.
+
+`serve` runs in each of them. Its jobs are the functions below it, by name.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import prefold
+from prefold import ranks
+from prefold.launch import environment, free_port
+from prefold.recipe import RecipeBase
+
+PATIENCE = 120.0
+"""Seconds that a job may take before the processes are taken to be waiting for one another."""
+
+
+class Pair:
+    def __init__(self) -> None:
+        port = free_port()
+        self.processes, self.lines = [], []
+        context = multiprocessing.get_context("spawn")
+        for rank in range(2):
+            here, there = context.Pipe()
+            with patch.dict(os.environ, {**environment(rank, 2, port), "OMP_NUM_THREADS": "1"}):
+                process = context.Process(target=serve, args=(there,), daemon=True)
+                process.start()
+            self.processes.append(process)
+            self.lines.append(here)
+
+    def do(self, job: str, *args: Any, **settings: Any) -> list[Any]:
+        """What the job returns in each of the processes."""
+        for line in self.lines:
+            line.send((job, args, settings, os.environ["PREFOLD_CACHE"]))
+        answers = []
+        for line in self.lines:
+            if not line.poll(PATIENCE):
+                raise TimeoutError(f"`{job}` hangs")
+            answers.append(line.recv())
+        for error in (answer for answer in answers if isinstance(answer, BaseException)):
+            raise error
+        return answers
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def serve(line: Connection) -> None:
+    ranks.join()
+    torch.set_num_threads(1)
+    while True:
+        job, args, settings, cache = line.recv()
+        os.environ["PREFOLD_CACHE"] = cache
+        try:
+            line.send(JOBS[job](*args, **settings))
+        except Exception as error:
+            line.send(error)
+
+
+# ---- jobs -------------------------------------------------------------------------------------------------------
+
+
+def run(recipe: RecipeBase, row_tokens: int = 4096) -> None:
+    """`row_tokens`: what is read at once for a task."""
+    from prefold.trees import reader
+
+    with patch.dict(reader.ROW_TOKENS, {"cpu": row_tokens}):
+        prefold.run(recipe)
+
+
+def train(recipe: RecipeBase, stop: int | None = None, room: tuple[int, int] | None = None) -> list[int]:
+    """Train, up to a step if there is a `stop`. `room`: a process and the tokens that a row of its may have before its
+    memory runs out. Returns the sizes of the rows that were tried."""
+    tried: list[int] = []
+    with ExitStack() as stack:
+        if stop is not None:
+            stack.enter_context(stopping_at(stop))
+        if room is not None:
+            stack.enter_context(short_of_memory(*room, tried))
+        try:
+            prefold.train(recipe)
+        except KeyboardInterrupt:
+            assert stop is not None
+    return tried
+
+
+def shards(recipe: RecipeBase) -> dict[str, tuple[list[int], list[int]]]:
+    """Train; returns whole and own shape of every weight that is sharded at the last step."""
+    from prefold.trainers.offline import PreferenceTrainer
+
+    step, found = PreferenceTrainer._step, {}
+
+    def looking(self: PreferenceTrainer, model: Any, indices: Any) -> Any:
+        loss = step(self, model, indices)
+        for name, weight in model.named_parameters():
+            if isinstance(weight, DTensor):
+                found[name] = (list(weight.shape), list(weight.to_local().shape))
+        return loss
+
+    with patch.object(PreferenceTrainer, "_step", looking):
+        prefold.train(recipe)
+    return found
+
+
+def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
+    """Train; one of the processes gets Ctrl-C in a step. Returns what ended this one."""
+    from prefold.trainers.offline import PreferenceTrainer
+
+    take = PreferenceTrainer.training_step
+
+    def signalled(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+        if self.state.global_step == step - 1 and ranks.rank() == rank:
+            signal.raise_signal(signal.SIGINT)
+        return take(self, *args)
+
+    with patch.object(PreferenceTrainer, "training_step", signalled):
+        try:
+            prefold.train(recipe)
+        except KeyboardInterrupt:
+            return "Ctrl-C"
+    return "nothing"
+
+
+def guarded(recipe: RecipeBase) -> None:
+    """Train; the third step gives NaN in the second process alone, unless the rate was lowered before."""
+    from prefold.trainers.offline import PreferenceTrainer
+
+    loss_of = PreferenceTrainer.loss_of
+
+    def broken(self: PreferenceTrainer, *args: Any) -> Any:
+        output = loss_of(self, *args)
+        assert self.watch is not None
+        if ranks.rank() == 1 and self.state.global_step == 2 and self.watch.rate(3) == 1:
+            return replace(output, loss={unit: total * float("nan") for unit, total in output.loss.items()})
+        return output
+
+    with patch.object(PreferenceTrainer, "loss_of", broken):
+        prefold.train(recipe)
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "run": run,
+    "train": train,
+    "shards": shards,
+    "interrupted": interrupted,
+    "guarded": guarded,
+}
+
+
+@contextmanager
+def stopping_at(stop: int) -> Iterator[None]:
+    from prefold.trainers.offline import PreferenceTrainer
+
+    step = PreferenceTrainer.training_step
+
+    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+        if self.state.global_step == stop:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with patch.object(PreferenceTrainer, "training_step", stopping):
+        yield
+
+
+@contextmanager
+def short_of_memory(rank: int, tokens: int, tried: list[int]) -> Iterator[None]:
+    """While open, larger rows fail in the backward pass of one process."""
+    from prefold.trees.scorer import Scorer
+
+    score = Scorer.score
+
+    def limited(self: Scorer, trees: Any, *args: Any, **settings: Any) -> Any:
+        found = score(self, trees, *args, **settings)
+        size = sum(tree.size for tree in trees)
+        tried.append(size)
+        if size > tokens and ranks.rank() == rank and found.tokens.requires_grad:
+
+            def fail(grad: torch.Tensor) -> None:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+            found.tokens.register_hook(fail)
+        return found
+
+    with patch.object(Scorer, "score", limited):
+        yield
