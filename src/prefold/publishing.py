@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ RECORD = "publish.json"
 OF_THE_MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", CARD)
 """What lies in `merged/` beside the tokenizer and its template."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+CHECKPOINTS = "checkpoints"
+"""The branch that checkpoints are pushed to."""
+OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json", *WEIGHTS)
 COMPARED = 3
 """Answered prompts on which a GGUF file is compared with the model."""
 LONGEST = 2000
@@ -309,6 +313,20 @@ def push(section: Publish, items: Sequence[Item], message: str, before: dict[str
     if pull_request:
         say(f"  pull request {pull_request.rpartition('/')[2]}")
     return {"commit": commit.oid, "branch": section.branch, "pull_request": pull_request}
+
+
+def push_checkpoint(recipe: RecipeBase, checkpoint: Path) -> None:
+    """Push the weights of a checkpoint, without what training goes on from, in one commit of a branch of their own.
+
+    Raises:
+        UserError, StageError: see `push`.
+    """
+    section = require_section(recipe).model_copy(update={"branch": CHECKPOINTS, "create_pr": False})
+    with tempfile.TemporaryDirectory() as aside:
+        tokenizer_of(recipe.model).save_pretrained(aside)
+        weights = [file for file in _files(checkpoint) if any(file.match(name) for name in OF_A_CHECKPOINT)]
+        items = [_item(file, file.name) for file in [*weights, *_files(Path(aside))]]
+        push(section, items, f"Step {checkpoint.name.removeprefix('checkpoint-')}", {})
 
 
 def message_of(run_folder: Path) -> str:

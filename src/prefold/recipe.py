@@ -423,6 +423,9 @@ class Publish(Section):
     """Open a pull request instead of pushing to `main`."""
     commit_message: str | None = Field(None, min_length=1)
     """Unset: which method and which base."""
+    checkpoints: bool = False
+    """Push the weights of every checkpoint as well, to the repository's branch `checkpoints`; training waits meanwhile. A
+    push that fails is said, and the run goes on."""
 
     @model_validator(mode="before")
     @classmethod
@@ -437,7 +440,7 @@ class Publish(Section):
             raise ValueError("give `hub_model_id`, the Hub repository to push to, or `to`, a folder")
         if self.gguf and "gguf" not in self.what:
             raise ValueError("`gguf` would be ignored: `what` does not have `gguf`")
-        idle = [name for name in ("branch", "create_pr", "commit_message") if getattr(self, name)]
+        idle = [name for name in ("branch", "create_pr", "commit_message", "checkpoints") if getattr(self, name)]
         if idle and not self.hub_model_id:
             raise ValueError(f"`{idle[0]}` would be ignored without `hub_model_id`")
         if self.branch and self.create_pr:
@@ -593,7 +596,8 @@ class RecipeBase(Section):
             "model.chat_template": self.model.chat_template,
             "lora.use_dora": lora.use_dora,
             "lora.modules_to_save": lora.modules_to_save,
-            f"method: {self.method}": ALGORITHMS[self.method].data == "prompts" or ALGORITHMS[self.method].scores_sequences,
+            f"method: {self.method}": ALGORITHMS[self.method].data == "prompts"
+            or ALGORITHMS[self.method].scores_sequences,
         }
         given = [name for name, value in barred.items() if value]
         if self.train.fsdp and given:

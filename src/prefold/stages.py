@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from prefold import ranks
 from prefold.algorithms import GRPO
@@ -51,7 +51,7 @@ from prefold.models.merge import merge_adapter, remarks, save_and_check
 from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart
 from prefold.plan.plan import Plan, make_plan
-from prefold.publishing import publish_run, require_ready, require_section
+from prefold.publishing import publish_run, push_checkpoint, require_ready, require_section
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.card import write_card
 from prefold.reports.html import write_report
@@ -69,6 +69,7 @@ from prefold.trainers.guards import Facts
 from prefold.trainers.interrupt import Interruption
 from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet, save_weights
 from prefold.trainers.online import OnlineTrainer, sampling_of
+from prefold.trainers.pushes import Pushes
 from prefold.trainers.record import StepRecord
 from prefold.trainers.trackers import open_trackers
 from prefold.trainers.watch import RolledBack, Watch
@@ -266,8 +267,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         record = StepRecord(folder, done, advance)
         trainer = make_trainer(order, record, training_arguments(recipe, len(order)))
         trainer.watch_by(_watch(recipe, record, done, order, prepared))
-        trackers = open_trackers(recipe.train.report_to) if ranks.is_first() else []
-        for callback in (*trackers, interruption):
+        for callback in (*(_outside(recipe) if ranks.is_first() else []), interruption):
             trainer.add_callback(callback)
         if checkpoint:
             trainer.scorer.max_tokens, trainer.carried = kept_in(checkpoint)
@@ -282,6 +282,12 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
             tokenizer_of(recipe.model).save_pretrained(aside)
     del trainer, make_trainer, model, scorer
     free_memory()
+
+
+def _outside(recipe: RecipeBase) -> list[TrainerCallback]:
+    """Who else is told of training."""
+    pushes = [Pushes(partial(push_checkpoint, recipe))] if recipe.publish and recipe.publish.checkpoints else []
+    return [*open_trackers(recipe.train.report_to), *pushes]
 
 
 def _watch(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Watch:

@@ -206,7 +206,9 @@ def test_tasks(pair: Pair, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PREFOLD_CACHE", str(tmp_path / "cache of one"))
     one = prefold.run(make("one"))
     for name in ("scores_before", "scores_after"):
-        found, wanted = (json.loads((run / "evaluation" / f"{name}.json").read_text()) for run in (tmp_path / "two", one))
+        found, wanted = (
+            json.loads((run / "evaluation" / f"{name}.json").read_text()) for run in (tmp_path / "two", one)
+        )
         for ours, theirs in zip(found, wanted, strict=True):
             assert ours["questions"] == theirs["questions"]
             assert ours["values"] == pytest.approx(theirs["values"], rel=1e-5)

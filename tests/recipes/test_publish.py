@@ -12,8 +12,9 @@ from huggingface_hub import constants
 from upload_hub import TOKEN, UploadHub, uploads_to
 
 import prefold
+from prefold import publishing
 from prefold.cli import main
-from prefold.errors import UserError
+from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase, dump_recipe
 
 MakeRecipe = Callable[..., RecipeBase]
@@ -94,3 +95,28 @@ def test_an_unfinished_run_is_not_published(recipe: MakeRecipe, tmp_path: Path) 
         prefold.publish(wanted)
     with pytest.raises(UserError, match="was not checked"):
         prefold.publish(wanted, dry_run=True)
+
+
+def test_checkpoints_are_pushed_while_training(recipe: MakeRecipe, hub: UploadHub) -> None:
+    folder = prefold.run(recipe(publish={"hub_model_id": NAME, "checkpoints": True}))
+    branches = hub.repositories[NAME].branches
+    weights = (folder / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors").read_bytes()
+    assert branches["checkpoints"]["adapter_model.safetensors"] == weights
+    assert {"adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= branches["checkpoints"].keys()
+    assert not {"optimizer.pt", "prefold.json", "trainer_state.json"} & branches["checkpoints"].keys()
+    assert "adapter_model.safetensors" not in branches["main"] and "model.safetensors" in branches["main"]
+    assert len(hub.repositories[NAME].commits) == 4
+
+
+def test_a_checkpoint_that_cannot_be_pushed_costs_nothing_else(
+    recipe: MakeRecipe, hub: UploadHub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object) -> None:
+        raise StageError("the connection to the Hub broke")
+
+    monkeypatch.setattr(publishing, "push", refuse)
+    folder = prefold.train(recipe(publish={"hub_model_id": NAME, "checkpoints": True}))
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    said = " ".join(capfd.readouterr().err.split())
+    assert "checkpoint-2 was not pushed, and the run goes on: the connection to the Hub broke" in said
+    assert "checkpoint-6 was not pushed" in (folder / "run.log").read_text()

@@ -1,0 +1,34 @@
+"""Checkpoints leave the machine while training goes on. A push that fails costs itself and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from prefold.errors import StageError, UserError
+from prefold.terminal import say
+
+logger = logging.getLogger("prefold")
+
+
+class Pushes(TrainerCallback):
+    """
+    Args:
+        push: what is done with the folder of every checkpoint that was saved.
+    """
+
+    def __init__(self, push: Callable[[Path], None]):
+        self.push = push
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        try:
+            self.push(checkpoint)
+        except (StageError, UserError) as error:
+            text = f"{checkpoint.name} was not pushed, and the run goes on: {str(error).splitlines()[0]}"
+            logger.warning(text)
+            say(f"  {text}")
