@@ -126,7 +126,7 @@ def test_the_source_has_no_door_for_code() -> None:
                     assert keyword.arg != "trust_remote_code" or value is False, where
                     assert keyword.arg != "weights_only" or value is True, where
                     assert keyword.arg != "shell" or value is False, where
-    from prefold.recipe import _Loader
+    from prefold.recipe.text import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
 

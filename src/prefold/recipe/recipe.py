@@ -1,0 +1,128 @@
+"""The whole recipe, and what its sections ask of one another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from prefold.algorithms import ALGORITHMS, Algorithm
+from prefold.recipe.rewards import Reward
+from prefold.recipe.section import Section
+from prefold.recipe.sections import Data, Evaluate, Guards, Lora, Merge, Model, Publish, Train
+
+
+class RecipeBase(Section):
+    method: Literal[tuple(ALGORITHMS)]  # type: ignore[valid-type]
+    """How to align."""
+    model: Model
+    lora: Lora | Literal["none"] | None = Lora()
+    """LoRA settings, or `none` for full fine-tuning; empty only beside `model.adapter`, which brings its own."""
+    data: Data
+    rewards: list[Reward] = []
+    """What scores completions, for methods that train on the model's own."""
+    train: Train = Train()
+    guards: Guards = Guards()
+    merge: Merge = Merge()
+    evaluate: Evaluate = Evaluate()
+    publish: Publish | None = None
+    output_dir: str = Field(min_length=1)
+    """The run folder."""
+
+    @property
+    def algorithm(self) -> Algorithm:
+        chosen: Algorithm = getattr(self, self.method)
+        return chosen
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+    @model_validator(mode="before")
+    @classmethod
+    def an_adapter_brings_its_own_settings(cls, values: Any) -> Any:
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict) or not model.get("adapter"):
+            return values
+        if values.get("lora") is not None:
+            raise ValueError("a section `lora` beside `model.adapter` would be ignored; remove one of them")
+        return {**values, "lora": None}
+
+    @model_validator(mode="after")
+    def the_model_fits_the_rest(self) -> RecipeBase:
+        if self.lora is None and not self.model.adapter:
+            raise ValueError("`lora` is empty; give its fields, `none` for full fine-tuning, or leave it out")
+        if self.lora == "none" and (self.model.load_in_4bit or self.model.load_in_8bit):
+            raise ValueError("`lora: none` trains all weights, which quantised ones cannot be; remove one of them")
+        if self.publish and "adapter" in self.publish.what and self.lora == "none":
+            raise ValueError("`publish.what` has `adapter`, and `lora: none` leaves none; remove one of them")
+        if self.data.template == "none" and self.model.chat_template:
+            raise ValueError("`model.chat_template` would be ignored beside `data.template: none`; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def can_be_sharded(self) -> RecipeBase:
+        lora = self.lora if isinstance(self.lora, Lora) else Lora()
+        barred = {
+            "model.load_in_4bit": self.model.load_in_4bit,
+            "model.load_in_8bit": self.model.load_in_8bit,
+            "model.device_map": self.model.device_map,
+            "model.chat_template": self.model.chat_template,
+            "lora.use_dora": lora.use_dora,
+            "lora.modules_to_save": lora.modules_to_save,
+            f"method: {self.method}": ALGORITHMS[self.method].data == "prompts"
+            or ALGORITHMS[self.method].scores_sequences,
+        }
+        given = [name for name, value in barred.items() if value]
+        if self.train.fsdp and given:
+            raise ValueError(f"`train.fsdp` does not go with `{given[0]}`; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def measured_while_training(self) -> RecipeBase:
+        if self.train.eval_steps and ALGORITHMS[self.method].data == "prompts":
+            raise ValueError(
+                f"`train.eval_steps` measures the loss of held-out pairs, and `{self.method}` has none; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def only_the_methods_own_section(self) -> RecipeBase:
+        for name in ALGORITHMS:
+            if name != self.method and getattr(self, name) is not None:
+                raise ValueError(
+                    f"a section `{name}` beside `method: {self.method}` would be ignored; remove one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def rewards_where_they_are_used(self) -> RecipeBase:
+        samples = self.algorithm.data == "prompts"
+        if samples and not self.rewards:
+            raise ValueError(f"`method: {self.method}` needs `rewards`, e.g. `rewards: [{{name: length, target: 50}}]`")
+        if self.rewards and not samples:
+            raise ValueError(f"`rewards` would be ignored by `method: {self.method}`; remove them")
+        if samples and self.algorithm.needs_reference and self.lora == "none":
+            raise ValueError(
+                f"`{self.method}.beta` compares with the model before training, which full fine-tuning does not keep; "
+                f"set `{self.method}.beta: 0`, or train LoRA"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def answered_where_something_answers(self) -> RecipeBase:
+        unset = Evaluate()
+        idle = [name for name, value in self.evaluate if value != getattr(unset, name)]
+        if idle and self.algorithm.scores_sequences:
+            what = f"would be ignored by `method: {self.method}`, whose model scores answers and gives none; remove it"
+            raise ValueError(f"`evaluate.{idle[0]}` {what}")
+        return self
+
+
+Recipe: type[RecipeBase] = create_model(
+    "Recipe",
+    __base__=RecipeBase,
+    __doc__="One model, one method, one run folder.",
+    **{name: (algorithm | None, None) for name, algorithm in ALGORITHMS.items()},  # type: ignore[call-overload]
+)

@@ -1,0 +1,418 @@
+"""The sections of a recipe, in the order of the stages; rewards and judges have a file of their own."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from prefold.data.where import Where
+from prefold.recipe.rewards import WinRate
+from prefold.recipe.section import Section
+
+
+class Model(Section):
+    name: str = Field(min_length=1)
+    """Hub id, folder, GGUF file, or `pypi:PACKAGE==VERSION`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 where the device computes in it natively, float16 on older GPUs, float32 else."""
+    attn_implementation: Literal["auto", "trees", "sdpa", "eager"] = "auto"
+    """`auto`: trees (each prompt encoded once) if the self-check passes, else plain sdpa; `trees`: fail instead of
+    falling back; `sdpa`, `eager`: the plain path with that attention."""
+    device_map: str | dict[str, str | int] | None = None
+    """As transformers takes it; unset: the whole model on the training device."""
+    adapter: str | None = Field(None, min_length=1)
+    """Folder of a LoRA adapter of this model, e.g. another run's `adapter/`: training goes on with it, and the
+    reference is a frozen copy of it. It brings its own LoRA settings, so the section `lora` is left out."""
+    chat_template: str | None = None
+    """The chat format that a base model is to learn: `chatml`, or a file FILE.jinja with a template whose tokens the
+    tokenizer has. The rows of its tokens in the embeddings are trained. Unset: the tokenizer's own template."""
+    load_in_4bit: bool = False
+    """Train over weights that are held in 4 bits (QLoRA). The adapter is merged into the unquantised weights, and they
+    are what is evaluated."""
+    load_in_8bit: bool = False
+    """The same in 8 bits."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
+    """Number format of 4-bit weights; unset: `nf4`. Beware that transformers' own default is `fp4`."""
+    bnb_4bit_use_double_quant: bool | None = None
+    """Quantise the scales of 4-bit weights as well, which saves 0.4 bits per weight; unset: `false`."""
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """What 4-bit weights are unpacked to for each product; unset: `auto`, that of `dtype`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def four_bits_are_spelt_out(cls, values: Any) -> Any:
+        """With 4-bit weights the unset settings take their values here, so that the resolved recipe names them."""
+        if not isinstance(values, dict) or not values.get("load_in_4bit"):
+            return values
+        given = {name: value for name, value in values.items() if value is not None or name not in FOUR_BITS}
+        return {**FOUR_BITS, **given}
+
+    @model_validator(mode="after")
+    def settings_are_used(self) -> Model:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("give either `load_in_4bit` or `load_in_8bit`, not both")
+        idle = [name for name in FOUR_BITS if getattr(self, name) is not None]
+        if idle and not self.load_in_4bit:
+            raise ValueError(f"`{idle[0]}` would be ignored without `load_in_4bit: true`")
+        if self.chat_template not in (None, "chatml") and not str(self.chat_template).endswith(".jinja"):
+            raise ValueError(f"`chat_template` is `{self.chat_template}`; write `chatml`, or name a file FILE.jinja")
+        return self
+
+    def whole(self, folder: Path) -> Model:
+        """These settings for what has become of the model: whole weights in a folder, with their chat format."""
+        kept = ("dtype", "attn_implementation", "device_map")
+        return Model(name=str(folder), **{name: getattr(self, name) for name in kept})
+
+
+FOUR_BITS = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "auto"}
+"""What the settings of 4-bit weights are where they are left out."""
+
+
+class Lora(Section):
+    """Field names and meanings are those of peft's `LoraConfig`."""
+
+    r: int = Field(16, gt=0)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear`, a regular expression, or a list of module names."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r, so that high ranks learn as fast as low ones."""
+    use_dora: bool = False
+    """Train the length of every output's weights beside their direction (DoRA): slower, often better at low ranks."""
+    modules_to_save: list[str] = []
+    """Modules that are trained and saved whole beside LoRA, by name, e.g. `[lm_head]`."""
+
+
+class Rows(Section):
+    """Where rows are read from, and which of them."""
+
+    path: str = Field(min_length=1)
+    """A file (.jsonl, .json, .csv, .parquet; the first three also .gz, .bz2, .xz or .zst), a folder or a glob of files,
+    a built-in set (`builtin:plain_words`), or a data set of the Hub (`org/name`)."""
+    name: str | None = None
+    """Configuration of a Hub data set, where it has several."""
+    split: str | None = None
+    """Split of a built-in set or Hub data set, `all` for all of a Hub data set; unset: `train`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    streaming: bool = False
+    """Read a Hub data set over the network without storing it; `count` then takes its first rows."""
+    where: str | None = None
+    """Condition on a row's own columns, e.g. `rating >= 5 and in_gsm8k_train == false`; other rows are left out."""
+
+    @field_validator("where")
+    @classmethod
+    def condition_can_be_read(cls, value: str | None) -> str | None:
+        if value is not None:
+            Where(value)
+        return value
+
+
+class Source(Rows):
+    columns: dict[str, str] | None = None
+    """Columns that have other names than those of a known shape: `{prompt: question}`."""
+    weight: float | None = Field(None, gt=0)
+    """Share of the rows, relative to the other sources that have a weight. The mixture is the largest one that keeps
+    these proportions without repeating a row; the rows are drawn by `train.seed`."""
+    count: int | None = Field(None, gt=0)
+    """Number of rows, drawn by `train.seed`."""
+
+    @model_validator(mode="after")
+    def one_way_to_choose_rows(self) -> Source:
+        if self.weight and self.count:
+            raise ValueError("give either `weight` or `count`, not both")
+        if self.weight and self.streaming:
+            raise ValueError("`weight` needs the number of rows, which is unknown with `streaming`; give `count`")
+        return self
+
+
+class Benchmark(Rows):
+    column: str = Field(min_length=1)
+    """The column that holds the text, e.g. `question`."""
+
+
+class Data(Section):
+    train: list[Source] = Field(min_length=1)
+    """Where the training pairs come from."""
+    eval: list[Source] = []
+    """Where the held-out pairs come from; or set `eval_fraction`."""
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the training rows to hold out, equal prompts on one side. 0.1 where neither this nor `eval` is given."""
+    shuffle: bool = False
+    """Shuffle the examples of all sources together by `train.seed`. Each epoch of training draws an order anyway."""
+    duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
+    """What happens to a pair that was there before: `drop_exact` leaves out those that are the same word for word,
+    `drop_near` also those whose prompt, chosen and rejected each share 0.8 of their runs of 5 words with an earlier
+    pair's."""
+    decontaminate: list[Benchmark] = []
+    """Texts to be evaluated on: training pairs that hold 13 words of one in a row, or a shorter one whole, are left
+    out."""
+    system: str | None = None
+    """System message put before each prompt; a row that brings another one is left out."""
+    template: Literal["chat", "none"] = "chat"
+    """How messages become text: by the model's chat template, or `none`: a prompt and its answer as they are, with the
+    tokenizer's BOS token before and its EOS token behind them."""
+    max_length: int = Field(1024, gt=1)
+    """Tokens of prompt and completion together; of the prompt alone where completions are sampled."""
+    max_prompt_length: int | None = Field(None, gt=0)
+    """Tokens that `overlong: truncate_prompt` leaves of a prompt; unset: what fits beside the longer completion."""
+    overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
+    """What happens to a pair that is longer than `max_length`."""
+    bad_rows: Literal["drop", "error"] = "drop"
+    """What happens to a row that is broken, empty, not text, or for which `where` cannot be evaluated."""
+
+    @model_validator(mode="after")
+    def one_way_to_hold_out(self) -> Data:
+        if self.eval and self.eval_fraction:
+            raise ValueError("give either `eval` or `eval_fraction`, not both")
+        if self.max_prompt_length and self.overlong != "truncate_prompt":
+            raise ValueError("`max_prompt_length` is used by `overlong: truncate_prompt` only")
+        return self
+
+
+class Train(Section):
+    """Field names and meanings are those of transformers' `TrainingArguments`, but for `batch_size` and
+    `max_tokens`."""
+
+    learning_rate: float = Field(5e-5, gt=0)
+    batch_size: int = Field(16, gt=0)
+    """Pairs (or prompts) per optimizer step, over all devices."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    """Optimizer steps; overrides `num_train_epochs`."""
+    max_tokens: int | Literal["auto"] = "auto"
+    """Token budget of a micro-batch: how much is computed at once. It changes speed and memory, never the numbers."""
+    warmup_steps: int = Field(0, ge=0)
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    optim: str = "adamw_torch"
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    fsdp: bool = False
+    """Shard the model over all processes (FSDP2): each holds a part of every weight, and fetches the others' while it
+    computes. For models of which a device cannot hold a copy."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = Field(42, ge=0)
+    """Of the data order, the initialisation of LoRA and of a reward model's head, and dropout."""
+    save_steps: int = Field(50, gt=0)
+    """Optimizer steps between checkpoints."""
+    save_total_limit: int = Field(2, gt=0)
+    """Checkpoints kept."""
+    eval_steps: int | float | None = Field(None, gt=0)
+    """Optimizer steps between measurements of the held-out data while training, or below 1 their share of all steps;
+    unset: none are made."""
+    metric_for_best_model: str | None = None
+    """A held-out metric, such as `loss` or `rewards/margins`, by which checkpoints are told apart."""
+    greater_is_better: bool | None = None
+    """Unset: yes, unless the metric's name ends in `loss`."""
+    load_best_model_at_end: bool = False
+    """Go on with the best checkpoint instead of the last; `loss` decides unless `metric_for_best_model` is given."""
+    early_stopping_patience: int | None = Field(None, gt=0)
+    """Measurements in a row without a better metric after which training ends."""
+    report_to: list[Literal["wandb", "tensorboard"]] = []
+    """Trackers that get every step's metrics."""
+    project: str = "prefold"
+    """W&B project."""
+    run_name: str | None = None
+    """Name of the run in the trackers; unset: the name of the run folder."""
+
+    @field_validator("optim", "lr_scheduler_type")
+    @classmethod
+    def known_to_transformers(cls, value: str, info: ValidationInfo) -> str:
+        from transformers.trainer_utils import SchedulerType
+        from transformers.training_args import OptimizerNames
+
+        # Those two schedulers follow an evaluation metric that training on steps does not have.
+        schedulers = {scheduler.value for scheduler in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
+        known = (
+            schedulers if info.field_name == "lr_scheduler_type" else {optimizer.value for optimizer in OptimizerNames}
+        )
+        if value not in known:
+            near = difflib.get_close_matches(value, sorted(known), n=3)
+            raise ValueError(
+                f"`{value}` is unknown; " + (f"did you mean `{near[0]}`?" if near else ", ".join(sorted(known)))
+            )
+        return value
+
+    @model_validator(mode="after")
+    def metrics_are_measured(self) -> Train:
+        wanted = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience")
+        given = [name for name in wanted if getattr(self, name)]
+        if given and self.eval_steps is None:
+            raise ValueError(f"`{given[0]}` needs held-out metrics while training; set `eval_steps`")
+        if self.early_stopping_patience and not (self.metric_for_best_model or self.load_best_model_at_end):
+            raise ValueError("`early_stopping_patience` needs a `metric_for_best_model`")
+        if isinstance(self.eval_steps, float) and self.eval_steps >= 1:
+            raise ValueError("`eval_steps` is a whole number of steps, or a share of all steps below 1")
+        return self
+
+
+Warns = Literal["off", "warn"]
+Stops = Literal["off", "warn", "stop"]
+Acts = Literal["off", "warn", "stop", "roll_back", "lower_rate"]
+
+
+class Guards(Section):
+    """What follows when training goes wrong: `off`: not looked for; `warn`: said once, and reported; `stop`: the run
+    ends and keeps its checkpoints; `roll_back`: back to the last checkpoint, and on at half the rate; `lower_rate`: on
+    at half the rate. May be changed while a run is under way."""
+
+    not_finite: Literal["stop", "roll_back"] = "stop"
+    """Loss or gradient is NaN or infinite; the rows of the step are shown."""
+    no_gradient: Stops = "warn"
+    """The gradient is 0 step after step."""
+    stuck_at_start: Stops = "warn"
+    """The loss stays at ln 2, where DPO starts, although the rate has risen."""
+    chosen_falling: Acts = "warn"
+    """Log-probs of the chosen answers collapse while the margin grows."""
+    too_easy: Stops = "warn"
+    """Every pair is told right after a few steps."""
+    held_out_falling: Acts = "warn"
+    """The margin on held-out pairs falls (with `train.eval_steps`)."""
+    kl_running_off: Acts = "warn"
+    """Completions go far away from the reference."""
+    equal_rewards: Stops = "warn"
+    """All completions of each prompt get the same reward."""
+    cut_off: Stops = "warn"
+    """Nearly all completions reach the longest length."""
+    undertrained: Warns = "warn"
+    """At the end, pairs are hardly told apart."""
+
+    @property
+    def actions(self) -> dict[str, str]:
+        """By the name of the guard."""
+        return dict(self.model_dump())
+
+
+class Merge(Section):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: the dtype that was trained in."""
+
+
+class Evaluate(Section):
+    tasks: list[str] = []
+    """What to ask before and after: suites (`open_llm_leaderboard`, `nous`), tasks and groups of
+    lm-evaluation-harness, the built-in `everyday_facts`, and tasks of your own, all by name."""
+    include_path: str | None = Field(None, min_length=1)
+    """Folder of YAML files in the harness's format, with tasks of your own."""
+    limit: int | None = Field(None, gt=0)
+    """Questions of each task, the first ones; unset: all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question, for tasks that are not named by a suite and have no fixed number; unset: each
+    task's own."""
+    apply_chat_template: bool = False
+    """Ask the tasks as chat messages; off, as most published scores are."""
+    prompts: int | list[str] = 8
+    """How many held-out prompts are answered before and after, or the prompts themselves."""
+    system: str | None = None
+    """System message put before each of them; unset: what the prompt or the chat template brings."""
+    max_new_tokens: int = Field(96, gt=0)
+    num_answers: int = Field(1, gt=0)
+    """Answers per prompt and model."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0: off."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """0: off."""
+    compare_with: list[str] = []
+    """Other models, by any name that `model.name` can have, and run folders, that are asked the tasks as well. They are
+    compared with the model before training."""
+    win_rate: WinRate | None = None
+    """Have a judge say which answer to each prompt is better, the one before or the one after."""
+    seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def tasks_are_asked(self) -> Evaluate:
+        for name in ("include_path", "limit", "num_fewshot", "apply_chat_template"):
+            if not self.tasks and getattr(self, name) not in (None, False):
+                raise ValueError(f"`{name}` is for `tasks`, and there are none")
+        return self
+
+    @model_validator(mode="after")
+    def sampling_is_used(self) -> Evaluate:
+        if isinstance(self.prompts, int) and self.prompts < 0:
+            raise ValueError("`prompts` must be a count of 0 or more, or a list of prompts")
+        if self.temperature == 0:
+            idle = [
+                name
+                for name in ("top_p", "top_k", "min_p")
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
+            if idle or self.num_answers > 1:
+                what = ", ".join(f"`{name}`" for name in [*idle, *(["num_answers"] if self.num_answers > 1 else [])])
+                raise ValueError(f"{what} would change nothing at temperature 0; set `temperature`")
+        return self
+
+    @model_validator(mode="after")
+    def there_is_something_to_judge(self) -> Evaluate:
+        if self.win_rate and not self.prompts:
+            raise ValueError("`win_rate` judges the answers to `prompts`, and there are none")
+        return self
+
+    @model_validator(mode="after")
+    def others_are_asked_something(self) -> Evaluate:
+        if self.compare_with and not self.tasks:
+            raise ValueError("`compare_with` asks other models the `tasks`, and there are none")
+        return self
+
+
+GgufKind = Literal["F16", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"]
+HUB_MODEL_ID = r"[A-Za-z0-9][\w.-]{0,94}/[A-Za-z0-9][\w.-]{0,94}"
+
+
+class Publish(Section):
+    """Where the result goes. The token of the Hub is never written here: `hf auth login` or HF_TOKEN."""
+
+    hub_model_id: str | None = Field(None, pattern=f"^{HUB_MODEL_ID}$")
+    """The repository to push to, NAME/MODEL; made if there is none."""
+    to: str | None = Field(None, min_length=1)
+    """A folder to put the files into, instead or as well."""
+    what: list[Literal["merged", "adapter", "gguf"]] = Field(["merged"], min_length=1)
+    """`merged`: the whole model; `adapter`: the LoRA weights; `gguf`: files for llama.cpp."""
+    gguf: list[GgufKind] | None = Field(None, min_length=1)
+    """Which GGUF files, e.g. `[F16, Q4_K_M]`; the kinds with a K need llama.cpp's `llama-quantize`. Unset: `[Q8_0]`."""
+    private: bool = True
+    """Whether a repository that is made is private. One that is public already is not pushed to while this is set."""
+    tags: list[str] = []
+    """Tags of the model card, beside its own."""
+    branch: str | None = Field(None, min_length=1)
+    """Branch to push to, made if there is none; unset: `main`."""
+    create_pr: bool = False
+    """Open a pull request instead of pushing to `main`."""
+    commit_message: str | None = Field(None, min_length=1)
+    """Unset: which method and which base."""
+    checkpoints: bool = False
+    """Push the weights of every checkpoint too, to the repository's branch `checkpoints`; training waits meanwhile. A
+    push that fails is said, and the run goes on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def kinds_are_spelt_out(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("gguf") is not None or "gguf" not in (values.get("what") or ()):
+            return values
+        return {**values, "gguf": ["Q8_0"]}
+
+    @model_validator(mode="after")
+    def settings_are_used(self) -> Publish:
+        if not (self.hub_model_id or self.to):
+            raise ValueError("give `hub_model_id`, the Hub repository to push to, or `to`, a folder")
+        if self.gguf and "gguf" not in self.what:
+            raise ValueError("`gguf` would be ignored: `what` does not have `gguf`")
+        idle = [name for name in ("branch", "create_pr", "commit_message", "checkpoints") if getattr(self, name)]
+        if idle and not self.hub_model_id:
+            raise ValueError(f"`{idle[0]}` would be ignored without `hub_model_id`")
+        if self.branch and self.create_pr:
+            raise ValueError("a pull request is opened against `main`; remove `branch` or `create_pr`")
+        return self

@@ -1,0 +1,96 @@
+"""Recipes as text: where they lie, and their YAML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefold.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `5e-5` is a number and a repeated key is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _no_repeated_keys(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_repeated_keys)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{where}{line}") from None
+
+
+def field_lines(text: str) -> dict[str, int]:
+    """1-based line of every field of a YAML text, by dotted path."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, path: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = f"{path}.{key.value}" if path else str(key.value)
+                lines[inner] = key.start_mark.line + 1
+                walk(value, inner)
+        elif isinstance(node, yaml.SequenceNode):
+            for place, value in enumerate(node.value):
+                walk(value, f"{path}.{place}")
+
+    walk(yaml.compose(text, Loader=_Loader), "")
+    return lines
+
+
+def builtin_recipes() -> list[str]:
+    return sorted(
+        entry.name[:-5] for entry in resources.files("prefold.recipes").iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def read_text(name: str) -> tuple[str, str]:
+    """The YAML text of a recipe file, run folder or built-in recipe, and the name to call it by in messages."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), name
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be read: {error}", where=name, expected="a recipe in YAML, UTF-8") from None
+    if name in builtin_recipes():
+        return (resources.files("prefold.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), name
+    near = difflib.get_close_matches(name, builtin_recipes(), n=1)
+    raise UserError(
+        "no such recipe",
+        where=name,
+        expected="a YAML file, a run folder, or one of the built-in recipes: " + ", ".join(builtin_recipes()),
+        advice=f"did you mean `{near[0]}`?" if near else "`prefold recipes` lists the built-in ones",
+    )
+
+
+def first_comment(name: str) -> str:
+    """What a built-in recipe says of itself in its first line."""
+    return read_text(name)[0].splitlines()[0].lstrip("# ")
