@@ -131,7 +131,7 @@ def _apart(facts: Values, shares: bool) -> str:
     number, clean = finite(section(facts, "contaminated").get("n")), section(facts, "clean")
     if not number:
         return ""
-    without = f"; {overall.difference(clean['difference'], shares)} without" if finite(clean.get("n")) else ""
+    without = f"; {overall.difference(clean.get('difference'), shares)} without" if finite(clean.get("n")) else ""
     return f"{read.count(number).text} in the training data{without}"
 
 
