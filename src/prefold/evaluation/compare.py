@@ -58,8 +58,8 @@ def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> 
 
     A difference is `after - before`. `ci` is its 95 % interval, null for a single question whose score is not right or
     wrong. `fixed` and `broken` count answers that became right and wrong; they are null for other scores.
-    `contaminated` are the questions that stand in the training data of either model, `clean` all others, each compared by
-    itself; null where no training data is known.
+    `contaminated` are the questions that stand in the training data of either model, `clean` all others, each set
+    compared by itself; null where no training data is known.
     """
     tasks, left_out = _matched(before, after)
     groups = _groups(tasks)
@@ -127,9 +127,7 @@ def _paired(before: TaskScores, after: TaskScores) -> _Task | str:
     return _Task(before, after, places, first, second, found, p_value, _trained_on(before, after, places))
 
 
-def _trained_on(
-    before: TaskScores, after: TaskScores, places: Sequence[tuple[int, int]]
-) -> NDArray[np.bool_] | None:
+def _trained_on(before: TaskScores, after: TaskScores, places: Sequence[tuple[int, int]]) -> NDArray[np.bool_] | None:
     marks = [
         [side.contaminated[place[which]] for place in places]
         for which, side in enumerate((before, after))

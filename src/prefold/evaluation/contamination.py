@@ -8,11 +8,10 @@ Data in: opened tasks and the records of the training data; data out: the texts 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from os.path import commonprefix
 
 from prefold.data.duplicates import Parts, overlapping
 from prefold.data.preference import Record
-from prefold.evaluation.samples import OpenTask, question_of
+from prefold.evaluation.samples import OpenTask, question_of, shared_start
 from prefold.terminal import progress_bar
 
 COMPARED = 1000
@@ -46,10 +45,13 @@ def _questions(one: OpenTask, limit: int | None) -> list[tuple[str, str]]:
 
 
 def _in_common(texts: Sequence[str]) -> tuple[int, int]:
-    """Characters that all texts start with and end with, in whole words."""
-    start, end = commonprefix(list(texts)), commonprefix([text[::-1] for text in texts])
-    return _up_to_a_space(start), _up_to_a_space(end)
+    """Characters that all texts start with and end with: up to a colon or line, "What is" being part of a question, and
+    whole lines at the end."""
+    start, end = _start_of_all(texts), _start_of_all([text[::-1] for text in texts])[::-1]
+    line = end.find("\n")
+    return max(start.rfind(":"), start.rfind("\n")) + 1, len(end) - line if line >= 0 else 0
 
 
-def _up_to_a_space(text: str) -> int:
-    return max((place + 1 for place, character in enumerate(text) if character.isspace()), default=0)
+def _start_of_all(texts: Sequence[str]) -> str:
+    first, last = min(texts, default=""), max(texts, default="")
+    return first[: shared_start(first, last)]

@@ -105,18 +105,18 @@ def _unique(keys: Sequence[str]) -> list[str]:
 
 def _clusters(questions: Sequence[str], texts: Sequence[str]) -> list[str]:
     """One key for the questions of a passage: those that share a long start beyond what all of them share."""
-    common = _shared(min(texts), max(texts)) if len(texts) > 1 else 0
+    common = shared_start(min(texts), max(texts)) if len(texts) > 1 else 0
     order = sorted(range(len(texts)), key=lambda place: texts[place])
     found = list(questions)
     for one, other in pairwise(order):
         shorter = min(len(texts[one]), len(texts[other])) - common
-        shared = _shared(texts[one], texts[other]) - common
+        shared = shared_start(texts[one], texts[other]) - common
         if texts[one] == texts[other] or (shared >= PASSAGE and 2 * shared >= shorter):
             found[other] = found[one]
     return found
 
 
-def _shared(one: str, other: str) -> int:
+def shared_start(one: str, other: str) -> int:
     """Characters that two texts have in common at their start."""
     differing = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
     return next(differing, min(len(one), len(other)))

@@ -20,8 +20,8 @@ class Whisker(NamedTuple):
 
 
 class TaskRow(NamedTuple):
-    """`note`: metric, examples and questions. `smallest`: the smallest difference that could have been shown. `apart`: the
-    questions that the model was trained on."""
+    """`note`: metric, examples and questions. `smallest`: the smallest difference that could have been shown.
+    `apart`: the questions that the model was trained on."""
 
     name: str
     note: str

@@ -156,7 +156,9 @@ def test_questions_of_the_training_data(tmp_path: Path) -> None:
     said = "arc_challenge: 12 of 1 172 questions stand in the training data; without: 41.0 % to 42.0 % (+1.0 points"
     assert said in text.replace("\u202f", " ")
     unknown = TASKS["tasks"]["arc_challenge"] | {"contaminated": None, "clean": None}  # type: ignore[index]
-    assert "training data" not in card(tmp_path / "unknown", {"tasks": {"arc_challenge": unknown}}).split("## How to")[0]
+    assert (
+        "training data" not in card(tmp_path / "unknown", {"tasks": {"arc_challenge": unknown}}).split("## How to")[0]
+    )
 
 
 def test_what_an_earlier_recipe_asked_for_is_not_in_it(tmp_path: Path) -> None:
