@@ -60,19 +60,19 @@ def shown_in_the_card(folder: Path) -> list[float]:
     """What a reader gets who runs the lines of the card: by the merged model, and by the adapter on its base."""
     text = render_card(folder, ("merged", "adapter")).replace("PATH/OF/THIS/FOLDER", str(folder))
     merged, adapted = (block.split("```")[0] for block in text.split("```python\n")[1:])
-    lines = merged.replace(f'name = "{folder}"', f'name = "{folder / "merged"}"').replace("print(", "found = (")
     scope: dict[str, Any] = {}
-    exec(lines, scope)
-    by_merged = scope["found"]
+    exec(merged.replace(f'name = "{folder}"', f'name = "{folder / "merged"}"').replace("print(", "found = ("), scope)
+    if not (folder / "adapter").exists():
+        return [scope["found"]]
     exec(adapted.replace(f'"{folder}"', f'"{folder / "adapter"}"').replace(', subfolder="adapter"', ""), scope)
-    return [by_merged, scope["model"].eval()(**scope["inputs"]).logits.item()]
+    return [scope["found"], scope["model"].eval()(**scope["inputs"]).logits.item()]
 
 
-def shown_by_transformers(folder: Path) -> list[float]:
+def shown_by_transformers(folder: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
     turns = [("user", "Why is the sky blue?"), ("assistant", "Air scatters blue light.")]
     text = tokenizer.apply_chat_template([{"role": role, "content": said} for role, said in turns], tokenize=False)
-    return scores_by_transformers(folder / "merged", [text]) * 2
+    return scores_by_transformers(folder / "merged", [text])[0]
 
 
 def scores_as_reward(folder: Path) -> list[float | None]:
@@ -116,7 +116,8 @@ def test_a_run(recipe: MakeRecipe, tmp_path: Path, lora: Any, attention: str) ->
     assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 1
     assert read(folder, "merge.json")["relative_difference"] < 1e-4
     good, bad = scores_by_transformers(folder / "merged", conversations(folder / "merged"))
-    assert shown_in_the_card(folder) == pytest.approx(shown_by_transformers(folder), rel=1e-4)
+    shown = shown_in_the_card(folder)
+    assert shown == pytest.approx([shown_by_transformers(folder)] * len(shown), rel=1e-4)
     assert good > bad
     assert scores_as_reward(folder / "merged") == pytest.approx([good, bad], rel=1e-4)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
