@@ -137,11 +137,19 @@ def merge(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Compare the model before and after on held-out pairs and prompts."""
+def evaluate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Compare the model before and after: held-out pairs or prompts, tasks, win rate, as the recipe says."""
     import prefold
+    from prefold.reports.table import summary
+    from prefold.terminal import console
 
-    print(json.dumps(prefold.evaluate(recipe, overrides or []), indent=2))
+    found = prefold.evaluate(recipe, overrides or [])
+    folder = prefold.load_recipe(recipe, overrides or []).run_folder
+    print(json.dumps(found, indent=2)) if as_json else console.print(summary(folder))
 
 
 @app.command()

@@ -135,14 +135,18 @@ def merge(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> Path:
 
 def evaluate(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate (again, if it was done); returns the content of `evaluation/heldout.json`, or of `rewards.json` for a
-    method that samples."""
+    method that samples; with the content of `tasks.json`, `compared.json` and `win_rate.json` under these names, where
+    the recipe asks for them."""
     recipe = _recipe(recipe, overrides)
     folder = _redo("evaluate", recipe)
     for stage in stages_of(recipe):
         if stage.name in ("compare", "judge"):
             _redo(stage.name, recipe)
     [stage] = [stage for stage in stages_of(recipe) if stage.name == "evaluate"]
-    return dict(read_json(folder / stage.outputs[0]))
+    asked = recipe.evaluate
+    wanted = {"tasks": asked.tasks, "compared": asked.compare_with, "win_rate": asked.win_rate}
+    others = {name: read_json(folder / "evaluation" / f"{name}.json") for name, value in wanted.items() if value}
+    return {**read_json(folder / stage.outputs[0]), **others}
 
 
 def report(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> Path:

@@ -27,6 +27,7 @@ from prefold.data.preference import Message, Unpaired
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
 from prefold.evaluation.compare import compare_tasks
+from prefold.evaluation.contamination import questions_in
 from prefold.evaluation.heldout import (
     CHANCE,
     PairScores,
@@ -486,8 +487,9 @@ def _evaluate_tasks(recipe: RecipeBase, tasks: Sequence[OpenTask]) -> None:
     scores = {}
     number = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
     say(f"  {number}, chat template {'applied' if settings.apply_chat_template else 'off'}")
+    seen = questions_in(_prepared(recipe).train.records, tasks, settings.limit)
     for when, section in (("before", recipe.model), ("after", merged)):
-        scores[when] = measure_model(section, tasks, settings, when)
+        scores[when] = measure_model(section, tasks, settings, when, seen if when == "after" else None)
         _write_json(folder / f"scores_{when}.json", [one.as_json() for one in scores[when]])
     compared = compare_tasks(scores["before"], scores["after"])
     _write_json(folder / "tasks.json", {**compared, "settings": asked_with(settings)})

@@ -95,6 +95,18 @@ def test_gradients_of_a_forest() -> None:
             torch.testing.assert_close(found[name], weight.grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_a_large_vocabulary_costs_no_digits(backend: str | None) -> None:
+    """The normaliser is a sum of 49,152 terms: added one after another in float32, too small by 8e-6 of itself."""
+    model = tiny_llama(vocab_size=49_152, initializer_range=0.6)
+    texts = [Text(tuple(range(start, start + 40)), 39) for start in range(0, 400, 40)]
+    with torch.no_grad():
+        found = Reader(model, 4096, backend).tokens(texts)[0]
+    with exactly(torch.float64):
+        wanted = torch.cat(by_themselves(model.double(), texts)[0])
+    assert abs(float((found.double() - wanted).mean())) < 1e-6
+
+
 # ---- the layout ----
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import tiny_llama
 from tiny_tokenizer import CHATML, LLAMA3, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -17,7 +18,8 @@ import prefold
 from prefold.data.preference import Message
 from prefold.errors import UserError
 from prefold.models import load
-from prefold.recipe import RecipeBase, Reward
+from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
+from prefold.reports.card import render_card
 from prefold.rollouts.rewards import open_rewards, score
 from prefold.trainers.offline import PreferenceTrainer
 
@@ -52,6 +54,25 @@ def conversations(folder: Path) -> list[str]:
         for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
     ]
     return [tokenizer.apply_chat_template(one, tokenize=False) for one in turns]
+
+
+def shown_in_the_card(folder: Path) -> list[float]:
+    """What a reader gets who runs the lines of the card: by the merged model, and by the adapter on its base."""
+    text = render_card(folder, ("merged", "adapter")).replace("PATH/OF/THIS/FOLDER", str(folder))
+    merged, adapted = (block.split("```")[0] for block in text.split("```python\n")[1:])
+    scope: dict[str, Any] = {}
+    exec(merged.replace(f'name = "{folder}"', f'name = "{folder / "merged"}"').replace("print(", "found = ("), scope)
+    if not (folder / "adapter").exists():
+        return [scope["found"]]
+    exec(adapted.replace(f'"{folder}"', f'"{folder / "adapter"}"').replace(', subfolder="adapter"', ""), scope)
+    return [scope["found"], scope["model"].eval()(**scope["inputs"]).logits.item()]
+
+
+def shown_by_transformers(folder: Path) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
+    turns = [("user", "Why is the sky blue?"), ("assistant", "Air scatters blue light.")]
+    text = tokenizer.apply_chat_template([{"role": role, "content": said} for role, said in turns], tokenize=False)
+    return scores_by_transformers(folder / "merged", [text])[0]
 
 
 def scores_as_reward(folder: Path) -> list[float | None]:
@@ -95,6 +116,8 @@ def test_a_run(recipe: MakeRecipe, tmp_path: Path, lora: Any, attention: str) ->
     assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 1
     assert read(folder, "merge.json")["relative_difference"] < 1e-4
     good, bad = scores_by_transformers(folder / "merged", conversations(folder / "merged"))
+    shown = shown_in_the_card(folder)
+    assert shown == pytest.approx([shown_by_transformers(folder)] * len(shown), rel=1e-4)
     assert good > bad
     assert scores_as_reward(folder / "merged") == pytest.approx([good, bad], rel=1e-4)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
@@ -237,3 +260,25 @@ def test_a_reward_model_does_not_answer(recipe: MakeRecipe) -> None:
     folder = prefold.run(recipe(method="reward", lora={"r": 2}, train={"max_steps": 1}))
     with pytest.raises(UserError, match="its weights"):
         prefold.train(recipe(model={"name": str(folder / "merged")}, output_dir=str(folder.parent / "dpo")))
+
+
+def test_what_answers_nothing_is_not_judged(recipe: MakeRecipe) -> None:
+    values = yaml.safe_load(dump_recipe(recipe(method="reward")))
+    values["evaluate"] = {"win_rate": {"judge": {"name": "repetition"}}}
+    with pytest.raises(UserError, match=r"`evaluate\.win_rate` would be ignored by `method: reward`"):
+        make_recipe(values)
+
+
+def test_what_answers_nothing_is_not_compared(recipe: MakeRecipe, tiny_model: Path, tmp_path: Path) -> None:
+    made = recipe(method="reward")
+    made.run_folder.mkdir()
+    (made.run_folder / "recipe.yaml").write_text(dump_recipe(made))
+    folder = str(made.run_folder)
+    for names in ([folder], [folder, str(tiny_model)], [str(tiny_model), folder]):
+        with pytest.raises(UserError, match="scores answers and gives none"):
+            prefold.compare(names, ["everyday_facts"])
+    beside = recipe(
+        evaluate={"tasks": ["everyday_facts"], "compare_with": [folder]}, output_dir=str(tmp_path / "beside")
+    )
+    with pytest.raises(UserError, match="scores answers and gives none"):
+        prefold.check(beside)

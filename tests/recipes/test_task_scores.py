@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from harness_tasks import write_tasks
 
 import prefold
+from prefold.cli import main
 from prefold.errors import UserError
 from prefold.evaluation.scores import TaskScores
 from prefold.recipe import RecipeBase
@@ -66,3 +68,41 @@ def test_settings_of_tasks_that_there_are_not(recipe: MakeRecipe, name: str) -> 
     value = {"include_path": "tasks", "limit": 3, "num_fewshot": 2, "apply_chat_template": True}[name]
     with pytest.raises(UserError, match=f"`{name}` is for `tasks`, and there are none"):
         recipe(evaluate={name: value})
+
+
+def test_questions_of_the_training_data_are_counted_apart(
+    recipe: MakeRecipe, asks: dict[str, Any], pairs: Path
+) -> None:
+    asked = [f"What is {number} plus {number}?" for number in (2, 3, 4)]
+    rows = [{"prompt": question, "chosen": "I know.", "rejected": "No idea."} for question in asked[:2]]
+    with pairs.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    held_out = {"data": {"train": [{"path": str(pairs)}], "eval": [{"path": str(pairs)}], "eval_fraction": 0}}
+    folder = prefold.run(recipe(evaluate=asks, **held_out))
+    tasks = json.loads((folder / "evaluation" / "tasks.json").read_text())["tasks"]
+    assert [tasks["tiny_sums"][part]["n"] for part in ("contaminated", "clean")] == [2, 1]
+    assert tasks["tiny_passages"]["contaminated"] == {"n": 0}
+    assert scores(folder, "before")[0].contaminated is None
+    assert "2 of 3 questions stand in the training data" in (folder / "merged" / "README.md").read_text()
+
+
+def test_evaluating_shows_all_that_was_measured(
+    recipe: MakeRecipe, asks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    judged = {"win_rate": {"judge": {"name": "length", "target": 5}}, "prompts": 2, "max_new_tokens": 8}
+    folder = prefold.run(recipe(evaluate=asks | judged))
+
+    def printed(*flags: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["prefold", "evaluate", str(folder), *flags])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        return capfd.readouterr()
+
+    out, _ = printed("--json")
+    found = json.loads(out)
+    assert found["pairs"] == 6 and set(found["tasks"]["tasks"]) == {"tiny_passages", "tiny_sums"}
+    assert found["win_rate"]["prompts"] == 2
+    out, err = printed()
+    assert out == "" and "tiny_passages" in err and "New answers preferred" in err

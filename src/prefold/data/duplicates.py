@@ -166,12 +166,42 @@ class Contamination:
             words = words_of(message["content"])
             hashes = _hashes(words)
             for length, known in self._sorted.items():
-                if length > len(words) or (length < WHOLE_MESSAGE_WORDS and length != len(words)):
+                if not _is_looked_for(length, len(words)):
                     continue
                 runs = _runs(hashes, length)
-                nearest = known[np.minimum(np.searchsorted(known, runs), len(known) - 1)]
-                if (hits := np.flatnonzero(nearest == runs)).size:
+                if (hits := np.flatnonzero(known[_nearest(runs, known)] == runs)).size:
                     start = int(hits[0])
                     benchmark = self._origins[length][int(runs[start])]
                     return Match(origin, benchmark, " ".join(words[start : start + length]))
         return None
+
+
+def overlapping(texts: Sequence[str], records: Iterable[Parts]) -> list[bool]:
+    """Of each text, whether a record holds `BENCHMARK_WORDS` words in a row of it, or all of a shorter one."""
+    hashes = [_hashes(words_of(text)) for text in texts]
+    lengths, runs = [min(BENCHMARK_WORDS, len(own)) for own in hashes], [_runs(own, BENCHMARK_WORDS) for own in hashes]
+    known = {
+        length: np.unique(np.concatenate([own for own, of in zip(runs, lengths, strict=True) if of == length]))
+        for length in sorted(set(lengths))
+    }
+    held = {length: np.zeros(len(of_length), dtype=np.bool_) for length, of_length in known.items()}
+    for message in (message for parts in records for part in parts for message in part):
+        words = _hashes(words_of(message["content"]))
+        for length, of_length in known.items():
+            if _is_looked_for(length, len(words)):
+                found = _runs(words, length)
+                places = _nearest(found, of_length)
+                held[length][places[of_length[places] == found]] = True
+    return [
+        bool(held[length][np.searchsorted(known[length], own)].any()) for own, length in zip(runs, lengths, strict=True)
+    ]
+
+
+def _is_looked_for(length: int, words: int) -> bool:
+    """Whether a text of `length` words, or so many of a longer one, may stand in a message of so many words."""
+    return length <= words and (length >= WHOLE_MESSAGE_WORDS or length == words)
+
+
+def _nearest(runs: Runs, known: Runs) -> NDArray[np.intp]:
+    """Where each run stands in the sorted ones, if it does."""
+    return np.minimum(np.searchsorted(known, runs), len(known) - 1)

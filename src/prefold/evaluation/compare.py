@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from statsmodels.stats.multitest import multipletests
 
 from prefold.evaluation.paired import LEVEL, Estimate, Floats, are_shares, estimate, paired_test, weighted_mean
@@ -35,6 +36,8 @@ class _Task:
     after: Floats
     found: Estimate
     p_value: float
+    contaminated: NDArray[np.bool_] | None
+    """Questions that either model was trained on; None where no training data is known."""
 
     @property
     def shares(self) -> bool:
@@ -55,6 +58,8 @@ def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> 
 
     A difference is `after - before`. `ci` is its 95 % interval, null for a single question whose score is not right or
     wrong. `fixed` and `broken` count answers that became right and wrong; they are null for other scores.
+    `contaminated` are the questions that stand in the training data of either model, `clean` all others, each set
+    compared by itself; null where no training data is known.
     """
     tasks, left_out = _matched(before, after)
     groups = _groups(tasks)
@@ -118,8 +123,17 @@ def _paired(before: TaskScores, after: TaskScores) -> _Task | str:
     first = np.array([before.values[here] for here, _ in places], dtype=float)
     second = np.array([after.values[there] for _, there in places], dtype=float)
     clusters = [before.clusters[here] for here, _ in places]
-    found = estimate(first, second, clusters)
-    return _Task(before, after, places, first, second, found, paired_test(second - first, clusters))
+    found, p_value = estimate(first, second, clusters), paired_test(second - first, clusters)
+    return _Task(before, after, places, first, second, found, p_value, _trained_on(before, after, places))
+
+
+def _trained_on(before: TaskScores, after: TaskScores, places: Sequence[tuple[int, int]]) -> NDArray[np.bool_] | None:
+    marks = [
+        [side.contaminated[place[which]] for place in places]
+        for which, side in enumerate((before, after))
+        if side.contaminated is not None
+    ]
+    return np.array(marks, dtype=np.bool_).any(axis=0) if marks else None
 
 
 def _same_questions(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -164,6 +178,31 @@ def _facts(task: _Task, p_adjusted: float, tests: int) -> dict[str, Any]:
             "fixed": _flipped(task, gain > 0) if right_or_wrong else [],
             "broken": _flipped(task, gain < 0) if right_or_wrong else [],
         },
+        **_apart(task),
+    }
+
+
+def _apart(task: _Task) -> dict[str, Any]:
+    if task.contaminated is None:
+        return {"contaminated": None, "clean": None}
+    return {"contaminated": _part(task, task.contaminated), "clean": _part(task, ~task.contaminated)}
+
+
+def _part(task: _Task, which: NDArray[np.bool_]) -> dict[str, Any]:
+    """Some of the questions by themselves."""
+    chosen = np.flatnonzero(which)
+    if not len(chosen):
+        return {"n": 0}
+    before, after = task.before[chosen], task.after[chosen]
+    clusters = [task.scores.clusters[task.places[place][0]] for place in chosen]
+    found = estimate(before, after, clusters)
+    return {
+        "n": len(chosen),
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "difference": found.mean,
+        "ci": found.interval(),
+        "p_value": paired_test(after - before, clusters),
     }
 
 

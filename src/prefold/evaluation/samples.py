@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
@@ -33,13 +33,19 @@ class OpenTask:
         return int(self.task.config.num_fewshot or 0)
 
 
-def scores_of(one: OpenTask, samples: Sequence[Mapping[str, Any]]) -> TaskScores:
-    """Of one model on a task; `samples` are the harness's, one for each question and filter."""
+def scores_of(
+    one: OpenTask, samples: Sequence[Mapping[str, Any]], trained_on: Collection[str] | None = None
+) -> TaskScores:
+    """Of one model on a task; `samples` are the harness's, one for each question and filter.
+
+    Args:
+        trained_on: questions that stand in the model's training data, as they are asked; None where it is not known.
+    """
     metric = primary_metric(one, {name: samples[0][name] for name in samples[0]["metrics"]})
     chosen = one.wanted.filter or next(sample["filter"] for sample in samples if metric in sample)
     asked = [sample for sample in samples if sample["filter"] == chosen and metric in sample]
     questions = _unique([str(sample["doc_hash"])[:16] for sample in asked])
-    texts = [_question(one.task, sample) for sample in asked]
+    texts = [question_of(one.task, sample["doc"]) for sample in asked]
     return TaskScores(
         task=one.name,
         metric=metric,
@@ -54,6 +60,7 @@ def scores_of(one: OpenTask, samples: Sequence[Mapping[str, Any]]) -> TaskScores
         targets=tuple(_shortened(_target(one.task, sample)) for sample in asked),
         suite=one.wanted.suite,
         group=one.wanted.group,
+        contaminated=None if trained_on is None else tuple(text in trained_on for text in texts),
     )
 
 
@@ -98,30 +105,31 @@ def _unique(keys: Sequence[str]) -> list[str]:
 
 def _clusters(questions: Sequence[str], texts: Sequence[str]) -> list[str]:
     """One key for the questions of a passage: those that share a long start beyond what all of them share."""
-    common = _shared(min(texts), max(texts)) if len(texts) > 1 else 0
+    common = shared_start(min(texts), max(texts)) if len(texts) > 1 else 0
     order = sorted(range(len(texts)), key=lambda place: texts[place])
     found = list(questions)
     for one, other in pairwise(order):
         shorter = min(len(texts[one]), len(texts[other])) - common
-        shared = _shared(texts[one], texts[other]) - common
+        shared = shared_start(texts[one], texts[other]) - common
         if texts[one] == texts[other] or (shared >= PASSAGE and 2 * shared >= shorter):
             found[other] = found[one]
     return found
 
 
-def _shared(one: str, other: str) -> int:
+def shared_start(one: str, other: str) -> int:
     """Characters that two texts have in common at their start."""
     differing = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
     return next(differing, min(len(one), len(other)))
 
 
-def _question(task: Any, sample: Mapping[str, Any]) -> str:
-    text = task.doc_to_text(sample["doc"])
+def question_of(task: Any, doc: Any) -> str:
+    """As it is asked, without examples before it."""
+    text = task.doc_to_text(doc)
     if isinstance(text, str):
         return text
     # The choices are in the question, as in WinoGrande: they are shown one after the other, then what follows.
-    choices = " / ".join(map(str, task.doc_to_choice(sample["doc"])))
-    return f"{choices} ... {task.doc_to_target(sample['doc'])}"
+    choices = " / ".join(map(str, task.doc_to_choice(doc)))
+    return f"{choices} ... {task.doc_to_target(doc)}"
 
 
 def _answer(task: Any, metric: str, sample: Mapping[str, Any]) -> str:

@@ -33,6 +33,8 @@ class TaskScores:
     """The suite it was asked for by, e.g. `open_llm_leaderboard`."""
     group: str | None = None
     """E.g. `mmlu` for `mmlu_anatomy`: groups count once in the leaderboard's average."""
+    contaminated: tuple[bool, ...] | None = None
+    """Whether the question stands in what the model was trained on here; None where that data is not known."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -70,8 +70,10 @@ SUITES = {
             Wanted("gsm8k", "exact_match", 5, "strict-match"),
         ),
         "The tasks, shots and metrics of the first Open LLM Leaderboard, which is retired. It ran a harness of 2023: "
-        "today's draws other examples, so scores are near the leaderboard's and not the same. GSM8K counts an answer "
-        "behind `####` (`strict-match`), as the leaderboard did, and stops at `Question:` where it stopped at a colon.",
+        "the examples before MMLU's questions are the same, those before ARC, HellaSwag, WinoGrande and GSM8K are "
+        "drawn by other random numbers, so scores are near the leaderboard's and not the same. Of GSM8K the number "
+        "behind `####` counts (`strict-match`); completions stop at `Question:`, where harnesses of 2023 stopped at "
+        "any colon.",
     ),
     "nous": Suite(
         (
@@ -81,8 +83,8 @@ SUITES = {
             *(Wanted(f"bigbench_{task}_multiple_choice", "acc", 0, group="bigbench") for task in _BIGBENCH),
         ),
         "The four sets of the Nous benchmark suite: AGIEval, GPT4All's, TruthfulQA (mc2) and BIG-bench, each counting "
-        "once. The BIG-bench tasks of its old harness are not in today's: these are the same fourteen by today's "
-        "definitions, other prompts, no examples, likeliest answer, and logical deduction and shuffled objects are one "
+        "once. The suite's eighteen BIG-bench tasks are not in today's harness: these are its own tasks for the same "
+        "fourteen subjects, with prompts from another copy of the data; logical deduction and shuffled objects are one "
         "task each for all numbers of objects, where there were three. Do not compare this set with published numbers.",
     ),
 }

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -139,22 +139,34 @@ def _judged(task: Any) -> dict[str, Any]:
 # ---- asking -----------------------------------------------------------------------------------------------------
 
 
-def measure_model(section: Model, tasks: Sequence[OpenTask], settings: Evaluate, when: str) -> list[TaskScores]:
+def measure_model(
+    section: Model,
+    tasks: Sequence[OpenTask],
+    settings: Evaluate,
+    when: str,
+    trained_on: Collection[str] | None = None,
+) -> list[TaskScores]:
     """Load a model, ask it, and let go of it.
 
     Args:
         when: what the progress bars say beside the name of the task, e.g. `before`.
+        trained_on: questions that stand in its training data; None where that is not known.
     """
     # On a CPU float32 costs little and keeps rounding out of the comparison.
     model = load_start(section, dtype="float32" if choose_device().type == "cpu" else None)
-    found = measure(model, tokenizer_of(section), tasks, settings, when)
+    found = measure(model, tokenizer_of(section), tasks, settings, when, trained_on)
     del model
     free_memory()
     return found
 
 
 def measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[OpenTask], settings: Evaluate, when: str = ""
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[OpenTask],
+    settings: Evaluate,
+    when: str = "",
+    trained_on: Collection[str] | None = None,
 ) -> list[TaskScores]:
     """Ask a model, as it is: with or without adapters, whole or quantised. Responses are remembered in the cache folder
     by the model's weights and the requests."""
@@ -176,7 +188,7 @@ def measure(
                 apply_chat_template=settings.apply_chat_template,
                 fewshot_as_multiturn=True,
             )
-            found.append(scores_of(one, results["samples"][one.name]))
+            found.append(scores_of(one, results["samples"][one.name], trained_on))
     return found
 
 

@@ -20,7 +20,8 @@ from markupsafe import Markup
 
 from prefold.files import read_json, write_text
 from prefold.reports import read
-from prefold.reports.read import Number, RunRecord, Values, cleaned, finite, interval, read_run, section
+from prefold.reports.overall import overall, tasks_of
+from prefold.reports.read import Number, RunRecord, Values, finite, interval, read_run, section
 
 CARD = "README.md"
 
@@ -55,8 +56,8 @@ def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
     """The card of a repository that holds these parts of a run."""
     run = read_run(run_folder)
     recipe = portable(run.recipe)
-    tasks = _read(run_folder, "tasks")
     page = _environment().get_template("card.md.j2")
+    tasks = run.tasks or {}
     body = page.render(
         run=run,
         parts=parts,
@@ -65,12 +66,13 @@ def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
         chats=_has_chat_template(run_folder),
         base=_base(run),
         licence=_licence(run),
-        verdict=read.verdict_of(run),
+        verdict=overall(run),
         comparisons=read.comparisons_of(run),
+        columns=read.columns_of(run),
         held_out="prompts" if run.rewards and not run.heldout else "pairs",
         tasks=_task_rows(tasks),
         average=_task_row("Average", section(tasks, "average")),
-        win_rate=_win_rate(_read(run_folder, "win_rate")),
+        none_trained_on=_none_trained_on(tasks),
         settings=_settings(recipe),
         sources=_sources(run),
         tokens=_tokens(run),
@@ -98,7 +100,9 @@ def _environment() -> Environment:
 # ---- text that stays text ---------------------------------------------------------------------------------------
 
 _PUNCTUATION = re.compile(
-    r"[\\`*{}\[\]<>#!|&~@$:]"
+    r"[\\`*\[\]<>#|~@$]"
+    r"|&(?=#?\w+;)"  # a character reference
+    r"|:(?=//)|(?<=mailto):|(?<=xmpp):|:(?=[\w+-]+:)"  # an address, or an emoji by its name
     r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside a word it does nothing
     r"|^[-=]|^\+(?=\s|$)"  # a list or a rule at the start of a line
     r"|(?<=\bwww)\.",
@@ -152,14 +156,14 @@ def _head(run: RunRecord, parts: Sequence[Part], tasks: Values) -> str:
             metric_type=str(task.get("metric") or "score"),
             metric_value=finite(task.get("after")),
         )
-        for name, task in section(tasks, "tasks").items()
-        if isinstance(task, dict) and finite(task.get("after")) is not None
+        for name, task in tasks_of(tasks).items()
+        if finite(task.get("after")) is not None
     ]
     data = ModelCardData(
         base_model=base.get("hub_id"),
         datasets=section(run.merge, "provenance").get("data_sets") or None,
         library_name=LIBRARIES[parts[0]],
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if run.scores else "text-generation",
         tags=[*TAGS, run.method, *section(run.recipe, "publish").get("tags", [])],
         license=base.get("license"),
         license_name=base.get("license_name"),
@@ -222,12 +226,6 @@ def _licence(run: RunRecord) -> str | None:
     return base.get("license_name") or base.get("license")
 
 
-def _read(run_folder: Path, name: str) -> Values:
-    path = run_folder / "evaluation" / f"{name}.json"
-    found = cleaned(read_json(path)) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
 def _has_chat_template(run_folder: Path) -> bool:
     config = run_folder / "merged" / "tokenizer_config.json"
     inside = config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
@@ -235,7 +233,7 @@ def _has_chat_template(run_folder: Path) -> bool:
 
 
 def _task_rows(tasks: Values) -> list[TaskRow]:
-    rows = [_task_row(name, task) for name, task in section(tasks, "tasks").items() if isinstance(task, dict)]
+    rows = [_task_row(name, task) for name, task in tasks_of(tasks).items()]
     return [row for row in rows if row is not None]
 
 
@@ -255,14 +253,10 @@ def _task_row(name: str, task: Values) -> TaskRow | None:
     )
 
 
-def _win_rate(found: Values) -> str | None:
-    share = finite(found.get("win_rate"))
-    if share is None:
-        return None
-    low, high = interval(found.get("ci"))
-    ends = "" if low is None else f", 95 % interval {read.percent(low).text} to {read.percent(high).text}"
-    judge = f", judged by {found['judge']}" if isinstance(found.get("judge"), str) else ""
-    return f"{read.percent(share).text}{ends}{judge}"
+def _none_trained_on(tasks: Values) -> bool:
+    """Whether the questions were looked for in the training data, and none stands there."""
+    numbers = [finite(section(task, "contaminated").get("n")) for task in tasks_of(tasks).values()]
+    return bool(numbers) and all(number == 0 for number in numbers)
 
 
 def _settings(recipe: Values) -> list[Row]:

@@ -75,7 +75,7 @@ def tasks_for_terminal(tasks: TaskTable, first: str = "before", second: str = "a
 
 
 def _named(row: TaskRow) -> Text:
-    return plain(row.name).append(plain(f"\n{row.note}", "dim"))
+    return plain(row.name).append(plain("".join(f"\n{text}" for text in (row.note, row.apart) if text), "dim"))
 
 
 def _value(number: Number, ends: str) -> Text:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from prefold.reports import read
+from prefold.reports import overall, read
 from prefold.reports.overall import entries, groups_of, judge_of, members_of, outcome_of, tasks_of
 from prefold.reports.read import NO_VALUE, Number, Outcome, Values, finite, interval, section
 
@@ -20,7 +20,8 @@ class Whisker(NamedTuple):
 
 
 class TaskRow(NamedTuple):
-    """`note`: metric, examples and questions. `smallest`: the smallest difference that could have been shown."""
+    """`note`: metric, examples and questions. `smallest`: the smallest difference that could have been shown.
+    `apart`: the questions that the model was trained on."""
 
     name: str
     note: str
@@ -33,6 +34,7 @@ class TaskRow(NamedTuple):
     words: str
     smallest: str
     flips: str
+    apart: str
 
 
 class Flip(NamedTuple):
@@ -121,7 +123,16 @@ def _row(name: str, facts: Values, reach: float) -> TaskRow:
         words=words if "verdict" in facts else "",
         smallest=_smallest(facts, smallest) if words == "no difference shown" and "verdict" in facts else "",
         flips=_flips(facts),
+        apart=_apart(facts, shares),
     )
+
+
+def _apart(facts: Values, shares: bool) -> str:
+    number, clean = finite(section(facts, "contaminated").get("n")), section(facts, "clean")
+    if not number:
+        return ""
+    without = f"; {overall.difference(clean.get('difference'), shares)} without" if finite(clean.get("n")) else ""
+    return f"{read.count(number).text} in the training data{without}"
 
 
 def _share(value: Any) -> Number:

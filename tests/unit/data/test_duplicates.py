@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import pytest
 from data_samples import assistant, system, user
 
-from prefold.data.duplicates import Contamination, ExactRepeats, Match, NearRepeats, Parts, Repeats, words_of
+from prefold.data.duplicates import (
+    Contamination,
+    ExactRepeats,
+    Match,
+    NearRepeats,
+    Parts,
+    Repeats,
+    overlapping,
+    words_of,
+)
 from prefold.data.preference import RowId
 
 WORDS = [f"word{number}" for number in range(5000)]
@@ -123,3 +132,29 @@ def test_benchmark_texts_are_found_in_any_message(record: Parts, row: int | None
 
 def test_without_texts_nothing_is_found() -> None:
     assert Contamination([]).find(parts(), RowId("pairs.jsonl", 1)) is None
+
+
+# ---- questions in training data ----
+
+
+def test_texts_that_stand_in_records() -> None:
+    texts = [
+        text(1, 40),  # held in the middle of an answer
+        text(2, 40),  # held but for one word in the middle: 13 in a row are left at its end
+        text(3, 20),  # held with a word changed so that 12 in a row are left
+        "What do bees make in summer?",  # shorter, whole within a message
+        "What do bees make?",  # too short to be looked for within one
+        "Why so?",  # too short, and a whole message
+        text(4, 40),
+    ]
+    records = [
+        parts("Hello", f"Well, {text(1, 40)}, so it is.", changed(text(2, 40), 20)),
+        parts("what do bees make in summer, tell me", changed(text(3, 20), 7), "why so"),
+    ]
+    assert overlapping(texts, records) == [True, True, False, True, False, True, False]
+    assert overlapping(texts, []) == [False] * len(texts) and overlapping([], records) == []
+
+
+def test_texts_that_share_words_are_all_found() -> None:
+    passage = text(5, 30)
+    assert overlapping([f"{passage} who", f"{passage} why", text(6)], [parts(passage)]) == [True, True, False]

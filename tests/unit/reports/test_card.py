@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from fake_run import DATA, ENVIRONMENT, HELDOUT, HOSTILE, MERGE, RECIPE, write_run
+from fake_tasks import WIN_RATE
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -30,10 +31,14 @@ TASKS = {
             "ci": [0.004, 0.039],
             "p_value": 0.02,
             "n": 1172,
+            "verdict": "better",
+            "contaminated": {"n": 0},
         }
     },
     "average": {"before": 0.41, "after": 0.4312, "difference": 0.0212, "ci": [0.004, 0.039]},
 }
+ASKING = RECIPE.replace("evaluate:\n", "evaluate:\n  tasks: [arc_challenge]\n")
+JUDGED = RECIPE.replace("evaluate:\n", "evaluate:\n  win_rate: {judge: {name: length}}\n")
 ABSENT: dict[str, Any] = {
     "environment": None,
     "data": None,
@@ -46,15 +51,12 @@ ABSENT: dict[str, Any] = {
 
 
 def card(folder: Path, tasks: Any = None, **changes: Any) -> str:
-    write_run(folder, **{"merge": PROVEN, **changes})
-    if tasks is not None:
-        (folder / "evaluation").mkdir(exist_ok=True)
-        (folder / "evaluation" / "tasks.json").write_text(json.dumps(tasks))
+    write_run(folder, **{"merge": PROVEN, "recipe": ASKING if tasks else RECIPE, "tasks": tasks, **changes})
     return render_card(folder)
 
 
 def with_publish(**section: Any) -> str:
-    return yaml.safe_dump(yaml.safe_load(RECIPE) | {"publish": section})
+    return yaml.safe_dump(yaml.safe_load(ASKING) | {"publish": section})
 
 
 def head(text: str) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def test_the_body(tmp_path: Path) -> None:
         "under the base's licence: apache-2.0",
         "| dpo.beta | 0.1 |",
         "| lora.r | 16 |",
-        "| builtin&#58;plain_words | prompt, chosen, rejected | 850 | 843 |",
+        "| builtin:plain_words | prompt, chosen, rejected | 850 | 843 |",
         "trained on: 1 951 examples",
         "- chosen and rejected are the same text",
         "prefold run recipe.yaml",
@@ -121,15 +123,46 @@ def test_rewards_and_win_rate(tmp_path: Path) -> None:
     side = {"reward": 1.0, "reward_ci": [0.5, 1.5], "rewards": {}, "tokens": 40.0, "finished": 1.0}
     rewards = {"prompts": 9, "before": side, "after": {**side, "reward": 2.0}}
     rewards["difference"] = {"reward": 1.0, "ci": [0.2, 1.8], "p_value": 0.01}
-    write_run(tmp_path, heldout=None, merge=PROVEN)
-    (tmp_path / "evaluation").mkdir(exist_ok=True)
+    write_run(tmp_path, recipe=JUDGED, heldout=None, merge=PROVEN, win_rate=WIN_RATE)
     (tmp_path / "evaluation" / "rewards.json").write_text(json.dumps(rewards))
-    (tmp_path / "evaluation" / "win_rate.json").write_text(
-        json.dumps({"win_rate": 0.61, "ci": [0.52, 0.7], "judge": "a reward"})
-    )
-    text = render_card(tmp_path)
+    text = render_card(tmp_path).replace("\u202f", " ")
     assert "Held-out prompts" in text and "| Reward:" in text
-    assert "Win rate against the base on open prompts: 61 %, 95 % interval 52 %" in text
+    assert "- New answers preferred: 60 % (95 % interval 54 % to 66 %, 56 % at equal lengths, 194 prompts" in text
+    assert "judged by big)" in text
+
+
+def test_a_reward_model(tmp_path: Path) -> None:
+    side = {"accuracy": 0.9, "accuracy_ci": [0.8, 0.95], "margin": 1.5}
+    found = {"pairs": 84, "after": side, "chance": {"accuracy": 0.5, "p_value": 1e-9}}
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "chat_template.jinja").write_text("x")
+    write_run(tmp_path, recipe=RECIPE.replace("dpo", "reward"), heldout=found, merge=PROVEN)
+    text = render_card(tmp_path, ("merged", "adapter"))
+    assert head(text)["pipeline_tag"] == "text-classification"
+    assert "a reward model" in text and "AutoModelForCausalLM" not in text and "generate" not in text
+    assert "AutoModelForSequenceClassification" in text and "AutoPeftModelForSequenceClassification" in text
+    assert "|  | after |" in text and "| before |" not in text and "No benchmark" not in text
+    for block in code_blocks(text, "python"):
+        compile(block, "card", "exec")
+
+
+def test_questions_of_the_training_data(tmp_path: Path) -> None:
+    assert "None of these questions was found in the training data" in card(tmp_path / "none", TASKS)
+    seen = {"n": 12, "before": 0.5, "after": 1.0, "difference": 0.5, "ci": [0.2, 0.8], "p_value": 0.01}
+    clean = {"n": 1160, "before": 0.41, "after": 0.42, "difference": 0.01, "ci": [-0.01, 0.03], "p_value": 0.4}
+    facts = TASKS["tasks"]["arc_challenge"] | {"contaminated": seen, "clean": clean}  # type: ignore[index]
+    text = card(tmp_path / "some", {"tasks": {"arc_challenge": facts}})
+    assert "None of these questions" not in text
+    said = "arc_challenge: 12 of 1 172 questions stand in the training data; without: 41.0 % to 42.0 % (+1.0 points"
+    assert said in text.replace("\u202f", " ")
+    unknown = TASKS["tasks"]["arc_challenge"] | {"contaminated": None, "clean": None}  # type: ignore[index]
+    assert (
+        "training data" not in card(tmp_path / "unknown", {"tasks": {"arc_challenge": unknown}}).split("## How to")[0]
+    )
+
+
+def test_what_an_earlier_recipe_asked_for_is_not_in_it(tmp_path: Path) -> None:
+    assert "arc_challenge" not in card(tmp_path, TASKS, recipe=RECIPE)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -258,7 +291,7 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 def spoilt(word: str) -> dict[str, Any]:
     """A run in which every text that reaches the card is `word`."""
-    recipe = yaml.safe_load(RECIPE)
+    recipe = yaml.safe_load(ASKING)
     recipe["model"]["name"] = word
     recipe["data"]["train"] = [{"path": word, "where": word}]
     recipe["dpo"]["beta"] = word
@@ -293,6 +326,31 @@ def test_hostile_text_stays_text(tmp_path: Path, word: str, plain: list[tuple[st
     found = yaml.safe_load(text.split("---\n", 2)[1])
     assert set(found) == {"library_name", "pipeline_tag", "tags", "license", "license_name", "model-index"}
     assert len(found["tags"]) == 4 and "owned" not in found
+
+
+@pytest.mark.parametrize("text", ["builtin:plain_words", "at 12:30, {a: 1}!", "R&D & co", "ratio 1:2", "C: it is"])
+def test_text_that_does_nothing_is_left_as_it_is(text: str) -> None:
+    assert literal(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "active"),
+    [
+        ("see https://example.invalid", "://"),
+        ("mailto:me", "mailto:"),
+        ("xmpp:me", "xmpp:"),
+        (":smile: :+1:", ":smile:"),
+        (":a:b:", ":a:"),
+        ("&lt; &#60; &#x3c;", "&lt"),
+        ("www.example.invalid", "www."),
+        ("me@example.invalid", "@"),
+    ],
+)
+def test_text_that_a_page_would_make_something_of(text: str, active: str) -> None:
+    escaped = literal(text)
+    assert active not in escaped
+    [inline] = [token for token in MarkdownIt("commonmark").parse(escaped) if token.type == "inline"]
+    assert "".join(child.content for child in inline.children or ()) == text
 
 
 def test_literal_text_reads_as_it_was() -> None:

@@ -103,6 +103,24 @@ def test_without_tasks_and_judge_the_verdict_is_that_of_the_held_out_pairs(tmp_p
     assert overall(read_run(write_run(tmp_path))).headline.startswith("Held-out accuracy rose")
 
 
+def test_questions_of_the_training_data_are_told(tmp_path: Path) -> None:
+    seen = {"n": 3, "before": 0.0, "after": 1.0, "difference": 1.0, "ci": [0.1, 1.0], "p_value": 0.2}
+    clean = {"n": 6, "before": 0.5, "after": 0.4, "difference": -0.1, "ci": [-0.2, 0.1], "p_value": 0.6}
+    tasks = {"a": task("better", contaminated=seen, clean=clean), "b": task("better", contaminated={"n": 0})}
+    tasks["c"] = task("better", contaminated={"n": 9}, clean={"n": 0})
+    run = write_run(tmp_path, recipe=ASKED, tasks={"tasks": tasks})
+    said = [plain(line.text) for line in overall(read_run(run)).lines if "training data" in line.text]
+    without = "50.0 % to 40.0 % (-10.0 points, 95 % interval -20.0 to +10.0, p = 0.6)"
+    assert said == [
+        f"a: 3 of 9 questions stand in the training data; without: {without}",
+        "c: 9 of 9 questions stand in the training data",
+    ]
+    shown = plain(printed(summary(run)))
+    assert "3 in the training data" in shown and "-10.0 without" in shown
+    text = squeezed(report(tmp_path, recipe=ASKED, tasks={"tasks": tasks}).text)
+    assert squeezed("3 in the training data; -10.0 without") in text and squeezed("0 in the training data") not in text
+
+
 def test_what_an_earlier_recipe_asked_for_is_not_shown(facts: dict[str, Any], tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, **{name: value for name, value in facts.items() if name != "recipe"}))
     assert (run.tasks, run.compared, run.win_rate) == (None, None, None)

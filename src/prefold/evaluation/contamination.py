@@ -1,0 +1,57 @@
+"""Questions of tasks that stand in what a model was trained on, by the rule of `data.decontaminate`: 13 words in a row,
+or a shorter question whole.
+
+What all questions of a task start and end with (an instruction, "Answer:") belongs to none of them.
+Data in: opened tasks and the records of the training data; data out: the texts of such questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prefold.data.duplicates import Parts, overlapping
+from prefold.data.preference import Record
+from prefold.evaluation.samples import OpenTask, question_of, shared_start
+from prefold.terminal import progress_bar
+
+COMPARED = 1000
+"""Questions that are enough to tell what all of a task have in common."""
+
+
+def questions_in(records: Sequence[Record], tasks: Sequence[OpenTask], limit: int | None) -> frozenset[str]:
+    """The questions, as they are asked, that stand in a record.
+
+    Args:
+        limit: the first so many questions of each task; None for all.
+    """
+    asked = [question for one in tasks for question in _questions(one, limit)]
+    with progress_bar("questions in the training data", len(records)) as advance:
+
+        def parts() -> Iterator[Parts]:
+            for record in records:
+                yield (record.prompt, *record.answers)
+                advance(1, "")
+
+        found = overlapping([own for _, own in asked], parts())
+    return frozenset(text for (text, _), held in zip(asked, found, strict=True) if held)
+
+
+def _questions(one: OpenTask, limit: int | None) -> list[tuple[str, str]]:
+    """Each question as it is asked, and what of it is its own."""
+    docs = one.task.doc_iterator(limit=max(limit, COMPARED) if limit else None)
+    texts = [text for _, doc in docs if (text := question_of(one.task, doc)).strip()]
+    start, end = _in_common(texts[:COMPARED])
+    return [(text, text[start : len(text) - end].strip() or text) for text in texts[:limit]]
+
+
+def _in_common(texts: Sequence[str]) -> tuple[int, int]:
+    """Characters that all texts start with and end with: up to a colon or line, "What is" being part of a question, and
+    whole lines at the end."""
+    start, end = _start_of_all(texts), _start_of_all([text[::-1] for text in texts])[::-1]
+    line = end.find("\n")
+    return max(start.rfind(":"), start.rfind("\n")) + 1, len(end) - line if line >= 0 else 0
+
+
+def _start_of_all(texts: Sequence[str]) -> str:
+    first, last = min(texts, default=""), max(texts, default="")
+    return first[: shared_start(first, last)]
