@@ -96,7 +96,7 @@ def _complete(draft: Draft, file: str) -> None:
 
 def _heading(draft: Draft, file: str) -> list[str]:
     method = draft.values["method"]
-    about = (ALGORITHMS[method].__doc__ or method).partition(":")[0]
+    about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
     return [
         f"{about}, from {Path(file).name} of {draft.tool}.",
         "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "

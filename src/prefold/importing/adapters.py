@@ -22,13 +22,12 @@ LORA: Table = {
 
 def without_dropout(draft: Draft, who: str, key: str = "") -> None:
     """The trainers of pairs set every dropout of the model to 0, that of a new adapter too."""
-    if key in draft.given:
-        draft.note("renamed", key, text="lora.lora_dropout: 0")
+    keys = [name for name in (key, "lora_dropout") if draft.look(name)]
     if was := draft.values["lora.lora_dropout"]:
-        if "lora.lora_dropout" in draft.silent:
-            draft.silent.remove("lora.lora_dropout")
-        draft.values["lora.lora_dropout"] = 0.0
-        draft.comments["lora.lora_dropout"] = f"not {was}: {who} switches all dropout off here, that of LoRA too"
+        comment = f"not {was}: {who} switches all dropout off, that of LoRA too"
+        draft.replace("lora.lora_dropout", 0.0, comment, *keys)
+    elif key in keys:
+        draft.note("decided", key, text="`lora.lora_dropout` is the only dropout here")
 
 
 def write_quantised(draft: Draft, defaults: Mapping[str, Any], double: str) -> None:

@@ -9,12 +9,15 @@ from prefold.importing.losses import OF_PAIRS, Loss, known_loss, write_losses
 from prefold.importing.shared import (
     ARGUMENTS,
     ATTENTION,
+    COUNTED,
     FSDP,
     NO_SYNC,
     PACKED,
     PRECISION,
     READING,
     SPEED,
+    has_held_out,
+    is_number,
     listed,
     optimizer,
     reward_of,
@@ -24,7 +27,6 @@ from prefold.importing.shared import (
     write_evaluation,
     write_publish,
     write_rewards,
-    write_share,
     write_steps,
 )
 from prefold.importing.sources import TEMPLATE, need_data, write_sources
@@ -71,7 +73,7 @@ TABLE: Table = {
     "cosine_min_lr_ratio": Without(
         "write `train.lr_scheduler_type: cosine_with_min_lr` and `lr_scheduler_kwargs: {min_lr_rate: ...}`"
     ),
-    "saves_per_epoch": Without("`train.save_steps` is a number of steps; `prefold check` says how many there are"),
+    "saves_per_epoch": Without(f"`train.save_steps` is a number of steps; {COUNTED}"),
     "chat_template": Decided(TEMPLATE),
     "chat_template_jinja": Without("write it to a file and name that: `model.chat_template: FILE.jinja`"),
     "gradient_checkpointing": To("train.gradient_checkpointing", bool),
@@ -147,9 +149,8 @@ def write(draft: Draft, where: str, method: str | None) -> None:
     _write_length(draft)
     write_batch(draft, ("micro_batch_size", 1), ("gradient_accumulation_steps", 1), chosen)
     _write_steps(draft)
-    held_out = "data.eval" in draft.values or "data.eval_fraction" in draft.values
-    _write_measurements(draft, chosen, held_out)
-    write_evaluation(draft, chosen, held_out)
+    _write_measurements(draft, chosen)
+    write_evaluation(draft, chosen)
     _write_trackers(draft)
     write_publish(draft, None)
     draft.follow(TABLE)
@@ -208,7 +209,7 @@ def _write_dpo(draft: Draft, where: str, loss: str, beta: str, keys: list[str]) 
     losses = [known_loss(name, OF_PAIRS, "dpo_loss_type", where) for name in names]
     if isinstance(weights, list):
         losses = [Loss(one.method, one.settings, weight) for one, weight in zip(losses, weights, strict=False)]
-    if alpha := draft.look("rpo_alpha"):
+    if is_number(alpha := draft.look("rpo_alpha")) and alpha > 0:
         losses.append(Loss("sft", weight=alpha))
     keys += [key for key in ("dpo_loss_type", "dpo_loss_weights", "rpo_alpha") if draft.has(key)]
     settings = {"beta": beta, "label_smoothing": "dpo_label_smoothing", "use_weighting": "dpo_use_weighting"}
@@ -224,7 +225,7 @@ def _write_grpo(draft: Draft, where: str, keys: list[str]) -> None:
     named = [key for key in ("trl.reward_funcs",) if draft.has(key)]
     names = listed(draft.take("trl.reward_funcs", []))
     # What is no function's name is a reward model's.
-    rewards = [{"name": "reward_model", "model": name} if "/" in name else reward_of(name) for name in names]
+    rewards = [{"name": "reward_model", "model": name} if "/" in str(name) else reward_of(name) for name in names]
     write_rewards(draft, rewards, named, "trl.reward_weights")
 
 
@@ -254,7 +255,8 @@ def _write_adapter(draft: Draft, drops_dropout: bool) -> None:
             del draft.values[field]
         draft.comments["model.adapter"] = "it brings its own LoRA settings; those of the file are left out"
         return
-    draft.fill("lora.target_modules", ["q_proj", "v_proj"], "peft chooses by the model; these for Llama and its kin")
+    why = "peft's choice for Llama, Mistral, Qwen, Gemma"
+    draft.fill("lora.target_modules", ["q_proj", "v_proj"], why)
     draft.fill("lora.lora_dropout", 0.0)
     if drops_dropout:
         without_dropout(draft, "TRL's trainer")
@@ -266,7 +268,7 @@ def _write_fraction(draft: Draft) -> None:
     size = draft.take("val_set_size")
     if not size or "data.eval" in draft.values:
         draft.note("off", "val_set_size")
-    elif size < 1:
+    elif not is_number(size) or size < 1:
         draft.carry("data.eval_fraction", size, "val_set_size")
     else:
         draft.note("missing", "val_set_size", text="`data.eval_fraction` is a share of the rows, below 1")
@@ -280,21 +282,25 @@ def _write_length(draft: Draft) -> None:
     choices = {"drop": "drop", "raise": "error", "truncate": "truncate_prompt"}
     value = draft.take("excess_length_strategy")
     comment = "the answer stays whole" if value == "truncate" else ""
-    draft.carry("data.overlong", choices.get(value, value), "excess_length_strategy", comment=comment)
+    draft.carry("data.overlong", choices.get(str(value), value), "excess_length_strategy", comment=comment)
 
 
 def _write_steps(draft: Draft) -> None:
     write_steps(draft)
     if "train.warmup_steps" in draft.values:
         return
-    write_share(draft, 0.03)
-    draft.comments["train.warmup_steps"] += ", and at most 100: Axolotl's default"
-    draft.silent.append("train.warmup_steps")
+    if steps := draft.values.get("train.max_steps"):
+        draft.fill("train.warmup_steps", min(int(0.03 * steps), 100), f"0.03 of {steps} steps")
+    else:
+        draft.fill("train.warmup_steps", 0, f"to set: 0.03 of all steps, at most 100; {COUNTED}")
 
 
-def _write_measurements(draft: Draft, method: str, held_out: bool) -> None:
-    """`evals_per_epoch` as a share of all steps."""
+def _write_measurements(draft: Draft, method: str) -> None:
+    """`eval_steps`, which needs no strategy beside it, and `evals_per_epoch` as a share of all steps."""
     draft.follow({"num_epochs": TABLE["num_epochs"]})
+    measured = has_held_out(draft) and method != "grpo"
+    if measured and draft.has("eval_steps") and not draft.has("eval_strategy"):
+        draft.follow({"eval_steps": To("train.eval_steps")})
     if not draft.has("evals_per_epoch"):
         return
     number, epochs = draft.take("evals_per_epoch"), draft.values.get("train.num_train_epochs", 1)
@@ -304,7 +310,7 @@ def _write_measurements(draft: Draft, method: str, held_out: bool) -> None:
         share = 1.0
     if share >= 1:
         draft.note("off" if not number else "decided", "evals_per_epoch", text="measured before and after training")
-    elif method == "grpo" or not held_out:
+    elif not measured:
         draft.note("missing", "evals_per_epoch", text="nothing is measured while training, for want of held-out pairs")
     else:
         comment = f"{number} times an epoch, as a share of all steps"

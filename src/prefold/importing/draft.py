@@ -17,7 +17,8 @@ class NoCounterpartError(Exception):
 
 @dataclass(frozen=True)
 class To:
-    """A key that becomes a field. `convert` gives the field's value, or raises `NoCounterpartError`."""
+    """A key that becomes a field. `convert` gives the field's value, None where it is the usual one, or raises
+    `NoCounterpartError`."""
 
     field: str
     convert: Callable[[Any], Any] = lambda value: value
@@ -94,13 +95,21 @@ class Draft:
         if comment:
             self.comments[field] = comment
         if keys:
-            same = keys == (field.rpartition(".")[2],)
-            self.note("same" if same else "renamed", *keys, text=f"{field}{': ' if comment else ''}{comment}")
+            if keys == (field.rpartition(".")[2],) and not comment:
+                self.note("same", *keys)
+            else:
+                self.note("renamed", *keys, text=f"{field}{': ' if comment else ''}{comment}")
 
     def note(self, group: Group, *keys: str, text: str = "") -> None:
         for key in keys:
             self._left.pop(key, None)
         self.notes.append(Note(group, keys, text))
+
+    def replace(self, field: str, value: Any, comment: str, *keys: str) -> None:
+        """Set a field otherwise than its key has it; what was noted of these keys no longer holds."""
+        self.notes = [note for note in self.notes if not set(note.keys) & set(keys)]
+        self.silent = [name for name in self.silent if name != field]
+        self.carry(field, value, *keys, comment=comment)
 
     def fill(self, field: str, value: Any, why: str = "") -> None:
         """Set a field of which the file says nothing to the other tool's default."""
@@ -124,7 +133,11 @@ class Draft:
 
     def _convert(self, key: str, value: Any, entry: To) -> None:
         try:
-            self.carry(entry.field, entry.convert(value), key)
+            converted = entry.convert(value)
+            if converted is None:
+                self.note("off", key)
+            else:
+                self.carry(entry.field, converted, key)
         except NoCounterpartError as reason:
             self.note("missing", key, text=f"{value}: {reason}")
 

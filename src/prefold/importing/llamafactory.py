@@ -16,6 +16,7 @@ from prefold.importing.shared import (
     PRECISION,
     READING,
     SPEED,
+    is_number,
     listed,
     modules,
     write_batch,
@@ -26,6 +27,7 @@ from prefold.importing.shared import (
     write_trackers,
 )
 from prefold.importing.sources import TEMPLATE, need_data
+from prefold.recipe import parse_yaml
 
 NAME = "LLaMA-Factory"
 TELLS = {
@@ -48,7 +50,7 @@ LOSSES = {
     "orpo": Loss("orpo", {"completion_only_loss": True}),
     "simpo": Loss("simpo"),
 }
-IN_INFO = "a name in LLaMA-Factory's dataset_info.json: write the file or the Hub data set that it stands for"
+IN_INFO = "of dataset_info.json: write the file or Hub data set that it stands for"
 REFERENCE = "the reference is the model before training"
 GALORE = "choose one of transformers' optimizers for `train.optim`"
 
@@ -124,6 +126,7 @@ _BASE: dict[str, Any] = {
     "train.num_train_epochs": 3,
     "train.lr_scheduler_type": "linear",
     "train.warmup_steps": 0,
+    "train.gradient_checkpointing": True,
     "data.max_length": 2048,
 }
 
@@ -142,15 +145,14 @@ def write(draft: Draft, where: str, method: str | None) -> None:
     write_trackers(draft)
     write_publish(draft)
     draft.follow({"num_train_epochs": TABLE["num_train_epochs"]})
-    held_out = "data.eval" in draft.values or "data.eval_fraction" in draft.values
-    write_evaluation(draft, chosen, held_out)
+    write_evaluation(draft, chosen)
     draft.follow(TABLE)
     for field, value in _BASE.items():
         draft.fill(field, value)
 
 
 def _stage(draft: Draft, where: str, method: str | None) -> str:
-    stage = draft.take("stage", "sft")
+    stage = str(draft.take("stage", "sft"))
     if stage in ("pt", "sft"):
         raise UserError(
             f"a file for {'pre-training' if stage == 'pt' else 'supervised fine-tuning'}, `stage: {stage}`",
@@ -165,7 +167,7 @@ def _stage(draft: Draft, where: str, method: str | None) -> str:
         )
     if method not in (None, stage):
         raise UserError(f"`--method {method}`, and the file says `stage: {stage}`", where=where, advice="leave it out")
-    return str(stage)
+    return stage
 
 
 def _write_losses(draft: Draft, where: str, stage: str) -> None:
@@ -178,9 +180,9 @@ def _write_losses(draft: Draft, where: str, stage: str) -> None:
     loss = known_loss(draft.look("pref_loss", "sigmoid"), LOSSES, "pref_loss", where)
     losses, keys = [loss], ["stage", *(["pref_loss"] if draft.has("pref_loss") else [])]
     # With BCO beside it, their sum is divided by the sum of their weights.
-    if share := draft.look("pref_bco_weight", 0):
+    if is_number(share := draft.look("pref_bco_weight", 0)) and share > 0:
         losses = [Loss(loss.method, loss.settings, 1 / (1 + share)), Loss("bco", weight=share / (1 + share))]
-    if weight := draft.look("pref_ftx", 0):
+    if is_number(weight := draft.look("pref_ftx", 0)) and weight > 0:
         losses.append(Loss("sft", weight=weight))
     for key in filter(draft.has, ["pref_bco_weight", "pref_ftx"]):
         if draft.look(key):
@@ -228,7 +230,8 @@ def _write_adapter(draft: Draft, drops_dropout: bool) -> None:
         return
     draft.follow(_LORA)
     draft.fill("lora.r", 8)
-    draft.fill("lora.lora_alpha", 2 * draft.values["lora.r"], "twice the rank")
+    if is_number(rank := draft.values["lora.r"]):
+        draft.fill("lora.lora_alpha", 2 * rank, "twice the rank")
     draft.fill("lora.lora_dropout", 0.0)
     draft.fill("lora.target_modules", "all-linear")
     if drops_dropout:
@@ -240,7 +243,7 @@ def _write_start(draft: Draft) -> None:
     names = listed(draft.take("adapter_name_or_path"))
     draft.carry("model.adapter", names[0], "adapter_name_or_path", comment="it brings its own LoRA settings")
     if len(names) > 1:
-        text = f"{', '.join(names[1:])}: one adapter only; merge the others into the model first"
+        text = f"{', '.join(map(str, names[1:]))}: one adapter only; merge the others into the model first"
         draft.note("missing", "adapter_name_or_path", text=text)
     for key in filter(draft.has, list(_LORA)):
         draft.note("decided", key, text="the adapter brings its own")
@@ -248,7 +251,7 @@ def _write_start(draft: Draft) -> None:
 
 def _write_data(draft: Draft) -> None:
     counts = draft.take("max_samples")
-    weights = listed(draft.take("interleave_probs"))
+    weights = listed(draft.take("interleave_probs")) if draft.has("interleave_probs") else []
     for key, field in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         if not draft.has(key):
             continue
@@ -256,13 +259,14 @@ def _write_data(draft: Draft) -> None:
         sources: list[dict[str, Any]] = [{"path": name} for name in names]
         for source in sources if counts and not weights else []:
             source["count"] = counts
-        for source, weight in zip(sources, weights or [], strict=False):
-            source["weight"] = float(weight)
-        draft.carry(field, sources, key, comment=IN_INFO if any(map(_is_bare, names)) else "")
+        for source, weight in zip(sources, weights, strict=False):
+            source["weight"] = parse_yaml(weight, key) if isinstance(weight, str) else weight
+        bare = [str(name) for name in names if "/" not in str(name) and not Path(str(name)).suffix]
+        draft.carry(field, sources, key, comment=f"{', '.join(bare)} {IN_INFO}" if bare else "")
     if counts is not None and weights:
         draft.note("missing", "max_samples", text="a source has a `weight` or a `count`, not both")
     elif counts is not None:
-        draft.note("renamed", "max_samples", text="`count` of each source")
+        draft.note("renamed", "max_samples", text="`count` of each source, which must have that many rows")
     if weights:
         draft.note("renamed", "interleave_probs", text="`weight` of each source")
     if draft.has("mix_strategy"):
@@ -272,15 +276,11 @@ def _write_data(draft: Draft) -> None:
         _write_fraction(draft)
 
 
-def _is_bare(name: str) -> bool:
-    return "/" not in name and not Path(name).suffix
-
-
 def _write_fraction(draft: Draft) -> None:
     size = draft.take("val_size")
     if not size or "data.eval" in draft.values:
         draft.note("off", "val_size")
-    elif size < 1:
+    elif not is_number(size) or size < 1:
         draft.carry("data.eval_fraction", size, "val_size")
     else:
         draft.note("missing", "val_size", text="`data.eval_fraction` is a share of the rows, below 1")

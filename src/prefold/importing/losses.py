@@ -45,7 +45,7 @@ OF_PAIRS = {
 
 
 def known_loss(name: Any, losses: Mapping[str, Loss], key: str, where: str) -> Loss:
-    if name in losses:
+    if isinstance(name, str) and name in losses:
         return losses[name]
     raise UserError(
         f"`{key}: {name}` has no counterpart in prefold",

@@ -17,10 +17,11 @@ READING = "prefold reads and prepares the data itself"
 PACKED = "prompts and answers are packed without padding anyway"
 PRECISION = "see `model.dtype`; prefold leaves the products to torch's own setting"
 ATTENTION = "`model.attn_implementation: auto` takes the fastest attention that passes the check at the start"
-SPEED = "prefold's own chunked log-probs do what it is for"
+SPEED = "prefold trains on an engine of its own: packed prompts, chunked log-probs"
 RESUMED = "a run goes on from its last checkpoint by itself; `--fresh` starts it over"
 SEVERAL = "no DeepSpeed here: `prefold run RECIPE --nproc N` uses N GPUs, and `train.fsdp: true` shards the model"
 FSDP = "write `train.fsdp: true` and start with `prefold run RECIPE --nproc N`"
+COUNTED = "`prefold check` says how many there are"
 REMOTE = "prefold runs no code of the Hub; a model that needs its own cannot be trained"
 NO_SYNC = "the reference stays the model before training"
 
@@ -28,7 +29,7 @@ NO_SYNC = "the reference stays the model before training"
 def scheduler(value: Any) -> Any:
     from transformers.trainer_utils import SchedulerType
 
-    if value in {one.value for one in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}:
+    if value in [one.value for one in SchedulerType] and value not in ("reduce_lr_on_plateau", "greedy"):
         return value
     raise NoCounterpartError("choose one of transformers' schedules for `train.lr_scheduler_type`")
 
@@ -36,14 +37,14 @@ def scheduler(value: Any) -> Any:
 def optimizer(value: Any) -> Any:
     from transformers.training_args import OptimizerNames
 
-    if value in {one.value for one in OptimizerNames}:
+    if value in [one.value for one in OptimizerNames]:
         return value
     raise NoCounterpartError("not one of transformers' optimizers; set `train.optim` to one, e.g. `adamw_torch`")
 
 
 def whole(value: Any) -> Any:
     if isinstance(value, float) and value < 1:
-        raise NoCounterpartError("prefold counts steps here; `prefold check RECIPE` says how many there are")
+        raise NoCounterpartError(f"prefold counts steps here; {COUNTED}")
     return value
 
 
@@ -54,9 +55,15 @@ def mapping(value: Any) -> Any:
         raise NoCounterpartError("not JSON; write it as a mapping") from None
 
 
-def listed(value: Any) -> Any:
-    """Names with commas between them."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+def listed(value: Any) -> list[Any]:
+    """Several values, also as one text with commas."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value if isinstance(value, list) else [value]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def modules(value: Any) -> Any:
@@ -149,16 +156,14 @@ def write_batch(draft: Draft, per_device: tuple[str, int], accumulation: tuple[s
     """The batch of an optimizer step from its factors, each a key and its default; GRPO's count completions."""
     factors = [draft.look(key, default) for key, default in (per_device, accumulation)]
     given = [key for key, _ in (per_device, accumulation) if draft.has(key)]
-    if not all(isinstance(factor, int) and factor > 0 for factor in factors):
+    group = draft.values.get(f"{method}.num_generations", 8)
+    if not all(isinstance(number, int) and number > 0 for number in (*factors, group)):
         draft.note("missing", *given, text="not numbers greater than 0; set `train.batch_size`")
         return
-    product, unit = math.prod(factors), "prompts" if ALGORITHMS[method].data == "prompts" else "pairs"
-    unit = "answers" if ALGORITHMS[method].data == "unpaired" else unit
-    text = f"{factors[0]} x {factors[1]}"
+    product, text = math.prod(factors), f"{factors[0]} x {factors[1]}"
     if ALGORITHMS[method].data == "prompts":
-        group = draft.values.get(f"{method}.num_generations", 8)
-        product, text = max(1, product // group), f"{text} completions / {group} of a prompt"
-    text = f"{text} = {product} {unit} a step on one device; multiply by your number of devices"
+        product, text = max(1, product // group), f"{text} completions / {group} a prompt"
+    text = f"{text} on one device; with more, times their number"
     if given:
         draft.carry("train.batch_size", product, *given, comment=text)
     else:
@@ -178,31 +183,28 @@ def write_steps(draft: Draft) -> None:
         if draft.given.get(other) is not None:
             draft.note("off", other)
     value = warmup or ratio
-    if isinstance(value, float) and value < 1:
-        write_share(draft, value, key)
+    if is_number(value) and 0 < value < 1:
+        _write_share(draft, value, key)
     elif draft.given.get(key) is not None:
         draft.carry("train.warmup_steps", int(value) if isinstance(value, float) else value, key)
 
 
-def write_share(draft: Draft, share: float, *keys: str) -> None:
+def _write_share(draft: Draft, share: float, key: str) -> None:
     """A warm-up that is a share of all steps: their number is known if the file has it."""
-    steps = draft.values.get("train.max_steps")
-    if steps:
-        count = math.ceil(share * steps)
-        draft.carry("train.warmup_steps", count, *keys, comment=f"{share:g} of {steps} steps")
-    elif share:
-        text = f"to set: {share:g} of all steps; `prefold check` says how many there are"
-        draft.values["train.warmup_steps"], draft.comments["train.warmup_steps"] = 0, text
-        draft.note("missing", *keys, text=f"`train.warmup_steps` is a number of steps; {text}")
+    if steps := draft.values.get("train.max_steps"):
+        draft.carry("train.warmup_steps", math.ceil(share * steps), key, comment=f"{share:g} of {steps} steps")
     else:
-        draft.note("off", *keys)
+        text = f"to set: {share:g} of all steps; {COUNTED}"
+        draft.carry("train.warmup_steps", 0, comment=text)
+        draft.note("missing", key, text=f"`train.warmup_steps` is a number of steps; {text}")
 
 
-def write_evaluation(draft: Draft, method: str, held_out: bool) -> None:
-    """Measurements while training, from a strategy; `held_out`: whether the file has data for them."""
+def write_evaluation(draft: Draft, method: str, logging_steps: int = 500) -> None:
+    """Measurements while training, from a strategy; `logging_steps`: the other tool's default."""
+    held_out = has_held_out(draft)
     for key in ("evaluation_strategy", "eval_strategy"):
         if draft.has(key):
-            _measure(draft, key, method, held_out)
+            _measure(draft, key, method, held_out, logging_steps)
     keys = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")
     if draft.has("eval_steps") and "train.eval_steps" not in draft.values:
         draft.note("missing", "eval_steps", text="nothing is measured while training")
@@ -218,11 +220,15 @@ def write_evaluation(draft: Draft, method: str, held_out: bool) -> None:
         draft.carry("data.eval_fraction", 0.1, comment="prefold holds some rows out, to compare before and after")
 
 
-def _measure(draft: Draft, key: str, method: str, held_out: bool) -> None:
+def has_held_out(draft: Draft) -> bool:
+    return "data.eval" in draft.values or "data.eval_fraction" in draft.values
+
+
+def _measure(draft: Draft, key: str, method: str, held_out: bool, logging_steps: int) -> None:
     strategy = draft.take(key)
     epochs = draft.values.get("train.num_train_epochs", 3)
-    every = draft.look("eval_steps") or draft.look("logging_steps", 500) if strategy == "steps" else None
-    if strategy == "epoch" and isinstance(epochs, int | float) and epochs > 1:
+    every = draft.look("eval_steps") or draft.look("logging_steps", logging_steps) if strategy == "steps" else None
+    if strategy == "epoch" and is_number(epochs) and epochs > 1:
         every = round(1 / epochs, 4)
     if strategy in (False, "no"):
         draft.note("off", key)
@@ -244,7 +250,7 @@ def write_dtype(draft: Draft, *keys: str) -> None:
     chosen = None
     for key in (key for key in keys if draft.has(key)):
         value = draft.take(key)
-        dtype = str(value).removeprefix("torch.") if key in ("dtype", "torch_dtype", "infer_dtype") else names[key]
+        dtype = names.get(key) or str(value).removeprefix("torch.")
         if value is False:
             draft.note("off", key)
         elif chosen:
@@ -257,15 +263,14 @@ def write_dtype(draft: Draft, *keys: str) -> None:
 def write_trackers(draft: Draft) -> None:
     if not draft.has("report_to"):
         return
-    value = draft.take("report_to")
-    names = [name for name in (value if isinstance(value, list) else listed(value)) if name not in ("none", "all")]
+    names = [name for name in listed(draft.take("report_to")) if name not in ("none", "all", False)]
     known = [name for name in names if name in ("wandb", "tensorboard")]
     if known:
         draft.carry("train.report_to", known, "report_to")
     elif not names:
         draft.note("off", "report_to")
     if others := [name for name in names if name not in known]:
-        text = f"{', '.join(others)}: prefold reports to wandb and tensorboard; metrics.jsonl has every step"
+        text = f"{', '.join(map(str, others))}: prefold reports to wandb and tensorboard; metrics.jsonl has every step"
         draft.note("missing", "report_to", text=text)
 
 
@@ -286,13 +291,13 @@ def write_publish(draft: Draft, asked: str | None = "push_to_hub") -> None:
         draft.note("missing", *keys, text="write `publish: {hub_model_id: NAME/MODEL}`, with your name on the Hub")
 
 
-def reward_of(name: str) -> dict[str, Any] | None:
+def reward_of(name: Any) -> dict[str, Any] | None:
     """A reward function by its dotted Python name, as the recipe has it; None if the name is not dotted."""
-    module, dot, function = name.rpartition(".")
+    module, dot, function = str(name).rpartition(".")
     return {"file": module.replace(".", "/") + ".py", "name": function} if dot else None
 
 
-OWN_REWARDS = "completions come as texts, other columns by their names; see the head of `prefold.rollouts.rewards`"
+OWN_REWARDS = "a function takes `completions` as texts, and the rows' columns by their names"
 
 
 def write_rewards(draft: Draft, rewards: Sequence[dict[str, Any] | None], keys: Sequence[str], weights: str) -> None:

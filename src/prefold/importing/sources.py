@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefold.importing.draft import Draft
+from prefold.importing.shared import listed
 
 SHAPE = "the shape is recognised by the columns; `prefold check` names it and shows a pair"
 TEMPLATE = "the model's own chat template writes the turns; `prefold check` shows them"
@@ -75,7 +76,7 @@ def _of_files(source: dict[str, Any], files: Any, told: dict[str, str], draft: D
     """A source for each of the files that are named beside a path, if any are."""
     if files is None:
         return [source] if source["path"] else []
-    named = [files] if isinstance(files, str) else list(files.values()) if isinstance(files, dict) else list(files)
+    named = list(files.values()) if isinstance(files, dict) else listed(files)
     if source["path"] and source["path"] not in READERS:
         told["data_files"] = "!download these files and give their paths: a source is a whole split, a folder or files"
         return [source]

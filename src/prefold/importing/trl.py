@@ -17,6 +17,7 @@ from prefold.importing.shared import (
     NO_SYNC,
     PACKED,
     SPEED,
+    is_number,
     listed,
     reward_of,
     write_batch,
@@ -112,7 +113,12 @@ ONLINE: Table = {
     "use_vllm": Without("completions are sampled by prefold's own engine, from the weights of the step"),
 }
 
-_BASE: dict[str, Any] = {"train.num_train_epochs": 3, "train.lr_scheduler_type": "linear", "train.warmup_steps": 0}
+_BASE: dict[str, Any] = {
+    "train.num_train_epochs": 3,
+    "train.lr_scheduler_type": "linear",
+    "train.warmup_steps": 0,
+    "train.gradient_checkpointing": True,
+}
 _RATES = {"reward": 1e-4}
 """Learning rates that are not 1e-6."""
 _GRPO_SETTINGS = (
@@ -157,8 +163,7 @@ def write(draft: Draft, where: str, method: str | None) -> None:
     write_trackers(draft)
     write_publish(draft)
     draft.follow({key: table[key] for key in ("num_train_epochs",)})
-    held_out = "data.eval" in draft.values or "data.eval_fraction" in draft.values
-    write_evaluation(draft, chosen, held_out)
+    write_evaluation(draft, chosen, logging_steps=10)
     draft.follow(table)
     _vllm(draft)
     for field, value in {**_BASE, "train.learning_rate": _RATES.get(command, 1e-6)}.items():
@@ -172,7 +177,7 @@ def _command(draft: Draft, where: str, method: str | None) -> str:
             return method
         raise UserError(f"`--method {method}` is none of TRL's", where=where, expected=", ".join(COMMANDS))
     loss = draft.look("loss_type")
-    names = {loss} if isinstance(loss, str) else set(loss or ())
+    names = {name for name in listed(loss) if isinstance(name, str)}
     fits: list[tuple[str, bool]] = [
         ("grpo", any(map(draft.has, _GRPO)) or bool(names & {*GRPO_LOSSES, "sapo", "vespo", "luspo"})),
         ("kto", any(map(draft.has, _KTO)) or bool(names & {"kto", "apo_zero_unpaired"})),
@@ -207,12 +212,11 @@ def _dpo(draft: Draft, where: str) -> None:
     if isinstance(weights, list):
         losses = [Loss(one.method, one.settings, weight) for one, weight in zip(losses, weights, strict=False)]
     keys = [key for key in ("loss_type", "loss_weights") if draft.look(key)]
-    if isinstance(alpha := draft.look("rpo_alpha"), int | float) and alpha > 0:
+    if is_number(alpha := draft.take("rpo_alpha")) and alpha > 0:
         losses.append(Loss("sft", weight=alpha))
         keys.append("rpo_alpha")
     settings = ("beta", "label_smoothing", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef")
     settings = (*settings, "use_weighting", "discopop_tau")
-    draft.take("rpo_alpha")
     write_losses(draft, losses, {name: name for name in settings}, {"beta": 0.1}, keys)
 
 
@@ -255,7 +259,7 @@ def write_scaling(draft: Draft, key: str) -> None:
     """`scale_rewards`, which was a yes or no once."""
     if draft.has(key):
         value = draft.take(key)
-        draft.carry("grpo.scale_rewards", {True: "group", False: "none"}.get(value, value), key)
+        draft.carry("grpo.scale_rewards", {"True": "group", "False": "none"}.get(str(value), value), key)
 
 
 def _grpo(draft: Draft, where: str) -> None:
@@ -271,10 +275,10 @@ def _grpo(draft: Draft, where: str) -> None:
     rewards += [_reward_function(name) for name in names]
     write_rewards(draft, rewards, keys, "reward_weights")
     if lost := [name for name in names if _reward_function(name) is None]:
-        draft.note("missing", "reward_funcs", text=f"{', '.join(lost)}: write it as a function of your own")
+        draft.note("missing", "reward_funcs", text=f"{', '.join(map(str, lost))}: write it as a function of your own")
 
 
-def _reward_function(name: str) -> dict[str, Any] | None:
+def _reward_function(name: Any) -> dict[str, Any] | None:
     if name in ("accuracy_reward", "reasoning_accuracy_reward"):
         return {"name": "symbolic_equality"}
     if name == "think_format_reward":
@@ -296,6 +300,8 @@ def _write_model(draft: Draft, drops_dropout: bool) -> None:
             draft.note("renamed", "use_peft", text="lora: none, which trains all weights")
         for key in filter(draft.has, list(LORA)):
             draft.note("off", key)
+        for key in filter(draft.has, ["load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"]):
+            draft.note("missing", key, text="all weights are trained, which quantised ones cannot be")
         draft.values["lora"] = "none"
         return
     draft.note("renamed", "use_peft", text="a section `lora`")
@@ -303,7 +309,7 @@ def _write_model(draft: Draft, drops_dropout: bool) -> None:
     draft.fill("lora.r", 16)
     draft.fill("lora.lora_alpha", 32)
     draft.fill("lora.lora_dropout", 0.05)
-    why = "peft chooses by the model, these for Llama, Mistral, Qwen and Gemma; prefold's own is all-linear"
+    why = "peft's choice for Llama, Mistral, Qwen, Gemma"
     draft.fill("lora.target_modules", ["q_proj", "v_proj"], why)
     if drops_dropout and draft.take("disable_dropout", True):
         without_dropout(draft, "TRL", "disable_dropout")

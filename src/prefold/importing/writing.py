@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from prefold.importing.draft import Draft, Group
+from prefold.importing.draft import Draft, Group, Note
 from prefold.recipe.explaining import section_fields
 
 WIDTH = 80
@@ -85,7 +85,7 @@ def account(draft: Draft) -> str:
     """What became of every key, by group, at most 80 columns wide."""
     blocks: list[str] = []
     for group, title in _TITLES.items():
-        notes = [note for note in draft.notes if note.group == group]
+        notes = sorted((note for note in draft.notes if note.group == group), key=lambda note: _place(draft, note))
         if not notes:
             continue
         body = [_names([key for note in notes for key in note.keys])]
@@ -99,6 +99,11 @@ def account(draft: Draft) -> str:
         title = f"Written as {draft.tool}'s defaults, since the file says nothing of them"
         blocks.append("\n".join([title, _names(draft.silent)]))
     return "\n\n".join(blocks)
+
+
+def _place(draft: Draft, note: Note) -> int:
+    """Where in the file the note's first key stands."""
+    return list(draft.given).index(note.keys[0].partition(".")[0])
 
 
 def _names(names: list[str]) -> str:
