@@ -30,7 +30,7 @@ from prefold.importing.shared import (
     write_steps,
 )
 from prefold.importing.sources import TEMPLATE, need_data, write_sources
-from prefold.importing.trl import GRPO_LOSSES, cpo_losses, write_scaling
+from prefold.importing.trl import GRPO_LOSSES, GRPO_SETTINGS, cpo_losses, write_scaling
 
 NAME = "Axolotl"
 TELLS = {
@@ -84,6 +84,8 @@ TABLE: Table = {
     "dpo_generate_during_eval": Decided("a run answers held-out prompts before and after (`evaluate.prompts`)"),
     "merge_lora": Decided("every run merges, and proves it"),
     "early_stopping_patience": Without("`train.early_stopping_patience`, beside `eval_steps` and a metric"),
+    "bnb_config_kwargs": Without("see `model.bnb_4bit_quant_type` and what follows it in `prefold schema`"),
+    "batch_size": Without("`train.batch_size` is pairs (or prompts) a step over all devices"),
     "use_ray": Without("`prefold run RECIPE --nproc N` uses N GPUs"),
     **_rest("fsdp_version fsdp_final_state_dict_type qlora_sharded_model_loading", Without(FSDP)),
     **_rest("model_type tokenizer_type type_of_model base_model_config processor_type", Decided("read from the model")),
@@ -130,9 +132,6 @@ _LORA: Table = {
     "peft_use_rslora": To("lora.use_rslora"),
     "lora_model_dir": To("model.adapter"),
 }
-_SAMPLING = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "beta", "epsilon")
-_SAMPLING = (*_SAMPLING, "epsilon_high", "num_iterations", "loss_type", "importance_sampling_level")
-_SAMPLING = (*_SAMPLING, "mask_truncated_completions")
 
 
 def write(draft: Draft, where: str, method: str | None) -> None:
@@ -220,7 +219,7 @@ def _write_grpo(draft: Draft, where: str, keys: list[str]) -> None:
     loss = draft.look("trl.loss_type", "dapo")
     known_loss(loss, {name: Loss("grpo") for name in GRPO_LOSSES}, "trl.loss_type", where)
     defaults = {"num_generations": 8, "max_completion_length": 512, "beta": 0.0}
-    write_losses(draft, [Loss("grpo")], {name: f"trl.{name}" for name in _SAMPLING}, defaults, keys)
+    write_losses(draft, [Loss("grpo")], {name: f"trl.{name}" for name in GRPO_SETTINGS}, defaults, keys)
     write_scaling(draft, "trl.scale_rewards")
     named = [key for key in ("trl.reward_funcs",) if draft.has(key)]
     names = listed(draft.take("trl.reward_funcs", []))

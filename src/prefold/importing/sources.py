@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prefold.importing.draft import Draft
+from prefold.importing.draft import Draft, Group
 from prefold.importing.shared import listed
 
 SHAPE = "the shape is recognised by the columns; `prefold check` names it and shows a pair"
@@ -45,7 +45,7 @@ def write_sources(draft: Draft, key: str, field: str) -> None:
         sources += _sources(entry if isinstance(entry, Mapping) else {"path": entry}, told, draft)
     draft.carry(field, sources, key)
     for inner, text in told.items():
-        group = "missing" if text.startswith("!") else "decided" if text in _DECIDED.values() else "renamed"
+        group: Group = "missing" if text.startswith("!") else "decided" if text in _DECIDED.values() else "renamed"
         draft.note(group, f"{key}.{inner}", text=text.removeprefix("!"))
 
 

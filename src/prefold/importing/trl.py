@@ -52,8 +52,18 @@ TELLS = {
 _KTO = ("desirable_weight", "undesirable_weight")
 _CPO = ("cpo_alpha", "simpo_gamma")
 _GRPO = ("num_generations", "reward_funcs", "reward_model_name_or_path", "epsilon", "scale_rewards", "use_vllm")
-_DPO = ("loss_weights", "truncation_mode", "f_divergence_type", "discopop_tau", "ld_alpha", "rpo_alpha")
-_DPO = (*_DPO, "reference_free", "use_weighting", "label_smoothing", "padding_free")
+_DPO = (
+    "loss_weights",
+    "truncation_mode",
+    "f_divergence_type",
+    "discopop_tau",
+    "ld_alpha",
+    "rpo_alpha",
+    "reference_free",
+    "use_weighting",
+    "label_smoothing",
+    "padding_free",
+)
 _SFT = ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "max_seq_length")
 COMMANDS = ("dpo", "orpo", "cpo", "kto", "grpo", "reward")
 
@@ -121,7 +131,16 @@ _BASE: dict[str, Any] = {
 }
 _RATES = {"reward": 1e-4}
 """Learning rates that are not 1e-6."""
-_GRPO_SETTINGS = (
+_DPO_SETTINGS = (
+    "beta",
+    "label_smoothing",
+    "ld_alpha",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "use_weighting",
+    "discopop_tau",
+)
+GRPO_SETTINGS = (
     "num_generations",
     "max_completion_length",
     "temperature",
@@ -215,9 +234,7 @@ def _dpo(draft: Draft, where: str) -> None:
     if is_number(alpha := draft.take("rpo_alpha")) and alpha > 0:
         losses.append(Loss("sft", weight=alpha))
         keys.append("rpo_alpha")
-    settings = ("beta", "label_smoothing", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef")
-    settings = (*settings, "use_weighting", "discopop_tau")
-    write_losses(draft, losses, {name: name for name in settings}, {"beta": 0.1}, keys)
+    write_losses(draft, losses, {name: name for name in _DPO_SETTINGS}, {"beta": 0.1}, keys)
 
 
 def _orpo(draft: Draft, where: str) -> None:
@@ -265,7 +282,7 @@ def write_scaling(draft: Draft, key: str) -> None:
 def _grpo(draft: Draft, where: str) -> None:
     known_loss(draft.look("loss_type", "dapo"), {name: Loss("grpo") for name in GRPO_LOSSES}, "loss_type", where)
     defaults = {"num_generations": 8, "max_completion_length": 512, "beta": 0.0}
-    write_losses(draft, [Loss("grpo")], {name: name for name in _GRPO_SETTINGS}, defaults)
+    write_losses(draft, [Loss("grpo")], {name: name for name in GRPO_SETTINGS}, defaults)
     write_scaling(draft, "scale_rewards")
     keys = [key for key in ("reward_model_name_or_path", "reward_funcs") if draft.has(key)]
     rewards: list[dict[str, Any] | None] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 
 from prefold.cli import recipes
 from prefold.errors import UserError
-from prefold.importing import Imported, import_recipe, losses, trl
+from prefold.importing import Imported, import_recipe, losses
 from prefold.recipe import RecipeBase, load_recipe, parse_yaml
 
 SAMPLES = sorted((Path(__file__).parent / "samples").glob("*.yaml"))
@@ -126,38 +125,6 @@ def test_trl_defaults_where_the_file_is_silent(tmp_path: Path) -> None:
     assert "beta: 0.1 # TRL's default" in text
 
 
-def test_the_defaults_are_those_of_the_installed_trl() -> None:
-    from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, RewardConfig
-
-    def default(config: type, name: str) -> Any:
-        field = next(field for field in dataclasses.fields(config) if field.name == name)
-        return field.default
-
-    for config in (DPOConfig, GRPOConfig, KTOConfig):
-        assert default(config, "learning_rate") == 1e-6
-    assert default(RewardConfig, "learning_rate") == trl._RATES["reward"]
-    for name in ("num_train_epochs", "lr_scheduler_type", "warmup_steps", "gradient_checkpointing"):
-        assert default(DPOConfig, name) == trl._BASE[f"train.{name}"]
-    assert [default(ModelConfig, f"lora_{name}") for name in ("r", "alpha", "dropout")] == [16, 32, 0.05]
-    assert default(DPOConfig, "per_device_train_batch_size") == 8
-    assert (default(DPOConfig, "beta"), default(KTOConfig, "beta"), default(GRPOConfig, "beta")) == (0.1, 0.1, 0.0)
-    assert default(GRPOConfig, "max_completion_length") == 512
-    assert (default(DPOConfig, "disable_dropout"), default(GRPOConfig, "disable_dropout")) == (True, False)
-
-
-def test_every_key_of_the_installed_trl_is_known_or_of_the_trainer_it_extends() -> None:
-    from trl import DPOConfig, ModelConfig, ScriptArguments
-
-    own = {name for config in (DPOConfig, ModelConfig, ScriptArguments) for name in config.__annotations__}
-    values = {name: "1" for name in own} | {"dataset_name": "a.jsonl", "loss_type": ["sigmoid"], "use_peft": True}
-    from prefold.importing.draft import Draft
-
-    draft = Draft("TRL", values)
-    trl.write(draft, "x", "dpo")
-    draft.finish()
-    assert [note.keys for note in draft.notes if note.group == "unknown"] == []
-
-
 @pytest.mark.parametrize("loss", losses.OF_PAIRS)
 def test_every_loss_of_pairs(loss: str, write) -> None:
     file = write(f"model_name_or_path: m\ndataset_name: a.jsonl\nbeta: 0.3\nloss_type: {loss}\n")
@@ -165,13 +132,6 @@ def test_every_loss_of_pairs(loss: str, write) -> None:
     recipe = load_recipe(write(result.text))
     assert recipe.method == losses.OF_PAIRS[loss].method
     assert getattr(recipe.algorithm, "beta", 0.3) == 0.3
-
-
-def test_the_losses_are_those_of_the_installed_trl() -> None:
-    from trl import DPOConfig
-
-    named = next(field for field in dataclasses.fields(DPOConfig) if field.name == "loss_type").metadata["help"]
-    assert all(f"'{name}'" in named for name in losses.OF_PAIRS if name != "aot_pair")
 
 
 def test_bco_and_robust_are_as_trl_has_them(write) -> None:
