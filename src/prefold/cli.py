@@ -345,15 +345,39 @@ def pairs(
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="A built-in recipe to print.")] = None) -> None:
-    """List the built-in recipes, or print one to start from."""
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A built-in recipe to print, or `import`.")] = None,
+    file: Annotated[
+        str | None, typer.Argument(help="With `import`: a YAML file of TRL, Axolotl or LLaMA-Factory.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="With `import`: the command of TRL that the file is for: dpo, orpo, kto, ...")
+    ] = None,
+) -> None:
+    """List the built-in recipes, print one to start from, or make one of another tool's file:
+    `prefold recipes import FILE > mine.yaml`."""
     from prefold.recipe import builtin_recipes, first_comment, read_text
 
-    if name:
+    if name == "import":
+        _import(file, method)
+    elif file or method:
+        raise UserError("a file or a method goes with `import`", advice="`prefold recipes import FILE`")
+    elif name:
         print(read_text(name)[0], end="")
     else:
         for builtin in builtin_recipes():
             print(f"{builtin:20} {first_comment(builtin)}")
+
+
+def _import(file: str | None, method: str | None) -> None:
+    """The recipe on stdout, and what became of the file's keys on stderr."""
+    if file is None:
+        raise UserError("no file to import", advice="`prefold recipes import FILE > mine.yaml`")
+    from prefold.importing import import_recipe
+
+    imported = import_recipe(file, method)
+    print(imported.text, end="")
+    print(f"{file}: a file of {imported.tool}\n\n{imported.account}", file=sys.stderr)
 
 
 @app.command()

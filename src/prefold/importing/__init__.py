@@ -1,0 +1,104 @@
+"""Recipes from the files of other tools: TRL, Axolotl, LLaMA-Factory.
+
+A module for each tool holds its table, key -> field, and what is more than a table entry. Every key of a file ends up
+in a field or in a note that says what became of it, and a recipe that comes out has passed the checks of all recipes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefold.algorithms import ALGORITHMS
+from prefold.errors import UserError
+from prefold.importing import axolotl, llamafactory, trl
+from prefold.importing.draft import Draft, Note
+from prefold.importing.writing import account, nested, recipe_text
+from prefold.recipe import make_recipe, parse_yaml
+
+_TOOLS = (trl, axolotl, llamafactory)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """`text`: the recipe, as YAML with comments; `account`: what became of the file's keys; `notes`: the same, one by
+    one."""
+
+    tool: str
+    text: str
+    account: str
+    notes: tuple[Note, ...]
+
+
+def import_recipe(file: str, method: str | None = None) -> Imported:
+    """Turn another tool's YAML file into a recipe.
+
+    Args:
+        file: path of the file.
+        method: TRL's command that the file is for (`dpo`, `orpo`, ...), where its keys do not tell.
+
+    Raises:
+        UserError: the file cannot be read, is of no known tool, does not align with preferences, or asks for a loss
+            that prefold does not have.
+    """
+    given = _read(file)
+    tool = _tool_of(given, file)
+    draft = Draft(tool.NAME, given)
+    tool.write(draft, file, method)
+    _complete(draft, file)
+    draft.finish()
+    values = nested(draft)
+    make_recipe(values, f"{file}, as a recipe")
+    return Imported(tool.NAME, recipe_text(draft, _heading(draft, file)), account(draft), tuple(draft.notes))
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"cannot be read: {reason}", where=file, expected="a YAML file of another tool") from None
+    values = parse_yaml(text, file)
+    if not isinstance(values, dict) or not values:
+        raise UserError("not a mapping of settings", where=file, expected="a YAML file of another tool")
+    return {str(key): value for key, value in values.items()}
+
+
+def _tool_of(given: dict[str, Any], file: str) -> Any:
+    """The tool whose own keys the file has most of."""
+    if "method" in given and isinstance(given.get("model"), dict):
+        raise UserError("this is a recipe of prefold already", where=file, advice=f"`prefold check {file}`")
+    hits = {tool: len(tool.TELLS & set(given)) for tool in _TOOLS}
+    best = [tool for tool, count in hits.items() if count == max(hits.values())]
+    if len(best) == 1:
+        return best[0]
+    tells = "; ".join(f"{tool.NAME}: {', '.join(sorted(tool.TELLS)[:6])}, ..." for tool in _TOOLS)
+    what = "keys of several tools" if max(hits.values()) else "the file of no tool that prefold knows"
+    raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
+
+
+def _complete(draft: Draft, file: str) -> None:
+    """What a recipe must have and a file may lack."""
+    if "model.name" not in draft.values:
+        raise UserError("the file names no model", where=file, advice="add the key that names it, and import again")
+    if "output_dir" not in draft.values:
+        draft.carry("output_dir", f"runs/{Path(file).stem}", comment="prefold's choice: the file names none")
+    method = draft.values["method"]
+    if method == "grpo" and draft.values.get("lora") == "none" and draft.values.get("grpo.beta"):
+        draft.comments["grpo.beta"] = (
+            f"not {draft.values['grpo.beta']}: full fine-tuning keeps no reference; see `lora`"
+        )
+        draft.values["grpo.beta"] = 0.0
+    if "data.max_prompt_length" in draft.values:
+        draft.values.setdefault("data.overlong", "truncate_prompt")
+
+
+def _heading(draft: Draft, file: str) -> list[str]:
+    method = draft.values["method"]
+    about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
+    return [
+        f"{about}, from {Path(file).name} of {draft.tool}.",
+        "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
+        "shows what will be trained on.",
+    ]

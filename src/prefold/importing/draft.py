@@ -1,0 +1,147 @@
+"""A recipe in the making, out of another tool's file: what was set, why, and what became of every key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Group = Literal["same", "renamed", "decided", "missing", "unknown", "off"]
+"""What became of a key: a field of the same name, one of another name, settled by prefold itself, without a
+counterpart, not known to the import, or off in the file."""
+
+
+class NoCounterpartError(Exception):
+    """A value that no recipe can hold; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class To:
+    """A key that becomes a field. `convert` gives the field's value, None where it is the usual one, or raises
+    `NoCounterpartError`."""
+
+    field: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A key that prefold needs nobody to set, and why."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Without:
+    """A key without a counterpart, and what to do about it."""
+
+    advice: str
+
+
+Table = Mapping[str, To | Decided | Without]
+
+
+@dataclass(frozen=True)
+class Note:
+    group: Group
+    keys: tuple[str, ...]
+    text: str = ""
+
+
+class Draft:
+    """Every key of the file is taken once, and leaves a note."""
+
+    def __init__(self, tool: str, given: Mapping[str, Any]):
+        self.tool = tool
+        self.given = dict(given)
+        self.values: dict[str, Any] = {}
+        """By dotted field."""
+        self.comments: dict[str, str] = {}
+        self.notes: list[Note] = []
+        self.silent: list[str] = []
+        """Fields that have the other tool's default, since the file says nothing of them."""
+        self._left = dict(given)
+        for key, value in given.items():
+            if value is None or value in ("", [], {}):
+                self._left.pop(key)
+                self.notes.append(Note("off", (key,)))
+
+    def section(self, key: str) -> None:
+        """Put the keys of a section beside the others, as `section.key`."""
+        section = self._left.get(key)
+        if not isinstance(section, Mapping):
+            return
+        inner = Draft(self.tool, {f"{key}.{name}": value for name, value in section.items()})
+        self.given |= inner.given
+        self._left |= inner._left
+        self.notes += inner.notes
+        self.note("renamed", key, text="its keys follow")
+
+    def has(self, key: str) -> bool:
+        return key in self._left
+
+    def look(self, key: str, default: Any = None) -> Any:
+        """The value of a key that is not off, which may have been taken."""
+        value = self.given.get(key)
+        return default if value is None else value
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value of a key, whose note the caller writes."""
+        return self._left.pop(key, default)
+
+    def carry(self, field: str, value: Any, *keys: str, comment: str = "") -> None:
+        """Set a field to what these keys say."""
+        self.values[field] = value
+        if comment:
+            self.comments[field] = comment
+        if keys:
+            if keys == (field.rpartition(".")[2],) and not comment:
+                self.note("same", *keys)
+            else:
+                self.note("renamed", *keys, text=f"{field}{': ' if comment else ''}{comment}")
+
+    def note(self, group: Group, *keys: str, text: str = "") -> None:
+        for key in keys:
+            self._left.pop(key, None)
+        self.notes.append(Note(group, keys, text))
+
+    def replace(self, field: str, value: Any, comment: str, *keys: str) -> None:
+        """Set a field otherwise than its key has it; what was noted of these keys no longer holds."""
+        self.notes = [note for note in self.notes if not set(note.keys) & set(keys)]
+        self.silent = [name for name in self.silent if name != field]
+        self.carry(field, value, *keys, comment=comment)
+
+    def fill(self, field: str, value: Any, why: str = "") -> None:
+        """Set a field of which the file says nothing to the other tool's default."""
+        if field not in self.values:
+            self.silent.append(field)
+            self.values[field] = value
+            self.comments[field] = f"{self.tool}'s default{': ' if why else ''}{why}"
+
+    def follow(self, table: Table) -> None:
+        """Take the keys that a table knows."""
+        for key in [key for key in self._left if key in table]:
+            entry, value = table[key], self._left[key]
+            if isinstance(entry, To):
+                self._convert(key, value, entry)
+            elif value is False or value in (0, "none", "no"):
+                self.note("off", key)
+            elif isinstance(entry, Decided):
+                self.note("decided", key, text=entry.why)
+            else:
+                self.note("missing", key, text=entry.advice)
+
+    def _convert(self, key: str, value: Any, entry: To) -> None:
+        try:
+            converted = entry.convert(value)
+            if converted is None:
+                self.note("off", key)
+            else:
+                self.carry(entry.field, converted, key)
+        except NoCounterpartError as reason:
+            self.note("missing", key, text=f"{value}: {reason}")
+
+    def finish(self) -> None:
+        """Note the keys that nobody took."""
+        for key in list(self._left):
+            self.note("unknown", key)
