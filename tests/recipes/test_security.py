@@ -107,7 +107,10 @@ def test_the_counting_counts(reached: list[str], recipe: MakeRecipe) -> None:
 
 
 def test_the_source_has_no_door_for_code() -> None:
-    """No pickle or torch.load of our own, no eval or exec, YAML by safe loaders, no archive but one pinned wheel."""
+    """No pickle or torch.load of our own, no eval or exec, YAML by safe loaders, no archive but one pinned wheel.
+
+    The processes of one run pickle what they tell one another, as torch's own exchange of objects does.
+    """
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
@@ -118,6 +121,9 @@ def test_the_source_has_no_door_for_code() -> None:
                 assert "zipfile" not in names or path.name == "fetch.py", where
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                if path.name == "ranks.py" and called == "torch.load":
+                    assert ast.unparse(node.args[0]) == "io.BytesIO(content)", where
+                    continue
                 assert called not in {"eval", "exec", "torch.load", "compile", "os.system"}, where
                 assert not called.endswith(("extractall", "unpack_archive")), where
                 assert called != "yaml.load" or ast.unparse(node).endswith("Loader=_Loader)"), where
