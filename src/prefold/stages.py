@@ -29,12 +29,13 @@ from prefold.evaluation.heldout import (
     CHANCE,
     PairScores,
     against_chance,
+    by_pair,
     compare_pairs,
     match,
     score_matched,
     score_pairs,
 )
-from prefold.evaluation.rewards import compare_rewards
+from prefold.evaluation.rewards import by_prompt, compare_rewards
 from prefold.evaluation.samples import OpenTask
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
@@ -464,7 +465,7 @@ def _evaluate_held_out(recipe: RecipeBase) -> None:
         return
     prompts = evaluation_prompts(recipe, held_out)
     measure: Callable[..., tuple[Any, list[list[str]]]] = _measure_rewards if _samples(recipe) else _measure
-    before, answers_before = measure(recipe, recipe.model, held_out, prompts, "before")
+    before, answers_before = _measured_before(measure, recipe, held_out, prompts)
     merged = recipe.model.whole(folder / "merged")
     after, answers_after = measure(recipe, merged, held_out, prompts, "after")
     write_jsonl(
@@ -475,11 +476,13 @@ def _evaluate_held_out(recipe: RecipeBase) -> None:
         ],
     )
     if _samples(recipe):
+        write_jsonl(folder / "evaluation" / "heldout.jsonl", by_prompt(before, after))
         write_json(folder / "evaluation" / "rewards.json", compare_rewards(before, after))
         return
     comparison: dict[str, Any] = {"pairs": 0}
     if before is not None and after is not None:
         comparison = compare_pairs(before, after, recipe.algorithm.reward_scale)
+        write_jsonl(folder / "evaluation" / "heldout.jsonl", by_pair(after.means, before.means))
     write_json(folder / "evaluation" / "heldout.json", comparison)
 
 
@@ -495,6 +498,38 @@ def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> list[list[Mess
         return prompts
     system = Message(role="system", content=recipe.evaluate.system)
     return [[system, *(message for message in prompt if message["role"] != "system")] for prompt in prompts]
+
+
+Measured = tuple[Any, list[list[str]]]
+_measured: dict[str, Measured] | None = None
+"""Of models before training, by all that decides it, while runs share it."""
+
+
+@contextmanager
+def sharing_before() -> Iterator[None]:
+    """Runs in here that are measured alike measure the model before training once."""
+    global _measured
+    _measured = {}
+    try:
+        yield
+    finally:
+        _measured = None
+
+
+def _measured_before(
+    measure: Callable[..., Measured], recipe: RecipeBase, held_out: Examples, prompts: list[list[Message]]
+) -> Measured:
+    if _measured is None:
+        return measure(recipe, recipe.model, held_out, prompts, "before")
+    train, sampled = recipe.train, sampling_of(recipe.algorithm) if isinstance(recipe.algorithm, GRPO) else None
+    settings = (recipe.model, recipe.data, recipe.algorithm.data, recipe.rewards, recipe.evaluate, sampled)
+    rounding = (train.seed, train.max_tokens, train.gradient_checkpointing)
+    key = repr((settings, rounding, fingerprint(held_out), inputs_of(recipe)))
+    if key in _measured:
+        say("  the model before training was measured for an earlier run")
+    else:
+        _measured[key] = measure(recipe, recipe.model, held_out, prompts, "before")
+    return _measured[key]
 
 
 def _measure(
@@ -518,10 +553,11 @@ def _judge_head(recipe: RecipeBase, held_out: Examples) -> dict[str, Any]:
     merged = recipe.model.whole(recipe.run_folder / "merged")
     dtype = "float32" if choose_device().type == "cpu" else None
     model = load_model(merged, dtype=dtype, head_seed=_head_seed(recipe))
-    found = against_chance(score_pairs(_scorer(recipe, model, held_out), held_out.trees, "held-out pairs"))
+    scores = score_pairs(_scorer(recipe, model, held_out), held_out.trees, "held-out pairs")
     del model
     free_memory()
-    return found
+    write_jsonl(recipe.run_folder / "evaluation" / "heldout.jsonl", by_pair(scores.sums))
+    return against_chance(scores)
 
 
 def _scores(recipe: RecipeBase, model: torch.nn.Module, held_out: Examples, label: str) -> PairScores | None:
