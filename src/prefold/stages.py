@@ -129,7 +129,7 @@ def examine(
         device_memory: bytes of a GPU to plan for; unset: this machine.
         measure: time what a step does on this machine; None: if that takes less than the run.
     """
-    prepared = _read_and_check(recipe)
+    prepared = read_and_check(recipe)
     order = _order(recipe, len(prepared.train))
     train, held_out = list(prepared.train.lengths), list(prepared.held_out.lengths)
     plan = make_plan(recipe, train, held_out, order, device_memory, measure)
@@ -140,7 +140,8 @@ def examine(
     return _with_separation(recipe, found) if reference else found
 
 
-def _read_and_check(recipe: RecipeBase) -> Prepared:
+def read_and_check(recipe: RecipeBase) -> Prepared:
+    """The data, once what else the recipe names could be opened: rewards, judge, other models."""
     prepared = _read_once(recipe, tokenizer_of(recipe.model))
     if _samples(recipe):
         _rewards(recipe, column_names(prompts_of(prepared.train)))
@@ -646,7 +647,7 @@ def _prepared(recipe: RecipeBase) -> Prepared:
     Raises:
         UserError: the data, or another file that the run reads, has changed since.
     """
-    prepared = _read_and_check(recipe)
+    prepared = read_and_check(recipe)
     require_unchanged(read_json(recipe.run_folder / "data.json"), _as_read(recipe, prepared), recipe.output_dir)
     return prepared
 

@@ -207,14 +207,15 @@ def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
 
 
 def _require_comparable(points: Sequence[Point]) -> None:
-    """Read the data of every run that is not finished, and plan it.
+    """Read the data of every run that is not finished, and plan every model with its LoRA settings once.
 
     Raises:
         UserError: a run cannot be made, or they would not all be measured on the same held-out data in the same way.
         StageError: the data of a run has errors.
     """
     stages.forget_data()
-    measured_by = {point.name: _measured_by(point) for point in points}
+    planned: set[str] = set()
+    measured_by = {point.name: _measured_by(point, planned) for point in points}
     first = points[0].name
     if other := next((name for name in measured_by if measured_by[name] != measured_by[first]), None):
         raise UserError(
@@ -225,21 +226,23 @@ def _require_comparable(points: Sequence[Point]) -> None:
         )
 
 
-def _measured_by(point: Point) -> tuple[Any, ...]:
+def _measured_by(point: Point, planned: set[str]) -> tuple[Any, ...]:
     """What decides the held-out score of a run beside its model."""
     recipe = point.recipe
     kind = (recipe.algorithm.data, recipe.algorithm.scores_sequences, repr(recipe.rewards))
     if point.is_finished():
         return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *kind)
     stages.check_tasks(recipe)
-    found = stages.examine(recipe)
-    if not found.ok:
-        errors = [finding.message for finding in found.prepared.report.findings if finding.severity == "error"]
+    shape = repr((recipe.model, recipe.lora, recipe.method))
+    # A plan takes seconds, and finds modules that the model does not have.
+    prepared = stages.read_and_check(recipe) if shape in planned else stages.examine(recipe).prepared
+    planned.add(shape)
+    if errors := [finding.message for finding in prepared.report.findings if finding.severity == "error"]:
         raise StageError(f"{point.name} cannot be trained: {errors[0]}; `prefold check` with its settings shows it all")
-    if not found.prepared.held_out:
+    if not prepared.held_out:
         what = "nothing is held out to choose by"
         raise UserError(what, where="`data`", advice="set `eval_fraction`, or name `eval`")
-    return (fingerprint(found.prepared.held_out), *kind)
+    return (fingerprint(prepared.held_out), *kind)
 
 
 # ---- running and comparing --------------------------------------------------------------------------------------

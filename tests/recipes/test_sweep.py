@@ -49,6 +49,22 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     return call
 
 
+PLANS: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan takes seconds, and is not what is tested here."""
+    kept = stages.make_plan
+
+    def plan(recipe: RecipeBase, *others: Any) -> Any:
+        if recipe.method not in PLANS:
+            PLANS[recipe.method] = kept(recipe, *others)
+        return PLANS[recipe.method]
+
+    monkeypatch.setattr(stages, "make_plan", plan)
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
     """The first arguments of the calls of a function from now on."""
     calls: list[Any] = []
@@ -163,6 +179,11 @@ def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monk
     page = (folder / "sweep.html").read_text()
     assert f'href="{SLOW.replace("=", "%3D")}/report.html"' in page and "by luck alone" in page
 
+    # Each is the ordinary run.
+    alone = prefold.run(command[1], ["lora.r=2", "train.learning_rate=5e-3", f"output_dir={tmp_path / 'alone'}"])
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "evaluation/heldout.json", "samples.jsonl"):
+        assert (folder / FAST / name).read_bytes() == (alone / name).read_bytes(), name
+
     # Again: nothing is done again; and one value more is one run more.
     done = {path: path.stat().st_mtime_ns for path in folder.rglob("adapter_model.safetensors")}
     code, out, err = cli(*command, "train.learning_rate=1e-6,5e-3,1e-3", "--json")
@@ -177,15 +198,6 @@ def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monk
     # Nor are runs taken that were trained otherwise.
     code, _, err = cli(*command, "train.learning_rate=1e-6,5e-3,1e-3", "train.max_steps=3")
     assert code == 2 and "trained with other settings: `train.max_steps` was 2, is 3" in err
-
-
-def test_a_swept_run_is_the_ordinary_one(recipe: MakeRecipe, recipe_file: Callable[..., str], tmp_path: Path) -> None:
-    file = recipe_file()
-    prefold.sweep(file, ["dpo.beta=0.1,0.5"])
-    alone = prefold.run(file, ["dpo.beta=0.5", f"output_dir={tmp_path / 'alone'}"])
-    swept = Path(f"{recipe().output_dir}-sweep") / "beta=0.5"
-    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "evaluation/heldout.json", "samples.jsonl"):
-        assert (swept / name).read_bytes() == (alone / name).read_bytes(), name
 
 
 def test_a_sweep_that_was_stopped_goes_on(
@@ -264,13 +276,32 @@ def test_folders_of_something_else_are_refused(recipe_file: Callable[..., str], 
         prefold.sweep(file, ["dpo.beta=0.1,0.2"], output=str(folder))
 
 
-def test_methods_can_be_swept(recipe_file: Callable[..., str], tmp_path: Path) -> None:
-    text = re.sub(r"^dpo:\n(  .*\n)+", "", Path(recipe_file()).read_text(), flags=re.M)
+def test_methods_can_be_swept_that_are_measured_alike(recipe_file: Callable[..., str], tmp_path: Path) -> None:
+    text = re.sub(r"^(dpo|evaluate):\n(  .*\n)+", "", Path(recipe_file()).read_text(), flags=re.M)
     (tmp_path / "recipe.yaml").write_text(text)
-    found = prefold.sweep(str(tmp_path / "recipe.yaml"), ["method=dpo,ipo"], output=str(tmp_path / "sweep"))
-    assert [point["name"] for point in found["points"]] == ["method=dpo", "method=ipo"]
+    values = {"method": ["dpo", "ipo"]}
+    points, folder = sweeping._points(str(tmp_path / "recipe.yaml"), values, [], None)
+    sweeping._require_comparable(points)
+    assert folder == tmp_path / "run-sweep"
+    assert [point.recipe.run_folder for point in points] == [folder / "method=dpo", folder / "method=ipo"]
     with pytest.raises(UserError, match="measured in different ways"):
-        prefold.sweep(str(tmp_path / "recipe.yaml"), ["method=dpo,reward", "evaluate={}"], output=str(tmp_path / "b"))
+        prefold.sweep(str(tmp_path / "recipe.yaml"), ["method=dpo,reward"])
+
+
+def test_a_model_that_scores_answers_is_compared_with_chance(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(method="reward")
+    (made.run_folder / "evaluation").mkdir(parents=True)
+    side = {"accuracy": 0.75, "accuracy_ci": [0.3, 0.95], "margin": 1.5}
+    heldout = {"pairs": 4, "after": side, "chance": {"accuracy": 0.5, "p_value": 0.6}}
+    (made.run_folder / "evaluation" / "heldout.json").write_text(json.dumps(heldout))
+    (made.run_folder / "evaluation" / "heldout.jsonl").write_text('{"after": 1.0}\n' * 3 + '{"after": 0.0}\n')
+    measured = {"a": sweeping._held_out(sweeping.Point("a", {}, made))}
+    found = sweeping._compared(measured)
+    assert (found["best"], found["held_out"]) == ("a", {"unit": "pair", "number": 4})
+    assert (measured["a"]["before"], measured["a"]["difference"]) == (None, 0.25)
+    assert measured["a"]["verdict"] == "no difference shown"
 
 
 def test_rewards_choose_where_completions_are_sampled(
@@ -292,11 +323,3 @@ def test_rewards_choose_where_completions_are_sampled(
     rewards = json.loads((tmp_path / "sweep" / "beta=0.04" / "evaluation" / "rewards.json").read_text())
     assert found["points"][1]["held_out"]["after"] == rewards["after"]["reward"]
     assert "Held-out reward" in (tmp_path / "sweep" / "sweep.html").read_text()
-
-
-def test_reward_models_can_be_swept(recipe_file: Callable[..., str], tmp_path: Path) -> None:
-    file = recipe_file(method="reward", evaluate={})
-    found = prefold.sweep(file, ["train.learning_rate=1e-6,5e-3"], output=str(tmp_path / "sweep"))
-    facts = found["points"][1]["held_out"]
-    assert facts["before"] is None and facts["difference"] == facts["after"] - 0.5
-    assert found["best"] == FAST

@@ -43,7 +43,7 @@ def test_luck_is_what_the_best_of_equal_runs_has() -> None:
 
 
 def test_the_interval_of_the_best_holds_its_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 12 equal runs the best one's ordinary interval leaves the truth out far more often than in 5 % of all cases."""
+    """That of the best of 12 equal runs does; its ordinary one leaves the truth out in more than 5 % of all cases."""
     monkeypatch.setattr("prefold.evaluation.best_of_many.paired_test", lambda change: 1.0)
     generator = np.random.default_rng(1)
     kept = plain = 0
