@@ -338,4 +338,4 @@ def _confirm(folder: Path, best: str | None) -> str | None:
         return None
     place, other = (shlex.quote(without_home(str(path))) for path in (folder / best, f"{folder}-confirmed"))
     fresh = "data.eval='[{path: fresh.jsonl}]' data.eval_fraction=0"
-    return f"prefold run {place} {fresh} output_dir={other}"
+    return " \\\n  ".join((f"prefold run {place}", fresh, f"output_dir={other}"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
+from functools import cache
 from itertools import combinations
 from typing import Any, TypeVar
 
@@ -79,6 +80,7 @@ def luck(values: Floats) -> float:
     return expected_largest(runs) * math.sqrt(variance / units)
 
 
+@cache
 def expected_largest(number: int) -> float:
     """The mean of the largest of so many independent standard normal values."""
     found, _ = quad(lambda x: 1 - norm.cdf(x) ** number - norm.sf(x) ** number, 0, math.inf)

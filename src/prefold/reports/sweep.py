@@ -65,7 +65,7 @@ def summary(found: Values) -> RenderableType:
     parts: list[RenderableType] = [plain(said.headline, STYLES[said.outcome])]
     parts += [Padding(plain(line.text), (0, 0, 0, 2)) for line in said.lines]
     if table := _table(found):
-        parts.append(Padding(tasks_for_terminal(table), (1, 0, 1, 0)))
+        parts.append(Padding(tasks_for_terminal(table, heading="runs"), (1, 0, 1, 0)))
     for point in _points(found, "failed"):
         parts.append(plain(f"failed: {_spaced(str(point['name']))}", STYLES["worse"]))
         parts.append(Padding(plain(str(point.get("error", ""))), (0, 0, 0, 2)))
@@ -84,8 +84,7 @@ def verdict(found: Values) -> Verdict:
     runs = len(_measured(found))
     best = next((point for point in _measured(found) if point["name"] == found.get("best")), None)
     if best is None:
-        failed = len(_points(found, "failed"))
-        return Verdict("missing", f"All {failed} runs failed" if failed == len(_list(found)) else "No run is done yet")
+        return Verdict("missing", _without_best(found))
     facts, name = section(best, "held_out"), _spaced(str(best["name"]))
     outcome = outcome_of(facts)
     headline = {
@@ -96,6 +95,13 @@ def verdict(found: Values) -> Verdict:
     if runs > 1:
         lines += [Line("mixed", _chosen_by_luck(found, facts, runs)), _others(found)]
     return Verdict(outcome, headline, "", tuple(lines))
+
+
+def _without_best(found: Values) -> str:
+    runs, failed = len(_list(found)), len(_points(found, "failed"))
+    if failed == runs:
+        return "The only run failed" if runs == 1 else f"All {runs} runs failed"
+    return "No run could be measured" if _points(found, "done") else "No run is done yet"
 
 
 def _metric(facts: Values) -> str:
