@@ -29,7 +29,7 @@ from prefold.evaluation.paired import LEVEL
 from prefold.files import read_json, read_jsonl, require_writable, storage_trouble, without_home, write_json
 from prefold.pipeline import outdated_stages, run, stages_of
 from prefold.recipe import RecipeBase, load_recipe, parse_yaml
-from prefold.reports.sweep import PAGE, write_sweep
+from prefold.reports.sweep import write_sweep
 from prefold.terminal import say
 from prefold.trees.memory import free_memory
 
@@ -90,7 +90,6 @@ def sweep(recipe: str, overrides: Sequence[str] = (), *, output: str | None = No
                 failures[point.name] = failure
                 say(f"  failed: {failure}")
             found = _write(folder, about, points, failures)
-    say(f"comparison: {found['folder']}/{PAGE}")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import prefold
 from prefold import stages, sweeping
 from prefold.cli import main
 from prefold.errors import StageError, UserError
-from prefold.recipe import RecipeBase, dump_recipe
+from prefold.recipe import RecipeBase, dump_recipe, load_recipe
 from prefold.sweeping import swept_fields
 from prefold.trainers.offline import PreferenceTrainer
 
@@ -165,6 +166,11 @@ def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monk
     assert found["fields"] == {"train.learning_rate": [1e-6, 5e-3]} and found["overrides"] == ["lora.r=2"]
     assert found["held_out"] == {"unit": "pair", "number": 10}
     assert found["best"] in (SLOW, FAST)
+    # The command that it ends with is one.
+    words = [word for word in shlex.split(found["confirm"]) if word.strip()]
+    confirmed = load_recipe(words[2], words[3:])
+    assert [source.path for source in confirmed.data.eval] == ["fresh.jsonl"]
+    assert confirmed.output_dir == f"{folder}-confirmed" and confirmed.lora.r == 2
     for point in found["points"]:
         own = json.loads((folder / point["name"] / "evaluation" / "heldout.json").read_text())
         pairs = [json.loads(line) for line in (folder / point["name"] / "evaluation" / "heldout.jsonl").open()]
