@@ -25,10 +25,28 @@ if TYPE_CHECKING:
     from prefold.models.fetch import fetch
     from prefold.pipeline import check, evaluate, merge, publish, report, run, train
     from prefold.recipe import load_recipe
+    from prefold.sweeping import sweep
 
-__all__ = ["check", "compare", "evaluate", "fetch", "load_recipe", "merge", "publish", "report", "run", "train"]
+__all__ = [
+    "check",
+    "compare",
+    "evaluate",
+    "fetch",
+    "load_recipe",
+    "merge",
+    "publish",
+    "report",
+    "run",
+    "sweep",
+    "train",
+]
 
-_HOMES = {"compare": "prefold.comparison", "fetch": "prefold.models.fetch", "load_recipe": "prefold.recipe"}
+_HOMES = {
+    "compare": "prefold.comparison",
+    "fetch": "prefold.models.fetch",
+    "load_recipe": "prefold.recipe",
+    "sweep": "prefold.sweeping",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -181,6 +181,32 @@ def compare(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeName,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="section.field=value,value...",
+            help="Fields with several values each; and fields to set otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder of the runs. Unset: the recipe's `output_dir`, with `-sweep` behind it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """A run for each combination of values, and one comparison: which is best, and how far to believe it."""
+    import prefold
+    from prefold.reports.sweep import summary
+    from prefold.terminal import console
+
+    found = prefold.sweep(recipe, overrides or [], output=output)
+    print(json.dumps(found, indent=2)) if as_json else console.print(summary(found))
+    raise typer.Exit(1 if any(point["status"] == "failed" for point in found["points"]) else 0)
+
+
+@app.command()
 def report(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Write report.html from what is in the run folder."""
     import prefold

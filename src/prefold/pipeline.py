@@ -260,19 +260,26 @@ def _open_run_folder(recipe: RecipeBase, fresh: bool = False) -> Iterator[Path]:
 
 
 def _accept_changes(recipe: RecipeBase, folder: Path) -> None:
-    """Drop the outputs of the stages that a changed recipe would make differently.
+    """Drop the outputs of the stages that a changed recipe would make differently; raises as `outdated_stages`."""
+    for stage in outdated_stages(recipe, folder):
+        stage.remove_outputs(folder)
+
+
+def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
+    """The stages whose outputs in a run folder a changed recipe would make differently.
 
     Raises:
         UserError: training has begun with other settings.
     """
     if not (folder / "recipe.yaml").is_file():
-        return
+        return []
     old = _flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     new = _flat(as_dict(recipe))
     changed = sorted(
         name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name != "output_dir"
     )
     outdated = False
+    found = []
     for stage in stages_of(recipe):
         outdated = outdated or any(_section_of(name) in stage.sections for name in changed)
         if outdated and stage.name == "train" and (stage.is_done(folder) or (folder / "checkpoints").exists()):
@@ -283,7 +290,8 @@ def _accept_changes(recipe: RecipeBase, folder: Path) -> None:
                 advice="take another `output_dir`, or `--fresh` to remove that run and start over",
             )
         if outdated:
-            stage.remove_outputs(folder)
+            found.append(stage)
+    return found
 
 
 def _section_of(name: str) -> str:

@@ -32,12 +32,13 @@ from prefold.evaluation.heldout import (
     CHANCE,
     PairScores,
     against_chance,
+    by_pair,
     compare_pairs,
     match,
     score_matched,
     score_pairs,
 )
-from prefold.evaluation.rewards import compare_rewards
+from prefold.evaluation.rewards import by_prompt, compare_rewards
 from prefold.evaluation.samples import OpenTask
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
@@ -132,7 +133,7 @@ def examine(
         device_memory: bytes of a GPU to plan for; unset: this machine.
         measure: time what a step does on this machine; None: if that takes less than the run.
     """
-    prepared = _read_and_check(recipe)
+    prepared = read_and_check(recipe)
     order = _order(recipe, len(prepared.train))
     train, held_out = list(prepared.train.lengths), list(prepared.held_out.lengths)
     plan = make_plan(recipe, train, held_out, order, device_memory, measure)
@@ -143,7 +144,8 @@ def examine(
     return _with_separation(recipe, found) if reference else found
 
 
-def _read_and_check(recipe: RecipeBase) -> Prepared:
+def read_and_check(recipe: RecipeBase) -> Prepared:
+    """The data, once what else the recipe names could be opened: rewards, judge, other models."""
     prepared = _read_once(recipe, tokenizer_of(recipe.model))
     if _samples(recipe):
         _rewards(recipe, column_names(prompts_of(prepared.train)))
@@ -510,7 +512,7 @@ def _evaluate_held_out(recipe: RecipeBase) -> None:
         return
     prompts = evaluation_prompts(recipe, held_out)
     measure: Callable[..., tuple[Any, list[list[str]]]] = _measure_rewards if _samples(recipe) else _measure
-    before, answers_before = measure(recipe, recipe.model, held_out, prompts, "before")
+    before, answers_before = _measured_before(measure, recipe, held_out, prompts)
     merged = recipe.model.whole(folder / "merged")
     after, answers_after = measure(recipe, merged, held_out, prompts, "after")
     if not ranks.is_first():
@@ -523,11 +525,13 @@ def _evaluate_held_out(recipe: RecipeBase) -> None:
         ],
     )
     if _samples(recipe):
+        write_jsonl(folder / "evaluation" / "heldout.jsonl", by_prompt(before, after))
         write_json(folder / "evaluation" / "rewards.json", compare_rewards(before, after))
         return
     comparison: dict[str, Any] = {"pairs": 0}
     if before is not None and after is not None:
         comparison = compare_pairs(before, after, recipe.algorithm.reward_scale)
+        write_jsonl(folder / "evaluation" / "heldout.jsonl", by_pair(after.means, before.means))
     write_json(folder / "evaluation" / "heldout.json", comparison)
 
 
@@ -543,6 +547,38 @@ def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> list[list[Mess
         return prompts
     system = Message(role="system", content=recipe.evaluate.system)
     return [[system, *(message for message in prompt if message["role"] != "system")] for prompt in prompts]
+
+
+Measured = tuple[Any, list[list[str]]]
+_measured: dict[str, Measured] | None = None
+"""Of models before training, by all that decides it, while runs share it."""
+
+
+@contextmanager
+def sharing_before() -> Iterator[None]:
+    """Runs in here that are measured alike measure the model before training once."""
+    global _measured
+    _measured = {}
+    try:
+        yield
+    finally:
+        _measured = None
+
+
+def _measured_before(
+    measure: Callable[..., Measured], recipe: RecipeBase, held_out: Examples, prompts: list[list[Message]]
+) -> Measured:
+    if _measured is None:
+        return measure(recipe, recipe.model, held_out, prompts, "before")
+    train, sampled = recipe.train, sampling_of(recipe.algorithm) if isinstance(recipe.algorithm, GRPO) else None
+    settings = (recipe.model, recipe.data, recipe.algorithm.data, recipe.rewards, recipe.evaluate, sampled)
+    rounding = (train.seed, train.max_tokens, train.gradient_checkpointing)
+    key = repr((settings, rounding, fingerprint(held_out), inputs_of(recipe)))
+    if key in _measured:
+        say("  the model before training was measured for an earlier run")
+    else:
+        _measured[key] = measure(recipe, recipe.model, held_out, prompts, "before")
+    return _measured[key]
 
 
 def _measure(
@@ -566,10 +602,11 @@ def _judge_head(recipe: RecipeBase, held_out: Examples) -> dict[str, Any]:
     merged = recipe.model.whole(recipe.run_folder / "merged")
     dtype = "float32" if choose_device().type == "cpu" else None
     model = load_model(merged, dtype=dtype, head_seed=_head_seed(recipe))
-    found = against_chance(score_pairs(_scorer(recipe, model, held_out), held_out.trees, "held-out pairs"))
+    scores = score_pairs(_scorer(recipe, model, held_out), held_out.trees, "held-out pairs")
     del model
     free_memory()
-    return found
+    write_jsonl(recipe.run_folder / "evaluation" / "heldout.jsonl", by_pair(scores.sums))
+    return against_chance(scores)
 
 
 def _scores(recipe: RecipeBase, model: torch.nn.Module, held_out: Examples, label: str) -> PairScores | None:
@@ -658,7 +695,7 @@ def _prepared(recipe: RecipeBase) -> Prepared:
     Raises:
         UserError: the data, or another file that the run reads, has changed since.
     """
-    prepared = _read_and_check(recipe)
+    prepared = read_and_check(recipe)
     require_unchanged(read_json(recipe.run_folder / "data.json"), _as_read(recipe, prepared), recipe.output_dir)
     return prepared
 

@@ -102,6 +102,13 @@ def compare_pairs(before: PairScores, after: PairScores, reward_scale: float) ->
     }
 
 
+def by_pair(after: Floats, before: Floats | None = None) -> list[dict[str, float]]:
+    """The lines of `evaluation/heldout.jsonl`: whether the chosen one of each pair is the higher one, 1, 0 or 0.5."""
+    sides = {"before": before, "after": after}
+    wins = {when: _wins(values).tolist() for when, values in sides.items() if values is not None}
+    return [dict(zip(wins, pair, strict=True)) for pair in zip(*wins.values(), strict=True)]
+
+
 def against_chance(scores: PairScores) -> dict[str, Any]:
     """The content of `evaluation/heldout.json` for scores of conversations.
 

@@ -102,11 +102,11 @@ def are_shares(*values: Floats) -> bool:
     return all(bool(((one >= 0) & (one <= 1)).all()) for one in values)
 
 
-def mean_interval(values: Floats) -> list[float] | None:
-    """The 95 % interval of a mean of one model, Student's; None for a single value."""
+def mean_interval(values: Floats, confidence: float = CONFIDENCE) -> list[float] | None:
+    """The interval of a mean of one model, Student's; None for a single value."""
     if len(values) < 2:
         return None
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return [float(values.mean()) - half, float(values.mean()) + half]
 
 

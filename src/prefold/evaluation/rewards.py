@@ -36,6 +36,16 @@ def compare_rewards(before: Sequence[Group], after: Sequence[Group], seed: int =
     }
 
 
+def by_prompt(before: Sequence[Group], after: Sequence[Group]) -> list[dict[str, float | None]]:
+    """The lines of `evaluation/heldout.jsonl`: the mean reward of each prompt; null where nothing is said."""
+    return [{"before": _mean(one), "after": _mean(two)} for one, two in zip(before, after, strict=True)]
+
+
+def _mean(group: Group) -> float | None:
+    known = _known(group.rewards)
+    return fmean(known) if known else None
+
+
 def _one_model(groups: Sequence[Group], values: Floats) -> dict[str, Any]:
     completions = [one for group in groups for one in group.completions]
     said = {name: [value for group in groups for value in _known(group.scores[name])] for name in groups[0].scores}

@@ -61,10 +61,10 @@ def _comparison(rows: Sequence[Comparison], held_out: str, columns: Sequence[str
     return table
 
 
-def tasks_for_terminal(tasks: TaskTable, first: str = "before", second: str = "after") -> Table:
+def tasks_for_terminal(tasks: TaskTable, first: str = "before", second: str = "after", heading: str = "tasks") -> Table:
     """Groups, single tasks and averages, with intervals below the changes."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("tasks", overflow="fold")
+    table.add_column(heading, overflow="fold")
     for when in (first, second, "change"):
         table.add_column(when, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")

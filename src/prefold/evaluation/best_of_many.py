@@ -1,0 +1,95 @@
+"""The best of many runs that were measured on the same held-out pairs or prompts, and how far to believe it.
+
+Who takes the highest of many numbers takes luck along with skill. Three things are said about that:
+
+- intervals that hold the truth of all runs at once in 95 % of all cases (Bonferroni), and so of whichever is taken;
+- every two runs are compared pair by pair, and the p-values corrected together (Holm): what is left of the difference
+  to the best one holds although the same numbers chose it;
+- by how much the best of so many runs would be too high on average if all of them were equally good (`luck`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from functools import cache
+from itertools import combinations
+from typing import Any, TypeVar
+
+import numpy as np
+from scipy.integrate import quad
+from scipy.stats import norm
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from prefold.evaluation.paired import LEVEL, Floats, mean_interval, paired_test
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def best_of_many(values: Mapping[str, Floats], ties: Mapping[str, float]) -> dict[str, Any]:
+    """Rank runs by their means.
+
+    Args:
+        values: of each run `[n]`, one for each held-out pair or prompt, in the same order for all runs.
+        ties: of each run, what decides between equal means; more is better.
+
+    Returns:
+        `{"best": NAME, "as_good": the NAMEs that cannot be told from it, "luck": as `luck`, "runs": {NAME:
+        {"after_ci_of_all": [low, high], "to_best": {"difference", "p_adjusted"}}}}`; `to_best` is null for the best.
+    """
+    means = {name: float(one.mean()) for name, one in values.items()}
+    best = max(means, key=lambda name: (means[name], ties[name]))
+    of_two = {frozenset(two): paired_test(values[two[0]] - values[two[1]]) for two in combinations(values, 2)}
+    adjusted = holm(of_two)
+    to_best = {
+        name: {"difference": mean - means[best], "p_adjusted": adjusted[frozenset((name, best))]}
+        for name, mean in means.items()
+        if name != best
+    }
+    return {
+        "best": best,
+        "as_good": [name for name, found in to_best.items() if found["p_adjusted"] >= LEVEL],
+        "luck": luck(np.stack(list(values.values()))),
+        "runs": {
+            name: {"after_ci_of_all": _interval(one, LEVEL / len(values)), "to_best": to_best.get(name)}
+            for name, one in values.items()
+        },
+    }
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """P-values after Holm's correction (1979)."""
+    if not p_values:
+        return {}
+    adjusted = multipletests(list(p_values.values()), method="holm")[1]
+    return {name: float(value) for name, value in zip(p_values, adjusted, strict=True)}
+
+
+def luck(values: Floats) -> float:
+    """How far the best mean of `[runs, n]` values lies above the truth on average, if all runs are equally good.
+
+    What a pair does to all runs alike moves no run before another. The error of a run's own is what a two-way layout
+    leaves: the values without the mean of their pair and that of their run.
+    """
+    runs, units = values.shape
+    if min(runs, units) < 2:
+        return 0.0
+    own = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    variance = float((own**2).sum()) / ((runs - 1) * (units - 1))
+    return expected_largest(runs) * math.sqrt(variance / units)
+
+
+@cache
+def expected_largest(number: int) -> float:
+    """The mean of the largest of so many independent standard normal values."""
+    found, _ = quad(lambda x: 1 - norm.cdf(x) ** number - norm.sf(x) ** number, 0, math.inf)
+    return float(found)
+
+
+def _interval(values: Floats, level: float) -> list[float] | None:
+    """Of a mean, at `1 - level`: Wilson's for right and wrong, as in `heldout.py`, else Student's."""
+    if not np.isin(values, (0, 0.5, 1)).all():
+        return mean_interval(values, 1 - level)
+    low, high = proportion_confint(values.sum(), len(values), alpha=level, method="wilson")
+    return [float(low), float(high)]
