@@ -25,10 +25,34 @@ if TYPE_CHECKING:
     from prefold.models.fetch import fetch
     from prefold.pipeline import check, evaluate, merge, publish, report, run, train
     from prefold.recipe import load_recipe
+    from prefold.reports.notebook import show
+    from prefold.rollouts.ask import generate
+    from prefold.rollouts.pairs import pairs
 
-__all__ = ["check", "compare", "evaluate", "fetch", "load_recipe", "merge", "publish", "report", "run", "train"]
+__all__ = [
+    "check",
+    "compare",
+    "evaluate",
+    "fetch",
+    "generate",
+    "load_recipe",
+    "merge",
+    "pairs",
+    "publish",
+    "report",
+    "run",
+    "show",
+    "train",
+]
 
-_HOMES = {"compare": "prefold.comparison", "fetch": "prefold.models.fetch", "load_recipe": "prefold.recipe"}
+_HOMES = {
+    "compare": "prefold.comparison",
+    "fetch": "prefold.models.fetch",
+    "generate": "prefold.rollouts.ask",
+    "load_recipe": "prefold.recipe",
+    "pairs": "prefold.rollouts.pairs",
+    "show": "prefold.reports.notebook",
+}
 
 
 def __getattr__(name: str) -> Any:

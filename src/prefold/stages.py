@@ -54,7 +54,9 @@ from prefold.plan.plan import Plan, make_plan
 from prefold.publishing import publish_run, push_checkpoint, require_ready, require_section
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.card import write_card
-from prefold.reports.html import write_report
+from prefold.reports.check import print_check
+from prefold.reports.html import render_check, write_report
+from prefold.reports.notebook import framed
 from prefold.reports.plan import in_two_lines
 from prefold.rollouts.candidates import column_names
 from prefold.rollouts.completions import Group, prompts_of, sample, scored_groups
@@ -62,7 +64,7 @@ from prefold.rollouts.generate import answer
 from prefold.rollouts.rewards import LoadedReward, open_rewards
 from prefold.rollouts.samples import seed_of
 from prefold.rollouts.sampling import Sampling
-from prefold.terminal import progress_bar, say
+from prefold.terminal import as_text, progress_bar, say
 from prefold.trainers.arguments import training_arguments
 from prefold.trainers.checkpoints import kept_in, last_checkpoint, step_of
 from prefold.trainers.guards import Facts
@@ -103,6 +105,14 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         return all(finding.severity != "error" for finding in self.prepared.report.findings)
+
+    def __repr__(self) -> str:
+        """As the command shows it in a terminal."""
+        return as_text(partial(print_check, self.as_json()))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return framed(render_check("check", self.as_json()))
 
     def as_json(self) -> dict[str, Any]:
         return {
