@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from prefold.models.fetch import fetch
     from prefold.pipeline import check, evaluate, merge, publish, report, run, train
     from prefold.recipe import load_recipe
+    from prefold.reports.notebook import show
+    from prefold.rollouts.ask import generate
+    from prefold.rollouts.pairs import pairs
     from prefold.sweeping import sweep
 
 __all__ = [
@@ -32,11 +35,14 @@ __all__ = [
     "compare",
     "evaluate",
     "fetch",
+    "generate",
     "load_recipe",
     "merge",
+    "pairs",
     "publish",
     "report",
     "run",
+    "show",
     "sweep",
     "train",
 ]
@@ -44,7 +50,10 @@ __all__ = [
 _HOMES = {
     "compare": "prefold.comparison",
     "fetch": "prefold.models.fetch",
+    "generate": "prefold.rollouts.ask",
     "load_recipe": "prefold.recipe",
+    "pairs": "prefold.rollouts.pairs",
+    "show": "prefold.reports.notebook",
     "sweep": "prefold.sweeping",
 }
 

@@ -260,11 +260,22 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Answers to prompts, from arguments or a file."""
-    from prefold.rollouts.ask import ask, print_answers
-    from prefold.rollouts.sampling import Sampling
+    import prefold
+    from prefold.rollouts.ask import print_answers
 
-    sampling = Sampling(max_new_tokens, num_answers, temperature, top_p, top_k, min_p, seed)
-    answers = ask(model, prompts or [], file, system, sampling)
+    answers = prefold.generate(
+        model,
+        prompts or [],
+        file=file,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        num_answers=num_answers,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+    )
     print(json.dumps({"answers": answers}, indent=2, ensure_ascii=False)) if as_json else print_answers(answers)
 
 
@@ -339,34 +350,37 @@ def pairs(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Preference pairs from a model's own answers to prompts, scored by rewards or a judge."""
-    from prefold.rollouts.pair_settings import PairSettings
-    from prefold.rollouts.pairs import make_pairs, print_report
-    from prefold.rollouts.sampling import Sampling
+    import prefold
+    from prefold.rollouts.pairs import print_report
 
-    sampling = Sampling(max_new_tokens, num_completions or 0, temperature, top_p, top_k, min_p, seed)
-    settings = PairSettings(
-        prompts=prompts,
-        models=model,
-        output=output.expanduser(),
-        rewards=reward or [],
+    report = prefold.pairs(
+        prompts,
+        model,
+        output,
+        reward=reward or [],
         prefer_first=prefer_first,
-        endpoints=endpoint or [],
-        judge_endpoint=judge_endpoint,
-        judge_model=judge_model,
-        sampling=sampling,
+        num_completions=num_completions,
         min_margin=min_margin,
         max_length_ratio=max_length_ratio,
+        endpoint=endpoint or [],
+        judge_endpoint=judge_endpoint,
+        judge_model=judge_model,
         where=where,
         limit=limit,
         name=name,
         split=split,
         prompt_column=prompt_column,
         system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
         concurrency=concurrency,
         timeout=timeout,
         fresh=fresh,
     )
-    report = make_pairs(settings)
     print(json.dumps(asdict(report), indent=2)) if as_json else print_report(report)
 
 

@@ -48,7 +48,7 @@ class Side:
 
 
 def compare(
-    models: Sequence[str],
+    models: Sequence[str | Path],
     tasks: Sequence[str] = (),
     *,
     include_path: str | None = None,
@@ -69,7 +69,7 @@ def compare(
     Raises:
         UserError: there is nothing to compare, a run folder has not been evaluated, a task or model cannot be had.
     """
-    sides = _sides(models)
+    sides = _sides([str(model) for model in models])
     runs = {side.label: _run_facts(side) for side in sides if side.run is not None and side.when == "after"}
     settings = None
     if tasks:

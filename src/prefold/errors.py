@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 
-class UserError(Exception):
+class Explained(Exception):
+    """Says all that there is to know in its message."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(Explained):
     """Wrong use: a recipe, file, row or model that cannot be used as it is. Exit code 2, one message, no traceback.
 
     Args:
@@ -21,5 +29,5 @@ class UserError(Exception):
         super().__init__("\n".join(lines))
 
 
-class StageError(Exception):
+class StageError(Explained):
     """A stage could not reach its result although it was used rightly. Exit code 1, one message, no traceback."""

@@ -84,7 +84,7 @@ RECORDS = (*WHILE_TRAINING, *PUBLISHED, "timing.jsonl", "run.log", "trained", "a
 
 
 def check(
-    recipe: str | RecipeBase,
+    recipe: str | Path | RecipeBase,
     overrides: Sequence[str] = (),
     *,
     reference: bool = False,
@@ -109,7 +109,7 @@ def check(
     return stages.examine(recipe, reference, room, measure)
 
 
-def run(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
+def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
     """Every stage in order, skipping what is done; returns the run folder.
 
     Args:
@@ -123,17 +123,17 @@ def run(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool 
     return _perform_until(stages_of(recipe)[-1].name, recipe, fresh)
 
 
-def train(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
+def train(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
     """The stages up to training, skipping what is done; returns the run folder."""
     return _perform_until("train", _recipe(recipe, overrides), fresh)
 
 
-def merge(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> Path:
+def merge(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
     """Merge (again, if it was done); returns the folder of the merged model."""
     return _redo("merge", _recipe(recipe, overrides)) / "merged"
 
 
-def evaluate(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate (again, if it was done); returns the content of `evaluation/heldout.json`, or of `rewards.json` for a
     method that samples; with the content of `tasks.json`, `compared.json` and `win_rate.json` under these names, where
     the recipe asks for them."""
@@ -149,12 +149,12 @@ def evaluate(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> dict[st
     return {**read_json(folder / stage.outputs[0]), **others}
 
 
-def report(recipe: str | RecipeBase, overrides: Sequence[str] = ()) -> Path:
+def report(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
     """Write the report (again, if it was there); returns its path."""
     return _redo("report", _recipe(recipe, overrides)) / "report.html"
 
 
-def publish(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
+def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
     """Publish a finished run (again, if it was done): what is there already is not sent again.
 
     Args:
@@ -174,8 +174,12 @@ def publish(recipe: str | RecipeBase, overrides: Sequence[str] = (), *, dry_run:
     return dict(read_json(_redo("publish", recipe) / "publish.json"))
 
 
-def _recipe(recipe: str | RecipeBase, overrides: Sequence[str]) -> RecipeBase:
-    return load_recipe(recipe, overrides) if isinstance(recipe, str) else recipe
+def _recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> RecipeBase:
+    if not isinstance(recipe, RecipeBase):
+        return load_recipe(str(recipe), overrides)
+    if overrides:
+        raise UserError("overrides are for a recipe by name", advice="give them to `prefold.load_recipe`")
+    return recipe
 
 
 # ---- performing stages ------------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ from prefold.plan.plan import Plan, make_plan
 from prefold.publishing import publish_run, push_checkpoint, require_ready, require_section
 from prefold.recipe import Model, RecipeBase
 from prefold.reports.card import write_card
-from prefold.reports.html import write_report
+from prefold.reports.check import print_check
+from prefold.reports.html import render_check, write_report
+from prefold.reports.notebook import framed
 from prefold.reports.plan import in_two_lines
 from prefold.rollouts.candidates import column_names
 from prefold.rollouts.completions import Group, prompts_of, sample, scored_groups
@@ -64,7 +66,7 @@ from prefold.rollouts.generate import answer
 from prefold.rollouts.rewards import LoadedReward, open_rewards
 from prefold.rollouts.samples import seed_of
 from prefold.rollouts.sampling import Sampling
-from prefold.terminal import progress_bar, say
+from prefold.terminal import as_text, progress_bar, say
 from prefold.trainers.arguments import training_arguments
 from prefold.trainers.checkpoints import kept_in, last_checkpoint, step_of
 from prefold.trainers.guards import Facts
@@ -105,6 +107,14 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         return all(finding.severity != "error" for finding in self.prepared.report.findings)
+
+    def __repr__(self) -> str:
+        """As the command shows it in a terminal."""
+        return as_text(partial(print_check, self.as_json()))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return framed(render_check("check", self.as_json()))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -605,7 +615,8 @@ def _judge_head(recipe: RecipeBase, held_out: Examples) -> dict[str, Any]:
     scores = score_pairs(_scorer(recipe, model, held_out), held_out.trees, "held-out pairs")
     del model
     free_memory()
-    write_jsonl(recipe.run_folder / "evaluation" / "heldout.jsonl", by_pair(scores.sums))
+    if ranks.is_first():
+        write_jsonl(recipe.run_folder / "evaluation" / "heldout.jsonl", by_pair(scores.sums))
     return against_chance(scores)
 
 

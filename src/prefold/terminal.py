@@ -1,19 +1,27 @@
-"""What a person sees while something runs. Everything goes to stderr, so that stdout can carry results."""
+"""What a person sees while something runs. Everything goes to stderr, so that stdout can carry results; in a notebook
+to stdout, since its stderr looks like an error."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import StringIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# Of several processes the first one talks.
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+IN_NOTEBOOK = Console().is_jupyter
+# Of several processes the first one talks. In a notebook plain lines: rich would make an output of each.
+console = Console(
+    stderr=not IN_NOTEBOOK, force_jupyter=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0"
+)
 
 Advance = Callable[[int, str], None]
 """Moves a bar on by so many items and shows a short text beside it."""
+BETWEEN_UPDATES = 0.5
+"""Seconds between two states of a bar in a notebook."""
 
 
 @contextmanager
@@ -27,14 +35,48 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advanc
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as progress:
-        task = progress.add_task(description, total=total, completed=done, text="")
+    progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
+    task = progress.add_task(description, total=total, completed=done, text="")
+    with _in_notebook(progress) if IN_NOTEBOOK else _in_terminal(progress) as refresh:
 
         def advance(amount: int, text: str) -> None:
             progress.update(task, advance=amount, text=text)
+            refresh()
 
         yield advance
 
 
+@contextmanager
+def _in_terminal(progress: Progress) -> Iterator[Callable[[], None]]:
+    with progress:
+        yield lambda: None
+
+
+@contextmanager
+def _in_notebook(progress: Progress) -> Iterator[Callable[[], None]]:
+    """One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has."""
+    from IPython.display import display
+
+    shown, last = display(progress, display_id=True), time.monotonic()
+
+    def refresh() -> None:
+        nonlocal last
+        if time.monotonic() - last >= BETWEEN_UPDATES:
+            shown.update(progress)
+            last = time.monotonic()
+
+    try:
+        yield refresh
+    finally:
+        shown.update(progress)
+
+
 def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=False)
+
+
+def as_text(show: Callable[[Console], None]) -> str:
+    """What `show` prints on a console of 80 columns."""
+    printed = StringIO()
+    show(Console(file=printed, width=80, highlight=False, force_jupyter=False, force_terminal=False))
+    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())

@@ -17,9 +17,9 @@ ROWS_NAMED = 5
 BAR_WIDTH = 40
 
 
-def print_check(facts: dict[str, Any]) -> None:
-    """Args: facts: the content of `CheckReport.as_json`."""
-    console = Console(highlight=False)
+def print_check(facts: dict[str, Any], console: Console | None = None) -> None:
+    """Args: facts: the content of `CheckReport.as_json`. console: unset: stdout."""
+    console = console or Console(highlight=False)
     console.print(_sources(facts["sources"]), "")
     console.print(_tokens(facts["tokens"]), "")
     print_plan(console, facts["plan"])

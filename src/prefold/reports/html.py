@@ -49,15 +49,19 @@ def write_check(path: Path, recipe: str, facts: Values) -> None:
     Raises:
         UserError: the page cannot be written there.
     """
+    try:
+        write_text(path, render_check(recipe, facts))
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from None
+
+
+def render_check(recipe: str, facts: Values) -> str:
     counts = [(one, sum(finding["severity"] == one for finding in facts["findings"])) for one in SEVERITIES]
     said = [f"{number} {severity}{'' if number == 1 else 's'}" for severity, number in counts if number]
     page = templates().get_template("check.html.j2")
     shown = read.cleaned({"recipe": recipe, "summary": ", ".join(said) or "Nothing odd was found."})
-    try:
-        plan = plan_tables(read.cleaned(facts["plan"]))
-        write_text(path, page.render(**shown, ok=facts["ok"], data=data_tables(read.cleaned(facts)), plan=plan))
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror})", where=str(path)) from None
+    plan = plan_tables(read.cleaned(facts["plan"]))
+    return page.render(**shown, ok=facts["ok"], data=data_tables(read.cleaned(facts)), plan=plan)
 
 
 def plan_tables(plan: Values) -> Values:

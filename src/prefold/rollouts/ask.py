@@ -17,19 +17,50 @@ from prefold.errors import UserError
 from prefold.models.adapters import load_start
 from prefold.models.load import tokenizer_of
 from prefold.recipe import Model, RecipeBase, load_recipe
+from prefold.rollouts.bounds import require_bounds
 from prefold.rollouts.generate import answer
 from prefold.rollouts.sampling import Sampling
 
 
-def ask(
-    model: str, prompts: Sequence[str], file: Path | None, system: str | None, sampling: Sampling
+def generate(
+    model: str | Path,
+    prompts: str | Sequence[str] = (),
+    *,
+    file: str | Path | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    num_answers: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 42,
 ) -> list[dict[str, Any]]:
-    """`{"prompt": ..., "answers": [...]}` for every prompt."""
-    texts = [*prompts, *(read_prompts(file) if file else [])]
+    """Answer prompts by a model, in its chat format.
+
+    Args:
+        model: a run folder (its merged model), or a model by any name that `model.name` can have.
+        prompts: what a user says; each begins a conversation.
+        file: more prompts, one a line, or .jsonl with a field `prompt`.
+        system: a message before each of them.
+        max_new_tokens: of an answer. num_answers: to each prompt.
+        temperature: 0 is greedy. top_p, top_k, min_p, seed: how tokens are drawn above that, as in `evaluate`.
+
+    Returns:
+        `{"prompt": ..., "answers": [...]}` for each prompt.
+
+    Raises:
+        UserError: there is no prompt, a value is out of its bounds, the file cannot be read, the model cannot be had.
+    """
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    require_bounds(max_new_tokens=max_new_tokens, num_answers=num_answers, **drawn)
+    sampling = Sampling(max_new_tokens, num_answers, temperature, top_p, top_k, min_p, seed)
+    given = [prompts] if isinstance(prompts, str) else prompts
+    texts = [*given, *(read_prompts(Path(file)) if file else [])]
     if not texts:
         raise UserError("no prompt", expected="a prompt as argument, or `--file prompts.txt`")
     before = [Message(role="system", content=system)] if system else []
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(str(model))
     conversations = [[*before, Message(role="user", content=text)] for text in texts]
     answers = answer(loaded, tokenizer, conversations, sampling)
     return [{"prompt": text, "answers": found} for text, found in zip(texts, answers, strict=True)]

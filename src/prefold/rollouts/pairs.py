@@ -26,6 +26,7 @@ from prefold.data.shapes import find_shape
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_file, without_home
 from prefold.recipe import Source, describe
+from prefold.rollouts.bounds import require_bounds
 from prefold.rollouts.candidates import (
     Candidate,
     Candidates,
@@ -41,6 +42,7 @@ from prefold.rollouts.judge import Judge
 from prefold.rollouts.pair_settings import LOCAL, PairSettings, checked, parse_reward
 from prefold.rollouts.rewards import open_rewards
 from prefold.rollouts.samples import LocalModel, RemoteModel, Sampler, answers_of
+from prefold.rollouts.sampling import Sampling
 from prefold.terminal import say
 
 _HEAD_ROWS = 1000
@@ -58,6 +60,88 @@ class PairReport:
     mean_score: dict[str, float] | None
 
 
+def pairs(
+    prompts: str | Path,
+    model: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    reward: str | Sequence[str] = (),
+    prefer_first: bool = False,
+    num_completions: int | None = None,
+    min_margin: float = 0.0,
+    max_length_ratio: float | None = None,
+    endpoint: str | Sequence[str] = (),
+    judge_endpoint: str | None = None,
+    judge_model: str | None = None,
+    where: str | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    split: str | None = None,
+    prompt_column: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 42,
+    concurrency: int = 8,
+    timeout: float = 300.0,
+    fresh: bool = False,
+) -> PairReport:
+    """Make preference pairs from a model's own answers to prompts, scored by rewards or a judge.
+
+    Args:
+        prompts: a file, folder, built-in set or Hub data set; `where`, `limit`, `name` (of a configuration), `split`
+            and `prompt_column` say which part of it.
+        model: what answers: a run folder, or a model by any name; two of them both answer every prompt.
+        output: the file of pairs, .jsonl. Beside it a work file keeps answers and scores, from which a call that was
+            stopped goes on; `fresh` begins anew.
+        reward: what scores the answers: `NAME:SETTING=VALUE,...`, `FILE.py:FUNCTION`, `model:NAME`, or `judge` alone,
+            with `judge_endpoint` and `judge_model`. Several add up.
+        prefer_first: instead of scores, the first model's answer is chosen and the second's rejected.
+        num_completions: answers per prompt and model; unset: 4, with `prefer_first` 1.
+        min_margin: least difference of a pair's scores.
+        max_length_ratio: a pair's longer answer has at most so many times the characters of the shorter.
+        endpoint: address of an OpenAI-compatible server that has the models; with two models one each, or `local`.
+            `concurrency` requests at a time, each for at most `timeout` seconds.
+        system: a message before each prompt.
+        max_new_tokens: of an answer. temperature, top_p, top_k, min_p, seed: how its tokens are drawn.
+
+    Raises:
+        UserError: settings that do not go together, prompts that cannot be read, a model, reward or endpoint that
+            cannot be used.
+        StageError: no pair could be made, or the judge gives no verdicts.
+    """
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    limits = {"min_margin": min_margin, "max_length_ratio": max_length_ratio, "limit": limit}
+    require_bounds(max_new_tokens=max_new_tokens, num_completions=num_completions, **drawn, **limits)
+    require_bounds(concurrency=concurrency, timeout=timeout)
+    settings = PairSettings(
+        prompts=str(prompts),
+        models=[str(model)] if isinstance(model, str | Path) else [str(one) for one in model],
+        output=Path(output).expanduser(),
+        rewards=[reward] if isinstance(reward, str) else list(reward),
+        prefer_first=prefer_first,
+        endpoints=[endpoint] if isinstance(endpoint, str) else list(endpoint),
+        judge_endpoint=judge_endpoint,
+        judge_model=judge_model,
+        sampling=Sampling(max_new_tokens, num_completions or 0, temperature, top_p, top_k, min_p, seed),
+        min_margin=min_margin,
+        max_length_ratio=max_length_ratio,
+        where=where,
+        limit=limit,
+        name=name,
+        split=split,
+        prompt_column=prompt_column,
+        system=system,
+        concurrency=concurrency,
+        timeout=timeout,
+        fresh=fresh,
+    )
+    return make_pairs(settings)
+
+
 def make_pairs(settings: PairSettings) -> PairReport:
     """Answer, score, choose, write.
 
@@ -71,9 +155,9 @@ def make_pairs(settings: PairSettings) -> PairReport:
     prompts, left_out = _read_prompts(settings)
     work = _open_work_file(settings)
     found = _scored_candidates(settings, samplers, prompts, work)
-    pairs = [best_pair(of, settings.min_margin, settings.max_length_ratio) for of in found]
-    left_out.update(pair for pair in pairs if isinstance(pair, str))
-    chosen = [(prompt, pair) for prompt, pair in zip(prompts, pairs, strict=True) if not isinstance(pair, str)]
+    best = [best_pair(of, settings.min_margin, settings.max_length_ratio) for of in found]
+    left_out.update(pair for pair in best if isinstance(pair, str))
+    chosen = [(prompt, pair) for prompt, pair in zip(prompts, best, strict=True) if not isinstance(pair, str)]
     if not chosen:
         raise StageError(f"no pair could be made of {left_out.total()} prompts: {_listed(left_out)}")
     _write(settings.output, chosen, with_scores=not settings.prefer_first)

@@ -1,0 +1,45 @@
+"""What a notebook shows of a run: its report in a frame, so that neither meets the other's styles and scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import escape
+
+from prefold.reports.html import render
+from prefold.reports.read import read_run
+from prefold.reports.table import summary
+from prefold.terminal import as_text
+
+
+@dataclass(frozen=True, repr=False)
+class Shown:
+    """The report of a run: in a notebook the page, elsewhere what a terminal would show."""
+
+    text: str
+    page: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return framed(self.page)
+
+
+def show(run: str | Path) -> Shown:
+    """The report of a run folder, to be shown by a notebook: verdict, before and after, curves, answers side by side.
+
+    It is made from what the run has written so far, and leaves nothing behind.
+
+    Raises:
+        UserError: the folder holds no recipe, or one of its files cannot be read.
+    """
+    folder = Path(run).expanduser()
+    return Shown(as_text(lambda console: console.print(summary(folder))), render(read_run(folder)))
+
+
+def framed(page: str) -> str:
+    """A whole page of HTML as an element of another one, which it cannot reach."""
+    style = "width: 100%; height: 46rem; border: 0; resize: vertical"
+    return f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" style="{style}"></iframe>'
