@@ -2,7 +2,7 @@
 models are compared and a judge is asked before the report, and the result is published after it.
 
 A stage is done when its outputs exist; each of them appears under its final name only when it is whole, so a run that
-is stopped anywhere goes on from there. What the stages do is in `stages.py`. The functions without an underscore are
+is stopped anywhere goes on from there. What the stages do is in `stages/`. The functions without an underscore are
 the Python API, and what the commands call.
 """
 
@@ -20,13 +20,15 @@ from typing import Any
 
 import yaml
 
-from prefold import publishing, ranks, stages
+from prefold import publishing, ranks
 from prefold.errors import StageError, UserError
 from prefold.files import read_json, require_writable, sweep, write_text
 from prefold.plan.memory import bytes_of
 from prefold.publishing import require_ready, require_section
 from prefold.recipe import RecipeBase, as_dict, dump_recipe, load_recipe
-from prefold.stages import CheckReport
+from prefold.stages import checking, ending, evaluating, merging, training
+from prefold.stages.checking import CheckReport
+from prefold.stages.parts import check_tasks, forget_data
 from prefold.terminal import say
 from prefold.trainers.record import record_stage
 from prefold.trees.memory import is_out_of_memory, keep_allocations
@@ -58,18 +60,18 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     answers = () if recipe.algorithm.scores_sequences else ("samples.jsonl",)
     asked = ("scores_before", "scores_after", "tasks") if recipe.evaluate.tasks else ()
     evaluated = (*(f"evaluation/{name}.json" for name in (measured, *asked)), *answers)
-    compared = Stage("compare", ("evaluation/compared.json",), ("compare_with",), stages.compare)
-    judged = Stage("judge", ("evaluation/win_rate.json",), ("win_rate",), stages.judge)
-    published = Stage("publish", ("publish.json",), ("publish",), stages.publish)
+    compared = Stage("compare", ("evaluation/compared.json",), ("compare_with",), ending.compare)
+    judged = Stage("judge", ("evaluation/win_rate.json",), ("win_rate",), ending.judge)
+    published = Stage("publish", ("publish.json",), ("publish",), ending.publish)
     return [
-        Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), stages.check),
-        Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), stages.train, shared=True),
-        Stage("merge", ("merged", "merge.json"), ("merge",), stages.merge),
+        Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), checking.check),
+        Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), training.train, shared=True),
+        Stage("merge", ("merged", "merge.json"), ("merge",), merging.merge),
         # Models that are sharded for training may have no room for a copy in each process.
-        Stage("evaluate", evaluated, ("evaluate",), stages.evaluate, shared=not recipe.train.fsdp),
+        Stage("evaluate", evaluated, ("evaluate",), evaluating.evaluate, shared=not recipe.train.fsdp),
         *([compared] if recipe.evaluate.compare_with else []),
         *([judged] if recipe.evaluate.win_rate else []),
-        Stage("report", ("report.html", "merged/README.md"), (), stages.report),
+        Stage("report", ("report.html", "merged/README.md"), (), ending.report),
         *([published] if recipe.publish else []),
     ]
 
@@ -101,12 +103,12 @@ def check(
     if device_memory and measure:
         what = "times are measured on this machine, and the plan is for another"
         raise UserError(what, where="`--measure`", advice="leave it or `--device-memory` out")
-    stages.forget_data()
+    forget_data()
     recipe = _recipe(recipe, overrides)
-    stages.check_tasks(recipe)
+    check_tasks(recipe)
     require_ready(recipe)
     room = bytes_of(device_memory) if device_memory else None
-    return stages.examine(recipe, reference, room, measure)
+    return checking.examine(recipe, reference, room, measure)
 
 
 def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
@@ -187,7 +189,7 @@ def _recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> Recipe
 
 def _perform_until(last: str, recipe: RecipeBase, fresh: bool) -> Path:
     ranks.join()
-    stages.forget_data()
+    forget_data()
     with _open_run_folder(recipe, fresh) if ranks.is_first() else nullcontext(recipe.run_folder) as folder:
         for stage in stages_of(recipe):
             if ranks.from_first(partial(stage.is_done, folder)):
@@ -248,7 +250,7 @@ def _open_run_folder(recipe: RecipeBase, fresh: bool = False) -> Iterator[Path]:
             stage.remove_outputs(folder)
         for name in RECORDS:
             _remove(folder / name)
-    stages.forget_data()
+    forget_data()
     _accept_changes(recipe, folder)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     handler = logging.FileHandler(folder / "run.log", encoding="utf-8")

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from prefold import stages
 from prefold.data.findings import fingerprint
 from prefold.errors import StageError, UserError
 from prefold.evaluation.best_of_many import best_of_many, holm
@@ -30,6 +29,9 @@ from prefold.files import read_json, read_jsonl, require_writable, storage_troub
 from prefold.pipeline import outdated_stages, run, stages_of
 from prefold.recipe import RecipeBase, load_recipe, parse_yaml
 from prefold.reports.sweep import write_sweep
+from prefold.stages.checking import examine
+from prefold.stages.evaluating import sharing_before
+from prefold.stages.parts import check_tasks, forget_data, read_and_check
 from prefold.terminal import say
 from prefold.trees.memory import free_memory
 
@@ -80,7 +82,7 @@ def sweep(recipe: str, overrides: Sequence[str] = (), *, output: str | None = No
     require_writable(folder)
     failures: dict[str, str] = {}
     found = _write(folder, about, points, failures)
-    with stages.sharing_before():
+    with sharing_before():
         for place, point in enumerate(points, start=1):
             say(f"run {place} of {len(points)}: {point.name}")
             if point.is_finished():
@@ -212,7 +214,7 @@ def _require_comparable(points: Sequence[Point]) -> None:
         UserError: a run cannot be made, or they would not all be measured on the same held-out data in the same way.
         StageError: the data of a run has errors.
     """
-    stages.forget_data()
+    forget_data()
     planned: set[str] = set()
     measured_by = {point.name: _measured_by(point, planned) for point in points}
     first = points[0].name
@@ -231,10 +233,10 @@ def _measured_by(point: Point, planned: set[str]) -> tuple[Any, ...]:
     kind = (recipe.algorithm.data, recipe.algorithm.scores_sequences, repr(recipe.rewards))
     if point.is_finished():
         return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *kind)
-    stages.check_tasks(recipe)
+    check_tasks(recipe)
     shape = repr((recipe.model, recipe.lora, recipe.method))
     # A plan takes seconds, and finds modules that the model does not have.
-    prepared = stages.read_and_check(recipe) if shape in planned else stages.examine(recipe).prepared
+    prepared = read_and_check(recipe) if shape in planned else examine(recipe).prepared
     planned.add(shape)
     if errors := [finding.message for finding in prepared.report.findings if finding.severity == "error"]:
         raise StageError(f"{point.name} cannot be trained: {errors[0]}; `prefold check` with its settings shows it all")

@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_written_any_more(
     def fail(*args: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(recipe().run_folder / "merge.json"))
 
-    monkeypatch.setattr("prefold.stages.write_json", fail)
+    monkeypatch.setattr("prefold.stages.merging.write_json", fail)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe()))
     monkeypatch.setattr(sys, "argv", ["prefold", "run", str(path)])
@@ -185,7 +185,7 @@ def test_a_run_that_early_stopping_ended_takes_no_further_step(
     best = {"eval_steps": 1, "save_steps": 1, "metric_for_best_model": "loss", "early_stopping_patience": 2}
     settings = {**best, "max_steps": 40, "learning_rate": 1.0}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prefold.stages.save_weights", no_adapter)
+        patch.setattr("prefold.stages.training.save_weights", no_adapter)
         prefold.train(recipe(train=settings))
     stopped = lines(recipe().run_folder)
     assert len(stopped) < 40
@@ -211,7 +211,7 @@ def test_a_truncated_checkpoint_is_passed_over(
     recipe: MakeRecipe, straight: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prefold.stages.save_weights", no_adapter)
+        patch.setattr("prefold.stages.training.save_weights", no_adapter)
         prefold.train(recipe())
     newest = recipe().run_folder / "checkpoints" / "checkpoint-6" / "optimizer.pt"
     newest.write_bytes(newest.read_bytes()[:1000])

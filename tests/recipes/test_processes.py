@@ -318,11 +318,11 @@ def test_one_process_has_everything() -> None:
 FAILING = """
 import os, sys
 from prefold.errors import UserError
-from prefold import stages
+from prefold.stages import training
 if os.environ["RANK"] == "1":
     def fails(recipe):
         raise UserError("something is wrong here", where="process 1")
-    stages._policy = fails
+    training._policy = fails
 from prefold.cli import main
 main()
 """

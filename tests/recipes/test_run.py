@@ -288,7 +288,7 @@ def test_models_are_released(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 
     from transformers import PreTrainedModel
 
-    from prefold import stages
+    from prefold.stages import evaluating, merging, training
 
     # Other tests may keep models of their own.
     before = {id(thing) for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)}
@@ -303,7 +303,7 @@ def test_models_are_released(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 
         return counted
 
-    for name in ("train", "merge", "evaluate"):
-        monkeypatch.setattr(stages, name, counting(name, getattr(stages, name)))
+    for module, name in ((training, "train"), (merging, "merge"), (evaluating, "evaluate")):
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     prefold.run(recipe())
     assert left == {"train": 0, "merge": 0, "evaluate": 0}

@@ -208,7 +208,7 @@ def test_even_a_listed_pickle_runs_no_code(recipe: MakeRecipe, tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prefold.stages.save_weights", no_adapter)
+        patch.setattr("prefold.stages.training.save_weights", no_adapter)
         prefold.train(recipe(train={"max_steps": 3, "save_steps": 2}))
     checkpoint = recipe().run_folder / "checkpoints" / "checkpoint-3"
     torch.save(Planted(tmp_path / "ran"), checkpoint / "optimizer.pt")

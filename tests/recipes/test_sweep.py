@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import prefold
-from prefold import stages, sweeping
+from prefold import sweeping
 from prefold.cli import main
 from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase, dump_recipe, load_recipe
+from prefold.stages import checking, evaluating, training
 from prefold.sweeping import swept_fields
 from prefold.trainers.offline import PreferenceTrainer
 
@@ -56,14 +57,14 @@ PLANS: dict[str, Any] = {}
 @pytest.fixture(autouse=True)
 def planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan takes seconds, and is not what is tested here."""
-    kept = stages.make_plan
+    kept = checking.make_plan
 
     def plan(recipe: RecipeBase, *others: Any) -> Any:
         if recipe.method not in PLANS:
             PLANS[recipe.method] = kept(recipe, *others)
         return PLANS[recipe.method]
 
-    monkeypatch.setattr(stages, "make_plan", plan)
+    monkeypatch.setattr(checking, "make_plan", plan)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
@@ -148,7 +149,7 @@ def test_folders_have_different_names_for_different_values() -> None:
 
 def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs, what they share, the comparison; a part of it once more; one value more."""
-    measured = counted(monkeypatch, stages, "_measure")
+    measured = counted(monkeypatch, evaluating, "_measure")
     computed = counted(monkeypatch, sys.modules["prefold.trees.reference"], "compute_reference")
     folder = tmp_path / "runs" / "lr"
     command = ("sweep", recipe_file(), "lora.r=2", "--output", str(folder))
@@ -238,7 +239,7 @@ def _of(command: tuple[str, ...]) -> tuple[str, list[str]]:
 def test_a_run_that_fails_does_not_stop_the_others(
     cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = stages._train
+    kept = training._train
 
     def failing(recipe: RecipeBase, prepared: Any) -> None:
         if recipe.train.learning_rate == 1e-6:
@@ -247,7 +248,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
             raise ZeroDivisionError("by zero")
         kept(recipe, prepared)
 
-    monkeypatch.setattr(stages, "_train", failing)
+    monkeypatch.setattr(training, "_train", failing)
     command = ("sweep", recipe_file(), "train.learning_rate=1e-6,1e-5,5e-3", "--output", str(tmp_path / "sweep"))
     code, _, err = cli(*command)
     assert code == 1 and "Traceback" not in err
@@ -266,7 +267,7 @@ def test_a_full_disk_ends_the_sweep(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stages, "_train", full)
+    monkeypatch.setattr(training, "_train", full)
     code, _, err = cli("sweep", recipe_file(), "dpo.beta=0.1,0.2", "--output", str(tmp_path / "sweep"))
     assert code == 1 and "No space left on device" in err and "run 2 of 2" not in err
 
@@ -322,7 +323,7 @@ def test_rewards_choose_where_completions_are_sampled(
         data={"train": [{"path": str(prompts)}], "eval_fraction": 0.5},
         train={"batch_size": 2, "max_steps": 1},
     )
-    measured = counted(monkeypatch, stages, "_measure_rewards")
+    measured = counted(monkeypatch, evaluating, "_measure_rewards")
     found = prefold.sweep(file, ["grpo.beta=0.0,0.04"], output=str(tmp_path / "sweep"))
     assert [arguments[-1] for arguments in measured] == ["before", "after", "after"]
     assert found["held_out"] == {"unit": "prompt", "number": 4} and found["chosen_by"] == "held-out reward"

@@ -133,7 +133,7 @@ def _trained_on(before: TaskScores, after: TaskScores, places: Sequence[tuple[in
         for which, side in enumerate((before, after))
         if side.contaminated is not None
     ]
-    return np.array(marks, dtype=np.bool_).any(axis=0) if marks else None
+    return np.logical_or.reduce(np.array(marks, dtype=np.bool_), axis=0) if marks else None
 
 
 def _same_questions(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[int, int]]:
