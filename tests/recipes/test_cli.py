@@ -136,6 +136,8 @@ def test_recipes_and_schema(cli: Cli) -> None:
         (["generate", "MODEL", "--file", "BAD"], "row 2: no prompt"),
         (["chat", "MODEL", "--compare"], "`--compare` needs to know the base"),
         (["recipes", "nothing"], "nothing: no such recipe"),
+        (["recipes", "import", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["recipes", "demo", "--method", "dpo"], "a method goes with `import`"),
         (["nonsense"], "No such command"),
     ],
 )

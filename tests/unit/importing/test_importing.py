@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ METHODS = {"trl_orpo": "orpo"}
 NAMES = [path.stem for path in SAMPLES]
 
 
+@cache
 def imported(name: str) -> Imported:
     return import_recipe(str(SAMPLES[NAMES.index(name)]), METHODS.get(name))
 
