@@ -32,8 +32,8 @@ test-gpu: install
 	$(BIN)/pytest -m gpu
 
 lint: install
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks notebooks
+	$(BIN)/ruff format --check src tests benchmarks notebooks
 
 types: install
 	$(BIN)/mypy

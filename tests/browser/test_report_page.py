@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import prefold
 from prefold.reports.html import write_report
 
 CHROMIUM = shutil.which("chromium")
@@ -103,6 +104,13 @@ def hostile_run(folder: Path) -> Path:
             environment={"packages": {text: text for text in texts}},
         )
     )
+
+
+def test_it_loads_silently_in_the_frame_of_a_notebook(tmp_path: Path) -> None:
+    page = tmp_path / "cell.html"
+    page.write_text(prefold.show(FAKE_RUN["write_run"](tmp_path / "run"))._repr_html_(), encoding="utf-8")
+    document, said = browse(page, tmp_path)
+    assert document.count("<iframe") == 1 and said == []
 
 
 def test_the_page_loads_silently_and_draws_its_curves(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def assert_shown(book: NotebookNode, held_out: str) -> None:
     for stage in ("check", "train", "merge", "evaluate", "report"):
         assert f"\n{stage}\n" in f"\n{text(book, 'run')}"
     assert not any("\x1b" in output.get("text", "") for output in every)
+    # A bar is one output that is replaced.
+    bars = [output.data["text/plain"] for output in outputs(book, "run") if output.output_type == "display_data"]
+    assert ["2/2" in bar for bar in bars if bar.startswith("train ")] == [True]
     table = text(book, "report")
     assert held_out in table and "before" in table and "after" in table
     report = page(book, "report")
