@@ -133,7 +133,10 @@ def _trained_on(before: TaskScores, after: TaskScores, places: Sequence[tuple[in
         for which, side in enumerate((before, after))
         if side.contaminated is not None
     ]
-    return np.array(marks, dtype=np.bool_).any(axis=0) if marks else None
+    if not marks:
+        return None
+    found: NDArray[np.bool_] = np.logical_or.reduce(np.array(marks, dtype=np.bool_))
+    return found
 
 
 def _same_questions(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[int, int]]:
