@@ -59,6 +59,8 @@ addEventListener("load", () => setTimeout(() => {
     owned: "owned" in window,
     scripts: document.scripts.length,
     forty_nine: document.body.innerText.includes("{{7*7}}"),
+    tallest_stage: Math.max(...[...document.querySelectorAll("#cost tbody th")].map((cell) => cell.offsetHeight)),
+    narrowest_bar: Math.min(...[...document.querySelectorAll(".bar")].map((bar) => bar.offsetWidth)),
   });
   document.body.append(found);
 }, 1000));
@@ -136,3 +138,14 @@ def test_no_script_of_a_hostile_text_runs(tmp_path: Path) -> None:
 def test_a_phone_need_not_scroll_sideways(tmp_path: Path) -> None:
     page = write_report(hostile_run(tmp_path / "run"))
     assert probed(page, tmp_path, "--window-size=500,900")["overflow"] <= 0
+
+
+def test_a_phone_cuts_no_word_and_leaves_bars_their_width(tmp_path: Path) -> None:
+    rate = {"judge": {"kind": "reward", "name": "length"}, "prompts": 40, "win_rate": 0.6, "ci": [0.5, 0.7]}
+    asked = FAKE_RUN["RECIPE"].replace("evaluate:\n", "evaluate:\n  win_rate: {judge: {name: length}}\n")
+    page = write_report(FAKE_RUN["write_run"](tmp_path / "run", recipe=asked, win_rate=rate))
+    # A window of Chromium is 500 wide at least.
+    text = page.read_text(encoding="utf-8").replace("</head>", "<style>html { width: 390px; }</style></head>")
+    page.write_text(text, encoding="utf-8")
+    found = probed(page, tmp_path, "--window-size=500,900")
+    assert found["tallest_stage"] < 45 and found["narrowest_bar"] > 140

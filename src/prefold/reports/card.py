@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from prefold.files import read_json, write_text
 from prefold.reports import read
-from prefold.reports.overall import overall, tasks_of
+from prefold.reports.overall import none_trained_on, overall, tasks_of
 from prefold.reports.read import Number, RunRecord, Values, finite, interval, read_run, section
 
 CARD = "README.md"
@@ -57,7 +57,7 @@ def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
     run = read_run(run_folder)
     recipe = portable(run.recipe)
     page = _environment().get_template("card.md.j2")
-    tasks = run.tasks or {}
+    tasks, average = run.tasks or {}, section(run.tasks, "average")
     body = page.render(
         run=run,
         parts=parts,
@@ -71,8 +71,8 @@ def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
         columns=read.columns_of(run),
         held_out="prompts" if run.rewards and not run.heldout else "pairs",
         tasks=_task_rows(tasks),
-        average=_task_row("Average", section(tasks, "average")),
-        none_trained_on=_none_trained_on(tasks),
+        average=_task_row("Average", average) if (finite(average.get("tasks")) or 0) > 1 else None,
+        none_trained_on=none_trained_on(tasks),
         settings=_settings(recipe),
         sources=_sources(run),
         tokens=_tokens(run),
@@ -251,12 +251,6 @@ def _task_row(name: str, task: Values) -> TaskRow | None:
         interval=ends,
         n=read.count(task.get("n")),
     )
-
-
-def _none_trained_on(tasks: Values) -> bool:
-    """Whether the questions were looked for in the training data, and none stands there."""
-    numbers = [finite(section(task, "contaminated").get("n")) for task in tasks_of(tasks).values()]
-    return bool(numbers) and all(number == 0 for number in numbers)
 
 
 def _settings(recipe: Values) -> list[Row]:

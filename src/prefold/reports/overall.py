@@ -128,6 +128,12 @@ def apart(facts: Values) -> str:
     return f"{said}; without: {change({**clean, 'shares': facts.get('shares')})}"
 
 
+def none_trained_on(comparison: Values | None) -> bool:
+    """Whether the questions were looked for in the training data, and none stands there."""
+    numbers = [finite(section(task, "contaminated").get("n")) for task in tasks_of(comparison).values()]
+    return bool(numbers) and all(number == 0 for number in numbers)
+
+
 def _sign(value: float) -> Outcome:
     return "better" if value > 0 else "worse"
 

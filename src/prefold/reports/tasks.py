@@ -89,7 +89,7 @@ def task_table(comparison: Values | None) -> TaskTable | None:
         reach=f"{100 * reach:g}",
         flipped=[one for name, facts in tasks.items() for one in _flipped(name, facts)],
         left_out=[(name, str(reason)) for name, reason in section(comparison, "left_out").items()],
-        remarks=_remarks(section(comparison, "settings")),
+        remarks=_remarks(comparison),
     )
 
 
@@ -189,13 +189,15 @@ def _whisker(facts: Values, reach: float) -> Whisker | None:
     return Whisker(low, high, place)
 
 
-def _remarks(settings: Values) -> list[str]:
-    """How the tasks were asked, as far as it is recorded."""
+def _remarks(comparison: Values | None) -> list[str]:
+    """How the tasks were asked, as far as it is recorded, and whether the model knew the questions."""
+    settings = section(comparison, "settings")
     remarks = [f"Asked by {settings['harness']}."] if settings.get("harness") else []
     if "apply_chat_template" in settings:
         remarks.append(f"Chat template {'applied' if settings['apply_chat_template'] else 'off'}, on both sides.")
     if settings.get("limit"):
         remarks.append(f"The first {read.count(settings['limit']).text} questions of each task.")
+    remarks += ["None of the questions stands in the training data."] if overall.none_trained_on(comparison) else []
     return remarks + [f"{name}: {text}" for name, text in section(settings, "suites").items()]
 
 

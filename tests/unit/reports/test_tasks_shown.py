@@ -119,6 +119,11 @@ def test_questions_of_the_training_data_are_told(tmp_path: Path) -> None:
     assert "3 in the training data" in shown and "-10.0 without" in shown
     text = squeezed(report(tmp_path, recipe=ASKED, tasks={"tasks": tasks}).text)
     assert squeezed("3 in the training data; -10.0 without") in text and squeezed("0 in the training data") not in text
+    none = {"tasks": {"b": tasks["b"]}}
+    unknown = {"tasks": {"a": task("better", contaminated=None)}}
+    said = "None of the questions stands in the training data."
+    found = [said in report(tmp_path, recipe=ASKED, tasks=one).text for one in ({"tasks": tasks}, none, unknown)]
+    assert found == [False, True, False]
 
 
 def test_what_an_earlier_recipe_asked_for_is_not_shown(facts: dict[str, Any], tmp_path: Path) -> None:
