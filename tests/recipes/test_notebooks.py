@@ -121,11 +121,10 @@ def test_prompts(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_as_they_stand(path: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_they_stand(path: Path, smollm2: Path, tmp_path: Path) -> None:
     """The small recipes on their own model and data, shortened."""
     if path.stem == "orpo":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.delenv("PREFOLD_CACHE")
     fewer = ("data.train.0.count=8", "data.eval.0.count=8", "train.batch_size=4")
     book = executed(path, tmp_path, [f"model.name={smollm2}", *SHORT, *fewer])
     assert_shown(book, "held-out prompts" if path.stem == "grpo" else "held-out pairs")
