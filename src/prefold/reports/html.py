@@ -318,17 +318,20 @@ TOKEN_COUNTS = {
     "packed": "tokens computed",
     "longest": "tokens of the longest conversation",
 }
+OF_COMPLETIONS = ("completions", "plain", "packed")
+"""Counts that say nothing where completions are yet to be sampled."""
 
 
 def data_tables(data: Values) -> DataTables:
     tokens = section(data, "tokens")
     splits = [name for name in tokens if section(tokens, name)]
+    sampled = all(section(tokens, split).get("completions") == 0 for split in splits)
     counts = [
         (label, [read.count(section(tokens, split).get(name)) for split in splits])
         for name, label in TOKEN_COUNTS.items()
-        if any(name in section(tokens, split) for split in splits)
+        if any(name in section(tokens, split) for split in splits) and not (sampled and name in OF_COMPLETIONS)
     ]
-    if counts and any("shared_share" in section(tokens, split) for split in splits):
+    if counts and not sampled and any("shared_share" in section(tokens, split) for split in splits):
         saved = [read.percent(section(tokens, split).get("shared_share")) for split in splits]
         counts.append(("saved by encoding each prompt once", saved))
     sources = _objects(data.get("sources"))

@@ -18,7 +18,7 @@ from fake_run import DATA, ENVIRONMENT, HELDOUT, HOSTILE, MERGE, RECIPE, metrics
 
 from prefold.errors import UserError
 from prefold.reports import curves, html
-from prefold.reports.html import write_check, write_report
+from prefold.reports.html import data_tables, write_check, write_report
 from prefold.reports.read import readable
 
 VOID = {"meta", "link", "br", "img", "input", "base"}
@@ -351,3 +351,11 @@ def test_the_page_of_a_reward_model(tmp_path: Path) -> None:
     assert "Their scores differ by" in page.text
     for title in ("Scores", "Margin", "Accuracy", "Loss"):
         assert title in page.text
+
+
+def test_completions_that_are_yet_to_be_sampled_are_not_counted() -> None:
+    counts = {"trees": 9, "prompt": 90, "completions": 0, "plain": 90, "packed": 90, "longest": 12, "shared_share": 0.0}
+    shown = [label for label, _ in data_tables({"tokens": {"train": counts, "held_out": counts}}).tokens]
+    assert shown == ["rows", "tokens of prompts, each written once", "tokens of the longest conversation"]
+    written = data_tables({"tokens": {"train": counts | {"completions": 30}, "held_out": counts}}).tokens
+    assert len(written) == 7
