@@ -31,7 +31,7 @@ from prefold.recipe import RecipeBase, load_recipe, parse_yaml
 from prefold.reports.sweep import write_sweep
 from prefold.stages.checking import examine
 from prefold.stages.evaluating import sharing_before
-from prefold.stages.parts import check_tasks, forget_data, read_and_check
+from prefold.stages.parts import check_tasks, forget_data
 from prefold.terminal import say
 from prefold.trees.memory import free_memory
 
@@ -208,15 +208,14 @@ def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
 
 
 def _require_comparable(points: Sequence[Point]) -> None:
-    """Read the data of every run that is not finished, and plan every model with its LoRA settings once.
+    """Read the data of every run that is not finished, and plan it, which finds modules that the model does not have.
 
     Raises:
         UserError: a run cannot be made, or they would not all be measured on the same held-out data in the same way.
         StageError: the data of a run has errors.
     """
     forget_data()
-    planned: set[str] = set()
-    measured_by = {point.name: _measured_by(point, planned) for point in points}
+    measured_by = {point.name: _measured_by(point) for point in points}
     first = points[0].name
     if other := next((name for name in measured_by if measured_by[name] != measured_by[first]), None):
         raise UserError(
@@ -227,17 +226,14 @@ def _require_comparable(points: Sequence[Point]) -> None:
         )
 
 
-def _measured_by(point: Point, planned: set[str]) -> tuple[Any, ...]:
+def _measured_by(point: Point) -> tuple[Any, ...]:
     """What decides the held-out score of a run beside its model."""
     recipe = point.recipe
     kind = (recipe.algorithm.data, recipe.algorithm.scores_sequences, repr(recipe.rewards))
     if point.is_finished():
         return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *kind)
     check_tasks(recipe)
-    shape = repr((recipe.model, recipe.lora, recipe.method))
-    # A plan takes seconds, and finds modules that the model does not have.
-    prepared = read_and_check(recipe) if shape in planned else examine(recipe).prepared
-    planned.add(shape)
+    prepared = examine(recipe).prepared
     if errors := [finding.message for finding in prepared.report.findings if finding.severity == "error"]:
         raise StageError(f"{point.name} cannot be trained: {errors[0]}; `prefold check` with its settings shows it all")
     if not prepared.held_out:

@@ -18,7 +18,7 @@ from prefold import sweeping
 from prefold.cli import main
 from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase, dump_recipe, load_recipe
-from prefold.stages import checking, evaluating, training
+from prefold.stages import evaluating, training
 from prefold.sweeping import swept_fields
 from prefold.trainers.offline import PreferenceTrainer
 
@@ -49,22 +49,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         return int(stop.value.code or 0), out, re.sub(r"\x1b\[[0-9;]*m", "", err)
 
     return call
-
-
-PLANS: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan takes seconds, and is not what is tested here."""
-    kept = checking.make_plan
-
-    def plan(recipe: RecipeBase, *others: Any) -> Any:
-        if recipe.method not in PLANS:
-            PLANS[recipe.method] = kept(recipe, *others)
-        return PLANS[recipe.method]
-
-    monkeypatch.setattr(checking, "make_plan", plan)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:

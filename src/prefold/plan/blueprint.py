@@ -87,6 +87,14 @@ class Blueprint:
         return empty_model(with_layers(self.config, layers), dtype, self.recipe.model)
 
     @cached_property
+    def identity(self) -> str:
+        """All that its passes depend on, beside their rows."""
+        recipe = self.recipe
+        adapter = recipe.model.adapter and LoraConfig.from_pretrained(str(Path(recipe.model.adapter).expanduser()))
+        parts = (recipe.model, recipe.lora, recipe.algorithm, recipe.train.gradient_checkpointing, adapter, self.dtype)
+        return f"{self.config.to_json_string(use_diff=False)} {parts!r}"
+
+    @cached_property
     def new_tokens(self) -> list[int]:
         return chat_tokens(self.recipe.model)
 

@@ -6,10 +6,11 @@ A model of one layer and one of two say what a layer keeps, so a pass takes as l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from prefold.trees.scorer import unwrapped
 
 logger = logging.getLogger("prefold")
 
+Call = TypeVar("Call", bound=Callable[..., Any])
 Lengths = tuple[int, ...]
 """Tokens of a tree's prompt and of each of its completions."""
 
@@ -35,6 +37,21 @@ def shaped(trees: Sequence[Lengths]) -> list[TokenTree]:
     return [TokenTree((0,) * prompt, tuple((0,) * length for length in rest)) for prompt, *rest in trees]
 
 
+def _remembered(perform: Call) -> Call:
+    """A pass takes a second, and the runs of a sweep ask for the same ones."""
+    known: dict[tuple[str, str], Any] = {}
+
+    @wraps(perform)
+    def remembering(blueprint: Blueprint, *asked: Any) -> Any:
+        key = (blueprint.identity, repr(asked))
+        if key not in known:
+            known[key] = perform(blueprint, *asked)
+        return known[key]
+
+    return cast(Call, remembering)
+
+
+@_remembered
 def training_pass(blueprint: Blueprint, row: Sequence[Lengths], budget: int, attention: str | None) -> tuple[int, int]:
     """Bytes of activations and of the head while the log-probs of a row are computed and differentiated, on top of
     weights and gradients.
@@ -83,6 +100,7 @@ def _training_pass(blueprint: Blueprint, layers: int, packed: PackedTrees, budge
     return Pass(kept, live.peak, min(head, live.peak))
 
 
+@_remembered
 def scoring_pass(
     blueprint: Blueprint, dtype: torch.dtype, row: Sequence[Lengths], budget: int, attention: str | None
 ) -> int:
