@@ -10,13 +10,14 @@ import pytest
 import torch
 from base_model import base_tokenizer, save_base
 from peft import PeftModel
+from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from prefold.errors import StageError, UserError
 from prefold.models import merge
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model, tokenizer_of
-from prefold.models.merge import merge_adapter, remarks
+from prefold.models.merge import DEPTH, TOLERANCE, merge_adapter, remarks, tolerance_of
 from prefold.recipe import Lora, Model
 
 ROWS = [list(range(60, 100)), [5, 9, 256, 33, 257], [70, 71]]
@@ -124,6 +125,12 @@ def fails(section: Model, folder: Path, message: str) -> None:
         merged(section, folder)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert not (folder / "merged").exists() and not list(folder.glob(".merged*"))
+
+
+def test_rounding_is_allowed_by_the_root_of_the_depth() -> None:
+    shallow, deep = tiny_llama(num_hidden_layers=2), tiny_llama(num_hidden_layers=4 * DEPTH, hidden_size=8)
+    assert tolerance_of(shallow) == TOLERANCE[torch.float32]
+    assert tolerance_of(deep.half()) == pytest.approx(2 * TOLERANCE[torch.float16])
 
 
 def test_a_wrong_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
