@@ -5,6 +5,7 @@ trained, and whether both models write the same, is measured and reported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def save_and_check(
 def tolerance_of(model: PreTrainedModel) -> float:
     """What rounding explains. It adds up like a random walk, by the root of the depth."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", DEPTH)
-    return TOLERANCE[model.dtype] * max(1.0, (layers / DEPTH) ** 0.5)
+    return TOLERANCE[model.dtype] * max(1.0, math.sqrt(layers / DEPTH))
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
