@@ -39,7 +39,7 @@ def moments(method: str, count: int) -> list[tuple[str, float, float]]:
     """Shares of a run's file operations, one drawn in each part of it, and seconds from there: none for every other."""
     draw = random.Random(20)
     return [
-        (method, round(0.95 * (place + draw.random()) / count, 3), place % 2 * round(draw.uniform(0.01, 0.3), 2))
+        (method, round(0.9 * (place + draw.random()) / count, 3), place % 2 * round(draw.uniform(0.01, 0.3), 2))
         for place in range(count)
     ]
 
