@@ -321,7 +321,8 @@ def push_checkpoint(recipe: RecipeBase, checkpoint: Path) -> None:
     Raises:
         UserError, StageError: see `push`.
     """
-    section = require_section(recipe).model_copy(update={"branch": CHECKPOINTS, "create_pr": False})
+    own = {"branch": CHECKPOINTS, "create_pr": False, "commit_message": None}
+    section = require_section(recipe).model_copy(update=own)
     with tempfile.TemporaryDirectory() as aside:
         tokenizer_of(recipe.model).save_pretrained(aside)
         weights = [file for file in _files(checkpoint) if any(file.match(name) for name in OF_A_CHECKPOINT)]

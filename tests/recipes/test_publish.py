@@ -98,14 +98,15 @@ def test_an_unfinished_run_is_not_published(recipe: MakeRecipe, tmp_path: Path) 
 
 
 def test_checkpoints_are_pushed_while_training(recipe: MakeRecipe, hub: UploadHub) -> None:
-    folder = prefold.run(recipe(publish={"hub_model_id": NAME, "checkpoints": True}))
+    folder = prefold.run(recipe(publish={"hub_model_id": NAME, "checkpoints": True, "commit_message": "The result"}))
     branches = hub.repositories[NAME].branches
     weights = (folder / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors").read_bytes()
     assert branches["checkpoints"]["adapter_model.safetensors"] == weights
     assert {"adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= branches["checkpoints"].keys()
     assert not {"optimizer.pt", "prefold.json", "trainer_state.json"} & branches["checkpoints"].keys()
     assert "adapter_model.safetensors" not in branches["main"] and "model.safetensors" in branches["main"]
-    assert len(hub.repositories[NAME].commits) == 4
+    said = [str(commit) for commit in hub.repositories[NAME].commits]
+    assert len(said) == 4 and "Step 2" in said[0] and "Step 6" in said[2] and "The result" in said[3]
 
 
 def test_a_checkpoint_that_cannot_be_pushed_costs_nothing_else(
