@@ -181,7 +181,7 @@ def measured(setting: Setting) -> list[dict[str, Any]]:
     peaks = {line["stage"]: line["peak_memory_mb"] * 2**20 for line in lines if "stage" in line}
     found = []
     for stage in stages:
-        phases = [stage, *(["rollouts"] if stage == "train" and "rollouts" in plan["memory"] else [])]
+        phases = [stage, *({"self-check", "rollouts"} & set(plan["memory"]) if stage == "train" else [])]
         phase = max(phases, key=lambda one: plan["peaks"][one])
         entry = {
             "setting": setting.name,

@@ -31,7 +31,7 @@ from prefold.stages.checking import CheckReport
 from prefold.stages.parts import check_tasks, forget_data
 from prefold.terminal import say
 from prefold.trainers.record import record_stage
-from prefold.trees.memory import is_out_of_memory, keep_allocations
+from prefold.trees.memory import arrange_allocations, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _redo(name: str, recipe: RecipeBase) -> Path:
 def _perform(stage: Stage, recipe: RecipeBase) -> None:
     if not (stage.shared or ranks.is_first()):
         return
-    keep_allocations()
+    arrange_allocations(kept=not recipe.train.gradient_checkpointing)
     say(stage.name)
     started = time.perf_counter()
     try:

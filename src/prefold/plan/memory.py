@@ -21,6 +21,7 @@ from prefold.plan.passes import Lengths, attention_on, scoring_pass, training_pa
 from prefold.plan.work import plain_size
 from prefold.rollouts.generate import CACHE_BYTES, ROWS
 from prefold.trainers.arguments import training_arguments
+from prefold.trees.memory import free_memory
 
 CONTEXT = 750 * 2**20
 """What CUDA and its libraries take of a GPU before the first tensor; not verified on this version."""
@@ -245,6 +246,7 @@ def this_machine(device: str) -> Machine:
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return Machine(device, free + torch.cuda.memory_reserved(), 0)
+    free_memory()
     process = resident_bytes()
     if device == "mps":
         return Machine(device, int(torch.mps.recommended_max_memory()), process)

@@ -68,6 +68,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     scorer = scorer_of(recipe, model, prepared.train)
     _require_packing(scorer)
     make_trainer = (_online_trainer if does_sample(recipe) else _offline_trainer)(recipe, scorer, prepared)
+    free_memory()  # of the self-check and the reference
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))
     interruption = Interruption(every=order.iterations)

@@ -15,22 +15,23 @@ CPU_TOKENS = 1024
 LEAST, MOST = 1024, 32768
 """Bounds of the budget that is derived for an accelerator."""
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 
 
-def keep_allocations() -> None:
-    """Have glibc keep what is freed instead of returning it to the system.
+def arrange_allocations(kept: bool) -> None:
+    """Have glibc keep large blocks that are freed, or return each to the system.
 
-    Training on a CPU allocates the same large tensors at every step; given back and asked for anew, each of their pages
-    costs a fault, about a fifth of the time. Other C libraries and systems are left as they are.
+    Training on a CPU allocates the same large tensors at every step. Kept, they are there at once, but blocks of other
+    sizes break them up, and the process comes to hold up to several times what is in use. Returned, it holds what is in
+    use, and each page that is asked for anew costs a fault: up to a fifth of the time. Other C libraries and systems are
+    left as they are.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_glibc("mallopt")
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 2**28)
+        mallopt(M_MMAP_MAX, 0 if kept else 2**16)
+        mallopt(M_MMAP_THRESHOLD, 2**20)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if kept else 2**20)
+        mallopt(M_TOP_PAD, 2**28 if kept else 2**20)
 
 
 def auto_max_tokens(model: PreTrainedModel, gradient_checkpointing: bool) -> int:
@@ -71,9 +72,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give back what finished models held."""
+    """Give back what finished models held, and what was kept of freed allocations."""
     gc.collect()
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of glibc; None where another C library is at work."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
