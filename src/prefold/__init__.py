@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 if "GOMP_SPINCOUNT" not in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Whenever bitsandbytes is imported, which peft does, it advises on a CPU to install kernels that have no gradient.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# bitsandbytes, which peft imports, advises on a CPU to install kernels that have no gradient, and warns of casts that
+# are meant.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from prefold.comparison import compare

@@ -16,6 +16,7 @@ import typer
 
 from prefold.errors import StageError, UserError
 from prefold.files import storage_trouble
+from prefold.launch import launch, launched
 
 app = typer.Typer(
     name="prefold",
@@ -52,8 +53,8 @@ def options(
 ) -> None:
     if debug:
         os.environ["PREFOLD_DEBUG"] = "1"
-    if _launched() > 1 and context.invoked_subcommand not in SHARED:
-        what = f"`prefold {context.invoked_subcommand}` uses one process, and {_launched()} were started"
+    if launched() > 1 and context.invoked_subcommand not in SHARED:
+        what = f"`prefold {context.invoked_subcommand}` uses one process, and {launched()} were started"
         raise UserError(what, advice="start it directly; `run` and `train` use several")
 
 
@@ -111,19 +112,12 @@ class Told(SystemExit):
     """The end of processes that have said themselves why."""
 
 
-def _launched() -> int:
-    """How many processes a launcher such as torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _in_processes(number: int, command: str, recipe: str, overrides: list[str] | None, fresh: bool) -> None:
     """Hand a command to several processes, if there are to be any, and end with them."""
     if number == 1:
         return
-    if _launched() > 1:
+    if launched() > 1:
         raise UserError("torchrun and `--nproc` would both start processes", advice="leave `--nproc` out")
-    from prefold.launch import launch
-
     arguments = [command, recipe, *(overrides or []), *(["--fresh"] if fresh else [])]
     raise Told(launch([sys.executable, "-m", "prefold", *arguments], number))
 
@@ -457,7 +451,7 @@ def main() -> NoReturn:
         if isinstance(stop.code, int) and stop.code in INTERRUPTED:
             fail("stopped; a run goes on from here when it is started again", stop.code)
         raise
-    if _launched() > 1:
+    if launched() > 1:
         from prefold import ranks
 
         ranks.leave()
@@ -475,7 +469,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def fail(message: str, code: int) -> NoReturn:
     """End with a message; of several processes the first one that fails has it."""
-    if _launched() > 1:
+    if launched() > 1:
         from prefold import ranks
 
         message = message if ranks.speaks() else ""

@@ -17,7 +17,8 @@ class UserError(Explained):
     Args:
         what: what is wrong, in one sentence without a full stop.
         where: file, 1-based row or line, field; whatever applies, already put together ("pairs.jsonl, row 3,
-        `chosen`"). expected: what would have been right.
+            `chosen`").
+        expected: what would have been right.
         advice: what to do now.
     """
 

@@ -45,6 +45,11 @@ def launch(command: Sequence[str], number: int) -> int:
     return code
 
 
+def launched() -> int:
+    """How many processes were started to work together, by torchrun or by `--nproc`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

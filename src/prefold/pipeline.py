@@ -76,6 +76,8 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     ]
 
 
+BY_COMMAND = {"check": "train", "compare": "evaluate", "judge": "evaluate"}
+"""Commands that perform the stages of other names; `prefold check` leaves nothing."""
 WHILE_TRAINING = ("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json")
 PUBLISHED = ("gguf", "publish.json")
 # The recipe last: without it a folder is not known for a run's any more.
@@ -207,10 +209,11 @@ def _redo(name: str, recipe: RecipeBase) -> Path:
         *earlier, wanted = stages_of(recipe)[: before + 1]
         needed = [stage.name for stage in earlier if not stage.is_done(folder)] if name != "report" else []
         if needed:
+            command = BY_COMMAND.get(needed[0], needed[0])
             raise UserError(
                 f"`{name}` needs what `{needed[0]}` leaves, and it is not there",
                 where=recipe.output_dir,
-                advice=f"`prefold run` performs every stage in order, or `prefold {needed[0]}`",
+                advice=f"`prefold run` performs every stage in order, or `prefold {command}`",
             )
         _perform(wanted, recipe)
     return folder

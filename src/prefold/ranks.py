@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from prefold.errors import StageError, UserError
-from prefold.launch import LIFELINE
+from prefold.launch import LIFELINE, launched
 
 T = TypeVar("T")
 
@@ -42,11 +42,6 @@ class FailedElsewhere(MemoryError):
 
 
 # ---- who is there -----------------------------------------------------------------------------------------------
-
-
-def launched() -> int:
-    """How many processes were started to work together, by torchrun or by `--nproc`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join() -> None:

@@ -141,7 +141,9 @@ def test_training_stops_early_where_nothing_gets_better(recipe: MakeRecipe) -> N
     "train, message",
     [
         ({"load_best_model_at_end": True}, "needs held-out metrics while training; set `eval_steps`"),
+        ({"greater_is_better": False}, "`greater_is_better` needs held-out metrics"),
         ({"eval_steps": 2, "early_stopping_patience": 1}, "needs a `metric_for_best_model`"),
+        ({"eval_steps": 2, "greater_is_better": False}, "`greater_is_better` needs a `metric_for_best_model`"),
         ({"eval_steps": 2.5}, "a whole number of steps, or a share of all steps below 1"),
     ],
 )

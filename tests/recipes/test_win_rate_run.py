@@ -10,7 +10,7 @@ import pytest
 
 import prefold
 from prefold.errors import UserError
-from prefold.recipe import RecipeBase
+from prefold.recipe import Publish, RecipeBase
 
 MakeRecipe = Callable[..., RecipeBase]
 JUDGED = {"prompts": 4, "max_new_tokens": 8, "win_rate": {"judge": {"name": "length", "target": 3}}}
@@ -52,7 +52,9 @@ def test_a_judge_that_cannot_judge_is_refused_before_training(recipe: MakeRecipe
     assert not (recipe().run_folder / "metrics.jsonl").exists()
 
 
-def test_a_judge_that_is_down_leaves_the_evaluation(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_that_is_down_leaves_the_evaluation(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("prefold.rollouts.endpoint.WAITS", (0.01,))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     down = recipe(evaluate=JUDGED | {"win_rate": {"judge": {"endpoint": "http://127.0.0.1:1/v1", "model": "big"}}})
@@ -60,6 +62,8 @@ def test_a_judge_that_is_down_leaves_the_evaluation(recipe: MakeRecipe, monkeypa
         prefold.run(down)
     assert (down.run_folder / "evaluation" / "heldout.json").is_file()
     assert not (down.run_folder / "evaluation" / "win_rate.json").exists()
+    with pytest.raises(UserError, match="(?s)needs what `judge` leaves.*`prefold evaluate`"):
+        prefold.publish(down.model_copy(update={"publish": Publish(to=str(tmp_path / "out"))}))
 
 
 def test_runs_are_compared_by_command(recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ ARGUMENTS: Table = {
     "torch_compile": Without("nothing to do; prefold does not compile models"),
     "torch_compile_backend": Without("nothing to do; prefold does not compile models"),
     "torch_compile_mode": Without("nothing to do; prefold does not compile models"),
-    "ddp_timeout": Decided("processes wait for one another as long as torch does"),
+    "ddp_timeout": Decided("processes wait for one another for two hours"),
     "ddp_find_unused_parameters": Decided("prefold sets it"),
     "ddp_bucket_cap_mb": Decided("prefold leaves it to torch"),
     "local_rank": Decided("the launcher sets it"),
@@ -208,14 +208,18 @@ def write_evaluation(draft: Draft, method: str, logging_steps: int = 500) -> Non
     keys = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")
     if draft.has("eval_steps") and "train.eval_steps" not in draft.values:
         draft.note("missing", "eval_steps", text="nothing is measured while training")
+    best = draft.look("metric_for_best_model") or draft.look("load_best_model_at_end")
     for key in keys:
         if not draft.has(key):
             continue
         value = draft.take(key)
-        if "train.eval_steps" in draft.values and value is not False:
+        # False says something of a metric; of a switch, that it is off.
+        if not (best if key == "greater_is_better" else value):
+            draft.note("off", key)
+        elif "train.eval_steps" in draft.values:
             draft.carry(f"train.{key}", value.removeprefix("eval_") if isinstance(value, str) else value, key)
         else:
-            draft.note("missing" if value else "off", key, text="set `train.eval_steps` first" if value else "")
+            draft.note("missing", key, text="set `train.eval_steps` first")
     if "data.eval" not in draft.values and "data.eval_fraction" not in draft.values:
         draft.carry("data.eval_fraction", 0.1, comment="prefold holds some rows out, to compare before and after")
 

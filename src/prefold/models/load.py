@@ -1,10 +1,7 @@
 """Base model, tokenizer, dtype, attention, fresh LoRA weights."""
 
-# ruff: noqa: E402  (a logger must be quiet before peft is imported)
-
 from __future__ import annotations
 
-import logging
 import os
 import re
 import warnings
@@ -12,9 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
-
-# Imported by peft, bitsandbytes warns of an optional CPU kernel that 4-bit training does without.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 import transformers

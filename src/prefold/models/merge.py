@@ -28,7 +28,7 @@ from prefold.files import new_folder
 from prefold.models.adapters import open_adapter
 from prefold.models.load import choose_device, choose_dtype, load_model, quiet
 from prefold.models.score_head import set_padding
-from prefold.recipe import Model
+from prefold.recipe import Model, RecipeBase
 from prefold.trees.logprobs import pad
 from prefold.trees.memory import free_memory
 from prefold.trees.scores import score_layer, scores_of
@@ -142,6 +142,17 @@ def save_and_check(
             result["difference_from_quantised"] = relative_rms(found.logits - trained, trained)
         _judge(result)
     return result
+
+
+def merge_dtype(recipe: RecipeBase, dtype: torch.dtype) -> torch.dtype:
+    """What the merged model is saved in: what the recipe says, else what was computed in.
+
+    Args:
+        dtype: that `model.dtype` stands for.
+    """
+    setting, computed = recipe.merge.dtype, recipe.model.bnb_4bit_compute_dtype
+    named = computed if setting == "auto" else setting
+    return dtype if named in (None, "auto") else getattr(torch, named)
 
 
 def tolerance_of(model: PreTrainedModel) -> float:

@@ -32,7 +32,8 @@ def quantisation(section: Model, dtype: torch.dtype) -> BitsAndBytesConfig | Non
     if find_spec("bitsandbytes") is None:
         name = "load_in_4bit" if section.load_in_4bit else "load_in_8bit"
         what = "needs the package bitsandbytes, which is not installed"
-        raise UserError(what, where=f"`model.{name}`", advice="`pip install bitsandbytes`, or remove the setting")
+        advice = "`pip install 'prefold[quantised]'`, or take the setting out"
+        raise UserError(what, where=f"`model.{name}`", advice=advice)
     if section.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     named = section.bnb_4bit_compute_dtype

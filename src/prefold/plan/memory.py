@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from prefold.algorithms import GRPO
 from prefold.errors import UserError
+from prefold.models.merge import merge_dtype
 from prefold.plan.blueprint import Blueprint
 from prefold.plan.passes import Lengths, attention_on, scoring_pass, training_pass
 from prefold.plan.work import plain_size
@@ -161,7 +162,7 @@ class Memory:
         """One model at a time: base with adapter, then what was saved, loaded back. On a CPU the second one is mapped
         from its files, and what the first has freed stays with the process."""
         blueprint = self.blueprint
-        dtype = merge_dtype(blueprint)
+        dtype = merge_dtype(blueprint.recipe, blueprint.dtype)
         tokens = sum(prompt + completions[0] if completions else prompt for prompt, *completions in self.rows.checked)
         vocabulary = blueprint.config.get_text_config().vocab_size
         on_cpu = self.machine.device == "cpu"
@@ -214,11 +215,6 @@ class Memory:
 
 def peak(parts: Parts) -> int:
     return sum(parts.values())
-
-
-def merge_dtype(blueprint: Blueprint) -> torch.dtype:
-    setting = blueprint.recipe.merge.dtype
-    return blueprint.dtype if setting == "auto" else getattr(torch, setting)
 
 
 def state_bytes(blueprint: Blueprint) -> float:

@@ -18,9 +18,10 @@ import yaml
 from prefold.algorithms import GRPO
 from prefold.data.findings import Finding
 from prefold.models.load import choose_device, choose_dtype, tokenizer_of
+from prefold.models.merge import merge_dtype
 from prefold.plan import timing
 from prefold.plan.blueprint import Blueprint, config_of
-from prefold.plan.memory import CONTEXT, Machine, Memory, Parts, Rows, merge_dtype, peak, this_machine
+from prefold.plan.memory import CONTEXT, Machine, Memory, Parts, Rows, peak, this_machine
 from prefold.plan.passes import Lengths, training_pass
 from prefold.plan.work import Order, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
 from prefold.recipe import RecipeBase, as_dict, make_recipe
@@ -294,7 +295,7 @@ class Planner:
         return Disk(
             checkpoints=kept * (sizes.trained_bytes + states),
             adapter=sizes.trained_bytes,
-            merged=sizes.parameters * merge_dtype(self.blueprint).itemsize,
+            merged=sizes.parameters * merge_dtype(self.recipe, self.blueprint.dtype).itemsize,
             reference=4 * scored,
             free=free_disk(self.recipe.run_folder),
         )
@@ -331,7 +332,7 @@ class Planner:
             (not recipe.train.gradient_checkpointing, "train.gradient_checkpointing", True),
             (whole and "8bit" not in recipe.train.optim, "train.optim", "adamw_8bit"),
             (not whole and not model.load_in_4bit, "model.load_in_4bit", True),
-            (merge_dtype(self.blueprint) == torch.float32, "merge.dtype", "bfloat16"),
+            (merge_dtype(self.recipe, self.blueprint.dtype) == torch.float32, "merge.dtype", "bfloat16"),
             (longest > STEP_OF_BUDGETS and recipe.algorithm.data != "prompts", "data.max_length", longest // 2),
         ]
         return [(dotted, value) for useful, dotted, value in offered if useful]

@@ -247,11 +247,13 @@ class Train(Section):
     @model_validator(mode="after")
     def metrics_are_measured(self) -> Train:
         wanted = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience")
-        given = [name for name in wanted if getattr(self, name)]
+        given = [name for name in wanted if getattr(self, name) != type(self).model_fields[name].default]
         if given and self.eval_steps is None:
             raise ValueError(f"`{given[0]}` needs held-out metrics while training; set `eval_steps`")
-        if self.early_stopping_patience and not (self.metric_for_best_model or self.load_best_model_at_end):
-            raise ValueError("`early_stopping_patience` needs a `metric_for_best_model`")
+        best = self.metric_for_best_model or self.load_best_model_at_end
+        idle = [name for name in ("greater_is_better", "early_stopping_patience") if name in given and not best]
+        if idle:
+            raise ValueError(f"`{idle[0]}` needs a `metric_for_best_model`")
         if isinstance(self.eval_steps, float) and self.eval_steps >= 1:
             raise ValueError("`eval_steps` is a whole number of steps, or a share of all steps below 1")
         return self

@@ -274,7 +274,6 @@ def _value(value: Any) -> str:
 
 
 def _sources(run: RunRecord) -> list[SourceRow]:
-    sources = (run.data or {}).get("sources")
     return [
         SourceRow(
             last_part(str(source.get("path", ""))),
@@ -282,8 +281,7 @@ def _sources(run: RunRecord) -> list[SourceRow]:
             read.count(source.get("rows_in")),
             read.count(source.get("rows_used")),
         )
-        for source in (sources if isinstance(sources, list) else [])
-        if isinstance(source, dict)
+        for source in read.objects((run.data or {}).get("sources"))
     ]
 
 
@@ -298,8 +296,7 @@ def _tokens(run: RunRecord) -> list[tuple[str, Number, Number]]:
 
 
 def _findings(run: RunRecord) -> list[str]:
-    findings = (run.data or {}).get("findings")
-    kept = [one for one in (findings if isinstance(findings, list) else []) if isinstance(one, dict)]
+    kept = read.objects((run.data or {}).get("findings"))
     return [str(one.get("message", "")) for one in kept if one.get("severity") in ("warning", "error")]
 
 

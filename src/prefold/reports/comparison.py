@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -89,7 +89,7 @@ def _runs(found: Values) -> list[Run]:
             model=str(run.get("model", "")),
             outcome=str(run.get("outcome", "")),
             verdict=str(run.get("verdict", "")),
-            evidence=[str(line) for line in _list(run.get("evidence")) if line],
+            evidence=[str(line) for line in read.as_list(run.get("evidence")) if line],
         )
         for name, run in section(found, "runs").items()
     ]
@@ -102,7 +102,3 @@ def _headline(baseline: str, models: Sequence[Model], runs: Sequence[Run]) -> Ve
         lines = tuple(Line(one.verdict.outcome, f"{one.name}: {one.verdict.headline}") for one in models)
         return Verdict("unclear", f"{len(models)} models against {baseline}", "", lines)
     return Verdict("unclear", f"{len(runs)} run{'' if len(runs) == 1 else 's'}, asked no tasks")
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -173,27 +173,24 @@ class Exchange(NamedTuple):
 def exchanges(samples: Sequence[Values]) -> list[Exchange]:
     skipped = 1 if shared_system(samples) else 0
     return [
-        Exchange(_messages(sample)[skipped:], list(zip_longest(_answers(sample, "before"), _answers(sample, "after"))))
+        Exchange(_prompt(sample)[skipped:], list(zip_longest(_answers(sample, "before"), _answers(sample, "after"))))
         for sample in samples
     ]
 
 
 def shared_system(samples: Sequence[Values]) -> str:
     """The system message that every prompt begins with, to be shown once; empty if there is none."""
-    firsts = {tuple(_messages(sample)[:1]) for sample in samples}
+    firsts = {tuple(_prompt(sample)[:1]) for sample in samples}
     first = firsts.pop() if len(firsts) == 1 else ()
     return first[0][1] if first and first[0][0] == "system" else ""
 
 
-def _messages(sample: Values) -> list[tuple[str, str]]:
-    prompt = sample.get("prompt")
-    messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
-    return [(str(message.get("role", "")), str(message.get("content", ""))) for message in messages]
+def _prompt(sample: Values) -> list[tuple[str, str]]:
+    return read.turns(sample.get("prompt"))
 
 
 def _answers(sample: Values, when: str) -> list[str]:
-    answers = sample.get(when)
-    return [str(answer) for answer in answers] if isinstance(answers, list) else []
+    return [str(answer) for answer in read.as_list(sample.get(when))]
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
@@ -238,7 +235,7 @@ class Sighting(NamedTuple):
 
 
 def sightings(guards: Values | None) -> list[Sighting]:
-    return [_sighting(event) for event in _objects((guards or {}).get("events"))]
+    return [_sighting(event) for event in read.objects((guards or {}).get("events"))]
 
 
 def _sighting(event: Values) -> Sighting:
@@ -334,14 +331,14 @@ def data_tables(data: Values) -> DataTables:
     if counts and not sampled and any("shared_share" in section(tokens, split) for split in splits):
         saved = [read.percent(section(tokens, split).get("shared_share")) for split in splits]
         counts.append(("saved by encoding each prompt once", saved))
-    sources = _objects(data.get("sources"))
+    sources = read.objects(data.get("sources"))
     counted = {name: label for name, label in ROW_COUNTS.items() if any(finite(row.get(name)) for row in sources)}
     return DataTables(
         sources=[_source(source, list(counted)) for source in sources],
         counted=list(counted.values()),
         separation=_separation(section(data, "separation")),
-        examples=[_shown(shown) for shown in _objects(data.get("examples"))],
-        findings=sorted(map(_finding, _objects(data.get("findings"))), key=_severity),
+        examples=[_shown(shown) for shown in read.objects(data.get("examples"))],
+        findings=sorted(map(_finding, read.objects(data.get("findings"))), key=_severity),
         splits=[split.replace("_", " ") for split in splits],
         tokens=counts,
         fingerprints=[(name.replace("_", " "), str(value)) for name, value in section(data, "fingerprint").items()],
@@ -355,7 +352,7 @@ def _source(source: Values, counted: Sequence[str]) -> Source:
 
 def _shown(shown: Values) -> Shown:
     row = section(shown, "row")
-    texts, tokens = _list(shown.get("completions")), _list(shown.get("tokens"))
+    texts, tokens = read.as_list(shown.get("completions")), read.as_list(shown.get("tokens"))
     labels = ("chosen", "rejected") if len(texts) == 2 else ("completion",)
     completions = [
         (label, str(text), read.count(number)) for label, text, number in zip(labels, texts, tokens[1:], strict=False)
@@ -382,7 +379,7 @@ def _separation(found: Values) -> Separation | None:
 
 
 def _finding(finding: Values) -> Finding:
-    rows = _objects(finding.get("rows"))
+    rows = read.objects(finding.get("rows"))
     by_source: dict[str, list[str]] = {}
     for row in rows[:ROWS_SHOWN]:
         by_source.setdefault(str(row.get("source", "")), []).append(str(row.get("row", "")))
@@ -402,14 +399,6 @@ def _finding(finding: Values) -> Finding:
 
 def _severity(finding: Finding) -> int:
     return SEVERITIES.index(finding.severity) if finding.severity in SEVERITIES else len(SEVERITIES)
-
-
-def _objects(value: Any) -> list[Values]:
-    return [item for item in _list(value) if isinstance(item, dict)]
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 class MergeCheck(NamedTuple):

@@ -71,8 +71,7 @@ def groups_of(comparison: Values | None) -> dict[str, Values]:
 
 
 def members_of(group: Values) -> list[str]:
-    found = group.get("members")
-    return [str(name) for name in found] if isinstance(found, list) else []
+    return [str(name) for name in read.as_list(group.get("members"))]
 
 
 def entries(comparison: Values | None) -> dict[str, Values]:

@@ -193,6 +193,21 @@ def section(values: Values | None, name: str) -> Values:
     return inner if isinstance(inner, dict) else {}
 
 
+def as_list(value: Any) -> list[Any]:
+    """A list; empty where it is missing or something else."""
+    return value if isinstance(value, list) else []
+
+
+def objects(value: Any) -> list[Values]:
+    """The mappings in a list."""
+    return [item for item in as_list(value) if isinstance(item, dict)]
+
+
+def turns(conversation: Any) -> list[tuple[str, str]]:
+    """Role and text of each message."""
+    return [(str(one.get("role", "")), str(one.get("content", ""))) for one in objects(conversation)]
+
+
 # ---- numbers for people -----------------------------------------------------------------------------------------
 
 

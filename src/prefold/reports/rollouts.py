@@ -3,7 +3,7 @@ that is being gamed is seen."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from prefold.reports import read
 from prefold.reports.read import Number, RunRecord, Values, finite, section
@@ -31,7 +31,7 @@ class Sampled(NamedTuple):
 
 def sampled(run: RunRecord) -> list[Sampled]:
     """Of the first, a middle and the last step that was recorded, a group whose rewards differ if there is one."""
-    by_step: dict[Any, list[Values]] = {}
+    by_step: dict[str, list[Values]] = {}
     for group in run.rollouts:
         if len(_judged(group)) > 1:
             by_step.setdefault(str(group.get("step")), []).append(group)
@@ -42,9 +42,8 @@ def sampled(run: RunRecord) -> list[Sampled]:
 
 def _sampled(group: Values) -> Sampled:
     written = sorted(_judged(group), key=_reward)
-    prompt = [message for message in _list(group.get("prompt")) if isinstance(message, dict)]
-    messages = [(str(message.get("role", "")), str(message.get("content", ""))) for message in prompt]
-    return Sampled(read.count(group.get("step")), messages, _written(written[0]), _written(written[-1]))
+    step, prompt = read.count(group.get("step")), read.turns(group.get("prompt"))
+    return Sampled(step, prompt, _written(written[0]), _written(written[-1]))
 
 
 def _written(one: Values) -> Written:
@@ -70,9 +69,4 @@ def _reward(one: Values) -> float:
 
 def _judged(group: Values) -> list[Values]:
     """The completions that a reward says something about."""
-    completions = [one for one in _list(group.get("completions")) if isinstance(one, dict)]
-    return [one for one in completions if finite(one.get("reward")) is not None]
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+    return [one for one in read.objects(group.get("completions")) if finite(one.get("reward")) is not None]

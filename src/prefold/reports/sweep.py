@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 from rich.console import Group, RenderableType
@@ -98,7 +98,7 @@ def verdict(found: Values) -> Verdict:
 
 
 def _without_best(found: Values) -> str:
-    runs, failed = len(_list(found)), len(_points(found, "failed"))
+    runs, failed = len(read.objects(found.get("points"))), len(_points(found, "failed"))
     if failed == runs:
         return "The only run failed" if runs == 1 else f"All {runs} runs failed"
     return "No run could be measured" if _points(found, "done") else "No run is done yet"
@@ -181,13 +181,8 @@ def _spaced(name: str) -> str:
 
 
 def _points(found: Values, status: str) -> list[Values]:
-    return [point for point in _list(found) if point.get("status") == status]
+    return [point for point in read.objects(found.get("points")) if point.get("status") == status]
 
 
 def _measured(found: Values) -> Sequence[Values]:
-    return [point for point in _list(found) if section(point, "held_out")]
-
-
-def _list(found: Values) -> list[Any]:
-    points = found.get("points")
-    return [point for point in points if isinstance(point, dict)] if isinstance(points, list) else []
+    return [point for point in read.objects(found.get("points")) if section(point, "held_out")]

@@ -13,6 +13,7 @@ from rich.text import Text
 from prefold.files import without_home
 from prefold.reports import read
 from prefold.reports.overall import overall
+from prefold.reports.plan import size
 from prefold.reports.read import NARROW_SPACE, Comparison, Number, Values, read_run
 from prefold.reports.tasks import TaskRow, TaskTable, task_table
 
@@ -101,21 +102,14 @@ def print_published(outcome: Values) -> None:
     table.add_column(overflow="fold")
     table.add_column(justify="right")
     for file in outcome["files"]:
-        table.add_row(plain(file["name"]), plain(_size(file["bytes"])))
+        table.add_row(plain(file["name"]), plain(size(file["bytes"])))
     total = sum(file["bytes"] for file in outcome["files"])
-    table.add_row(plain("total", "dim"), plain(_size(total), "dim"))
+    table.add_row(plain("total", "dim"), plain(size(total), "dim"))
     console = Console(highlight=False)
     console.print(table)
     for label, place in (("Hub", outcome["hub_model_id"]), ("folder", outcome["folder"])):
         if place:
             console.print(plain(f"to {label}: {place}"))
-
-
-def _size(number: int) -> str:
-    for unit, large in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= large:
-            return f"{number / large:.1f} {unit}"
-    return f"{number} B"
 
 
 def plain(text: str, style: str = "") -> Text:

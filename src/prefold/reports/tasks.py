@@ -214,7 +214,7 @@ def _flipped(task: str, facts: Values) -> list[Flipped]:
 
 
 def _shown(questions: Any) -> list[Flip]:
-    found = [one for one in questions if isinstance(one, dict)] if isinstance(questions, list) else []
+    found = read.objects(questions)
     return [Flip(*(str(one.get(name, "")) for name in ("question", "before", "after", "target"))) for one in found]
 
 
@@ -287,14 +287,13 @@ def win_rate_view(win_rate: Values | None) -> WinRate | None:
         return None
     alike = section(win_rate, "length_controlled")
     rates = [_rate("New answers preferred", win_rate), _rate("At equal lengths", alike)]
-    replies = win_rate.get("replies_without_verdict")
     return WinRate(
         outcome=outcome_of(win_rate),
         words=str(win_rate.get("verdict", "")),
         rates=[rate for rate in rates if rate is not None],
         facts=_win_facts(win_rate),
         judge=judge_of(win_rate),
-        replies=[str(reply) for reply in replies] if isinstance(replies, list) else [],
+        replies=[str(reply) for reply in read.as_list(win_rate.get("replies_without_verdict"))],
     )
 
 

@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -52,13 +52,6 @@ _lowered: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Tokens that were too many for a model's memory, halved."""
 
 
-class Engine(Protocol):
-    """Writes completions: a model of this process, or a server with the same weights."""
-
-    def sample(self, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[Completion]]:
-        """`num_answers` completions of each prompt, given as token ids, in the order of `prompts`."""
-
-
 class LocalEngine:
     """Completions by a transformers model, with or without adapters.
 
@@ -71,6 +64,7 @@ class LocalEngine:
         self._model, self._tokenizer, self._max_tokens = unwrapped(model), tokenizer, max_tokens
 
     def sample(self, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[Completion]]:
+        """`num_answers` completions of each prompt, given as token ids, in the order of `prompts`."""
         found = dict(self.stream(prompts, settings))
         return [found[place] for place in range(len(prompts))]
 

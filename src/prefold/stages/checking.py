@@ -14,9 +14,7 @@ from prefold.data.mixture import Prepared
 from prefold.data.selection import shuffled
 from prefold.environment import environment
 from prefold.errors import StageError, UserError
-from prefold.evaluation.heldout import (
-    score_pairs,
-)
+from prefold.evaluation.heldout import score_pairs
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import write_json

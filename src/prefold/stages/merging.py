@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefold.files import write_json
 from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of
-from prefold.models.merge import merge_adapter, remarks, save_and_check
+from prefold.models.merge import merge_adapter, merge_dtype, remarks, save_and_check
 from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart
 from prefold.recipe import Model, RecipeBase
@@ -20,7 +20,8 @@ def merge(recipe: RecipeBase) -> None:
     if recipe.algorithm.scores_sequences:
         rows, prompts = [tree.prompt + ids for tree in trees for ids in tree.completions], []
         pad_apart(tokenizer, {row[-1] for row in rows})
-    dtype, seed = _merge_dtype(recipe), head_seed_of(recipe)
+    computed = choose_dtype(recipe.model.dtype, choose_device())
+    dtype, seed = str(merge_dtype(recipe, computed)).removeprefix("torch."), head_seed_of(recipe)
     if recipe.lora == "none":
         trained = load_model(Model(name=str(folder / "trained")), dtype=dtype, head_seed=seed)
         result = save_and_check(trained, folder / "merged", tokenizer, rows, prompts)
@@ -30,11 +31,3 @@ def merge(recipe: RecipeBase) -> None:
     for remark in remarks(result):
         say(f"  {remark}")
     write_json(folder / "merge.json", {**result, "provenance": provenance(recipe.model, recipe.data)})
-
-
-def _merge_dtype(recipe: RecipeBase) -> str:
-    if recipe.merge.dtype != "auto":
-        return recipe.merge.dtype
-    computed = recipe.model.bnb_4bit_compute_dtype
-    trained_in = recipe.model.dtype if computed in (None, "auto") else computed
-    return str(choose_dtype(trained_in, choose_device())).removeprefix("torch.")

@@ -32,7 +32,7 @@ def _forgiven(name: str, make: Callable[[], TrainerCallback]) -> TrainerCallback
     try:
         tracker = make()
     except (RuntimeError, ImportError):
-        what, advice = f"`{name}` is not installed", "pip install 'prefold[trackers]', or take it out"
+        what, advice = f"`{name}` is not installed", "`pip install 'prefold[trackers]'`, or take it out"
         raise UserError(what, where="`train.report_to`", advice=advice) from None
     failed = False
 

@@ -127,6 +127,22 @@ def test_trl_defaults_where_the_file_is_silent(tmp_path: Path) -> None:
     assert "beta: 0.1 # TRL's default" in text
 
 
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ("metric_for_best_model: eval_logps/chosen\ngreater_is_better: false\n", False),
+        ("load_best_model_at_end: true\ngreater_is_better: true\n", True),
+        ("greater_is_better: true\n", None),
+        ("load_best_model_at_end: false\ngreater_is_better: false\n", None),
+    ],
+)
+def test_which_way_a_metric_is_better(keys: str, wanted: bool | None, write) -> None:
+    head = "model_name_or_path: m\ndataset_name: a.jsonl\nloss_type: sigmoid\neval_strategy: steps\neval_steps: 50\n"
+    result = import_recipe(write(head + keys))
+    assert load_recipe(write(result.text)).train.greater_is_better is wanted
+    assert "greater_is_better" in result.account
+
+
 @pytest.mark.parametrize("loss", losses.OF_PAIRS)
 def test_every_loss_of_pairs(loss: str, write) -> None:
     file = write(f"model_name_or_path: m\ndataset_name: a.jsonl\nbeta: 0.3\nloss_type: {loss}\n")

@@ -17,8 +17,8 @@ from prefold.errors import StageError, UserError
 from prefold.models import merge
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model, tokenizer_of
-from prefold.models.merge import DEPTH, TOLERANCE, merge_adapter, remarks, tolerance_of
-from prefold.recipe import Lora, Model
+from prefold.models.merge import DEPTH, TOLERANCE, merge_adapter, merge_dtype, remarks, tolerance_of
+from prefold.recipe import Lora, Model, make_recipe
 
 ROWS = [list(range(60, 100)), [5, 9, 256, 33, 257], [70, 71]]
 PROMPTS = [row[:2] for row in ROWS]
@@ -125,6 +125,22 @@ def fails(section: Model, folder: Path, message: str) -> None:
         merged(section, folder)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert not (folder / "merged").exists() and not list(folder.glob(".merged*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "setting", "wanted"),
+    [
+        ({}, "auto", torch.float32),
+        ({}, "float16", torch.float16),
+        ({"load_in_4bit": True}, "auto", torch.float32),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}, "auto", torch.bfloat16),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}, "float16", torch.float16),
+    ],
+)
+def test_the_dtype_that_is_merged_into(model: dict[str, Any], setting: str, wanted: torch.dtype) -> None:
+    values = {"method": "dpo", "data": {"train": [{"path": "a.jsonl"}]}, "output_dir": "runs/a"}
+    recipe = make_recipe({**values, "model": {"name": "base", **model}, "merge": {"dtype": setting}})
+    assert merge_dtype(recipe, torch.float32) == wanted
 
 
 def test_rounding_is_allowed_by_the_root_of_the_depth() -> None:
