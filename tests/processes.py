@@ -135,6 +135,21 @@ def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
     return "nothing"
 
 
+def measured(recipe: RecipeBase) -> list[dict[str, float]]:
+    """Train; returns what this process has measured on the held-out data."""
+    from prefold.trainers.offline import PreferenceTrainer
+
+    measure, found = PreferenceTrainer.measure, []
+
+    def looking(self: PreferenceTrainer, held_out: Any) -> dict[str, float]:
+        found.append(measure(self, held_out))
+        return found[-1]
+
+    with patch.object(PreferenceTrainer, "measure", looking):
+        prefold.train(recipe)
+    return found
+
+
 def guarded(recipe: RecipeBase) -> None:
     """Train; the third step gives NaN in the second process alone, unless the rate was lowered before."""
     from prefold.trainers.offline import PreferenceTrainer
@@ -157,6 +172,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "train": train,
     "shards": shards,
     "interrupted": interrupted,
+    "measured": measured,
     "guarded": guarded,
 }
 

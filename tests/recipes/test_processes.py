@@ -158,6 +158,13 @@ def test_memory_that_runs_out_in_one_process(method: str, pair: Pair, recipe: Ma
     assert kept["max_tokens"] < 400
 
 
+def test_all_processes_measure_the_same_to_the_last_bit(pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """One that finds another checkpoint the best would save it while the others go on, and wait for ever."""
+    train = {"max_steps": 3, "eval_steps": 1, "max_tokens": 150}
+    first, second = pair.do("measured", recipe(lora=EXACT, train=train, data={"eval_fraction": 0.6}))
+    assert len(first) == 3 and first == second
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_interruption_of_one_process_is_that_of_all(
     rank: int, pair: Pair, recipe: MakeRecipe, tmp_path: Path
