@@ -355,6 +355,14 @@ def test_one_that_fails_ends_all_with_one_message(
     assert err.count("prefold:") == 1 and "Traceback" not in err and out == ""
 
 
+def test_a_wrong_recipe_is_one_message(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from prefold.launch import launch
+
+    assert launch(prefold_command("train", recipe_file, "lora.r=0"), 2) == 2
+    _, err = capfd.readouterr()
+    assert err.count("`lora.r` is 0") == 1 and "Traceback" not in err
+
+
 def prefold_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "prefold", *map(str, arguments)]
 
