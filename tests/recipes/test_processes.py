@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,11 @@ def test_shares_are_even_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = [sum(sizes[place] for place in share) for share in shares]
     assert max(loads) - min(loads) <= 8
     assert shares == [sorted(share) for share in shares]
+
+
+def test_others_wait_for_longer_than_what_one_process_does_alone() -> None:
+    """Tasks asked of several models, or a judge, may take days on one device."""
+    assert ranks.PATIENCE > timedelta(days=3)
 
 
 def test_one_process_has_everything() -> None:
