@@ -242,6 +242,11 @@ def test_sharded_weights(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Pa
     assert merged.keys() == set(base)
 
 
+def test_the_automatic_budget_reckons_with_the_own_part_of_the_weights(pair: Pair, recipe: MakeRecipe) -> None:
+    base = load_file(Path(recipe().model.name) / "model.safetensors")
+    assert sum(pair.do("reckoned", recipe())) == sum(weight.nbytes for weight in base.values())
+
+
 @pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
 def test_sharded_training_goes_on(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
     train = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "fsdp": True}
