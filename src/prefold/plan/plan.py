@@ -30,6 +30,10 @@ from prefold.trees.scorer import obstacle, stretched_positions
 STEP_OF_BUDGETS = 64
 WORTH_TIMING = 1e12
 """FLOPs that take a few seconds on a CPU."""
+SPREAD = (
+    "`train.fsdp` divides the weights by the processes that were started, `model.device_map` by devices that are not "
+    "counted here"
+)
 CHECKED = 3
 """Trees of the self-check; merging compares logits on as many."""
 
@@ -75,7 +79,8 @@ class Change:
 @dataclass(frozen=True)
 class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
-    device, `largest_budget` the largest that fits, None if no budget does. `seconds` were measured, or None."""
+    device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices, of
+    which the plan knows no more than the processes that were started. `seconds` were measured, or None."""
 
     optimizer_steps: int
     batch_size: int
@@ -86,6 +91,7 @@ class Plan:
     dtype: str
     at_hand: int
     packed: bool
+    spread: bool
     parameters: int
     trained: int
     weights: int
@@ -129,16 +135,17 @@ class Plan:
     def _does_not_fit(self) -> Finding:
         phase = max(self.peaks, key=self.peaks.__getitem__)
         message = f"`{phase}` takes {gigabytes(self.peak)} of memory, {gigabytes(self.at_hand)} are at hand"
-        if self.memory["train"]["weights"] > self.at_hand:
+        if self.memory["train"]["weights"] > self.at_hand and not self.spread:
             message = f"the weights alone take {gigabytes(self.memory['train']['weights'])}, " + message.split(", ")[-1]
             return Finding("memory", "error", 1, (), message, self._advice())
         return Finding("memory", "warning", 1, (), message, self._advice())
 
     def _advice(self) -> str:
+        spread = f"{SPREAD}; " if self.spread else ""
         if self.change is None:
-            return "no field of the recipe changes that: take a smaller model, or a machine with more memory"
+            return f"{spread}no field of the recipe changes that: take a smaller model, or a machine with more memory"
         what = "this fits" if self.change.fits else "this comes nearest"
-        return f"{what}: {' '.join(self.change.overrides)}"
+        return f"{spread}{what}: {' '.join(self.change.overrides)}"
 
 
 def make_plan(
@@ -193,8 +200,9 @@ class Planner:
             return int(setting)
         if self.machine.device != "cuda":
             return CPU_TOKENS
-        sizes = self.blueprint.sizes
-        weights = sizes.weights + sizes.trained_bytes
+        sizes, shards = self.blueprint.sizes, self.blueprint.shards
+        trained = sizes.trained_bytes // (shards if self.recipe.lora == "none" else 1)
+        weights = sizes.weights // shards + trained
         return budget_for(self.config, weights, self.machine.memory, train.gradient_checkpointing)
 
     def memory(self) -> Memory:
@@ -220,6 +228,7 @@ class Planner:
             dtype=str(self.blueprint.dtype).removeprefix("torch."),
             at_hand=self.machine.memory,
             packed=self.packed,
+            spread=recipe.train.fsdp or recipe.model.device_map is not None,
             parameters=sizes.parameters,
             trained=sizes.trained,
             weights=phases["train"]["weights"],
@@ -302,15 +311,18 @@ class Planner:
     # ---- what to change ----
 
     def with_change(self, plan: Plan) -> Plan:
-        """The plan with the fewest of the changes, in this order, that make it fit."""
+        """The plan with the fewest of the changes, in this order, that make it fit. What leaves the peak as it is, because
+        another phase is higher, may be what is needed once that one is lower."""
         values, fields = as_dict(self.recipe), dict[str, Any]()
         best: Change | None = None
-        for dotted, value in self._candidates(plan):
-            changed = self._changed(values, {**fields, dotted: value})
+        for change in 2 * self._candidates(plan):
+            if change.keys() <= fields.keys():
+                continue
+            changed = self._changed(values, fields | change)
             found = changed.plan()
             if found.peak >= (best.peak if best else plan.peak) and not found.fits:
                 continue
-            fields[dotted] = value
+            fields |= change
             best = Change(dict(fields), found.peak, found.fits)
             if not found.fits and found.largest_budget and found.largest_budget < found.budget:
                 smaller = {**fields, "train.max_tokens": found.largest_budget}
@@ -320,29 +332,28 @@ class Planner:
                 break
         return replace(plan, change=best)
 
-    def _candidates(self, plan: Plan) -> list[tuple[str, Any]]:
+    def _candidates(self, plan: Plan) -> list[dict[str, Any]]:
         recipe, model = self.recipe, self.recipe.model
         longest = max(tree[0] + max(tree[1:], default=0) for tree in self.steps.trees)
         whole = recipe.lora == "none"
+        four_bits = {"model.load_in_4bit": True, **({"model.load_in_8bit": False} if model.load_in_8bit else {})}
         smaller = plan.largest_budget is not None and plan.largest_budget < plan.budget
         offered = [
-            (smaller, "train.max_tokens", plan.largest_budget),
-            (self.blueprint.dtype == torch.float32 and not whole, "model.dtype", "bfloat16"),
-            (not recipe.train.gradient_checkpointing, "train.gradient_checkpointing", True),
-            (whole and "8bit" not in recipe.train.optim, "train.optim", "adamw_8bit"),
-            (not whole and not model.load_in_4bit, "model.load_in_4bit", True),
-            (merge_dtype(self.blueprint) == torch.float32, "merge.dtype", "bfloat16"),
-            (longest > STEP_OF_BUDGETS and recipe.algorithm.data != "prompts", "data.max_length", longest // 2),
+            (smaller, {"train.max_tokens": plan.largest_budget}),
+            (self.blueprint.dtype == torch.float32 and not whole, {"model.dtype": "bfloat16"}),
+            (not recipe.train.gradient_checkpointing, {"train.gradient_checkpointing": True}),
+            (whole and "8bit" not in recipe.train.optim, {"train.optim": "adamw_8bit"}),
+            (not whole and not model.load_in_4bit and not recipe.train.fsdp, four_bits),
+            (merge_dtype(self.blueprint) == torch.float32, {"merge.dtype": "bfloat16"}),
+            (longest > STEP_OF_BUDGETS and recipe.algorithm.data != "prompts", {"data.max_length": longest // 2}),
         ]
-        return [(dotted, value) for useful, dotted, value in offered if useful]
+        return [change for useful, change in offered if useful]
 
     def _changed(self, values: dict[str, Any], fields: dict[str, Any]) -> Planner:
         changed = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
         for dotted, value in fields.items():
             section, field = dotted.split(".")
             changed[section][field] = value
-        if "model.load_in_4bit" in fields:
-            changed["model"]["load_in_8bit"] = False
         recipe = make_recipe(changed)
         steps, held_out = self.steps, self.held_out
         if "data.max_length" in fields:
