@@ -19,11 +19,13 @@ from transformers import AutoConfig, PreTrainedConfig
 import prefold
 from prefold.errors import UserError
 from prefold.pipeline import check
+from prefold.plan import timing
 from prefold.plan.blueprint import Blueprint
 from prefold.plan.live import LiveBytes
 from prefold.plan.memory import Machine, bytes_of
 from prefold.plan.passes import ON_GPU, scoring_pass, training_pass
 from prefold.plan.plan import Plan, Planner
+from prefold.plan.timing import Rate, Rates
 from prefold.plan.work import Steps, Tokens, with_completions
 from prefold.recipe import RecipeBase, make_recipe
 from prefold.trees.attention import lower_right
@@ -393,6 +395,55 @@ def test_what_is_suggested_goes_with_sharding() -> None:
     sharded = planner(recipe_of(train={"fsdp": True}), config_of(), Machine("cuda", PARAMETERS, 0))
     found = sharded.with_change(sharded.plan()).change
     assert found is not None and not any("bit" in field for field in found.fields)
+
+
+# ---- time -------------------------------------------------------------------------------------------------------
+
+A_TOKEN = Rate(1.0 / LAYERS, 0.0)
+"""One second for a token of all layers."""
+
+
+def seconds_of(monkeypatch: pytest.MonkeyPatch, recipe: RecipeBase, held_out: Sequence[tuple[int, ...]]) -> Any:
+    """Of four trees in two steps; a decoding step of one row takes a second."""
+    rates = Rates(A_TOKEN, A_TOKEN, A_TOKEN, decoding=1.0, rows=1)
+    monkeypatch.setattr(timing, "measure", lambda *args: rates)
+    monkeypatch.setattr("prefold.plan.plan.tokenizer_of", lambda section: None)
+    steps = Steps(with_completions(recipe, TREES), [[0, 1], [2, 3]])
+    return Planner(recipe, config_of(), Machine("cpu", 100 * GB, 0), steps, held_out).seconds()
+
+
+EVERYTHING = sum(map(sum, TREES))
+
+
+def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out pairs count at each of their measurements: twice in training, before and after it, and once under the
+    reference."""
+    asked = {"prompts": 3, "max_new_tokens": 5}
+    found = seconds_of(monkeypatch, recipe_of(evaluate=asked, train={"eval_steps": 1}), [(5, 3, 2)])
+    assert found == {"train": EVERYTHING + 2 * 10, "reference": EVERYTHING + 10, "evaluate": 2 * (10 + 3 * 5)}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = seconds_of(monkeypatch, recipe_of(evaluate=asked, train={"eval_steps": 0.5}), [(5, 3, 2)])
+    assert shared == {name: value / 2 for name, value in found.items()}
+
+
+def test_time_of_a_reward_model_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers nothing, and there is none before training."""
+    assert seconds_of(monkeypatch, recipe_of("reward"), [(5, 3, 2)]) == {"train": EVERYTHING, "evaluate": 10}
+
+
+def test_time_of_rollouts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of four, once for the two steps; then a completion for each of three held-out prompts, twice."""
+    grpo = {"num_generations": 4, "max_completion_length": 16, "num_iterations": 2, "beta": 0.04}
+    recipe = recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=grpo, evaluate={"prompts": 0})
+    found = seconds_of(monkeypatch, recipe, [(5,), (6,), (7,)])
+    tokens = sum(tree[0] + 4 * 16 for tree in TREES)
+    assert found["rollouts"] == 2 * 4 * 16 and found["evaluate"] == 2 * 3 * 16
+    assert (found["train"], found["reference"]) == (tokens, tokens // 2)
+
+
+def test_what_is_not_timed_is_named() -> None:
+    assert plan_of(recipe_of()).untimed == []
+    assert plan_of(recipe_of(evaluate={"tasks": ["everyday_facts"]})).untimed == ["tasks"]
 
 
 # ---- the pass on tensors without contents -----------------------------------------------------------------------

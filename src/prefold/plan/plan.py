@@ -6,15 +6,17 @@ Nothing is downloaded but the configuration and the tokenizer.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from prefold import ranks
 from prefold.algorithms import GRPO
 from prefold.data.findings import Finding
 from prefold.models.load import choose_device, choose_dtype, tokenizer_of
@@ -34,6 +36,8 @@ SPREAD = (
     "`train.fsdp` divides the weights by the processes that were started, `model.device_map` by devices that are not "
     "counted here"
 )
+UNTIMED = ("tasks", "compare_with", "win_rate")
+"""Of the section `evaluate`: what they take depends on what is asked of whom."""
 CHECKED = 3
 """Trees of the self-check; merging compares logits on as many."""
 
@@ -80,7 +84,8 @@ class Change:
 class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
     device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices, of
-    which the plan knows no more than the processes that were started. `seconds` were measured, or None."""
+    which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is not
+    in them."""
 
     optimizer_steps: int
     batch_size: int
@@ -100,6 +105,7 @@ class Plan:
     plain_tokens: int
     flops: float
     disk: Disk
+    untimed: list[str]
     change: Change | None = None
     seconds: dict[str, float] | None = None
 
@@ -237,40 +243,61 @@ class Planner:
             plain_tokens=tokens.plain,
             flops=self.flops(tokens),
             disk=self.disk(memory),
+            untimed=[name for name in UNTIMED if getattr(recipe.evaluate, name)],
         )
 
     def flops(self, tokens: Tokens) -> float:
         """Of training, the reference included; sampling not."""
         total = training_flops(self.blueprint, tokens, self._computed(tokens))
         if self.recipe.algorithm.needs_reference:
-            once = Tokens.of(self.steps.trees) if self.recipe.algorithm.data != "prompts" else tokens
+            once = self._referenced()
             total += scoring_flops(self.blueprint, once, self._computed(once))
         return total
 
     def seconds(self) -> dict[str, float]:
         """Of each phase, as measured on this machine; sampled completions at their full length. Loading and merging,
-        which are copying, are not in it."""
-        recipe, layers = self.recipe, self.blueprint.layers
+        which are copying, are not in it, nor is what `untimed` names."""
+        recipe, layers, processes = self.recipe, self.blueprint.layers, ranks.launched()
         algorithm, settings = recipe.algorithm, recipe.evaluate
         asked = settings.prompts if isinstance(settings.prompts, int) else len(settings.prompts)
+        answers = 0 if algorithm.scores_sequences else asked * settings.num_answers
         groups = algorithm.num_generations * recipe.train.batch_size if isinstance(algorithm, GRPO) else 0
         dtype = torch.float32 if self.machine.device == "cpu" else self.blueprint.dtype
-        rows = groups or max(asked * settings.num_answers, 1)
-        trees = self.steps.trees
+        rows = max((groups or answers) // processes, 1)
+        trees, held_out = self.steps.trees, Tokens.of([tree for tree in self.held_out if len(tree) > 1])
         rates = timing.measure(self.blueprint, trees, self.packed, dtype, rows, tokenizer_of(recipe.model))
-        trained = self.steps.tokens(algorithm.scores_prompt)
-        found = {"train": rates.training.seconds(self._computed(trained), trained.scored, layers)}
+
+        def scored(rate: timing.Rate, tokens: Tokens) -> float:
+            return rate.seconds(self._computed(tokens), tokens.scored, layers)
+
+        def written(completions: int, tokens: int) -> float:
+            return (max(completions / rates.rows, 1.0) if completions else 0.0) * tokens * rates.decoding
+
+        found = {"train": scored(rates.training, self.steps.tokens(algorithm.scores_prompt))}
+        found["train"] += self._measurements() * scored(rates.reference, held_out)
         if algorithm.needs_reference:
-            once = Tokens.of(trees) if algorithm.data != "prompts" else trained
-            found["reference"] = rates.reference.seconds(self._computed(once), once.scored, layers)
-        written = -(-len(self.steps.order) // algorithm.iterations) * groups
+            found["reference"] = scored(rates.reference, self._referenced())
+        once = scored(rates.evaluation, held_out) + written(answers, settings.max_new_tokens)
         if isinstance(algorithm, GRPO):
-            found["rollouts"] = written / rates.rows * algorithm.max_completion_length * rates.decoding
-        held_out = Tokens.of([tree for tree in self.held_out if len(tree) > 1])
-        answers = max(asked * settings.num_answers / rates.rows, 1) * settings.max_new_tokens * rates.decoding
-        scored = rates.evaluation.seconds(self._computed(held_out), held_out.scored, layers)
-        found["evaluate"] = 2 * (scored + (answers if asked else 0.0))
-        return {phase: round(seconds, 1) for phase, seconds in found.items()}
+            rollouts = -(-len(self.steps.order) // algorithm.iterations)
+            found["rollouts"] = written(rollouts * groups, algorithm.max_completion_length)
+            once += written(len(self.held_out), algorithm.max_completion_length)
+        # A model that scores answers is measured after training alone.
+        found["evaluate"] = once if algorithm.scores_sequences else 2 * once
+        alone = ("evaluate",) if recipe.train.fsdp else ()
+        return {phase: round(found[phase] / (1 if phase in alone else processes), 1) for phase in found}
+
+    def _referenced(self) -> Tokens:
+        """What the reference scores: stored completions once, sampled ones once for each rollout."""
+        recipe = self.recipe
+        if recipe.algorithm.data != "prompts":
+            return Tokens.of([*self.steps.trees, *(self.held_out if recipe.train.eval_steps else ())])
+        return Tokens(*(number // recipe.algorithm.iterations for number in astuple(self.steps.tokens(False))))
+
+    def _measurements(self) -> int:
+        """Of the held-out data while training."""
+        every, steps = self.recipe.train.eval_steps, len(self.steps.order)
+        return steps // math.ceil(every if every >= 1 else every * steps) if every else 0
 
     def _computed(self, tokens: Tokens) -> int:
         return tokens.unique if self.packed else tokens.plain
