@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -116,6 +117,20 @@ def shards(recipe: RecipeBase) -> dict[str, tuple[list[int], list[int]]]:
     return found
 
 
+def reckoned(recipe: RecipeBase) -> int:
+    """Bytes of sharded weights that `max_tokens: auto` would reckon with on a GPU."""
+    from prefold.models.load import load_model
+    from prefold.trees import memory
+
+    model = load_model(recipe.model, sharded=True)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), config=model.config, parameters=model.parameters)
+    with (
+        patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=0)),
+        patch.object(memory, "budget_for", lambda config, weights, *others: weights),
+    ):
+        return memory.auto_max_tokens(on_gpu, False)
+
+
 def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
     """Train; one of the processes gets Ctrl-C in a step. Returns what ended this one."""
     from prefold.trainers.offline import PreferenceTrainer
@@ -133,6 +148,21 @@ def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
         except KeyboardInterrupt:
             return "Ctrl-C"
     return "nothing"
+
+
+def measured(recipe: RecipeBase) -> list[dict[str, float]]:
+    """Train; returns what this process has measured on the held-out data."""
+    from prefold.trainers.offline import PreferenceTrainer
+
+    measure, found = PreferenceTrainer.measure, []
+
+    def looking(self: PreferenceTrainer, held_out: Any) -> dict[str, float]:
+        found.append(measure(self, held_out))
+        return found[-1]
+
+    with patch.object(PreferenceTrainer, "measure", looking):
+        prefold.train(recipe)
+    return found
 
 
 def guarded(recipe: RecipeBase) -> None:
@@ -156,7 +186,9 @@ JOBS: dict[str, Callable[..., Any]] = {
     "run": run,
     "train": train,
     "shards": shards,
+    "reckoned": reckoned,
     "interrupted": interrupted,
+    "measured": measured,
     "guarded": guarded,
 }
 

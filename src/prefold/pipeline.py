@@ -123,12 +123,14 @@ def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh
         UserError: the recipe or what it names cannot be used, or the folder holds the run of another recipe.
         StageError: a stage failed; what was finished stays.
     """
+    ranks.join()  # before anything can fail, so that one process says what
     recipe = _recipe(recipe, overrides)
     return _perform_until(stages_of(recipe)[-1].name, recipe, fresh)
 
 
 def train(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
     """The stages up to training, skipping what is done; returns the run folder."""
+    ranks.join()
     return _perform_until("train", _recipe(recipe, overrides), fresh)
 
 
@@ -190,7 +192,6 @@ def _recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> Recipe
 
 
 def _perform_until(last: str, recipe: RecipeBase, fresh: bool) -> Path:
-    ranks.join()
     forget_data()
     with _open_run_folder(recipe, fresh) if ranks.is_first() else nullcontext(recipe.run_folder) as folder:
         for stage in stages_of(recipe):

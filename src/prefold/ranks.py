@@ -31,8 +31,9 @@ from prefold.launch import LIFELINE, launched
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others: the first one may have data to read, or a model to merge, meanwhile."""
+PATIENCE = timedelta(days=3)
+"""How long a process waits for the others: meanwhile the first one may have a model to merge and tasks to ask of it, or
+of others, for longer than a night."""
 _store: Any = None
 _alone = False
 

@@ -30,7 +30,7 @@ from prefold.pipeline import outdated_stages, run, stages_of
 from prefold.recipe import RecipeBase, load_recipe, parse_yaml
 from prefold.reports.sweep import write_sweep
 from prefold.stages.checking import examine
-from prefold.stages.evaluating import sharing_before
+from prefold.stages.evaluating import held_out_sampling, sharing_before
 from prefold.stages.parts import check_tasks, forget_data
 from prefold.terminal import say
 from prefold.trees.memory import free_memory
@@ -222,14 +222,15 @@ def _require_comparable(points: Sequence[Point]) -> None:
             f"`{first}` and `{other}` could not be compared: they hold out different data, or are measured in "
             "different ways",
             advice="name the held-out data in `data.eval`; fields that decide what is held out, or how answers are "
-            "scored, cannot be swept",
+            "drawn and scored, cannot be swept",
         )
 
 
 def _measured_by(point: Point) -> tuple[Any, ...]:
     """What decides the held-out score of a run beside its model."""
     recipe = point.recipe
-    kind = (recipe.algorithm.data, recipe.algorithm.scores_sequences, repr(recipe.rewards))
+    scored = (recipe.algorithm.data, recipe.algorithm.scores_sequences, repr(recipe.rewards))
+    kind = (*scored, held_out_sampling(recipe))
     if point.is_finished():
         return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *kind)
     check_tasks(recipe)

@@ -158,6 +158,13 @@ def test_memory_that_runs_out_in_one_process(method: str, pair: Pair, recipe: Ma
     assert kept["max_tokens"] < 400
 
 
+def test_all_processes_measure_the_same_to_the_last_bit(pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """One that finds another checkpoint the best would save it while the others go on, and wait for ever."""
+    train = {"max_steps": 3, "eval_steps": 1, "max_tokens": 150}
+    first, second = pair.do("measured", recipe(lora=EXACT, train=train, data={"eval_fraction": 0.6}))
+    assert len(first) == 3 and first == second
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_interruption_of_one_process_is_that_of_all(
     rank: int, pair: Pair, recipe: MakeRecipe, tmp_path: Path
@@ -232,6 +239,11 @@ def test_sharded_weights(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Pa
         assert first[0] + second[0] == whole[0] and max(first[0], second[0]) <= -(-whole[0] // 2), name
     merged = load_file(prefold.merge(recipe(**settings)) / "model.safetensors")
     assert merged.keys() == set(base)
+
+
+def test_the_automatic_budget_reckons_with_the_own_part_of_the_weights(pair: Pair, recipe: MakeRecipe) -> None:
+    base = load_file(Path(recipe().model.name) / "model.safetensors")
+    assert sum(pair.do("reckoned", recipe())) == sum(weight.nbytes for weight in base.values())
 
 
 @pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
@@ -346,6 +358,14 @@ def test_one_that_fails_ends_all_with_one_message(
     out, err = capfd.readouterr()
     assert "process 1: something is wrong here" in err
     assert err.count("prefold:") == 1 and "Traceback" not in err and out == ""
+
+
+def test_a_wrong_recipe_is_one_message(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from prefold.launch import launch
+
+    assert launch(prefold_command("train", recipe_file, "lora.r=0"), 2) == 2
+    _, err = capfd.readouterr()
+    assert err.count("`lora.r` is 0") == 1 and "Traceback" not in err
 
 
 def prefold_command(*arguments: str | Path) -> list[str]:

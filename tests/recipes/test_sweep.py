@@ -314,3 +314,9 @@ def test_rewards_choose_where_completions_are_sampled(
     rewards = json.loads((tmp_path / "sweep" / "beta=0.04" / "evaluation" / "rewards.json").read_text())
     assert found["points"][1]["held_out"]["after"] == rewards["after"]["reward"]
     assert "Held-out reward" in (tmp_path / "sweep" / "sweep.html").read_text()
+    # More completions to learn from are measured no other way; drawing them otherwise is.
+    points, _ = sweeping._points(file, {"grpo.num_generations": [2, 4]}, [], str(tmp_path / "other"))
+    sweeping._require_comparable(points)
+    for field in ("grpo.temperature=0.7,1.0", "grpo.max_completion_length=4,6"):
+        with pytest.raises(UserError, match="measured in different ways"):
+            prefold.sweep(file, [field], output=str(tmp_path / "other"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import SHAPE, random_trees, tiny_llama
 from tiny_tokenizer import CHATML, make_tokenizer
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,11 +19,13 @@ from transformers import AutoConfig, PreTrainedConfig
 import prefold
 from prefold.errors import UserError
 from prefold.pipeline import check
+from prefold.plan import timing
 from prefold.plan.blueprint import Blueprint
 from prefold.plan.live import LiveBytes
 from prefold.plan.memory import Machine, bytes_of
 from prefold.plan.passes import ON_GPU, scoring_pass, training_pass
 from prefold.plan.plan import Plan, Planner
+from prefold.plan.timing import Rate, Rates
 from prefold.plan.work import Steps, Tokens, with_completions
 from prefold.recipe import RecipeBase, make_recipe
 from prefold.trees.attention import lower_right
@@ -314,6 +318,29 @@ def test_what_is_suggested_can_be_pasted_and_fits(tmp_path: Path) -> None:
     overridden = prefold.load_recipe(str(file), found.change.overrides)
     assert planner(overridden, seven_billion(), machine, trees).plan().fits
 
+def test_what_leaves_the_peak_as_it_is_may_be_needed_later() -> None:
+    """Rollouts take most at first; once four bits have mended that, training does, which checkpointing mends."""
+    grpo = {"num_generations": 8, "max_completion_length": 256}
+    model = {"dtype": "bfloat16"}
+    recipe = recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=grpo, model=model, lora={"r": 16})
+    first = planner(recipe, seven_billion(), Machine("cuda", 24 * GB, 0), [(400,)] * 4)
+    plan = first.plan()
+    assert max(plan.peaks, key=plan.peaks.__getitem__) == "rollouts"
+    change = first.with_change(plan).change
+    assert change is not None and change.fits
+    assert {"train.gradient_checkpointing", "model.load_in_4bit"} <= change.fields.keys()
+
+
+def test_four_bits_take_the_place_of_eight() -> None:
+    recipe = recipe_of(model={"dtype": "bfloat16", "load_in_8bit": True}, merge={"dtype": "bfloat16"}, lora={"r": 16})
+    first = planner(recipe, seven_billion(), Machine("cuda", 17 * GB, 0), [(700, 600, 500)] * 8)
+    change = first.with_change(first.plan()).change
+    assert change is not None and change.fields["model.load_in_4bit"]
+    given = values(model={"dtype": "bfloat16", "load_in_8bit": True})
+    for section, fields in yaml.safe_load(change.yaml).items():
+        given[section] = {**given.get(section, {}), **fields}
+    assert make_recipe(given).model.load_in_4bit
+
 
 def test_too_little_for_the_weights_is_an_error_and_for_the_rest_a_warning() -> None:
     recipe = recipe_of()
@@ -334,6 +361,89 @@ def test_amounts_of_memory(text: str, size: int) -> None:
 def test_no_amount_of_memory(text: str) -> None:
     with pytest.raises(UserError, match="--device-memory"):
         bytes_of(text)
+
+# ---- several devices --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [{"r": RANK}, "none"])
+def test_sharded_weights_are_divided(lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(lora=lora, train={"fsdp": True})
+    one = plan_of(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    four = plan_of(recipe)
+    divided = {"weights"} if lora != "none" else {"weights", "gradients", "optimizer"}
+    for name, size in one.memory["train"].items():
+        if name in divided:
+            assert four.memory["train"][name] == size // 4, name
+        elif name not in ("gathered", "allocator"):
+            assert four.memory["train"][name] == size, name
+    assert one.memory["train"]["gathered"] == 0 < four.memory["train"]["gathered"] <= 8 * PARAMETERS
+    # Checkpoints hold whole tensors, and the whole model is merged by one process.
+    assert four.disk == replace(one.disk, free=four.disk.free)
+    assert four.memory["merge"] == one.memory["merge"]
+
+
+@pytest.mark.parametrize("spread", [{"train": {"fsdp": True}}, {"model": {"device_map": "auto"}}])
+def test_a_model_that_is_too_large_for_one_device_may_be_spread(spread: dict[str, Any]) -> None:
+    plan = plan_of(recipe_of(**spread), machine=Machine("cuda", 2 * PARAMETERS, 0))
+    assert plan.memory["train"]["weights"] > plan.at_hand
+    [finding] = plan.findings()
+    assert finding.severity == "warning" and "devices" in str(finding.advice)
+
+
+def test_what_is_suggested_goes_with_sharding() -> None:
+    sharded = planner(recipe_of(train={"fsdp": True}), config_of(), Machine("cuda", PARAMETERS, 0))
+    found = sharded.with_change(sharded.plan()).change
+    assert found is not None and not any("bit" in field for field in found.fields)
+
+
+# ---- time -------------------------------------------------------------------------------------------------------
+
+A_TOKEN = Rate(1.0 / LAYERS, 0.0)
+"""One second for a token of all layers."""
+
+
+def seconds_of(monkeypatch: pytest.MonkeyPatch, recipe: RecipeBase, held_out: Sequence[tuple[int, ...]]) -> Any:
+    """Of four trees in two steps; a decoding step of one row takes a second."""
+    rates = Rates(A_TOKEN, A_TOKEN, A_TOKEN, decoding=1.0, rows=1)
+    monkeypatch.setattr(timing, "measure", lambda *args: rates)
+    monkeypatch.setattr("prefold.plan.plan.tokenizer_of", lambda section: None)
+    steps = Steps(with_completions(recipe, TREES), [[0, 1], [2, 3]])
+    return Planner(recipe, config_of(), Machine("cpu", 100 * GB, 0), steps, held_out).seconds()
+
+
+EVERYTHING = sum(map(sum, TREES))
+
+
+def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out pairs count at each of their measurements: twice in training, before and after it, and once under the
+    reference."""
+    asked = {"prompts": 3, "max_new_tokens": 5}
+    found = seconds_of(monkeypatch, recipe_of(evaluate=asked, train={"eval_steps": 1}), [(5, 3, 2)])
+    assert found == {"train": EVERYTHING + 2 * 10, "reference": EVERYTHING + 10, "evaluate": 2 * (10 + 3 * 5)}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = seconds_of(monkeypatch, recipe_of(evaluate=asked, train={"eval_steps": 0.5}), [(5, 3, 2)])
+    assert shared == {name: value / 2 for name, value in found.items()}
+
+
+def test_time_of_a_reward_model_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers nothing, and there is none before training."""
+    assert seconds_of(monkeypatch, recipe_of("reward"), [(5, 3, 2)]) == {"train": EVERYTHING, "evaluate": 10}
+
+
+def test_time_of_rollouts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of four, once for the two steps; then a completion for each of three held-out prompts, twice."""
+    grpo = {"num_generations": 4, "max_completion_length": 16, "num_iterations": 2, "beta": 0.04}
+    recipe = recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=grpo, evaluate={"prompts": 0})
+    found = seconds_of(monkeypatch, recipe, [(5,), (6,), (7,)])
+    tokens = sum(tree[0] + 4 * 16 for tree in TREES)
+    assert found["rollouts"] == 2 * 4 * 16 and found["evaluate"] == 2 * 3 * 16
+    assert (found["train"], found["reference"]) == (tokens, tokens // 2)
+
+
+def test_what_is_not_timed_is_named() -> None:
+    assert plan_of(recipe_of()).untimed == []
+    assert plan_of(recipe_of(evaluate={"tasks": ["everyday_facts"]})).untimed == ["tasks"]
 
 
 # ---- the pass on tensors without contents -----------------------------------------------------------------------

@@ -133,7 +133,7 @@ ARGUMENTS: Table = {
     "torch_compile": Without("nothing to do; prefold does not compile models"),
     "torch_compile_backend": Without("nothing to do; prefold does not compile models"),
     "torch_compile_mode": Without("nothing to do; prefold does not compile models"),
-    "ddp_timeout": Decided("processes wait for one another for two hours"),
+    "ddp_timeout": Decided("processes wait for one another for three days"),
     "ddp_find_unused_parameters": Decided("prefold sets it"),
     "ddp_bucket_cap_mb": Decided("prefold leaves it to torch"),
     "local_rank": Decided("the launcher sets it"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from prefold import ranks
 from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
 from prefold.models.load import (
@@ -58,6 +59,11 @@ class Blueprint:
     @property
     def layers(self) -> int:
         return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def shards(self) -> int:
+        """Processes that share the weights out among themselves, as far as they have been started."""
+        return ranks.launched() if self.recipe.train.fsdp else 1
 
     @property
     def weights_dtype(self) -> torch.dtype:

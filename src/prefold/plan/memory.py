@@ -100,9 +100,9 @@ class Memory:
         states, transient = self.optimizer()
         return {
             **self.policy(),
-            "gradients": sizes.trained_bytes,
-            "optimizer": states,
-            "activations": max(activations, transient - head),
+            "gradients": self._own(sizes.trained_bytes),
+            "optimizer": self._own(states),
+            "activations": max(activations, self._own(transient) - head),
             "head": head,
         }
 
@@ -112,11 +112,25 @@ class Memory:
         whole = recipe.lora == "none"
         return {
             "process": self.machine.process,
-            "weights": sizes.trained_bytes if whole else sizes.weights,
+            "weights": (sizes.trained_bytes if whole else sizes.weights) // self.blueprint.shards,
+            "gathered": self._gathered(),
             "adapter": 0 if whole else sizes.trained_bytes,
             # Training that goes on with an adapter keeps a frozen copy of it.
             "reference": sizes.trained_bytes if recipe.model.adapter else 0,
         }
+
+    def _own(self, trained: int) -> int:
+        """Of something that is kept for each trained number, what this process has: LoRA weights are whole in all."""
+        return trained // (self.blueprint.shards if self.blueprint.recipe.lora == "none" else 1)
+
+    def _gathered(self) -> int:
+        """Of weights that are sharded, those that are whole at a time: the layer at work, the next one and the
+        vocabulary; with their gradients, where they are trained."""
+        sizes, blueprint = self.blueprint.sizes, self.blueprint
+        if blueprint.shards == 1:
+            return 0
+        numbers = sizes.parameters - sizes.linear + 2 * sizes.linear // blueprint.layers
+        return numbers * blueprint.weights_dtype.itemsize * (2 if blueprint.recipe.lora == "none" else 1)
 
     def optimizer(self) -> tuple[int, int]:
         """Bytes that are kept between steps, and those that a step takes beside them."""

@@ -6,15 +6,17 @@ Nothing is downloaded but the configuration and the tokenizer.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from prefold import ranks
 from prefold.algorithms import GRPO
 from prefold.data.findings import Finding
 from prefold.models.load import choose_device, choose_dtype, tokenizer_of
@@ -31,6 +33,12 @@ from prefold.trees.scorer import obstacle, stretched_positions
 STEP_OF_BUDGETS = 64
 WORTH_TIMING = 1e12
 """FLOPs that take a few seconds on a CPU."""
+SPREAD = (
+    "`train.fsdp` divides the weights by the processes that were started, `model.device_map` by devices that are not "
+    "counted here"
+)
+UNTIMED = ("tasks", "compare_with", "win_rate")
+"""Of the section `evaluate`: what they take depends on what is asked of whom."""
 CHECKED = 3
 """Trees of the self-check; merging compares logits on as many."""
 
@@ -76,7 +84,9 @@ class Change:
 @dataclass(frozen=True)
 class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
-    device, `largest_budget` the largest that fits, None if no budget does. `seconds` were measured, or None."""
+    device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices, of
+    which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is not
+    in them."""
 
     optimizer_steps: int
     batch_size: int
@@ -87,6 +97,7 @@ class Plan:
     dtype: str
     at_hand: int
     packed: bool
+    spread: bool
     parameters: int
     trained: int
     weights: int
@@ -95,6 +106,7 @@ class Plan:
     plain_tokens: int
     flops: float
     disk: Disk
+    untimed: list[str]
     change: Change | None = None
     seconds: dict[str, float] | None = None
 
@@ -130,16 +142,17 @@ class Plan:
     def _does_not_fit(self) -> Finding:
         phase = max(self.peaks, key=self.peaks.__getitem__)
         message = f"`{phase}` takes {gigabytes(self.peak)} of memory, {gigabytes(self.at_hand)} are at hand"
-        if self.memory["train"]["weights"] > self.at_hand:
+        if self.memory["train"]["weights"] > self.at_hand and not self.spread:
             message = f"the weights alone take {gigabytes(self.memory['train']['weights'])}, " + message.split(", ")[-1]
             return Finding("memory", "error", 1, (), message, self._advice())
         return Finding("memory", "warning", 1, (), message, self._advice())
 
     def _advice(self) -> str:
+        spread = f"{SPREAD}; " if self.spread else ""
         if self.change is None:
-            return "no field of the recipe changes that: take a smaller model, or a machine with more memory"
+            return f"{spread}no field of the recipe changes that: take a smaller model, or a machine with more memory"
         what = "this fits" if self.change.fits else "this comes nearest"
-        return f"{what}: {' '.join(self.change.overrides)}"
+        return f"{spread}{what}: {' '.join(self.change.overrides)}"
 
 
 def make_plan(
@@ -194,8 +207,9 @@ class Planner:
             return int(setting)
         if self.machine.device != "cuda":
             return CPU_TOKENS
-        sizes = self.blueprint.sizes
-        weights = sizes.weights + sizes.trained_bytes
+        sizes, shards = self.blueprint.sizes, self.blueprint.shards
+        trained = sizes.trained_bytes // (shards if self.recipe.lora == "none" else 1)
+        weights = sizes.weights // shards + trained
         return budget_for(self.config, weights, self.machine.memory, train.gradient_checkpointing)
 
     def memory(self) -> Memory:
@@ -221,6 +235,7 @@ class Planner:
             dtype=str(self.blueprint.dtype).removeprefix("torch."),
             at_hand=self.machine.memory,
             packed=self.packed,
+            spread=recipe.train.fsdp or recipe.model.device_map is not None,
             parameters=sizes.parameters,
             trained=sizes.trained,
             weights=phases["train"]["weights"],
@@ -229,40 +244,61 @@ class Planner:
             plain_tokens=tokens.plain,
             flops=self.flops(tokens),
             disk=self.disk(memory),
+            untimed=[name for name in UNTIMED if getattr(recipe.evaluate, name)],
         )
 
     def flops(self, tokens: Tokens) -> float:
         """Of training, the reference included; sampling not."""
         total = training_flops(self.blueprint, tokens, self._computed(tokens))
         if self.recipe.algorithm.needs_reference:
-            once = Tokens.of(self.steps.trees) if self.recipe.algorithm.data != "prompts" else tokens
+            once = self._referenced()
             total += scoring_flops(self.blueprint, once, self._computed(once))
         return total
 
     def seconds(self) -> dict[str, float]:
         """Of each phase, as measured on this machine; sampled completions at their full length. Loading and merging,
-        which are copying, are not in it."""
-        recipe, layers = self.recipe, self.blueprint.layers
+        which are copying, are not in it, nor is what `untimed` names."""
+        recipe, layers, processes = self.recipe, self.blueprint.layers, ranks.launched()
         algorithm, settings = recipe.algorithm, recipe.evaluate
         asked = settings.prompts if isinstance(settings.prompts, int) else len(settings.prompts)
+        answers = 0 if algorithm.scores_sequences else asked * settings.num_answers
         groups = algorithm.num_generations * recipe.train.batch_size if isinstance(algorithm, GRPO) else 0
         dtype = torch.float32 if self.machine.device == "cpu" else self.blueprint.dtype
-        rows = groups or max(asked * settings.num_answers, 1)
-        trees = self.steps.trees
+        rows = max((groups or answers) // processes, 1)
+        trees, held_out = self.steps.trees, Tokens.of([tree for tree in self.held_out if len(tree) > 1])
         rates = timing.measure(self.blueprint, trees, self.packed, dtype, rows, tokenizer_of(recipe.model))
-        trained = self.steps.tokens(algorithm.scores_prompt)
-        found = {"train": rates.training.seconds(self._computed(trained), trained.scored, layers)}
+
+        def scored(rate: timing.Rate, tokens: Tokens) -> float:
+            return rate.seconds(self._computed(tokens), tokens.scored, layers)
+
+        def written(completions: int, tokens: int) -> float:
+            return (max(completions / rates.rows, 1.0) if completions else 0.0) * tokens * rates.decoding
+
+        found = {"train": scored(rates.training, self.steps.tokens(algorithm.scores_prompt))}
+        found["train"] += self._measurements() * scored(rates.reference, held_out)
         if algorithm.needs_reference:
-            once = Tokens.of(trees) if algorithm.data != "prompts" else trained
-            found["reference"] = rates.reference.seconds(self._computed(once), once.scored, layers)
-        written = -(-len(self.steps.order) // algorithm.iterations) * groups
+            found["reference"] = scored(rates.reference, self._referenced())
+        once = scored(rates.evaluation, held_out) + written(answers, settings.max_new_tokens)
         if isinstance(algorithm, GRPO):
-            found["rollouts"] = written / rates.rows * algorithm.max_completion_length * rates.decoding
-        held_out = Tokens.of([tree for tree in self.held_out if len(tree) > 1])
-        answers = max(asked * settings.num_answers / rates.rows, 1) * settings.max_new_tokens * rates.decoding
-        scored = rates.evaluation.seconds(self._computed(held_out), held_out.scored, layers)
-        found["evaluate"] = 2 * (scored + (answers if asked else 0.0))
-        return {phase: round(seconds, 1) for phase, seconds in found.items()}
+            rollouts = -(-len(self.steps.order) // algorithm.iterations)
+            found["rollouts"] = written(rollouts * groups, algorithm.max_completion_length)
+            once += written(len(self.held_out), algorithm.max_completion_length)
+        # A model that scores answers is measured after training alone.
+        found["evaluate"] = once if algorithm.scores_sequences else 2 * once
+        alone = ("evaluate",) if recipe.train.fsdp else ()
+        return {phase: round(found[phase] / (1 if phase in alone else processes), 1) for phase in found}
+
+    def _referenced(self) -> Tokens:
+        """What the reference scores: stored completions once, sampled ones once for each rollout."""
+        recipe = self.recipe
+        if recipe.algorithm.data != "prompts":
+            return Tokens.of([*self.steps.trees, *(self.held_out if recipe.train.eval_steps else ())])
+        return Tokens(*(number // recipe.algorithm.iterations for number in astuple(self.steps.tokens(False))))
+
+    def _measurements(self) -> int:
+        """Of the held-out data while training."""
+        every, steps = self.recipe.train.eval_steps, len(self.steps.order)
+        return steps // math.ceil(every if every >= 1 else every * steps) if every else 0
 
     def _computed(self, tokens: Tokens) -> int:
         return tokens.unique if self.packed else tokens.plain
@@ -303,15 +339,18 @@ class Planner:
     # ---- what to change ----
 
     def with_change(self, plan: Plan) -> Plan:
-        """The plan with the fewest of the changes, in this order, that make it fit."""
+        """The plan with the fewest of the changes, in this order, that make it fit. What leaves the peak as it is, because
+        another phase is higher, may be what is needed once that one is lower."""
         values, fields = as_dict(self.recipe), dict[str, Any]()
         best: Change | None = None
-        for dotted, value in self._candidates(plan):
-            changed = self._changed(values, {**fields, dotted: value})
+        for change in 2 * self._candidates(plan):
+            if change.keys() <= fields.keys():
+                continue
+            changed = self._changed(values, fields | change)
             found = changed.plan()
             if found.peak >= (best.peak if best else plan.peak) and not found.fits:
                 continue
-            fields[dotted] = value
+            fields |= change
             best = Change(dict(fields), found.peak, found.fits)
             if not found.fits and found.largest_budget and found.largest_budget < found.budget:
                 smaller = {**fields, "train.max_tokens": found.largest_budget}
@@ -321,29 +360,28 @@ class Planner:
                 break
         return replace(plan, change=best)
 
-    def _candidates(self, plan: Plan) -> list[tuple[str, Any]]:
+    def _candidates(self, plan: Plan) -> list[dict[str, Any]]:
         recipe, model = self.recipe, self.recipe.model
         longest = max(tree[0] + max(tree[1:], default=0) for tree in self.steps.trees)
         whole = recipe.lora == "none"
+        four_bits = {"model.load_in_4bit": True, **({"model.load_in_8bit": False} if model.load_in_8bit else {})}
         smaller = plan.largest_budget is not None and plan.largest_budget < plan.budget
         offered = [
-            (smaller, "train.max_tokens", plan.largest_budget),
-            (self.blueprint.dtype == torch.float32 and not whole, "model.dtype", "bfloat16"),
-            (not recipe.train.gradient_checkpointing, "train.gradient_checkpointing", True),
-            (whole and "8bit" not in recipe.train.optim, "train.optim", "adamw_8bit"),
-            (not whole and not model.load_in_4bit, "model.load_in_4bit", True),
-            (merge_dtype(self.recipe, self.blueprint.dtype) == torch.float32, "merge.dtype", "bfloat16"),
-            (longest > STEP_OF_BUDGETS and recipe.algorithm.data != "prompts", "data.max_length", longest // 2),
+            (smaller, {"train.max_tokens": plan.largest_budget}),
+            (self.blueprint.dtype == torch.float32 and not whole, {"model.dtype": "bfloat16"}),
+            (not recipe.train.gradient_checkpointing, {"train.gradient_checkpointing": True}),
+            (whole and "8bit" not in recipe.train.optim, {"train.optim": "adamw_8bit"}),
+            (not whole and not model.load_in_4bit and not recipe.train.fsdp, four_bits),
+            (merge_dtype(self.recipe, self.blueprint.dtype) == torch.float32, {"merge.dtype": "bfloat16"}),
+            (longest > STEP_OF_BUDGETS and recipe.algorithm.data != "prompts", {"data.max_length": longest // 2}),
         ]
-        return [(dotted, value) for useful, dotted, value in offered if useful]
+        return [change for useful, change in offered if useful]
 
     def _changed(self, values: dict[str, Any], fields: dict[str, Any]) -> Planner:
         changed = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
         for dotted, value in fields.items():
             section, field = dotted.split(".")
             changed[section][field] = value
-        if "model.load_in_4bit" in fields:
-            changed["model"]["load_in_8bit"] = False
         recipe = make_recipe(changed)
         steps, held_out = self.steps, self.held_out
         if "data.max_length" in fields:

@@ -34,7 +34,7 @@ def print_plan(console: Console, plan: Values) -> None:
 
 def in_two_lines(plan: Values) -> list[str]:
     """What a run says before it begins."""
-    seconds = f", about {duration(sum(plan['seconds'].values()))}" if plan["seconds"] else ""
+    seconds = f", about {duration(sum(plan['seconds'].values()))}{_untimed(plan)}" if plan["seconds"] else ""
     return [
         f"{plan['optimizer_steps']:,} steps, {count(plan['tokens'])} tokens, {count(plan['flops'])} FLOPs{seconds}",
         f"memory {size(plan['peak'])} of {size(plan['at_hand'])} at hand, disk {size(plan['disk']['needed'])} of "
@@ -74,11 +74,15 @@ def plan_lines(plan: Values) -> list[tuple[str, str]]:
     lines.append(("work", f"{count(plan['flops'])} FLOPs of training"))
     if plan["seconds"]:
         parts = ", ".join(f"{phase} {duration(value)}" for phase, value in plan["seconds"].items())
-        lines.append(("time", parts))
+        lines.append(("time", parts + _untimed(plan)))
     disk = plan["disk"]
     parts = ", ".join(f"{name} {size(disk[name])}" for name in ("checkpoints", "adapter", "merged") if disk[name])
     lines.append(("disk", f"{parts}; {size(disk['free'])} free"))
     return lines
+
+
+def _untimed(plan: Values) -> str:
+    return f" without {', '.join(plan['untimed'])}" if plan["untimed"] else ""
 
 
 def _budget(plan: Values) -> str:

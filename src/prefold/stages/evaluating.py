@@ -149,8 +149,8 @@ def _measured_before(
 ) -> Measured:
     if _measured is None:
         return measure(recipe, recipe.model, held_out, prompts, "before")
-    train, sampled = recipe.train, sampling_of(recipe.algorithm) if isinstance(recipe.algorithm, GRPO) else None
-    settings = (recipe.model, recipe.data, recipe.algorithm.data, recipe.rewards, recipe.evaluate, sampled)
+    train, drawn = recipe.train, held_out_sampling(recipe)
+    settings = (recipe.model, recipe.data, recipe.algorithm.data, recipe.rewards, recipe.evaluate, drawn)
     rounding = (train.seed, train.max_tokens, train.gradient_checkpointing)
     key = repr((settings, rounding, fingerprint(held_out), inputs_of(recipe)))
     if key in _measured:
@@ -202,12 +202,12 @@ def _measure_rewards(
 ) -> tuple[list[Group], list[list[str]]]:
     """Rewards of a completion of each held-out prompt, sampled as in training, and answers of one model, which is
     released afterwards."""
-    assert isinstance(recipe.algorithm, GRPO)
+    drawn = held_out_sampling(recipe)
+    assert drawn is not None
     model = load_start(section, dtype="float32" if choose_device().type == "cpu" else None)
     tokenizer = tokenizer_of(section)
     columns = column_names(prompts_of(held_out))
     rewards = loaded_rewards(recipe, columns) if len(held_out) else []
-    drawn = replace(sampling_of(recipe.algorithm), num_answers=1)
     seeds = [seed_of(recipe.train.seed, place) for place in range(len(held_out))]
     with progress_bar(f"held-out prompts {when}", len(held_out)) as advance:
         completions = sample(model, tokenizer, [tree.prompt for tree in held_out.trees], drawn, seeds, advance)
@@ -216,6 +216,11 @@ def _measure_rewards(
     del model
     free_memory()
     return groups, answers
+
+
+def held_out_sampling(recipe: RecipeBase) -> Sampling | None:
+    """How a completion of each held-out prompt is drawn: as in training; None for methods that train on stored ones."""
+    return replace(sampling_of(recipe.algorithm), num_answers=1) if isinstance(recipe.algorithm, GRPO) else None
 
 
 def sampling(recipe: RecipeBase) -> Sampling:

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -294,15 +295,13 @@ class PreferenceTrainer(Trainer):
     @torch.no_grad()
     def measure(self, held_out: TreeSet) -> dict[str, float]:
         """Loss and metrics of held-out trees under the policy as it is, by the names of training with `eval_`."""
-        model, order = self.scorer.model, []
-        model.eval()
-        parts = []
-        for row, policy in self.scorer.scored(
-            held_out.trees, self.algorithm.needs_statistics, self.algorithm.scores_prompt
-        ):
-            order += row
-            parts.append(policy)
-        output = self.loss_of(concatenated(parts), held_out, order)
+        self.scorer.model.eval()
+        needs = self.algorithm
+        scored = self.scorer.scored(held_out.trees, needs.needs_statistics, needs.scores_prompt)
+        # In the same order everywhere: a process that rounds otherwise could find another checkpoint the best, or stop.
+        parts = sorted(scored, key=itemgetter(0))
+        order = [i for row, _ in parts for i in row]
+        output = self.loss_of(concatenated([policy for _, policy in parts]), held_out, order)
         loss = _per_unit(output, self.algorithm.units(held_out.trees))
         metrics = {name: value_of([metric]) for name, metric in output.metrics.items()}
         return {f"eval_{name}": value for name, value in {"loss": float(loss), **metrics}.items()}

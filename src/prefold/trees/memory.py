@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 CPU_TOKENS = 1024
@@ -38,7 +39,8 @@ def auto_max_tokens(model: PreTrainedModel, gradient_checkpointing: bool) -> int
     """The token budget for a model on its device, by the device's total memory, so that it is the same in every run."""
     if model.device.type != "cuda":
         return CPU_TOKENS
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
+    weights = sum(weight.numel() * weight.element_size() for weight in own)
     total = torch.cuda.get_device_properties(model.device).total_memory
     return budget_for(model.config, weights, total, gradient_checkpointing)
 

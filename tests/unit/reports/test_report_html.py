@@ -138,6 +138,7 @@ def planned(text: str) -> dict[str, Any]:
         "plain_tokens": 18_000,
         "flops": 1.2e15,
         "seconds": {"training": 200.0},
+        "untimed": ["tasks"],
         "disk": {"checkpoints": 1e8, "adapter": 2e7, "merged": 5e8, "needed": 6.2e8, "free": 1e10},
         "change": {"fits": True, "peak": 9e8, "yaml": f"train: {{max_tokens: 512}} # {text}"},
     }
