@@ -204,6 +204,29 @@ def test_the_best_is_kept_between_two_checkpoints(recipe: MakeRecipe) -> None:
     assert (folder / "adapter" / name).read_bytes() == kept.read_bytes()
 
 
+def test_the_best_step_may_have_no_checkpoint(recipe: MakeRecipe) -> None:
+    """Measured, but not wanted in the end, and one checkpoint kept."""
+    settings = {"eval_steps": 1, "save_steps": 4, "save_total_limit": 1, "metric_for_best_model": "loss"}
+    folder = prefold.train(recipe(train={**settings, "max_steps": 8, "learning_rate": 0.3}))
+    losses = {line["step"]: line["eval_loss"] for line in lines(folder)}
+    assert min(losses, key=lambda step: losses[step]) % 4
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["checkpoint-8"]
+
+
+def test_a_run_that_has_moved_ends_with_its_best(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended after its last checkpoint, before its adapter was there."""
+    best = {"eval_steps": 1, "save_steps": 4, "load_best_model_at_end": True}
+    settings: dict[str, Any] = {"train": {**best, "max_steps": 8, "learning_rate": 0.3}}
+    straight = prefold.train(recipe(**settings, output_dir=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        prefold.train(recipe(**settings))
+    recipe().run_folder.rename(tmp_path / "moved")
+    assert_same_bytes(prefold.train(recipe(**settings, output_dir=str(tmp_path / "moved"))), straight)
+
+
 # ---- checkpoints, weights, files --------------------------------------------------------------------------------
 
 

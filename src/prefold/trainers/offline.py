@@ -390,8 +390,7 @@ class PreferenceTrainer(Trainer):
 
     def _put_in_place(self, written: Path) -> None:
         self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        seal(written, self.scorer.max_tokens, self.carried, best)
+        seal(written, self.scorer.max_tokens, self.carried, self.best)
         self.record.settle()
         shutil.rmtree(self.checkpoints / written.name, ignore_errors=True)
         os.replace(written, self.checkpoints / written.name)
@@ -399,10 +398,19 @@ class PreferenceTrainer(Trainer):
             str(self.checkpoints), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
         )
 
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint. Where none is wanted in the end, the best step may have no checkpoint."""
+        return self.state.best_global_step if self.args.load_best_model_at_end else None
+
     def _point_to_best(self) -> None:
-        """Where the best checkpoint lies for good, not where it was written."""
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(self.checkpoints / f"checkpoint-{self.state.best_global_step}")
+        """Where the best checkpoint lies for good: not where it was written, nor where the run folder was then."""
+        self.state.best_model_checkpoint = str(self.checkpoints / f"checkpoint-{self.best}") if self.best else None
+
+    def _init_training_state(self, *args: Any, **settings: Any) -> tuple[int, int]:
+        found: tuple[int, int] = super()._init_training_state(*args, **settings)
+        self._point_to_best()
+        return found
 
     def _load_best_model(self) -> None:
         self._point_to_best()
