@@ -227,6 +227,27 @@ def test_a_run_that_has_moved_ends_with_its_best(
     assert_same_bytes(prefold.train(recipe(**settings, output_dir=str(tmp_path / "moved"))), straight)
 
 
+def test_a_broken_new_best_leaves_the_one_before(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The second step is the best until the last: what was saved between them cannot be gone on from without it."""
+    losses = {1: 0.6, 2: 0.4, 3: 0.5, 4: 0.5, 5: 0.5, 6: 0.3}
+
+    def measured(self: PreferenceTrainer, held_out: object) -> dict[str, float]:
+        return {"eval_loss": losses[self.state.global_step]}
+
+    monkeypatch.setattr(PreferenceTrainer, "measure", measured)
+    settings = {"eval_steps": 1, "save_steps": 4, "load_best_model_at_end": True}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        prefold.train(recipe(train=settings))
+    (recipe().run_folder / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
+    prefold.train(recipe(train=settings))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "checkpoint-6 is passed over: optimizer.pt is missing" in said
+    assert "going on after step 2" in said
+
+
 # ---- checkpoints, weights, files --------------------------------------------------------------------------------
 
 

@@ -124,6 +124,7 @@ class PreferenceTrainer(Trainer):
         self.algorithm, self.scorer, self.data, self.held_out = algorithm, scorer, data, held_out
         self.order, self.record = order, record
         self.carried: State = NO_STATE
+        self.best_before: int | None = None
         self.checkpoints = Path(str(args.output_dir))
         self._checkpoint_parent = self.checkpoints
         stopping: list[Any] = [EarlyStoppingCallback(patience)] if patience else []
@@ -354,8 +355,10 @@ class PreferenceTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As transformers', and a best one that is wanted in the end is saved whatever `save_steps` says."""
+        before = self.best
         is_best: bool = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.load_best_model_at_end:
+            self.best_before = before
             self.control.should_save = True
         return is_best
 
@@ -394,8 +397,13 @@ class PreferenceTrainer(Trainer):
         self.record.settle()
         shutil.rmtree(self.checkpoints / written.name, ignore_errors=True)
         os.replace(written, self.checkpoints / written.name)
+        # The newest stays anyway. Should it turn out broken, the one before is worth nothing without its own best.
+        is_new_best = self.best == self.state.global_step and self.args.save_total_limit != 1
+        best = self.best_before if is_new_best else self.best
         rotate_checkpoints(
-            str(self.checkpoints), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+            str(self.checkpoints),
+            self.args.save_total_limit,
+            best_model_checkpoint=str(self.checkpoints / f"checkpoint-{best}") if best else None,
         )
 
     @property
