@@ -100,7 +100,8 @@ def _outside(recipe: RecipeBase) -> list[TrainerCallback]:
 
 def _watch(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Watch:
     dtype = choose_dtype(recipe.model.dtype, choose_device())
-    facts = Facts(len(order), recipe.train.learning_rate, scales_gradients=dtype == torch.float16)
+    settings = recipe.train
+    facts = Facts(len(order), settings.learning_rate, settings.batch_size, scales_gradients=dtype == torch.float16)
     origins = prepared.train.origins
     return Watch(
         recipe.guards.actions,
