@@ -23,6 +23,9 @@ ENOUGH = 32
 """Pairs, or groups, that are no accident: steps that hold one or two are many times right or equal by luck."""
 SOME = 10
 """Steps whose mean says where a metric stands."""
+ACCURACIES = ("rewards/accuracies", "accuracy")
+MARGINS = ("rewards/margins", "margin")
+"""Of pairs, and the names that they have in a reward model's run."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,10 @@ def stuck_at_start(history: History, facts: Facts) -> Sighting | None:
     """A DPO loss that stays at ln 2: the policy is still the reference. Warm-up does not count."""
     needed = max(2 * SOME, facts.steps // 10)
     lines = [line for line in history[-needed:] if line.get("learning_rate", 0.0) >= facts.learning_rate / 2]
-    if len(lines) < needed or "rewards/margins" not in history[-1]:
+    margins = _named(MARGINS, history[-1])
+    if len(lines) < needed or margins not in history[-1]:
         return None
-    loss, margin = (fmean(line.get(name, math.nan) for line in lines) for name in ("loss", "rewards/margins"))
+    loss, margin = (fmean(line.get(name, math.nan) for line in lines) for name in ("loss", margins))
     if not (abs(loss - LN_2) < 2e-3 and abs(margin) < 4e-3):
         return None
     return Sighting(
@@ -128,7 +132,7 @@ def chosen_falling(history: History, facts: Facts) -> Sighting | None:
 def too_easy(history: History, facts: Facts) -> Sighting | None:
     """Every pair told right within a few steps."""
     needed = _steps_of_enough(facts)
-    values = _latest(history, "rewards/accuracies", needed)
+    values = _latest(history, _named(ACCURACIES, history[-1]), needed)
     if not values or min(values) < 1 or len(history) > max(2 * SOME, facts.steps // 10, needed):
         return None
     return Sighting(
@@ -141,7 +145,7 @@ def too_easy(history: History, facts: Facts) -> Sighting | None:
 
 def held_out_falling(history: History, facts: Facts) -> Sighting | None:
     """Three measurements in a row well below the best before them."""
-    name = "eval_rewards/margins"
+    name = _named(tuple(f"eval_{name}" for name in MARGINS), history[-1])
     if name not in history[-1]:
         return None
     values = [line[name] for line in history if name in line]
@@ -160,10 +164,11 @@ def held_out_falling(history: History, facts: Facts) -> Sighting | None:
 
 def undertrained(history: History, facts: Facts) -> Sighting | None:
     """At the end of a run: pairs are told apart no better than by a coin."""
-    lines = [line for line in history[-max(FEW, len(history) // 4) :] if "rewards/accuracies" in line]
+    names = [_named(known, history[-1]) for known in (ACCURACIES, MARGINS)]
+    lines = [line for line in history[-max(FEW, len(history) // 4) :] if names[0] in line]
     if len(lines) < FEW:
         return None
-    accuracy, margin = (fmean(line.get(name, math.nan) for line in lines) for name in _APART)
+    accuracy, margin = (fmean(line.get(name, math.nan) for line in lines) for name in names)
     if not (accuracy < 0.55 and abs(margin) < 0.05):
         return None
     return Sighting(
@@ -172,9 +177,6 @@ def undertrained(history: History, facts: Facts) -> Sighting | None:
         f"train for longer, or raise `train.learning_rate` (it was {facts.learning_rate:.1g}) or `lora.r`; one pass "
         "over a few hundred pairs at a small rate is rarely enough",
     )
-
-
-_APART = ("rewards/accuracies", "rewards/margins")
 
 
 # ---- rollouts ---------------------------------------------------------------------------------------------------
@@ -248,6 +250,11 @@ def _latest(history: History, name: str, count: int) -> list[float]:
         if len(values) == count:
             return values[::-1]
     return []
+
+
+def _named(names: Sequence[str], line: Mapping[str, float]) -> str:
+    """By which of its names a step has a metric; the first where it has none."""
+    return next((name for name in names if name in line), names[0])
 
 
 def _steps_of_enough(facts: Facts) -> int:

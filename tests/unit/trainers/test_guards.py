@@ -92,6 +92,13 @@ def test_it_is_silent_in_a_good_run(name: str, line: Callable[[int], Line]) -> N
     assert not any(seen)
 
 
+@pytest.mark.parametrize("name", ["stuck_at_start", "too_easy", "held_out_falling", "undertrained"])
+def test_a_reward_model_has_other_names_for_the_same(name: str) -> None:
+    renamed = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "eval_rewards/margins": "eval_margin"}
+    lines = [{renamed.get(metric, metric): value for metric, value in line.items()} for line in RED[name]]
+    assert said(name, lines) == said(name, RED[name])
+
+
 def test_not_finite_says_which_and_names_the_rows() -> None:
     found = said("not_finite", history(4, lambda step: {"grad_norm": math.inf if step == 4 else float(step)}))
     assert found is not None and found.of_rows
