@@ -293,6 +293,20 @@ def test_a_changed_base_is_refused(recipe: MakeRecipe, tiny_model: Path, tmp_pat
             stage(recipe(model={"name": str(base)}))
 
 
+def test_the_same_weights_with_other_settings_are_another_base(
+    recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    prefold.train(recipe(model={"name": str(base)}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(UserError, match="base model: is not what it was when this run began"):
+        prefold.merge(recipe(model={"name": str(base)}))
+
+
 def test_changed_data_is_shown_in_rows(recipe: MakeRecipe, pairs: Path) -> None:
     prefold.train(recipe())
     pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[:-1]))
