@@ -22,6 +22,7 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        settle(temporary)  # else a power failure may leave the name without its content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
