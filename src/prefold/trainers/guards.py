@@ -206,7 +206,8 @@ def equal_rewards(history: History, facts: Facts) -> Sighting | None:
     if not values or min(values) < 0.99:
         return None
     return Sighting(
-        f"in the last {needed} rollouts all completions of a prompt got the same reward: there is nothing to learn from",
+        f"in the last {needed} rollouts all completions of a prompt got the same reward: there is nothing to learn "
+        "from",
         "read the completions and rewards in rollouts.jsonl; take prompts that are neither too hard nor too easy, a "
         "reward with more than two values, a higher `temperature`, or more `num_generations`",
     )

@@ -80,7 +80,8 @@ def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
     digest = hashlib.sha256(f"{VERSION} attention={scorer.attention} {dtype} torch={torch.__version__}".encode())
     base = {name: tensor for name, tensor in scorer.model.state_dict().items() if "lora_" not in name}
     adapter = frozen_adapter(scorer.model)
-    config = {name: value for name, value in unwrapped(scorer.model).config.to_dict().items() if name != "_name_or_path"}
+    settings = unwrapped(scorer.model).config.to_dict()
+    config = {name: value for name, value in settings.items() if name != "_name_or_path"}
     digest.update(json.dumps(config, default=str, sort_keys=True).encode())
     hash_tensors(digest, [*base.items(), *adapter.items()])
     for module in scorer.model.modules():
