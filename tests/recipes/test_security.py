@@ -67,6 +67,14 @@ def test_no_secret_reaches_the_message_of_a_failure(
     assert_free_of_secrets(tmp_path, *capfd.readouterr())
 
 
+def test_a_password_in_an_address_is_written_nowhere(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The run folder gets the recipe before anybody looks at the judge."""
+    judge = {"endpoint": f"http://me:{SECRETS['OPENAI_API_KEY']}@localhost/v1", "model": "m"}
+    with pytest.raises(UserError, match="holds a password") as caught:
+        prefold.run(recipe(evaluate={"win_rate": {"judge": judge}}))
+    assert_free_of_secrets(tmp_path, str(caught.value))
+
+
 # ---- the network ------------------------------------------------------------------------------------------------
 
 
