@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefold.errors import UserError
+
+PATIENCE = 5.0
+"""Seconds in which a process that was just killed lets go of its folder."""
 
 
 @contextmanager
@@ -56,6 +61,33 @@ def settle(path: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def held(folder: Path, where: str) -> Iterator[None]:
+    """Have a folder to oneself, until this process ends however it ends; where the file system knows locks.
+
+    Raises:
+        UserError: another process has it.
+    """
+    descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    try:
+        while _is_held_elsewhere(descriptor):
+            if time.monotonic() > deadline:
+                advice = "wait for it or end it, or choose another `output_dir`"
+                raise UserError("another process is at work in this folder", where=where, advice=advice)
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held_elsewhere(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
 
 
 def sweep(folder: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer
 import prefold
 from prefold.cli import explain, main
 from prefold.errors import UserError
+from prefold.files import held
 from prefold.recipe import RecipeBase, dump_recipe
 from prefold.trainers.offline import PreferenceTrainer
 
@@ -169,6 +170,20 @@ def test_what_a_killed_process_left_is_swept_and_does_not_block_the_folder(recip
     with pytest.raises(UserError, match="neither empty nor a run folder"):
         prefold.train(recipe())
     assert sorted(path.name for path in folder.iterdir()) == [f".adapter.{os.getppid()}.tmp", ".mine"]
+
+
+def test_two_at_work_in_one_folder_are_one_too_many(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is queued again, say, before the first one has ended: both would write `metrics.jsonl`."""
+    monkeypatch.setattr("prefold.files.PATIENCE", 0.0)
+    folder = recipe().run_folder
+    folder.mkdir()
+    with held(folder, "run"):
+        with pytest.raises(UserError, match="another process is at work in this folder"):
+            prefold.train(recipe())
+        assert list(folder.iterdir()) == []
+    prefold.train(recipe())
+    with held(folder, "run"):
+        prefold.report(recipe())  # of what there is, at any time
 
 
 # ---- the best checkpoint and early stopping ---------------------------------------------------------------------
