@@ -297,7 +297,7 @@ def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
     found = []
     for stage in stages_of(recipe):
         outdated = outdated or any(_section_of(name) in stage.sections for name in changed)
-        if outdated and stage.name == "train" and (stage.is_done(folder) or (folder / "checkpoints").exists()):
+        if outdated and stage.name == "train" and (stage.is_done(folder) or _has_checkpoints(folder)):
             shown = "; ".join(f"`{name}` was {old.get(name)!r}, is {new.get(name)!r}" for name in changed[:5])
             raise UserError(
                 f"holds a run that was trained with other settings: {shown}",
@@ -307,6 +307,10 @@ def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
         if outdated:
             found.append(stage)
     return found
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("checkpoint-*"))
 
 
 def _section_of(name: str) -> str:

@@ -81,6 +81,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
             trainer.scorer.max_tokens, trainer.carried = kept_in(checkpoint)
             say(f"  going on after step {done}")
         with scorer.in_place():
+            trainer.require_metric()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave()
     target = folder / ("trained" if recipe.lora == "none" else "adapter")

@@ -13,6 +13,7 @@ the gradients of the loss by these log-probs, then, budget by budget, the backwa
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import time
@@ -308,6 +309,25 @@ class PreferenceTrainer(Trainer):
         metrics = {name: value_of([metric]) for name, metric in output.metrics.items()}
         return {f"eval_{name}": value for name, value in {"loss": float(loss), **metrics}.items()}
 
+    def require_metric(self) -> None:
+        """Ask for the metric by which checkpoints are to be told apart now: its first measurement may be hours away.
+
+        Raises:
+            UserError: held-out data have no metric of that name.
+        """
+        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if wanted in ("", "loss") or self.held_out is None or not self.held_out.trees:
+            return
+        known = sorted(name.removeprefix("eval_") for name in self.measure(_one_of_each(self.held_out)))
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, known, n=1)
+            raise UserError(
+                f"held-out data have no metric `{wanted}`",
+                where="`train.metric_for_best_model`",
+                expected=f"one of: {', '.join(known)}",
+                advice=f"did you mean `{near[0]}`?" if near else "",
+            )
+
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
         """What `log` has just measured, for the choice of the best checkpoint and for early stopping."""
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, self.held_out_metrics)
@@ -459,6 +479,17 @@ def save_weights(model: Any, folder: Path) -> None:
         settings = {"save_embedding_layers": False, "state_dict": whole_weights(model)}
     with quiet():
         model.save_pretrained(folder, is_main_process=ranks.is_first(), **settings)
+
+
+def _one_of_each(data: TreeSet) -> TreeSet:
+    """The first tree, or where trees have labels, the first one of each."""
+    labels = data.labels
+    places = [0] if labels is None else sorted({list(labels).index(label) for label in set(labels)})
+    return TreeSet(
+        [data.trees[place] for place in places],
+        data.reference and [data.reference[place] for place in places],
+        labels and [labels[place] for place in places],
+    )
 
 
 def _per_unit(output: LossOutput, units: dict[str, int]) -> Tensor:
