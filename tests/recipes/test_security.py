@@ -262,6 +262,22 @@ def test_reward_code_is_read_from_the_named_file_alone(
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_of_a_task_is_run_from_the_named_folder_alone(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text("task: mine\ncustom_dataset: !function mine.questions\n")
+    (tasks / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef questions(**_): return {{}}\n")
+    monkeypatch.chdir(tasks)
+    with pytest.raises(UserError, match="there is no task `mine`"):
+        prefold.check(recipe(evaluate={"tasks": ["mine"]}))
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UserError, match="the task `mine`"):  # which is half a task, and runs all the same
+        prefold.check(recipe(evaluate={"tasks": ["mine"], "include_path": str(tasks)}))
+    assert (tmp_path / "ran").exists()
+
+
 def test_there_is_no_server_to_protect() -> None:
     """Should one come, it listens on loopback and asks for a token; this test is to be replaced then."""
     for path in SOURCES:
