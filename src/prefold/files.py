@@ -170,6 +170,11 @@ def without_home(path: str) -> str:
     return "~" + path[len(home) :] if path == home or path.startswith(home + os.sep) else path
 
 
+def without_secrets(text: str) -> str:
+    """`text` without the user names, passwords and tokens that the address of an index or a mirror can carry."""
+    return re.sub(r"//[^/\s@]+@", "//", text)
+
+
 def cache_folder() -> Path:
     """Where converted models and reference log-probs are kept: `$PREFOLD_CACHE`, else the user's cache folder."""
     if chosen := os.environ.get("PREFOLD_CACHE"):

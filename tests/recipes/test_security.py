@@ -75,6 +75,25 @@ def test_a_password_in_an_address_is_written_nowhere(recipe: MakeRecipe, tmp_pat
     assert_free_of_secrets(tmp_path, str(caught.value))
 
 
+def test_the_password_of_a_mirror_reaches_no_message(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF_ENDPOINT may hold one, and clients quote the address that failed."""
+    import datasets
+
+    from prefold.cli import explain
+
+    error = OSError(f"404 Client Error: Not Found for url: https://me:{SECRETS['HF_TOKEN']}@mirror.example/api")
+
+    def fail(*args: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"Not Found for url: https://mirror\.example/api") as caught:
+        prefold.run(recipe(data={"train": [{"path": "some/pairs"}]}))
+    assert_free_of_secrets(tmp_path, str(caught.value), explain(RuntimeError(str(error)))[0])
+
+
 # ---- the network ------------------------------------------------------------------------------------------------
 
 
