@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from prefold.errors import StageError, UserError
-from prefold.files import storage_trouble
+from prefold.files import storage_trouble, without_secrets
 from prefold.launch import launch, launched
 
 app = typer.Typer(
@@ -464,7 +464,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), 2 if isinstance(error, UserError) else 1
     if trouble := storage_trouble(error):
         return f"{trouble}\n  to do: make room or mend the folder, and start again: what was done is kept", 1
-    return f"{type(error).__name__}: {error}\n  to do: `prefold --debug ...` shows where it happened", 1
+    told = without_secrets(f"{type(error).__name__}: {error}")
+    return f"{told}\n  to do: `prefold --debug ...` shows where it happened", 1
 
 
 def fail(message: str, code: int) -> NoReturn:

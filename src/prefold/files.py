@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefold.errors import UserError
+
+PATIENCE = 5.0
+"""Seconds in which a process that was just killed lets go of its folder."""
 
 
 @contextmanager
@@ -22,6 +27,7 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        settle(temporary)  # else a power failure may leave the name without its content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,6 +61,33 @@ def settle(path: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def held(folder: Path, where: str) -> Iterator[None]:
+    """Have a folder to oneself, until this process ends however it ends; where the file system knows locks.
+
+    Raises:
+        UserError: another process has it.
+    """
+    descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    try:
+        while _is_held_elsewhere(descriptor):
+            if time.monotonic() > deadline:
+                advice = "wait for it or end it, or choose another `output_dir`"
+                raise UserError("another process is at work in this folder", where=where, advice=advice)
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held_elsewhere(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
 
 
 def sweep(folder: Path) -> None:
@@ -135,6 +168,11 @@ def without_home(path: str) -> str:
     """`path` with the user's home folder written as `~`, so that a run folder can be handed on."""
     home = str(Path.home())
     return "~" + path[len(home) :] if path == home or path.startswith(home + os.sep) else path
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the user names, passwords and tokens that the address of an index or a mirror can carry."""
+    return re.sub(r"//[^/\s@]+@", "//", text)
 
 
 def cache_folder() -> Path:

@@ -24,14 +24,16 @@ logger = logging.getLogger("prefold")
 PIECE, PIECES = 2**16, 256
 """Bytes of a piece, and pieces of a file."""
 DATA = ("train", "held_out")
+WHOLE = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json")
+"""What makes a model or an adapter. Its tokenizer shows in the data."""
 SHOWN = 5
 
 
 def inputs_of(recipe: RecipeBase) -> dict[str, str]:
-    """Fingerprints of the base model's weights, of the adapter to go on from and of the reward files."""
-    files = {"base model": sorted(fetch(recipe.model.name, recipe.model.revision).glob("*.safetensors"))}
+    """Fingerprints of the base model, of the adapter to go on from and of the reward files."""
+    files = {"base model": _weights_and_settings(fetch(recipe.model.name, recipe.model.revision))}
     if recipe.model.adapter:
-        files["starting adapter"] = sorted(Path(recipe.model.adapter).expanduser().glob("*.safetensors"))
+        files["starting adapter"] = _weights_and_settings(Path(recipe.model.adapter).expanduser())
     for reward in recipe.rewards:
         if reward.file:
             files[f"reward file {without_home(reward.file)}"] = [Path(reward.file).expanduser()]
@@ -77,6 +79,11 @@ def row_list(rows: Sequence[RowId]) -> str:
     for row in rows:
         by_source.setdefault(row.source, []).append(row.row)
     return "; ".join(f"{source} {', '.join(map(str, sorted(numbers)))}" for source, numbers in by_source.items())
+
+
+def _weights_and_settings(folder: Path) -> list[Path]:
+    """The same weights compute something else by another scaling of positions, or of LoRA."""
+    return sorted(path for pattern in WHOLE for path in folder.glob(pattern))
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:

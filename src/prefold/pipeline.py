@@ -22,7 +22,7 @@ import yaml
 
 from prefold import publishing, ranks
 from prefold.errors import StageError, UserError
-from prefold.files import read_json, require_writable, sweep, write_text
+from prefold.files import held, read_json, require_writable, sweep, write_text
 from prefold.plan.memory import bytes_of
 from prefold.publishing import require_ready, require_section
 from prefold.recipe import RecipeBase, as_dict, dump_recipe, load_recipe
@@ -205,7 +205,7 @@ def _perform_until(last: str, recipe: RecipeBase, fresh: bool) -> Path:
 
 
 def _redo(name: str, recipe: RecipeBase) -> Path:
-    with _open_run_folder(recipe) as folder:
+    with _open_run_folder(recipe, alone=name != "report") as folder:
         before = [stage.name for stage in stages_of(recipe)].index(name)
         *earlier, wanted = stages_of(recipe)[: before + 1]
         needed = [stage.name for stage in earlier if not stage.is_done(folder)] if name != "report" else []
@@ -240,10 +240,29 @@ def _perform(stage: Stage, recipe: RecipeBase) -> None:
 
 
 @contextmanager
-def _open_run_folder(recipe: RecipeBase, fresh: bool = False) -> Iterator[Path]:
-    """The run folder, ready for this recipe; the log goes to its `run.log` meanwhile."""
+def _open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True) -> Iterator[Path]:
+    """The run folder, ready for this recipe; the log goes to its `run.log` meanwhile.
+
+    Args:
+        alone: what is done in it cannot be done beside another process: two would write the same lines.
+    """
     folder = recipe.run_folder
     require_writable(folder)
+    with held(folder, recipe.output_dir) if alone else nullcontext():
+        _make_ready(recipe, folder, fresh)
+        handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk has a message of its own
+        logger = logging.getLogger("prefold")
+        logger.addHandler(handler)
+        try:
+            yield folder
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool) -> None:
     sweep(folder)
     if any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
         raise UserError(
@@ -257,16 +276,6 @@ def _open_run_folder(recipe: RecipeBase, fresh: bool = False) -> Iterator[Path]:
     forget_data()
     _accept_changes(recipe, folder)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk has a message of its own
-    logger = logging.getLogger("prefold")
-    logger.addHandler(handler)
-    try:
-        yield folder
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
 
 
 def _accept_changes(recipe: RecipeBase, folder: Path) -> None:
@@ -292,7 +301,7 @@ def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
     found = []
     for stage in stages_of(recipe):
         outdated = outdated or any(_section_of(name) in stage.sections for name in changed)
-        if outdated and stage.name == "train" and (stage.is_done(folder) or (folder / "checkpoints").exists()):
+        if outdated and stage.name == "train" and (stage.is_done(folder) or _has_checkpoints(folder)):
             shown = "; ".join(f"`{name}` was {old.get(name)!r}, is {new.get(name)!r}" for name in changed[:5])
             raise UserError(
                 f"holds a run that was trained with other settings: {shown}",
@@ -302,6 +311,10 @@ def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
         if outdated:
             found.append(stage)
     return found
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("checkpoint-*"))
 
 
 def _section_of(name: str) -> str:

@@ -25,7 +25,15 @@ from prefold.errors import StageError, UserError
 from prefold.evaluation.best_of_many import best_of_many, holm
 from prefold.evaluation.heldout import CHANCE
 from prefold.evaluation.paired import LEVEL
-from prefold.files import read_json, read_jsonl, require_writable, storage_trouble, without_home, write_json
+from prefold.files import (
+    read_json,
+    read_jsonl,
+    require_writable,
+    storage_trouble,
+    without_home,
+    without_secrets,
+    write_json,
+)
 from prefold.pipeline import outdated_stages, run, stages_of
 from prefold.recipe import RecipeBase, load_recipe, parse_yaml
 from prefold.reports.sweep import write_sweep
@@ -254,7 +262,8 @@ def _failure_of(point: Point) -> str:
     except Exception as error:
         if storage_trouble(error) or os.environ.get("PREFOLD_DEBUG"):
             raise
-        message = str(error) if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {error}"
+        told = str(error) if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {error}"
+        message = without_secrets(told)
     # Outside the handler, whose traceback would keep the model alive.
     free_memory()
     return message

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer
 import prefold
 from prefold.cli import explain, main
 from prefold.errors import UserError
+from prefold.files import held
 from prefold.recipe import RecipeBase, dump_recipe
 from prefold.trainers.offline import PreferenceTrainer
 
@@ -171,6 +172,20 @@ def test_what_a_killed_process_left_is_swept_and_does_not_block_the_folder(recip
     assert sorted(path.name for path in folder.iterdir()) == [f".adapter.{os.getppid()}.tmp", ".mine"]
 
 
+def test_two_at_work_in_one_folder_are_one_too_many(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is queued again, say, before the first one has ended: both would write `metrics.jsonl`."""
+    monkeypatch.setattr("prefold.files.PATIENCE", 0.0)
+    folder = recipe().run_folder
+    folder.mkdir()
+    with held(folder, "run"):
+        with pytest.raises(UserError, match="another process is at work in this folder"):
+            prefold.train(recipe())
+        assert list(folder.iterdir()) == []
+    prefold.train(recipe())
+    with held(folder, "run"):
+        prefold.report(recipe())  # of what there is, at any time
+
+
 # ---- the best checkpoint and early stopping ---------------------------------------------------------------------
 
 
@@ -202,6 +217,50 @@ def test_the_best_is_kept_between_two_checkpoints(recipe: MakeRecipe) -> None:
     name = "adapter_model.safetensors"
     kept = folder / "checkpoints" / f"checkpoint-{step}" / name
     assert (folder / "adapter" / name).read_bytes() == kept.read_bytes()
+
+
+def test_the_best_step_may_have_no_checkpoint(recipe: MakeRecipe) -> None:
+    """Measured, but not wanted in the end, and one checkpoint kept."""
+    settings = {"eval_steps": 1, "save_steps": 4, "save_total_limit": 1, "metric_for_best_model": "loss"}
+    folder = prefold.train(recipe(train={**settings, "max_steps": 8, "learning_rate": 0.3}))
+    losses = {line["step"]: line["eval_loss"] for line in lines(folder)}
+    assert min(losses, key=lambda step: losses[step]) % 4
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["checkpoint-8"]
+
+
+def test_a_run_that_has_moved_ends_with_its_best(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended after its last checkpoint, before its adapter was there."""
+    best = {"eval_steps": 1, "save_steps": 4, "load_best_model_at_end": True}
+    settings: dict[str, Any] = {"train": {**best, "max_steps": 8, "learning_rate": 0.3}}
+    straight = prefold.train(recipe(**settings, output_dir=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        prefold.train(recipe(**settings))
+    recipe().run_folder.rename(tmp_path / "moved")
+    assert_same_bytes(prefold.train(recipe(**settings, output_dir=str(tmp_path / "moved"))), straight)
+
+
+def test_a_broken_new_best_leaves_the_one_before(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The second step is the best until the last: what was saved between them cannot be gone on from without it."""
+    losses = {1: 0.6, 2: 0.4, 3: 0.5, 4: 0.5, 5: 0.5, 6: 0.3}
+
+    def measured(self: PreferenceTrainer, held_out: object) -> dict[str, float]:
+        return {"eval_loss": losses[self.state.global_step]}
+
+    monkeypatch.setattr(PreferenceTrainer, "measure", measured)
+    settings = {"eval_steps": 1, "save_steps": 4, "load_best_model_at_end": True}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        prefold.train(recipe(train=settings))
+    (recipe().run_folder / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
+    prefold.train(recipe(train=settings))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "checkpoint-6 is passed over: optimizer.pt is missing" in said
+    assert "going on after step 2" in said
 
 
 # ---- checkpoints, weights, files --------------------------------------------------------------------------------
@@ -247,6 +306,20 @@ def test_a_changed_base_is_refused(recipe: MakeRecipe, tiny_model: Path, tmp_pat
     for stage in (prefold.merge, prefold.run):
         with pytest.raises(UserError, match=r"base model: is not what it was when this run began \(base model was"):
             stage(recipe(model={"name": str(base)}))
+
+
+def test_the_same_weights_with_other_settings_are_another_base(
+    recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    prefold.train(recipe(model={"name": str(base)}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(UserError, match="base model: is not what it was when this run began"):
+        prefold.merge(recipe(model={"name": str(base)}))
 
 
 def test_changed_data_is_shown_in_rows(recipe: MakeRecipe, pairs: Path) -> None:

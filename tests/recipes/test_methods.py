@@ -137,6 +137,16 @@ def test_training_stops_early_where_nothing_gets_better(recipe: MakeRecipe) -> N
     assert 3 <= len(lines(folder)) < 40
 
 
+def test_a_metric_that_there_is_not_is_told_before_the_first_step(recipe: MakeRecipe) -> None:
+    train = {"eval_steps": 5, "metric_for_best_model": "eval_rewards/margin"}
+    with pytest.raises(UserError, match=r"no metric `rewards/margin`(.|\n)*did you mean `rewards/margins`"):
+        prefold.train(recipe(train=train))
+    assert not (recipe().run_folder / "metrics.jsonl").exists()
+    # Nothing was trained yet, so it can be mended without further ado.
+    folder = prefold.train(recipe(train={**train, "metric_for_best_model": "rewards/margins"}))
+    assert len(lines(folder)) == 6
+
+
 @pytest.mark.parametrize(
     "train, message",
     [

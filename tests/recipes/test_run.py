@@ -307,3 +307,17 @@ def test_models_are_released(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     prefold.run(recipe())
     assert left == {"train": 0, "merge": 0, "evaluate": 0}
+
+
+def test_a_kept_reference_is_of_these_settings_of_the_model(
+    recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The same weights by another configuration: at the first step the policy is still its reference."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    changes: dict[str, Any] = {"model": {"name": str(base)}, "lora": {"lora_dropout": 0.0}, "train": {"max_steps": 1}}
+    for eps in (1e-6, 0.1):
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": eps}))
+        folder = prefold.train(recipe(**changes, output_dir=str(tmp_path / f"eps-{eps}")))
+        assert lines(folder / "metrics.jsonl")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)

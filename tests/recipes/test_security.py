@@ -67,6 +67,33 @@ def test_no_secret_reaches_the_message_of_a_failure(
     assert_free_of_secrets(tmp_path, *capfd.readouterr())
 
 
+def test_a_password_in_an_address_is_written_nowhere(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The run folder gets the recipe before anybody looks at the judge."""
+    judge = {"endpoint": f"http://me:{SECRETS['OPENAI_API_KEY']}@localhost/v1", "model": "m"}
+    with pytest.raises(UserError, match="holds a password") as caught:
+        prefold.run(recipe(evaluate={"win_rate": {"judge": judge}}))
+    assert_free_of_secrets(tmp_path, str(caught.value))
+
+
+def test_the_password_of_a_mirror_reaches_no_message(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF_ENDPOINT may hold one, and clients quote the address that failed."""
+    import datasets
+
+    from prefold.cli import explain
+
+    error = OSError(f"404 Client Error: Not Found for url: https://me:{SECRETS['HF_TOKEN']}@mirror.example/api")
+
+    def fail(*args: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"Not Found for url: https://mirror\.example/api") as caught:
+        prefold.run(recipe(data={"train": [{"path": "some/pairs"}]}))
+    assert_free_of_secrets(tmp_path, str(caught.value), explain(RuntimeError(str(error)))[0])
+
+
 # ---- the network ------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +279,22 @@ def test_reward_code_is_read_from_the_named_file_alone(
     with pytest.raises(UserError, match="`mine` is not a built-in reward"):
         recipe(**settings, rewards=[{"name": "mine"}])
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_task_is_run_from_the_named_folder_alone(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text("task: mine\ncustom_dataset: !function mine.questions\n")
+    (tasks / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef questions(**_): return {{}}\n")
+    monkeypatch.chdir(tasks)
+    with pytest.raises(UserError, match="there is no task `mine`"):
+        prefold.check(recipe(evaluate={"tasks": ["mine"]}))
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UserError, match="the task `mine`"):  # which is half a task, and runs all the same
+        prefold.check(recipe(evaluate={"tasks": ["mine"], "include_path": str(tasks)}))
+    assert (tmp_path / "ran").exists()
 
 
 def test_there_is_no_server_to_protect() -> None:

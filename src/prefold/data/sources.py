@@ -20,7 +20,7 @@ from typing import Any
 from prefold.data.formats import READABLE, RawRow, read_file, reader_for
 from prefold.data.preference import RowId
 from prefold.errors import UserError
-from prefold.files import without_home
+from prefold.files import without_home, without_secrets
 from prefold.recipe import Rows
 
 __all__ = ["BUILTIN_PREFIX", "RawRow", "read_rows", "source_name"]
@@ -205,7 +205,7 @@ def _hub_rows(source: Rows) -> Iterator[RawRow]:
     failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 
     def failed(error: Exception) -> UserError:
-        reason = str(error).partition("\n")[0]
+        reason = without_secrets(str(error).partition("\n")[0])
         return UserError(
             f"no such file, and the data set cannot be had from the Hub: {reason or type(error).__name__}",
             where=source_name(source),

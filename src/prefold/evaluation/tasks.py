@@ -28,7 +28,7 @@ from prefold.evaluation.samples import OpenTask, primary_metric, scores_of
 from prefold.evaluation.scores import TaskScores
 from prefold.evaluation.suites import SUITES, Wanted, wanted_by
 from prefold.evaluation.task_names import WHERE, manager_of
-from prefold.files import cache_folder, without_home
+from prefold.files import cache_folder, without_home, without_secrets
 from prefold.models.adapters import load_start
 from prefold.models.load import choose_device, quiet, tokenizer_of
 from prefold.recipe import Evaluate, Model
@@ -86,7 +86,7 @@ def _opened(manager: TaskManager, wanted: Wanted, num_fewshot: int | None) -> li
 def _cannot_be_opened(manager: TaskManager, name: str, error: Exception) -> UserError:
     entry = manager.task_index.get(name)
     data = (entry.cfg or {}).get("dataset_path") if entry else None
-    first = without_home((str(error).splitlines() or [""])[0])
+    first = without_secrets(without_home((str(error).splitlines() or [""])[0]))
     advice = "see that its files are there, and that its YAML names them"
     if isinstance(data, str) and data not in ("json", "csv", "parquet", "text", "arrow"):
         advice = (

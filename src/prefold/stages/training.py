@@ -82,6 +82,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
             trainer.scorer.max_tokens, trainer.carried = kept_in(checkpoint)
             say(f"  going on after step {done}")
         with scorer.in_place():
+            trainer.require_metric()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave()
     target = folder / ("trained" if recipe.lora == "none" else "adapter")
@@ -101,7 +102,8 @@ def _outside(recipe: RecipeBase) -> list[TrainerCallback]:
 
 def _watch(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Watch:
     dtype = choose_dtype(recipe.model.dtype, choose_device())
-    facts = Facts(len(order), recipe.train.learning_rate, scales_gradients=dtype == torch.float16)
+    settings = recipe.train
+    facts = Facts(len(order), settings.learning_rate, settings.batch_size, scales_gradients=dtype == torch.float16)
     origins = prepared.train.origins
     return Watch(
         recipe.guards.actions,

@@ -12,27 +12,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean, median, variance
 
 History = Sequence[Mapping[str, float]]
 
 LN_2 = math.log(2)
 FEW = 5
 """Steps in a row that are no accident."""
+ENOUGH = 32
+"""Pairs, or groups, that are no accident: steps that hold one or two are many times right or equal by luck."""
 SOME = 10
 """Steps whose mean says where a metric stands."""
+ACCURACIES = ("rewards/accuracies", "accuracy")
+MARGINS = ("rewards/margins", "margin")
+"""Of pairs, and the names that they have in a reward model's run."""
 
 
 @dataclass(frozen=True)
 class Facts:
     """What guards know of a run beside its metrics.
 
-    `steps`: of the whole run. `learning_rate`: the highest of its schedule. `scales_gradients`: float16, where a step
-    whose gradients overflow is left out by the loss scaler, and the scale lowered.
+    `steps`: of the whole run. `learning_rate`: the highest of its schedule. `batch_size`: pairs or prompts of a step.
+    `scales_gradients`: float16, where a step whose gradients overflow is left out by the loss scaler, and the scale
+    lowered.
     """
 
     steps: int
     learning_rate: float
+    batch_size: int
     scales_gradients: bool = False
 
 
@@ -89,9 +96,10 @@ def stuck_at_start(history: History, facts: Facts) -> Sighting | None:
     """A DPO loss that stays at ln 2: the policy is still the reference. Warm-up does not count."""
     needed = max(2 * SOME, facts.steps // 10)
     lines = [line for line in history[-needed:] if line.get("learning_rate", 0.0) >= facts.learning_rate / 2]
-    if len(lines) < needed or "rewards/margins" not in history[-1]:
+    margins = _named(MARGINS, history[-1])
+    if len(lines) < needed or margins not in history[-1]:
         return None
-    loss, margin = (fmean(line.get(name, math.nan) for line in lines) for name in ("loss", "rewards/margins"))
+    loss, margin = (fmean(line.get(name, math.nan) for line in lines) for name in ("loss", margins))
     if not (abs(loss - LN_2) < 2e-3 and abs(margin) < 4e-3):
         return None
     return Sighting(
@@ -106,8 +114,12 @@ def chosen_falling(history: History, facts: Facts) -> Sighting | None:
     """Chosen answers lose half of their log-probability again while margins grow. That both fall a little is usual."""
     if not {"logps/chosen", "rewards/margins"} <= history[-1].keys() or len(history) < 2 * SOME:
         return None
-    (was, now), (margin_was, margin_now) = (_ends(history, name) for name in ("logps/chosen", "rewards/margins"))
-    if not (now < was - 0.5 * abs(was) and margin_now > margin_was):
+    first, last = _ends(history, "logps/chosen")
+    margin_was, margin_now = map(fmean, _ends(history, "rewards/margins"))
+    was, now = fmean(first), fmean(last)
+    # A step of one or two pairs has the log-probs of its lengths: what differs by luck is no fall.
+    luck = 4 * math.hypot(_error(first), _error(last))
+    if not (now < was - max(0.5 * abs(was), luck) and margin_now > margin_was):
         return None
     return Sighting(
         f"log-probs of the chosen answers fell from {was:.0f} to {now:.0f} while the margin grew from {margin_was:.2g} "
@@ -119,11 +131,12 @@ def chosen_falling(history: History, facts: Facts) -> Sighting | None:
 
 def too_easy(history: History, facts: Facts) -> Sighting | None:
     """Every pair told right within a few steps."""
-    values = _latest(history, "rewards/accuracies", FEW)
-    if not values or min(values) < 1 or len(history) > max(2 * SOME, facts.steps // 10):
+    needed = _steps_of_enough(facts)
+    values = _latest(history, _named(ACCURACIES, history[-1]), needed)
+    if not values or min(values) < 1 or len(history) > max(2 * SOME, facts.steps // 10, needed):
         return None
     return Sighting(
-        f"every pair of the last {FEW} steps is told right, after {len(history)} steps of {facts.steps}",
+        f"every pair of the last {needed} steps is told right, after {len(history)} steps of {facts.steps}",
         "chosen and rejected differ by something that is easy to see, such as length, an opening or a format: look at "
         "the findings of `prefold check`; what is learnt may be that and nothing else. Where the loss fell to 0 at "
         "once, lower `train.learning_rate`",
@@ -132,7 +145,7 @@ def too_easy(history: History, facts: Facts) -> Sighting | None:
 
 def held_out_falling(history: History, facts: Facts) -> Sighting | None:
     """Three measurements in a row well below the best before them."""
-    name = "eval_rewards/margins"
+    name = _named(tuple(f"eval_{name}" for name in MARGINS), history[-1])
     if name not in history[-1]:
         return None
     values = [line[name] for line in history if name in line]
@@ -151,10 +164,11 @@ def held_out_falling(history: History, facts: Facts) -> Sighting | None:
 
 def undertrained(history: History, facts: Facts) -> Sighting | None:
     """At the end of a run: pairs are told apart no better than by a coin."""
-    lines = [line for line in history[-max(FEW, len(history) // 4) :] if "rewards/accuracies" in line]
+    names = [_named(known, history[-1]) for known in (ACCURACIES, MARGINS)]
+    lines = [line for line in history[-max(FEW, len(history) // 4) :] if names[0] in line]
     if len(lines) < FEW:
         return None
-    accuracy, margin = (fmean(line.get(name, math.nan) for line in lines) for name in _APART)
+    accuracy, margin = (fmean(line.get(name, math.nan) for line in lines) for name in names)
     if not (accuracy < 0.55 and abs(margin) < 0.05):
         return None
     return Sighting(
@@ -163,9 +177,6 @@ def undertrained(history: History, facts: Facts) -> Sighting | None:
         f"train for longer, or raise `train.learning_rate` (it was {facts.learning_rate:.1g}) or `lora.r`; one pass "
         "over a few hundred pairs at a small rate is rarely enough",
     )
-
-
-_APART = ("rewards/accuracies", "rewards/margins")
 
 
 # ---- rollouts ---------------------------------------------------------------------------------------------------
@@ -190,11 +201,13 @@ def kl_running_off(history: History, facts: Facts) -> Sighting | None:
 
 def equal_rewards(history: History, facts: Facts) -> Sighting | None:
     """Groups whose completions all score the same teach nothing."""
-    values = _latest(history, "frac_reward_zero_std", FEW)
+    needed = _steps_of_enough(facts)
+    values = _latest(history, "frac_reward_zero_std", needed)
     if not values or min(values) < 0.99:
         return None
     return Sighting(
-        f"in the last {FEW} rollouts all completions of a prompt got the same reward: there is nothing to learn from",
+        f"in the last {needed} rollouts all completions of a prompt got the same reward: there is nothing to learn "
+        "from",
         "read the completions and rewards in rollouts.jsonl; take prompts that are neither too hard nor too easy, a "
         "reward with more than two values, a higher `temperature`, or more `num_generations`",
     )
@@ -240,7 +253,22 @@ def _latest(history: History, name: str, count: int) -> list[float]:
     return []
 
 
-def _ends(history: History, name: str) -> tuple[float, float]:
-    """Means of a metric over the first and the last steps."""
+def _named(names: Sequence[str], line: Mapping[str, float]) -> str:
+    """By which of its names a step has a metric; the first where it has none."""
+    return next((name for name in names if name in line), names[0])
+
+
+def _steps_of_enough(facts: Facts) -> int:
+    """Steps in a row that are no accident, by what a step holds."""
+    return max(FEW, -(-ENOUGH // facts.batch_size))
+
+
+def _ends(history: History, name: str) -> tuple[list[float], list[float]]:
+    """A metric at the first and at the last steps; NaN where none of them has it."""
     first, last = ([line[name] for line in part if name in line] for part in (history[:SOME], history[-SOME:]))
-    return (fmean(first), fmean(last)) if first and last else (math.nan, math.nan)
+    return first or [math.nan], last or [math.nan]
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of their mean."""
+    return math.sqrt(variance(values) / len(values)) if len(values) > 1 else 0.0

@@ -13,6 +13,7 @@ the gradients of the loss by these log-probs, then, budget by budget, the backwa
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import time
@@ -125,6 +126,7 @@ class PreferenceTrainer(Trainer):
         self.algorithm, self.scorer, self.data, self.held_out = algorithm, scorer, data, held_out
         self.order, self.record = order, record
         self.carried: State = NO_STATE
+        self.best_before: int | None = None
         self.checkpoints = Path(str(args.output_dir))
         self._checkpoint_parent = self.checkpoints
         stopping: list[Any] = [EarlyStoppingCallback(patience)] if patience else []
@@ -306,6 +308,25 @@ class PreferenceTrainer(Trainer):
         metrics = {name: value_of([metric]) for name, metric in output.metrics.items()}
         return {f"eval_{name}": value for name, value in {"loss": float(loss), **metrics}.items()}
 
+    def require_metric(self) -> None:
+        """Ask for the metric by which checkpoints are to be told apart now: its first measurement may be hours away.
+
+        Raises:
+            UserError: held-out data have no metric of that name.
+        """
+        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if wanted in ("", "loss") or self.held_out is None or not self.held_out.trees:
+            return
+        known = sorted(name.removeprefix("eval_") for name in self.measure(_one_of_each(self.held_out)))
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, known, n=1)
+            raise UserError(
+                f"held-out data have no metric `{wanted}`",
+                where="`train.metric_for_best_model`",
+                expected=f"one of: {', '.join(known)}",
+                advice=f"did you mean `{near[0]}`?" if near else "",
+            )
+
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
         """What `log` has just measured, for the choice of the best checkpoint and for early stopping."""
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, self.held_out_metrics)
@@ -353,8 +374,10 @@ class PreferenceTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As transformers', and a best one that is wanted in the end is saved whatever `save_steps` says."""
+        before = self.best
         is_best: bool = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.load_best_model_at_end:
+            self.best_before = before
             self.control.should_save = True
         return is_best
 
@@ -389,19 +412,32 @@ class PreferenceTrainer(Trainer):
 
     def _put_in_place(self, written: Path) -> None:
         self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        seal(written, self.scorer.max_tokens, self.carried, best)
+        seal(written, self.scorer.max_tokens, self.carried, self.best)
         self.record.settle()
         shutil.rmtree(self.checkpoints / written.name, ignore_errors=True)
         os.replace(written, self.checkpoints / written.name)
+        # The newest stays anyway. Should it turn out broken, the one before is worth nothing without its own best.
+        is_new_best = self.best == self.state.global_step and self.args.save_total_limit != 1
+        best = self.best_before if is_new_best else self.best
         rotate_checkpoints(
-            str(self.checkpoints), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+            str(self.checkpoints),
+            self.args.save_total_limit,
+            best_model_checkpoint=str(self.checkpoints / f"checkpoint-{best}") if best else None,
         )
 
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint. Where none is wanted in the end, the best step may have no checkpoint."""
+        return self.state.best_global_step if self.args.load_best_model_at_end else None
+
     def _point_to_best(self) -> None:
-        """Where the best checkpoint lies for good, not where it was written."""
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(self.checkpoints / f"checkpoint-{self.state.best_global_step}")
+        """Where the best checkpoint lies for good: not where it was written, nor where the run folder was then."""
+        self.state.best_model_checkpoint = str(self.checkpoints / f"checkpoint-{self.best}") if self.best else None
+
+    def _init_training_state(self, *args: Any, **settings: Any) -> tuple[int, int]:
+        found: tuple[int, int] = super()._init_training_state(*args, **settings)
+        self._point_to_best()
+        return found
 
     def _load_best_model(self) -> None:
         self._point_to_best()
@@ -442,6 +478,17 @@ def save_weights(model: Any, folder: Path) -> None:
         settings = {"save_embedding_layers": False, "state_dict": whole_weights(model)}
     with quiet():
         model.save_pretrained(folder, is_main_process=ranks.is_first(), **settings)
+
+
+def _one_of_each(data: TreeSet) -> TreeSet:
+    """The first tree, or where trees have labels, the first one of each."""
+    labels = data.labels
+    places = [0] if labels is None else sorted({list(labels).index(label) for label in set(labels)})
+    return TreeSet(
+        [data.trees[place] for place in places],
+        data.reference and [data.reference[place] for place in places],
+        labels and [labels[place] for place in places],
+    )
 
 
 def _per_unit(output: LossOutput, units: dict[str, int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from prefold.errors import StageError, UserError
+from prefold.errors import Explained
 from prefold.terminal import say
 
 logger = logging.getLogger("prefold")
@@ -28,7 +28,8 @@ class Pushes(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         try:
             self.push(checkpoint)
-        except (StageError, UserError) as error:
-            text = f"{checkpoint.name} was not pushed, and the run goes on: {str(error).splitlines()[0]}"
+        except Exception as error:  # whatever a client of a server, or the disk that it packs on, can think of
+            reason = str(error).splitlines()[0] if isinstance(error, Explained) else type(error).__name__
+            text = f"{checkpoint.name} was not pushed, and the run goes on: {reason}"
             logger.warning(text)
             say(f"  {text}")

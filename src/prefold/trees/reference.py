@@ -2,13 +2,14 @@
 on with one.
 
 They never change during a run, so they are computed once, before the first step, and kept on disk under a key of all
-that determines them: the weights as loaded (quantised or not), those of the adapter that was there, their dtypes, the
-device, the attention path and the token ids.
+that determines them: the configuration, the weights as loaded (quantised or not), those of the adapter that was there,
+their dtypes, the device, the attention path and the token ids.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from prefold import ranks
 from prefold.files import new_file
 from prefold.terminal import Advance, progress_bar
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer, frozen_adapter, reference_model
+from prefold.trees.scorer import Scorer, frozen_adapter, reference_model, unwrapped
 
 VERSION = "2"
 """Part of the key; to be raised when the numbers that this engine gives change."""
@@ -79,6 +80,9 @@ def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
     digest = hashlib.sha256(f"{VERSION} attention={scorer.attention} {dtype} torch={torch.__version__}".encode())
     base = {name: tensor for name, tensor in scorer.model.state_dict().items() if "lora_" not in name}
     adapter = frozen_adapter(scorer.model)
+    settings = unwrapped(scorer.model).config.to_dict()
+    config = {name: value for name, value in settings.items() if name != "_name_or_path"}
+    digest.update(json.dumps(config, default=str, sort_keys=True).encode())
     hash_tensors(digest, [*base.items(), *adapter.items()])
     for module in scorer.model.modules():
         digest.update(str(getattr(module, "compute_dtype", "")).encode())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from prefold.files import write_json
 from prefold.trainers.checkpoints import flaw, kept_in, last_checkpoint, seal, step_of
 
 
@@ -85,3 +87,19 @@ def test_age_is_by_step_and_not_by_clock(tmp_path: Path) -> None:
     os.utime(old, (2e9, 2e9))
     os.utime(new, (0, 0))
     assert last_checkpoint(tmp_path) == new
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power failure may leave an empty one, which `guards.json` or `recipe.yaml` must not be."""
+    import os
+
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+
+        def call(*args: Any, name: str = name, real: Callable[..., None] = getattr(os, name)) -> None:
+            done.append(name)
+            real(*args)
+
+        monkeypatch.setattr(os, name, call)
+    write_json(tmp_path / "guards.json", {"events": []})
+    assert done == ["fsync", "replace"]

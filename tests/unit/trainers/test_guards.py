@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from prefold.recipe import Guards
 from prefold.trainers.guards import AT_THE_END, GUARDS, Facts, Sighting
 
-FACTS = Facts(steps=200, learning_rate=5e-5)
+FACTS = Facts(steps=200, learning_rate=5e-5, batch_size=16)
 Line = dict[str, float]
 
 
@@ -90,6 +92,13 @@ def test_it_is_silent_in_a_good_run(name: str, line: Callable[[int], Line]) -> N
     assert not any(seen)
 
 
+@pytest.mark.parametrize("name", ["stuck_at_start", "too_easy", "held_out_falling", "undertrained"])
+def test_a_reward_model_has_other_names_for_the_same(name: str) -> None:
+    renamed = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "eval_rewards/margins": "eval_margin"}
+    lines = [{renamed.get(metric, metric): value for metric, value in line.items()} for line in RED[name]]
+    assert said(name, lines) == said(name, RED[name])
+
+
 def test_not_finite_says_which_and_names_the_rows() -> None:
     found = said("not_finite", history(4, lambda step: {"grad_norm": math.inf if step == 4 else float(step)}))
     assert found is not None and found.of_rows
@@ -97,7 +106,7 @@ def test_not_finite_says_which_and_names_the_rows() -> None:
 
 
 def test_a_loss_scaler_may_leave_steps_out() -> None:
-    facts = Facts(steps=200, learning_rate=5e-5, scales_gradients=True)
+    facts = replace(FACTS, scales_gradients=True)
     assert said("not_finite", history(9, lambda step: {"grad_norm": math.inf}), facts) is None
     assert said("not_finite", history(10, lambda step: {"grad_norm": math.inf}), facts) is not None
     assert said("not_finite", history(1, lambda step: {"loss": math.nan}), facts) is not None
@@ -130,6 +139,34 @@ def test_all_right_late_is_not_too_easy() -> None:
     lines = history(100, lambda step: {"rewards/accuracies": 1.0 if step > 50 else 0.6})
     assert not any(said("too_easy", lines[:steps]) for steps in range(1, 101))
     assert said("too_easy", history(4, lambda step: {"rewards/accuracies": 1.0})) is None
+
+
+def test_steps_of_one_pair_are_right_by_luck() -> None:
+    """A coin that is right seven times of ten."""
+    draw = random.Random(1)
+    lines = history(200, lambda step: {"rewards/accuracies": float(draw.random() < 0.7)})
+    one = replace(FACTS, batch_size=1)
+    assert any(said("too_easy", lines[:steps]) for steps in range(1, 201))
+    assert not any(said("too_easy", lines[:steps], one) for steps in range(1, 201))
+    found = said("too_easy", history(32, lambda step: {"rewards/accuracies": 1.0}), one)
+    assert found is not None and "last 32 steps" in found.message
+
+
+def test_rollouts_of_one_prompt_are_equal_by_luck() -> None:
+    draw = random.Random(1)
+    lines = history(200, lambda step: {"frac_reward_zero_std": float(draw.random() < 0.6)})
+    one = replace(FACTS, batch_size=1)
+    assert any(said("equal_rewards", lines[:steps]) for steps in range(1, 201))
+    assert not any(said("equal_rewards", lines[:steps], one) for steps in range(1, 201))
+
+
+def test_long_answers_are_no_fall() -> None:
+    """One pair a step, of any length, in runs that are as they should be."""
+    draw = random.Random(1)
+    for _ in range(20):
+        lengths = [draw.lognormvariate(5, 0.8) for _ in range(200)]
+        lines = history(200, lambda step, lengths=lengths: {**learning(step), "logps/chosen": -lengths[step - 1]})
+        assert not any(said("chosen_falling", lines[:steps]) for steps in range(1, 201))
 
 
 @pytest.mark.parametrize("values", [[0.2, 0.5, 0.4], [0.6, 0.5, 0.59, 0.4], [0.6, 0.59, 0.58, 0.59]])
