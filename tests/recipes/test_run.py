@@ -170,7 +170,7 @@ def test_changed_data_is_refused(recipe: MakeRecipe, pairs: Path) -> None:
 
 
 def test_stages_one_by_one(recipe: MakeRecipe) -> None:
-    with pytest.raises(UserError, match="(?s)`merge` needs what `check` leaves.*`prefold train`"):
+    with pytest.raises(UserError, match=r"(?s)`merge` needs what `check` leaves.*`prefold train`"):
         prefold.merge(recipe())
     folder = prefold.train(recipe())
     with pytest.raises(UserError, match="`evaluate` needs what `merge` leaves"):

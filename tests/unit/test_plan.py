@@ -22,7 +22,7 @@ from prefold.pipeline import check
 from prefold.plan import timing
 from prefold.plan.blueprint import Blueprint
 from prefold.plan.live import LiveBytes
-from prefold.plan.memory import Machine, bytes_of
+from prefold.plan.memory import BUFFERS, Machine, bytes_of
 from prefold.plan.passes import ON_GPU, scoring_pass, training_pass
 from prefold.plan.plan import Plan, Planner
 from prefold.plan.timing import Rate, Rates
@@ -199,10 +199,10 @@ def test_rollouts_by_hand() -> None:
     assert parts["optimizer"] > 0
 
 
-@pytest.mark.parametrize(("device", "models"), [("cpu", 2), ("cuda", 1)])
-def test_merging_holds_one_model_on_a_gpu(device: str, models: int) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_merging_holds_one_model_at_a_time(device: str) -> None:
     parts = plan_of(recipe_of(), machine=Machine(device, 100 * GB, 0)).memory["merge"]
-    assert parts["weights"] == models * 4 * PARAMETERS
+    assert parts["weights"] == 4 * PARAMETERS
 
 
 def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
@@ -254,6 +254,11 @@ def test_memory_grows_with_the_budget() -> None:
     ]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
+
+
+def test_checkpointing_keeps_nothing_that_was_freed() -> None:
+    kept, returned = (plan_of(recipe_of(train={"gradient_checkpointing": on})).memory["train"] for on in (False, True))
+    assert kept["allocator"] > returned["allocator"] == BUFFERS
 
 
 def test_the_largest_budget_fits_and_no_larger_one() -> None:
@@ -318,12 +323,13 @@ def test_what_is_suggested_can_be_pasted_and_fits(tmp_path: Path) -> None:
     overridden = prefold.load_recipe(str(file), found.change.overrides)
     assert planner(overridden, seven_billion(), machine, trees).plan().fits
 
+
 def test_what_leaves_the_peak_as_it_is_may_be_needed_later() -> None:
     """Rollouts take most at first; once four bits have mended that, training does, which checkpointing mends."""
-    grpo = {"num_generations": 8, "max_completion_length": 256}
+    grpo = {"num_generations": 8, "max_completion_length": 128}
     model = {"dtype": "bfloat16"}
     recipe = recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=grpo, model=model, lora={"r": 16})
-    first = planner(recipe, seven_billion(), Machine("cuda", 24 * GB, 0), [(400,)] * 4)
+    first = planner(recipe, seven_billion(), Machine("cuda", 18 * GB, 0), [(400,)] * 4)
     plan = first.plan()
     assert max(plan.peaks, key=plan.peaks.__getitem__) == "rollouts"
     change = first.with_change(plan).change
@@ -333,7 +339,7 @@ def test_what_leaves_the_peak_as_it_is_may_be_needed_later() -> None:
 
 def test_four_bits_take_the_place_of_eight() -> None:
     recipe = recipe_of(model={"dtype": "bfloat16", "load_in_8bit": True}, merge={"dtype": "bfloat16"}, lora={"r": 16})
-    first = planner(recipe, seven_billion(), Machine("cuda", 17 * GB, 0), [(700, 600, 500)] * 8)
+    first = planner(recipe, seven_billion(), Machine("cuda", 24 * GB, 0), [(4000, 3000, 3000)] * 8)
     change = first.with_change(first.plan()).change
     assert change is not None and change.fields["model.load_in_4bit"]
     given = values(model={"dtype": "bfloat16", "load_in_8bit": True})
@@ -361,6 +367,7 @@ def test_amounts_of_memory(text: str, size: int) -> None:
 def test_no_amount_of_memory(text: str) -> None:
     with pytest.raises(UserError, match="--device-memory"):
         bytes_of(text)
+
 
 # ---- several devices --------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prefold import ranks
+from prefold.launch import launched
 from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
 from prefold.models.load import (
@@ -63,7 +63,7 @@ class Blueprint:
     @property
     def shards(self) -> int:
         """Processes that share the weights out among themselves, as far as they have been started."""
-        return ranks.launched() if self.recipe.train.fsdp else 1
+        return launched() if self.recipe.train.fsdp else 1
 
     @property
     def weights_dtype(self) -> torch.dtype:

@@ -26,13 +26,12 @@ from prefold.trees.memory import free_memory
 
 CONTEXT = 750 * 2**20
 """What CUDA and its libraries take of a GPU before the first tensor; not verified on this version."""
-SLACK = {"cpu": 1 / 3, "cuda": 0.05}
+SLACK = {"cpu": 0.17, "cuda": 0.05}
 """What an allocator holds beyond what is in use, as a share of all that comes and goes. On a CPU freed blocks are kept,
-and those of one micro-batch do not fit between what outlives another, such as optimizer states. The share was set by
-six measurements of SmolLM2 and a smaller model (`docs/scaling.md`); with checkpointing it is too low. On a GPU it is a
-guess."""
-BUFFERS = 100 * 10**6
-"""What libraries allocate for themselves once they compute, on a CPU; set by the same runs."""
+and those of one micro-batch do not fit between what outlives another, such as optimizer states; with checkpointing they
+are returned. Both CPU figures were set by the measurements in `docs/scaling.md`; that of a GPU is a guess."""
+BUFFERS = 150 * 10**6
+"""What libraries allocate for themselves once they compute, on a CPU."""
 STAND_IN = 32
 """Tokens of what the self-check takes for completions that are yet to be sampled."""
 PROBE = 512
@@ -88,6 +87,8 @@ class Memory:
 
     @property
     def slack(self) -> float:
+        if self.machine.device == "cpu" and self.blueprint.recipe.train.gradient_checkpointing:
+            return 0.0
         return SLACK.get(self.machine.device, 0.0)
 
     # ---- training ----
@@ -173,17 +174,15 @@ class Memory:
         }
 
     def merging(self) -> Parts:
-        """One model at a time: base with adapter, then what was saved, loaded back. On a CPU the second one is mapped
-        from its files, and what the first has freed stays with the process."""
+        """One model at a time: base with adapter, then what was saved, loaded back."""
         blueprint = self.blueprint
         dtype = merge_dtype(blueprint.recipe, blueprint.dtype)
         tokens = sum(prompt + completions[0] if completions else prompt for prompt, *completions in self.rows.checked)
         vocabulary = blueprint.config.get_text_config().vocab_size
-        on_cpu = self.machine.device == "cpu"
-        logits = 4 * tokens * vocabulary if on_cpu else 0
+        logits = 4 * tokens * vocabulary if self.machine.device == "cpu" else 0
         return {
             "process": self.machine.process,
-            "weights": (2 if on_cpu else 1) * blueprint.sizes.parameters * dtype.itemsize,
+            "weights": blueprint.sizes.parameters * dtype.itemsize,
             # Of the base, of base + adapter and of what was loaded back, and their differences.
             "head": 5 * logits,
         }

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import yaml
 
-from prefold import ranks
 from prefold.algorithms import GRPO
 from prefold.data.findings import Finding
+from prefold.launch import launched
 from prefold.models.load import choose_device, choose_dtype, tokenizer_of
 from prefold.models.merge import merge_dtype
 from prefold.plan import timing
@@ -84,9 +84,9 @@ class Change:
 @dataclass(frozen=True)
 class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
-    device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices, of
-    which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is not
-    in them."""
+    device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices,
+    of which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is
+    not in them."""
 
     optimizer_steps: int
     batch_size: int
@@ -258,7 +258,7 @@ class Planner:
     def seconds(self) -> dict[str, float]:
         """Of each phase, as measured on this machine; sampled completions at their full length. Loading and merging,
         which are copying, are not in it, nor is what `untimed` names."""
-        recipe, layers, processes = self.recipe, self.blueprint.layers, ranks.launched()
+        recipe, layers, processes = self.recipe, self.blueprint.layers, launched()
         algorithm, settings = recipe.algorithm, recipe.evaluate
         asked = settings.prompts if isinstance(settings.prompts, int) else len(settings.prompts)
         answers = 0 if algorithm.scores_sequences else asked * settings.num_answers
@@ -339,8 +339,8 @@ class Planner:
     # ---- what to change ----
 
     def with_change(self, plan: Plan) -> Plan:
-        """The plan with the fewest of the changes, in this order, that make it fit. What leaves the peak as it is, because
-        another phase is higher, may be what is needed once that one is lower."""
+        """The plan with the fewest of the changes, in this order, that make it fit. What leaves the peak as it is,
+        because another phase is higher, may be what is needed once that one is lower."""
         values, fields = as_dict(self.recipe), dict[str, Any]()
         best: Change | None = None
         for change in 2 * self._candidates(plan):
@@ -366,7 +366,7 @@ class Planner:
         whole = recipe.lora == "none"
         four_bits = {"model.load_in_4bit": True, **({"model.load_in_8bit": False} if model.load_in_8bit else {})}
         smaller = plan.largest_budget is not None and plan.largest_budget < plan.budget
-        offered = [
+        offered: list[tuple[bool, dict[str, Any]]] = [
             (smaller, {"train.max_tokens": plan.largest_budget}),
             (self.blueprint.dtype == torch.float32 and not whole, {"model.dtype": "bfloat16"}),
             (not recipe.train.gradient_checkpointing, {"train.gradient_checkpointing": True}),

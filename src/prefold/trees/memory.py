@@ -23,8 +23,8 @@ def arrange_allocations(kept: bool) -> None:
     """Have glibc keep large blocks that are freed, or return each to the system.
 
     Training on a CPU allocates the same large tensors at every step. Kept, they are there at once, but blocks of other
-    sizes break them up, and the process comes to hold up to several times what is in use. Returned, it holds what is in
-    use, and each page that is asked for anew costs a fault: up to a fifth of the time. Other C libraries and systems are
+    sizes break them up, and the process comes to hold several times what is in use. Returned, it holds what is in use,
+    and each page that is asked for anew costs a fault: up to a fifth of the time. Other C libraries and systems are
     left as they are.
     """
     mallopt = _of_glibc("mallopt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -94,12 +93,11 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     import os
 
     done: list[str] = []
+
+    def recording(name: str, real: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: (done.append(name), real(*args))[1]
+
     for name in ("fsync", "replace"):
-
-        def call(*args: Any, name: str = name, real: Callable[..., None] = getattr(os, name)) -> None:
-            done.append(name)
-            real(*args)
-
-        monkeypatch.setattr(os, name, call)
+        monkeypatch.setattr(os, name, recording(name, getattr(os, name)))
     write_json(tmp_path / "guards.json", {"events": []})
     assert done == ["fsync", "replace"]
