@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -94,12 +93,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     import os
 
     done: list[str] = []
-    for name in ("fsync", "replace"):
-
-        def call(*args: Any, name: str = name, real: Callable[..., None] = getattr(os, name)) -> None:
-            done.append(name)
-            real(*args)
-
-        monkeypatch.setattr(os, name, call)
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replace"), replace(old, new)))
     write_json(tmp_path / "guards.json", {"events": []})
     assert done == ["fsync", "replace"]
