@@ -93,11 +93,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     import os
 
     done: list[str] = []
-
-    def recording(name: str, real: Callable[..., None]) -> Callable[..., None]:
-        return lambda *args: (done.append(name), real(*args))[1]
-
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, recording(name, getattr(os, name)))
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replace"), replace(old, new)))
     write_json(tmp_path / "guards.json", {"events": []})
     assert done == ["fsync", "replace"]

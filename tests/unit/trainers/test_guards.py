@@ -142,12 +142,11 @@ def test_all_right_late_is_not_too_easy() -> None:
 
 
 def test_steps_of_one_pair_are_right_by_luck() -> None:
-    """A coin that is right seven times of ten."""
-    draw = random.Random(1)
-    lines = history(200, lambda step: {"rewards/accuracies": float(draw.random() < 0.7)})
-    one = replace(FACTS, batch_size=1)
-    assert any(said("too_easy", lines[:steps]) for steps in range(1, 201))
-    assert not any(said("too_easy", lines[:steps], one) for steps in range(1, 201))
+    """Coins that are right seven times of ten."""
+    draw, one = random.Random(1), replace(FACTS, batch_size=1)
+    runs = [history(40, lambda step: {"rewards/accuracies": float(draw.random() < 0.7)}) for _ in range(20)]
+    assert any(said("too_easy", lines[:steps]) for lines in runs for steps in range(1, 41))
+    assert not any(said("too_easy", lines[:steps], one) for lines in runs for steps in range(1, 41))
     found = said("too_easy", history(32, lambda step: {"rewards/accuracies": 1.0}), one)
     assert found is not None and "last 32 steps" in found.message
 
