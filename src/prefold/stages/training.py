@@ -38,7 +38,8 @@ from prefold.trainers.arguments import training_arguments
 from prefold.trainers.checkpoints import kept_in, last_checkpoint, step_of
 from prefold.trainers.guards import Facts
 from prefold.trainers.interrupt import Interruption
-from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet, save_weights
+from prefold.trainers.keeping import save_weights
+from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet
 from prefold.trainers.online import OnlineTrainer
 from prefold.trainers.pushes import Pushes
 from prefold.trainers.record import StepRecord
