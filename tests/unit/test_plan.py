@@ -372,11 +372,17 @@ def test_no_amount_of_memory(text: str) -> None:
 # ---- several devices --------------------------------------------------------------------------------------------
 
 
+def launch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the plan sees it; the environment would have transformers look for the others."""
+    for module in ("plan", "blueprint"):
+        monkeypatch.setattr(f"prefold.plan.{module}.launched", lambda: number)
+
+
 @pytest.mark.parametrize("lora", [{"r": RANK}, "none"])
 def test_sharded_weights_are_divided(lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(lora=lora, train={"fsdp": True})
     one = plan_of(recipe)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    launch(4, monkeypatch)
     four = plan_of(recipe)
     divided = {"weights"} if lora != "none" else {"weights", "gradients", "optimizer"}
     for name, size in one.memory["train"].items():
@@ -428,7 +434,7 @@ def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"prompts": 3, "max_new_tokens": 5}
     found = seconds_of(monkeypatch, recipe_of(evaluate=asked, train={"eval_steps": 1}), [(5, 3, 2)])
     assert found == {"train": EVERYTHING + 2 * 10, "reference": EVERYTHING + 10, "evaluate": 2 * (10 + 3 * 5)}
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch(2, monkeypatch)
     shared = seconds_of(monkeypatch, recipe_of(evaluate=asked, train={"eval_steps": 0.5}), [(5, 3, 2)])
     assert shared == {name: value / 2 for name, value in found.items()}
 
