@@ -142,11 +142,14 @@ def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
             signal.raise_signal(signal.SIGINT)
         return take(self, *args)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
     with patch.object(PreferenceTrainer, "training_step", signalled):
         try:
             prefold.train(recipe)
         except KeyboardInterrupt:
             return "Ctrl-C"
+        finally:
+            signal.signal(signal.SIGINT, before)
     return "nothing"
 
 
