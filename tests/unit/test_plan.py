@@ -23,7 +23,7 @@ from prefold.plan import timing
 from prefold.plan.blueprint import Blueprint
 from prefold.plan.live import LiveBytes
 from prefold.plan.memory import BUFFERS, Machine, bytes_of
-from prefold.plan.passes import ON_GPU, scoring_pass, training_pass
+from prefold.plan.passes import ON_GPU, Lengths, scoring_pass, training_pass
 from prefold.plan.plan import Plan, Planner
 from prefold.plan.timing import Rate, Rates
 from prefold.plan.work import Steps, Tokens, with_completions
@@ -225,6 +225,20 @@ def test_the_order_counts_a_tree_as_often_as_it_is_drawn() -> None:
     steps = Steps([(3, 2, 1), (5, 1, 1)], [[0, 1], [0]])
     assert steps.tokens(False).unique == 2 * 6 + 7
     assert steps.fullest_row(100, packed=True) == [(3, 2, 1), (5, 1, 1)]
+
+
+def test_sampled_completions_that_end_early_let_more_trees_share_a_row() -> None:
+    trees = [(10, 20, 20)] * 3
+
+    def fullest(budget: int, sampled: bool = True) -> list[Lengths]:
+        return Steps(trees, [range(3)], sampled).fullest_row(budget, packed=True)
+
+    assert fullest(80, sampled=False) == [(10, 20, 20)]
+    assert fullest(80) == [(10, 20, 20), (10, 10, 10)]
+    assert fullest(50) == [(10, 20, 20)]
+    assert fullest(60) == [(10, 20, 20)]  # no room for a prompt and its completions
+    assert fullest(200) == trees
+    assert Steps(trees, [range(3)], sampled=True).fullest_row(90, packed=False) == [(10, 20, 20), (10, 5, 5)]
 
 
 def test_flops_by_hand() -> None:

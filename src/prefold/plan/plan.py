@@ -177,7 +177,7 @@ def make_plan(
     """
     device = "cuda" if device_memory else choose_device().type
     machine = Machine(device, device_memory, CONTEXT) if device_memory else this_machine(device)
-    steps = Steps(with_completions(recipe, train), order)
+    steps = Steps(with_completions(recipe, train), order, sampled=isinstance(recipe.algorithm, GRPO))
     planner = Planner(recipe, config_of(recipe.model), machine, steps, held_out)
     plan = planner.plan()
     if measure or (measure is None and plan.flops > WORTH_TIMING):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 from prefold.algorithms import GRPO
@@ -68,10 +70,11 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Steps:
-    """The optimizer steps of a run."""
+    """The optimizer steps of a run. `sampled`: completions are at most as long as those of `trees`."""
 
     trees: Sequence[Lengths]
     order: Order
+    sampled: bool = False
 
     def __iter__(self) -> Iterator[list[Lengths]]:
         stride = -(-len(self.order) // STEPS_READ)
@@ -83,8 +86,8 @@ class Steps:
         size = sum if packed else plain_size
         best: tuple[int, list[Lengths]] = (0, [])
         for step in self:
-            for row in split_by_budget([size(tree) for tree in step], budget):
-                trees = [step[place] for place in row]
+            rows = [[step[place] for place in row] for row in split_by_budget([size(tree) for tree in step], budget)]
+            for trees in [*rows, *([_filled(step, budget, size)] if self.sampled else [])]:
                 best = max(best, (sum(map(size, trees)), trees))
         return best[1]
 
@@ -94,6 +97,17 @@ class Steps:
         share = len(self.order) / len(found)
         names = ("unique", "plain", "scored", "attended")
         return Tokens(**{name: round(share * sum(getattr(one, name) for one in found)) for name in names})
+
+
+def _filled(step: Sequence[Lengths], budget: int, size: Callable[[Lengths], int]) -> list[Lengths]:
+    """A row to which one tree more is added than fits, because its completions end early."""
+    sizes = list(accumulate(map(size, step)))
+    number = bisect_left(sizes, budget) + 1
+    if number > len(step) or number == 1:
+        return list(step[:number])
+    *whole, (prompt, *completions) = step[:number]
+    less = -(-(sizes[number - 1] - budget) // len(completions))
+    return [*whole, (prompt, *(length - less for length in completions))] if less < min(completions) else whole
 
 
 def training_flops(blueprint: Blueprint, tokens: Tokens, computed: int) -> float:
