@@ -27,12 +27,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from benchmarks.sides import quieten
 from benchmarks.work import make_prompts
-from prefold.environment import environment
+from prefold.generation.engine import LocalEngine
+from prefold.generation.sampling import Sampling
 from prefold.models.fetch import fetch
 from prefold.models.load import load_model, load_tokenizer
 from prefold.recipe import Model
-from prefold.rollouts.generate import LocalEngine
-from prefold.rollouts.sampling import Sampling
+from prefold.runs.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 Side = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[list[int]], Sampling], int]

@@ -355,9 +355,9 @@ def prefold_recipe(workload: Workload, folder: str) -> RecipeBase:
 def prefold_setup(workload: Workload, folder: str) -> tuple[Any, ...]:
     """What every trainer of prefold's is given: the recipe, and scorer, order, record and arguments."""
     from prefold.models.load import add_lora, load_model
-    from prefold.trainers.arguments import training_arguments
-    from prefold.trainers.offline import StepOrder
-    from prefold.trainers.record import StepRecord
+    from prefold.training.arguments import training_arguments
+    from prefold.training.offline import StepOrder
+    from prefold.training.record import StepRecord
     from prefold.trees.memory import auto_max_tokens, keep_allocations
     from prefold.trees.scorer import choose_scorer, unwrapped
 
@@ -379,7 +379,7 @@ def prefold_pairs(connection: Connection, workload: Workload) -> None:
     quieten()
     import torch
 
-    from prefold.trainers.offline import PreferenceTrainer, TreeSet
+    from prefold.training.offline import PreferenceTrainer, TreeSet
     from prefold.trees.reference import compute_reference
 
     class WithReference(PreferenceTrainer):
@@ -405,8 +405,8 @@ def prefold_grpo(connection: Connection, workload: Workload) -> None:
     from prefold.data.examples import Example, Examples
     from prefold.data.preference import Message, Prompt, RowId
     from prefold.models.load import load_tokenizer
-    from prefold.rollouts.rewards import open_rewards
-    from prefold.trainers import online
+    from prefold.rewards.functions import open_rewards
+    from prefold.training import online
 
     rollouts, sampling_of = Stopwatch(), online.sampling_of
 

@@ -38,9 +38,9 @@ from transformers import AutoConfig
 
 from benchmarks.sides import peak_bytes, plain_environment, quieten
 from benchmarks.work import matrix_product_rate
-from prefold.environment import environment
 from prefold.models.fetch import fetch
 from prefold.models.load import load_tokenizer
+from prefold.runs.environment import environment
 from prefold.trees.forest import Text, pack_forest
 from prefold.trees.packing import Node
 

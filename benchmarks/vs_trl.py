@@ -32,8 +32,8 @@ from rich.table import Table
 
 from benchmarks.sides import BATCH, Side, Workload, prefold_grpo, prefold_pairs, trl_dpo, trl_grpo, trl_orpo
 from benchmarks.work import Work, matrix_product_rate, prompt_groups, random_pairs, text_pairs
-from prefold.environment import environment
 from prefold.models.fetch import fetch
+from prefold.runs.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = {"dpo": (trl_dpo, prefold_pairs), "orpo": (trl_orpo, prefold_pairs), "grpo": (trl_grpo, prefold_grpo)}

@@ -101,7 +101,7 @@ def train(recipe: RecipeBase, stop: int | None = None, room: tuple[int, int] | N
 
 def shards(recipe: RecipeBase) -> dict[str, tuple[list[int], list[int]]]:
     """Train; returns whole and own shape of every weight that is sharded at the last step."""
-    from prefold.trainers.offline import PreferenceTrainer
+    from prefold.training.offline import PreferenceTrainer
 
     step, found = PreferenceTrainer._step, {}
 
@@ -133,7 +133,7 @@ def reckoned(recipe: RecipeBase) -> int:
 
 def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
     """Train; one of the processes gets Ctrl-C in a step. Returns what ended this one."""
-    from prefold.trainers.offline import PreferenceTrainer
+    from prefold.training.offline import PreferenceTrainer
 
     take = PreferenceTrainer.training_step
 
@@ -155,7 +155,7 @@ def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
 
 def measured(recipe: RecipeBase) -> list[dict[str, float]]:
     """Train; returns what this process has measured on the held-out data."""
-    from prefold.trainers.offline import PreferenceTrainer
+    from prefold.training.offline import PreferenceTrainer
 
     measure, found = PreferenceTrainer.measure, []
 
@@ -170,7 +170,7 @@ def measured(recipe: RecipeBase) -> list[dict[str, float]]:
 
 def guarded(recipe: RecipeBase) -> None:
     """Train; the third step gives NaN in the second process alone, unless the rate was lowered before."""
-    from prefold.trainers.offline import PreferenceTrainer
+    from prefold.training.offline import PreferenceTrainer
 
     loss_of = PreferenceTrainer.loss_of
 
@@ -198,7 +198,7 @@ JOBS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def stopping_at(stop: int) -> Iterator[None]:
-    from prefold.trainers.offline import PreferenceTrainer
+    from prefold.training.offline import PreferenceTrainer
 
     step = PreferenceTrainer.training_step
 

@@ -22,14 +22,14 @@ if "GOMP_SPINCOUNT" not in os.environ:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from prefold.comparison import compare
+    from prefold.generation.answers import generate
     from prefold.models.fetch import fetch
-    from prefold.pipeline import check, evaluate, merge, publish, report, run, train
+    from prefold.pairs.make import pairs
     from prefold.recipe import load_recipe
     from prefold.reports.notebook import show
-    from prefold.rollouts.ask import generate
-    from prefold.rollouts.pairs import pairs
-    from prefold.sweeping import sweep
+    from prefold.runs.comparison import compare
+    from prefold.runs.pipeline import check, evaluate, merge, publish, report, run, train
+    from prefold.runs.sweep import sweep
 
 __all__ = [
     "check",
@@ -49,13 +49,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "compare": "prefold.comparison",
+    "compare": "prefold.runs.comparison",
     "fetch": "prefold.models.fetch",
-    "generate": "prefold.rollouts.ask",
+    "generate": "prefold.generation.answers",
     "load_recipe": "prefold.recipe",
-    "pairs": "prefold.rollouts.pairs",
+    "pairs": "prefold.pairs.make",
     "show": "prefold.reports.notebook",
-    "sweep": "prefold.sweeping",
+    "sweep": "prefold.runs.sweep",
 }
 
 
@@ -64,4 +64,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `prefold` has no attribute `{name}`")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES.get(name, "prefold.pipeline")), name)
+    return getattr(import_module(_HOMES.get(name, "prefold.runs.pipeline")), name)

@@ -63,7 +63,7 @@ def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, n
     """Every stage in order: check, train, merge, evaluate, report, publish. Skips what is done."""
     _in_processes(nproc, "run", recipe, overrides, fresh)
     import prefold
-    from prefold.reports.table import summary
+    from prefold.reports.run_table import summary
     from prefold.terminal import console
 
     console.print(summary(prefold.run(recipe, overrides or [], fresh=fresh)))
@@ -89,7 +89,7 @@ def check(
     """What will be trained on, what is wrong with it, and what it will take."""
     import prefold
     from prefold.reports.check import print_check
-    from prefold.reports.html import write_check
+    from prefold.reports.page import write_check
 
     found = prefold.check(recipe, overrides or [], reference=reference, device_memory=device_memory, measure=measure)
     facts = found.as_json()
@@ -138,7 +138,7 @@ def evaluate(
 ) -> None:
     """Compare the model before and after: held-out pairs or prompts, tasks, win rate, as the recipe says."""
     import prefold
-    from prefold.reports.table import summary
+    from prefold.reports.run_table import summary
     from prefold.terminal import console
 
     found = prefold.evaluate(recipe, overrides or [])
@@ -219,7 +219,7 @@ def publish(
 ) -> None:
     """Push the result to the Hub, or put it into a folder, as the section `publish` says."""
     import prefold
-    from prefold.reports.table import print_published
+    from prefold.reports.run_table import print_published
 
     outcome = prefold.publish(recipe, overrides or [], dry_run=dry_run)
     print(json.dumps(outcome, indent=2)) if as_json else print_published(outcome)
@@ -255,7 +255,7 @@ def generate(
 ) -> None:
     """Answers to prompts, from arguments or a file."""
     import prefold
-    from prefold.rollouts.ask import print_answers
+    from prefold.generation.answers import print_answers
 
     answers = prefold.generate(
         model,
@@ -288,8 +288,8 @@ def chat(
     seed: Seed = 42,
 ) -> None:
     """Talk to a model in the terminal."""
-    from prefold.rollouts.chat import chat_loop
-    from prefold.rollouts.sampling import Sampling
+    from prefold.generation.chat import chat_loop
+    from prefold.generation.sampling import Sampling
 
     chat_loop(model, compare, system, Sampling(max_new_tokens, 1, temperature, top_p, top_k, min_p, seed))
 
@@ -345,7 +345,7 @@ def pairs(
 ) -> None:
     """Preference pairs from a model's own answers to prompts, scored by rewards or a judge."""
     import prefold
-    from prefold.rollouts.pairs import print_report
+    from prefold.pairs.make import print_report
 
     report = prefold.pairs(
         prompts,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import prefold
-from prefold.reports.html import write_report
+from prefold.reports.page import write_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no `chromium` on PATH")

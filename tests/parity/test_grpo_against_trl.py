@@ -33,13 +33,13 @@ from prefold.algorithms import GRPO
 from prefold.algorithms.grpo import group_advantages
 from prefold.data.examples import Example, Examples
 from prefold.data.preference import Message, Prompt, RowId
+from prefold.generation.groups import Completion, Group, scored_groups
 from prefold.recipe import make_recipe
-from prefold.rollouts.completions import Completion, Group, scored_groups
-from prefold.rollouts.rewards import LoadedReward
-from prefold.trainers.arguments import training_arguments
-from prefold.trainers.offline import StepOrder
-from prefold.trainers.online import OnlineTrainer, length_metrics, reward_metrics, rewards_of
-from prefold.trainers.record import StepRecord
+from prefold.rewards.functions import LoadedReward
+from prefold.training.arguments import training_arguments
+from prefold.training.offline import StepOrder
+from prefold.training.online import OnlineTrainer, length_metrics, reward_metrics, rewards_of
+from prefold.training.record import StepRecord
 from prefold.trees.head import Statistics
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
@@ -429,7 +429,7 @@ def prefold_steps(
         assert (sampling.temperature, sampling.num_answers, sampling.max_new_tokens) == (TEMPERATURE, SIZE, 6)
         return [script.group(prompt) for prompt in prompts]
 
-    monkeypatch.setattr("prefold.trainers.online.sample", scripted)
+    monkeypatch.setattr("prefold.training.online.sample", scripted)
     recipe = make_recipe(
         {
             "method": "grpo",

@@ -27,9 +27,9 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from prefold.data.mixture import load_split
 from prefold.recipe import load_recipe, make_recipe
-from prefold.trainers.arguments import training_arguments
-from prefold.trainers.offline import PreferenceTrainer, StepOrder, TreeSet
-from prefold.trainers.record import StepRecord
+from prefold.training.arguments import training_arguments
+from prefold.training.offline import PreferenceTrainer, StepOrder, TreeSet
+from prefold.training.record import StepRecord
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer

@@ -174,7 +174,7 @@ def test_a_bug_shows_one_line_and_debug_the_traceback(
     def broken(*args: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("prefold.stages.ending.write_report", broken)
+    monkeypatch.setattr("prefold.runs.finish.write_report", broken)
     code, _, err = cli("run", recipe_file)
     assert code == 1
     assert "ZeroDivisionError: by zero" in err
@@ -185,7 +185,7 @@ def test_ctrl_c_says_how_to_go_on(cli: Cli, recipe_file: str, monkeypatch: pytes
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prefold.stages.training.reference_logprobs", interrupted)
+    monkeypatch.setattr("prefold.runs.train.reference_logprobs", interrupted)
     code, _, err = cli("run", recipe_file)
     assert code == 130
     assert "goes on from here" in err

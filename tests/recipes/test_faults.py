@@ -22,7 +22,7 @@ from prefold.cli import explain, main
 from prefold.errors import UserError
 from prefold.files import held
 from prefold.recipe import RecipeBase, dump_recipe
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
 
@@ -124,7 +124,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(
 def test_a_disk_that_is_full_in_the_middle_of_a_line(
     recipe: MakeRecipe, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefold.trainers import record
+    from prefold.training import record
 
     append = record._append
 
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_written_any_more(
     def fail(*args: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(recipe().run_folder / "merge.json"))
 
-    monkeypatch.setattr("prefold.stages.merging.write_json", fail)
+    monkeypatch.setattr("prefold.runs.merge.write_json", fail)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe()))
     monkeypatch.setattr(sys, "argv", ["prefold", "run", str(path)])
@@ -200,7 +200,7 @@ def test_a_run_that_early_stopping_ended_takes_no_further_step(
     best = {"eval_steps": 1, "save_steps": 1, "metric_for_best_model": "loss", "early_stopping_patience": 2}
     settings = {**best, "max_steps": 40, "learning_rate": 1.0}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        patch.setattr("prefold.runs.train.save_weights", no_adapter)
         prefold.train(recipe(train=settings))
     stopped = lines(recipe().run_folder)
     assert len(stopped) < 40
@@ -236,7 +236,7 @@ def test_a_run_that_has_moved_ends_with_its_best(
     settings: dict[str, Any] = {"train": {**best, "max_steps": 8, "learning_rate": 0.3}}
     straight = prefold.train(recipe(**settings, output_dir=str(tmp_path / "straight")))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        patch.setattr("prefold.runs.train.save_weights", no_adapter)
         prefold.train(recipe(**settings))
     recipe().run_folder.rename(tmp_path / "moved")
     assert_same_bytes(prefold.train(recipe(**settings, output_dir=str(tmp_path / "moved"))), straight)
@@ -254,7 +254,7 @@ def test_a_broken_new_best_leaves_the_one_before(
     monkeypatch.setattr(PreferenceTrainer, "measure", measured)
     settings = {"eval_steps": 1, "save_steps": 4, "load_best_model_at_end": True}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        patch.setattr("prefold.runs.train.save_weights", no_adapter)
         prefold.train(recipe(train=settings))
     (recipe().run_folder / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
     prefold.train(recipe(train=settings))
@@ -270,7 +270,7 @@ def test_a_truncated_checkpoint_is_passed_over(
     recipe: MakeRecipe, straight: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        patch.setattr("prefold.runs.train.save_weights", no_adapter)
         prefold.train(recipe())
     newest = recipe().run_folder / "checkpoints" / "checkpoint-6" / "optimizer.pt"
     newest.write_bytes(newest.read_bytes()[:1000])

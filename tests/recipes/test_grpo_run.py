@@ -16,7 +16,7 @@ from tiny_tokenizer import CHATML, make_tokenizer
 import prefold
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase, as_dict, make_recipe
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
 SHORT = {"name": "length", "target": 3, "unit": "characters"}
@@ -249,7 +249,7 @@ def test_a_reward_that_may_fail_is_counted(grpo: MakeRecipe, tmp_path: Path) -> 
 
 def test_out_of_memory_while_sampling(grpo: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on with fewer completions at a time, and is the same."""
-    from prefold.rollouts import generate
+    from prefold.generation import engine as generate
 
     straight = prefold.train(grpo(output_dir=str(tmp_path / "straight")))
     step = generate.decode
@@ -351,7 +351,7 @@ def test_fresh_removes_rollouts(grpo: MakeRecipe) -> None:
 def test_summary(grpo: MakeRecipe) -> None:
     from rich.console import Console
 
-    from prefold.reports.table import summary
+    from prefold.reports.run_table import summary
 
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(summary(prefold.run(grpo())))

@@ -17,9 +17,9 @@ import prefold
 from prefold.algorithms import LossOutput
 from prefold.errors import StageError
 from prefold.recipe import RecipeBase
-from prefold.trainers import watch
-from prefold.trainers.guards import Facts, History, Sighting
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.training import watch
+from prefold.training.guards import Facts, History, Sighting
+from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
 RATE = 5e-3

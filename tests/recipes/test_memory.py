@@ -79,7 +79,7 @@ def test_a_lowered_budget_is_kept_by_the_checkpoint(
     recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after step 2 and resumed where memory is plenty, the run ends with the bytes of a straight one."""
-    from prefold.trainers.offline import PreferenceTrainer
+    from prefold.training.offline import PreferenceTrainer
 
     with monkeypatch.context() as patch:
         room_for(ROOM, ERRORS[0], patch)

@@ -14,7 +14,7 @@ import prefold
 from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
 OFFLINE = [name for name, algorithm in ALGORITHMS.items() if algorithm.data != "prompts"]

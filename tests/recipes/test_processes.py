@@ -330,7 +330,7 @@ def test_one_process_has_everything() -> None:
 FAILING = """
 import os, sys
 from prefold.errors import UserError
-from prefold.stages import training
+from prefold.runs import train as training
 if os.environ["RANK"] == "1":
     def fails(recipe):
         raise UserError("something is wrong here", where="process 1")

@@ -12,9 +12,9 @@ from huggingface_hub import constants
 from upload_hub import TOKEN, UploadHub, uploads_to
 
 import prefold
-from prefold import publishing
 from prefold.cli import main
 from prefold.errors import StageError, UserError
+from prefold.publishing import publish as publishing
 from prefold.recipe import RecipeBase, dump_recipe
 
 MakeRecipe = Callable[..., RecipeBase]

@@ -20,7 +20,7 @@ import prefold
 from prefold.errors import StageError, UserError
 from prefold.models import merge
 from prefold.recipe import RecipeBase
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.training.offline import PreferenceTrainer
 
 pytest.importorskip("bitsandbytes")
 

@@ -20,8 +20,8 @@ from prefold.errors import UserError
 from prefold.models import load
 from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
 from prefold.reports.card import render_card
-from prefold.rollouts.rewards import open_rewards, score
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.rewards.functions import open_rewards, score
+from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
 QUESTIONS = ["Say word 3", "Say word 50"]

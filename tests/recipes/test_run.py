@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefold
 from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
 
@@ -288,7 +288,9 @@ def test_models_are_released(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 
     from transformers import PreTrainedModel
 
-    from prefold.stages import evaluating, merging, training
+    from prefold.runs import evaluate as evaluating
+    from prefold.runs import merge as merging
+    from prefold.runs import train as training
 
     # Other tests may keep models of their own.
     before = {id(thing) for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)}

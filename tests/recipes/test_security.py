@@ -17,7 +17,7 @@ import yaml
 import prefold
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase, dump_recipe, load_recipe, make_recipe
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
 SOURCES = sorted(Path(prefold.__file__).parent.rglob("*.py"))
@@ -229,13 +229,13 @@ def test_even_a_listed_pickle_runs_no_code(recipe: MakeRecipe, tmp_path: Path, m
     """Somebody who mends the list as well gets an error, not their code run: transformers reads weights only."""
     import pickle
 
-    from prefold.trainers.checkpoints import KEPT, seal
+    from prefold.training.checkpoints import KEPT, seal
 
     def no_adapter(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prefold.stages.training.save_weights", no_adapter)
+        patch.setattr("prefold.runs.train.save_weights", no_adapter)
         prefold.train(recipe(train={"max_steps": 3, "save_steps": 2}))
     checkpoint = recipe().run_folder / "checkpoints" / "checkpoint-3"
     torch.save(Planted(tmp_path / "ran"), checkpoint / "optimizer.pt")

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import prefold
-from prefold import sweeping
 from prefold.cli import main
 from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase, dump_recipe, load_recipe
-from prefold.stages import evaluating, training
-from prefold.sweeping import swept_fields
-from prefold.trainers.offline import PreferenceTrainer
+from prefold.runs import evaluate as evaluating
+from prefold.runs import sweep as sweeping
+from prefold.runs import train as training
+from prefold.runs.sweep import swept_fields
+from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
 Cli = Callable[..., tuple[int, str, str]]

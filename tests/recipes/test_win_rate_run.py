@@ -55,7 +55,7 @@ def test_a_judge_that_cannot_judge_is_refused_before_training(recipe: MakeRecipe
 def test_a_judge_that_is_down_leaves_the_evaluation(
     recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefold.rollouts.endpoint.WAITS", (0.01,))
+    monkeypatch.setattr("prefold.generation.endpoint.WAITS", (0.01,))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     down = recipe(evaluate=JUDGED | {"win_rate": {"judge": {"endpoint": "http://127.0.0.1:1/v1", "model": "big"}}})
     with pytest.raises(UserError, match="cannot be reached"):

@@ -46,10 +46,10 @@ def test_algorithms_import_only_torch(path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "barred"),
     [
-        ("data", ("prefold.models", "prefold.trees.attention", "prefold.trees.logprobs", "prefold.trainers", "peft")),
-        ("trees", ("prefold.algorithms", "prefold.trainers", "prefold.data", "prefold.models")),
-        ("evaluation", ("prefold.trainers",)),
-        ("reports", ("prefold.trainers", "prefold.models", "torch", "transformers")),
+        ("data", ("prefold.models", "prefold.trees.attention", "prefold.trees.logprobs", "prefold.training", "peft")),
+        ("trees", ("prefold.algorithms", "prefold.training", "prefold.data", "prefold.models")),
+        ("evaluation", ("prefold.training",)),
+        ("reports", ("prefold.training", "prefold.models", "torch", "transformers")),
         ("", ("trl",)),
     ],
 )

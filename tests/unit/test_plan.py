@@ -18,16 +18,16 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import prefold
 from prefold.errors import UserError
-from prefold.pipeline import check
 from prefold.plan import timing
-from prefold.plan.blueprint import Blueprint
-from prefold.plan.live import LiveBytes
+from prefold.plan.flops import Steps, Tokens, with_completions
+from prefold.plan.live_bytes import LiveBytes
 from prefold.plan.memory import BUFFERS, Machine, bytes_of
+from prefold.plan.meta_model import Blueprint
 from prefold.plan.passes import ON_GPU, Lengths, scoring_pass, training_pass
 from prefold.plan.plan import Plan, Planner
 from prefold.plan.timing import Rate, Rates
-from prefold.plan.work import Steps, Tokens, with_completions
 from prefold.recipe import RecipeBase, make_recipe
+from prefold.runs.pipeline import check
 from prefold.trees.attention import lower_right
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
@@ -388,7 +388,7 @@ def test_no_amount_of_memory(text: str) -> None:
 
 def launch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the plan sees it; the environment would have transformers look for the others."""
-    for module in ("plan", "blueprint"):
+    for module in ("plan", "meta_model"):
         monkeypatch.setattr(f"prefold.plan.{module}.launched", lambda: number)
 
 

@@ -185,8 +185,8 @@ def attributes_read() -> set[str]:
 
 def test_every_field_is_read_somewhere() -> None:
     # `Sampling(**evaluate.model_dump(...))` and `Guards.actions` read these by name, the card its tags from the run.
-    from prefold.rollouts.generate import Sampling
-    from prefold.trainers.guards import AT_THE_END, GUARDS
+    from prefold.generation.engine import Sampling
+    from prefold.training.guards import AT_THE_END, GUARDS
 
     passed_on = {*Sampling.__dataclass_fields__, *GUARDS, *AT_THE_END, "tags"}
     read = attributes_read() | passed_on

@@ -35,8 +35,8 @@ from transformers import PreTrainedTokenizerBase
 from prefold import ranks
 from prefold.errors import UserError
 from prefold.files import new_file
-from prefold.rollouts.generate import LocalEngine, end_tokens
-from prefold.rollouts.sampling import Sampling
+from prefold.generation.engine import LocalEngine, end_tokens
+from prefold.generation.sampling import Sampling
 from prefold.terminal import progress_bar
 from prefold.trees.forest import Text
 from prefold.trees.reader import Reader, choose_reader

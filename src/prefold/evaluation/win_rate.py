@@ -1,7 +1,7 @@
 """Win rate: how often a judge prefers the answer of the trained model to that of the model before training.
 
 A judge is a reward, which prefers the answer that it gives more, or a chat model behind an endpoint, which is shown
-both orders (`prefold.rollouts.judge`). A tie counts one half.
+both orders (`prefold.rewards.judge`). A tie counts one half.
 
 Judges like length. So the rate is given a second time, as it would be if both answers were equally long: a logistic
 regression of the win on tanh(d / s), where d is how many characters longer the answer became and s the standard
@@ -26,10 +26,10 @@ from prefold.errors import StageError
 from prefold.evaluation.compare import verdict
 from prefold.evaluation.paired import Floats, estimate, paired_test
 from prefold.files import cache_folder
+from prefold.generation.endpoint import Endpoint, Refused, in_parallel
 from prefold.recipe import EndpointJudge, RewardBase
-from prefold.rollouts.endpoint import Endpoint, Refused, in_parallel
-from prefold.rollouts.judge import Judge, NoVerdict
-from prefold.rollouts.rewards import LoadedReward, open_rewards, score, weighted
+from prefold.rewards.functions import LoadedReward, open_rewards, score, weighted
+from prefold.rewards.judge import Judge, NoVerdict
 from prefold.terminal import progress_bar
 
 FAILURES_IN_A_ROW = 10

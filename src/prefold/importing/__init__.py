@@ -14,7 +14,7 @@ from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
 from prefold.importing import axolotl, llamafactory, trl
 from prefold.importing.draft import Draft, Note
-from prefold.importing.writing import account, nested, recipe_text
+from prefold.importing.output import account, nested, recipe_text
 from prefold.recipe import make_recipe, parse_yaml
 
 _TOOLS = (trl, axolotl, llamafactory)

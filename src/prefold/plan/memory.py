@@ -16,12 +16,12 @@ from transformers import Trainer
 
 from prefold.algorithms import GRPO
 from prefold.errors import UserError
+from prefold.generation.engine import CACHE_BYTES, ROWS
 from prefold.models.merge import merge_dtype
-from prefold.plan.blueprint import Blueprint
+from prefold.plan.flops import plain_size
+from prefold.plan.meta_model import Blueprint
 from prefold.plan.passes import Lengths, attention_on, scoring_pass, training_pass
-from prefold.plan.work import plain_size
-from prefold.rollouts.generate import CACHE_BYTES, ROWS
-from prefold.trainers.arguments import training_arguments
+from prefold.training.arguments import training_arguments
 from prefold.trees.memory import free_memory
 
 CONTEXT = 750 * 2**20

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from prefold.plan.blueprint import Blueprint, fill, without_contents
-from prefold.plan.live import LiveBytes
+from prefold.plan.live_bytes import LiveBytes
+from prefold.plan.meta_model import Blueprint, fill, without_contents
 from prefold.trees.attention import BACKENDS, Shape, register, using_attention
 from prefold.trees.head import head_logprobs, head_of
 from prefold.trees.logprobs import packed_logprobs, plain_logprobs

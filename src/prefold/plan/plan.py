@@ -22,10 +22,10 @@ from prefold.launch import launched
 from prefold.models.load import choose_device, choose_dtype, tokenizer_of
 from prefold.models.merge import merge_dtype
 from prefold.plan import timing
-from prefold.plan.blueprint import Blueprint, config_of
+from prefold.plan.flops import Order, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
 from prefold.plan.memory import CONTEXT, Machine, Memory, Parts, Rows, peak, this_machine
+from prefold.plan.meta_model import Blueprint, config_of
 from prefold.plan.passes import Lengths, training_pass
-from prefold.plan.work import Order, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
 from prefold.recipe import RecipeBase, as_dict, make_recipe
 from prefold.trees.memory import CPU_TOKENS, budget_for
 from prefold.trees.scorer import obstacle, stretched_positions

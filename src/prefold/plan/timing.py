@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefold.generation.engine import ROWS, LocalEngine
+from prefold.generation.sampling import Sampling
 from prefold.models.load import choose_device
 from prefold.models.quantised import prepare_quantised, quantisation
-from prefold.plan.blueprint import Blueprint, StandIn
+from prefold.plan.flops import Tokens
+from prefold.plan.meta_model import Blueprint, StandIn
 from prefold.plan.passes import Lengths, shaped
-from prefold.plan.work import Tokens
-from prefold.rollouts.generate import ROWS, LocalEngine
-from prefold.rollouts.sampling import Sampling
 from prefold.trees.attention import candidates
 from prefold.trees.scorer import Scorer, reference_model
 

@@ -5,8 +5,9 @@ with its type, bounds and meaning. An unknown field is an error that names the n
 ignored. Fields left out take the method's vetted default (`Algorithm.defaults`) or the one written here.
 """
 
-from prefold.recipe.explaining import all_fields, describe
-from prefold.recipe.reading import load_recipe, make_recipe
+from prefold.recipe.dump import as_dict, dump_recipe, json_schema
+from prefold.recipe.explain import all_fields, describe
+from prefold.recipe.load import load_recipe, make_recipe
 from prefold.recipe.recipe import RecipeBase
 from prefold.recipe.rewards import EndpointJudge, Reward, RewardBase, WinRate
 from prefold.recipe.sections import (
@@ -23,7 +24,6 @@ from prefold.recipe.sections import (
     Train,
 )
 from prefold.recipe.text import builtin_recipes, first_comment, parse_yaml, read_text
-from prefold.recipe.writing import as_dict, dump_recipe, json_schema
 
 __all__ = [
     "Benchmark",

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Discriminator, Field, Tag, TypeAdapter, create_model, field_validator, model_validator
 
 from prefold.recipe.section import Section
-from prefold.rollouts.rewards import REWARDS, OnError, settings_of
+from prefold.rewards.functions import REWARDS, OnError, settings_of
 
 
 class RewardBase(Section):

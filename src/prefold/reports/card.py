@@ -19,9 +19,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prefold.files import read_json, write_text
-from prefold.reports import read
-from prefold.reports.overall import none_trained_on, overall, tasks_of
-from prefold.reports.read import Number, RunRecord, Values, finite, interval, read_run, section
+from prefold.reports import run_record as read
+from prefold.reports.run_record import Number, RunRecord, Values, finite, interval, read_run, section
+from prefold.reports.verdict import none_trained_on, overall, tasks_of
 
 CARD = "README.md"
 

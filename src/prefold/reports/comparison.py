@@ -11,12 +11,12 @@ from rich.padding import Padding
 
 from prefold.errors import UserError
 from prefold.files import write_text
-from prefold.reports import read
-from prefold.reports.html import templates
-from prefold.reports.overall import verdict_on_tasks
-from prefold.reports.read import Line, Values, Verdict, section
-from prefold.reports.table import STYLES, plain, tasks_for_terminal
+from prefold.reports import run_record as read
+from prefold.reports.page import templates
+from prefold.reports.run_record import Line, Values, Verdict, section
+from prefold.reports.run_table import STYLES, plain, tasks_for_terminal
 from prefold.reports.tasks import TaskTable, score_table, task_table
+from prefold.reports.verdict import verdict_on_tasks
 
 
 class Model(NamedTuple):
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 
 def write_comparison(path: Path, found: Values) -> None:
-    """What `prefold.comparison.compare` found as a page of its own.
+    """What `prefold.runs.comparison.compare` found as a page of its own.
 
     Raises:
         UserError: the page cannot be written there.

@@ -17,8 +17,8 @@ from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, NumeralTickFo
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-from prefold.reports import read
-from prefold.reports.read import Number, RunRecord, Values, finite
+from prefold.reports import run_record as read
+from prefold.reports.run_record import Number, RunRecord, Values, finite
 
 CHOSEN, REJECTED, PLAIN = "#1f9d8b", "#d2713f", "#5c85d6"
 MOST_POINTS = 1500

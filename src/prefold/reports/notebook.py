@@ -7,9 +7,9 @@ from pathlib import Path
 
 from markupsafe import escape
 
-from prefold.reports.html import render
-from prefold.reports.read import read_run
-from prefold.reports.table import summary
+from prefold.reports.page import render
+from prefold.reports.run_record import read_run
+from prefold.reports.run_table import summary
 from prefold.terminal import as_text
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from prefold.reports import read
-from prefold.reports.read import Number, RunRecord, Values, finite, section
+from prefold.reports import run_record as read
+from prefold.reports.run_record import Number, RunRecord, Values, finite, section
 
 
 class Written(NamedTuple):

@@ -12,12 +12,12 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 
 from prefold.files import write_text
-from prefold.reports import read
-from prefold.reports.html import templates
-from prefold.reports.overall import change, difference, outcome_of, overall, value
-from prefold.reports.read import NARROW_SPACE, Line, Outcome, Values, Verdict, finite, interval, read_run, section
-from prefold.reports.table import STYLES, plain, tasks_for_terminal
+from prefold.reports import run_record as read
+from prefold.reports.page import templates
+from prefold.reports.run_record import NARROW_SPACE, Line, Outcome, Values, Verdict, finite, interval, read_run, section
+from prefold.reports.run_table import STYLES, plain, tasks_for_terminal
 from prefold.reports.tasks import ScoreTable, TaskTable, score_table, task_table
+from prefold.reports.verdict import change, difference, outcome_of, overall, value
 
 PAGE = "sweep.html"
 NAMED = 3

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from prefold.reports import overall, read
-from prefold.reports.overall import entries, groups_of, judge_of, members_of, outcome_of, tasks_of
-from prefold.reports.read import NO_VALUE, Number, Outcome, Values, finite, interval, section
+from prefold.reports import run_record as read
+from prefold.reports import verdict as overall
+from prefold.reports.run_record import NO_VALUE, Number, Outcome, Values, finite, interval, section
+from prefold.reports.verdict import entries, groups_of, judge_of, members_of, outcome_of, tasks_of
 
 
 class Whisker(NamedTuple):

@@ -6,7 +6,7 @@ import pytest
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.evaluation.rewards import compare_rewards
-from prefold.rollouts.completions import Completion, Group
+from prefold.generation.groups import Completion, Group
 
 
 def groups(*rewards: list[float | None]) -> list[Group]:

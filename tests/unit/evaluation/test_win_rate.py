@@ -13,9 +13,9 @@ import pytest
 from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
 from prefold.evaluation.win_rate import LEAST_PROMPTS, Asked, length_controlled, measure_win_rate, open_judge, win_rate
+from prefold.generation.endpoint import Refused
 from prefold.recipe import Reward, dump_recipe, load_recipe
-from prefold.rollouts.endpoint import Refused
-from prefold.rollouts.judge import NoVerdict
+from prefold.rewards.judge import NoVerdict
 
 
 def asked(*lengths: tuple[int, int]) -> list[Asked]:

@@ -13,10 +13,10 @@ from exportable import LLAMA3, PLAIN_TEXTS, TEXTS, byte_level, save_model, sente
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prefold.errors import StageError, UserError
-from prefold.models import gguf as export
 from prefold.models.fetch import fetch
-from prefold.models.gguf import export_gguf, interleaved, require_exportable, write_gguf
 from prefold.models.load import load_model, load_tokenizer
+from prefold.publishing.gguf import export_gguf, interleaved, require_exportable, write_gguf
+from prefold.publishing.publish import gguf as export
 from prefold.recipe import Model
 
 IDS = torch.tensor([[60, 61, 200, 5, 17, 99, 3, 250]])
@@ -160,13 +160,13 @@ def test_a_file_that_is_not_the_model_is_not_kept(run: Path, monkeypatch: pytest
 
 def test_a_tokenizer_that_is_read_otherwise_is_not_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(run / "merged", tokenizer=byte_level("llama-bpe"))
-    monkeypatch.setattr("prefold.models.gguf_vocabulary.SPLITS", dict.fromkeys(export_splits(), "qwen2"))
+    monkeypatch.setattr("prefold.publishing.gguf_tokenizer.SPLITS", dict.fromkeys(export_splits(), "qwen2"))
     with pytest.raises(StageError, match="writes other ids"):
         exported(run, "F16")
 
 
 def export_splits() -> dict[str, str]:
-    from prefold.models.gguf_vocabulary import SPLITS
+    from prefold.publishing.gguf_tokenizer import SPLITS
 
     return SPLITS
 

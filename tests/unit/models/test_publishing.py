@@ -14,10 +14,10 @@ from exportable import byte_level, save_model
 from huggingface_hub import constants
 from upload_hub import TOKEN, UploadHub, uploads_to
 
-from prefold import publishing
 from prefold.errors import StageError, UserError
-from prefold.models import gguf as export
-from prefold.publishing import items_of, planned, publish_run, require_ready
+from prefold.publishing.publish import gguf as export
+from prefold.publishing.publish import items_of, planned, publish_run, require_ready
+from prefold.publishing import publish as publishing
 from prefold.recipe import Publish, make_recipe
 
 NAME = "somebody/tiny-DPO"
@@ -273,7 +273,7 @@ def test_a_folder_appears_whole_or_not_at_all(run: Path, tmp_path: Path, monkeyp
             raise OSError(28, "No space left on device")
         target.write_bytes(source.read_bytes())
 
-    monkeypatch.setattr("prefold.publishing.shutil.copyfile", full)
+    monkeypatch.setattr("prefold.publishing.publish.shutil.copyfile", full)
     target = tmp_path / "out" / "model"
     assert "No space left on device" in failed(run, UserError, to=str(target))
     assert len(copied) == 3 and list((tmp_path / "out").iterdir()) == []

@@ -11,8 +11,8 @@ from fake_run import HOSTILE, sample, write_run
 
 import prefold
 from prefold.errors import UserError
-from prefold.reports.html import write_report
 from prefold.reports.notebook import framed
+from prefold.reports.page import write_report
 
 
 class Elements(HTMLParser):

@@ -17,9 +17,10 @@ import yaml
 from fake_run import DATA, ENVIRONMENT, HELDOUT, HOSTILE, MERGE, RECIPE, metrics, sample, write_run
 
 from prefold.errors import UserError
-from prefold.reports import curves, html
-from prefold.reports.html import data_tables, write_check, write_report
-from prefold.reports.read import readable
+from prefold.reports import curves
+from prefold.reports import page as html
+from prefold.reports.page import data_tables, write_check, write_report
+from prefold.reports.run_record import readable
 
 VOID = {"meta", "link", "br", "img", "input", "base"}
 

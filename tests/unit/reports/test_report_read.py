@@ -9,8 +9,8 @@ import pytest
 from fake_run import HELDOUT, HOSTILE, write_run
 
 from prefold.errors import UserError
-from prefold.reports import read
-from prefold.reports.read import read_run, verdict
+from prefold.reports import run_record as read
+from prefold.reports.run_record import read_run, verdict
 
 
 def plain(text: str) -> str:

@@ -10,8 +10,8 @@ import yaml
 from fake_run import HOSTILE, write_run
 from test_report_html import Page, report
 
-from prefold.reports.read import read_run
 from prefold.reports.rollouts import sampled
+from prefold.reports.run_record import read_run
 
 RECIPE = yaml.safe_dump(
     {"method": "grpo", "model": {"name": "m"}, "rewards": [{"name": "length"}], "grpo": {"max_completion_length": 96}}

@@ -12,7 +12,7 @@ import yaml
 from fake_run import HELDOUT, HOSTILE, RECIPE, write_run
 from rich.console import Console
 
-from prefold.reports.table import summary
+from prefold.reports.run_table import summary
 
 
 def printed(folder: Path, **changes: Any) -> str:

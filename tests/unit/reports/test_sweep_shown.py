@@ -15,9 +15,9 @@ from statsmodels.stats.proportion import proportion_confint
 from test_report_html import Page
 
 from prefold.evaluation.paired import estimate, sign_test
-from prefold.reports.read import readable
+from prefold.reports.run_record import readable
 from prefold.reports.sweep import summary, write_sweep
-from prefold.sweeping import _compared, _confirm
+from prefold.runs.sweep import _compared, _confirm
 
 ACCURACIES = {
     "learning_rate=1e-5,beta=0.1": 0.6,

@@ -14,16 +14,16 @@ from fake_tasks import ASKED, WIN_RATE, measured
 from rich.console import Console
 from test_report_html import Page, report
 
-from prefold.comparison import compare
 from prefold.errors import UserError
 from prefold.evaluation.compare import compare_tasks
-from prefold.reports import html
+from prefold.reports import page as html
 from prefold.reports.comparison import summary as comparison_summary
 from prefold.reports.comparison import write_comparison
-from prefold.reports.overall import overall
-from prefold.reports.read import read_run, readable
-from prefold.reports.table import summary
+from prefold.reports.run_record import read_run, readable
+from prefold.reports.run_table import summary
 from prefold.reports.tasks import score_table, task_table, win_rate_view
+from prefold.reports.verdict import overall
+from prefold.runs.comparison import compare
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer, serving
 
-from prefold.rollouts import endpoint
+from prefold.generation import endpoint
 
 
 @pytest.fixture(autouse=True)

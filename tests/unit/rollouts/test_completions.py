@@ -11,9 +11,9 @@ from tiny_tokenizer import CHATML, make_tokenizer
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.errors import UserError
-from prefold.rollouts.completions import Completion, names_of, require_end_token, sample, scored_groups
-from prefold.rollouts.generate import Sampling
-from prefold.rollouts.rewards import LoadedReward
+from prefold.generation.engine import Sampling
+from prefold.generation.groups import Completion, names_of, require_end_token, sample, scored_groups
+from prefold.rewards.functions import LoadedReward
 
 TOKENIZER = make_tokenizer(CHATML)
 END = TOKENIZER.eos_token_id

@@ -13,10 +13,10 @@ from chat_server import ChatServer, Failure
 
 from prefold.data.preference import Message
 from prefold.errors import UserError
-from prefold.rollouts import endpoint
-from prefold.rollouts.endpoint import Endpoint, Refused, in_parallel
-from prefold.rollouts.journal import Journal, key_of
-from prefold.rollouts.judge import Judge, NoVerdict
+from prefold.generation import endpoint
+from prefold.generation.endpoint import Endpoint, Refused, in_parallel
+from prefold.generation.journal import Journal, key_of
+from prefold.rewards.judge import Judge, NoVerdict
 
 ASKED = [Message(role="user", content="Why?")]
 SECRET = "sk-averysecretkey"

@@ -9,9 +9,9 @@ from tiny import tiny_llama, with_lora
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefold.rollouts import packed_weights as packing
-from prefold.rollouts.fold import fold_adapter
-from prefold.rollouts.packed_weights import packed_weights
+from prefold.generation import packed_weights as packing
+from prefold.generation.merged_adapter import fold_adapter
+from prefold.generation.packed_weights import packed_weights
 from prefold.trees.lora import fuse_lora
 
 IDS = torch.tensor([[1, 5, 9, 13]])

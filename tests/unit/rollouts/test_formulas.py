@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from prefold.recipe import Reward
-from prefold.rollouts import formulas
-from prefold.rollouts.formulas import Comparer, SymbolicEquality
+from prefold.rewards import formulas
+from prefold.rewards.formulas import Comparer, SymbolicEquality
 
 pytest.importorskip("math_verify")
 

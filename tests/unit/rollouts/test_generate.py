@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from prefold.data.preference import Message
 from prefold.errors import StageError
-from prefold.rollouts import generate
-from prefold.rollouts.cache import Decode, Group, Wave
-from prefold.rollouts.generate import LocalEngine, answer, failed_check, prefill, why_not_shared
-from prefold.rollouts.sampling import Completion, Sampling
+from prefold.generation import engine as generate
+from prefold.generation.engine import LocalEngine, answer, failed_check, prefill, why_not_shared
+from prefold.generation.kv_cache import Decode, Group, Wave
+from prefold.generation.sampling import Completion, Sampling
 
 ENDS = (5, 6, 7, 8)
 LENGTHS = (1, 30, 5, 12, 3)

@@ -26,13 +26,14 @@ from prefold.data.preference import Preference
 from prefold.data.shapes import find_shape
 from prefold.data.sources import read_rows
 from prefold.errors import StageError, UserError
+from prefold.generation import endpoint
+from prefold.generation import samplers as samples
+from prefold.generation.engine import Sampling
+from prefold.generation.journal import Journal
+from prefold.pairs.candidates import Candidate, best_pair
+from prefold.pairs.make import make_pairs
+from prefold.pairs.settings import PairSettings, parse_reward
 from prefold.recipe import Source
-from prefold.rollouts import endpoint, samples
-from prefold.rollouts.candidates import Candidate, best_pair
-from prefold.rollouts.generate import Sampling
-from prefold.rollouts.journal import Journal
-from prefold.rollouts.pair_settings import PairSettings, parse_reward
-from prefold.rollouts.pairs import make_pairs
 
 LENGTH = "length:target=0,unit=characters"
 Make = Callable[..., PairSettings]

@@ -20,7 +20,7 @@ from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
 from prefold.models import load
 from prefold.recipe import Reward, describe
-from prefold.rollouts.rewards import REWARDS, LoadedReward, Scores, number_in, open_rewards, score, weighted
+from prefold.rewards.functions import REWARDS, LoadedReward, Scores, number_in, open_rewards, score, weighted
 
 KNOWN = ("prompts", "completions", "completion_ids", "answer")
 PROMPT = [Message(role="user", content="How many?")]

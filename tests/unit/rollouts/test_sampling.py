@@ -12,8 +12,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from prefold.rollouts import sampling
-from prefold.rollouts.sampling import Sampling, choose, draw, penalised, stream_of, truncated
+from prefold.generation import sampling
+from prefold.generation.sampling import Sampling, choose, draw, penalised, stream_of, truncated
 
 
 def random_logits(rows: int = 16, size: int = 5000, spread: float = 3.0) -> torch.Tensor:

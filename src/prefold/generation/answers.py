@@ -1,0 +1,134 @@
+"""Prompts from arguments or a file, answered by a model or by a run's merged model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefold.data.preference import Message
+from prefold.errors import UserError
+from prefold.generation.engine import answer
+from prefold.generation.sampling import Sampling
+from prefold.models.adapters import load_start
+from prefold.models.load import tokenizer_of
+from prefold.recipe import Model, RecipeBase, load_recipe
+from prefold.recipe.bounds import require_bounds
+
+
+def generate(
+    model: str | Path,
+    prompts: str | Sequence[str] = (),
+    *,
+    file: str | Path | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    num_answers: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 42,
+) -> list[dict[str, Any]]:
+    """Answer prompts by a model, in its chat format.
+
+    Args:
+        model: a run folder (its merged model), or a model by any name that `model.name` can have.
+        prompts: what a user says; each begins a conversation.
+        file: more prompts, one a line, or .jsonl with a field `prompt`.
+        system: a message before each of them.
+        max_new_tokens: of an answer. num_answers: to each prompt.
+        temperature: 0 is greedy. top_p, top_k, min_p, seed: how tokens are drawn above that, as in `evaluate`.
+
+    Returns:
+        `{"prompt": ..., "answers": [...]}` for each prompt.
+
+    Raises:
+        UserError: there is no prompt, a value is out of its bounds, the file cannot be read, the model cannot be had.
+    """
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    require_bounds(max_new_tokens=max_new_tokens, num_answers=num_answers, **drawn)
+    sampling = Sampling(max_new_tokens, num_answers, temperature, top_p, top_k, min_p, seed)
+    given = [prompts] if isinstance(prompts, str) else prompts
+    texts = [*given, *(read_prompts(Path(file)) if file else [])]
+    if not texts:
+        raise UserError("no prompt", expected="a prompt as argument, or `--file prompts.txt`")
+    before = [Message(role="system", content=system)] if system else []
+    loaded, tokenizer = open_model(str(model))
+    conversations = [[*before, Message(role="user", content=text)] for text in texts]
+    answers = answer(loaded, tokenizer, conversations, sampling)
+    return [{"prompt": text, "answers": found} for text, found in zip(texts, answers, strict=True)]
+
+
+def print_answers(answers: Sequence[dict[str, Any]]) -> None:
+    console = Console(highlight=False)
+    for number, entry in enumerate(answers):
+        console.print(f"[bold]{escape(entry['prompt'])}[/]", end="\n\n")
+        for text in entry["answers"]:
+            console.print(Text(text), end="\n\n")
+        if number + 1 < len(answers):
+            console.rule(style="dim")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; from `.jsonl`, the field `prompt`."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file)) from None
+    if file.suffix != ".jsonl":
+        return [line for line in lines if line.strip()]
+    return [_prompt_of(line, f"{file}, row {row}") for row, line in enumerate(lines, 1) if line.strip()]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError("no prompt", where=where, expected='an object with a text field, {"prompt": "..."}') from None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError("`prompt` is not text", where=where, expected='{"prompt": "..."}')
+    return prompt
+
+
+def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model by name, or the merged model of a run folder."""
+    return _load(model_named(name))
+
+
+def model_named(name: str) -> Model:
+    """How to load a model by name, or the merged model of a run folder.
+
+    Raises:
+        UserError: the run has none yet.
+    """
+    recipe = run_recipe(name)
+    if recipe is None:
+        return Model(name=name)
+    merged = Path(name).expanduser() / "merged"
+    if not merged.is_dir():
+        raise UserError("this run has no merged model yet", where=name, advice=f"`prefold run {name}` finishes it")
+    return recipe.model.whole(merged)
+
+
+def open_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a run started from."""
+    recipe = run_recipe(name)
+    if recipe is None:
+        raise UserError("`--compare` needs to know the base", where=name, expected="a run folder")
+    return _load(recipe.model)
+
+
+def run_recipe(name: str) -> RecipeBase | None:
+    """The recipe of a run folder; None if `name` is something else."""
+    return load_recipe(name) if (Path(name).expanduser() / "recipe.yaml").is_file() else None
+
+
+def _load(section: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_start(section), tokenizer_of(section)

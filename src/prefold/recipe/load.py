@@ -1,0 +1,87 @@
+"""From a recipe's text and overrides to a checked recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from prefold.algorithms import ALGORITHMS, Algorithm
+from prefold.errors import UserError
+from prefold.recipe.explain import describe
+from prefold.recipe.recipe import Recipe, RecipeBase
+from prefold.recipe.text import field_lines, parse_yaml, read_text
+
+EVAL_FRACTION = 0.1
+"""Held out where a recipe says nothing: no run ends without a comparison."""
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> RecipeBase:
+    """Read a recipe, apply `section.field=value` overrides, fill in the method's defaults and check everything.
+
+    Raises:
+        UserError: for the first thing that is wrong, with its field and line.
+    """
+    text, where = read_text(name)
+    values = parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise UserError(
+            "the recipe is empty" if values is None else "the recipe is not a mapping of sections", where=where
+        )
+    for override in overrides:
+        apply_override(values, override)
+    return make_recipe(values, where, lines=None if overrides else field_lines(text))
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe", lines: dict[str, int] | None = None) -> RecipeBase:
+    """Check the values of a recipe that is already in memory."""
+    algorithm = ALGORITHMS.get(str(values.get("method")))
+    if algorithm is not None:
+        values = with_defaults(values, str(values["method"]), algorithm)
+    try:
+        # In JSON mode a strict model still builds the algorithm's dataclass from a mapping.
+        return Recipe.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise describe(error.errors(), values, where, lines or {}) from None
+
+
+def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm]) -> dict[str, Any]:
+    """A copy of `values` in which silent fields have the method's vetted defaults."""
+    filled = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    data = filled.get("data")
+    if isinstance(data, dict) and not data.get("eval"):
+        data.setdefault("eval_fraction", EVAL_FRACTION)
+    if filled.get(method) is None:
+        filled[method] = {}
+    for dotted, default in algorithm.defaults.items():
+        section, field = dotted.split(".")
+        if isinstance(filled.setdefault(section, {}), dict):
+            filled[section].setdefault(field, default)
+    return filled
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `section.field=value` in place; numbers in the path are places in a list."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError("not an override", where=override, expected="section.field=value, e.g. `train.max_steps=10`")
+    *parents, last = dotted.split(".")
+    here: Any = values
+    for part in parents:
+        here = here.setdefault(part, {}) if isinstance(here, dict) else _list_item(here, part, override)
+    value = parse_yaml(text, override)
+    if isinstance(here, dict):
+        here[last] = value
+    else:
+        _list_item(here, last, override)
+        here[int(last)] = value
+
+
+def _list_item(here: Any, part: str, override: str) -> Any:
+    if isinstance(here, list) and part.isdigit() and int(part) < len(here):
+        return here[int(part)]
+    raise UserError(
+        f"there is no `{part}` to set", where=override, expected="the path of a field that the recipe can have"
+    )

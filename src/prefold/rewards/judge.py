@@ -1,0 +1,88 @@
+"""A judge: a chat model that says which of two answers is better (RLAIF, arXiv 2309.00267).
+
+Models favour the answer that stands first, or second (section 2.1.1 there). So each two answers are shown in both
+orders, and what the judge says counts only where it stays with the same answer; else they are even. Left out: the
+reasons that a judge may be asked for first, and its token probabilities, which few endpoints give.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from prefold.data.preference import Message
+from prefold.generation.endpoint import Endpoint
+from prefold.generation.journal import Journal, key_of
+
+_QUESTION = """\
+Below is a conversation, and two answers that could follow it. Which answer is better: more correct, more helpful, \
+clearer? Length alone is no merit.
+
+[Conversation]
+{conversation}
+
+[Answer 1]
+{first}
+
+[Answer 2]
+{second}
+
+[End] Reply with the number of the better answer, 1 or 2, and nothing else."""
+# Models that think aloud do so before their answer.
+_THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
+_VERDICT = re.compile(r"\W*(?:the )?(?:better )?(?:answer|response)?(?: is)?\W*([12])\W*", re.IGNORECASE)
+
+
+class NoVerdict(Exception):
+    """The judge's reply names neither answer."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Asks an endpoint; every reply is kept in a file, so that no question is asked twice."""
+
+    endpoint: Endpoint
+    replies: Journal
+
+    @classmethod
+    def at(cls, endpoint: Endpoint, cache: Path) -> Judge:
+        folder = cache / "judge"
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(endpoint, Journal(folder / f"{key_of(endpoint.url, endpoint.model)}.jsonl"))
+
+    def shares(self, prompt: Sequence[Message], completions: Sequence[str]) -> list[float]:
+        """For each completion the share of the others that it was preferred to; a tie is one half.
+
+        Raises:
+            NoVerdict: a reply names neither answer.
+            UserError: the endpoint fails.
+        """
+        won = [0.0] * len(completions)
+        for first, second in combinations(range(len(completions)), 2):
+            share = self._share(prompt, completions[first], completions[second])
+            won[first] += share
+            won[second] += 1 - share
+        return [count / (len(completions) - 1) for count in won]
+
+    def _share(self, prompt: Sequence[Message], first: str, second: str) -> float:
+        """1 where the first is better, 0 where the second is, 0.5 where the judge goes by their order."""
+        if first == second:
+            return 0.5
+        votes = self._verdict(prompt, first, second) == 1, self._verdict(prompt, second, first) == 2
+        return sum(votes) / 2
+
+    def _verdict(self, prompt: Sequence[Message], first: str, second: str) -> int:
+        conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        question = _QUESTION.format(conversation=conversation, first=first, second=second)
+        key = key_of(question)
+        if key not in self.replies:
+            asked = [Message(role="user", content=question)]
+            self.replies.add(key, self.endpoint.ask(asked, temperature=0.0).text)
+        reply = str(self.replies[key])
+        match = _VERDICT.fullmatch(_THOUGHTS.sub("", reply))
+        if match is None:
+            raise NoVerdict(reply)
+        return int(match[1])

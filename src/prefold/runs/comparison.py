@@ -1,0 +1,219 @@
+"""`prefold compare`: run folders and models, each against the first one, on the same questions.
+
+A run folder brings what its run has measured; a model, and everything where tasks are named, is asked here. One run
+folder alone is compared with itself before training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefold.errors import UserError
+from prefold.evaluation.compare import compare_tasks
+from prefold.evaluation.scores import TaskScores
+from prefold.files import without_home
+from prefold.generation.answers import model_named, run_recipe
+from prefold.models.fetch import fetch
+from prefold.models.load import tokenizer_of
+from prefold.recipe import Evaluate, Model, RecipeBase
+from prefold.reports.run_record import read_run
+from prefold.reports.verdict import overall
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of those that are compared: a model, or a run before or after training."""
+
+    name: str
+    label: str
+    run: RecipeBase | None = None
+    when: str = "after"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.name).expanduser()
+
+    @property
+    def section(self) -> Model:
+        """How to load it.
+
+        Raises:
+            UserError: the run has no merged model yet.
+        """
+        return self.run.model if self.run is not None and self.when == "before" else model_named(self.name)
+
+
+def compare(
+    models: Sequence[str | Path],
+    tasks: Sequence[str] = (),
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, Any]:
+    """Compare run folders and models with the first one.
+
+    Args:
+        models: run folders, or models by any name that `model.name` can have.
+        tasks: what to ask all of them, and `include_path`, `limit` and `num_fewshot` how, as in `evaluate`. Unset: the
+            task scores of the run folders count, and models are asked what the first of them was asked.
+
+    Returns:
+        `{"baseline": NAME, "models": {NAME: as compare_tasks}, "runs": {NAME: {"method", "model", "outcome", "verdict",
+        "evidence"}}}`.
+
+    Raises:
+        UserError: there is nothing to compare, a run folder has not been evaluated, a task or model cannot be had.
+    """
+    sides = _sides([str(model) for model in models])
+    runs = {side.label: _run_facts(side) for side in sides if side.run is not None and side.when == "after"}
+    settings = None
+    if tasks:
+        settings = Evaluate(tasks=list(tasks), include_path=include_path, limit=limit, num_fewshot=num_fewshot)
+    elif (include_path, limit, num_fewshot) != (None, None, None):
+        raise UserError("--include-path, --limit and --num-fewshot are for --tasks", advice="name the tasks")
+    scores = _scores(sides, settings)
+    baseline, *others = (side.label for side in sides)
+    found = {label: compare_tasks(scores[baseline], scores[label]) for label in others if scores[label]}
+    _require_something_in_common(baseline, found)
+    return {"baseline": baseline, "models": found, "runs": runs}
+
+
+def compare_with(names: Sequence[str], baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:
+    """The content of `evaluation/compared.json`: other models, asked what a run was asked, against its model before
+    training."""
+    sides = [_side(name) for name in names]
+    scores = _asked(sides, settings)
+    return {"models": {side.label: compare_tasks(baseline, scores[side.label]) for side in sides}}
+
+
+def require_models(names: Sequence[str]) -> None:
+    """Bring models into the cache.
+
+    Raises:
+        UserError: one of them cannot be had, or is a run without a merged model.
+    """
+    for name in names:
+        section = _side(name).section
+        fetch(section.name, section.revision)
+
+
+def read_scores(path: Path) -> list[TaskScores]:
+    """What a run has written of its tasks; nothing where it was asked none.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return [TaskScores.from_json(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        where = without_home(str(path))
+        advice = "remove the file and run the recipe again; the stage that writes it is redone"
+        raise UserError(f"cannot be read ({error})", where=where, advice=advice) from None
+
+
+# ---- who is compared --------------------------------------------------------------------------------------------
+
+
+def _sides(names: Sequence[str]) -> list[Side]:
+    sides = [_side(name) for name in names]
+    if len(sides) == 1:
+        [only] = sides
+        if only.run is None:
+            raise UserError(
+                "there is nothing to compare it with",
+                where=only.label,
+                expected="a run folder, which is compared with its model before training; or two models or more",
+            )
+        return [Side(only.name, f"{only.label}, before", only.run, "before"), only]
+    if twice := next((side.label for place, side in enumerate(sides) if side in sides[:place]), None):
+        raise UserError("is named twice", where=twice, expected="different models or run folders")
+    return sides
+
+
+def _side(name: str) -> Side:
+    """Raises UserError for a run that trains a reward model: that answers nothing."""
+    side = Side(name, without_home(name), run_recipe(name))
+    if side.run is not None and side.run.algorithm.scores_sequences:
+        what = "this run trains a model that scores answers and gives none, so there is nothing to compare"
+        advice = "its report says how well it tells held-out pairs apart; it can judge others (`evaluate.win_rate`)"
+        raise UserError(what, where=side.label, expected="runs and models that answer", advice=advice)
+    return side
+
+
+def _run_facts(side: Side) -> dict[str, Any]:
+    """What the run says of itself.
+
+    Raises:
+        UserError: it has not been evaluated.
+    """
+    run = read_run(side.folder)
+    verdict = overall(run)
+    if verdict.outcome == "missing":
+        raise UserError(
+            "this run has not been evaluated yet", where=side.label, advice=f"`prefold run {side.label}` finishes it"
+        )
+    return {
+        "method": run.method,
+        "model": run.model,
+        "outcome": verdict.outcome,
+        "verdict": verdict.headline,
+        "evidence": [line.text for line in verdict.lines] or [verdict.evidence],
+    }
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------
+
+
+def _scores(sides: Sequence[Side], settings: Evaluate | None) -> dict[str, list[TaskScores]]:
+    """Of each side by its label; all of them empty where only runs are compared that were asked no tasks."""
+    if settings is not None:
+        return _asked(sides, settings)
+    found = {side.label: _written(side) for side in sides if side.run is not None}
+    models = [side for side in sides if side.run is None]
+    if not any(found.values()) and not models:
+        return found
+    silent = next((side for side in sides if found.get(side.label) == []), None)
+    if silent is not None:
+        raise UserError(
+            "this run was asked no tasks",
+            where=silent.label,
+            advice="name tasks to ask all of them (`--tasks`), or add `evaluate.tasks` to its recipe and run it again",
+        )
+    if models:
+        as_asked = next((side.run.evaluate for side in sides if side.run is not None and side.run.evaluate.tasks), None)
+        if as_asked is None:
+            raise UserError(
+                "nothing says what to ask the models",
+                where=models[0].label,
+                expected="--tasks, or a run folder whose recipe has `evaluate.tasks`",
+            )
+        found |= _asked(models, as_asked)
+    return found
+
+
+def _written(side: Side) -> list[TaskScores]:
+    return read_scores(side.folder / "evaluation" / f"scores_{side.when}.json")
+
+
+def _asked(sides: Sequence[Side], settings: Evaluate) -> dict[str, list[TaskScores]]:
+    # The harness takes seconds to import.
+    from prefold.evaluation.tasks import measure_model, open_tasks
+
+    sections = {side.label: side.section for side in sides}
+    tasks = open_tasks(settings, tokenizer_of(next(iter(sections.values()))))
+    return {label: measure_model(section, tasks, settings, label) for label, section in sections.items()}
+
+
+def _require_something_in_common(baseline: str, found: dict[str, Any]) -> None:
+    if not found or any(comparison["tasks"] for comparison in found.values()):
+        return
+    label, comparison = next(iter(found.items()))
+    reasons = "; ".join(f"{task}: {reason}" for task, reason in comparison.get("left_out", {}).items())
+    raise UserError(f"no task can be compared with those of {baseline} ({reasons})", where=label)

@@ -1,0 +1,33 @@
+"""Merge: the trained weights become a whole model, which is loaded back and compared."""
+
+from __future__ import annotations
+
+from prefold.files import write_json
+from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of
+from prefold.models.merge import merge_adapter, merge_dtype, remarks, save_and_check
+from prefold.models.provenance import provenance
+from prefold.models.score_head import pad_apart
+from prefold.recipe import Model, RecipeBase
+from prefold.runs.context import head_seed_of, prepared_data, sample_trees
+from prefold.terminal import say
+
+
+def merge(recipe: RecipeBase) -> None:
+    folder = recipe.run_folder
+    tokenizer = tokenizer_of(recipe.model)
+    trees = sample_trees(prepared_data(recipe).train)
+    rows, prompts = [sum(tree.completions[:1], tree.prompt) for tree in trees], [tree.prompt for tree in trees]
+    if recipe.algorithm.scores_sequences:
+        rows, prompts = [tree.prompt + ids for tree in trees for ids in tree.completions], []
+        pad_apart(tokenizer, {row[-1] for row in rows})
+    computed = choose_dtype(recipe.model.dtype, choose_device())
+    dtype, seed = str(merge_dtype(recipe, computed)).removeprefix("torch."), head_seed_of(recipe)
+    if recipe.lora == "none":
+        trained = load_model(Model(name=str(folder / "trained")), dtype=dtype, head_seed=seed)
+        result = save_and_check(trained, folder / "merged", tokenizer, rows, prompts)
+    else:
+        adapter, merged = folder / "adapter", folder / "merged"
+        result = merge_adapter(recipe.model, adapter, merged, tokenizer, rows, dtype, prompts, seed)
+    for remark in remarks(result):
+        say(f"  {remark}")
+    write_json(folder / "merge.json", {**result, "provenance": provenance(recipe.model, recipe.data)})

@@ -1,0 +1,348 @@
+"""`prefold sweep`: a run for each combination of some fields' values, and one comparison of them all.
+
+Each run is an ordinary one in a folder of its own, resumed, compared, tried and published as any other. All of them are
+measured on the same held-out data, and the best one is chosen by it; what that does to its score is said beside it
+(`evaluation/best_of_many.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefold.data.findings import fingerprint
+from prefold.errors import StageError, UserError
+from prefold.evaluation.best_of_many import best_of_many, holm
+from prefold.evaluation.heldout import CHANCE
+from prefold.evaluation.paired import LEVEL
+from prefold.files import (
+    read_json,
+    read_jsonl,
+    require_writable,
+    storage_trouble,
+    without_home,
+    without_secrets,
+    write_json,
+)
+from prefold.recipe import RecipeBase, load_recipe, parse_yaml
+from prefold.reports.sweep import write_sweep
+from prefold.runs.check import examine
+from prefold.runs.context import check_tasks, forget_data
+from prefold.runs.evaluate import held_out_sampling, sharing_before
+from prefold.runs.pipeline import outdated_stages, run, stages_of
+from prefold.terminal import say
+from prefold.trees.memory import free_memory
+
+FACTS = "sweep.json"
+EXAMPLE = "`train.learning_rate=1e-5,5e-5`"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One of the runs. `settings`: the swept fields by their dotted path; `name`: what its folder is called."""
+
+    name: str
+    settings: dict[str, Any]
+    recipe: RecipeBase
+
+    def is_finished(self) -> bool:
+        folder = self.recipe.run_folder
+        if not (folder / "recipe.yaml").is_file() or outdated_stages(self.recipe, folder):
+            return False
+        return all(stage.is_done(folder) for stage in stages_of(self.recipe))
+
+
+def sweep(recipe: str, overrides: Sequence[str] = (), *, output: str | None = None) -> dict[str, Any]:
+    """Run each combination of values that is not done yet, and compare all of them.
+
+    Args:
+        recipe: a YAML file, a built-in recipe or a run folder.
+        overrides: as elsewhere; a field with several values, `train.learning_rate=1e-5,5e-5`, is swept.
+        output: folder of the runs; unset: the recipe's `output_dir`, with `-sweep` behind it.
+
+    Returns:
+        The content of `sweep.json`. Of `points`, `status` is `done`, `failed` (with `error`) or `waiting`.
+
+    Raises:
+        UserError: a recipe, the data or the folder cannot be used; nothing was written.
+        StageError: the data of a run has errors; nothing was written.
+    """
+    swept, fixed = swept_fields(overrides)
+    points, folder = _points(recipe, swept, fixed, output)
+    _require_own_folder(folder, points)
+    _require_comparable(points)
+    about = {
+        "recipe": without_home(recipe),
+        "folder": without_home(str(folder)),
+        "fields": swept,
+        "overrides": [without_home(override) for override in fixed],
+    }
+    require_writable(folder)
+    failures: dict[str, str] = {}
+    found = _write(folder, about, points, failures)
+    with sharing_before():
+        for place, point in enumerate(points, start=1):
+            say(f"run {place} of {len(points)}: {point.name}")
+            if point.is_finished():
+                say("  done before")
+                continue
+            if failure := _failure_of(point):
+                failures[point.name] = failure
+                say(f"  failed: {failure}")
+            found = _write(folder, about, points, failures)
+    return found
+
+
+# ---- the grid ---------------------------------------------------------------------------------------------------
+
+
+def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Values by the dotted paths of the fields that have several, and the other overrides.
+
+    Commas part values; those within brackets or quotes belong to one value.
+
+    Raises:
+        UserError: no field has several values, or a field or a value is given twice.
+    """
+    swept: dict[str, list[Any]] = {}
+    fixed: list[str] = []
+    for override in overrides:
+        field, _, text = override.partition("=")
+        values = parse_yaml(f"[{text}]", override) if "," in text else []
+        if field == "output_dir":
+            raise UserError("every run has a folder of its own", where=override, advice="name theirs: `--output DIR`")
+        if field in swept or (len(values) > 1 and any(one.startswith(f"{field}=") for one in fixed)):
+            raise UserError(f"`{field}` is given twice", where=override)
+        if len(values) > 1:
+            # As JSON holds them: so they are shown, and set.
+            swept[field] = json.loads(json.dumps(values, default=str))
+        else:
+            fixed.append(override)
+        texts = [json.dumps(value) for value in swept.get(field, ())]
+        if twice := next((text for text in texts if texts.count(text) > 1), None):
+            raise UserError(f"the value {twice} is given twice", where=override)
+    if not swept:
+        raise UserError("no field has several values", expected=f"values with commas between them, e.g. {EXAMPLE}")
+    return swept, fixed
+
+
+def _points(
+    recipe: str, swept: Mapping[str, list[Any]], fixed: Sequence[str], output: str | None
+) -> tuple[list[Point], Path]:
+    """The runs in the order of the grid, the last field's values the fastest, and their folder.
+
+    Raises:
+        UserError: one of them cannot be a recipe.
+    """
+    grid = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
+    folder = output or f"{load_recipe(recipe, [*fixed, *_overrides(grid[0])]).output_dir}-sweep"
+    labels = _labels(list(swept))
+    points = []
+    for settings in grid:
+        name = ",".join(f"{labels[field]}={_in_a_name(value)}" for field, value in settings.items())
+        own = _overrides({**settings, "output_dir": f"{folder}/{name}"})
+        points.append(Point(name, settings, load_recipe(recipe, [*fixed, *own])))
+    if points[0].recipe.publish is not None:
+        raise UserError(
+            "every run of the sweep would be published to the same place",
+            where="`publish`",
+            advice="add `publish=null`, and publish the best run at the end: `prefold publish RUN publish.to=...`",
+        )
+    return points, Path(folder).expanduser()
+
+
+def _overrides(settings: Mapping[str, Any]) -> list[str]:
+    # JSON is YAML too.
+    return [f"{field}={json.dumps(value, ensure_ascii=False)}" for field, value in settings.items()]
+
+
+def _labels(fields: Sequence[str]) -> dict[str, str]:
+    """Short names: the last part of a path, where only one field has it."""
+    lasts = [field.rpartition(".")[2] for field in fields]
+    return {field: last if lasts.count(last) == 1 else field for field, last in zip(fields, lasts, strict=True)}
+
+
+LONGEST = 40
+"""Characters of a value in the name of a folder."""
+
+
+def _in_a_name(value: Any) -> str:
+    """A value as part of a folder's name; different ones for different values."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        text = re.sub(r"e([+-])0+", r"e\1", text)
+    safe = re.sub(r"[^\w.+-]+", "-", text)[:LONGEST].strip("-")
+    if safe == text:
+        return safe
+    return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+# ---- before the first run starts --------------------------------------------------------------------------------
+
+
+def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
+    """The folder is new, or holds this sweep or a part of it: the best of many is told by how many there were.
+
+    Raises:
+        UserError: it holds something else, or runs with other settings.
+    """
+    where, advice = without_home(str(folder)), "take another folder: `--output DIR`"
+    if not (folder / FACTS).is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError("is neither empty nor the folder of a sweep", where=where, advice=advice)
+        return
+    try:
+        earlier = [str(point["name"]) for point in read_json(folder / FACTS)["points"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"cannot be read ({error})", where=f"{where}/{FACTS}", advice=advice) from None
+    names = [point.name for point in points]
+    if missing := [name for name in earlier if name not in names]:
+        raise UserError(
+            f"holds a sweep with a run that is none of this one's: {missing[0]}",
+            where=where,
+            expected="the same sweep, or one with more values",
+            advice=advice,
+        )
+
+
+def _require_comparable(points: Sequence[Point]) -> None:
+    """Read the data of every run that is not finished, and plan it, which finds modules that the model does not have.
+
+    Raises:
+        UserError: a run cannot be made, or they would not all be measured on the same held-out data in the same way.
+        StageError: the data of a run has errors.
+    """
+    forget_data()
+    measured_by = {point.name: _measured_by(point) for point in points}
+    first = points[0].name
+    if other := next((name for name in measured_by if measured_by[name] != measured_by[first]), None):
+        raise UserError(
+            f"`{first}` and `{other}` could not be compared: they hold out different data, or are measured in "
+            "different ways",
+            advice="name the held-out data in `data.eval`; fields that decide what is held out, or how answers are "
+            "drawn and scored, cannot be swept",
+        )
+
+
+def _measured_by(point: Point) -> tuple[Any, ...]:
+    """What decides the held-out score of a run beside its model."""
+    recipe = point.recipe
+    scored = (recipe.algorithm.data, recipe.algorithm.scores_sequences, repr(recipe.rewards))
+    kind = (*scored, held_out_sampling(recipe))
+    if point.is_finished():
+        return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *kind)
+    check_tasks(recipe)
+    prepared = examine(recipe).prepared
+    if errors := [finding.message for finding in prepared.report.findings if finding.severity == "error"]:
+        raise StageError(f"{point.name} cannot be trained: {errors[0]}; `prefold check` with its settings shows it all")
+    if not prepared.held_out:
+        what = "nothing is held out to choose by"
+        raise UserError(what, where="`data`", advice="set `eval_fraction`, or name `eval`")
+    return (fingerprint(prepared.held_out), *kind)
+
+
+# ---- running and comparing --------------------------------------------------------------------------------------
+
+
+def _failure_of(point: Point) -> str:
+    """Run it; why it failed, empty if it did not. A full disk would stop every run, and ends the sweep."""
+    try:
+        run(point.recipe)
+        return ""
+    except Exception as error:
+        if storage_trouble(error) or os.environ.get("PREFOLD_DEBUG"):
+            raise
+        told = str(error) if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {error}"
+        message = without_secrets(told)
+    # Outside the handler, whose traceback would keep the model alive.
+    free_memory()
+    return message
+
+
+def _write(
+    folder: Path, about: Mapping[str, Any], points: Sequence[Point], failures: Mapping[str, str]
+) -> dict[str, Any]:
+    """Compare what is done so far, in `sweep.json` and on the page."""
+    done = [point for point in points if point.name not in failures and point.is_finished()]
+    measured = {point.name: found for point in done if (found := _held_out(point)) is not None}
+    compared = _compared(measured) if measured else {"best": None}
+    entries = []
+    for point in points:
+        entry: dict[str, Any] = {"name": point.name, "settings": point.settings}
+        if point.name in failures:
+            entry |= {"status": "failed", "error": failures[point.name]}
+        else:
+            entry["status"] = "done" if point in done else "waiting"
+        entries.append(entry | {"held_out": measured.get(point.name)})
+    found = {**about, **compared, "confirm": _confirm(folder, compared["best"]), "points": entries}
+    write_json(folder / FACTS, found)
+    write_sweep(folder, found)
+    return found
+
+
+def _held_out(point: Point) -> dict[str, Any] | None:
+    """What a finished run measured, under the names that a task's facts have; None if it could measure nothing."""
+    folder, recipe = point.recipe.run_folder / "evaluation", point.recipe
+    name, key = ("rewards", "reward") if recipe.algorithm.data == "prompts" else ("heldout", "accuracy")
+    found = read_json(folder / f"{name}.json")
+    if "after" not in found or not (folder / "heldout.jsonl").is_file():
+        return None
+    before, difference = found.get("before", {}), found.get("difference", {})
+    scores_answers = "chance" in found
+    return {
+        "before": before.get(key),
+        "after": found["after"][key],
+        "after_ci": found["after"][f"{key}_ci"],
+        "margin": found["after"].get("margin"),
+        "difference": found["after"][key] - CHANCE if scores_answers else difference[key],
+        "ci": difference.get("ci"),
+        "p_value": found["chance" if scores_answers else "difference"]["p_value"],
+        "shares": key == "accuracy",
+        "by_unit": [line["after"] for line in read_jsonl(folder / "heldout.jsonl")],
+    }
+
+
+def _compared(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is said of all runs together; what is said of each is added to it, and its single values are taken out."""
+    values = {name: np.array(one.pop("by_unit"), dtype=float) for name, one in measured.items()}
+    # A prompt may lack a reward in some run.
+    known = ~np.isnan(np.stack(list(values.values()))).any(axis=0)
+    if not known.any():
+        return {"best": None}
+    ranked = best_of_many(
+        {name: one[known] for name, one in values.items()},
+        {name: one["margin"] or 0.0 for name, one in measured.items()},
+    )
+    adjusted = holm({name: one["p_value"] for name, one in measured.items()})
+    for name, facts in measured.items():
+        verdict = "no difference shown"
+        if adjusted[name] < LEVEL and facts["difference"]:
+            verdict = "better" if facts["difference"] > 0 else "worse"
+        facts |= {"p_adjusted": adjusted[name], "verdict": verdict, **ranked["runs"][name]}
+    shares = next(iter(measured.values()))["shares"]
+    return {
+        "chosen_by": "held-out accuracy, of equal ones the larger margin" if shares else "held-out reward",
+        "held_out": {"unit": "pair" if shares else "prompt", "number": int(known.sum())},
+        "best": ranked["best"],
+        "as_good": ranked["as_good"],
+        "luck": ranked["luck"],
+    }
+
+
+def _confirm(folder: Path, best: str | None) -> str | None:
+    """The command that measures the best run on data that did not choose it."""
+    if best is None:
+        return None
+    place, other = (shlex.quote(without_home(str(path))) for path in (folder / best, f"{folder}-confirmed"))
+    fresh = "data.eval='[{path: fresh.jsonl}]' data.eval_fraction=0"
+    return " \\\n  ".join((f"prefold run {place}", fresh, f"output_dir={other}"))
