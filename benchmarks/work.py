@@ -111,7 +111,7 @@ class Work:
         lora = sum(workload.lora_rank * (i + o) for i, o in shapes) * layers
         unique = sum(tree.size for tree in workload.trees)
         algorithm = ALGORITHMS[workload.method](**workload.settings)
-        without_gradient = int(algorithm.needs_reference) + int(algorithm.data == "prompts")
+        without_gradient = int(algorithm.needs_reference) + int(algorithm.kind.samples)
         passes = 2 + without_gradient + int(workload.gradient_checkpointing)
         scored = sum(len(ids) for tree in workload.trees for ids in tree.completions)
         if algorithm.scores_prompt:

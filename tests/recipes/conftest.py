@@ -62,7 +62,7 @@ def recipe(tiny_model: Path, pairs: Path, tmp_path: Path) -> Callable[..., Recip
                 if isinstance(values.get(name), dict) and isinstance(change, dict)
                 else change
             )
-        if ALGORITHMS[values["method"]].scores_sequences and "evaluate" not in changes:
+        if ALGORITHMS[values["method"]].kind.scores and "evaluate" not in changes:
             del values["evaluate"]
         return make_recipe(values)
 

@@ -17,7 +17,7 @@ from prefold.recipe import RecipeBase
 from prefold.training.offline import PreferenceTrainer
 
 MakeRecipe = Callable[..., RecipeBase]
-OFFLINE = [name for name, algorithm in ALGORITHMS.items() if algorithm.data != "prompts"]
+OFFLINE = [name for name, algorithm in ALGORITHMS.items() if not algorithm.kind.samples]
 COUPLED = ["aot", "aot_unpaired", "bco", "kto", "mixed"]
 EXACT = {"lora": {"r": 4, "lora_dropout": 0.0}}
 

@@ -6,7 +6,7 @@ To add one: a file here, a line in `ALGORITHMS`, a test in `tests/unit/algorithm
 
 from prefold.algorithms.aot import AOT, AOTUnpaired
 from prefold.algorithms.apo import APODown, APOZero
-from prefold.algorithms.base import NO_STATE, Algorithm, Extreme, LossOutput, Mean, Metric, State
+from prefold.algorithms.base import NO_STATE, Algorithm, Draws, Extreme, Kind, LossOutput, Mean, Metric, State
 from prefold.algorithms.bco import BCO
 from prefold.algorithms.cpo import CPO
 from prefold.algorithms.discopop import DiscoPOP
@@ -72,8 +72,10 @@ __all__ = [
     "Algorithm",
     "BradleyTerry",
     "DiscoPOP",
+    "Draws",
     "Extreme",
     "Hinge",
+    "Kind",
     "LossOutput",
     "Mean",
     "Metric",

@@ -60,6 +60,40 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What methods train on and leave behind, as the recipe, the stages, the plan and the importer need to know it.
+
+    `data`: records of a chosen and a rejected completion; of completions with a label each; or prompts alone.
+    `samples`: whether the model writes the completions while it trains, and rewards score them. `scores`: whether the
+    model has a head that gives a conversation one score in place of the vocabulary's: it writes nothing, and
+    `TreeLogprobs.tokens` are the scores, one to each completion. `measured`: the file of `evaluation/` that compares
+    before with after on held-out data.
+    """
+
+    data: Literal["pairs", "unpaired", "prompts"]
+    samples: bool = False
+    scores: bool = False
+    measured: Literal["heldout", "rewards"] = "heldout"
+
+
+PAIRED = Kind("pairs")
+UNPAIRED = Kind("unpaired")
+SAMPLED = Kind("prompts", samples=True, measured="rewards")
+SCORING = Kind("pairs", scores=True)
+
+
+class Draws(NamedTuple):
+    """How a method draws completions of a prompt: their number, their longest length in tokens, and from what."""
+
+    num_generations: int
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+
+
+@dataclass(frozen=True)
 class Algorithm(ABC):
     """Settings of a method as fields; what it needs as class attributes, or as properties where a setting decides."""
 
@@ -69,11 +103,7 @@ class Algorithm(ABC):
     """arXiv number."""
     oracle: ClassVar[str]
     """What of TRL 1.16 the tests hold the loss against, or what else where TRL has no such loss."""
-    data: ClassVar[Literal["pairs", "unpaired", "prompts"]] = "pairs"
-    """Trees of a chosen and a rejected completion; of completions with a label each; or prompts alone."""
-    scores_sequences: ClassVar[bool] = False
-    """Whether the model has a head that gives a conversation one score in place of the vocabulary's: it writes nothing,
-    and `TreeLogprobs.tokens` are the scores, one to each completion."""
+    kind: ClassVar[Kind] = PAIRED
     defaults: ClassVar[dict[str, Any]] = ADAPTER_DEFAULTS
     """Vetted recipe values of this method by dotted field, used where the recipe is silent."""
 
@@ -106,6 +136,11 @@ class Algorithm(ABC):
     def iterations(self) -> int:
         """Optimizer steps in a row on the same trees."""
         return 1
+
+    @property
+    def draws(self) -> Draws | None:
+        """How completions are sampled, by a method of a kind that `samples`; None for the others."""
+        return None
 
     @property
     def reward_scale(self) -> float:

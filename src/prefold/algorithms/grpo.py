@@ -39,7 +39,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State, require_between, require_positive
+from prefold.algorithms.base import (
+    NO_STATE,
+    SAMPLED,
+    Algorithm,
+    Draws,
+    Kind,
+    LossOutput,
+    Mean,
+    State,
+    require_between,
+    require_positive,
+)
 from prefold.algorithms.pairwise import require_choice
 
 if TYPE_CHECKING:
@@ -136,7 +147,7 @@ class GRPO(Algorithm):
 
     paper: ClassVar[str] = "2402.03300"
     oracle: ClassVar[str] = "`GRPOTrainer`, every `loss_type` named here, and its advantages"
-    data: ClassVar[Literal["pairs", "unpaired", "prompts"]] = "prompts"
+    kind: ClassVar[Kind] = SAMPLED
     # A step is 8 prompts and 64 completions; the rate is the one that TRL's users settled on for LoRA.
     defaults: ClassVar[dict[str, Any]] = {
         "train.learning_rate": 2e-5,
@@ -172,6 +183,10 @@ class GRPO(Algorithm):
     @property
     def iterations(self) -> int:
         return self.num_iterations
+
+    @property
+    def draws(self) -> Draws:
+        return Draws(*(getattr(self, name) for name in Draws._fields))
 
     @property
     def _divided_by(self) -> str:

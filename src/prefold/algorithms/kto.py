@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State, require_positive
+from prefold.algorithms.base import NO_STATE, UNPAIRED, Algorithm, Kind, LossOutput, Mean, State, require_positive
 from prefold.algorithms.pairwise import means
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class KTO(Algorithm):
 
     paper: ClassVar[str] = "2402.01306"
     oracle: ClassVar[str] = "`KTOTrainer`, `kto`, a step in one micro-batch"
-    data: ClassVar[Literal["pairs", "unpaired", "prompts"]] = "unpaired"
+    kind: ClassVar[Kind] = UNPAIRED
     needs_reference: ClassVar[bool] = True
     needs_mismatched: ClassVar[bool] = True
     couples_step: ClassVar[bool] = True

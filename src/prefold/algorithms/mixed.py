@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Metric, State
+from prefold.algorithms.base import NO_STATE, PAIRED, Algorithm, LossOutput, Metric, State
 
 if TYPE_CHECKING:
     from prefold.trees.logprobs import TreeLogprobs
@@ -106,7 +106,7 @@ def part_of(entry: dict[str, Any]) -> tuple[float, Algorithm]:
 
     settings = dict(entry)
     name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
-    of_pairs = [key for key, kind in ALGORITHMS.items() if kind.data == "pairs" and not kind.scores_sequences]
+    of_pairs = [key for key, method in ALGORITHMS.items() if method.kind == PAIRED]
     known = [key for key in of_pairs if ALGORITHMS[key] is not Mixed]
     if name not in known:
         raise ValueError(f"`{name}` is not the name of a loss of pairs; they are {', '.join(known)}")

@@ -24,7 +24,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefold.algorithms.base import ADAPTER_DEFAULTS, NO_STATE, Algorithm, Extreme, LossOutput, State, require_positive
+from prefold.algorithms.base import (
+    ADAPTER_DEFAULTS,
+    NO_STATE,
+    SCORING,
+    Algorithm,
+    Extreme,
+    Kind,
+    LossOutput,
+    State,
+    require_positive,
+)
 from prefold.algorithms.pairwise import means
 
 if TYPE_CHECKING:
@@ -49,7 +59,7 @@ class BradleyTerry(Algorithm):
 
     paper: ClassVar[str] = "2203.02155"
     oracle: ClassVar[str] = "`RewardTrainer`"
-    scores_sequences: ClassVar[bool] = True
+    kind: ClassVar[Kind] = SCORING
     # That of TRL's reward trainer for LoRA. The head is new, and has further to go than weights that are adapted.
     defaults: ClassVar[dict[str, Any]] = {**ADAPTER_DEFAULTS, "train.learning_rate": 1e-4}
 

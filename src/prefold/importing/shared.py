@@ -161,7 +161,7 @@ def write_batch(draft: Draft, per_device: tuple[str, int], accumulation: tuple[s
         draft.note("missing", *given, text="not numbers greater than 0; set `train.batch_size`")
         return
     product, text = math.prod(factors), f"{factors[0]} x {factors[1]}"
-    if ALGORITHMS[method].data == "prompts":
+    if ALGORITHMS[method].kind.samples:
         product, text = max(1, product // group), f"{text} completions / {group} a prompt"
     text = f"{text} on one device; with more, times their number"
     if given:
@@ -236,7 +236,7 @@ def _measure(draft: Draft, key: str, method: str, held_out: bool, logging_steps:
         every = round(1 / epochs, 4)
     if strategy in (False, "no"):
         draft.note("off", key)
-    elif ALGORITHMS[method].data == "prompts":
+    elif ALGORITHMS[method].kind.samples:
         draft.note("missing", key, text=f"`{method}` scores held-out prompts before and after alone")
     elif every is None:
         draft.note("decided", key, text="held-out data is measured before and after training")

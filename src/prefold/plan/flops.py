@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
 
-from prefold.algorithms import GRPO
 from prefold.plan.meta_model import Blueprint
 from prefold.plan.passes import Lengths
 from prefold.recipe import RecipeBase
@@ -53,10 +52,10 @@ def _triangle(length: int) -> int:
 
 def with_completions(recipe: RecipeBase, trees: Sequence[Lengths]) -> list[Lengths]:
     """Where completions are yet to be sampled, a group of the longest that may come hangs from each prompt."""
-    algorithm = recipe.algorithm
-    if not isinstance(algorithm, GRPO):
+    draws = recipe.algorithm.draws
+    if draws is None:
         return list(trees)
-    group = (algorithm.max_completion_length,) * algorithm.num_generations
+    group = (draws.max_completion_length,) * draws.num_generations
     return [(tree[0], *group) for tree in trees]
 
 

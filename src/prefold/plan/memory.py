@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from prefold.algorithms import GRPO
+from prefold.algorithms import Draws
 from prefold.errors import UserError
 from prefold.generation.engine import CACHE_BYTES, ROWS
 from prefold.models.merge import merge_dtype
@@ -75,8 +75,8 @@ class Memory:
         found = (
             {"self-check": self.checking(), "train": self.training()} if self.attention else {"train": self.training()}
         )
-        if isinstance(self.blueprint.recipe.algorithm, GRPO):
-            found["rollouts"] = self.rollouts()
+        if draws := self.blueprint.recipe.algorithm.draws:
+            found["rollouts"] = self.rollouts(draws)
         found |= {"merge": self.merging(), "evaluate": self.evaluation()}
         return {phase: {**parts, "allocator": self._allocator(parts)} for phase, parts in found.items()}
 
@@ -147,26 +147,24 @@ class Memory:
         """A few trees on the plain path, all of whose logits are there at once, in float32: half-precision weights are
         widened for it module by module, the vocabulary matrix the largest."""
         blueprint, trees = self.blueprint, self.rows.checked
-        if blueprint.recipe.algorithm.data == "prompts":
+        if blueprint.recipe.algorithm.kind.samples:
             trees = [(prompt, STAND_IN, STAND_IN, STAND_IN) for prompt, *_ in trees]
         most = max(map(plain_size, trees))
         wide = 4 * blueprint.sizes.head if blueprint.weights_dtype != torch.float32 else 0
         activations = scoring_pass(blueprint, torch.float32, trees, most, None)
         return {**self.policy(), "activations": activations, "head": wide}
 
-    def rollouts(self) -> Parts:
+    def rollouts(self, draws: Draws) -> Parts:
         """While completions are sampled the adapter is folded into a copy of the weights; on a CPU they are copied once
         more, in the order that products with few rows like."""
-        algorithm, sizes = self.blueprint.recipe.algorithm, self.blueprint.sizes
-        assert isinstance(algorithm, GRPO)
+        sizes = self.blueprint.sizes
         section = self.blueprint.recipe.model
         quantised = section.load_in_4bit or section.load_in_8bit
         plain = sizes.linear * self.blueprint.weights_dtype.itemsize
         folded = 0 if quantised or self.blueprint.recipe.lora == "none" else plain
         states, _ = self.optimizer()
-        tokens = self._kept_tokens(
-            self.blueprint.recipe.train.batch_size, algorithm.num_generations, algorithm.max_completion_length
-        )
+        batch_size = self.blueprint.recipe.train.batch_size
+        tokens = self._kept_tokens(batch_size, draws.num_generations, draws.max_completion_length)
         return {
             **self.policy(),
             "optimizer": states,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 
-from prefold.algorithms import GRPO
 from prefold.data.findings import Finding
 from prefold.launch import launched
 from prefold.models.load import choose_device, choose_dtype, tokenizer_of
@@ -177,7 +176,7 @@ def make_plan(
     """
     device = "cuda" if device_memory else choose_device().type
     machine = Machine(device, device_memory, CONTEXT) if device_memory else this_machine(device)
-    steps = Steps(with_completions(recipe, train), order, sampled=isinstance(recipe.algorithm, GRPO))
+    steps = Steps(with_completions(recipe, train), order, sampled=recipe.algorithm.kind.samples)
     planner = Planner(recipe, config_of(recipe.model), machine, steps, held_out)
     plan = planner.plan()
     if measure or (measure is None and plan.flops > WORTH_TIMING):
@@ -261,8 +260,9 @@ class Planner:
         recipe, layers, processes = self.recipe, self.blueprint.layers, launched()
         algorithm, settings = recipe.algorithm, recipe.evaluate
         asked = settings.prompts if isinstance(settings.prompts, int) else len(settings.prompts)
-        answers = 0 if algorithm.scores_sequences else asked * settings.num_answers
-        groups = algorithm.num_generations * recipe.train.batch_size if isinstance(algorithm, GRPO) else 0
+        answers = 0 if algorithm.kind.scores else asked * settings.num_answers
+        draws = algorithm.draws
+        groups = draws.num_generations * recipe.train.batch_size if draws else 0
         dtype = torch.float32 if self.machine.device == "cpu" else self.blueprint.dtype
         rows = max((groups or answers) // processes, 1)
         trees, held_out = self.steps.trees, Tokens.of([tree for tree in self.held_out if len(tree) > 1])
@@ -279,19 +279,19 @@ class Planner:
         if algorithm.needs_reference:
             found["reference"] = scored(rates.reference, self._referenced())
         once = scored(rates.evaluation, held_out) + written(answers, settings.max_new_tokens)
-        if isinstance(algorithm, GRPO):
+        if draws:
             rollouts = -(-len(self.steps.order) // algorithm.iterations)
-            found["rollouts"] = written(rollouts * groups, algorithm.max_completion_length)
-            once += written(len(self.held_out), algorithm.max_completion_length)
+            found["rollouts"] = written(rollouts * groups, draws.max_completion_length)
+            once += written(len(self.held_out), draws.max_completion_length)
         # A model that scores answers is measured after training alone.
-        found["evaluate"] = once if algorithm.scores_sequences else 2 * once
+        found["evaluate"] = once if algorithm.kind.scores else 2 * once
         alone = ("evaluate",) if recipe.train.fsdp else ()
         return {phase: round(found[phase] / (1 if phase in alone else processes), 1) for phase in found}
 
     def _referenced(self) -> Tokens:
         """What the reference scores: stored completions once, sampled ones once for each rollout."""
         recipe = self.recipe
-        if recipe.algorithm.data != "prompts":
+        if recipe.algorithm.kind.data != "prompts":
             return Tokens.of([*self.steps.trees, *(self.held_out if recipe.train.eval_steps else ())])
         return Tokens(*(number // recipe.algorithm.iterations for number in astuple(self.steps.tokens(False))))
 
@@ -325,7 +325,7 @@ class Planner:
         kept = min(settings.save_total_limit, -(-len(self.steps.order) // settings.save_steps))
         kept += 1 + int(settings.load_best_model_at_end)
         algorithm, scored = self.recipe.algorithm, 0
-        if algorithm.needs_reference and algorithm.data != "prompts":
+        if algorithm.needs_reference and algorithm.kind.data != "prompts":
             sets = [self.steps.trees, *([self.held_out] if settings.eval_steps else [])]
             scored = sum(Tokens.of(trees).scored for trees in sets)
         return Disk(
@@ -373,7 +373,7 @@ class Planner:
             (whole and "8bit" not in recipe.train.optim, {"train.optim": "adamw_8bit"}),
             (not whole and not model.load_in_4bit and not recipe.train.fsdp, four_bits),
             (merge_dtype(self.recipe, self.blueprint.dtype) == torch.float32, {"merge.dtype": "bfloat16"}),
-            (longest > STEP_OF_BUDGETS and recipe.algorithm.data != "prompts", {"data.max_length": longest // 2}),
+            (longest > STEP_OF_BUDGETS and recipe.algorithm.kind.data != "prompts", {"data.max_length": longest // 2}),
         ]
         return [change for useful, change in offered if useful]
 

@@ -71,8 +71,7 @@ class RecipeBase(Section):
             "model.chat_template": self.model.chat_template,
             "lora.use_dora": lora.use_dora,
             "lora.modules_to_save": lora.modules_to_save,
-            f"method: {self.method}": ALGORITHMS[self.method].data == "prompts"
-            or ALGORITHMS[self.method].scores_sequences,
+            f"method: {self.method}": ALGORITHMS[self.method].kind.samples or ALGORITHMS[self.method].kind.scores,
         }
         given = [name for name, value in barred.items() if value]
         if self.train.fsdp and given:
@@ -81,7 +80,7 @@ class RecipeBase(Section):
 
     @model_validator(mode="after")
     def measured_while_training(self) -> RecipeBase:
-        if self.train.eval_steps and ALGORITHMS[self.method].data == "prompts":
+        if self.train.eval_steps and ALGORITHMS[self.method].kind.samples:
             raise ValueError(
                 f"`train.eval_steps` measures the loss of held-out pairs, and `{self.method}` has none; remove it"
             )
@@ -98,7 +97,7 @@ class RecipeBase(Section):
 
     @model_validator(mode="after")
     def rewards_where_they_are_used(self) -> RecipeBase:
-        samples = self.algorithm.data == "prompts"
+        samples = self.algorithm.kind.samples
         if samples and not self.rewards:
             raise ValueError(f"`method: {self.method}` needs `rewards`, e.g. `rewards: [{{name: length, target: 50}}]`")
         if self.rewards and not samples:
@@ -114,7 +113,7 @@ class RecipeBase(Section):
     def answered_where_something_answers(self) -> RecipeBase:
         unset = Evaluate()
         idle = [name for name, value in self.evaluate if value != getattr(unset, name)]
-        if idle and self.algorithm.scores_sequences:
+        if idle and self.algorithm.kind.scores:
             what = f"would be ignored by `method: {self.method}`, whose model scores answers and gives none; remove it"
             raise ValueError(f"`evaluate.{idle[0]}` {what}")
         return self

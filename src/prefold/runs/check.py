@@ -97,7 +97,7 @@ def examine(
 
 
 def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
-    if recipe.algorithm.data != "pairs":
+    if recipe.algorithm.kind.data != "pairs":
         what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
         raise UserError(what, where=recipe.output_dir, advice="check without it")
     pairs = found.prepared.train.select(shuffled(len(found.prepared.train), recipe.train.seed)[:PAIRS_SCORED])

@@ -140,7 +140,7 @@ def _sides(names: Sequence[str]) -> list[Side]:
 def _side(name: str) -> Side:
     """Raises UserError for a run that trains a reward model: that answers nothing."""
     side = Side(name, without_home(name), run_recipe(name))
-    if side.run is not None and side.run.algorithm.scores_sequences:
+    if side.run is not None and side.run.algorithm.kind.scores:
         what = "this run trains a model that scores answers and gives none, so there is nothing to compare"
         advice = "its report says how well it tells held-out pairs apart; it can judge others (`evaluate.win_rate`)"
         raise UserError(what, where=side.label, expected="runs and models that answer", advice=advice)

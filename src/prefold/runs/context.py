@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prefold.algorithms import GRPO
 from prefold.data.examples import Examples
 from prefold.data.findings import fingerprint
 from prefold.data.mixture import Prepared, load_split
@@ -63,7 +62,7 @@ def read_once(recipe: RecipeBase, tokenizer: PreTrainedTokenizerBase) -> Prepare
     key = f"{recipe.model!r} {recipe.data!r} {recipe.train.seed} {recipe.method}"
     if key not in _last_read:
         _last_read.clear()
-        _last_read[key] = load_split(recipe.data, tokenizer, recipe.train.seed, recipe.algorithm.data)
+        _last_read[key] = load_split(recipe.data, tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
     return _last_read[key]
 
 
@@ -78,7 +77,7 @@ def labels_of(examples: Examples) -> list[bool]:
 
 def does_sample(recipe: RecipeBase) -> bool:
     """Whether the method trains on completions that it samples."""
-    return recipe.algorithm.data == "prompts"
+    return recipe.algorithm.kind.samples
 
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:
@@ -88,14 +87,14 @@ def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedRew
 
 def head_seed_of(recipe: RecipeBase) -> int | None:
     """What a new head is drawn by, for a method that wants one that gives scores."""
-    return recipe.train.seed if recipe.algorithm.scores_sequences else None
+    return recipe.train.seed if recipe.algorithm.kind.scores else None
 
 
 def scorer_of(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) -> Scorer:
     setting = recipe.train.max_tokens
     budget = auto_max_tokens(unwrapped(model), recipe.train.gradient_checkpointing) if setting == "auto" else setting
-    sampled = recipe.algorithm.max_completion_length if isinstance(recipe.algorithm, GRPO) else 0
-    longest = max(tree.longest for tree in examples.trees) + sampled
+    draws = recipe.algorithm.draws
+    longest = max(tree.longest for tree in examples.trees) + (draws.max_completion_length if draws else 0)
     return choose_scorer(model, _checked_trees(examples), budget, recipe.model.attn_implementation, longest)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from prefold import ranks
-from prefold.algorithms import GRPO
 from prefold.data.examples import Examples
 from prefold.data.findings import fingerprint
 from prefold.data.preference import Message
@@ -85,7 +84,7 @@ def _evaluate_held_out(recipe: RecipeBase) -> None:
     folder = recipe.run_folder
     with ranks.first_ahead():
         held_out = prepared_data(recipe).held_out
-    if recipe.algorithm.scores_sequences:
+    if recipe.algorithm.kind.scores:
         _write_json(folder / "evaluation" / "heldout.json", _judge_head(recipe, held_out))
         return
     prompts = evaluation_prompts(recipe, held_out)
@@ -150,7 +149,7 @@ def _measured_before(
     if _measured is None:
         return measure(recipe, recipe.model, held_out, prompts, "before")
     train, drawn = recipe.train, held_out_sampling(recipe)
-    settings = (recipe.model, recipe.data, recipe.algorithm.data, recipe.rewards, recipe.evaluate, drawn)
+    settings = (recipe.model, recipe.data, recipe.algorithm.kind.data, recipe.rewards, recipe.evaluate, drawn)
     rounding = (train.seed, train.max_tokens, train.gradient_checkpointing)
     key = repr((settings, rounding, fingerprint(held_out), inputs_of(recipe)))
     if key in _measured:
@@ -191,7 +190,7 @@ def _judge_head(recipe: RecipeBase, held_out: Examples) -> dict[str, Any]:
 
 def _scores(recipe: RecipeBase, model: torch.nn.Module, held_out: Examples, label: str) -> PairScores | None:
     scorer = scorer_of(recipe, model, held_out)
-    if recipe.algorithm.data == "pairs":
+    if recipe.algorithm.kind.data == "pairs":
         return score_pairs(scorer, held_out.trees, label)
     matches = match(held_out.prompt_keys, labels_of(held_out))
     return score_matched(scorer, held_out.trees, matches, label) if matches else None
@@ -220,7 +219,8 @@ def _measure_rewards(
 
 def held_out_sampling(recipe: RecipeBase) -> Sampling | None:
     """How a completion of each held-out prompt is drawn: as in training; None for methods that train on stored ones."""
-    return replace(sampling_of(recipe.algorithm), num_answers=1) if isinstance(recipe.algorithm, GRPO) else None
+    draws = recipe.algorithm.draws
+    return replace(sampling_of(draws), num_answers=1) if draws else None
 
 
 def sampling(recipe: RecipeBase) -> Sampling:

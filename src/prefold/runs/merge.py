@@ -17,7 +17,7 @@ def merge(recipe: RecipeBase) -> None:
     tokenizer = tokenizer_of(recipe.model)
     trees = sample_trees(prepared_data(recipe).train)
     rows, prompts = [sum(tree.completions[:1], tree.prompt) for tree in trees], [tree.prompt for tree in trees]
-    if recipe.algorithm.scores_sequences:
+    if recipe.algorithm.kind.scores:
         rows, prompts = [tree.prompt + ids for tree in trees for ids in tree.completions], []
         pad_apart(tokenizer, {row[-1] for row in rows})
     computed = choose_dtype(recipe.model.dtype, choose_device())

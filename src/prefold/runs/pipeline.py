@@ -61,10 +61,9 @@ class Stage:
 
 def stages_of(recipe: RecipeBase) -> list[Stage]:
     trained = "trained" if recipe.lora == "none" else "adapter"
-    measured = "rewards" if recipe.algorithm.data == "prompts" else "heldout"
-    answers = () if recipe.algorithm.scores_sequences else ("samples.jsonl",)
+    answers = () if recipe.algorithm.kind.scores else ("samples.jsonl",)
     asked = ("scores_before", "scores_after", "tasks") if recipe.evaluate.tasks else ()
-    evaluated = (*(f"evaluation/{name}.json" for name in (measured, *asked)), *answers)
+    evaluated = (*(f"evaluation/{name}.json" for name in (recipe.algorithm.kind.measured, *asked)), *answers)
     compared = Stage("compare", ("evaluation/compared.json",), ("compare_with",), ending.compare)
     judged = Stage("judge", ("evaluation/win_rate.json",), ("win_rate",), ending.judge)
     published = Stage("publish", ("publish.json",), ("publish",), ending.publish)

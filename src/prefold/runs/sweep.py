@@ -237,7 +237,7 @@ def _require_comparable(points: Sequence[Point]) -> None:
 def _measured_by(point: Point) -> tuple[Any, ...]:
     """What decides the held-out score of a run beside its model."""
     recipe = point.recipe
-    scored = (recipe.algorithm.data, recipe.algorithm.scores_sequences, repr(recipe.rewards))
+    scored = (recipe.algorithm.kind.data, recipe.algorithm.kind.scores, repr(recipe.rewards))
     kind = (*scored, held_out_sampling(recipe))
     if point.is_finished():
         return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *kind)
@@ -293,7 +293,7 @@ def _write(
 def _held_out(point: Point) -> dict[str, Any] | None:
     """What a finished run measured, under the names that a task's facts have; None if it could measure nothing."""
     folder, recipe = point.recipe.run_folder / "evaluation", point.recipe
-    name, key = ("rewards", "reward") if recipe.algorithm.data == "prompts" else ("heldout", "accuracy")
+    name, key = ("rewards", "reward") if recipe.algorithm.kind.samples else ("heldout", "accuracy")
     found = read_json(folder / f"{name}.json")
     if "after" not in found or not (folder / "heldout.jsonl").is_file():
         return None

@@ -154,7 +154,7 @@ def _tree_set(recipe: RecipeBase, scorer: Scorer, examples: Examples) -> TreeSet
     """Examples with what the algorithm asks for."""
     needs, dtype = recipe.algorithm, choose_dtype(recipe.model.dtype, choose_device())
     reference = reference_logprobs(scorer, examples.trees, cache_folder(), dtype) if needs.needs_reference else None
-    return TreeSet(examples.trees, reference, labels_of(examples) if needs.data == "unpaired" else None)
+    return TreeSet(examples.trees, reference, labels_of(examples) if needs.kind.data == "unpaired" else None)
 
 
 def _online_trainer(recipe: RecipeBase, scorer: Scorer, prepared: Prepared) -> MakeTrainer:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from prefold import ranks
-from prefold.algorithms import GRPO, LossOutput, Mean
+from prefold.algorithms import GRPO, Draws, LossOutput, Mean
 from prefold.algorithms.grpo import group_advantages
 from prefold.data.examples import Examples
 from prefold.generation.groups import Group, prompts_of, require_end_token, sample, scored_groups
@@ -173,7 +173,7 @@ class OnlineTrainer(PreferenceTrainer):
         policy = self.scorer.model
         policy.eval()
         with using_attention(unwrapped(policy), self.attention), self.accelerator.autocast():
-            return sample(policy, self.tokenizer, prompts, sampling_of(self.grpo), seeds)
+            return sample(policy, self.tokenizer, prompts, sampling_of(self.grpo.draws), seeds)
 
     def _reference_of(self, trees: Sequence[TokenTree]) -> list[Tensor]:
         with self.accelerator.autocast():
@@ -183,15 +183,15 @@ class OnlineTrainer(PreferenceTrainer):
         return completion.finished or not self.grpo.mask_truncated_completions
 
 
-def sampling_of(algorithm: GRPO) -> Sampling:
+def sampling_of(draws: Draws) -> Sampling:
     """How training samples."""
     return Sampling(
-        max_new_tokens=algorithm.max_completion_length,
-        num_answers=algorithm.num_generations,
-        temperature=algorithm.temperature,
-        top_p=algorithm.top_p,
-        top_k=algorithm.top_k,
-        min_p=algorithm.min_p,
+        max_new_tokens=draws.max_completion_length,
+        num_answers=draws.num_generations,
+        temperature=draws.temperature,
+        top_p=draws.top_p,
+        top_k=draws.top_k,
+        min_p=draws.min_p,
     )
 
 

@@ -181,7 +181,7 @@ def test_units_count_completions_that_are_left_out() -> None:
 
 
 def test_needs() -> None:
-    assert GRPO().data == "prompts" and not GRPO().needs_reference and GRPO(beta=0.1).needs_reference
+    assert GRPO().kind.samples and not GRPO().needs_reference and GRPO(beta=0.1).needs_reference
     assert GRPO(num_iterations=3).iterations == 3 and GRPO().iterations == 1
 
 

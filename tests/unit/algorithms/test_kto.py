@@ -89,6 +89,6 @@ def test_one_kind_alone() -> None:
 
 def test_needs() -> None:
     kto = KTO()
-    assert kto.data == "unpaired" and kto.needs_reference and kto.needs_mismatched and kto.couples_step
+    assert kto.kind.data == "unpaired" and kto.needs_reference and kto.needs_mismatched and kto.couples_step
     with pytest.raises(ValueError, match="desirable_weight must be greater than 0"):
         KTO(desirable_weight=0.0)

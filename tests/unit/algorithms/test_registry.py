@@ -16,11 +16,11 @@ from prefold.recipe import RecipeBase, all_fields, make_recipe
 from prefold.trees.logprobs import TreeLogprobs
 
 DOCS = Path(__file__).parents[3] / "docs" / "algorithms"
-OF_PAIRS = {name: kind for name, kind in ALGORITHMS.items() if kind.data == "pairs"}
+OF_PAIRS = {name: kind for name, kind in ALGORITHMS.items() if kind.kind.data == "pairs"}
 
 
 def recipe(method: str, **sections: Any) -> RecipeBase:
-    if ALGORITHMS[method].data == "prompts":
+    if ALGORITHMS[method].kind.samples:
         sections = {"rewards": [{"name": "length", "target": 50}], **sections}
     return make_recipe(
         {"method": method, "model": {"name": "m"}, "data": {"train": [{"path": "d"}]}, "output_dir": "o", **sections}
