@@ -49,7 +49,7 @@ from prefold.runs.context import (
 )
 from prefold.runs.fingerprints import inputs_of
 from prefold.terminal import progress_bar, say
-from prefold.training.online import sampling_of
+from prefold.training.sampled_trees import sampling_of
 from prefold.trees.memory import free_memory
 
 

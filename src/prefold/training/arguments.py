@@ -18,7 +18,7 @@ logger = logging.getLogger("prefold")
 
 
 def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
-    """Arguments for a Trainer whose dataloader items are whole optimizer steps."""
+    """Those that optimizers, schedules and trackers read."""
     settings, device = recipe.train, choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
     arguments = TrainingArguments(
@@ -61,9 +61,6 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
         average_tokens_across_devices=False,
     )
     _require_optimizer(arguments, device)
-    if arguments.n_gpu > 1:
-        # Else the Trainer would wrap the model in DataParallel, which cuts a packed row in two.
-        arguments._n_gpu = 1
     return arguments
 
 
