@@ -32,3 +32,8 @@ class UserError(Explained):
 
 class StageError(Explained):
     """A stage could not reach its result although it was used rightly. Exit code 1, one message, no traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
