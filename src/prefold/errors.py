@@ -41,3 +41,8 @@ def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
     """The known names that are nearest to a wrong one, as a question; empty where none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=most)
     return f"did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

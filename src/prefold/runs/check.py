@@ -18,8 +18,9 @@ from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import write_json
 from prefold.models.adapters import load_start
+from prefold.models.device import choose_device
 from prefold.models.fetch import fetch
-from prefold.models.load import choose_device, tokenizer_of
+from prefold.models.load import tokenizer_of
 from prefold.plan.plan import Plan, make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
