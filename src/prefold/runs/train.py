@@ -19,11 +19,12 @@ from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_folder
 from prefold.generation.groups import prompts_of
 from prefold.models.adapters import load_policy
-from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import load_model, tokenizer_of, trainable_parameters
 from prefold.pairs.candidates import column_names
 from prefold.publishing.publish import push_checkpoint
 from prefold.recipe import RecipeBase
-from prefold.runs.context import head_seed_of, loaded_rewards, order_of, prepared_data, scorer_of
+from prefold.runs.context import Run, head_seed_of, loaded_rewards, order_of, scorer_of
 from prefold.runs.fingerprints import row_list
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
@@ -41,14 +42,15 @@ from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer
 
 
-def train(recipe: RecipeBase) -> None:
+def train(run: Run) -> None:
     """Train; where a guard rolls back, once more from the checkpoint before."""
-    _require_sharing(recipe)
+    _require_sharing(run.recipe)
     with ranks.first_ahead():
-        prepared = prepared_data(recipe)
+        run.require_openable()
+        prepared = run.checked_data()
     while True:
         try:
-            return _train(recipe, prepared)
+            return _train(run.recipe, prepared)
         except RolledBack:
             pass
         free_memory()

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_pt_utils import safe_globals
 
 from prefold import ranks
-from prefold.models.load import quiet
+from prefold.models.messages import quiet
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
