@@ -358,8 +358,9 @@ def prefold_setup(workload: Workload, folder: str) -> tuple[Any, ...]:
     from prefold.training.arguments import training_arguments
     from prefold.training.offline import StepOrder
     from prefold.training.record import StepRecord
+    from prefold.trees.attention import unwrapped
     from prefold.trees.memory import auto_max_tokens, keep_allocations
-    from prefold.trees.scorer import choose_scorer, unwrapped
+    from prefold.trees.scorer import choose_scorer
 
     class GivenOrder(StepOrder):
         def _epoch(self, epoch: int) -> list[int]:

@@ -15,8 +15,8 @@ from prefold.files import without_home
 from prefold.models.chat_format import vocabulary_rows
 from prefold.models.load import UNREADABLE, add_lora, chat_tokens, first_line, load_model, quiet, ready_to_train
 from prefold.recipe import Lora, Model
+from prefold.trees.head import SCORE, score_layer
 from prefold.trees.scorer import freeze_reference
-from prefold.trees.scores import HEAD, score_layer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -60,7 +60,7 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     where = without_home(str(folder))
     config = _config_of(folder, where)
     _require_same_base(config, model, where)
-    if score_layer(model) is not None and HEAD not in (config.get("modules_to_save") or ()):
+    if score_layer(model) is not None and SCORE not in (config.get("modules_to_save") or ()):
         advice = "merge it, and train a reward model on the merged model"
         raise UserError("has no score head", where=where, expected="an adapter of a reward model", advice=advice)
     try:

@@ -35,9 +35,9 @@ from prefold.models.fetch import fetch
 from prefold.models.quantised import prepare_quantised, quantisation
 from prefold.models.score_head import set_up_head
 from prefold.recipe import Lora, Model
-from prefold.trees.lora import fuse_lora
-from prefold.trees.scores import score_layer
-from prefold.trees.tokens import fuse_tokens
+from prefold.trees.fused_lora import fuse_lora
+from prefold.trees.head import score_layer
+from prefold.trees.trained_rows import fuse_trained_rows
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
 """Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
@@ -319,7 +319,7 @@ def ready_to_train(adapted: PeftModel) -> None:
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     fuse_lora(adapted)
-    fuse_tokens(adapted)
+    fuse_trained_rows(adapted)
 
 
 def _rows_to_train(model: PreTrainedModel, lora: Lora, tokens: Sequence[int]) -> dict[str, list[int]]:

@@ -36,8 +36,7 @@ from prefold.models.load import (
     without_dropout,
 )
 from prefold.recipe import Lora, Model, RecipeBase
-from prefold.trees.attention import lower_right
-from prefold.trees.scorer import unwrapped
+from prefold.trees.attention import lower_right, unwrapped
 
 BLOCK = 64
 """Weights that share a scale in 4 bits."""
