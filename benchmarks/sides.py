@@ -354,7 +354,8 @@ def prefold_recipe(workload: Workload, folder: str) -> RecipeBase:
 
 def prefold_setup(workload: Workload, folder: str) -> tuple[Any, ...]:
     """What every trainer of prefold's is given: the recipe, and scorer, order, record and arguments."""
-    from prefold.models.load import add_lora, load_model
+    from prefold.models.adapters import add_lora
+    from prefold.models.load import load_model
     from prefold.training.arguments import training_arguments
     from prefold.training.offline import StepOrder
     from prefold.training.record import StepRecord
