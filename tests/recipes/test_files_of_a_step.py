@@ -1,4 +1,4 @@
-"""How many files of the package run from the end of one optimizer step to the end of the next: what a reader must follow."""
+"""How many files of the package run between the ends of two optimizer steps: what a reader of a step must follow."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from prefold.trees.packing import Block, TokenTree, pack, split_by_budget
+from prefold.trees.budget import split_by_budget
+from prefold.trees.packing import Block, TokenTree, pack
 
 
 def test_the_row_of_the_module_docstring() -> None:

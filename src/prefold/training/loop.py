@@ -14,8 +14,8 @@ the gradients of the loss by these log-probs, then, row by row, the backward pas
 
 from __future__ import annotations
 
-import difflib
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,33 +27,32 @@ from shutil import rmtree
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import (
     EarlyStoppingCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from prefold import ranks
 from prefold.algorithms import NO_STATE, Algorithm, Extreme, LossOutput, Mean, Metric, State
-from prefold.errors import StageError, UserError
+from prefold.errors import UserError, did_you_mean
 from prefold.files import new_folder
 from prefold.training.checkpoints import TRAINER_STATE, read_manifest, write_manifest
 from prefold.training.guard_actions import Guards
 from prefold.training.interrupt import Interruption
-from prefold.training.optimizer import make_optimizer, make_schedule
+from prefold.training.optimizer import optimizer_and_schedule
 from prefold.training.record import StepRecord
 from prefold.training.saved_state import load_states, load_weights, save_states, save_weights
+from prefold.trees.attention import unwrapped
 from prefold.trees.logprobs import TreeLogprobs, concatenated
-from prefold.trees.memory import is_out_of_memory
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import PADDING, Scorer, reference_model, unwrapped
+from prefold.trees.scorer import PADDING, Scorer, reference_model
 
 TREES = "trees"
 """Among the units of a step: how many trees have something to score."""
@@ -169,19 +168,18 @@ class TrainingLoop:
         self.algorithm, self.scorer, self.model = algorithm, scorer, scorer.model
         self.source, self.order, self.held_out = source, order, held_out
         self.record, self.guards, self.args = record, guards, args
-        self.callbacks = [*([EarlyStoppingCallback(patience)] if patience else []), *callbacks]
         self.checkpoints = Path(str(args.output_dir))
         self.couples_step = algorithm.couples_step
-        needs: dict[str, Any] = {
+        self.needs: dict[str, Any] = {
             "statistics": algorithm.needs_statistics,
             "scores_prompt": algorithm.scores_prompt,
         }
-        self.score, self.score_all = partial(scorer.score, **needs), partial(scorer.scored, **needs)
         self.carried: State = NO_STATE
         """What the algorithm takes along from step to step."""
-        self.interruption = Interruption()
-        self.control = TrainerControl()
-        self.state = TrainerState(train_batch_size=1, max_steps=len(order), num_train_epochs=1)
+        self.stopping = EarlyStoppingCallback(patience or sys.maxsize)
+        self.callbacks = [*([self.stopping] if patience else []), *callbacks]
+        self.interruption, self.control = Interruption(), TrainerControl()
+        self.state: Any = TrainerState(train_batch_size=1, max_steps=len(order), num_train_epochs=1)
         self.state.compute_steps(args, len(order))
         # Checkpoints fall between the rounds of steps on the same trees.
         self.state.save_steps = math.ceil(args.save_steps / order.iterations) * order.iterations
@@ -233,7 +231,7 @@ class TrainingLoop:
 
         Out of memory: the token budget is lowered and all of it done again.
         """
-        while (result := self._try_to_compute_gradients(batch)) is None:
+        while (result := self.scorer.attempt(partial(self._compute_gradients, batch), together=True)) is None:
             self.model.zero_grad()
             self.scorer.lower_budget([batch.data.trees[i] for i in batch.indices])
         loss, outputs = result
@@ -242,24 +240,7 @@ class TrainingLoop:
         parts = {name: [output.metrics[name] for output in outputs if name in output.metrics] for name in names}
         return loss, {**batch.metrics, **{name: value_of(of_metric) for name, of_metric in parts.items()}}
 
-    def _try_to_compute_gradients(self, batch: StepTrees) -> tuple[Tensor, list[LossOutput]] | None:
-        """None if memory ran out, here or in another process."""
-        try:
-            return self._compute_gradients(batch)
-        except ranks.FailedElsewhere:
-            return None
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if self.scorer.sharded:
-                # The others wait for this one's part of the weights.
-                budget = f"{self.scorer.max_tokens:,}"
-                raise StageError(f"out of memory with rows of {budget} tokens; lower `train.max_tokens`") from None
-        ranks.tell_failure()
-        return None
-
-    def _compute_gradients(self, batch: StepTrees) -> tuple[Tensor, list[LossOutput]]:
-        """Of all processes: the loss, and what the algorithm returned for each row."""
+    def _compute_gradients(self, batch: StepTrees) -> Gradients:
         self.model.train()
         data, trees = batch.data, [batch.data.trees[i] for i in batch.indices]
         rows = [[batch.indices[i] for i in row] for row in self.scorer.rows(trees, self.scorer.share(trees))]
@@ -283,7 +264,7 @@ class TrainingLoop:
         self._seed_dropout()
         self._keep_pace(rows)
         for row in rows:
-            policy = self.score([data.trees[i] for i in row])
+            policy = self.scorer.score([data.trees[i] for i in row], **self.needs)
             output = self.loss_of(policy, data, row)
             part = per_unit(output, units) + auxiliary(policy, len(row) / units[TREES])
             self.accelerator.backward(part)
@@ -299,7 +280,7 @@ class TrainingLoop:
         self._seed_dropout()
         with torch.no_grad():
             self._keep_pace(rows)
-            own = [(row, self.score([data.trees[i] for i in row])) for row in rows]
+            own = [(row, self.scorer.score([data.trees[i] for i in row], **self.needs)) for row in rows]
         shares = ranks.gather(own)
         everyone = [scored for share in shares for scored in share]
         whole = concatenated([policy for _, policy in everyone]).as_leaf()
@@ -313,7 +294,7 @@ class TrainingLoop:
         self._seed_dropout()
         self._keep_pace(rows)
         for row, gradient in zip(rows, gradients, strict=True):
-            policy = self.score([data.trees[i] for i in row])
+            policy = self.scorer.score([data.trees[i] for i in row], **self.needs)
             of_router = auxiliary(policy, len(row) / units[TREES])
             self.accelerator.backward(policy.dot(gradient) + of_router)
             loss = loss + of_router
@@ -322,7 +303,7 @@ class TrainingLoop:
     def _keep_pace(self, rows: list[list[int]]) -> None:
         """With sharded weights, as many more passes as another process has rows, of nothing."""
         for _ in range(self.scorer.behind(rows)):
-            nothing = 0 * self.score([PADDING]).tokens.sum()
+            nothing = 0 * self.scorer.score([PADDING], **self.needs).tokens.sum()
             if torch.is_grad_enabled():
                 self.accelerator.backward(nothing)
 
@@ -378,7 +359,7 @@ class TrainingLoop:
         """Loss and metrics of held-out trees under the policy as it is, by the names of training with `eval_`."""
         self.model.eval()
         # In the same order everywhere: a process that rounds otherwise could take another checkpoint for the best.
-        rows = sorted(self.score_all(held_out.trees), key=itemgetter(0))
+        rows = sorted(self.scorer.scored(held_out.trees, **self.needs), key=itemgetter(0))
         policy = concatenated([scored for _, scored in rows])
         output = self.loss_of(policy, held_out, [i for row, _ in rows for i in row])
         loss = per_unit(output, self.algorithm.units(held_out.trees))
@@ -410,49 +391,42 @@ class TrainingLoop:
             return
         known = sorted(name.removeprefix("eval_") for name in self.measure(first_of_each(self.held_out)))
         if wanted not in known:
-            near = difflib.get_close_matches(wanted, known, n=1)
+            what, where = f"held-out data have no metric `{wanted}`", "`train.metric_for_best_model`"
             raise UserError(
-                f"held-out data have no metric `{wanted}`",
-                where="`train.metric_for_best_model`",
-                expected=f"one of: {', '.join(known)}",
-                advice=f"did you mean `{near[0]}`?" if near else "",
+                what, where=where, expected=f"one of: {', '.join(known)}", advice=did_you_mean(wanted, known)
             )
 
     # ---- beginning, checkpoints, end ----
 
     def _begin(self, checkpoint: Path | None) -> None:
         """Set up what steps need, as it was at a checkpoint if there is one."""
-        set_seed(self.args.seed)
         self.require_metric()
-        unwrapped(self.model).config.use_cache = False
         if self.args.activation_checkpointing:
             unwrapped(self.model).activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         ranks.copy_from_first(self.model)
-        _ = self.args.device  # sets up what an Accelerator finds
-        self.accelerator = Accelerator(mixed_precision=self.args.mixed_precision)
-        # In evaluation mode nothing is wrapped around the model: gradients are summed above.
+        # transformers' Trainer sets up what it would train with; it does not train here.
+        trainer = Trainer(self.model, self.args, eval_dataset=self.held_out)
+        self.accelerator = trainer.accelerator
+        # For autocast alone. Nothing is wrapped around the model: gradients are summed in the step.
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.model, self.args))
-        self.schedule = make_schedule(self.optimizer, self.args, len(self.order))
+        self.optimizer, self.schedule = optimizer_and_schedule(trainer, len(self.order))
         if checkpoint is not None:
             self._resume(checkpoint)
         self.state.is_local_process_zero = self.state.is_world_process_zero = ranks.is_first()
         self._tell("on_train_begin")
         # The checkpoint may be of a run that early stopping had ended.
-        stopping = [each for each in self.callbacks if isinstance(each, EarlyStoppingCallback)]
-        counts = [each.early_stopping_patience_counter >= each.early_stopping_patience for each in stopping]
-        self.control.should_training_stop = any(counts)
+        counted, patience = self.stopping.early_stopping_patience_counter, self.stopping.early_stopping_patience
+        self.control.should_training_stop = counted >= patience
 
     def _resume(self, checkpoint: Path) -> None:
         self.scorer.max_tokens, self.carried = read_manifest(checkpoint)
         load_states(checkpoint, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         self.state.max_steps = len(self.order)
-        for callback in self.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                vars(callback).update(self.state.stateful_callbacks[type(callback).__name__]["attributes"])
+        saved = self.state.stateful_callbacks.get("EarlyStoppingCallback", {"attributes": {}})
+        vars(self.stopping).update(saved["attributes"])
 
     @property
     def best(self) -> int | None:
@@ -473,10 +447,9 @@ class TrainingLoop:
     def _save(self) -> None:
         """A checkpoint, which is whole or absent; older ones make way for it."""
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
-        best = str(self.checkpoints / f"checkpoint-{self.best}") if self.best else None
-        self.state.best_model_checkpoint = best
-        exportable = [each for each in (*self.callbacks, self.control) if isinstance(each, ExportableState)]
-        self.state.stateful_callbacks = {type(each).__name__: each.state() for each in exportable}
+        self.state.best_model_checkpoint = str(self.checkpoints / f"checkpoint-{self.best}") if self.best else None
+        exported = [each for each in (*self.callbacks, self.control) if isinstance(each, ExportableState)]
+        self.state.stateful_callbacks = {type(each).__name__: each.state() for each in exported}
         with new_folder(folder) if ranks.is_first() else nullcontext(folder) as aside:
             save_weights(self.model, aside)
             save_states(aside, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
@@ -489,7 +462,7 @@ class TrainingLoop:
             is_new_best = self.best == self.state.global_step and self.args.save_total_limit != 1
             best = self.best_before if is_new_best else self.best
             kept = str(self.checkpoints / f"checkpoint-{best}") if best else None
-            rotate_checkpoints(str(self.checkpoints), self.args.save_total_limit, best_model_checkpoint=kept)
+            rotate_checkpoints(str(self.checkpoints), self.args.save_total_limit, kept)
         ranks.wait()
         self._tell("on_save")
 
@@ -536,7 +509,8 @@ def keep(values: Mapping[str, Tensor], data: TreeSet, row: Sequence[int]) -> Non
     """Put values of a row's tokens among the extras of its trees."""
     lengths = [sum(map(len, data.trees[i].completions)) for i in row]
     for name, of_row in values.items():
-        data.extras[name] = {**data.extras.get(name, {}), **dict(zip(row, of_row.split(lengths), strict=True))}
+        kept: Any = data.extras.setdefault(name, {})
+        kept.update(zip(row, of_row.split(lengths), strict=True))
 
 
 def first_of_each(data: TreeSet) -> TreeSet:

@@ -76,15 +76,21 @@ def register(name: str, backend: Backend) -> None:
     AttentionInterface.register(name, attention)
 
 
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
 @contextmanager
-def using_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def using_attention(model: nn.Module, name: str) -> Iterator[None]:
     """Switch the attention implementation of a model for a while."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    base = unwrapped(model)
+    before = base.config._attn_implementation
+    base.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        base.set_attn_implementation(before)
 
 
 # ---- segments: one call for each prompt and each completion; every device, dtype, window and soft-cap ------------

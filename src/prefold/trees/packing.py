@@ -160,22 +160,3 @@ def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu", scores_
         nodes=tuple(node for block in blocks for node in block.nodes),
         owner=tensor(owner) if scores_prompt else None,
     )
-
-
-def split_by_budget(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Distribute items over as few rows of at most `max_tokens` as first-fit-decreasing finds.
-
-    An item larger than the budget gets a row of its own. Returns the item indices of each row, ascending in each row;
-    the result depends on nothing but the arguments.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fitting = (row for row, free in enumerate(room) if free >= sizes[item])
-        row = next(fitting, len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_tokens)
-        rows[row].append(item)
-        room[row] -= sizes[item]
-    return [sorted(row) for row in rows]
