@@ -144,7 +144,7 @@ class Algorithm(ABC):
     @property
     def reward_scale(self) -> float:
         """What a log-prob ratio against the reference is multiplied with to be the implicit reward of this method."""
-        return 1.0
+        return float(getattr(self, "beta", 1.0))
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """`[B, G]`, of a method of a kind that `samples`: how much better each completion is than the others of its

@@ -90,10 +90,6 @@ class KTO(Algorithm):
             beta=self.beta, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
         )
 
-    @property
-    def reward_scale(self) -> float:
-        return self.beta
-
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         return {"completions": sum(len(tree.completions) for tree in trees)}
 

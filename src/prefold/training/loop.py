@@ -221,7 +221,7 @@ class TrainingLoop:
 
         is_best = bool(held_out) and self._note_best(held_out)
         is_wanted = is_best and self.args.load_best_model_at_end
-        if is_last or step % self.state.save_steps == 0 or is_wanted or self._is_interrupted():
+        if self._is_interrupted() or is_last or is_wanted or step % self.state.save_steps == 0:
             self._save()
 
     # ---- gradients ----
