@@ -223,7 +223,7 @@ def prefill(
     budget = PREFILL_TOKENS.get(model.device.type, 1024)
     for row in split_by_budget([len(prompt) for prompt in prompts], budget):
         packed = pack([TokenTree(tuple(prompts[i]), ()) for i in row], model.device)
-        ends = torch.tensor([block.prompt[1] - 1 for block in packed.blocks], device=model.device)
+        ends = torch.tensor([prompt[1] - 1 for prompt in packed.prompts], device=model.device)
         row_pass = Prefill(packed, [caches[i] for i in row])
         row_logits = _forward(model, packed.input_ids, packed.positions, row_pass, logits_to_keep=ends)
         logits.update(zip(row, row_logits, strict=True))

@@ -67,8 +67,8 @@ class Prefill:
         return self.packed.longest
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
-        for cache, block in zip(self.caches, self.packed.blocks, strict=True):
-            own = (states[0, :, slice(*block.prompt)] for states in (key, value))
+        for cache, prompt in zip(self.caches, self.packed.prompts, strict=True):
+            own = (states[0, :, slice(*prompt)] for states in (key, value))
             # Copies: views would keep the whole row.
             keys, values = (states.clone(memory_format=torch.contiguous_format) for states in own)
             cache.states.append((keys, values))

@@ -299,20 +299,20 @@ def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, sh
 
 
 def flex_mask(trees: PackedTrees, window: int | None) -> Any:
-    """A block mask: at or before oneself in the row, in the same tree, and in its prompt or one's own completion."""
+    """A block mask: a token sees those at or before itself in the row that are of its own node or one above it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    device = trees.input_ids.device
-    tree, branch = (torch.empty(trees.tokens, dtype=torch.long) for _ in range(2))
-    for number, block in enumerate(trees.blocks):
-        tree[block.prompt[0] : block.completions[-1][1]] = number
-        branch[slice(*block.prompt)] = -1
-        for which, completion in enumerate(block.completions):
-            branch[slice(*completion)] = which
-    tree, branch, position = tree.to(device), branch.to(device), trees.positions[0]
+    device, position = trees.input_ids.device, trees.positions[0]
+    sizes = torch.tensor([stop - start for (start, stop), _, _ in trees.nodes])
+    node = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+    index = {own: i for i, (own, _, _) in enumerate(trees.nodes)}
+    pairs = [(index[own], index[span]) for own, above, _ in trees.nodes for span in (*above, own)]
+    sees = torch.zeros(len(sizes), len(sizes), dtype=torch.bool)
+    sees[tuple(torch.tensor(pairs).T)] = True
+    sees = sees.to(device)
 
     def allowed(batch: Tensor, head: Tensor, own: Tensor, seen: Tensor) -> Tensor:
-        inside = (own >= seen) & (tree[own] == tree[seen]) & ((branch[seen] == -1) | (branch[seen] == branch[own]))
+        inside = (own >= seen) & sees[node[own], node[seen]]
         return inside if window is None else inside & (position[own] - position[seen] < window)
 
     return create_block_mask(allowed, None, None, trees.tokens, trees.tokens, device=device)

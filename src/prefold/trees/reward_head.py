@@ -22,7 +22,7 @@ from prefold.trees.padding import padded_batches
 
 def packed_scores(model: nn.Module, row: PackedTrees) -> TreeLogprobs:
     """Score one packed row. The model's attention implementation must be one of the engine's."""
-    ends = [stop - 1 for block in row.blocks for _, stop in block.completions]
+    ends = [node.own[1] - 1 for node in row.nodes if node.above]
     with _scoring_last(model, [0] * len(ends), ends) as scored:
         model(input_ids=row.input_ids, position_ids=row.positions, use_cache=False, trees=row)
     return _as_logprobs(scored.pop())
