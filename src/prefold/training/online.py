@@ -30,11 +30,11 @@ from prefold.rewards.functions import LoadedReward
 from prefold.training.offline import PreferenceTrainer, StepOrder, TreeSet
 from prefold.training.record import StepRecord
 from prefold.training.trackers import send_completions
-from prefold.trees.attention import using_attention
+from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import compute_reference
-from prefold.trees.scorer import Scorer, unwrapped
+from prefold.trees.scorer import Scorer
 
 GROUPS_SHOWN = 4
 """Groups of a step that are written to the run folder."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prefold.trees.head import Statistics, distribution_statistics, scoring_head
 from prefold.trees.packing import PackedTrees
+from prefold.trees.padding import padded_batches
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,10 @@ def plain_logprobs(
     row: PackedTrees,
     max_tokens: int,
     statistics: bool = False,
-    one_by_one: bool = False,
     temperature: float = 1.0,
 ) -> TreeLogprobs:
     """Score the same completions by themselves: rows of prompt + completion, padded on the right, `max_tokens` at a
-    time, or one at a time for models in which a row depends on its neighbours."""
-    device = row.input_ids.device
+    time, or with 0 one at a time for models in which a row depends on its neighbours."""
     rows = [tree.prompt + ids for tree in row.trees for ids in tree.completions]
     lengths = [len(ids) for tree in row.trees for ids in tree.completions]
     scored: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -163,8 +162,7 @@ def plain_logprobs(
     prompt_of = {first: tree for tree, first in enumerate(firsts)}
     prompts: list[Tensor] = [torch.empty(0)] * len(row.trees)
     auxiliary: list[Tensor] = []
-    for batch in equal_batches([len(ids) for ids in rows], 0 if one_by_one else max_tokens):
-        padded, mask = pad([rows[i] for i in batch], device)
+    for batch, padded, mask in padded_batches(rows, max_tokens, row.input_ids.device):
         output = model(input_ids=padded, attention_mask=mask, use_cache=False)
         logits = output.logits
         if getattr(output, "aux_loss", None) is not None:
@@ -197,21 +195,3 @@ def router_coefficient(model: Any) -> float:
     """What a mixture of experts multiplies its load-balancing loss with; 0 if its configuration asks for none."""
     config = getattr(model, "module", model).config.get_text_config()
     return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
-
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device, padding: int = 0) -> tuple[Tensor, Tensor]:
-    """`[rows, longest]` token ids, padded on the right, and the mask that tells padding from them."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], device=device)
-    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-
-
-def equal_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Items of similar size together, so that a padded batch (longest x items) stays within `max_tokens`."""
-    batches: list[list[int]] = []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if batches and sizes[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches
