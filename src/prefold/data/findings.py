@@ -375,10 +375,11 @@ def by_severity(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def count_tokens(examples: Examples) -> TokenCounts:
-    sizes = [(len(tree.prompt), tree.size, tree.plain_size, tree.longest) for tree in examples.trees]
-    prompt, packed, plain = (sum(size[kind] for size in sizes) for kind in range(3))
-    longest = max((size[3] for size in sizes), default=0)
-    return TokenCounts(len(sizes), prompt, packed - prompt, packed, plain, longest)
+    lengths = list(examples.lengths)
+    prompt, packed = sum(prompt for prompt, *_ in lengths), sum(map(sum, lengths))
+    plain = packed + sum(prompt * (max(len(completions), 1) - 1) for prompt, *completions in lengths)
+    longest = max((prompt + max(completions, default=0) for prompt, *completions in lengths), default=0)
+    return TokenCounts(len(lengths), prompt, packed - prompt, packed, plain, longest)
 
 
 def fingerprint(examples: Examples) -> str:
@@ -387,6 +388,10 @@ def fingerprint(examples: Examples) -> str:
     for tree in examples.trees:
         digest.update(repr((tree.prompt, tree.completions)).encode())
     return digest.hexdigest()
+
+
+def fingerprints(train: Examples, held_out: Examples) -> dict[str, str]:
+    return {"train": fingerprint(train), "held_out": fingerprint(held_out)}
 
 
 def _finding(kind: str, severity: Severity, rows: Sequence[RowId], message: str, advice: str) -> Finding:

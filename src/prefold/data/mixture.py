@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefold.data import findings
@@ -43,13 +44,18 @@ class Prepared:
     train: Examples
     held_out: Examples
     report: DataReport
+    fingerprints: dict[str, str]
+    """Of the token ids of each of the two."""
 
 
-def load_split(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind = "pairs") -> Prepared:
+def load_split(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind = "pairs", folder: Path | None = None
+) -> Prepared:
     """Read, convert, tokenize and split everything that `data` names.
 
     Args:
         kind: of the records that the algorithm trains on.
+        folder: for the examples, `train.arrow` and `eval.arrow`; unset: a temporary one.
 
     Raises:
         UserError: a source cannot be read or has no known columns, has fewer rows than are to be drawn, the tokenizer
@@ -60,9 +66,9 @@ def load_split(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: 
         require_chat_template(tokenizer)
     texts = chain.from_iterable(map(benchmark_texts, data.decontaminate))
     contamination = Contamination(texts) if data.decontaminate else None
-    trained = _Side("data.train", data, tokenizer, kind, contamination)
+    trained = _Side("train", data, tokenizer, kind, contamination, folder)
     train = trained.examples_of(data.train, seed)
-    evaluated = _Side("data.eval", data, tokenizer, kind, contamination=None)
+    evaluated = _Side("eval", data, tokenizer, kind, None, folder)
     held_out = evaluated.examples_of(data.eval, seed) if data.eval else train[:0]
     if data.shuffle:
         train = train.select(shuffled(len(train), seed))
@@ -79,7 +85,7 @@ def load_split(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: 
         held_out=findings.count_tokens(held_out),
         contamination=tuple(trained.matches),
     )
-    return Prepared(train, held_out, report)
+    return Prepared(train, held_out, report, findings.fingerprints(train, held_out))
 
 
 _TAKEN: dict[Kind, tuple[Kind, ...]] = {
@@ -140,16 +146,17 @@ class _Side:
 
     def __init__(
         self,
-        where: str,
+        name: str,
         data: Data,
         tokenizer: PreTrainedTokenizerBase,
         kind: Kind,
         contamination: Contamination | None,
+        folder: Path | None,
     ):
-        self._where, self._data, self._tokenizer, self._kind = where, data, tokenizer, kind
+        self._name, self._data, self._tokenizer, self._kind = name, data, tokenizer, kind
         self._contamination = contamination
         self._repeats: Repeats | None = None if data.duplicates == "keep" else find_repeats(data.duplicates)
-        self._examples = ExampleWriter()
+        self._examples = ExampleWriter(folder and folder / f"{name}.arrow")
         self.problems: list[Problem] = []
         self.oddities: dict[str, list[RowId]] = {}
         self.counts: list[SourceCount] = []
@@ -160,7 +167,7 @@ class _Side:
         for source, selection in zip(sources, select_rows(sources, seed), strict=True):
             self._convert(source, selection)
         if not len(self._examples):
-            raise _nothing_left(self.problems, self._where)
+            raise _nothing_left(self.problems, f"data.{self._name}")
         return self._examples.finish()
 
     def _convert(self, source: Source, selection: Selection) -> None:
