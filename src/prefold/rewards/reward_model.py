@@ -62,8 +62,10 @@ def _open_reward_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     from transformers import AutoModelForSequenceClassification
 
     from prefold.data.chat import require_chat_template
+    from prefold.models.device import choose_device, choose_dtype
     from prefold.models.fetch import fetch
-    from prefold.models.load import UNREADABLE, choose_device, choose_dtype, load_tokenizer, quiet
+    from prefold.models.load import load_tokenizer
+    from prefold.models.messages import UNREADABLE, quiet
 
     folder, device = fetch(name), choose_device()
     tokenizer = load_tokenizer(folder)

@@ -34,7 +34,8 @@ from prefold.generation.groups import Group, prompts_of, sample, scored_groups
 from prefold.generation.samplers import seed_of
 from prefold.generation.sampling import Sampling
 from prefold.models.adapters import load_start
-from prefold.models.load import choose_device, load_model, tokenizer_of
+from prefold.models.device import choose_device
+from prefold.models.load import load_model, tokenizer_of
 from prefold.pairs.candidates import column_names
 from prefold.recipe import Model, RecipeBase
 from prefold.runs.context import Run, head_seed_of, labels_of, loaded_rewards, scorer_of

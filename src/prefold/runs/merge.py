@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from prefold.files import write_json
-from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import load_model, tokenizer_of
 from prefold.models.merge import merge_adapter, merge_dtype, remarks, save_and_check
 from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart

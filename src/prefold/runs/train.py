@@ -19,7 +19,8 @@ from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_folder
 from prefold.generation.groups import prompts_of
 from prefold.models.adapters import load_policy
-from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import load_model, tokenizer_of, trainable_parameters
 from prefold.pairs.candidates import column_names
 from prefold.publishing.publish import push_checkpoint
 from prefold.recipe import RecipeBase

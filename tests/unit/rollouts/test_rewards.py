@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
-from prefold.models import load
+from prefold.models import device
 from prefold.recipe import Reward, describe
 from prefold.rewards.functions import REWARDS, LoadedReward, Scores, number_in, open_rewards, score, weighted
 
@@ -113,7 +113,7 @@ def save_classifier(
 def test_reward_model_reads_the_last_token_of_the_conversation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, eos: str
 ) -> None:
-    monkeypatch.setattr(load, "choose_dtype", lambda setting, device: torch.float32)
+    monkeypatch.setattr(device, "choose_dtype", lambda *_: torch.float32)
     tokenizer = save_classifier(tmp_path, template=template, eos=eos)
     model = LlamaForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
     completions = ["Short.", "A longer answer, to be padded for.", "x" * 300]
