@@ -6,7 +6,6 @@ said in `formats`. Code that comes with a Hub data set is never run.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import os
@@ -21,7 +20,7 @@ from typing import Any, cast
 
 from prefold.data.formats import READABLE, RawRow, read_file, reader_for
 from prefold.data.preference import RowId
-from prefold.errors import UserError
+from prefold.errors import UserError, did_you_mean
 from prefold.files import without_home, without_secrets
 from prefold.recipe import Rows
 
@@ -167,15 +166,13 @@ def _missing(source: Rows, path: Path) -> UserError:
         return UserError("it is a link that leads nowhere", where=source.path, advice="mend the link")
     if not path.parent.is_dir():
         return UserError("no such file: its folder does not exist either", where=source.path)
-    near = difflib.get_close_matches(path.name, [_printable(file.name) for file in path.parent.iterdir()], n=3)
-    advice = "did you mean " + " or ".join(f"`{name}`" for name in near) + "?" if near else _files_in(path.parent)
+    advice = did_you_mean(path.name, [_printable(file.name) for file in path.parent.iterdir()], most=3)
+    if not advice:
+        names = [_printable(file.name) for file in _visible(path.parent) if reader_for(file.name)]
+        advice = (
+            f"readable files in that folder: {_listed(names)}" if names else "that folder has no file that can be read"
+        )
     return UserError("no such file", where=source.path, advice=advice)
-
-
-def _files_in(folder: Path) -> str:
-    """Advice that names files of `folder` which can be read."""
-    names = [_printable(file.name) for file in _visible(folder) if reader_for(file.name)]
-    return f"readable files in that folder: {_listed(names)}" if names else "that folder has no file that can be read"
 
 
 # ---- built-in sets ----------------------------------------------------------------------------------------------
@@ -183,23 +180,17 @@ def _files_in(folder: Path) -> str:
 
 def _builtin_file(source: Rows) -> Traversable:
     name, split = source.path.removeprefix(BUILTIN_PREFIX), source.split or "train"
-    names = sorted(entry.name for entry in _entries(BUILTIN_FOLDER) if entry.is_dir() and _entries(entry))
-    if name not in names:
-        raise UserError(
-            f"there is no built-in set `{name}`",
-            where=source.path,
-            expected=f"one of: {_listed(names)}" if names else "",
-            advice=_nearest(name, names),
-        )
-    files = {entry.name.removesuffix(".jsonl"): entry for entry in _entries(BUILTIN_FOLDER / name)}
-    if split not in files:
-        raise UserError(
-            f"it has no split `{split}`",
-            where=source.path,
-            expected=f"one of: {_listed(sorted(files))}",
-            advice=_nearest(split, sorted(files)),
-        )
+    sets = {entry.name: entry for entry in _entries(BUILTIN_FOLDER) if entry.is_dir() and _entries(entry)}
+    _require_one_of(name, sorted(sets), f"there is no built-in set `{name}`", source)
+    files = {entry.name.removesuffix(".jsonl"): entry for entry in _entries(sets[name])}
+    _require_one_of(split, sorted(files), f"it has no split `{split}`", source)
     return files[split]
+
+
+def _require_one_of(name: str, known: list[str], what: str, source: Rows) -> None:
+    if name not in known:
+        expected = f"one of: {_listed(known)}" if known else ""
+        raise UserError(what, where=source.path, expected=expected, advice=did_you_mean(name, known))
 
 
 def _entries(folder: Traversable) -> list[Traversable]:
@@ -207,11 +198,6 @@ def _entries(folder: Traversable) -> list[Traversable]:
     if not folder.is_dir():
         return []
     return [entry for entry in folder.iterdir() if entry.is_dir() or entry.name.endswith(".jsonl")]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean `{near[0]}`?" if near else ""
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
