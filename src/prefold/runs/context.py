@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prefold.data.examples import Examples
-from prefold.data.findings import fingerprint
-from prefold.data.mixture import Prepared, load_split
+from prefold.data.mixture import Prepared
 from prefold.data.preference import Unpaired
+from prefold.data.prepared_cache import prepare
 from prefold.evaluation.samples import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
@@ -55,7 +55,7 @@ class Run:
     def prepared(self) -> Prepared:
         """The data as they are now."""
         recipe = self.recipe
-        return load_split(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
+        return prepare(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
 
     def checked_data(self) -> Prepared:
         """The data that the run began with.
@@ -68,7 +68,7 @@ class Run:
 
     def as_read(self, prepared: Prepared) -> dict[str, Any]:
         """What a run must find unchanged when it goes on: its data, and what it reads beside it."""
-        fingerprints = {**fingerprints_of(prepared), **inputs_of(self.recipe)}
+        fingerprints = {**prepared.fingerprints, **inputs_of(self.recipe)}
         return {**prepared.report.as_json(), "fingerprint": fingerprints}
 
     def require_openable(self) -> None:
@@ -93,10 +93,6 @@ class Run:
             return ids
 
         return open_judge(self.recipe.evaluate.win_rate.judge, token_ids)
-
-
-def fingerprints_of(prepared: Prepared) -> dict[str, str]:
-    return {"train": fingerprint(prepared.train), "held_out": fingerprint(prepared.held_out)}
 
 
 def labels_of(examples: Examples) -> list[bool]:
