@@ -405,7 +405,7 @@ def prefold_grpo(connection: Connection, workload: Workload) -> None:
     from prefold.data.examples import Example, Examples
     from prefold.data.preference import Message, Prompt, RowId
     from prefold.models.load import load_tokenizer
-    from prefold.rewards.functions import open_rewards
+    from prefold.rewards.load import load_rewards
     from prefold.training import online
 
     rollouts, sampling_of = Stopwatch(), online.sampling_of
@@ -423,7 +423,7 @@ def prefold_grpo(connection: Connection, workload: Workload) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         recipe, scorer, *rest = prefold_setup(workload, folder)
-        rewards = open_rewards(recipe.rewards, ["completions"])
+        rewards = load_rewards(recipe.rewards, ["completions"])
         tokenizer = load_tokenizer(workload.model)
         trainer = Timed(recipe.algorithm, scorer, examples, rewards, [], tokenizer, *rest)
         trainer.add_callback(turns(connection, rollouts))

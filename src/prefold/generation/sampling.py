@@ -6,12 +6,16 @@ distribution at one number of a row's own stream, so a completion does not depen
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from prefold.recipe import sampling as settings
 
 BLOCK = 256
 """Tokens whose probabilities are added up before the block that holds the drawn token is searched."""
@@ -42,6 +46,12 @@ class Sampling:
     end_tokens: tuple[int, ...] | None = None
     with_model_logprobs: bool = False
 
+    @classmethod
+    def of(cls, wanted: settings.Sampling, num_answers: int = 1) -> Sampling:
+        """As a section of a recipe, or a command, says."""
+        truncation = wanted.top_p, wanted.top_k, wanted.min_p
+        return cls(wanted.max_new_tokens, num_answers, wanted.temperature, *truncation, wanted.seed)
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -64,6 +74,12 @@ class Chosen(NamedTuple):
     tokens: Tensor
     logprobs: Tensor
     model_logprobs: Tensor | None
+
+
+def seed_of(*parts: int) -> int:
+    """A seed below 2^31 for a part of the work."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:4]) >> 1
 
 
 def stream_of(seed: int, prompt: int, completion: int, length: int) -> list[float]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prefold import ranks
-from prefold.data.examples import Examples
+from prefold.data.examples import Examples, prompts_of
 from prefold.data.findings import fingerprint
 from prefold.data.preference import Message
 from prefold.evaluation.compare import compare_tasks
@@ -31,13 +31,12 @@ from prefold.evaluation.samples import OpenTask
 from prefold.evaluation.tasks import asked_with, measure_model
 from prefold.files import write_json, write_jsonl
 from prefold.generation.engine import answer
-from prefold.generation.groups import Group, prompts_of, sample, scored_groups
-from prefold.generation.samplers import seed_of
-from prefold.generation.sampling import Sampling
+from prefold.generation.groups import sample
+from prefold.generation.sampling import Sampling, seed_of
 from prefold.models.adapters import load_start
 from prefold.models.load import choose_device, load_model, tokenizer_of
-from prefold.pairs.candidates import column_names
 from prefold.recipe import Model, RecipeBase
+from prefold.rewards.scoring import Group, column_names, scored_groups
 from prefold.runs.context import (
     check_tasks,
     does_sample,
@@ -224,5 +223,4 @@ def held_out_sampling(recipe: RecipeBase) -> Sampling | None:
 
 
 def sampling(recipe: RecipeBase) -> Sampling:
-    own = recipe.evaluate.model_dump()
-    return Sampling(**{field.name: own[field.name] for field in fields(Sampling) if field.name in own})
+    return Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)

@@ -13,16 +13,15 @@ from transformers import TrainerCallback, TrainingArguments
 
 from prefold import ranks
 from prefold.algorithms import GRPO
-from prefold.data.examples import Examples
+from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_folder
-from prefold.generation.groups import prompts_of
 from prefold.models.adapters import load_policy
 from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
-from prefold.pairs.candidates import column_names
 from prefold.publishing.publish import push_checkpoint
 from prefold.recipe import RecipeBase
+from prefold.rewards.scoring import column_names
 from prefold.runs.context import (
     does_sample,
     head_seed_of,
