@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import prefold
 from prefold.data.preference import Message
 from prefold.errors import UserError
-from prefold.models import load
+from prefold.models import device as devices
 from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
 from prefold.reports.card import render_card
 from prefold.rewards.load import load_rewards
@@ -86,9 +86,9 @@ def scores_as_reward(folder: Path) -> list[float | None]:
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward models are opened in the dtype of the device."""
-    chosen = load.choose_dtype
+    chosen = devices.choose_dtype
     monkeypatch.setattr(
-        load, "choose_dtype", lambda setting, device: chosen("float32" if setting == "auto" else setting, device)
+        devices, "choose_dtype", lambda setting, device: chosen("float32" if setting == "auto" else setting, device)
     )
 
 

@@ -17,9 +17,9 @@ import prefold
 from prefold.cli import main
 from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase, dump_recipe, load_recipe
-from prefold.runs import evaluate as evaluating
 from prefold.runs import sweep as sweeping
 from prefold.runs import train as training
+from prefold.runs.measuring import Measuring
 from prefold.runs.sweep import swept_fields
 from prefold.training.offline import PreferenceTrainer
 
@@ -134,7 +134,7 @@ def test_folders_have_different_names_for_different_values() -> None:
 
 def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs, what they share, the comparison; a part of it once more; one value more."""
-    measured = counted(monkeypatch, evaluating, "_measure")
+    measured = counted(monkeypatch, Measuring, "measure")
     computed = counted(monkeypatch, sys.modules["prefold.trees.reference"], "compute_reference")
     folder = tmp_path / "runs" / "lr"
     command = ("sweep", recipe_file(), "lora.r=2", "--output", str(folder))
@@ -308,7 +308,7 @@ def test_rewards_choose_where_completions_are_sampled(
         data={"train": [{"path": str(prompts)}], "eval_fraction": 0.5},
         train={"batch_size": 2, "max_steps": 1},
     )
-    measured = counted(monkeypatch, evaluating, "_measure_rewards")
+    measured = counted(monkeypatch, Measuring, "measure")
     found = prefold.sweep(file, ["grpo.beta=0.0,0.04"], output=str(tmp_path / "sweep"))
     assert [arguments[-1] for arguments in measured] == ["before", "after", "after"]
     assert found["held_out"] == {"unit": "prompt", "number": 4} and found["chosen_by"] == "held-out reward"

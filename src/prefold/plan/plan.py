@@ -18,7 +18,8 @@ import yaml
 
 from prefold.data.findings import Finding
 from prefold.launch import launched
-from prefold.models.load import choose_device, choose_dtype, tokenizer_of
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import tokenizer_of
 from prefold.models.merge import merge_dtype
 from prefold.plan import timing
 from prefold.plan.flops import Order, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions

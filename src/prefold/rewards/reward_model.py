@@ -13,9 +13,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from prefold.data.chat import require_chat_template
 from prefold.data.preference import Message
-from prefold.errors import UserError
+from prefold.errors import UserError, first_line
+from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch
-from prefold.models.load import UNREADABLE, choose_device, choose_dtype, load_tokenizer, quiet
+from prefold.models.load import load_tokenizer
+from prefold.models.messages import UNREADABLE, quiet
 from prefold.recipe import rewards as settings
 
 AT_ONCE = 8
@@ -69,8 +71,7 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
                 output_loading_info=True,
             )
     except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot be loaded as a reward model: {reason}", where=name) from None
+        raise UserError(f"cannot be loaded as a reward model: {first_line(error)}", where=name) from None
     if missing := sorted(report["missing_keys"]):
         # A head that is not in the files would be a random one.
         raise UserError(f"is not a reward model: its weights lack {missing[0]}", where=name, expected=_ONE_LOGIT)

@@ -18,17 +18,17 @@ from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_folder
 from prefold.models.adapters import load_policy
-from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of, trainable_parameters
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import load_model, tokenizer_of, trainable_parameters
 from prefold.publishing.publish import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
 from prefold.runs.context import (
-    does_sample,
+    Run,
     head_seed_of,
     labels_of,
     loaded_rewards,
     order_of,
-    prepared_data,
     scorer_of,
 )
 from prefold.runs.fingerprints import row_list
@@ -49,14 +49,15 @@ from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer
 
 
-def train(recipe: RecipeBase) -> None:
+def train(run: Run) -> None:
     """Train; where a guard rolls back, once more from the checkpoint before."""
-    _require_sharing(recipe)
+    _require_sharing(run.recipe)
     with ranks.first_ahead():
-        prepared = prepared_data(recipe)
+        run.require_openable()
+        prepared = run.checked_data()
     while True:
         try:
-            return _train(recipe, prepared)
+            return _train(run.recipe, prepared)
         except RolledBack:
             pass
         free_memory()
@@ -67,7 +68,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     model = _policy(recipe)
     scorer = scorer_of(recipe, model, prepared.train)
     _require_packing(scorer)
-    make_trainer = (_online_trainer if does_sample(recipe) else _offline_trainer)(recipe, scorer, prepared)
+    make_trainer = (_online_trainer if recipe.algorithm.kind.samples else _offline_trainer)(recipe, scorer, prepared)
     free_memory()  # of the self-check and the reference
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from prefold.errors import UserError
-from prefold.models.load import choose_device, choose_dtype
+from prefold.models.device import choose_device, choose_dtype
 from prefold.recipe import RecipeBase
 
 logger = logging.getLogger("prefold")

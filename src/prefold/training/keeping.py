@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from prefold import ranks
 from prefold.algorithms import NO_STATE, State
-from prefold.models.load import quiet
+from prefold.models.messages import quiet
 from prefold.training.checkpoints import seal
 from prefold.training.record import StepRecord
 from prefold.training.sharded import (
