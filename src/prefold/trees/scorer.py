@@ -243,28 +243,16 @@ def frozen_adapter(policy: nn.Module) -> dict[str, torch.Tensor]:
 def reference_model(policy: nn.Module) -> Iterator[None]:
     """While open, `policy` computes as the reference: adapter off, or as it was at first if it came with one; dropout
     off."""
-    training = policy.training
+    training, frozen = policy.training, frozen_adapter(policy)
+    kept = [(parameter, parameter.data, name) for name, parameter in policy.named_parameters() if name in frozen]
+    can_be_off = hasattr(policy, "disable_adapter") and not frozen
     policy.eval()
     try:
-        with _adapter_of_the_reference(policy):
-            yield
-    finally:
-        policy.train(training)
-
-
-@contextmanager
-def _adapter_of_the_reference(policy: nn.Module) -> Iterator[None]:
-    frozen = frozen_adapter(policy)
-    if not frozen:
-        with policy.disable_adapter() if hasattr(policy, "disable_adapter") else nullcontext():  # type: ignore[operator]
-            yield
-        return
-    trained = {name: parameter for name, parameter in policy.named_parameters() if name in frozen}
-    kept = {name: parameter.data for name, parameter in trained.items()}
-    try:
-        for name, parameter in trained.items():
+        for parameter, _, name in kept:
             parameter.data = frozen[name].to(parameter.device)
-        yield
+        with policy.disable_adapter() if can_be_off else nullcontext():  # type: ignore[operator]
+            yield
     finally:
-        for name, parameter in trained.items():
-            parameter.data = kept[name]
+        for parameter, data, _ in kept:
+            parameter.data = data
+        policy.train(training)
