@@ -31,7 +31,7 @@ from prefold.generation.transformers_engine import generate_plainly
 from prefold.generation.weights import packed_weights
 from prefold.terminal import Advance, progress_bar
 from prefold.trees.attention import unwrapped, using_attention
-from prefold.trees.budget import attempt, halved, split_by_budget
+from prefold.trees.budget import attempt, lowered, split_by_budget
 from prefold.trees.packing import TokenTree, pack
 from prefold.trees.self_check import COARSE, difference, obstacle, stretched_positions
 
@@ -150,7 +150,8 @@ class LocalEngine:
                 sizes = [request.size(prompt) for prompt in again]
                 single = f"a single prompt and its completions ({sizes[0]:,} tokens); ask for fewer or shorter "
                 single += "completions, or take a smaller model"
-                budget = state.max_tokens = halved(budget, sizes, "the token budget of completions goes", single)
+                what = "the token budget of completions goes"
+                budget = state.max_tokens = lowered(budget, sizes, single, what=what)
             else:
                 sequences, under_way = stepped
                 yield from request.finished(sequences)

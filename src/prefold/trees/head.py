@@ -58,19 +58,11 @@ def score_layer(model: nn.Module) -> nn.Module | None:
     return layer if isinstance(layer, nn.Module) else None
 
 
-def output_layer(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits."""
-    layer = model.get_output_embeddings()  # type: ignore[operator]
-    assert isinstance(layer, nn.Module)
-    return layer
-
-
-def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
+def head_of(model: Any, temperature: float = 1.0) -> Head:
     """What the model does between its last hidden states and its logits, by the names of transformers' configs."""
-    layer = output_layer(model)
+    layer, config = model.get_output_embeddings(), model.config
     linear = weights_of(layer)
     assert isinstance(linear, nn.Linear)
-    config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -78,9 +70,9 @@ def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
     return Head(layer, linear, scale / divisor, getattr(config, "final_logit_softcapping", None), rows, temperature)
 
 
-def head_obstacle(model: nn.Module) -> str | None:
+def head_obstacle(model: Any) -> str | None:
     """Why the head of this model cannot be applied in chunks, or None if it can."""
-    layer = weights_of(output_layer(model))
+    layer = weights_of(model.get_output_embeddings())
     if type(layer) is not nn.Linear and not (isinstance(layer, FSDPModule) and isinstance(layer, nn.Linear)):
         return f"its output head is a {type(layer).__name__}, not a plain linear layer"
     return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prefold import ranks
 from prefold.trees.attention import candidates, unwrapped, using_attention
-from prefold.trees.budget import attempt, from_all, halved_until_split, row_by_row, split_by_length
+from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_length
 from prefold.trees.forest import WORTH_SHARING, Ids, Text, pack_forest, split_texts
 from prefold.trees.logprobs import packed_logprobs
 from prefold.trees.padding import pad
@@ -62,7 +62,7 @@ class Reader:
             tried = [texts[i] for i in row]
             sizes = [len(text.tokens) for text in tried]
             single = f"a text of {max(sizes):,} tokens; take a smaller model or device_map"
-            self.max_tokens = halved_until_split(self.max_tokens, sizes, partial(self._rows, tried), single)
+            self.max_tokens = lowered(self.max_tokens, sizes, single, partial(self._rows, tried))
             return rows_of(left)
 
         def rows_of(indices: Sequence[int]) -> list[list[int]]:

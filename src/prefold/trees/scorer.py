@@ -17,7 +17,7 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from prefold import ranks
 from prefold.errors import StageError
 from prefold.trees.attention import unwrapped, using_attention
-from prefold.trees.budget import attempt, from_all, halved_until_split, row_by_row, split_by_budget
+from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_budget
 from prefold.trees.head import score_layer
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
 from prefold.trees.packing import PackedTrees, TokenTree, pack
@@ -92,19 +92,15 @@ class Scorer:
     def rows(self, trees: Sequence[TokenTree], indices: Iterable[int] | None = None) -> list[list[int]]:
         """Indices of the trees of each micro-batch of at most `max_tokens`: of all trees, or of those at `indices`. A
         tree without completions, of which there is nothing to score, is in none."""
-        sizes = self._sizes(trees, indices)
-        scored = list(sizes)
-        return [[scored[i] for i in row] for row in split_by_budget(list(sizes.values()), self.max_tokens)]
+        indices = range(len(trees)) if indices is None else indices
+        scored = [i for i in indices if trees[i].completions]
+        rows = split_by_budget([self.size(trees[i]) for i in scored], self.max_tokens)
+        return [[scored[i] for i in row] for row in rows]
 
     def share(self, trees: Sequence[TokenTree]) -> list[int]:
         """Indices of the trees that this process scores: of all of them in one process, else of its share by tokens."""
-        sizes = self._sizes(trees)
-        scored = list(sizes)
-        return [scored[i] for i in ranks.share(list(sizes.values()))]
-
-    def _sizes(self, trees: Sequence[TokenTree], indices: Iterable[int] | None = None) -> dict[int, int]:
-        indices = range(len(trees)) if indices is None else indices
-        return {i: self.size(trees[i]) for i in indices if trees[i].completions}
+        scored = [i for i, tree in enumerate(trees) if tree.completions]
+        return [scored[i] for i in ranks.share([self.size(trees[i]) for i in scored])]
 
     def behind(self, rows: Sequence[list[int]]) -> int:
         """How many passes this process has to make with nothing, beside those through its rows: with sharded weights
@@ -152,12 +148,12 @@ class Scorer:
         Raises:
             StageError: they were one by one already.
         """
-        sizes = list(self._sizes(trees).values())
+        sizes = [self.size(tree) for tree in trees if tree.completions]
         single = (
             f"a single prompt and its completions ({max(map(self.size, trees)):,} tokens); set "
             "`train.gradient_checkpointing: true`, lower `data.max_length`, or take a smaller model"
         )
-        self.max_tokens = halved_until_split(self.max_tokens, sizes, partial(split_by_budget, sizes), single)
+        self.max_tokens = lowered(self.max_tokens, sizes, single, partial(split_by_budget, sizes))
 
 
 def _score_packed(
