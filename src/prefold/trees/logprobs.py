@@ -8,8 +8,8 @@ Data in: `PackedTrees`; data out: `TreeLogprobs`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -28,9 +28,7 @@ class TreeLogprobs:
     scored positions, and `prompts`, for each tree the summed log-prob of its prompt from the second token on, of
     `prompt_lengths` tokens.
 
-    For unpaired data, `labels` `[N]`: whether a completion is desirable. For KTO, `mismatched` `[M]`: summed log-probs,
-    without gradient, of completions under prompts that are not theirs. For completions that were sampled, `advantages`
-    `[N]`; and `old` `[S]`, the log-probs that `tokens` had before the first step on them, None at that step.
+    `extras`, by name: what a method alone needs of the completions beside their log-probs. Nothing here reads it.
 
     A model that scores conversations has scores in their place, one to each completion, as if it had one token.
     """
@@ -42,10 +40,7 @@ class TreeLogprobs:
     auxiliary: Tensor | None = None
     prompts: Tensor | None = None
     prompt_lengths: Tensor | None = None
-    labels: Tensor | None = None
-    mismatched: Tensor | None = None
-    advantages: Tensor | None = None
-    old: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sums(self) -> Tensor:
         """`[N]`: log-prob of each completion given its prompt."""
