@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -24,11 +24,12 @@ from transformers.generation.streamers import BaseStreamer
 from prefold import ranks
 from prefold.data.chat import Template, render
 from prefold.data.preference import Message
+from prefold.errors import UserError
 from prefold.generation.kv_cache import ATTENTION, HALF, Decode, Prefill, PromptCache, SequenceBatch
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import GenerationRequest, OnToken, PartialCompletion
 from prefold.generation.transformers_engine import generate_plainly
-from prefold.generation.weights import packed_weights
+from prefold.generation.weights import fold_adapter, packed_weights
 from prefold.terminal import Advance, progress_bar
 from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.budget import attempt, lowered, split_by_budget
@@ -53,10 +54,12 @@ logger = logging.getLogger("prefold")
 
 @dataclass
 class ModelState:
-    """What generation has learned about a model, which keeps it: `max_tokens` is lowered where memory runs out,
-    `obstacles` is what the check has given for prompts within the model's window (False) and beyond it (True)."""
+    """What generation has learned about a model, which keeps it: `max_tokens` is lowered where memory runs out; prompts
+    with completions of up to `longest` tokens can be shared as far as its configuration tells; `obstacles` is what the
+    check has given for prompts within its window (False) and beyond it (True)."""
 
     max_tokens: int = sys.maxsize
+    longest: int = 0
     obstacles: dict[bool, str | None] = field(default_factory=dict)
 
     @staticmethod
@@ -277,15 +280,17 @@ def why_not_shared(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens
 
     A model is checked once on the end of a real prompt, and once more on one that is longer than its window.
     """
-    reason = stretched_positions(model, len(prompt) + max_new_tokens) or obstacle(model)
-    if reason is not None:
-        return reason
+    state, longest = ModelState.of(model), len(prompt) + max_new_tokens
+    if longest > state.longest:
+        reason = stretched_positions(model, longest) or obstacle(model)
+        if reason is not None:
+            return reason
+        state.longest = longest
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     beyond = len(prompt) > window > 0
-    obstacles = ModelState.of(model).obstacles
-    if beyond not in obstacles:
-        obstacles[beyond] = failed_check(model, prompt[-(CHECKED_TOKENS + (window if beyond else 0)) :])
-    return obstacles[beyond]
+    if beyond not in state.obstacles:
+        state.obstacles[beyond] = failed_check(model, prompt[-(CHECKED_TOKENS + (window if beyond else 0)) :])
+    return state.obstacles[beyond]
 
 
 def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
@@ -317,7 +322,41 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
     return difference(model, shared, lambda: plain().amax(-1, keepdim=True), COARSE if quantised else TOLERANCE)
 
 
-# ---- text in, text out ------------------------------------------------------------------------------------------
+# ---- for training, and for readers ------------------------------------------------------------------------------
+
+
+def require_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that a completion can end.
+
+    Raises:
+        UserError: neither model nor tokenizer names an end token.
+    """
+    if not end_tokens(model, tokenizer):
+        raise UserError(
+            "names no end token, so no completion would ever end",
+            where=model.name_or_path or "model",
+            expected="`eos_token_id` in generation_config.json, or an EOS token of the tokenizer",
+            advice="name an instruct model in `model.name`",
+        )
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    advance: Advance = lambda amount, text: None,
+) -> list[list[Completion]]:
+    """A group of completions of each prompt, adapters folded in meanwhile where that is exact to undo. It depends on
+    the model, the prompt and the group's seed, and on nothing else that is sampled.
+
+    Args:
+        seeds: one for each prompt, instead of that of `sampling`.
+        advance: told of each prompt that is done.
+    """
+    with fold_adapter(model):
+        return LocalEngine(model, tokenizer).sample(prompts, replace(sampling, seed=0), seeds, advance)
 
 
 def answer(

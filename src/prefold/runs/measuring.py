@@ -29,8 +29,7 @@ from prefold.evaluation.heldout import (
     score_pairs,
 )
 from prefold.evaluation.rewards import by_prompt, compare_rewards
-from prefold.generation.engine import answer
-from prefold.generation.groups import sample
+from prefold.generation.engine import answer, sample
 from prefold.generation.sampling import Sampling, seed_of
 from prefold.models.adapters import load_start
 from prefold.models.device import choose_device

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -42,8 +42,7 @@ class Head:
     temperature: float = 1.0
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """Of the distribution at every scored position, `[S]` each, without gradients: `entropy` in nats, `squares`, the
     sum of squared probabilities, and `top1`, whether the target is the most likely token."""
 

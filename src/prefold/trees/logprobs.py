@@ -63,11 +63,10 @@ class TreeLogprobs:
     def gradients_of(self, parts: Sequence[TreeLogprobs]) -> list[TreeLogprobs]:
         """Of a leaf after its backward pass: the gradients of each of the parts that it was put together from."""
         tokens = _gradient(self.tokens).split([len(part.tokens) for part in parts])
-        found = [replace(part, tokens=grad) for part, grad in zip(parts, tokens, strict=True)]
-        if self.prompts is None:
-            return found
-        prompts = _gradient(self.prompts).split([len(part.prompts) for part in parts if part.prompts is not None])
-        return [replace(part, prompts=grad) for part, grad in zip(found, prompts, strict=True)]
+        prompts: Sequence[Tensor | None] = [None] * len(parts)
+        if self.prompts is not None:
+            prompts = _gradient(self.prompts).split([len(part.prompts) for part in parts if part.prompts is not None])
+        return [replace(part, tokens=own, prompts=of) for part, own, of in zip(parts, tokens, prompts, strict=True)]
 
     def dot(self, gradient: TreeLogprobs) -> Tensor:
         """Scalar whose backward pass hands `gradient` on to what these log-probs were computed from."""
@@ -104,7 +103,7 @@ def _cat_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _all_or_none(parts: Sequence[Statistics | None]) -> Statistics | None:
-    given = [(part.entropy, part.squares, part.top1) for part in parts if part is not None]
+    given = [part for part in parts if part is not None]
     return Statistics(*map(torch.cat, zip(*given, strict=True))) if given else None
 
 
@@ -135,8 +134,7 @@ def packed_logprobs(
         return TreeLogprobs(tokens, row.completion, row.lengths, distribution)
     tokens, of_prompts = tokens.split([len(row.completion), len(row.owner)])
     if distribution is not None:
-        all_values = (distribution.entropy, distribution.squares, distribution.top1)
-        distribution = Statistics(*(values[: len(tokens)] for values in all_values))
+        distribution = Statistics(*(values[: len(tokens)] for values in distribution))
     prompts = sums_by(row.owner, of_prompts, len(row.trees))
     return TreeLogprobs(tokens, row.completion, row.lengths, distribution, None, prompts, prompt_lengths(row))
 

@@ -110,7 +110,7 @@ def difference(
     """
     with in_float32(model):
         try:
-            found, calls = packed()
+            logprobs, calls = packed()
         except (NotImplementedError, TypeError, RuntimeError) as error:
             return f"its packed forward pass failed ({str(error).splitlines()[0]})"
         wanted = plain()
@@ -118,7 +118,7 @@ def difference(
     layers = _text_config(base).num_hidden_layers
     if calls != layers:
         return f"{calls} of its {layers} layers call the attention that packing replaces"
-    largest = float((found - wanted).abs().max())
+    largest = float((logprobs - wanted).abs().max())
     if rounding is None:
         in_8_bit = any(parameter.dtype == torch.int8 for parameter in model.parameters())
         rounding = COARSE if in_8_bit else TOLERANCE[torch.promote_types(base.dtype, torch.float32)]
