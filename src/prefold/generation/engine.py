@@ -28,7 +28,7 @@ from prefold.errors import UserError
 from prefold.generation.kv_cache import ATTENTION, HALF, Decode, Prefill, PromptCache, SequenceBatch
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import GenerationRequest, OnToken, PartialCompletion
-from prefold.generation.transformers_engine import generate_plainly
+from prefold.generation.transformers_engine import ASK_FOR_LESS, SINGLE_PROMPT, generate_plainly
 from prefold.generation.weights import fold_adapter, packed_weights
 from prefold.terminal import Advance, progress_bar
 from prefold.trees.attention import unwrapped, using_attention
@@ -92,7 +92,7 @@ class LocalEngine:
         generate a share each, and all of them get everything.
 
         Args:
-            numbers, on_token: as of `stream`.
+            numbers, on_token: as of `stream`; `numbers` are by default the indices.
             advance: told of each prompt that is done.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
@@ -108,13 +108,13 @@ class LocalEngine:
         self,
         prompts: Sequence[Sequence[int]],
         settings: Sampling,
-        numbers: Sequence[int] | None = None,
+        numbers: Sequence[int],
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """The indices of prompts with their completions, as they are done. The model must not be used meanwhile.
 
         Args:
-            numbers: what a prompt's random numbers depend on beside the seed; by default its index.
+            numbers: what each prompt's random numbers depend on beside the seed.
 
         Raises:
             StageError: out of memory with a single prompt.
@@ -122,7 +122,6 @@ class LocalEngine:
         if not prompts:
             return
         ends = end_tokens(self._model, self._tokenizer) if settings.end_tokens is None else settings.end_tokens
-        numbers = range(len(prompts)) if numbers is None else numbers
         request = GenerationRequest(prompts, settings, self._tokenizer, ends, numbers, on_token)
         training = self._model.training
         self._model.eval()
@@ -151,10 +150,8 @@ class LocalEngine:
                 again = {sequence.prompt for _, sequences in under_way for sequence in sequences}.union(begun)
                 under_way, waiting = [], deque(sorted(again.union(waiting)))
                 sizes = [request.size(prompt) for prompt in again]
-                single = f"a single prompt and its completions ({sizes[0]:,} tokens); ask for fewer or shorter "
-                single += "completions, or take a smaller model"
-                what = "the token budget of completions goes"
-                budget = state.max_tokens = lowered(budget, sizes, single, what=what)
+                single = f"{SINGLE_PROMPT} ({sizes[0]:,} tokens); {ASK_FOR_LESS}"
+                budget = state.max_tokens = lowered(budget, sizes, single, what="the token budget of completions goes")
             else:
                 sequences, under_way = stepped
                 yield from request.finished(sequences)

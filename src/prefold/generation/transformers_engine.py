@@ -19,6 +19,9 @@ from prefold.generation.sampling import Completion
 from prefold.generation.sequences import GenerationRequest, PartialCompletion
 from prefold.trees.budget import attempt, lowered, row_by_row
 
+SINGLE_PROMPT = "a single prompt and its completions"
+ASK_FOR_LESS = "ask for fewer or shorter completions, or take a smaller model"
+
 
 def generate_plainly(
     model: PreTrainedModel, request: GenerationRequest, sequences_at_once: int
@@ -37,8 +40,8 @@ def generate_plainly(
 
     def smaller(batch: list[int], left: list[int]) -> list[list[int]]:
         nonlocal at_once
-        single = "a single prompt and its completions; ask for fewer or shorter completions, or take a smaller model"
-        at_once = lowered(len(batch), [1] * len(batch), single, what="the prompts that are answered at a time go")
+        what = "the prompts that are answered at a time go"
+        at_once = lowered(len(batch), [1] * len(batch), f"{SINGLE_PROMPT}; {ASK_FOR_LESS}", what=what)
         return batches(left)
 
     first = batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))

@@ -87,11 +87,12 @@ def _gradient(leaf: Tensor) -> Tensor:
 def concatenated(parts: Sequence[TreeLogprobs]) -> TreeLogprobs:
     """The log-probs of several rows as those of one."""
     starts = accumulate((len(part.lengths) for part in parts[:-1]), initial=0)
+    statistics = [part.statistics for part in parts if part.statistics is not None]
     return TreeLogprobs(
         tokens=torch.cat([part.tokens for part in parts]),
         completion=torch.cat([part.completion + start for part, start in zip(parts, starts, strict=True)]),
         lengths=torch.cat([part.lengths for part in parts]),
-        statistics=_all_or_none([part.statistics for part in parts]),
+        statistics=Statistics(*map(torch.cat, zip(*statistics, strict=True))) if statistics else None,
         prompts=_cat_or_none([part.prompts for part in parts]),
         prompt_lengths=_cat_or_none([part.prompt_lengths for part in parts]),
     )
@@ -100,11 +101,6 @@ def concatenated(parts: Sequence[TreeLogprobs]) -> TreeLogprobs:
 def _cat_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
     given = [part for part in parts if part is not None]
     return torch.cat(given) if given else None
-
-
-def _all_or_none(parts: Sequence[Statistics | None]) -> Statistics | None:
-    given = [part for part in parts if part is not None]
-    return Statistics(*map(torch.cat, zip(*given, strict=True))) if given else None
 
 
 def sums_by(owner: Tensor, values: Tensor, owners: int) -> Tensor:

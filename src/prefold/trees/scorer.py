@@ -22,7 +22,7 @@ from prefold.trees.head import score_layer
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
 from prefold.trees.packing import PackedTrees, TokenTree, pack
 from prefold.trees.reward_head import packed_scores, plain_scores
-from prefold.trees.self_check import checked_backends, obstacle, stretched_positions
+from prefold.trees.self_check import checked_backends, stretched_positions
 
 T = TypeVar("T")
 
@@ -186,13 +186,10 @@ def choose_scorer(
     if setting in ("sdpa", "eager"):
         plain.reason = f"the recipe asks for {setting}"
         return plain
-    backends: list[str] = []
-    reason = stretched or obstacle(model)
-    if reason is None:
-        checked = Scorer(model, max(tree.plain_size for tree in trees), None)
-        with reference_model(model):
-            row = pack(trees, unwrapped(model).device)
-            backends, reason = checked_backends(model, row, _score_packed, lambda: checked.score(trees).tokens)
+    checked = Scorer(model, max(tree.plain_size for tree in trees), None)
+    with reference_model(model):
+        row = pack(trees, unwrapped(model).device)
+        backends, reason = checked_backends(model, row, _score_packed, lambda: checked.score(trees).tokens, stretched)
     if backends:
         seconds = {name: _seconds(model, trees, name) for name in backends} if len(backends) > 1 else {}
         return Scorer(model, max_tokens, ranks.from_first(lambda: min(backends, key=lambda name: seconds.get(name, 0))))
