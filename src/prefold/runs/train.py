@@ -22,7 +22,7 @@ from prefold.models.adapters import load_policy
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import load_model, tokenizer_of, trainable_parameters
 from prefold.pairs.candidates import column_names
-from prefold.publishing.publish import push_checkpoint
+from prefold.publishing.hub import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.runs.context import (
     Run,
