@@ -27,8 +27,7 @@ from prefold.models.fetch import fetch
 from prefold.models.load import chat_tokens, plain_attention, tokenizer_of, widen_residuals, without_dropout
 from prefold.models.messages import UNREADABLE, quiet, unreadable
 from prefold.recipe import Lora, Model, RecipeBase
-from prefold.trees.attention import lower_right
-from prefold.trees.scorer import unwrapped
+from prefold.trees.attention import lower_right, unwrapped
 
 BLOCK = 64
 """Weights that share a scale in 4 bits."""

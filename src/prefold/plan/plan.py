@@ -28,7 +28,7 @@ from prefold.plan.meta_model import Blueprint, config_of
 from prefold.plan.passes import Lengths, training_pass
 from prefold.recipe import RecipeBase, as_dict, make_recipe
 from prefold.trees.memory import CPU_TOKENS, budget_for
-from prefold.trees.scorer import obstacle, stretched_positions
+from prefold.trees.self_check import obstacle, stretched_positions
 
 STEP_OF_BUDGETS = 64
 WORTH_TIMING = 1e12

@@ -26,10 +26,11 @@ from prefold.recipe import RecipeBase
 from prefold.rewards.functions import LoadedReward, open_rewards
 from prefold.runs.comparison import require_models
 from prefold.runs.fingerprints import inputs_of, require_unchanged
-from prefold.training.offline import StepOrder
+from prefold.training.loop import StepOrder
+from prefold.trees.attention import unwrapped
 from prefold.trees.memory import auto_max_tokens
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer, choose_scorer, unwrapped
+from prefold.trees.scorer import Scorer, choose_scorer
 
 STAND_IN = 32
 """Tokens."""

@@ -40,7 +40,7 @@ from prefold.pairs.candidates import column_names
 from prefold.recipe import Model, RecipeBase
 from prefold.runs.context import Run, head_seed_of, labels_of, loaded_rewards, scorer_of
 from prefold.terminal import progress_bar
-from prefold.training.online import sampling_of
+from prefold.training.sampled_trees import sampling_of
 from prefold.trees.memory import free_memory
 
 Answers = list[list[str]]
