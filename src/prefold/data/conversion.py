@@ -111,9 +111,6 @@ class _Cells:
         return with_system(self.find("system"), prompt, self.where("system"))
 
 
-# ---- pairs ------------------------------------------------------------------------------------------------------
-
-
 def _pair(cells: _Cells, origin: RowId) -> Preference:
     chosen, rejected = cells.need("chosen"), cells.need("rejected")
     where = (cells.where("chosen"), cells.where("rejected"))
@@ -175,9 +172,6 @@ def _checked_pair(
     check_prompt(prompt, where[2])
     chosen, rejected = map(tuple, answers)
     return Preference(tuple(prompt), chosen, rejected, origin, ratings(cells.value))
-
-
-# ---- unpaired answers and prompts -------------------------------------------------------------------------------
 
 
 def _unpaired(cells: _Cells, origin: RowId) -> Unpaired:

@@ -44,9 +44,6 @@ _WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-# ---- words ------------------------------------------------------------------------------------------------------
-
-
 def words_of(text: str) -> list[str]:
     """The words of a text; the text itself where it has none, such as "?!"."""
     return _WORD.findall(text.lower()) or [text]
@@ -68,9 +65,6 @@ def _runs(hashes: Runs, length: int) -> Runs:
     for start in range(length):
         runs = runs * _BASE + hashes[start : start + len(runs)]
     return runs
-
-
-# ---- repeats ----------------------------------------------------------------------------------------------------
 
 
 class Repeats(Protocol):
@@ -134,9 +128,6 @@ def _similarity(first: Runs, second: Runs) -> float:
 
 REPEATS: dict[str, type[Repeats]] = {"drop_exact": ExactRepeats, "drop_near": NearRepeats}
 """By the policy `data.duplicates`."""
-
-
-# ---- benchmarks -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,6 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     return examples.select(np.flatnonzero(~held_out)), examples.select(np.flatnonzero(held_out))
 
 
-# ---- rows to examples -------------------------------------------------------------------------------------------
-
-
 class _Side:
     """Training or held-out data: what has come of its rows so far. `oddities` are rows that are used, by kind of
     finding."""

@@ -105,9 +105,6 @@ class Unfit(Exception):
         self.kind, self.message = kind, message
 
 
-# ---- messages ---------------------------------------------------------------------------------------------------
-
-
 def messages(value: Any, where: str, writing: Writing = "plain") -> list[Message]:
     """A list of turns as messages.
 
@@ -198,9 +195,6 @@ def check_answer(answer: list[Message], where: str) -> None:
     strangers = [turn["role"] for turn in answer if turn["role"] != "assistant"]
     if strangers:
         raise Unfit("bad_message", f"the answer in {where} has a message of the role {strangers[0]}")
-
-
-# ---- values -----------------------------------------------------------------------------------------------------
 
 
 def json_type(value: Any) -> str:

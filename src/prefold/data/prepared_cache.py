@@ -103,9 +103,6 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-# ---- what an entry depends on -----------------------------------------------------------------------------------
-
-
 def _sources(data: Data) -> list[str | None]:
     return [identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)]
 

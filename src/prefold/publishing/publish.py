@@ -113,9 +113,6 @@ def compared_texts(run_folder: Path, tokenizer: PreTrainedTokenizerBase) -> list
     return kept or ["Why is the sky blue?\n\nAir scatters blue light more than red: about 5.5 times as much."]
 
 
-# ---- to a folder -------------------------------------------------------------------------------------------------
-
-
 def _copy(items: Sequence[Item], to: str, before: Sequence[str]) -> None:
     """Put the files into a folder, which appears when it is whole.
 
