@@ -229,3 +229,8 @@ def _key(*parts: Sequence[Message]) -> bytes:
 
 def _restored(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) and name != "columns" else value
+
+
+def prompts_of(examples: Iterable[Example]) -> list[Prompt]:
+    """The records of examples of a set of prompts."""
+    return [example.record for example in examples if isinstance(example.record, Prompt)]

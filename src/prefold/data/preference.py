@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from prefold.errors import json_type
+
 
 class Message(TypedDict):
     role: str
@@ -195,19 +197,6 @@ def check_answer(answer: list[Message], where: str) -> None:
     strangers = [turn["role"] for turn in answer if turn["role"] != "assistant"]
     if strangers:
         raise Unfit("bad_message", f"the answer in {where} has a message of the role {strangers[0]}")
-
-
-def json_type(value: Any) -> str:
-    """What JSON calls a value's type, with its article."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, str):
-        return "a string"
-    return "a list" if isinstance(value, list) else "an object"
 
 
 def short(value: Any) -> str:

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from prefold.data.preference import Problem, RowId, json_type
+from prefold.data.preference import Problem, RowId
 from prefold.data.sources import RawRow, read_rows, source_name
-from prefold.data.where import Mismatch, Where
-from prefold.errors import UserError, did_you_mean
+from prefold.errors import UserError, did_you_mean, json_type
 from prefold.recipe import Benchmark, Rows, Source
+from prefold.recipe.where import Mismatch, Where
 
 
 @dataclass

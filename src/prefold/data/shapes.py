@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefold.data import dialogues
-from prefold.data.preference import Writing, json_type, short
+from prefold.data.preference import Writing, short
 from prefold.data.votes import as_flag, as_vote, is_first_annotator
-from prefold.errors import UserError, did_you_mean
+from prefold.errors import UserError, did_you_mean, json_type
 
 if TYPE_CHECKING:
     from prefold.data.sources import RawRow

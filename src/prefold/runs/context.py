@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prefold.data.examples import Examples
+from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
 from prefold.data.prepared_cache import prepare
 from prefold.evaluation.samples import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.files import read_json
-from prefold.generation.groups import prompts_of
 from prefold.models.load import tokenizer_of
-from prefold.pairs.candidates import column_names
 from prefold.recipe import RecipeBase
-from prefold.rewards.functions import LoadedReward, open_rewards
+from prefold.rewards.load import load_rewards
+from prefold.rewards.scoring import LoadedReward, column_names
 from prefold.runs.comparison import require_models
 from prefold.runs.fingerprints import inputs_of, require_unchanged
 from prefold.training.loop import StepOrder
@@ -96,7 +95,7 @@ class Run:
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:
     """Raises UserError if a reward cannot be loaded, or asks for what there is not."""
-    return open_rewards(recipe.rewards, ["prompts", "completions", "completion_ids", *columns])
+    return load_rewards(recipe.rewards, ["prompts", "completions", "completion_ids", *columns])
 
 
 def head_seed_of(recipe: RecipeBase) -> int | None:

@@ -23,8 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefold.data.preference import json_type
-from prefold.errors import UserError, did_you_mean
+from prefold.errors import UserError, did_you_mean, json_type
 
 Row = Mapping[str, Any]
 Evaluate = Callable[[Row], Any]
