@@ -99,9 +99,8 @@ class NearRepeats:
     def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
         shingles = [_shingles(part) for part in parts]
         keys = self._keys(shingles)
-        candidates = sorted({place for key in keys for place in self._bands.get(key, ())})
-        for place in candidates:
-            row, others = self._seen[place]
+        for index in sorted({index for key in keys for index in self._bands.get(key, ())}):
+            row, others = self._seen[index]
             if all(_similarity(*both) >= NEAR for both in zip(shingles, others, strict=True)):
                 return row
         for key in keys:
@@ -113,7 +112,7 @@ class NearRepeats:
         """What a record must have in common with another one to be compared to it, one key a band."""
         minima = np.stack([(self._factors * part + self._offsets).min(axis=1) for part in shingles])
         bands = minima.reshape(len(shingles), _BANDS, _HASHES).swapaxes(0, 1)
-        return [bytes([place]) + band.tobytes() for place, band in enumerate(bands)]
+        return [bytes([number]) + band.tobytes() for number, band in enumerate(bands)]
 
 
 def _shingles(part: Sequence[Message]) -> Runs:

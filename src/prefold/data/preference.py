@@ -117,7 +117,7 @@ def messages(value: Any, where: str, writing: Writing = "plain") -> list[Message
         raise Unfit("bad_message", f"{where} is {json_type(value)}, not a list of messages")
     if not value:
         raise Unfit("empty_text", f"{where} has no messages")
-    return [_turn(item, f"{where}, message {place}", writing) for place, item in enumerate(value, start=1)]
+    return [_turn(item, f"{where}, message {number}", writing) for number, item in enumerate(value, start=1)]
 
 
 def message(role: str, text: Any, where: str, may_be_empty: bool = False) -> Message:

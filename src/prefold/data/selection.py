@@ -140,7 +140,7 @@ class _Pool:
         if not 0 < count <= len(self.good):
             raise _too_few(self._selection.name, len(self.good), count)
         order = shuffled(len(self.good), seed)[:count]
-        self._selection.rows = iter(self._broken + [self.good[place] for place in order])
+        self._selection.rows = iter(self._broken + [self.good[index] for index in order])
         self._selection.rows_not_drawn = len(self.good) - count
 
 
