@@ -152,10 +152,10 @@ def perform(stage: str, timed: str, recipe: str) -> None:
 
     import prefold
     from prefold import terminal
-    from prefold.plan import plan
+    from prefold.plan import planner
 
     if not int(timed):
-        plan.WORTH_TIMING = float("inf")
+        planner.WORTH_TIMING = float("inf")
 
     terminal.console.quiet = True
     warnings.simplefilter("ignore")

@@ -21,7 +21,8 @@ from prefold.models.adapters import load_start
 from prefold.models.device import choose_device
 from prefold.models.fetch import fetch
 from prefold.models.load import tokenizer_of
-from prefold.plan.plan import Plan, make_plan
+from prefold.plan.plan import Plan
+from prefold.plan.planner import make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
 from prefold.reports.check import print_check

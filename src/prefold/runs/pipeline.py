@@ -23,7 +23,7 @@ import yaml
 from prefold import ranks
 from prefold.errors import StageError, UserError
 from prefold.files import held, read_json, require_writable, sweep, write_text
-from prefold.plan.memory import bytes_of
+from prefold.plan.machine import bytes_of
 from prefold.publishing import publish as publishing
 from prefold.publishing.publish import require_ready, require_section
 from prefold.recipe import RecipeBase, as_dict, dump_recipe, load_recipe
