@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from prefold.pairs.make import pairs
     from prefold.recipe import load_recipe
     from prefold.reports.notebook import show
+    from prefold.runs.api import check, evaluate, merge, publish, report, run, train
     from prefold.runs.comparison import compare
-    from prefold.runs.pipeline import check, evaluate, merge, publish, report, run, train
     from prefold.runs.sweep import sweep
 
 __all__ = [
@@ -64,4 +64,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `prefold` has no attribute `{name}`")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES.get(name, "prefold.runs.pipeline")), name)
+    return getattr(import_module(_HOMES.get(name, "prefold.runs.api")), name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class Explained(Exception):
     """Says all that there is to know in its message."""
@@ -32,6 +35,12 @@ class UserError(Explained):
 
 class StageError(Explained):
     """A stage could not reach its result although it was used rightly. Exit code 1, one message, no traceback."""
+
+
+def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
+    """The known names that are nearest to a wrong one, as a question; empty where none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=most)
+    return f"did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

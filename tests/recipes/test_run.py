@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefold
 from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 
@@ -76,17 +76,17 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, lora: Any
 ) -> None:
     straight = prefold.train(recipe(lora=lora, output_dir=str(tmp_path / "straight")))
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == stop:
             raise Stopped
-        return step(self, *args)
+        step(self)
 
-    monkeypatch.setattr(PreferenceTrainer, "training_step", stopping)
+    monkeypatch.setattr(TrainingLoop, "step", stopping)
     with pytest.raises(Stopped):
         prefold.train(recipe(lora=lora))
-    monkeypatch.setattr(PreferenceTrainer, "training_step", step)
+    monkeypatch.setattr(TrainingLoop, "step", step)
     torch.manual_seed(99)  # the state of the random generator must not matter
     resumed = prefold.train(recipe(lora=lora))
     weights = "trained/model.safetensors" if lora == "none" else "adapter/adapter_model.safetensors"

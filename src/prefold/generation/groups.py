@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefold import ranks
 from prefold.data.examples import Example
 from prefold.data.preference import Prompt
 from prefold.errors import UserError
 from prefold.generation.engine import LocalEngine, end_tokens
-from prefold.generation.merged_adapter import fold_adapter
 from prefold.generation.sampling import Completion, Sampling
+from prefold.generation.weights import fold_adapter
 from prefold.rewards.functions import LoadedReward, score, weighted
 from prefold.terminal import Advance
 
@@ -120,12 +119,5 @@ def sample(
         seeds: one for each prompt, instead of that of `sampling`.
         advance: told of each prompt that is done.
     """
-    own, found = ranks.share([len(prompt) for prompt in prompts]), {}
     with fold_adapter(model):
-        engine, settings = LocalEngine(model, tokenizer), replace(sampling, seed=0)
-        for place, group in engine.stream([prompts[i] for i in own], settings, [seeds[i] for i in own]):
-            found[own[place]] = group
-            advance(1, "")
-    found = ranks.merged(found)
-    advance(len(prompts) - len(own), "")
-    return [found[place] for place in range(len(prompts))]
+        return LocalEngine(model, tokenizer).sample(prompts, replace(sampling, seed=0), seeds, advance)

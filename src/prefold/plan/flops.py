@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from prefold.plan.meta_model import MetaModel
 from prefold.plan.passes import Lengths, Row
 from prefold.recipe import RecipeBase
-from prefold.trees.packing import split_by_budget
+from prefold.trees.budget import split_by_budget
 
 STEPS_READ = 2000
 """Steps whose micro-batches are laid out; of a longer run, so many of them at equal distances."""

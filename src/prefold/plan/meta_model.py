@@ -27,8 +27,7 @@ from prefold.models.fetch import fetch
 from prefold.models.load import chat_tokens, plain_attention, prepare_forward, read_config, tokenizer_of
 from prefold.models.messages import quiet
 from prefold.recipe import Lora, Model, RecipeBase
-from prefold.trees.attention import lower_right
-from prefold.trees.scorer import unwrapped
+from prefold.trees.attention import lower_right, unwrapped
 
 BLOCK = 64
 """Weights that share a scale in 4 bits."""

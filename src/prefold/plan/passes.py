@@ -21,12 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefold.plan.meta_model import MetaModel, fake_tensors, move_to_cpu
-from prefold.trees.attention import BACKENDS, Shape, register, using_attention
+from prefold.trees.attention import BACKENDS, Shape, register, unwrapped, using_attention
 from prefold.trees.head import head_logprobs, head_of
 from prefold.trees.logprobs import packed_logprobs, plain_logprobs
 from prefold.trees.memory import token_bytes
 from prefold.trees.packing import PackedTrees, TokenTree, pack
-from prefold.trees.scorer import unwrapped
 
 logger = logging.getLogger("prefold")
 

@@ -29,7 +29,7 @@ from prefold.plan.plan import Change, Disk, Plan, overrides_of
 from prefold.recipe import RecipeBase, as_dict, make_recipe
 from prefold.recipe.load import apply_override
 from prefold.trees.memory import CPU_TOKENS, budget_for
-from prefold.trees.scorer import obstacle, stretched_positions
+from prefold.trees.self_check import obstacle, stretched_positions
 
 STEP_OF_BUDGETS = 64
 WORTH_TIMING = 1e12

@@ -11,8 +11,8 @@ from tiny_tokenizer import CHATML, make_tokenizer
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.errors import UserError
-from prefold.generation.engine import Sampling
-from prefold.generation.groups import Completion, names_of, require_end_token, sample, scored_groups
+from prefold.generation.groups import names_of, require_end_token, sample, scored_groups
+from prefold.generation.sampling import Completion, Sampling
 from prefold.rewards.functions import LoadedReward
 
 TOKENIZER = make_tokenizer(CHATML)

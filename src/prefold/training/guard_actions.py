@@ -16,13 +16,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import TrainerCallback
-
 from prefold import ranks
 from prefold.errors import StageError
 from prefold.files import read_json, write_json
 from prefold.terminal import say
-from prefold.training.guards import AT_THE_END, GUARDS, Facts, Guard, Sighting
+from prefold.training.guards import AT_THE_END, GUARDS, Facts, Guard
 from prefold.training.record import StepRecord
 
 logger = logging.getLogger("prefold")
@@ -41,7 +39,7 @@ class RolledBack(Exception):
     """Training is to be taken up again from an earlier checkpoint."""
 
 
-class Watch(TrainerCallback):
+class Guards:
     """The guards of one run.
 
     Args:
@@ -74,28 +72,20 @@ class Watch(TrainerCallback):
         lowering = [event for event in self.events if event["action"] in ("roll_back", "lower_rate")]
         return float(LOWERED ** sum(event["after"] < step for event in lowering))
 
-    # ---- transformers' hooks ----
+    def look(self, step: int) -> None:
+        """After each step.
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any) -> None:
-        self.scheduled = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] *= self.rate(state.global_step + 1)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any) -> None:
-        # So that a checkpoint holds what the schedule says.
-        for group, rate in zip(optimizer.param_groups, self.scheduled, strict=True):
-            group["lr"] = rate
-
-    def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        Raises:
+            StageError: a guard stops the run.
+            RolledBack: it is to go on from the last checkpoint.
+        """
         for name, guard in GUARDS.items():
-            self._ask(name, guard, state.global_step)
+            self._ask(name, guard, step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if state.global_step >= self.facts.steps:
-            for name, guard in AT_THE_END.items():
-                self._ask(name, guard, state.global_step)
-
-    # ---- asking and acting ----
+    def look_at_end(self, step: int) -> None:
+        """When all steps are done; raises as `look`."""
+        for name, guard in AT_THE_END.items():
+            self._ask(name, guard, step)
 
     def _ask(self, name: str, guard: Guard, step: int) -> None:
         action = self.actions.get(name, "off")
@@ -103,58 +93,43 @@ class Watch(TrainerCallback):
         if action == "off" or (action == "warn" and before):
             return
         history = self.record.history
-        found = guard(history[before[-1]["after"] :] if before else history, self.facts)
-        if found is None:
+        trouble = guard(history[before[-1]["after"] :] if before else history, self.facts)
+        if trouble is None:
             return
-        acted = sum(event["action"] == action for event in before)
+        message, acted = trouble.message, sum(event["action"] == action for event in before)
         if action == "roll_back" and acted == MOST:
-            action, found = "stop", _in_vain(found)
+            action, message = "stop", f"{message}, after going back {MOST} times"
         if action == "lower_rate" and acted == MOST:
             return
-        getattr(self, f"_{action}")(self._event(name, action, step, found))
+        rows = {"rows": self.rows_of(step)} if trouble.of_rows else {}
+        said = {"message": message, "advice": trouble.advice, **rows}
+        self._act({"guard": name, "action": action, "step": step, "after": step, **said})
 
-    def _event(self, name: str, action: str, step: int, found: Sighting) -> Event:
-        rows = {"rows": self.rows_of(step)} if found.of_rows else {}
-        told = {"message": found.message, "advice": found.advice, **rows}
-        return {"guard": name, "action": action, "step": step, "after": step, **told}
-
-    def _warn(self, event: Event) -> None:
-        self._note(event, "")
-
-    def _lower_rate(self, event: Event) -> None:
-        self._note(event, "the rate is halved from here on")
-
-    def _roll_back(self, event: Event) -> None:
-        after = self.last_step()
-        self.events = [earlier for earlier in self.events if earlier["after"] <= after]
-        self._note({**event, "after": after}, f"back to step {after}, and on from there at half the rate")
-        raise RolledBack
-
-    def _stop(self, event: Event) -> None:
-        self._note(event, "")
-        advice = (
-            f"{event['advice']}. What the run has saved is kept; another action of this guard, "
-            f"`guards.{event['guard']}`, lets it go on from its last checkpoint"
-        )
-        raise StageError(f"training stopped: {_told(event)}\n  to do: {advice}")
-
-    def _note(self, event: Event, consequence: str) -> None:
+    def _act(self, event: Event) -> None:
+        consequence = ""
+        if event["action"] == "lower_rate":
+            consequence = "the rate is halved from here on"
+        elif event["action"] == "roll_back":
+            after = self.last_step()
+            self.events = [earlier for earlier in self.events if earlier["after"] <= after]
+            event = {**event, "after": after}
+            consequence = f"back to step {after}, and on from there at half the rate"
         self.events.append(event)
         self._write()
-        lines = [f"guard: {_told(event)}", f"to do: {event['advice']}", *([consequence] if consequence else [])]
+        rows = f"; rows of the step: {event['rows']}" if "rows" in event else ""
+        message = f"step {event['step']}: {event['message']}{rows}"
+        lines = [f"guard: {message}", f"to do: {event['advice']}", *([consequence] if consequence else [])]
         logger.warning("\n  ".join(lines))
-        if event["action"] != "stop":  # a stop is told by its error
-            say("  " + "\n  ".join(lines))
+        if event["action"] == "stop":
+            advice = (
+                f"{event['advice']}. What the run has saved is kept; another action of this guard, "
+                f"`guards.{event['guard']}`, lets it go on from its last checkpoint"
+            )
+            raise StageError(f"training stopped: {message}\n  to do: {advice}")
+        say("  " + "\n  ".join(lines))
+        if event["action"] == "roll_back":
+            raise RolledBack
 
     def _write(self) -> None:
         if ranks.is_first():
             write_json(self.path, {"events": self.events})
-
-
-def _told(event: Event) -> str:
-    rows = f"; rows of the step: {event['rows']}" if "rows" in event else ""
-    return f"step {event['step']}: {event['message']}{rows}"
-
-
-def _in_vain(found: Sighting) -> Sighting:
-    return Sighting(f"{found.message}, after going back {MOST} times", found.advice, found.of_rows)
