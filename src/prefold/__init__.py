@@ -24,7 +24,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 if TYPE_CHECKING:
     from prefold.generation.answers import generate
     from prefold.models.fetch import fetch
-    from prefold.pairs.make import pairs
+    from prefold.pairing.make import pairs
     from prefold.recipe import load_recipe
     from prefold.reports.notebook import show
     from prefold.runs.api import check, evaluate, merge, publish, report, run, train
@@ -53,7 +53,7 @@ _HOMES = {
     "fetch": "prefold.models.fetch",
     "generate": "prefold.generation.answers",
     "load_recipe": "prefold.recipe",
-    "pairs": "prefold.pairs.make",
+    "pairs": "prefold.pairing.make",
     "show": "prefold.reports.notebook",
     "sweep": "prefold.runs.sweep",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class Explained(Exception):
@@ -41,6 +42,19 @@ def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
     """The known names that are nearest to a wrong one, as a question; empty where none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=most)
     return f"did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls a value's type, with its article."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a string"
+    return "a list" if isinstance(value, list) else "an object"
 
 
 def first_line(error: BaseException) -> str:

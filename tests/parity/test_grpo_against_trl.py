@@ -33,9 +33,9 @@ from prefold.algorithms import GRPO
 from prefold.algorithms.grpo import group_advantages
 from prefold.data.examples import Example, Examples
 from prefold.data.preference import Message, Prompt, RowId
-from prefold.generation.groups import Completion, Group, scored_groups
+from prefold.generation.sampling import Completion
 from prefold.recipe import make_recipe
-from prefold.rewards.functions import LoadedReward
+from prefold.rewards.scoring import Group, LoadedReward, scored_groups
 from prefold.training.arguments import training_arguments
 from prefold.training.guard_actions import Guards
 from prefold.training.guards import Facts

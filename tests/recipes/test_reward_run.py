@@ -20,7 +20,8 @@ from prefold.errors import UserError
 from prefold.models import device as devices
 from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
 from prefold.reports.card import render_card
-from prefold.rewards.functions import open_rewards, score
+from prefold.rewards.load import load_rewards
+from prefold.rewards.scoring import score
 from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
@@ -76,7 +77,7 @@ def shown_by_transformers(folder: Path) -> float:
 
 
 def scores_as_reward(folder: Path) -> list[float | None]:
-    [reward] = open_rewards([Reward(name="reward_model", model=str(folder))], ("prompts", "completions"))
+    [reward] = load_rewards([Reward(name="reward_model", model=str(folder))], ("prompts", "completions"))
     prompts = [[Message(role="user", content=question)] for question in QUESTIONS]
     [found] = score([reward], prompts, ANSWERS, [[0], [0]], {})
     return found.values

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+
+from prefold.recipe import sampling as settings
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,12 @@ class Sampling:
     end_tokens: tuple[int, ...] | None = None
     with_model_logprobs: bool = False
 
+    @classmethod
+    def of(cls, wanted: settings.Sampling, num_answers: int = 1) -> Sampling:
+        """As a section of a recipe, or a command, says."""
+        truncation = wanted.top_p, wanted.top_k, wanted.min_p
+        return cls(wanted.max_new_tokens, num_answers, wanted.temperature, *truncation, wanted.seed)
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -42,3 +52,9 @@ class Completion:
     finished: bool
     logprobs: tuple[float, ...] = ()
     model_logprobs: tuple[float, ...] | None = None
+
+
+def seed_of(*parts: int) -> int:
+    """A seed below 2^31 for a part of the work."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:4]) >> 1

@@ -28,7 +28,7 @@ from prefold.reports.check import print_check
 from prefold.reports.notebook import framed
 from prefold.reports.page import render_check
 from prefold.reports.plan import in_two_lines
-from prefold.runs.context import Run, fingerprints_of, order_of, scorer_of
+from prefold.runs.context import Run, order_of, scorer_of
 from prefold.runs.environment import environment
 from prefold.runs.measuring import measuring_dtype
 from prefold.terminal import as_text, say
@@ -76,7 +76,7 @@ class CheckReport:
         return {
             "ok": self.ok,
             **self.prepared.report.as_json(),
-            "fingerprint": fingerprints_of(self.prepared),
+            "fingerprint": self.prepared.fingerprints,
             "plan": self.plan.as_json(),
             **({"separation": self.separation} if self.separation else {}),
             "examples": [self._shown(example) for example in self.prepared.train[:EXAMPLES_SHOWN]],

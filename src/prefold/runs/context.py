@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prefold.data.examples import Examples
-from prefold.data.findings import fingerprint
-from prefold.data.mixture import Prepared, load_split
+from prefold.data.examples import Examples, prompts_of
+from prefold.data.mixture import Prepared
 from prefold.data.preference import Unpaired
+from prefold.data.prepared_cache import prepare
 from prefold.evaluation.samples import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.files import read_json
-from prefold.generation.groups import prompts_of
 from prefold.models.load import tokenizer_of
-from prefold.pairs.candidates import column_names
 from prefold.recipe import RecipeBase
-from prefold.rewards.functions import LoadedReward, open_rewards
+from prefold.rewards.load import load_rewards
+from prefold.rewards.scoring import LoadedReward, column_names
 from prefold.runs.comparison import require_models
 from prefold.runs.fingerprints import inputs_of, require_unchanged
 from prefold.training.loop import StepOrder
@@ -55,7 +54,7 @@ class Run:
     def prepared(self) -> Prepared:
         """The data as they are now."""
         recipe = self.recipe
-        return load_split(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
+        return prepare(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
 
     def checked_data(self) -> Prepared:
         """The data that the run began with.
@@ -68,7 +67,7 @@ class Run:
 
     def as_read(self, prepared: Prepared) -> dict[str, Any]:
         """What a run must find unchanged when it goes on: its data, and what it reads beside it."""
-        fingerprints = {**fingerprints_of(prepared), **inputs_of(self.recipe)}
+        fingerprints = {**prepared.fingerprints, **inputs_of(self.recipe)}
         return {**prepared.report.as_json(), "fingerprint": fingerprints}
 
     def require_openable(self) -> None:
@@ -95,17 +94,13 @@ class Run:
         return open_judge(self.recipe.evaluate.win_rate.judge, token_ids)
 
 
-def fingerprints_of(prepared: Prepared) -> dict[str, str]:
-    return {"train": fingerprint(prepared.train), "held_out": fingerprint(prepared.held_out)}
-
-
 def labels_of(examples: Examples) -> list[bool]:
     return [record.label for record in examples.records if isinstance(record, Unpaired)]
 
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:
     """Raises UserError if a reward cannot be loaded, or asks for what there is not."""
-    return open_rewards(recipe.rewards, ["prompts", "completions", "completion_ids", *columns])
+    return load_rewards(recipe.rewards, ["prompts", "completions", "completion_ids", *columns])
 
 
 def head_seed_of(recipe: RecipeBase) -> int | None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefold import ranks
-from prefold.data.findings import fingerprint
 from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.contamination import questions_in
 from prefold.evaluation.samples import OpenTask
@@ -49,7 +48,7 @@ def _measured_before(run: Run, measuring: Measuring) -> Any:
     recipe, train = run.recipe, run.recipe.train
     settings = (recipe.model, recipe.data, recipe.algorithm.kind.data, recipe.rewards, recipe.evaluate)
     rounding = (train.seed, train.max_tokens, train.gradient_checkpointing)
-    read = (fingerprint(measuring.held_out), inputs_of(recipe))
+    read = (run.prepared.fingerprints["held_out"], inputs_of(recipe))
     key = repr((settings, held_out_sampling(recipe), rounding, read))
     if key in run.measured_before:
         say("  the model before training was measured for an earlier run")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold import ranks
 from prefold.algorithms.base import PAIRED, SAMPLED, SCORING, UNPAIRED, Kind
-from prefold.data.examples import Examples
+from prefold.data.examples import Examples, prompts_of
 from prefold.data.preference import Message
 from prefold.evaluation.heldout import (
     CHANCE,
@@ -30,14 +30,13 @@ from prefold.evaluation.heldout import (
 )
 from prefold.evaluation.rewards import by_prompt, compare_rewards
 from prefold.generation.engine import answer
-from prefold.generation.groups import Group, prompts_of, sample, scored_groups
-from prefold.generation.samplers import seed_of
-from prefold.generation.sampling import Sampling
+from prefold.generation.groups import sample
+from prefold.generation.sampling import Sampling, seed_of
 from prefold.models.adapters import load_start
 from prefold.models.device import choose_device
 from prefold.models.load import load_model, tokenizer_of
-from prefold.pairs.candidates import column_names
 from prefold.recipe import Model, RecipeBase
+from prefold.rewards.scoring import Group, column_names, scored_groups
 from prefold.runs.context import Run, head_seed_of, labels_of, loaded_rewards, scorer_of
 from prefold.terminal import progress_bar
 from prefold.training.sampled_trees import sampling_of
@@ -180,5 +179,4 @@ def held_out_sampling(recipe: RecipeBase) -> Sampling | None:
 
 
 def sampling(recipe: RecipeBase) -> Sampling:
-    own = recipe.evaluate.model_dump()
-    return Sampling(**{field.name: own[field.name] for field in fields(Sampling) if field.name in own})
+    return Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)

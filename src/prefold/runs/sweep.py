@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from prefold import ranks
-from prefold.data.findings import fingerprint
 from prefold.errors import StageError, UserError
 from prefold.evaluation.best_of_many import best_of_many, holm
 from prefold.evaluation.heldout import CHANCE
@@ -248,7 +247,7 @@ def _measured_by(point: Point) -> tuple[Any, ...]:
     if not run.prepared.held_out:
         what = "nothing is held out to choose by"
         raise UserError(what, where="`data`", advice="set `eval_fraction`, or name `eval`")
-    return (fingerprint(run.prepared.held_out), *measured)
+    return (run.prepared.fingerprints["held_out"], *measured)
 
 
 # ---- running and comparing --------------------------------------------------------------------------------------

@@ -13,17 +13,16 @@ import torch
 from transformers import TrainerCallback
 
 from prefold import ranks
-from prefold.data.examples import Examples
+from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_folder
-from prefold.generation.groups import prompts_of
 from prefold.models.adapters import load_policy
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import load_model, tokenizer_of, trainable_parameters
-from prefold.pairs.candidates import column_names
 from prefold.publishing.publish import push_checkpoint
 from prefold.recipe import RecipeBase
+from prefold.rewards.scoring import column_names
 from prefold.runs.context import Run, head_seed_of, loaded_rewards, order_of, scorer_of
 from prefold.runs.fingerprints import row_list
 from prefold.terminal import progress_bar, say

@@ -19,11 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from prefold import ranks
 from prefold.algorithms import Algorithm, Draws
-from prefold.data.examples import Examples
-from prefold.generation.groups import Group, prompts_of, require_end_token, sample, scored_groups
-from prefold.generation.samplers import seed_of
-from prefold.generation.sampling import Completion, Sampling
-from prefold.rewards.functions import LoadedReward
+from prefold.data.examples import Examples, prompts_of
+from prefold.generation.groups import require_end_token, sample
+from prefold.generation.sampling import Completion, Sampling, seed_of
+from prefold.rewards.scoring import Group, LoadedReward, scored_groups
 from prefold.training.loop import StepOrder, StepTrees, TreeSet
 from prefold.training.record import StepRecord
 from prefold.training.trackers import send_completions

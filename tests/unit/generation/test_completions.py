@@ -11,9 +11,10 @@ from tiny_tokenizer import CHATML, make_tokenizer
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.errors import UserError
-from prefold.generation.groups import names_of, require_end_token, sample, scored_groups
-from prefold.generation.sampling import Completion, Sampling
-from prefold.rewards.functions import LoadedReward
+from prefold.generation.engine import Sampling
+from prefold.generation.groups import require_end_token, sample
+from prefold.generation.sampling import Completion
+from prefold.rewards.scoring import LoadedReward, names_of, scored_groups
 
 TOKENIZER = make_tokenizer(CHATML)
 END = TOKENIZER.eos_token_id

@@ -8,6 +8,7 @@ whole, and is a source of `prefold run` as it is.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pydantic import ValidationError
-
 from prefold.data.conversion import to_record, with_system_message
 from prefold.data.dialogues import holds_dialogue
 from prefold.data.preference import Problem, Prompt
@@ -25,26 +24,21 @@ from prefold.data.selection import select_rows
 from prefold.data.shapes import find_shape
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_file, without_home
-from prefold.generation.endpoint import Endpoint
+from prefold.generation.endpoint import Endpoint, RemoteModel
 from prefold.generation.journal import Journal
-from prefold.generation.samplers import LocalModel, RemoteModel, Sampler, answers_of
+from prefold.generation.samplers import LocalModel, Sampler, answers_of
 from prefold.generation.sampling import Sampling
-from prefold.pairs.candidates import (
-    Candidate,
-    Candidates,
-    best_pair,
-    column_names,
-    judged,
-    reward_identity,
-    rewarded,
-)
-from prefold.pairs.settings import LOCAL, PairSettings, checked, parse_reward
-from prefold.recipe import Source, describe
-from prefold.recipe.bounds import require_bounds
-from prefold.rewards.functions import open_rewards
+from prefold.pairing.candidates import Candidate, Candidates, best_pair
+from prefold.pairing.scores import judged, reward_identity, rewarded
+from prefold.recipe import Pairs, Source, make_section, parse_reward
+from prefold.recipe.signature import with_fields
 from prefold.rewards.judge import Judge
+from prefold.rewards.load import load_rewards
+from prefold.rewards.scoring import column_names
 from prefold.terminal import say
 
+LOCAL = "local"
+"""Stands for no endpoint where another model has one."""
 _HEAD_ROWS = 1000
 
 
@@ -60,103 +54,34 @@ class PairReport:
     mean_score: dict[str, float] | None
 
 
+@with_fields(Pairs)
 def pairs(
-    prompts: str | Path,
-    model: str | Path | Sequence[str | Path],
-    output: str | Path,
-    *,
-    reward: str | Sequence[str] = (),
-    prefer_first: bool = False,
-    num_completions: int | None = None,
-    min_margin: float = 0.0,
-    max_length_ratio: float | None = None,
-    endpoint: str | Sequence[str] = (),
-    judge_endpoint: str | None = None,
-    judge_model: str | None = None,
-    where: str | None = None,
-    limit: int | None = None,
-    name: str | None = None,
-    split: str | None = None,
-    prompt_column: str | None = None,
-    system: str | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 0.8,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int = 42,
-    concurrency: int = 8,
-    timeout: float = 300.0,
-    fresh: bool = False,
+    prompts: str | Path, model: str | Path | Sequence[str | Path], output: str | Path, **settings: Any
 ) -> PairReport:
     """Make preference pairs from a model's own answers to prompts, scored by rewards or a judge.
 
     Args:
-        prompts: a file, folder, built-in set or Hub data set; `where`, `limit`, `name` (of a configuration), `split`
-            and `prompt_column` say which part of it.
+        prompts: a file, folder, built-in set or Hub data set.
         model: what answers: a run folder, or a model by any name; two of them both answer every prompt.
         output: the file of pairs, .jsonl. Beside it a work file keeps answers and scores, from which a call that was
-            stopped goes on; `fresh` begins anew.
-        reward: what scores the answers: `NAME:SETTING=VALUE,...`, `FILE.py:FUNCTION`, `model:NAME`, or `judge` alone,
-            with `judge_endpoint` and `judge_model`. Several add up.
-        prefer_first: instead of scores, the first model's answer is chosen and the second's rejected.
-        num_completions: answers per prompt and model; unset: 4, with `prefer_first` 1.
-        min_margin: least difference of a pair's scores.
-        max_length_ratio: a pair's longer answer has at most so many times the characters of the shorter.
-        endpoint: address of an OpenAI-compatible server that has the models; with two models one each, or `local`.
-            `concurrency` requests at a time, each for at most `timeout` seconds.
-        system: a message before each prompt.
-        max_new_tokens: of an answer. temperature, top_p, top_k, min_p, seed: how its tokens are drawn.
+            stopped goes on.
+        **settings
 
     Raises:
         UserError: settings that do not go together, prompts that cannot be read, a model, reward or endpoint that
             cannot be used.
         StageError: no pair could be made, or the judge gives no verdicts.
     """
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
-    limits = {"min_margin": min_margin, "max_length_ratio": max_length_ratio, "limit": limit}
-    require_bounds(max_new_tokens=max_new_tokens, num_completions=num_completions, **drawn, **limits)
-    require_bounds(concurrency=concurrency, timeout=timeout)
-    settings = PairSettings(
-        prompts=str(prompts),
-        models=[str(model)] if isinstance(model, str | Path) else [str(one) for one in model],
-        output=Path(output).expanduser(),
-        rewards=[reward] if isinstance(reward, str) else list(reward),
-        prefer_first=prefer_first,
-        endpoints=[endpoint] if isinstance(endpoint, str) else list(endpoint),
-        judge_endpoint=judge_endpoint,
-        judge_model=judge_model,
-        sampling=Sampling(max_new_tokens, num_completions or 0, temperature, top_p, top_k, min_p, seed),
-        min_margin=min_margin,
-        max_length_ratio=max_length_ratio,
-        where=where,
-        limit=limit,
-        name=name,
-        split=split,
-        prompt_column=prompt_column,
-        system=system,
-        concurrency=concurrency,
-        timeout=timeout,
-        fresh=fresh,
-    )
-    return make_pairs(settings)
+    return make_pairs(make_section(Pairs, {"prompts": prompts, "model": model, "output": output, **settings}))
 
 
-def make_pairs(settings: PairSettings) -> PairReport:
-    """Answer, score, choose, write.
-
-    Raises:
-        UserError: settings that do not go together, prompts that cannot be read, a model, reward or endpoint that
-            cannot be used.
-        StageError: no pair could be made, or the judge gives no verdicts.
-    """
-    settings = checked(settings)
+def make_pairs(settings: Pairs) -> PairReport:
+    _require_output(settings)
     samplers = _samplers(settings)
     prompts, left_out = _read_prompts(settings)
-    work = _open_work_file(settings)
-    found = _scored_candidates(settings, samplers, prompts, work)
-    best = [best_pair(of, settings.min_margin, settings.max_length_ratio) for of in found]
-    left_out.update(pair for pair in best if isinstance(pair, str))
+    candidates = _candidates(settings, samplers, prompts)
+    best = [best_pair(of_prompt, settings.min_margin, settings.max_length_ratio) for of_prompt in candidates]
+    left_out += Counter(reason for reason in best if isinstance(reason, str))
     chosen = [(prompt, pair) for prompt, pair in zip(prompts, best, strict=True) if not isinstance(pair, str)]
     if not chosen:
         raise StageError(f"no pair could be made of {left_out.total()} prompts: {_listed(left_out)}")
@@ -164,10 +89,10 @@ def make_pairs(settings: PairSettings) -> PairReport:
     return PairReport(
         output=without_home(str(settings.output)),
         prompts=len(chosen) + left_out.total(),
-        answers=sum(len(of) for of in found if isinstance(of, list)),
+        answers=sum(len(of_prompt) for of_prompt in candidates if isinstance(of_prompt, list)),
         pairs=len(chosen),
         left_out=dict(left_out),
-        mean_score=None if settings.prefer_first else _mean_scores(found, [pair for _, pair in chosen]),
+        mean_score=None if settings.prefer_first else _mean_scores(candidates, [pair for _, pair in chosen]),
     )
 
 
@@ -199,27 +124,30 @@ def _listed(left_out: dict[str, int]) -> str:
 # ---- answers and scores -----------------------------------------------------------------------------------------
 
 
-def _scored_candidates(
-    settings: PairSettings, samplers: Sequence[Sampler], prompts: Sequence[Prompt], work: Journal
-) -> list[Candidates]:
+def _candidates(settings: Pairs, samplers: Sequence[Sampler], prompts: Sequence[Prompt]) -> list[Candidates]:
     """All models' answers to each prompt with their scores, or why there are none."""
     judge = _judge(settings)
-    specs = [] if judge else [parse_reward(text) for text in settings.rewards]
+    specs = [] if judge else [parse_reward(text) for text in settings.reward]
     knows_ids = all(sampler.token_ids([]) is not None for sampler in samplers)
     known = ["prompts", "completions", *(["completion_ids"] if knows_ids else []), *column_names(prompts)]
-    rewards = open_rewards(specs, known)
-    identity = [reward_identity(spec) for spec in specs]
-    found = _candidates(samplers, prompts, work)
+    rewards, identity = load_rewards(specs, known), [reward_identity(spec) for spec in specs]
+    work = _open_work_file(settings)
+    candidates = _answers(samplers, prompts, work)
     if judge:
-        return judged(judge, prompts, found, work, settings.concurrency)
+        return judged(judge, prompts, candidates, work, settings.concurrency)
     if settings.prefer_first:
-        return [[replace(one, score=1.0 - one.model) for one in of] if isinstance(of, list) else of for of in found]
-    return rewarded(rewards, identity, prompts, found, samplers if knows_ids else (), work)
+        return [
+            of_prompt
+            if isinstance(of_prompt, str)
+            else [replace(candidate, score=1.0 - candidate.model) for candidate in of_prompt]
+            for of_prompt in candidates
+        ]
+    return rewarded(rewards, identity, prompts, candidates, samplers if knows_ids else (), work)
 
 
-def _candidates(samplers: Sequence[Sampler], prompts: Sequence[Prompt], work: Journal) -> list[Candidates]:
+def _answers(samplers: Sequence[Sampler], prompts: Sequence[Prompt], work: Journal) -> list[Candidates]:
     """All models' answers to each prompt, without the empty ones."""
-    found = [answers_of(sampler, prompts, work) for sampler in samplers]
+    of_models = [answers_of(sampler, prompts, work) for sampler in samplers]
     return [
         "refused"
         if None in of_prompt
@@ -229,29 +157,29 @@ def _candidates(samplers: Sequence[Sampler], prompts: Sequence[Prompt], work: Jo
             for answer in answers or ()
             if answer.text
         ]
-        for of_prompt in zip(*found, strict=True)
+        for of_prompt in zip(*of_models, strict=True)
     ]
 
 
-def _samplers(settings: PairSettings) -> list[Sampler]:
-    urls = list(settings.endpoints) or [LOCAL]
-    urls = urls if len(urls) == len(settings.models) else urls * len(settings.models)
-    return [_sampler(name, url, settings) for name, url in zip(settings.models, urls, strict=True)]
+def _samplers(settings: Pairs) -> list[Sampler]:
+    sampling = Sampling.of(settings, settings.answers_per_model)
+    urls = settings.endpoint or [LOCAL]
+    urls = urls if len(urls) == len(settings.model) else urls * len(settings.model)
+    return [
+        LocalModel(name, sampling)
+        if url == LOCAL
+        else RemoteModel(Endpoint(url, name, settings.timeout), sampling, settings.concurrency)
+        for name, url in zip(settings.model, urls, strict=True)
+    ]
 
 
-def _sampler(model: str, url: str, settings: PairSettings) -> Sampler:
-    if url == LOCAL:
-        return LocalModel(model, settings.sampling)
-    return RemoteModel(Endpoint(url, model, settings.timeout), settings.sampling, settings.concurrency)
-
-
-def _judge(settings: PairSettings) -> Judge | None:
+def _judge(settings: Pairs) -> Judge | None:
     if settings.judge_endpoint is None or settings.judge_model is None:
         return None
     return Judge.at(Endpoint(settings.judge_endpoint, settings.judge_model, settings.timeout), cache_folder())
 
 
-def _open_work_file(settings: PairSettings) -> Journal:
+def _open_work_file(settings: Pairs) -> Journal:
     path = settings.output.with_name(f"{settings.output.name}.work")
     if settings.fresh:
         path.unlink(missing_ok=True)
@@ -261,15 +189,11 @@ def _open_work_file(settings: PairSettings) -> Journal:
 # ---- prompts ----------------------------------------------------------------------------------------------------
 
 
-def _read_prompts(settings: PairSettings) -> tuple[list[Prompt], Counter[str]]:
+def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
     """The prompts, and how many rows are none, by the name of what is wrong with them."""
     columns = {"prompt": settings.prompt_column} if settings.prompt_column else None
     given = {"path": settings.prompts, "name": settings.name, "split": settings.split, "where": settings.where}
-    try:
-        source = Source.model_validate(given)
-    except ValidationError as error:
-        raise describe(error.errors(), given, "PROMPTS", {}) from None
-    [selection] = select_rows([source], seed=0)
+    [selection] = select_rows([make_section(Source, given, "PROMPTS")], seed=0)
     rows = selection.rows
     head = list(islice(rows, _HEAD_ROWS))
     shape = find_shape(head, selection.name, columns, kinds=("prompts",))
@@ -290,13 +214,27 @@ def _read_prompts(settings: PairSettings) -> tuple[list[Prompt], Counter[str]]:
     return prompts, Counter(problem.kind for problem in problems)
 
 
-# ---- the report and the output ------------------------------------------------------------------------------
+# ---- the report and the output ----------------------------------------------------------------------------------
 
 
-def _mean_scores(found: Sequence[Candidates], pairs: Sequence[tuple[Candidate, Candidate]]) -> dict[str, float]:
-    every = [one.score for of in found if isinstance(of, list) for one in of if one.score is not None]
+def _require_output(settings: Pairs) -> None:
+    output, where = settings.output, without_home(str(settings.output))
+    if output.suffix != ".jsonl":
+        raise UserError("the output is written as JSON lines", where=where, expected="a name that ends in .jsonl")
+    if not output.parent.is_dir():
+        raise UserError("its folder does not exist", where=where, advice=f"mkdir -p {without_home(str(output.parent))}")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError("its folder cannot be written to", where=where)
+    if output.is_dir() or output.resolve() == Path(settings.prompts).expanduser().resolve():
+        raise UserError(
+            "is not a file to write pairs to", where=where, expected="another file than that of the prompts"
+        )
+
+
+def _mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candidate, Candidate]]) -> dict[str, float]:
+    answers = [answer for of_prompt in candidates if isinstance(of_prompt, list) for answer in of_prompt]
     return {
-        "all": fmean(every),
+        "all": fmean(answer.score for answer in answers if answer.score is not None),
         "chosen": fmean(chosen.score or 0.0 for chosen, _ in pairs),
         "rejected": fmean(rejected.score or 0.0 for _, rejected in pairs),
     }
@@ -312,11 +250,11 @@ def _write(output: Path, pairs: Sequence[tuple[Prompt, tuple[Candidate, Candidat
     with new_file(output) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
         for prompt, (chosen, rejected) in pairs:
             row: dict[str, Any] = {"prompt": prompt.prompt[0]["content"] if as_text else list(prompt.prompt)}
-            for side, one in (("chosen", chosen), ("rejected", rejected)):
-                row[side] = one.text if as_text else [{"role": "assistant", "content": one.text}]
+            for side, answer in (("chosen", chosen), ("rejected", rejected)):
+                row[side] = answer.text if as_text else [{"role": "assistant", "content": answer.text}]
             if with_scores:
                 row |= {"score_chosen": chosen.score, "score_rejected": rejected.score}
-            row |= {_column_name(name): _plain(value) for name, value in prompt.columns.items()}
+            row |= {_column_name(name): _as_json(value) for name, value in prompt.columns.items()}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -326,6 +264,6 @@ def _column_name(name: str) -> str:
     return f"source_{name}" if taken else name
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """The value as JSON has it: dates and bytes as text, no NaN."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from tiny import SHAPE
 from tiny_tokenizer import CHATML, LLAMA3, make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
 from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
-from prefold.models import device
-from prefold.recipe import Reward, describe
-from prefold.rewards.functions import REWARDS, LoadedReward, Scores, number_in, open_rewards, score, weighted
+from prefold.recipe import Reward, make_section
+from prefold.recipe.rewards import BUILT_IN
+from prefold.rewards import reward_model
+from prefold.rewards.builtin import number_in
+from prefold.rewards.load import load_rewards
+from prefold.rewards.scoring import LoadedReward, Scores, score, weighted
 
 KNOWN = ("prompts", "completions", "completion_ids", "answer")
 PROMPT = [Message(role="user", content="How many?")]
@@ -32,7 +33,7 @@ def scores(spec: dict[str, Any], completions: list[str], **columns: list[Any]) -
 
 
 def scored(spec: dict[str, Any], completions: list[str], **columns: list[Any]) -> Scores:
-    [reward] = open_rewards([Reward(**spec)], (*KNOWN, *columns))
+    [reward] = load_rewards([Reward(**spec)], (*KNOWN, *columns))
     ids = [list(range(len(completion.split()))) for completion in completions]
     [found] = score([reward], [PROMPT] * len(completions), completions, ids, columns)
     return found
@@ -113,7 +114,7 @@ def save_classifier(
 def test_reward_model_reads_the_last_token_of_the_conversation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, eos: str
 ) -> None:
-    monkeypatch.setattr(device, "choose_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(reward_model, "choose_dtype", lambda setting, device: torch.float32)
     tokenizer = save_classifier(tmp_path, template=template, eos=eos)
     model = LlamaForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
     completions = ["Short.", "A longer answer, to be padded for.", "x" * 300]
@@ -160,18 +161,18 @@ def test_reward_models_that_are_none(tmp_path: Path) -> None:
         ({"name": "mine", "file": "a.py", "target": 5}, "`target` is not a setting of `mine`; it has none"),
         ({"name": "length"}, "`length` needs `target`"),
         ({"name": "length", "target": "5"}, "`target` is '5'"),
-        ({"name": "length", "target": -1}, "`target` must be 0 or more"),
+        ({"name": "length", "target": -1}, "`target` is -1\n  expected: greater than or equal to 0"),
         ({"name": "length", "target": 1, "unit": "words"}, "`unit` is 'words'"),
-        ({"name": "regex", "pattern": "("}, "`pattern` is not a regular expression"),
-        ({"name": "repetition", "ngram_size": 0}, "`ngram_size` must be 1 or more"),
+        ({"name": "regex", "pattern": "("}, "`pattern`: not a regular expression"),
+        ({"name": "repetition", "ngram_size": 0}, "`ngram_size` is 0\n  expected: greater than or equal to 1"),
         ({"name": "length", "target": 1, "weight": float("nan")}, "`weight` is nan"),
         ({"target": 5}, "`name` is missing"),
     ],
 )
 def test_wrong_settings_are_explained(spec: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        Reward.model_validate(spec)
-    assert message in str(describe(caught.value.errors(), spec, "recipe.yaml", {}))
+    with pytest.raises(UserError) as caught:
+        make_section(Reward, spec, "recipe.yaml")
+    assert message in str(caught.value)
 
 
 def test_a_resolved_reward_can_be_read_again() -> None:
@@ -182,7 +183,7 @@ def test_a_resolved_reward_can_be_read_again() -> None:
 def test_the_schema_describes_every_setting() -> None:
     described = Reward.model_json_schema()["properties"]
     assert all(entry.get("description") for entry in described.values())
-    assert all(field.name in described for reward in REWARDS.values() for field in fields(reward))
+    assert all(name in described for settings in BUILT_IN.values() for name in settings.model_fields)
 
 
 # ---- a user's own -----------------------------------------------------------------------------------------------
@@ -242,24 +243,24 @@ def test_numbers_of_other_libraries_are_numbers(own: Own) -> None:
 )
 def test_functions_that_cannot_be_used(own: Own, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        open_rewards([Reward(**own(text))], KNOWN)
+        load_rewards([Reward(**own(text))], KNOWN)
     assert message in str(caught.value)
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        open_rewards([Reward(name="mine", file=str(tmp_path / "nowhere.py"))], KNOWN)
+        load_rewards([Reward(name="mine", file=str(tmp_path / "nowhere.py"))], KNOWN)
     (tmp_path / "rewards.txt").write_text("def mine(completions): ...")
     with pytest.raises(UserError, match="is not a Python file"):
-        open_rewards([Reward(name="mine", file=str(tmp_path / "rewards.txt"))], KNOWN)
+        load_rewards([Reward(name="mine", file=str(tmp_path / "rewards.txt"))], KNOWN)
 
 
 def test_built_in_rewards_are_checked_against_the_names_too() -> None:
     with pytest.raises(UserError, match="reward `exact_number`: needs `answer`"):
-        open_rewards([Reward(name="exact_number")], ("prompts", "completions"))
+        load_rewards([Reward(name="exact_number")], ("prompts", "completions"))
     with pytest.raises(UserError, match="an endpoint gives texts only"):
-        open_rewards([Reward(name="length", target=5)], ("prompts", "completions"))
-    assert open_rewards([Reward(name="length", target=5, unit="characters")], ("prompts", "completions"))
+        load_rewards([Reward(name="length", target=5)], ("prompts", "completions"))
+    assert load_rewards([Reward(name="length", target=5, unit="characters")], ("prompts", "completions"))
 
 
 @pytest.mark.parametrize(

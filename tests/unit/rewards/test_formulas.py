@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
-from prefold.recipe import Reward
+from prefold.errors import UserError
+from prefold.recipe import Reward, make_section, rewards
 from prefold.rewards import formulas
 from prefold.rewards.formulas import Comparer, SymbolicEquality
+from prefold.rewards.load import load_rewards
 
 pytest.importorskip("math_verify")
 
@@ -83,19 +84,14 @@ def test_in_a_thread_and_after_the_process_died(comparer: Comparer) -> None:
 
 
 def test_as_a_reward() -> None:
-    reward = SymbolicEquality()
+    reward = SymbolicEquality(rewards.SymbolicEquality())
     assert reward(["$1/2$", "0.6", "3"], ["0.5", 0.5, ""]) == [1, 0, None]
     assert Reward(name="symbolic_equality", seconds=2).settings == {"seconds": 2}
 
 
-@pytest.mark.parametrize(
-    ("package", "seconds", "message"),
-    [
-        ("math_verify", 0.0, "`seconds` must be greater than 0"),
-        ("no_such_package", 5.0, "needs the package math-verify"),
-    ],
-)
-def test_wrong_settings(package: str, seconds: float, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formulas, "PACKAGE", package)
-    with pytest.raises(ValidationError, match=message):
-        Reward(name="symbolic_equality", seconds=seconds)
+def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="`seconds` is 0"):
+        make_section(Reward, {"name": "symbolic_equality", "seconds": 0.0})
+    monkeypatch.setattr(formulas, "PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match="needs the package math-verify"):
+        load_rewards([Reward(name="symbolic_equality")], ("completions", "answer"))

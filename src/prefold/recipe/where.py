@@ -17,15 +17,13 @@ false: `rating >= 5` says something about a number, and the `"7"` of a CSV file 
 from __future__ import annotations
 
 import ast
-import difflib
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefold.data.preference import json_type
-from prefold.errors import UserError
+from prefold.errors import UserError, did_you_mean, json_type
 
 Row = Mapping[str, Any]
 Evaluate = Callable[[Row], Any]
@@ -72,13 +70,10 @@ class Where:
         for column in self._columns:
             if column.found or not column.beside:
                 continue
-            near = difflib.get_close_matches(str(column.parts[-1]), sorted(column.beside), n=1)
-            names = ", ".join(f"`{name}`" for name in sorted(column.beside)[:8])
-            raise UserError(
-                f"no row has the column `{column}` of `where: {self._text}`",
-                where=source,
-                advice=f"did you mean `{near[0]}`?" if near else f"there are {names}",
-            )
+            beside = sorted(column.beside)
+            advice = did_you_mean(column.parts[-1], beside)
+            advice = advice or f"there are {', '.join(f'`{name}`' for name in beside[:8])}"
+            raise UserError(f"no row has the column `{column}` of `where: {self._text}`", where=source, advice=advice)
 
     # ---- translating ------------------------------------------------------------------------------------------
 

@@ -28,15 +28,16 @@ from prefold.data.sources import read_rows
 from prefold.errors import StageError, UserError
 from prefold.generation import endpoint
 from prefold.generation import samplers as samples
-from prefold.generation.engine import Sampling
 from prefold.generation.journal import Journal
-from prefold.pairs.candidates import Candidate, best_pair
-from prefold.pairs.make import make_pairs
-from prefold.pairs.settings import PairSettings, parse_reward
-from prefold.recipe import Source
+from prefold.pairing.candidates import Candidate, best_pair
+from prefold.pairing.make import make_pairs
+from prefold.recipe import Pairs, Source, make_section, parse_reward
 
 LENGTH = "length:target=0,unit=characters"
-Make = Callable[..., PairSettings]
+
+
+def changed(settings: Pairs, **changes: Any) -> Pairs:
+    return make_section(Pairs, {**dict(settings), **changes})
 
 
 @pytest.fixture(scope="session")
@@ -69,15 +70,26 @@ def write(path: Path, rows: list[Any]) -> None:
 
 
 @pytest.fixture
-def local(tiny_model: Path, prompts: Path, tmp_path: Path) -> PairSettings:
-    sampling = Sampling(max_new_tokens=16, num_answers=4, temperature=1.0)
-    return PairSettings(str(prompts), [str(tiny_model)], tmp_path / "pairs.jsonl", [LENGTH], sampling=sampling)
+def local(tiny_model: Path, prompts: Path, tmp_path: Path) -> Pairs:
+    return Pairs(
+        prompts=prompts,
+        model=tiny_model,
+        output=tmp_path / "pairs.jsonl",
+        reward=LENGTH,
+        max_new_tokens=16,
+        temperature=1.0,
+    )
 
 
 @pytest.fixture
-def remote(chat_server: ChatServer, prompts: Path, tmp_path: Path) -> PairSettings:
-    return PairSettings(
-        str(prompts), ["m"], tmp_path / "pairs.jsonl", [LENGTH], endpoints=[chat_server.address], concurrency=3
+def remote(chat_server: ChatServer, prompts: Path, tmp_path: Path) -> Pairs:
+    return Pairs(
+        prompts=prompts,
+        model="m",
+        output=tmp_path / "pairs.jsonl",
+        reward=LENGTH,
+        endpoint=chat_server.address,
+        concurrency=3,
     )
 
 
@@ -98,7 +110,7 @@ def trained_on(path: Path) -> list[Preference]:
 # ---- what comes out ---------------------------------------------------------------------------------------------
 
 
-def test_best_against_worst_of_a_remote_model(remote: PairSettings, chat_server: ChatServer) -> None:
+def test_best_against_worst_of_a_remote_model(remote: Pairs, chat_server: ChatServer) -> None:
     report = make_pairs(remote)
     rows = rows_of(remote.output)
     assert report.pairs == len(rows) == report.prompts - sum(report.left_out.values())
@@ -121,18 +133,18 @@ def test_best_against_worst_of_a_remote_model(remote: PairSettings, chat_server:
     ]
 
 
-def test_a_local_model(local: PairSettings) -> None:
+def test_a_local_model(local: Pairs) -> None:
     report = make_pairs(local)
     assert report.pairs > 6
     first = local.output.read_bytes()
     assert len(trained_on(local.output)) == report.pairs
-    make_pairs(replace(local, fresh=True))
+    make_pairs(changed(local, fresh=True))
     assert local.output.read_bytes() == first
-    make_pairs(replace(local, sampling=replace(local.sampling, seed=1)))
+    make_pairs(changed(local, seed=1))
     assert local.output.read_bytes() != first
 
 
-def test_a_prompt_that_comes_again_gets_other_answers(local: PairSettings, prompts: Path) -> None:
+def test_a_prompt_that_comes_again_gets_other_answers(local: Pairs, prompts: Path) -> None:
     write(prompts, [{"prompt": "Say it"}] * 8)
     make_pairs(local)
     work = local.output.with_name("pairs.jsonl.work").read_text().splitlines()
@@ -140,41 +152,41 @@ def test_a_prompt_that_comes_again_gets_other_answers(local: PairSettings, promp
     assert len(set(answers)) == 8
 
 
-def test_token_ids_are_those_of_the_answer(local: PairSettings) -> None:
-    make_pairs(replace(local, rewards=["length:target=0"]))
+def test_token_ids_are_those_of_the_answer(local: Pairs) -> None:
+    make_pairs(changed(local, reward=["length:target=0"]))
     tokenizer = make_tokenizer(CHATML)
     for row in rows_of(local.output):
         assert row["score_chosen"] == -len(tokenizer(row["chosen"], add_special_tokens=False)["input_ids"])
 
 
-def test_rewards_add_up_and_see_columns(remote: PairSettings, tmp_path: Path) -> None:
+def test_rewards_add_up_and_see_columns(remote: Pairs, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def level(completions, level):\n    return [float(one) for one in level]\n")
-    make_pairs(replace(remote, rewards=[LENGTH, f"{tmp_path / 'mine.py'}:level,weight=1000"]))
+    make_pairs(changed(remote, reward=[LENGTH, f"{tmp_path / 'mine.py'}:level,weight=1000"]))
     for row in rows_of(remote.output):
         assert row["score_chosen"] == 1000 * row["level"] - len(row["chosen"])
 
 
-def test_two_models_and_their_own_endpoints(remote: PairSettings, chat_server: ChatServer, tiny_model: Path) -> None:
+def test_two_models_and_their_own_endpoints(remote: Pairs, chat_server: ChatServer, tiny_model: Path) -> None:
     chat_server.answer = lambda body: body["model"] * 40
-    make_pairs(replace(remote, models=["strong", "weak"], rewards=["regex:pattern=strong"]))
+    make_pairs(changed(remote, model=["strong", "weak"], reward=["regex:pattern=strong"]))
     assert {(row["chosen"][:6], row["rejected"][:4]) for row in rows_of(remote.output)} == {("strong", "weak")}
-    two = replace(remote, models=["strong", str(tiny_model)], endpoints=[chat_server.address, "local"])
-    make_pairs(replace(two, rewards=["regex:pattern=strong"], sampling=replace(two.sampling, max_new_tokens=16)))
+    two = changed(remote, model=["strong", str(tiny_model)], endpoint=[chat_server.address, "local"])
+    make_pairs(changed(two, reward=["regex:pattern=strong"], max_new_tokens=16))
     rows = rows_of(remote.output)
     assert {row["chosen"] for row in rows} == {"strong" * 40}
     assert all("strong" not in row["rejected"] for row in rows)
 
 
-def test_the_first_model_is_preferred(remote: PairSettings, chat_server: ChatServer) -> None:
+def test_the_first_model_is_preferred(remote: Pairs, chat_server: ChatServer) -> None:
     chat_server.answer = lambda body: body["model"]
-    report = make_pairs(replace(remote, models=["a", "b"], rewards=[], prefer_first=True))
+    report = make_pairs(changed(remote, model=["a", "b"], reward=[], prefer_first=True))
     assert report.mean_score is None and len(chat_server.requests) == 24
     rows = rows_of(remote.output)
     assert len(rows) == 12
     assert all((row["chosen"], row["rejected"]) == ("a", "b") and "score_chosen" not in row for row in rows)
 
 
-def test_the_judge_decides(remote: PairSettings, chat_server: ChatServer) -> None:
+def test_the_judge_decides(remote: Pairs, chat_server: ChatServer) -> None:
     def reply(body: dict[str, Any]) -> str:
         text = body["messages"][-1]["content"]
         if "[Answer 1]" not in text:
@@ -190,7 +202,7 @@ def test_the_judge_decides(remote: PairSettings, chat_server: ChatServer) -> Non
         return reply(body)
 
     chat_server.answer = answer
-    judged = replace(remote, rewards=["judge"], judge_endpoint=chat_server.address, judge_model="j")
+    judged = changed(remote, reward=["judge"], judge_endpoint=chat_server.address, judge_model="j")
     report = make_pairs(judged)
     assert report.pairs == 12
     assert all((row["chosen"], row["rejected"]) == ("a", "d") for row in rows_of(remote.output))
@@ -203,7 +215,7 @@ def test_the_judge_decides(remote: PairSettings, chat_server: ChatServer) -> Non
 
 
 def test_a_judge_without_a_verdict(
-    remote: PairSettings, chat_server: ChatServer, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    remote: Pairs, chat_server: ChatServer, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(body: dict[str, Any]) -> str:
         text = body["messages"][-1]["content"]
@@ -215,14 +227,14 @@ def test_a_judge_without_a_verdict(
         return "1" if first < second else "2"
 
     chat_server.answer = answer
-    judged = replace(remote, rewards=["judge"], judge_endpoint=chat_server.address, judge_model="j")
+    judged = changed(remote, reward=["judge"], judge_endpoint=chat_server.address, judge_model="j")
     report = make_pairs(judged)
     assert report.left_out == {"no_verdict": 2} and report.pairs == 10
     chat_server.answer = lambda body: f"{body['seed']}" if "seed" in body else "Well ..."
     with pytest.raises(
         StageError, match=r"named neither answer for 10 prompts in a row; its last reply: 'Well \.\.\.'"
     ):
-        make_pairs(replace(judged, judge_model="other"))
+        make_pairs(changed(judged, judge_model="other"))
 
 
 # ---- the best pair ----------------------------------------------------------------------------------------------
@@ -262,7 +274,7 @@ def test_an_answer_that_was_cut_off_is_in_no_pair() -> None:
     assert best_pair([cut, middle], 0, None) == "cut_off"
 
 
-def test_an_endpoint_says_what_it_cut_off(remote: PairSettings, chat_server: ChatServer) -> None:
+def test_an_endpoint_says_what_it_cut_off(remote: Pairs, chat_server: ChatServer) -> None:
     chat_server.answer = lambda body: Failure(
         body=json.dumps({"choices": [{"message": {"content": words(body)}, "finish_reason": "length"}]})
     )
@@ -270,8 +282,8 @@ def test_an_endpoint_says_what_it_cut_off(remote: PairSettings, chat_server: Cha
         make_pairs(remote)
 
 
-def test_limits_are_counted(remote: PairSettings, chat_server: ChatServer) -> None:
-    report = make_pairs(replace(remote, max_length_ratio=1.5, min_margin=2))
+def test_limits_are_counted(remote: Pairs, chat_server: ChatServer) -> None:
+    report = make_pairs(changed(remote, max_length_ratio=1.5, min_margin=2))
     assert set(report.left_out) <= {"length_ratio", "small_margin", "equal_scores", "identical"}
     assert report.left_out["length_ratio"] > 0
     for row in rows_of(remote.output):
@@ -279,10 +291,10 @@ def test_limits_are_counted(remote: PairSettings, chat_server: ChatServer) -> No
         assert row["score_chosen"] - row["score_rejected"] >= 2
     chat_server.answer = lambda body: "same"
     with pytest.raises(StageError, match="no pair could be made of 12 prompts: 12 all answers the same"):
-        make_pairs(replace(remote, fresh=True))
+        make_pairs(changed(remote, fresh=True))
 
 
-def test_empty_answers_are_no_candidates(remote: PairSettings, chat_server: ChatServer) -> None:
+def test_empty_answers_are_no_candidates(remote: Pairs, chat_server: ChatServer) -> None:
     chat_server.answer = lambda body: [None, "", " \n", "word", "another"][body["seed"] % 5]
     make_pairs(remote)
     assert {row["chosen"] for row in rows_of(remote.output)} == {"word"}
@@ -292,12 +304,12 @@ def test_empty_answers_are_no_candidates(remote: PairSettings, chat_server: Chat
 # ---- prompts ----------------------------------------------------------------------------------------------------
 
 
-def test_prompts_of_other_shapes_keep_their_columns(remote: PairSettings, prompts: Path) -> None:
+def test_prompts_of_other_shapes_keep_their_columns(remote: Pairs, prompts: Path) -> None:
     names = {name for known in shapes._KNOWN_COLUMNS.values() for name in known} - {"prompt"}
     names |= {"score_chosen", "rejected-rating"}
     row = {"prompt": "Why?", **dict.fromkeys(names, "1"), "kept": "\ud800", "when": [1, None]}
     write(prompts, [row, {**row, "prompt": "How?"}])
-    report = make_pairs(replace(remote, prompt_column="prompt"))
+    report = make_pairs(changed(remote, prompt_column="prompt"))
     assert report.pairs == 2
     pairs = trained_on(remote.output)
     assert [pair.prompt[0]["content"] for pair in pairs] == ["Why?", "How?"]
@@ -323,33 +335,33 @@ def test_prompts_of_other_shapes_keep_their_columns(remote: PairSettings, prompt
         {"prompt": [{"role": "user", "content": "Human: I said"}]},
     ],
 )
-def test_shapes_of_prompts(remote: PairSettings, prompts: Path, chat_server: ChatServer, row: dict[str, Any]) -> None:
+def test_shapes_of_prompts(remote: Pairs, prompts: Path, chat_server: ChatServer, row: dict[str, Any]) -> None:
     write(prompts, [row])
     make_pairs(remote)
     [pair] = trained_on(remote.output)
     assert list(pair.prompt) == chat_server.requests[0]["messages"]
 
 
-def test_which_prompts(remote: PairSettings, chat_server: ChatServer) -> None:
-    make_pairs(replace(remote, where="level >= 4", limit=3, system="Be brief."))
+def test_which_prompts(remote: Pairs, chat_server: ChatServer) -> None:
+    make_pairs(changed(remote, where="level >= 4", limit=3, system="Be brief."))
     assert {body["messages"][1]["content"] for body in chat_server.requests} == {f"Say word {n}" for n in (4, 5, 6)}
     assert all(body["messages"][0] == {"role": "system", "content": "Be brief."} for body in chat_server.requests)
 
 
-def test_bad_rows_are_counted(remote: PairSettings, prompts: Path) -> None:
+def test_bad_rows_are_counted(remote: Pairs, prompts: Path) -> None:
     write(prompts, [{"prompt": "Why?"}, "{broken", {"prompt": ""}, {"prompt": 5}, {"prompt": "How?"}])
     report = make_pairs(remote)
     assert (report.prompts, report.pairs) == (5, 2)
     assert report.left_out == {"broken_row": 1, "empty_text": 1, "not_text": 1}
 
 
-def test_prompts_that_the_template_refuses(local: PairSettings, prompts: Path, tmp_path: Path) -> None:
+def test_prompts_that_the_template_refuses(local: Pairs, prompts: Path, tmp_path: Path) -> None:
     strict = str(save_model(tmp_path / "strict", STRICT))
     write(prompts, [{"prompt": "Why?"}, {"prompt": "How?", "system": "Be brief."}])
-    report = make_pairs(replace(local, models=[strict]))
+    report = make_pairs(changed(local, model=[strict]))
     assert report.left_out == {"refused": 1} and report.pairs == 1
     with pytest.raises(UserError, match=r"prompts\.jsonl, row 2: the chat template refuses the prompt"):
-        make_pairs(replace(local, models=[strict], system="Be brief."))
+        make_pairs(changed(local, model=[strict], system="Be brief."))
 
 
 # ---- going on ---------------------------------------------------------------------------------------------------
@@ -367,7 +379,7 @@ def _let_requests_end(server: ChatServer) -> None:
 def test_an_interrupted_run_goes_on_to_the_same_file(
     kind: str, after: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, chat_server: ChatServer
 ) -> None:
-    settings: PairSettings = request.getfixturevalue(kind)
+    settings: Pairs = request.getfixturevalue(kind)
     make_pairs(settings)
     straight = settings.output.read_bytes()
     settings.output.unlink()
@@ -400,25 +412,25 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
 
 
 def test_nothing_is_made_twice(
-    remote: PairSettings, local: PairSettings, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    remote: Pairs, local: Pairs, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     make_pairs(remote)
     chat_server.requests.clear()
-    make_pairs(replace(remote, min_margin=1))
-    make_pairs(replace(remote, rewards=["repetition:ngram_size=1"]))
+    make_pairs(changed(remote, min_margin=1))
+    make_pairs(changed(remote, reward=["repetition:ngram_size=1"]))
     assert chat_server.requests == []
-    make_pairs(replace(remote, sampling=replace(remote.sampling, temperature=0.7)))
+    make_pairs(changed(remote, temperature=0.7))
     assert len(chat_server.requests) == 48
-    local = replace(local, output=tmp_path / "local.jsonl")
+    local = changed(local, output=tmp_path / "local.jsonl")
     make_pairs(local)
     monkeypatch.setattr(samples, "open_model", lambda name: pytest.fail("the model was loaded again"))
-    make_pairs(replace(local, rewards=["length:target=1"]))
+    make_pairs(changed(local, reward=["length:target=1"]))
 
 
-def test_a_changed_reward_is_asked_again(remote: PairSettings, tmp_path: Path) -> None:
+def test_a_changed_reward_is_asked_again(remote: Pairs, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def mine(completions):\n    return [float(len(c)) for c in completions]\n")
-    settings = replace(remote, rewards=[f"{file}:mine"])
+    settings = changed(remote, reward=[f"{file}:mine"])
     make_pairs(settings)
     first = rows_of(remote.output)
     file.write_text("def mine(completions):\n    return [-float(len(c)) for c in completions]\n")
@@ -426,8 +438,8 @@ def test_a_changed_reward_is_asked_again(remote: PairSettings, tmp_path: Path) -
     assert [row["chosen"] for row in rows_of(remote.output)] == [row["rejected"] for row in first]
 
 
-def test_changed_columns_are_scored_again(remote: PairSettings, chat_server: ChatServer, prompts: Path) -> None:
-    settings = replace(remote, rewards=["exact_number", f"{LENGTH},weight=0.1"])
+def test_changed_columns_are_scored_again(remote: Pairs, chat_server: ChatServer, prompts: Path) -> None:
+    settings = changed(remote, reward=["exact_number", f"{LENGTH},weight=0.1"])
     chat_server.answer = lambda body: f"{body['seed'] % 2}"
     write(prompts, [{"prompt": "0 or 1?", "answer": "0"}] * 3)
     make_pairs(settings)
@@ -437,17 +449,17 @@ def test_changed_columns_are_scored_again(remote: PairSettings, chat_server: Cha
     assert {row["chosen"] for row in rows_of(remote.output)} == {"1"}
 
 
-def test_other_weights_are_another_model(local: PairSettings, tmp_path: Path) -> None:
+def test_other_weights_are_another_model(local: Pairs, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "mine", CHATML)
-    make_pairs(replace(local, models=[str(folder)]))
+    make_pairs(changed(local, model=[str(folder)]))
     work = local.output.with_name("pairs.jsonl.work")
     lines = len(work.read_bytes().splitlines())
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    make_pairs(replace(local, models=[str(folder)]))
+    make_pairs(changed(local, model=[str(folder)]))
     assert len(work.read_bytes().splitlines()) >= lines + 12
 
 
-def test_ctrl_c_does_not_wait_for_answers(remote: PairSettings, chat_server: ChatServer) -> None:
+def test_ctrl_c_does_not_wait_for_answers(remote: Pairs, chat_server: ChatServer) -> None:
     work = remote.output.with_name("pairs.jsonl.work")
 
     def answer(body: dict[str, Any]) -> str | Failure:
@@ -481,21 +493,21 @@ def test_ctrl_c_does_not_wait_for_answers(remote: PairSettings, chat_server: Cha
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": []}, "nothing says which answer is better"),
-        ({"models": []}, "0 models"),
-        ({"models": ["a", "b", "c"]}, "3 models"),
-        ({"models": ["a", "a"]}, "both models are the same"),
-        ({"models": ["a", "b"], "endpoints": ["http://a/v1"] * 3}, "too many --endpoint"),
-        ({"sampling": Sampling(num_answers=1)}, "--num-completions 1 leaves nothing to compare"),
-        ({"sampling": Sampling(num_answers=4)}, "at --temperature 0 all completions are the same"),
+        ({"reward": []}, "nothing says which answer is better"),
+        ({"model": []}, "0 models"),
+        ({"model": ["a", "b", "c"]}, "3 models"),
+        ({"model": ["a", "a"]}, "both models are the same"),
+        ({"model": ["a", "b"], "endpoint": ["http://a/v1"] * 3}, "too many --endpoint"),
+        ({"num_completions": 1}, "--num-completions 1 leaves nothing to compare"),
+        ({"temperature": 0.0}, "at --temperature 0 all completions are the same"),
         ({"prefer_first": True}, "--prefer-first decides by itself"),
-        ({"prefer_first": True, "rewards": []}, "--prefer-first needs two models"),
+        ({"prefer_first": True, "reward": []}, "--prefer-first needs two models"),
         (
-            {"prefer_first": True, "rewards": [], "models": ["a", "b"], "sampling": Sampling(num_answers=2)},
+            {"prefer_first": True, "reward": [], "model": ["a", "b"], "num_completions": 2},
             "--num-completions 2 has no use with --prefer-first",
         ),
-        ({"rewards": ["judge"]}, "--reward judge needs an endpoint"),
-        ({"rewards": ["judge", LENGTH]}, "--reward judge cannot be added to other rewards"),
+        ({"reward": ["judge"]}, "--reward judge needs an endpoint"),
+        ({"reward": ["judge", LENGTH]}, "--reward judge cannot be added to other rewards"),
         ({"judge_model": "j"}, "--judge-endpoint and --judge-model are for --reward judge"),
         ({"output": Path("nowhere/pairs.jsonl")}, "nowhere/pairs.jsonl: its folder does not exist\n  to do: mkdir -p"),
         ({"output": Path("pairs.json")}, "pairs.json: the output is written as JSON lines"),
@@ -506,19 +518,19 @@ def test_ctrl_c_does_not_wait_for_answers(remote: PairSettings, chat_server: Cha
         ({"where": "level > 99"}, "`where` leaves none of its 12 rows"),
         ({"prompt_column": "nothing"}, "there is no such column"),
         ({"split": "test"}, "a file has no `split`"),
-        ({"rewards": ["lenght:target=5"]}, "--reward lenght:target=5: `lenght` is not a built-in reward"),
-        ({"rewards": ["length:5"]}, "--reward length:5: `5` is not a setting"),
-        ({"rewards": ["length:target=five"]}, "`target` is 'five'"),
-        ({"rewards": ["length:target=5"]}, "an endpoint gives texts only"),
-        ({"rewards": ["nowhere.py:mine"]}, "nowhere.py: no such file"),
-        ({"rewards": ["exact_number"], "where": "level < 5", "prompts": "NO ANSWER"}, "needs `answer`"),
-        ({"endpoints": ["localhost"]}, "localhost: is not the address of an endpoint"),
-        ({"endpoints": ["local"], "models": ["./nowhere"]}, "./nowhere: no such folder or file"),
-        ({"rewards": ["model:./nowhere"]}, "./nowhere: no such folder or file"),
+        ({"reward": ["lenght:target=5"]}, "--reward lenght:target=5: `lenght` is not a built-in reward"),
+        ({"reward": ["length:5"]}, "--reward length:5: `5` is not a setting"),
+        ({"reward": ["length:target=five"]}, "`target` is 'five'"),
+        ({"reward": ["length:target=5"]}, "an endpoint gives texts only"),
+        ({"reward": ["nowhere.py:mine"]}, "nowhere.py: no such file"),
+        ({"reward": ["exact_number"], "where": "level < 5", "prompts": "NO ANSWER"}, "needs `answer`"),
+        ({"endpoint": ["localhost"]}, "localhost: is not the address of an endpoint"),
+        ({"endpoint": ["local"], "model": ["./nowhere"]}, "./nowhere: no such folder or file"),
+        ({"reward": ["model:./nowhere"]}, "./nowhere: no such folder or file"),
     ],
 )
 def test_wrong_use_is_explained(
-    remote: PairSettings,
+    remote: Pairs,
     chat_server: ChatServer,
     changes: dict[str, Any],
     message: str,
@@ -530,14 +542,14 @@ def test_wrong_use_is_explained(
         write(tmp_path / "plain.jsonl", [{"prompt": "Why?", "level": 1}])
         changes = {**changes, "prompts": "plain.jsonl"}
     with pytest.raises(UserError) as caught:
-        make_pairs(replace(remote, **changes))
+        make_pairs(changed(remote, **changes))
     assert message in str(caught.value)
     assert not (tmp_path / "pairs.jsonl").exists() and chat_server.requests == []
 
 
-def test_the_output_does_not_take_the_place_of_the_prompts(remote: PairSettings) -> None:
+def test_the_output_does_not_take_the_place_of_the_prompts(remote: Pairs) -> None:
     with pytest.raises(UserError, match="another file than that of the prompts"):
-        make_pairs(replace(remote, output=Path(remote.prompts)))
+        make_pairs(changed(remote, output=Path(remote.prompts)))
 
 
 @pytest.mark.parametrize(
@@ -559,14 +571,14 @@ def test_parse_reward(text: str, values: dict[str, Any]) -> None:
 
 
 def test_an_endpoint_that_goes_down_keeps_what_was_done(
-    remote: PairSettings, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch
+    remote: Pairs, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def until_four(body: dict[str, Any]) -> str | Failure:
         return "w" * (body["seed"] % 9 + 1) if len(chat_server.requests) <= 16 else Failure(502, "down")
 
     chat_server.answer = until_four
     with pytest.raises(UserError, match=r"HTTP 502: down \(6 tries\)"):
-        make_pairs(replace(remote, concurrency=1))
+        make_pairs(changed(remote, concurrency=1))
     monkeypatch.setattr(endpoint, "WAITS", ())
     chat_server.answer = lambda body: "w" * (body["seed"] % 9 + 1)
     chat_server.requests.clear()
@@ -574,7 +586,7 @@ def test_an_endpoint_that_goes_down_keeps_what_was_done(
     assert len(chat_server.requests) == 48 - 16
 
 
-def test_single_refusals_are_left_out_and_many_stop(remote: PairSettings, chat_server: ChatServer) -> None:
+def test_single_refusals_are_left_out_and_many_stop(remote: Pairs, chat_server: ChatServer) -> None:
     def refuses(*words: str) -> Callable[[dict[str, Any]], str | Failure]:
         def answer(body: dict[str, Any]) -> str | Failure:
             refused = body["messages"][0]["content"].split()[-1] in words
@@ -589,18 +601,18 @@ def test_single_refusals_are_left_out_and_many_stop(remote: PairSettings, chat_s
     assert make_pairs(remote).left_out["refused"] == 1
     chat_server.answer = refuses(*map(str, range(12)))
     with pytest.raises(UserError, match="HTTP 400: too long"):
-        make_pairs(replace(remote, fresh=True))
+        make_pairs(changed(remote, fresh=True))
     with pytest.raises(UserError, match="HTTP 400: too long"):
-        make_pairs(replace(remote, fresh=True, limit=2))
+        make_pairs(changed(remote, fresh=True, limit=2))
     write(Path(remote.prompts), [{"prompt": f"{place} {place % 2}"} for place in range(24)])
     chat_server.answer = refuses("1")
-    assert make_pairs(replace(remote, concurrency=1)).left_out["refused"] == 12
+    assert make_pairs(changed(remote, concurrency=1)).left_out["refused"] == 12
 
 
-def test_a_reward_that_fails_shows_its_completion(remote: PairSettings, tmp_path: Path) -> None:
+def test_a_reward_that_fails_shows_its_completion(remote: Pairs, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def mine(completions):\n    return [1 / (len(c) - 3) for c in completions]\n")
     with pytest.raises(UserError, match=r"mine\.py, line 2: the reward `mine` failed: ZeroDivisionError") as caught:
-        make_pairs(replace(remote, rewards=[f"{tmp_path / 'mine.py'}:mine"]))
+        make_pairs(changed(remote, reward=[f"{tmp_path / 'mine.py'}:mine"]))
     assert "completion: 'w w'" in str(caught.value)
 
 
@@ -616,7 +628,7 @@ def call(*arguments: str) -> int:
 
 
 def test_the_command(
-    remote: PairSettings, chat_server: ChatServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    remote: Pairs, chat_server: ChatServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     where = [remote.prompts, "--output", str(remote.output), "--endpoint", chat_server.address, "--model", "m"]
