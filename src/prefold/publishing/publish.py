@@ -38,7 +38,7 @@ from prefold.models.load import first_line, load_tokenizer, tokenizer_of
 from prefold.publishing.gguf import expected_bytes, export_gguf, file_name, require_exportable
 from prefold.recipe import Publish, RecipeBase
 from prefold.reports.card import CARD, last_part, render_card, write_card
-from prefold.reports.run_record import read_run
+from prefold.reports.run_files import read_run
 from prefold.terminal import progress_bar, say
 
 RECORD = "publish.json"

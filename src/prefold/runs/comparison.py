@@ -20,7 +20,7 @@ from prefold.generation.answers import model_named, run_recipe
 from prefold.models.fetch import fetch
 from prefold.models.load import tokenizer_of
 from prefold.recipe import Evaluate, Model, RecipeBase
-from prefold.reports.run_record import read_run
+from prefold.reports.run_files import read_run
 from prefold.reports.verdict import overall
 
 
