@@ -20,7 +20,7 @@ from markupsafe import Markup
 from prefold.files import read_json, write_text
 from prefold.reports.held_out import columns_of, rows_of
 from prefold.reports.numbers import finite
-from prefold.reports.run_files import RunRecord, Values, objects, read_run, section
+from prefold.reports.run_files import RunRecord, Values, read_run, section
 from prefold.reports.tasks import averages, none_trained_on, tasks_of
 from prefold.reports.templates import card_template
 from prefold.reports.verdict import overall
@@ -76,7 +76,6 @@ def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
         none_trained_on=none_trained_on(run.tasks),
         settings=_settings(recipe),
         data=run.data or {},
-        findings=_findings(run),
         checks=_gguf_checks(run_folder) if "gguf" in parts else [],
         recipe=fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100), "yaml"),
         versions=_versions(run),
@@ -206,11 +205,6 @@ def _settings(recipe: Values) -> dict[str, str]:
         for name, value in shown.items()
         if value is not None
     }
-
-
-def _findings(run: RunRecord) -> list[str]:
-    findings = objects((run.data or {}).get("findings"))
-    return [str(row.get("message", "")) for row in findings if row.get("severity") in ("warning", "error")]
 
 
 def _gguf_checks(run_folder: Path) -> list[Values]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bokeh.embed import json_item
@@ -25,31 +26,15 @@ MOST_POINTS = 1500
 SMOOTH_FROM = 40
 """Steps from which a moving mean is drawn over the single steps."""
 
-# Bokeh draws on a canvas, which no stylesheet reaches: the colours of axes follow the page by hand.
-DRAW_CURVES = """
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const page = () => getComputedStyle(document.documentElement);
-const paint = (figure) => {
-  const muted = page().getPropertyValue("--muted").trim(), rule = page().getPropertyValue("--rule").trim();
-  for (const axis of [...figure.below, ...figure.left]) axis.major_label_text_color = muted;
-  for (const axis of figure.below) axis.axis_line_color = rule;
-  for (const grid of figure.center) if ("grid_line_color" in grid) grid.grid_line_color = rule;
-};
-const figures = [];
-for (const item of JSON.parse(document.getElementById("plots").textContent)) {
-  Bokeh.embed.embed_item(item).then((views) => {
-    const figure = [...views][0].model;
-    figures.push(figure);
-    paint(figure);
-  });
-}
-dark.addEventListener("change", () => figures.forEach(paint));
-"""
-
 
 def library() -> str:
     """Bokeh's own script, whole."""
     return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
+
+
+def drawing() -> str:
+    """What hands the plots of a page to it."""
+    return Path(__file__).with_name("draw_curves.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -95,19 +80,17 @@ LOSS = CurveKind(
     "Healthy: it falls quickly, then slowly. A jump upwards that does not come back points to too high a learning "
     "rate.",
 )
-LOSS_FROM_LN_2 = CurveKind(
-    "Loss",
-    LOSS.lines,
-    "Healthy: it starts at ln 2 ≈ 0.693 (dashed), where the model cannot tell the answers apart, and falls. Close to 0 "
-    "it has learned its pairs by heart.",
+LOSS_FROM_LN_2 = replace(
+    LOSS,
+    healthy="Healthy: it starts at ln 2 ≈ 0.693 (dashed), where the model cannot tell the answers apart, and falls. "
+    "Close to 0 it has learned its pairs by heart.",
     level=math.log(2),
 )
-LOSS_FROM_0 = CurveKind(
-    "Loss",
-    LOSS.lines,
-    "Expected: divided by completions (loss_type grpo) it starts at 0 (dashed), as they are compared with one another, "
-    "and rises with the KL divergence; divided by tokens it is above 0 while the longer ones are the worse. It says "
-    "nothing about success; the reward does.",
+LOSS_FROM_0 = replace(
+    LOSS,
+    healthy="Expected: divided by completions (loss_type grpo) it starts at 0 (dashed), as they are compared with one "
+    "another, and rises with the KL divergence; divided by tokens it is above 0 while the longer ones are the worse. "
+    "It says nothing about success; the reward does.",
     level=0.0,
 )
 REWARD = CurveKind(
@@ -135,10 +118,8 @@ SCORES = CurveKind(
     ),
     "Healthy: they spread out, and the mean stays put. `center_rewards_coefficient` holds one that wanders off.",
 )
-SCORE_MARGIN = CurveKind("Margin", (Line("margin", "margin", PLAIN),), MARGINS.healthy)
-SCORE_ACCURACY = CurveKind(
-    "Accuracy", (Line("accuracy", "accuracy", PLAIN),), ACCURACIES.healthy, ACCURACIES.level, ACCURACIES.is_share
-)
+SCORE_MARGIN = replace(MARGINS, title="Margin", lines=(Line("margin", "margin", PLAIN),))
+SCORE_ACCURACY = replace(ACCURACIES, title="Accuracy", lines=(Line("accuracy", "accuracy", PLAIN),))
 LOSSES = {"dpo": LOSS_FROM_LN_2, "grpo": LOSS_FROM_0}
 """Losses whose first value is known; every other method gets `LOSS`."""
 

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from prefold.errors import UserError
 from prefold.files import write_text
-from prefold.reports.curves import DRAW_CURVES, curves, library
+from prefold.reports.curves import curves, drawing, library
 from prefold.reports.data_tables import SEVERITIES, data_tables
 from prefold.reports.held_out import accuracies_of, accuracy_digits, columns_of, rows_of
 from prefold.reports.numbers import count, counted, duration, finite
@@ -81,7 +81,7 @@ def render_check(recipe: str, facts: Values) -> str:
 
 def render(run: RunRecord) -> str:
     drawn = curves(run)
-    scripts = [script_safe(text) for text in (library(), DRAW_CURVES)] if drawn else []
+    scripts = [script_safe(text) for text in (library(), drawing())] if drawn else []
     return page_template("report.html.j2")(
         run=run,
         verdict=overall(run),

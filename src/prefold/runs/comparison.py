@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from prefold.errors import UserError
-from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.scores import TaskScores
+from prefold.evaluation.task_comparison import compare_tasks
 from prefold.files import without_home
 from prefold.generation.answers import model_named, run_recipe
 from prefold.models.fetch import fetch

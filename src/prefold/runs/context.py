@@ -14,7 +14,7 @@ from prefold.data.examples import Examples
 from prefold.data.findings import fingerprint
 from prefold.data.mixture import Prepared, load_split
 from prefold.data.preference import Unpaired
-from prefold.evaluation.samples import OpenTask
+from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.files import read_json

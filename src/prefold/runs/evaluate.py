@@ -14,9 +14,8 @@ from prefold import ranks
 from prefold.data.examples import Examples
 from prefold.data.findings import fingerprint
 from prefold.data.preference import Message
-from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.contamination import questions_in
-from prefold.evaluation.heldout import (
+from prefold.evaluation.held_out_pairs import (
     CHANCE,
     PairScores,
     against_chance,
@@ -26,9 +25,10 @@ from prefold.evaluation.heldout import (
     score_matched,
     score_pairs,
 )
-from prefold.evaluation.rewards import by_prompt, compare_rewards
-from prefold.evaluation.samples import OpenTask
-from prefold.evaluation.tasks import asked_with, measure_model
+from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
+from prefold.evaluation.scores import OpenTask
+from prefold.evaluation.task_comparison import compare_tasks
+from prefold.evaluation.tasks import measure_model, recorded_settings
 from prefold.files import write_json, write_jsonl
 from prefold.generation.engine import answer
 from prefold.generation.groups import Group, prompts_of, sample, scored_groups
@@ -71,7 +71,7 @@ def _evaluate_tasks(recipe: RecipeBase, tasks: Sequence[OpenTask]) -> None:
         scores[when] = measure_model(section, tasks, settings, when, seen if when == "after" else None)
         _write_json(folder / f"scores_{when}.json", [one.as_json() for one in scores[when]])
     compared = compare_tasks(scores["before"], scores["after"])
-    _write_json(folder / "tasks.json", {**compared, "settings": asked_with(settings)})
+    _write_json(folder / "tasks.json", {**compared, "settings": recorded_settings(settings)})
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from test_report_html import Page, report
 
 from prefold.errors import UserError
-from prefold.evaluation.compare import compare_tasks
+from prefold.evaluation.task_comparison import compare_tasks
 from prefold.reports import page as html
 from prefold.reports.comparison import summary as comparison_summary
 from prefold.reports.comparison import write_comparison
