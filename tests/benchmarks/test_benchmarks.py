@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from benchmarks import margins, planned, prefold_run, preparing, rollouts, vs_lm_eval, vs_trl
-from benchmarks.sides import SOURCE, TakenStep
+from benchmarks.sides import SOURCE, Side, TakenStep
 from benchmarks.vs_trl import Measured
 
 Main = Callable[[list[str]], None]
@@ -56,6 +60,28 @@ def measured(name: str, side: Callable[[Any, Any], None], work: Any) -> Measured
     for step in steps:
         found.add(step)
     return found
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sides without processes, which take seconds to import everything."""
+
+    @contextmanager
+    def started(self: Side) -> Iterator[Side]:
+        self.connection, there = Pipe()
+        module, function = self.target.split(":")
+
+        def perform() -> None:
+            with suppress(EOFError, ConnectionError):
+                getattr(import_module(module), function)(there, self.work)
+
+        thread = Thread(target=perform)
+        thread.start()
+        yield self
+        self.connection.close()
+        thread.join()
+
+    monkeypatch.setattr(Side, "running", started)
 
 
 PAIRS = ["--pairs", "8", "--prompt", "10", "--chosen", "8", "--rejected", "6"]
@@ -112,6 +138,7 @@ def test_another_source_tree_in_processes(summary_of: Callable[..., dict[str, An
     assert summary_of(vs_trl.main, "dpo", *PAIRS, "--base", str(SOURCE))["loss_difference"] == 0
 
 
+@pytest.mark.usefixtures("in_threads")
 def test_vs_lm_eval(summary_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     labels = ["A", "B", "C"]
     for split in ("dev", "test"):
@@ -137,6 +164,7 @@ def test_rollouts(summary_of: Callable[..., dict[str, Any]]) -> None:
     assert summary_of(rollouts.main, *sizes)["ratio_equal_lengths"] > 0
 
 
+@pytest.mark.usefixtures("in_threads")
 def test_preparing(summary_of: Callable[..., dict[str, Any]], pairs: Path) -> None:
     summary = summary_of(preparing.main, "--data", str(pairs), "--rows", "40", "--repeats", "1")
     assert summary["ratio"] > 0
@@ -148,6 +176,7 @@ def test_margins(summary_of: Callable[..., dict[str, Any]], pairs: Path) -> None
     assert summary["error_prefold"] < summary["margin_rms"]
 
 
+@pytest.mark.usefixtures("in_threads")
 def test_planned(summary_of: Callable[..., dict[str, Any]]) -> None:
     [entry] = summary_of(planned.main, "dpo-512")["settings"]
     assert entry["planned_mb"] > 0 < entry["measured_mb"]
