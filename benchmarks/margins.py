@@ -26,8 +26,9 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.results import parser_for, quieten, write
 from benchmarks.workloads import lora_settings, text_pairs
+from prefold.models.adapters import add_lora
 from prefold.models.fetch import fetch
-from prefold.models.load import add_lora, load_model
+from prefold.models.load import load_model
 from prefold.recipe import Lora, Model
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import compute_reference

@@ -24,11 +24,11 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 if TYPE_CHECKING:
     from prefold.generation.answers import generate
     from prefold.models.fetch import fetch
-    from prefold.pairs.make import pairs
+    from prefold.pairing.make import pairs
     from prefold.recipe import load_recipe
     from prefold.reports.notebook import show
+    from prefold.runs.api import check, evaluate, merge, publish, report, run, train
     from prefold.runs.comparison import compare
-    from prefold.runs.pipeline import check, evaluate, merge, publish, report, run, train
     from prefold.runs.sweep import sweep
 
 __all__ = [
@@ -53,7 +53,7 @@ _HOMES = {
     "fetch": "prefold.models.fetch",
     "generate": "prefold.generation.answers",
     "load_recipe": "prefold.recipe",
-    "pairs": "prefold.pairs.make",
+    "pairs": "prefold.pairing.make",
     "show": "prefold.reports.notebook",
     "sweep": "prefold.runs.sweep",
 }
@@ -64,4 +64,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `prefold` has no attribute `{name}`")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES.get(name, "prefold.runs.pipeline")), name)
+    return getattr(import_module(_HOMES.get(name, "prefold.runs.api")), name)

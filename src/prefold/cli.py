@@ -10,13 +10,16 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic.fields import FieldInfo
 
 from prefold.errors import StageError, UserError
 from prefold.files import storage_trouble, without_secrets
 from prefold.launch import launch, launched
+from prefold.recipe import Chat, Generate, Pairs, make_section
+from prefold.recipe.signature import meaning_of, with_fields
 
 app = typer.Typer(
     name="prefold",
@@ -42,8 +45,25 @@ ModelName = Annotated[
 ]
 
 
+Html = Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
 SHARED = ("run", "train")
 """Commands for which several processes work together."""
+
+
+def flag(name: str, field: FieldInfo) -> Any:
+    """The option of a command for a field of a section."""
+    bounds = {key: getattr(part, key) for part in field.metadata for key in ("ge", "gt", "le") if hasattr(part, key)}
+    least = bounds["gt"] + 1 if "gt" in bounds and field.annotation is not float else bounds.get("gt")
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=meaning_of(field),
+        min=bounds.get("ge", least),
+        max=bounds.get("le"),
+        show_default=field.default not in ([], None),
+    )
+    return Annotated[field.annotation, option]
 
 
 @app.callback()
@@ -61,7 +81,7 @@ def options(
 @app.command()
 def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
     """Every stage in order: check, train, merge, evaluate, report, publish. Skips what is done."""
-    _in_processes(nproc, "run", recipe, overrides, fresh)
+    _restart_in_processes(nproc, "run", recipe, overrides, fresh)
     import prefold
     from prefold.reports.run_table import summary
     from prefold.terminal import console
@@ -83,8 +103,8 @@ def check(
     device_memory: Annotated[
         str | None, typer.Option(help="Plan for a GPU of so much memory, e.g. 24GB, instead of this machine.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    html: Html = None,
+    as_json: AsJson = False,
 ) -> None:
     """What will be trained on, what is wrong with it, and what it will take."""
     import prefold
@@ -102,24 +122,24 @@ def check(
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
     """Check and train, and leave the adapter."""
-    _in_processes(nproc, "train", recipe, overrides, fresh)
+    _restart_in_processes(nproc, "train", recipe, overrides, fresh)
     import prefold
 
     print(prefold.train(recipe, overrides or [], fresh=fresh))
 
 
-class Told(SystemExit):
+class ProcessesEnded(SystemExit):
     """The end of processes that have said themselves why."""
 
 
-def _in_processes(number: int, command: str, recipe: str, overrides: list[str] | None, fresh: bool) -> None:
+def _restart_in_processes(number: int, command: str, recipe: str, overrides: list[str] | None, fresh: bool) -> None:
     """Hand a command to several processes, if there are to be any, and end with them."""
     if number == 1:
         return
     if launched() > 1:
         raise UserError("torchrun and `--nproc` would both start processes", advice="leave `--nproc` out")
     arguments = [command, recipe, *(overrides or []), *(["--fresh"] if fresh else [])]
-    raise Told(launch([sys.executable, "-m", "prefold", *arguments], number))
+    raise ProcessesEnded(launch([sys.executable, "-m", "prefold", *arguments], number))
 
 
 @app.command()
@@ -134,7 +154,7 @@ def merge(recipe: RecipeName, overrides: Overrides = None) -> None:
 def evaluate(
     recipe: RecipeName,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the model before and after: held-out pairs or prompts, tasks, win rate, as the recipe says."""
     import prefold
@@ -158,8 +178,8 @@ def compare(
     include_path: Annotated[Path | None, typer.Option(help="Folder of YAML files with tasks of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="First so many questions of each task.", min=1)] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
-    html: Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    html: Html = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare run folders and models with the first of them, question by question; one run folder with its base."""
     import prefold
@@ -188,7 +208,7 @@ def sweep(
     output: Annotated[
         str | None, typer.Option(help="Folder of the runs. Unset: the recipe's `output_dir`, with `-sweep` behind it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A run for each combination of values, and one comparison: which is best, and how far to believe it."""
     import prefold
@@ -215,7 +235,7 @@ def publish(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List every file, its size and where it would go.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Push the result to the Hub, or put it into a folder, as the section `publish` says."""
     import prefold
@@ -225,156 +245,52 @@ def publish(
     print(json.dumps(outcome, indent=2)) if as_json else print_published(outcome)
 
 
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0.0)]
-TopP = Annotated[
-    float, typer.Option(help="Sample from the likeliest tokens that make up this share.", min=0.0, max=1.0)
-]
-TopK = Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0 is off.", min=0)]
-MinP = Annotated[
-    float, typer.Option(help="Leave out tokens below this share of the likeliest; 0 is off.", min=0.0, max=1.0)
-]
-Seed = Annotated[int, typer.Option(help="Of the sampling.", min=0)]
-System = Annotated[str | None, typer.Option(help="System message.")]
-
-
 @app.command()
+@with_fields(Generate, flag)
 def generate(
     model: ModelName,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: one a line, or .jsonl with a field `prompt`.")] = None,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 256,
-    num_answers: Annotated[int, typer.Option(help="Answers per prompt.", min=1)] = 1,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    seed: Seed = 42,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    *,
+    as_json: AsJson = False,
+    **settings: Any,
 ) -> None:
     """Answers to prompts, from arguments or a file."""
     import prefold
     from prefold.generation.answers import print_answers
 
-    answers = prefold.generate(
-        model,
-        prompts or [],
-        file=file,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        num_answers=num_answers,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
-    )
+    answers = prefold.generate(model, prompts or [], file=file, **settings)
     print(json.dumps({"answers": answers}, indent=2, ensure_ascii=False)) if as_json else print_answers(answers)
 
 
 @app.command()
+@with_fields(Chat, flag)
 def chat(
     model: ModelName,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer with the base model of a run folder as well.")
     ] = False,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.05,
-    seed: Seed = 42,
+    **settings: Any,
 ) -> None:
     """Talk to a model in the terminal."""
     from prefold.generation.chat import chat_loop
-    from prefold.generation.sampling import Sampling
 
-    chat_loop(model, compare, system, Sampling(max_new_tokens, 1, temperature, top_p, top_k, min_p, seed))
+    chat_loop(model, compare, make_section(Chat, settings))
 
 
 @app.command()
+@with_fields(Pairs, flag)
 def pairs(
-    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="A file, folder, built-in set or Hub data set.")],
-    model: Annotated[list[str], typer.Option(help="What answers, as MODEL elsewhere; twice for two models.")],
-    output: Annotated[Path, typer.Option(help="The file of pairs, .jsonl.")],
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What scores answers: NAME:SETTING=VALUE,..., FILE.py:FUNCTION, model:NAME or judge. Several add up.",
-            show_default=False,
-        ),
-    ] = None,
-    prefer_first: Annotated[
-        bool,
-        typer.Option("--prefer-first", help="No scores: the first model's answer is chosen, the second's rejected."),
-    ] = False,
-    num_completions: Annotated[
-        int | None, typer.Option(help="Answers per prompt and model. 4; with --prefer-first 1.", min=1)
-    ] = None,
-    min_margin: Annotated[float, typer.Option(help="Least difference of a pair's scores.", min=0.0)] = 0.0,
-    max_length_ratio: Annotated[
-        float | None, typer.Option(help="A pair's longer answer is at most so many times the shorter.", min=1.0)
-    ] = None,
-    endpoint: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Address of an OpenAI-compatible server that has the models; with two models one each, or `local`.",
-            show_default=False,
-        ),
-    ] = None,
-    judge_endpoint: Annotated[str | None, typer.Option(help="Address of the judge's server.")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge.")] = None,
-    where: Annotated[str | None, typer.Option(help="Condition on a row's columns, as in a recipe.")] = None,
-    limit: Annotated[int | None, typer.Option(help="First so many prompts.", min=1)] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a built-in set or Hub data set.")] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column of the prompts, if it is not found.")] = None,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.8,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    seed: Seed = 42,
-    concurrency: Annotated[int, typer.Option(help="Requests to an endpoint at a time.", min=1)] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds that an endpoint's answer may take.", min=0.001)] = 300.0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Use no answers and scores of an earlier run.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help=meaning_of(Pairs.model_fields["prompts"]))],
+    *,
+    as_json: AsJson = False,
+    **settings: Any,
 ) -> None:
     """Preference pairs from a model's own answers to prompts, scored by rewards or a judge."""
     import prefold
-    from prefold.pairs.make import print_report
+    from prefold.pairing.make import print_report
 
-    report = prefold.pairs(
-        prompts,
-        model,
-        output,
-        reward=reward or [],
-        prefer_first=prefer_first,
-        num_completions=num_completions,
-        min_margin=min_margin,
-        max_length_ratio=max_length_ratio,
-        endpoint=endpoint or [],
-        judge_endpoint=judge_endpoint,
-        judge_model=judge_model,
-        where=where,
-        limit=limit,
-        name=name,
-        split=split,
-        prompt_column=prompt_column,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
-        concurrency=concurrency,
-        timeout=timeout,
-        fresh=fresh,
-    )
+    report = prefold.pairs(prompts, **settings)
     print(json.dumps(asdict(report), indent=2)) if as_json else print_report(report)
 
 
@@ -393,7 +309,7 @@ def recipes(
     from prefold.recipe import builtin_recipes, first_comment, read_text
 
     if name == "import":
-        _import(file, method)
+        _print_imported(file, method)
     elif file or method:
         raise UserError("a file or a method goes with `import`", advice="`prefold recipes import FILE`")
     elif name:
@@ -403,7 +319,7 @@ def recipes(
             print(f"{builtin:20} {first_comment(builtin)}")
 
 
-def _import(file: str | None, method: str | None) -> None:
+def _print_imported(file: str | None, method: str | None) -> None:
     """The recipe on stdout, and what became of the file's keys on stderr."""
     if file is None:
         raise UserError("no file to import", advice="`prefold recipes import FILE > mine.yaml`")
@@ -445,7 +361,7 @@ def main() -> NoReturn:
         if os.environ.get("PREFOLD_DEBUG"):
             raise
         fail(*explain(error))
-    except Told:
+    except ProcessesEnded:
         raise
     except SystemExit as stop:
         if isinstance(stop.code, int) and stop.code in INTERRUPTED:
@@ -464,8 +380,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), 2 if isinstance(error, UserError) else 1
     if trouble := storage_trouble(error):
         return f"{trouble}\n  to do: make room or mend the folder, and start again: what was done is kept", 1
-    told = without_secrets(f"{type(error).__name__}: {error}")
-    return f"{told}\n  to do: `prefold --debug ...` shows where it happened", 1
+    shown = without_secrets(f"{type(error).__name__}: {error}")
+    return f"{shown}\n  to do: `prefold --debug ...` shows where it happened", 1
 
 
 def fail(message: str, code: int) -> NoReturn:

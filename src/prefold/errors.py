@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 
 class Explained(Exception):
     """Says all that there is to know in its message."""
@@ -32,3 +36,27 @@ class UserError(Explained):
 
 class StageError(Explained):
     """A stage could not reach its result although it was used rightly. Exit code 1, one message, no traceback."""
+
+
+def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
+    """The known names that are nearest to a wrong one, as a question; empty where none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=most)
+    return f"did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls a value's type, with its article."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a string"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["prefold.runs.pipeline", "datasets", "peft"])
+CONTEXT.set_forkserver_preload(["prefold.runs.api", "datasets", "peft"])
 CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 """What Python reports of changes to files. Opening for reading is among them, which does no harm."""
 

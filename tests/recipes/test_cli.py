@@ -174,7 +174,7 @@ def test_a_bug_shows_one_line_and_debug_the_traceback(
     def broken(*args: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("prefold.runs.finish.write_report", broken)
+    monkeypatch.setattr("prefold.runs.stages.write_report", broken)
     code, _, err = cli("run", recipe_file)
     assert code == 1
     assert "ZeroDivisionError: by zero" in err

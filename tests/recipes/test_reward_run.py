@@ -17,11 +17,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import prefold
 from prefold.data.preference import Message
 from prefold.errors import UserError
-from prefold.models import load
+from prefold.models import device as devices
 from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
 from prefold.reports.card import render_card
-from prefold.rewards.functions import open_rewards, score
-from prefold.training.offline import PreferenceTrainer
+from prefold.rewards.load import load_rewards
+from prefold.rewards.scoring import score
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 QUESTIONS = ["Say word 3", "Say word 50"]
@@ -76,7 +77,7 @@ def shown_by_transformers(folder: Path) -> float:
 
 
 def scores_as_reward(folder: Path) -> list[float | None]:
-    [reward] = open_rewards([Reward(name="reward_model", model=str(folder))], ("prompts", "completions"))
+    [reward] = load_rewards([Reward(name="reward_model", model=str(folder))], ("prompts", "completions"))
     prompts = [[Message(role="user", content=question)] for question in QUESTIONS]
     [found] = score([reward], prompts, ANSWERS, [[0], [0]], {})
     return found.values
@@ -85,9 +86,9 @@ def scores_as_reward(folder: Path) -> list[float | None]:
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward models are opened in the dtype of the device."""
-    chosen = load.choose_dtype
+    chosen = devices.choose_dtype
     monkeypatch.setattr(
-        load, "choose_dtype", lambda setting, device: chosen("float32" if setting == "auto" else setting, device)
+        devices, "choose_dtype", lambda setting, device: chosen("float32" if setting == "auto" else setting, device)
     )
 
 
@@ -138,16 +139,16 @@ def test_the_seed_decides_everything(recipe: MakeRecipe, tmp_path: Path) -> None
 
 def test_a_resumed_run_is_a_straight_one(recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = prefold.train(recipe(method="reward", output_dir=str(tmp_path / "straight")))
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == 4:
             raise KeyboardInterrupt
-        return step(self, *args)
+        step(self)
 
     stopped = recipe(method="reward", output_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        patch.setattr(TrainingLoop, "step", stopping)
         prefold.train(stopped)
     resumed = prefold.train(stopped)
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):

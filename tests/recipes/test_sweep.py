@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import prefold
 from prefold.cli import main
 from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase, dump_recipe, load_recipe
-from prefold.runs import evaluate as evaluating
 from prefold.runs import sweep as sweeping
 from prefold.runs import train as training
+from prefold.runs.measuring import Measuring
 from prefold.runs.sweep import swept_fields
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 Cli = Callable[..., tuple[int, str, str]]
@@ -134,7 +133,7 @@ def test_folders_have_different_names_for_different_values() -> None:
 
 def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs, what they share, the comparison; a part of it once more; one value more."""
-    measured = counted(monkeypatch, evaluating, "_measure")
+    measured = counted(monkeypatch, Measuring, "measure")
     computed = counted(monkeypatch, sys.modules["prefold.trees.reference"], "compute_reference")
     folder = tmp_path / "runs" / "lr"
     command = ("sweep", recipe_file(), "lora.r=2", "--output", str(folder))
@@ -197,21 +196,21 @@ def test_a_sweep_that_was_stopped_goes_on(
 ) -> None:
     file = recipe_file(train={"max_steps": 3, "save_steps": 1})
     command = ("sweep", file, "train.learning_rate=1e-6,5e-3", "--output", str(tmp_path / "sweep"))
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == 2 and self.args.learning_rate == 5e-3:
             raise KeyboardInterrupt
-        return step(self, *args)
+        step(self)
 
-    monkeypatch.setattr(PreferenceTrainer, "training_step", stopping)
+    monkeypatch.setattr(TrainingLoop, "step", stopping)
     code, _, err = cli(*command)
     assert code == 130 and "goes on from here" in err and "Traceback" not in err
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [point["status"] for point in found["points"]] == ["done", "waiting"] and found["best"] == SLOW
     assert "Not done yet" in (tmp_path / "sweep" / "sweep.html").read_text()
 
-    monkeypatch.setattr(PreferenceTrainer, "training_step", step)
+    monkeypatch.setattr(TrainingLoop, "step", step)
     code, _, err = cli(*command)
     assert code == 0 and "done before" in err and "going on after step 2" in err
     assert all(point["status"] == "done" for point in prefold.sweep(*_of(command))["points"])
@@ -308,7 +307,7 @@ def test_rewards_choose_where_completions_are_sampled(
         data={"train": [{"path": str(prompts)}], "eval_fraction": 0.5},
         train={"batch_size": 2, "max_steps": 1},
     )
-    measured = counted(monkeypatch, evaluating, "_measure_rewards")
+    measured = counted(monkeypatch, Measuring, "measure")
     found = prefold.sweep(file, ["grpo.beta=0.0,0.04"], output=str(tmp_path / "sweep"))
     assert [arguments[-1] for arguments in measured] == ["before", "after", "after"]
     assert found["held_out"] == {"unit": "prompt", "number": 4} and found["chosen_by"] == "held-out reward"

@@ -27,7 +27,7 @@ from prefold.plan.passes import ON_GPU, Lengths, scoring_pass, training_pass
 from prefold.plan.plan import Plan, Planner
 from prefold.plan.timing import Rate, Rates
 from prefold.recipe import RecipeBase, make_recipe
-from prefold.runs.pipeline import check
+from prefold.runs.api import check
 from prefold.trees.attention import lower_right
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer

@@ -12,7 +12,7 @@ import prefold
 from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
 from prefold.recipe import (
-    all_fields,
+    Recipe,
     as_dict,
     builtin_recipes,
     dump_recipe,
@@ -21,6 +21,7 @@ from prefold.recipe import (
     make_recipe,
     parse_yaml,
 )
+from prefold.recipe.explain import all_fields
 
 MINIMAL = """\
 method: dpo
@@ -190,7 +191,7 @@ def test_every_field_is_read_somewhere() -> None:
 
     passed_on = {*Sampling.__dataclass_fields__, *GUARDS, *AT_THE_END, "tags"}
     read = attributes_read() | passed_on
-    unread = [field for field in all_fields() if field.split(".")[-1] not in read and field not in ALGORITHMS]
+    unread = [field for field in all_fields(Recipe) if field.split(".")[-1] not in read and field not in ALGORITHMS]
     assert unread == []
 
 

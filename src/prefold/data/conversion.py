@@ -19,7 +19,6 @@ from prefold.data.preference import (
     check_answer,
     check_answers,
     check_prompt,
-    json_type,
     message,
     messages,
     short,
@@ -27,6 +26,7 @@ from prefold.data.preference import (
 )
 from prefold.data.shapes import Shape, is_dialogue
 from prefold.data.votes import as_flag, as_vote, majority, ratings, vote_columns
+from prefold.errors import json_type
 
 if TYPE_CHECKING:
     from prefold.data.sources import RawRow

@@ -22,8 +22,8 @@ from importlib.resources.abc import Traversable
 from pathlib import PurePath
 from typing import IO, Any
 
-from prefold.data.preference import RowId, json_type
-from prefold.errors import UserError
+from prefold.data.preference import RowId
+from prefold.errors import UserError, json_type
 
 _BATCH_ROWS = 256
 _SURROGATES = range(0xDC80, 0xDD00)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from prefold.errors import json_type
+
 
 class Message(TypedDict):
     role: str
@@ -201,19 +203,6 @@ def check_answer(answer: list[Message], where: str) -> None:
 
 
 # ---- values -----------------------------------------------------------------------------------------------------
-
-
-def json_type(value: Any) -> str:
-    """What JSON calls a value's type, with its article."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, str):
-        return "a string"
-    return "a list" if isinstance(value, list) else "an object"
 
 
 def short(value: Any) -> str:

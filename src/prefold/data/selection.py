@@ -6,7 +6,6 @@ so that a recipe can repeat a published mixture row by row.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from prefold.data.preference import Problem, RowId, json_type
+from prefold.data.preference import Problem, RowId
 from prefold.data.sources import RawRow, read_rows, source_name
-from prefold.data.where import Mismatch, Where
-from prefold.errors import UserError
+from prefold.errors import UserError, did_you_mean, json_type
 from prefold.recipe import Benchmark, Rows, Source
+from prefold.recipe.where import Mismatch, Where
 
 
 @dataclass
@@ -85,8 +84,8 @@ def _text_problem(row: RawRow, column: str) -> str | None:
     if row.value is None:
         return row.problem
     if column not in row.value:
-        near = difflib.get_close_matches(column, row.value, n=1)
-        return "there is no such column" + (f"; did you mean `{near[0]}`?" if near else "")
+        near = did_you_mean(column, row.value)
+        return "there is no such column" + (f"; {near}" if near else "")
     value = row.value[column]
     return None if isinstance(value, str | None) else f"it is {json_type(value)}"
 

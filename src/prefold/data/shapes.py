@@ -6,7 +6,6 @@ layouts are the table `_LAYOUTS`; a new one is an entry there and a conversion i
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import textwrap
 from collections import Counter
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefold.data import dialogues
-from prefold.data.preference import Writing, json_type, short
+from prefold.data.preference import Writing, short
 from prefold.data.votes import as_flag, as_vote, is_first_annotator
-from prefold.errors import UserError
+from prefold.errors import UserError, did_you_mean, json_type
 
 if TYPE_CHECKING:
     from prefold.data.sources import RawRow
@@ -78,6 +77,10 @@ def _is_bare_text(value: Any) -> bool:
     return isinstance(value, str) and not dialogues.holds_dialogue(value)
 
 
+def _is_turn_list(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and bool(_speaker(value[0]))
+
+
 def _is_opening(value: Any) -> bool:
     """Turns that wait for an answer."""
     return isinstance(value, list) and value != [] and bool(_speaker(value[-1])) and not _assistant_speaks(value[-1])
@@ -93,17 +96,13 @@ def _is_answer(value: Any) -> bool:
 
 def is_dialogue(value: Any) -> bool:
     """A dialogue with its prompt."""
-    if isinstance(value, list):
-        return value != [] and bool(_speaker(value[0])) and not _assistant_speaks(value[0])
-    return isinstance(value, str) and dialogues.holds_dialogue(value)
-
-
-def _is_turn_list(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and bool(_speaker(value[0]))
+    if isinstance(value, str):
+        return dialogues.holds_dialogue(value)
+    return _is_turn_list(value) and not _assistant_speaks(value[0])
 
 
 def _are_sentences(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(sentence, str) for sentence in value)
+    return isinstance(value, list) and value != [] and all(map(_is_string, value))
 
 
 def _is_vote(value: Any) -> bool:
@@ -229,22 +228,21 @@ def _assignments(
     layout: _Layout, value: dict[str, Any], named: Mapping[str, str]
 ) -> Iterator[tuple[tuple[str, str], ...]]:
     """Every way to find the roles of a layout among a row's columns."""
-    choices = [[name for name in _names(role, layout, value, named) if name in value] for role in layout.cells]
-    for chosen in itertools.product(*choices):
-        found = dict(zip(layout.cells, chosen, strict=True))
+    for chosen in itertools.product(*_choices(layout, value, named).values()):
+        columns = dict(zip(layout.cells, chosen, strict=True))
         extra = {"system": named.get("system", "system")}
         # `input` is more of an instruction; beside another prompt it may be anything.
-        if found.get("prompt") == "instruction" or "input" in named:
+        if columns.get("prompt") == "instruction" or "input" in named:
             extra["input"] = named.get("input", "input")
-        yield tuple((found | extra).items())
+        yield tuple((columns | extra).items())
 
 
-def _names(role: str, layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> Sequence[str]:
-    if role in named:
-        return [named[role]]
-    if role == "prompt" and (layout.kind == "prompts" or "instruction" in value or "input" in named):
-        return _KNOWN_COLUMNS[role][:-1]
-    return _KNOWN_COLUMNS[role]
+def _choices(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, list[str]]:
+    """Columns of a row by the roles of a layout that they may have."""
+    names = {role: [named[role]] if role in named else [*_KNOWN_COLUMNS[role]] for role in layout.cells}
+    if "prompt" in names.keys() - named and (layout.kind == "prompts" or "instruction" in value or "input" in named):
+        names["prompt"].remove("input")
+    return {role: [name for name in columns if name in value] for role, columns in names.items()}
 
 
 def _fits(layout: _Layout, value: dict[str, Any], columns: tuple[tuple[str, str], ...], forgiving: bool) -> bool:
@@ -288,16 +286,14 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
     where = f"{source}, `columns`"
     for role in named:
         if role not in ROLES:
-            near = difflib.get_close_matches(role, ROLES, n=1)
-            advice = f"did you mean `{near[0]}`?" if near else ""
-            expected = f"one of{_folded(', '.join(ROLES))}"
-            raise UserError(f"there is no role `{short(role)}`", where=where, expected=expected, advice=advice)
+            expected = "one of" + "".join(f"\n    {line}" for line in textwrap.wrap(", ".join(ROLES), 70))
+            what, advice = f"there is no role `{short(role)}`", did_you_mean(role, ROLES)
+            raise UserError(what, where=where, expected=expected, advice=advice)
     present = dict.fromkeys(column for value in values for column in value)
     for role, column in named.items():
         if values and column not in present:
-            near = difflib.get_close_matches(column, list(present), n=1)
-            advice = f"did you mean `{short(near[0])}`?" if near else ""
             what = f"`{role}: {short(column)}`, but there is no such column"
+            advice = did_you_mean(column, map(short, present))
             raise UserError(what, where=where, expected=_shown(present), advice=advice)
 
 
@@ -318,7 +314,11 @@ def _check_votes(shape: Shape, values: Sequence[dict[str, Any]], source: str) ->
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
-    ways = "".join(f"\n    {shape.name}: {_columns_text(shape)}" for shape in (first, second))
+    cells = {layout.name: layout.cells for layout in _LAYOUTS}
+    ways = "".join(
+        f"\n    {shape.name}: {_listed([column for role, column in shape.columns if role in cells[shape.layout]])}"
+        for shape in (first, second)
+    )
     pair = {role: column for role, column in first.columns if (role, column) not in second.columns}
     example = ", ".join(f"{role}: {short(column)}" for role, column in pair.items())
     return UserError(
@@ -326,11 +326,6 @@ def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
         where=source,
         advice=f"say which by `columns:`, such as {{{example}}}",
     )
-
-
-def _columns_text(shape: Shape) -> str:
-    cells = next(layout.cells for layout in _LAYOUTS if layout.name == shape.layout)
-    return _listed([column for role, column in shape.columns if role in cells])
 
 
 def _no_shape(
@@ -341,9 +336,16 @@ def _no_shape(
     layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
     layouts = [layout for layout in layouts if named.keys() <= layout.roles] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
-    nearest = max(layouts, key=lambda layout: _overlap(layout, merged, named))
-    if _found(nearest, merged, named):
-        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {_amiss(nearest, merged, named)}"
+    present = {
+        layout.name: {role: names[0] for role, names in _choices(layout, merged, named).items() if names}
+        for layout in layouts
+    }
+    nearest = max(
+        layouts, key=lambda layout: (len(present[layout.name]) / len(layout.cells), len(present[layout.name]))
+    )
+    if present[nearest.name]:
+        amiss = _amiss(nearest, present[nearest.name], merged, named)
+        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {amiss}"
     else:
         expected = "one of" + "".join(f"\n    {layout.name}: {layout.meaning}" for layout in layouts)
     return UserError(
@@ -354,27 +356,13 @@ def _no_shape(
     )
 
 
-def _found(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, str]:
-    """Role -> column, of those roles of a layout that have one."""
-    names = {role: [name for name in _names(role, layout, value, named) if name in value] for role in layout.cells}
-    return {role: found[0] for role, found in names.items() if found}
-
-
-def _overlap(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> tuple[float, int]:
-    found = len(_found(layout, value, named))
-    return found / len(layout.cells), found
-
-
-def _amiss(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> str:
-    """What keeps a row from having a layout."""
-    unknown = [role for role in named if role not in layout.roles]
-    if unknown:
+def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:
+    """What keeps a row from having a layout, of whose roles it has the `present` ones."""
+    if unknown := [role for role in named if role not in layout.roles]:
         return f"but it has no {_listed(unknown)}, which `columns` names"
-    found = _found(layout, value, named)
-    missing = [_KNOWN_COLUMNS[role][0] for role in layout.cells if role not in found]
-    if missing:
+    if missing := [_KNOWN_COLUMNS[role][0] for role in layout.cells if role not in present]:
         return f"but there is no {_listed(missing)}"
-    misfits = [column for role, column in found.items() if not layout.cells[role](value[column])]
+    misfits = [column for role, column in present.items() if not layout.cells[role](value[column])]
     if not misfits:
         return "but no row has all of it"
     return f"but `{short(misfits[0])}` is {json_type(value[misfits[0]])} that does not fit"
@@ -382,11 +370,6 @@ def _amiss(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> 
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"`{short(name)}`" for name in names)
-
-
-def _folded(text: str) -> str:
-    """`text` as indented lines of their own."""
-    return "".join(f"\n    {line}" for line in textwrap.wrap(text, 70))
 
 
 def _shown(columns: Sequence[str] | Mapping[str, Any]) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -38,10 +37,10 @@ from prefold.files import new_file
 from prefold.generation.engine import LocalEngine, end_tokens
 from prefold.generation.sampling import Sampling
 from prefold.terminal import progress_bar
+from prefold.trees.attention import unwrapped
 from prefold.trees.forest import Text
+from prefold.trees.identity import model_digest
 from prefold.trees.reader import Reader, choose_reader
-from prefold.trees.reference import hash_tensors
-from prefold.trees.scorer import unwrapped
 
 VERSION = "1"
 """Part of the name of remembered responses; to be raised when the numbers that this engine gives change."""
@@ -207,16 +206,10 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         prompts = [self._prompt(context, room) for context in contexts]
 
         def write() -> list[str]:
-            own, texts = ranks.share([len(prompt) for prompt in prompts]), {}
-            engine = LocalEngine(self._model, self.tokenizer)
-            with progress_bar(self.label, len(own)) as advance:
-                stream = engine.stream([prompts[i] for i in own], sampling, [places[i] for i in own])
-                for place, [completion] in stream:
-                    text = str(self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
-                    texts[own[place]] = str(postprocess_generated_text(text, until, None))
-                    advance(1, "")
-            texts = ranks.merged(texts)
-            return [texts[place] for place in range(len(prompts))]
+            with progress_bar(self.label, len(prompts)) as advance:
+                answers = LocalEngine(self._model, self.tokenizer).sample(prompts, sampling, places, advance)
+            texts = (self.tokenizer.decode(list(one.token_ids), skip_special_tokens=True) for [one] in answers)
+            return [str(postprocess_generated_text(str(text), until, None)) for text in texts]
 
         asked = [(prompt, place if sampling.temperature else 0) for prompt, place in zip(prompts, places, strict=True)]
         return list(self._remembered(f"completions {sampling!r} {until!r}", asked, write))
@@ -278,18 +271,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     """All that decides how a model responds to a request."""
+
+    def adapters(module: nn.Module) -> object:
+        if not isinstance(module, BaseTunerLayer):
+            return ""
+        scaling = getattr(module, "scaling", None)
+        return module.active_adapters, module.disable_adapters, module.merged_adapters, scaling
+
     base = unwrapped(model)
-    config = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
-    digest = hashlib.sha256(f"{VERSION} torch={torch.__version__} {base.device.type} {base.dtype}".encode())
-    digest.update(json.dumps([config, sorted(tokenizer.get_vocab().items())], default=str, sort_keys=True).encode())
+    digest = model_digest(model, model.state_dict().items(), adapters, f"{VERSION} {base.device.type} {base.dtype}")
+    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(str(base.generation_config).encode())
-    hash_tensors(digest, model.state_dict().items())
-    for module in model.modules():
-        digest.update(str(getattr(module, "compute_dtype", "")).encode())
-        if isinstance(module, BaseTunerLayer):
-            states = (module.active_adapters, module.disable_adapters, module.merged_adapters)
-            digest.update(repr([*states, getattr(module, "scaling", None)]).encode())
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prefold.evaluation.paired import Floats, estimate, exchange_test, mean_interval
-from prefold.generation.groups import Group
+from prefold.rewards.scoring import Group
 
 
 def compare_rewards(before: Sequence[Group], after: Sequence[Group], seed: int = 0) -> dict[str, Any]:

@@ -30,7 +30,9 @@ from prefold.evaluation.suites import SUITES, Wanted, wanted_by
 from prefold.evaluation.task_names import WHERE, manager_of
 from prefold.files import cache_folder, without_home, without_secrets
 from prefold.models.adapters import load_start
-from prefold.models.load import choose_device, quiet, tokenizer_of
+from prefold.models.device import choose_device
+from prefold.models.load import tokenizer_of
+from prefold.models.messages import quiet
 from prefold.recipe import Evaluate, Model
 from prefold.trees.memory import free_memory
 

@@ -28,8 +28,9 @@ from prefold.evaluation.paired import Floats, estimate, paired_test
 from prefold.files import cache_folder
 from prefold.generation.endpoint import Endpoint, Refused, in_parallel
 from prefold.recipe import EndpointJudge, RewardBase
-from prefold.rewards.functions import LoadedReward, open_rewards, score, weighted
 from prefold.rewards.judge import Judge, NoVerdict
+from prefold.rewards.load import load_rewards
+from prefold.rewards.scoring import LoadedReward, score, weighted
 from prefold.terminal import progress_bar
 
 FAILURES_IN_A_ROW = 10
@@ -122,7 +123,7 @@ def open_judge(spec: EndpointJudge | RewardBase, token_ids: TokenIds) -> Compare
     if isinstance(spec, EndpointJudge):
         endpoint = Endpoint(spec.endpoint, spec.model, spec.timeout)
         return _EndpointCompares(Judge.at(endpoint, cache_folder()), spec.concurrency)
-    [reward] = open_rewards([spec], ["prompts", "completions", "completion_ids"])
+    [reward] = load_rewards([spec], ["prompts", "completions", "completion_ids"])
     return _RewardCompares(reward, spec.settings.get("model"), token_ids)
 
 

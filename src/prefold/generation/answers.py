@@ -18,23 +18,13 @@ from prefold.generation.engine import answer
 from prefold.generation.sampling import Sampling
 from prefold.models.adapters import load_start
 from prefold.models.load import tokenizer_of
-from prefold.recipe import Model, RecipeBase, load_recipe
-from prefold.recipe.bounds import require_bounds
+from prefold.recipe import Generate, Model, RecipeBase, load_recipe, make_section
+from prefold.recipe.signature import with_fields
 
 
+@with_fields(Generate)
 def generate(
-    model: str | Path,
-    prompts: str | Sequence[str] = (),
-    *,
-    file: str | Path | None = None,
-    system: str | None = None,
-    max_new_tokens: int = 256,
-    num_answers: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int = 42,
+    model: str | Path, prompts: str | Sequence[str] = (), *, file: str | Path | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
     """Answer prompts by a model, in its chat format.
 
@@ -42,9 +32,7 @@ def generate(
         model: a run folder (its merged model), or a model by any name that `model.name` can have.
         prompts: what a user says; each begins a conversation.
         file: more prompts, one a line, or .jsonl with a field `prompt`.
-        system: a message before each of them.
-        max_new_tokens: of an answer. num_answers: to each prompt.
-        temperature: 0 is greedy. top_p, top_k, min_p, seed: how tokens are drawn above that, as in `evaluate`.
+        **settings
 
     Returns:
         `{"prompt": ..., "answers": [...]}` for each prompt.
@@ -52,18 +40,16 @@ def generate(
     Raises:
         UserError: there is no prompt, a value is out of its bounds, the file cannot be read, the model cannot be had.
     """
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
-    require_bounds(max_new_tokens=max_new_tokens, num_answers=num_answers, **drawn)
-    sampling = Sampling(max_new_tokens, num_answers, temperature, top_p, top_k, min_p, seed)
+    wanted = make_section(Generate, settings)
     given = [prompts] if isinstance(prompts, str) else prompts
     texts = [*given, *(read_prompts(Path(file)) if file else [])]
     if not texts:
         raise UserError("no prompt", expected="a prompt as argument, or `--file prompts.txt`")
-    before = [Message(role="system", content=system)] if system else []
+    before = [Message(role="system", content=wanted.system)] if wanted.system else []
     loaded, tokenizer = open_model(str(model))
     conversations = [[*before, Message(role="user", content=text)] for text in texts]
-    answers = answer(loaded, tokenizer, conversations, sampling)
-    return [{"prompt": text, "answers": found} for text, found in zip(texts, answers, strict=True)]
+    answers = answer(loaded, tokenizer, conversations, Sampling.of(wanted, wanted.num_answers))
+    return [{"prompt": text, "answers": given} for text, given in zip(texts, answers, strict=True)]
 
 
 def print_answers(answers: Sequence[dict[str, Any]]) -> None:
@@ -102,6 +88,18 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return _load(model_named(name))
 
 
+def open_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a run started from."""
+    recipe = run_recipe(name)
+    if recipe is None:
+        raise UserError("`--compare` needs to know the base", where=name, expected="a run folder")
+    return _load(recipe.model)
+
+
+def _load(section: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_start(section), tokenizer_of(section)
+
+
 def model_named(name: str) -> Model:
     """How to load a model by name, or the merged model of a run folder.
 
@@ -117,18 +115,6 @@ def model_named(name: str) -> Model:
     return recipe.model.whole(merged)
 
 
-def open_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a run started from."""
-    recipe = run_recipe(name)
-    if recipe is None:
-        raise UserError("`--compare` needs to know the base", where=name, expected="a run folder")
-    return _load(recipe.model)
-
-
 def run_recipe(name: str) -> RecipeBase | None:
     """The recipe of a run folder; None if `name` is something else."""
     return load_recipe(name) if (Path(name).expanduser() / "recipe.yaml").is_file() else None
-
-
-def _load(section: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_start(section), tokenizer_of(section)

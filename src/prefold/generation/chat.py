@@ -10,6 +10,7 @@ from prefold.data.preference import Message
 from prefold.generation.answers import open_base, open_model
 from prefold.generation.engine import answer
 from prefold.generation.sampling import Sampling
+from prefold.recipe import Chat
 
 HELP = "An empty line or Ctrl-D ends; /new starts over."
 
@@ -26,14 +27,14 @@ class Speaker:
         """Answer on stdout as the tokens come."""
         self.messages.append(Message(role="user", content=text))
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        [[answered]] = answer(self.model, self.tokenizer, [self.messages], sampling, streamer=streamer, progress=False)
-        self.messages.append(Message(role="assistant", content=answered))
+        [[reply]] = answer(self.model, self.tokenizer, [self.messages], sampling, streamer=streamer, progress=False)
+        self.messages.append(Message(role="assistant", content=reply))
 
 
-def chat_loop(name: str, compare: bool, system: str | None, sampling: Sampling) -> None:
-    console = Console(highlight=False)
-    speakers = [Speaker("before", *open_base(name), system)] if compare else []
-    speakers.append(Speaker("after" if compare else "model", *open_model(name), system))
+def chat_loop(name: str, compare: bool, settings: Chat) -> None:
+    console, sampling = Console(highlight=False), Sampling.of(settings)
+    speakers = [Speaker("before", *open_base(name), settings.system)] if compare else []
+    speakers.append(Speaker("after" if compare else "model", *open_model(name), settings.system))
     console.print(HELP, style="dim")
     while text := _line():
         for speaker in speakers:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 
-from prefold.data.preference import Message
+from prefold.data.preference import Message, Prompt
 from prefold.errors import UserError
+from prefold.generation.samplers import Answer, Answers
+from prefold.generation.sampling import Sampling, seed_of
 
 KEY = "OPENAI_API_KEY"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -47,13 +49,6 @@ class _Passing(Exception):
         super().__init__(what)
 
 
-class Answer(NamedTuple):
-    """What a model has written, perhaps nothing; `finished`: not cut off by the limit of its length."""
-
-    text: str
-    finished: bool = True
-
-
 @dataclass
 class Usage:
     """What was asked of an endpoint so far. Tokens are those that it tells of; few servers tell none."""
@@ -64,12 +59,12 @@ class Usage:
     _lock: Lock = field(default_factory=Lock, repr=False)
 
     def add(self, reply: Any) -> None:
-        told = reply.get("usage") if isinstance(reply, dict) else None
-        told = told if isinstance(told, dict) else {}
+        usage = reply.get("usage") if isinstance(reply, dict) else None
+        usage = usage if isinstance(usage, dict) else {}
         with self._lock:
             self.calls += 1
-            self.prompt_tokens += _whole(told.get("prompt_tokens"))
-            self.completion_tokens += _whole(told.get("completion_tokens"))
+            self.prompt_tokens += _whole(usage.get("prompt_tokens"))
+            self.completion_tokens += _whole(usage.get("completion_tokens"))
 
     def as_json(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("calls", "prompt_tokens", "completion_tokens")}
@@ -154,10 +149,10 @@ class Endpoint:
             raise _Passing(f"cannot be reached: {self._safe(error) or type(error).__name__}") from None
         status = response.status_code
         if status >= 500 or status in _TRY_AGAIN:
-            raise _Passing(f"HTTP {status}: {self._told(response)}", _asked_wait(response))
+            raise _Passing(f"HTTP {status}: {self._complaint(response)}", _retry_after(response))
         if not response.is_success:
             kind = Refused if status in _ABOUT_THE_REQUEST else UserError
-            raise kind(f"HTTP {status}: {self._told(response)}", where=self.url, advice=_ADVICE.get(status, ""))
+            raise kind(f"HTTP {status}: {self._complaint(response)}", where=self.url, advice=_ADVICE.get(status, ""))
         return self._answer(response)
 
     def _answer(self, response: httpx2.Response) -> Answer:
@@ -181,7 +176,7 @@ class Endpoint:
         # Half a character (a lone surrogate) could not be written to any file.
         return Answer((content or "").encode("utf-8", "replace").decode("utf-8").strip(), finished)
 
-    def _told(self, response: httpx2.Response) -> str:
+    def _complaint(self, response: httpx2.Response) -> str:
         """What the server says about its refusal."""
         try:
             reply = response.json()
@@ -205,17 +200,58 @@ _ADVICE = {
 }
 
 
-def _asked_wait(response: httpx2.Response) -> float:
+def _retry_after(response: httpx2.Response) -> float:
     """Seconds of the header Retry-After, which are a number or a date."""
-    asked = response.headers.get("Retry-After", "")
+    wait = response.headers.get("Retry-After", "")
     try:
-        return float(asked)
+        return float(wait)
     except ValueError:
         pass
     try:
-        return (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds()
+        return (parsedate_to_datetime(wait) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):
         return 0.0
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model behind an endpoint as a sampler. One request for each answer: many servers give only one at a time."""
+
+    endpoint: Endpoint
+    sampling: Sampling
+    concurrency: int
+
+    @property
+    def name(self) -> str:
+        return self.endpoint.model
+
+    @property
+    def identity(self) -> Any:
+        return self.endpoint.url, self.endpoint.model, asdict(self.sampling)
+
+    def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
+        def answers(index: int) -> Answers:
+            try:
+                return [self._answer(prompts[index], index, number) for number in range(self.sampling.num_answers)]
+            except Refused as refused:
+                return refused
+
+        return in_parallel(answers, wanted, self.concurrency)
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        return None
+
+    def _answer(self, prompt: Prompt, index: int, number: int) -> Answer:
+        sampling = self.sampling
+        # Few servers know the other fields, and some refuse those that they do not know.
+        optional = {"top_p": (sampling.top_p, 1.0), "top_k": (sampling.top_k, 0), "min_p": (sampling.min_p, 0.0)}
+        return self.endpoint.ask(
+            prompt.prompt,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=seed_of(sampling.seed, index, number),
+            **{name: value for name, (value, default) in optional.items() if value != default},
+        )
 
 
 def in_parallel(

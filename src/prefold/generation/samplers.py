@@ -1,4 +1,5 @@
-"""A model's answers to many prompts, by a model of this machine or one behind an endpoint.
+"""A model's answers to many prompts: what models of this machine and those behind an endpoint have in common, and
+those of this machine.
 
 What a prompt is answered with depends on the prompts, the settings and the seed, and not on what was answered before:
 work that was stopped goes on with the same answers.
@@ -7,10 +8,10 @@ work that was stopped goes on with the same answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,6 @@ from prefold.data.chat import render, require_chat_template
 from prefold.data.preference import Prompt
 from prefold.errors import UserError
 from prefold.generation.answers import open_model, run_recipe
-from prefold.generation.endpoint import Answer, Endpoint, Refused, in_parallel
 from prefold.generation.engine import LocalEngine
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.sampling import Sampling
@@ -28,21 +28,31 @@ from prefold.models.load import load_tokenizer
 from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
 
-Answers = list[Answer] | UserError
-"""The answers to a prompt, or why it has none."""
 REFUSALS_IN_A_ROW = 10
 """Prompts without an answer after which nothing more is expected."""
+
+
+class Answer(NamedTuple):
+    """What a model has written, perhaps nothing; `finished`: not cut off by the limit of its length."""
+
+    text: str
+    finished: bool = True
+
+
+Answers = list[Answer] | UserError
+"""The answers to a prompt, or why it has none."""
 
 
 class Sampler(Protocol):
     @property
     def name(self) -> str: ...
 
-    def keys(self, prompts: Sequence[Prompt]) -> list[str]:
-        """For each prompt what its answers depend on, as a key."""
+    @property
+    def identity(self) -> Any:
+        """What its answers depend on beside the prompt: model and settings."""
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
-        """The answers to the prompts at the wanted places (and perhaps to others), in any order."""
+        """The answers to the prompts at the indices `wanted`, in any order."""
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
         """The tokens of answers; None where the tokenizer is not known."""
@@ -54,24 +64,23 @@ def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> li
     Raises:
         UserError: all prompts are refused, or many in a row.
     """
-    keys = sampler.keys(prompts)
-    missing = [place for place, key in enumerate(keys) if key not in work]
+    keys = [key_of("answers", sampler.identity, index, prompt.prompt) for index, prompt in enumerate(prompts)]
+    missing = [index for index, key in enumerate(keys) if key not in work]
     refusals: list[UserError] = []
     label = f"answers of {Path(sampler.name).name[:24]}"
     with progress_bar(label, len(prompts), len(prompts) - len(missing)) as advance:
-        for place, answers in sampler.sample(prompts, missing) if missing else ():
+        for index, answers in sampler.sample(prompts, missing) if missing else ():
             if isinstance(answers, UserError):
                 refusals.append(answers)
                 if len(refusals) == REFUSALS_IN_A_ROW:
                     raise answers
                 continue
             refusals.clear()
-            if keys[place] not in work:
-                work.add(keys[place], answers)
-                advance(1, "")
+            work.add(keys[index], answers)
+            advance(1, "")
     if refusals and not any(key in work for key in keys):
         raise refusals[-1]
-    return [[Answer(*one) for one in work[key]] if key in work else None for key in keys]
+    return [[Answer(*answer) for answer in work[key]] if key in work else None for key in keys]
 
 
 class LocalModel:
@@ -88,24 +97,24 @@ class LocalModel:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self._folder)
 
-    def keys(self, prompts: Sequence[Prompt]) -> list[str]:
-        model = (self.name, files_of(self._folder), asdict(self._sampling))
-        return [key_of("answers", model, place, prompt.prompt) for place, prompt in enumerate(prompts)]
+    @property
+    def identity(self) -> Any:
+        return self.name, files_of(self._folder), asdict(self._sampling)
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
         model, tokenizer = open_model(self.name)
         require_chat_template(tokenizer)
-        fit: dict[int, list[int]] = {}
-        for place in wanted:
-            ids = _ids_of(prompts[place], tokenizer)
-            if isinstance(ids, UserError):
-                yield place, ids
-            else:
-                fit[place] = ids
-        # A prompt's own place, so that its answers stay the same where others have theirs already.
-        places = list(fit)
-        for index, completions in LocalEngine(model, tokenizer).stream(list(fit.values()), self._sampling, places):
-            yield places[index], [Answer(one.text.strip(), one.finished) for one in completions]
+        rendered: dict[int, list[int]] = {}
+        for index in wanted:
+            try:
+                rendered[index] = render(prompts[index].prompt, tokenizer)
+            except (TemplateError, TypeError) as error:
+                where = f"{prompts[index].origin.source}, row {prompts[index].origin.row}"
+                yield index, UserError(f"the chat template refuses the prompt: {error}", where=where)
+        # Random numbers by a prompt's own index, so that its answers stay the same where others have theirs already.
+        indices, ids = list(rendered), list(rendered.values())
+        for done, completions in LocalEngine(model, tokenizer).stream(ids, self._sampling, indices):
+            yield indices[done], [Answer(completion.text.strip(), completion.finished) for completion in completions]
         del model
         free_memory()
 
@@ -116,64 +125,7 @@ class LocalModel:
         return ids
 
 
-def _ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int] | UserError:
-    """The prompt's tokens, or why it has none."""
-    try:
-        return render(prompt.prompt, tokenizer)
-    except (TemplateError, TypeError) as error:
-        where = f"{prompt.origin.source}, row {prompt.origin.row}"
-        return UserError(f"the chat template refuses the prompt: {error}", where=where)
-
-
-@dataclass(frozen=True)
-class RemoteModel:
-    """A model behind an endpoint. One request for each answer: many servers give only one at a time."""
-
-    endpoint: Endpoint
-    sampling: Sampling
-    concurrency: int
-
-    @property
-    def name(self) -> str:
-        return self.endpoint.model
-
-    def keys(self, prompts: Sequence[Prompt]) -> list[str]:
-        model = (self.endpoint.url, self.endpoint.model, asdict(self.sampling))
-        return [key_of("answers", model, place, prompt.prompt) for place, prompt in enumerate(prompts)]
-
-    def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
-        def answers(place: int) -> Answers:
-            try:
-                return [self._answer(prompts[place], place, number) for number in range(self.sampling.num_answers)]
-            except Refused as refused:
-                return refused
-
-        return in_parallel(answers, wanted, self.concurrency)
-
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
-        return None
-
-    def _answer(self, prompt: Prompt, place: int, number: int) -> Answer:
-        drawn = self.sampling
-        # Few servers know the other fields, and some refuse those that they do not know.
-        optional = {"top_p": (drawn.top_p, 1.0), "top_k": (drawn.top_k, 0), "min_p": (drawn.min_p, 0.0)}
-        return self.endpoint.ask(
-            prompt.prompt,
-            max_tokens=drawn.max_new_tokens,
-            temperature=drawn.temperature,
-            seed=seed_of(drawn.seed, place, number),
-            **{name: value for name, (value, default) in optional.items() if value != default},
-        )
-
-
-def seed_of(*parts: int) -> int:
-    """A seed below 2^31 for a part of the work."""
-    return int(key_of(*parts)[:8], 16) >> 1
-
-
 def files_of(folder: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of the files of a model folder: other weights under its name are another model."""
-    found = [
-        (file.name, file.stat()) for ending in ("safetensors", "json", "jinja") for file in folder.glob(f"*.{ending}")
-    ]
-    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+    files = [(file.name, file.stat()) for kind in ("safetensors", "json", "jinja") for file in folder.glob(f"*.{kind}")]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from prefold.importing.draft import Draft, Group, Note
+from prefold.recipe import Recipe
 from prefold.recipe.explain import section_fields
 
 WIDTH = 80
@@ -19,9 +20,9 @@ _BLOCKS = ("data.train", "data.eval", "rewards", "mixed.losses")
 def nested(draft: Draft) -> dict[str, Any]:
     """The values of the recipe, in the order in which a recipe has its fields."""
     found: dict[str, Any] = {}
-    for section in section_fields([]):
+    for section in section_fields(Recipe):
         dotted = [field for field in draft.values if field == section or field.startswith(section + ".")]
-        order = list(section_fields([section]))
+        order = list(section_fields(Recipe, [section]))
         for field in sorted(dotted, key=lambda one: order.index(_last(one)) if _last(one) in order else -1):
             value = draft.values[field]
             if value is None:

@@ -1,22 +1,30 @@
-"""Adapters from a folder: one that training goes on with, one that is merged; and what training starts from."""
+"""LoRA: a fresh adapter, one from a folder that training goes on with or that is merged; what training starts from."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel, get_peft_model_state_dict
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from prefold.errors import UserError
+from prefold.errors import UserError, first_line
 from prefold.files import without_home
 from prefold.models.chat_format import vocabulary_rows
-from prefold.models.load import UNREADABLE, add_lora, chat_tokens, first_line, load_model, quiet, ready_to_train
+from prefold.models.load import chat_tokens, load_model
+from prefold.models.messages import UNREADABLE, quiet
 from prefold.recipe import Lora, Model
+from prefold.trees.fused_lora import fuse_lora
+from prefold.trees.head import SCORE, score_layer
 from prefold.trees.scorer import freeze_reference
-from prefold.trees.scores import HEAD, score_layer
+from prefold.trees.trained_rows import fuse_trained_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -50,6 +58,123 @@ def load_start(section: Model, *, dtype: str | None = None) -> PreTrainedModel:
     return cast(PreTrainedModel, merged.eval())
 
 
+# ---- fresh weights ------------------------------------------------------------------------------------------------
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
+    """Put fresh LoRA weights on a model: float32, the same for the same seed, a no-op before the first step. A head
+    that gives scores is trained whole.
+
+    Args:
+        tokens: ids whose rows in the embeddings and the head are trained as well.
+
+    Raises:
+        UserError: `target_modules` or `modules_to_save`, or one of their names, fits no module of the model.
+    """
+    _require_targets(model, lora.target_modules)
+    _require_modules(model, lora)
+    scores = score_layer(model) is not None
+    tied = bool(model.config.get_text_config().tie_word_embeddings) and not scores
+    config = LoraConfig(
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=cast(int, lora.lora_alpha),  # peft only divides it by r: any number will do
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=[*lora.modules_to_save] or None,  # peft adds the head to it, if that gives scores
+        ensure_weight_tying=tied and bool(lora.modules_to_save),
+        trainable_token_indices=_rows_to_train(model, lora, tokens) or None,
+    )
+    with quiet(), torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
+        torch.manual_seed(seed)
+        try:
+            adapted = get_peft_model(model, config)
+        except (ValueError, TypeError) as error:
+            if "trainable_token_indices" in str(error):
+                what = "the embeddings and the head cannot get LoRA weights beside `model.chat_template`"
+                advice = "leave them out, or train them whole by `lora.modules_to_save`"
+                raise UserError(what, where="`lora.target_modules`", advice=advice) from None
+            if "target" in str(error).lower():
+                raise _no_target(model, f"{lora.target_modules!r} cannot be adapted: {first_line(error)}") from None
+            raise
+    ready_to_train(adapted)
+    return adapted
+
+
+def ready_to_train(adapted: PeftModel) -> None:
+    """Keep what is trained in float32, which half-precision copies of whole modules are not, and compute it fast.
+
+    Raises:
+        UserError: DoRA over 8-bit weights on a CPU, where unpacking them breaks them.
+    """
+    settings = cast(LoraConfig, adapted.peft_config["default"])
+    if settings.use_dora and getattr(adapted, "is_loaded_in_8bit", False) and adapted.device.type == "cpu":
+        advice = "take `load_in_4bit`, or LoRA without DoRA"
+        what = "DoRA over 8-bit weights cannot be computed on a CPU"
+        raise UserError(what, where="`model.load_in_8bit`", advice=advice)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    fuse_lora(adapted)
+    fuse_trained_rows(adapted)
+
+
+def _rows_to_train(model: PreTrainedModel, lora: Lora, tokens: Sequence[int]) -> dict[str, list[int]]:
+    """By module, the rows that peft is to train; a matrix that is trained as a whole needs none."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    whole = [name for name in names if any(_ends_with(name, saved) for saved in lora.modules_to_save)]
+    if whole and model.config.get_text_config().tie_word_embeddings:
+        return {}
+    return {name: list(tokens) for name in names if tokens and name not in whole}
+
+
+def _ends_with(name: str, wanted: str) -> bool:
+    """Whether peft would say that a module of this name is meant."""
+    return f".{name}".endswith(f".{wanted}")
+
+
+def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
+    """Every name in `targets` fits some module: peft only minds when none of them does."""
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        try:
+            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise _no_target(model, f"{targets!r} is not a regular expression: {error}") from None
+    else:
+        missing = [target for target in targets if not any(_ends_with(name, target) for name in names)]
+    if missing or not targets:
+        raise _no_target(model, f"no module of the model is called {', '.join(map(repr, missing)) or 'nothing'}")
+
+
+def _no_target(model: nn.Module, what: str) -> UserError:
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    names = sorted({name.split(".")[-1] for name in linear})
+    return UserError(what, where="`lora.target_modules`", expected=f"all-linear, or some of {', '.join(names)}")
+
+
+def _require_modules(model: nn.Module, lora: Lora) -> None:
+    """Every name in `modules_to_save` fits some module, and its weights can be trained."""
+    modules = dict(model.named_modules())
+    for wanted in lora.modules_to_save:
+        meant = [module for name, module in modules.items() if _ends_with(name, wanted)]
+        if not meant:
+            known = sorted({name.split(".")[-1] for name in modules if name and not name.split(".")[-1].isdigit()})
+            what, expected = f"no module of the model is called {wanted!r}", f"some of {', '.join(known)}"
+            raise UserError(what, where="`lora.modules_to_save`", expected=expected)
+        if not all(weight.is_floating_point() for module in meant for weight in module.parameters()):
+            what = f"{wanted!r} is quantised, and quantised weights cannot be trained whole"
+            raise UserError(what, where="`lora.modules_to_save`", expected="embeddings, head or norms")
+
+
+# ---- from a folder ------------------------------------------------------------------------------------------------
+
+
 def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
     """Put the LoRA adapter of a folder on its base.
 
@@ -60,31 +185,35 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     where = without_home(str(folder))
     config = _config_of(folder, where)
     _require_same_base(config, model, where)
-    if score_layer(model) is not None and HEAD not in (config.get("modules_to_save") or ()):
+    if score_layer(model) is not None and SCORE not in (config.get("modules_to_save") or ()):
         advice = "merge it, and train a reward model on the merged model"
         raise UserError("has no score head", where=where, expected="an adapter of a reward model", advice=advice)
+    reason = ""
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(
                 model, str(folder), is_trainable=is_trainable, torch_device=str(model.device)
             )
             wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            stored = set(file.keys())
+        if missing := wanted - stored:
+            reason = f"it lacks {len(missing)} tensors, e.g. {min(missing)}"
+        elif unknown := stored - wanted:
+            reason = f"it holds {len(unknown)} tensors without a place, e.g. {min(unknown)}"
     except (*UNREADABLE, AttributeError) as error:
-        raise _does_not_fit(first_line(error), model, where) from None
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        stored = set(file.keys())
-    if missing := wanted - stored:
-        raise _does_not_fit(f"it lacks {len(missing)} tensors, e.g. {min(missing)}", model, where)
-    if unknown := stored - wanted:
-        raise _does_not_fit(f"it holds {len(unknown)} tensors without a place, e.g. {min(unknown)}", model, where)
+        reason = first_line(error)
+    if reason:
+        what = f"does not fit the model `{model.name_or_path}`: {reason}"
+        raise UserError(what, where=where, expected="an adapter that was trained on this model")
     return adapted
 
 
 def _config_of(folder: Path, where: str) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        missing = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
-        what = f"is not an adapter folder: {missing} is missing"
-        raise UserError(what, where=where, expected=f"{CONFIG} and {WEIGHTS}, e.g. a run's `adapter/`")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            what = f"is not an adapter folder: {name} is missing"
+            raise UserError(what, where=where, expected=f"{CONFIG} and {WEIGHTS}, e.g. a run's `adapter/`")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config["peft_type"]
@@ -100,21 +229,11 @@ def _require_same_base(config: dict[str, Any], model: PreTrainedModel, where: st
     """By name, wherever the two lie; and the tokens that the adapter trains are in the vocabulary."""
     named = str(config.get("base_model_name_or_path") or "").rstrip("/")
     if named and Path(named).name.lower() != Path(str(model.name_or_path)).name.lower():
-        raise UserError(
-            f"is an adapter of `{without_home(named)}`, not of `{model.name_or_path}`",
-            where=where,
-            advice=f"name its base in `model.name`; if the two are one, mend `base_model_name_or_path` in {CONFIG}",
-        )
+        what = f"is an adapter of `{without_home(named)}`, not of `{model.name_or_path}`"
+        advice = f"name its base in `model.name`; if the two are one, mend `base_model_name_or_path` in {CONFIG}"
+        raise UserError(what, where=where, advice=advice)
     tokens = config.get("trainable_token_indices") or []
     largest = max((max(ids) for ids in (tokens.values() if isinstance(tokens, dict) else [tokens]) if ids), default=0)
     if largest >= vocabulary_rows(model):
-        raise UserError(
-            f"trains token {largest}, which the vocabulary of the model does not have",
-            where=where,
-            advice="set `model.chat_template` as it was when the adapter was made",
-        )
-
-
-def _does_not_fit(reason: str, model: PreTrainedModel, where: str) -> UserError:
-    what = f"does not fit the model `{model.name_or_path}`: {reason}"
-    return UserError(what, where=where, expected="an adapter that was trained on this model")
+        what = f"trains token {largest}, which the vocabulary of the model does not have"
+        raise UserError(what, where=where, advice="set `model.chat_template` as it was when the adapter was made")

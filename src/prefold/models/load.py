@@ -1,20 +1,11 @@
-"""Base model, tokenizer, dtype, attention, fresh LoRA weights."""
+"""A base model and its tokenizer, from the folder that a recipe's name stands for."""
 
 from __future__ import annotations
 
-import os
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,71 +16,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.pytorch_utils import Conv1D
 
 from prefold import ranks
 from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.models.chat_format import fit_vocabulary, set_chat_format
+from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch
+from prefold.models.messages import UNREADABLE, quiet, unreadable
 from prefold.models.quantised import prepare_quantised, quantisation
 from prefold.models.score_head import set_up_head
-from prefold.recipe import Lora, Model
-from prefold.trees.lora import fuse_lora
-from prefold.trees.scores import score_layer
-from prefold.trees.tokens import fuse_tokens
+from prefold.recipe import Model
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
 """Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What transformers raises for a folder that is not a sound model: each kind of file has a reader of its own."""
-
-
-def choose_device() -> torch.device:
-    """Where to compute; of several GPUs, the one that the launcher gave this process."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(rank)) if (rank := os.environ.get("LOCAL_RANK")) else torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """The dtype that a recipe's `auto` means on a device: what it computes in natively."""
-    if setting != "auto":
-        chosen: torch.dtype = getattr(torch, setting)
-        return chosen
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
-    return torch.float32
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' progress bars and advice out of the terminal; errors still raise."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -105,7 +45,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain `Exception` for a file that it cannot read
-        raise explained("its tokenizer cannot be loaded", error, folder.name) from None
+        raise unreadable("its tokenizer cannot be loaded", error, folder.name) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -113,17 +53,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def tokenizer_of(section: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model as a recipe names it, with the chat format that it is to learn."""
-    return _tokenizer_and_tokens(section)[0]
+    tokenizer = load_tokenizer(fetch(section.name, section.revision, weights=False))
+    if section.chat_template:
+        set_chat_format(tokenizer, section.chat_template)
+    return tokenizer
 
 
 def chat_tokens(section: Model) -> list[int]:
     """Ids of the tokens of a new chat format, whose rows of the embeddings are trained."""
-    return _tokenizer_and_tokens(section)[1] if section.chat_template else []
+    if not section.chat_template:
+        return []
+    return set_chat_format(load_tokenizer(fetch(section.name, section.revision, weights=False)), section.chat_template)
 
 
-def _tokenizer_and_tokens(section: Model) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    tokenizer = load_tokenizer(fetch(section.name, section.revision, weights=False))
-    return tokenizer, set_chat_format(tokenizer, section.chat_template) if section.chat_template else []
+def read_config(section: Model, folder: Path, **settings: Any) -> Any:
+    """Raises UserError if the configuration in the folder cannot be read."""
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
+    except UNREADABLE as error:
+        raise unreadable("its configuration cannot be read", error, section.name) from None
 
 
 def load_model(
@@ -145,19 +94,19 @@ def load_model(
         sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
 
     Raises:
-        UserError: the model cannot be had, is quantised already, needs code of its own, or its weights do not fit its
-        configuration.
+        UserError: it cannot be had, is quantised already, needs code of its own, or lacks some of its weights.
     """
-    folder = fetch(section.name, section.revision)
-    device = choose_device()
+    folder, device = fetch(section.name, section.revision), choose_device()
     chosen = choose_dtype(dtype or section.dtype, device)
     bits = quantisation(section, chosen) if quantised else None
+    kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification
+    config = read_config(section, folder, **({} if head_seed is None else {"num_labels": 1}))
+    if getattr(config, "quantization_config", None) is not None:
+        what = "its weights are stored quantised, and an adapter cannot be merged into them"
+        advice = "name that one; `model.load_in_4bit: true` quantises it for training"
+        raise UserError(what, where=section.name, expected="the unquantised model", advice=advice)
     try:
         with quiet():
-            labels = {} if head_seed is None else {"num_labels": 1}
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **labels)
-            _require_whole_weights(config, section.name)
-            kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification
             model, report = kind.from_pretrained(
                 folder,
                 config=config,
@@ -173,33 +122,26 @@ def load_model(
                 output_loading_info=True,
             )
     except UNREADABLE as error:
-        raise explained("cannot be loaded", error, section.name) from None
+        raise unreadable("cannot be loaded", error, section.name) from None
     if head_seed is not None:
         report = set_up_head(model, report, head_seed, section.name)
     _require_complete(report, section.name)
-    placed: PreTrainedModel = model if section.device_map or bits or sharded else model.to(device)
+    model = model if section.device_map or bits or sharded else model.to(device)
     if section.chat_template:
-        known = len(load_tokenizer(folder))
         with quiet():
-            fit_vocabulary(placed, tokenizer_of(section), known)
+            fit_vocabulary(model, tokenizer_of(section), known=len(load_tokenizer(folder)))
     if bits:
-        prepare_quantised(placed)
+        prepare_quantised(model)
     # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
-    placed.name_or_path = placed.config.name_or_path = without_home(section.name)
-    without_dropout(placed)
-    widen_residuals(placed)
-    placed.eval()
-    return placed
+    model.name_or_path = model.config.name_or_path = without_home(section.name)
+    return prepare_forward(model)
 
 
-def _require_whole_weights(config: Any, name: str) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            "its weights are stored quantised, and an adapter cannot be merged into them",
-            where=name,
-            expected="the unquantised model",
-            advice="name that one; `model.load_in_4bit: true` quantises it for training",
-        )
+def prepare_forward(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as every pass wants it: in eval mode, without dropout of its own, its residuals in float32."""
+    without_dropout(model)
+    widen_residuals(model)
+    return cast(PreTrainedModel, model.eval())
 
 
 def widen_residuals(model: nn.Module) -> None:
@@ -244,129 +186,9 @@ def _require_complete(report: dict[str, Any], name: str) -> None:
         (report.get("unexpected_keys", ()), "hold {count} tensors that its configuration has no place for"),
     ):
         if keys:
-            raise UserError(
-                f"its weights {problem.format(count=len(keys))}, e.g. {min(keys)}",
-                where=name,
-                advice="the download may be incomplete, or the config.json of another model",
-            )
-
-
-def explained(what: str, error: Exception, where: str) -> UserError:
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"{what}: it needs Python code of its own, which prefold does not run",
-            where=where,
-            expected="an architecture that transformers knows",
-        )
-    return UserError(f"{what}: {first_line(error)}", where=where)
-
-
-def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
-    """Put fresh LoRA weights on a model: float32, the same for the same seed, a no-op before the first step. A head
-    that gives scores is trained whole.
-
-    Args:
-        tokens: ids whose rows in the embeddings and the head are trained as well.
-
-    Raises:
-        UserError: `target_modules` or `modules_to_save`, or one of their names, fits no module of the model.
-    """
-    _require_targets(model, lora.target_modules)
-    _require_modules(model, lora)
-    scores = score_layer(model) is not None
-    tied = bool(model.config.get_text_config().tie_word_embeddings) and not scores
-    config = LoraConfig(
-        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=cast(int, lora.lora_alpha),  # peft only divides it by r: any number will do
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        modules_to_save=[*lora.modules_to_save] or None,  # peft adds the head to it, if that gives scores
-        ensure_weight_tying=tied and bool(lora.modules_to_save),
-        trainable_token_indices=_rows_to_train(model, lora, tokens) or None,
-    )
-    with quiet(), torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
-        torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(model, config)
-        except (ValueError, TypeError) as error:
-            if "trainable_token_indices" in str(error):
-                what = "the embeddings and the head cannot get LoRA weights beside `model.chat_template`"
-                advice = "leave them out, or train them whole by `lora.modules_to_save`"
-                raise UserError(what, where="`lora.target_modules`", advice=advice) from None
-            if "target" not in str(error).lower():
-                raise
-            raise _no_target(model, f"{lora.target_modules!r} cannot be adapted: {first_line(error)}") from None
-    ready_to_train(adapted)
-    return adapted
-
-
-def ready_to_train(adapted: PeftModel) -> None:
-    """Keep what is trained in float32, which half-precision copies of whole modules are not, and compute it fast.
-
-    Raises:
-        UserError: DoRA over 8-bit weights on a CPU, where unpacking them breaks them.
-    """
-    settings = cast(LoraConfig, adapted.peft_config["default"])
-    if settings.use_dora and getattr(adapted, "is_loaded_in_8bit", False) and adapted.device.type == "cpu":
-        advice = "take `load_in_4bit`, or LoRA without DoRA"
-        raise UserError(
-            "DoRA over 8-bit weights cannot be computed on a CPU", where="`model.load_in_8bit`", advice=advice
-        )
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-    fuse_lora(adapted)
-    fuse_tokens(adapted)
-
-
-def _rows_to_train(model: PreTrainedModel, lora: Lora, tokens: Sequence[int]) -> dict[str, list[int]]:
-    """By module, the rows that peft is to train; a matrix that is trained as a whole needs none."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
-    whole = [name for name in names if any(f".{name}".endswith(f".{saved}") for saved in lora.modules_to_save)]
-    if whole and model.config.get_text_config().tie_word_embeddings:
-        return {}
-    return {name: list(tokens) for name in names if tokens and name not in whole}
-
-
-def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
-    """Every name in `targets` fits some module: peft only minds when none of them does."""
-    if targets == "all-linear":
-        return
-    names = [name for name, _ in model.named_modules()]
-    if isinstance(targets, str):
-        try:
-            found = any(re.fullmatch(targets, name) for name in names)
-        except re.error as error:
-            raise _no_target(model, f"{targets!r} is not a regular expression: {error}") from None
-        missing = [] if found else [targets]
-    else:
-        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if missing or not targets:
-        raise _no_target(model, f"no module of the model is called {', '.join(map(repr, missing)) or 'nothing'}")
-
-
-def _require_modules(model: nn.Module, lora: Lora) -> None:
-    """Every name in `modules_to_save` fits some module, and its weights can be trained."""
-    modules = dict(model.named_modules())
-    for wanted in lora.modules_to_save:
-        meant = [module for name, module in modules.items() if f".{name}".endswith(f".{wanted}")]
-        if not meant:
-            known = sorted({name.split(".")[-1] for name in modules if name and not name.split(".")[-1].isdigit()})
-            what, expected = f"no module of the model is called {wanted!r}", f"some of {', '.join(known)}"
-            raise UserError(what, where="`lora.modules_to_save`", expected=expected)
-        if not all(weight.is_floating_point() for module in meant for weight in module.parameters()):
-            what = f"{wanted!r} is quantised, and quantised weights cannot be trained whole"
-            raise UserError(what, where="`lora.modules_to_save`", expected="embeddings, head or norms")
-
-
-def _no_target(model: nn.Module, what: str) -> UserError:
-    linear = (part for part in model.named_modules() if isinstance(part[1], nn.Linear | Conv1D))
-    names = sorted({name.split(".")[-1] for name, _ in linear})
-    return UserError(what, where="`lora.target_modules`", expected=f"all-linear, or some of {', '.join(names)}")
+            what = f"its weights {problem.format(count=len(keys))}, e.g. {min(keys)}"
+            advice = "the download may be incomplete, or the config.json of another model"
+            raise UserError(what, where=name, advice=advice)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -378,7 +200,3 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if weight.requires_grad else 0
     return trainable, total
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

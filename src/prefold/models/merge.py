@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -26,12 +25,15 @@ from transformers import (
 from prefold.errors import StageError
 from prefold.files import new_folder
 from prefold.models.adapters import open_adapter
-from prefold.models.load import choose_device, choose_dtype, load_model, quiet
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import load_model
+from prefold.models.messages import quiet
 from prefold.models.score_head import set_padding
 from prefold.recipe import Model, RecipeBase
-from prefold.trees.logprobs import pad
+from prefold.trees.head import score_layer
 from prefold.trees.memory import free_memory
-from prefold.trees.scores import score_layer, scores_of
+from prefold.trees.padding import pad
+from prefold.trees.reward_head import scores_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest root-mean-square difference of the logits, as a share of their own root mean square, by the dtype merged
@@ -47,8 +49,7 @@ SHARD = "5GB"
 """Most that a weight file of the merged model holds."""
 
 
-@dataclass(frozen=True)
-class Behaviour:
+class Behaviour(NamedTuple):
     """What a model does on real tokens: `logits` `[tokens of all rows, V]`, float32 on the CPU, and the ids that it
     writes to each prompt. Of a model that scores conversations, the scores `[rows]`."""
 
@@ -81,8 +82,9 @@ def merge_adapter(
         StageError: the merged model is not base + adapter; nothing is written, the adapter is kept.
         UserError: the adapter belongs to another base, or the base is stored quantised.
     """
-    quantised = base.load_in_4bit or base.load_in_8bit
-    trained = _trained_logits(base, adapter, rows, head_seed) if quantised else None
+    trained = None
+    if base.load_in_4bit or base.load_in_8bit:
+        trained = _trained_logits(base, adapter, rows, head_seed)
     model = load_model(base, dtype=dtype, head_seed=head_seed)
     base_logits = logits_of(model, rows)
     adapted: Any = open_adapter(model, adapter)
@@ -108,13 +110,11 @@ def save_and_check(
     Args:
         trained: logits of the quantised model that was trained, on the same rows.
     """
-    dtype, device = model.dtype, model.device
-    tolerance = tolerance_of(model)
+    dtype, device, scores = model.dtype, model.device, score_layer(model) is not None
     wanted = Behaviour(logits_of(model, rows), _answers(model, prompts)) if wanted is None else wanted
-    scores = score_layer(model) is not None
+    tolerance = tolerance_of(model) * (SCORE_ALLOWANCE if scores else 1)
     kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     if scores:
-        tolerance *= SCORE_ALLOWANCE
         set_padding(model, tokenizer.pad_token_id)
     with new_folder(merged) as folder, quiet():
         model.save_pretrained(folder, max_shard_size=SHARD)
@@ -125,22 +125,19 @@ def save_and_check(
         free_memory()
         _require_same_tokenizer(tokenizer, folder, rows)
         saved = kind.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
-        found = Behaviour((_scores_as_read if scores else logits_of)(saved, rows), _answers(saved, prompts))
-        difference = found.logits - wanted.logits
+        logits, answers = (_scores_as_read if scores else logits_of)(saved, rows), _answers(saved, prompts)
         result = {
             "dtype": str(dtype).removeprefix("torch."),
-            "max_logit_difference": float(difference.abs().max()),
-            "relative_difference": relative_rms(difference, wanted.logits),
+            "max_logit_difference": float((logits - wanted.logits).abs().max()),
+            "relative_difference": relative_rms(logits - wanted.logits, wanted.logits),
             "tolerance": tolerance,
             "adapter_effect": adapter_effect,
             "tokens_compared": wanted.logits.shape[0],
             "answers_compared": len(prompts),
-            "answers_equal": sum(a == b for a, b in zip(found.answers, wanted.answers, strict=True)),
-            "difference_from_quantised": None,
+            "answers_equal": sum(a == b for a, b in zip(answers, wanted.answers, strict=True)),
+            "difference_from_quantised": None if trained is None else relative_rms(logits - trained, trained),
         }
-        if trained is not None:
-            result["difference_from_quantised"] = relative_rms(found.logits - trained, trained)
-        _judge(result)
+        _require_equal(result)
     return result
 
 
@@ -177,14 +174,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _judge(result: dict[str, Any]) -> None:
-    found, tolerance, effect = result["relative_difference"], result["tolerance"], result["adapter_effect"]
-    measured = f"logits differ by {found:.2g} of their size"
-    if not found <= tolerance:
-        raise StageError(
-            f"the merged model is not base + adapter: {measured}, {tolerance:.2g} is allowed; adapter kept"
-        )
-    if effect is not None and found > effect > 0:
+def _require_equal(result: dict[str, Any]) -> None:
+    difference, tolerance, effect = (result[name] for name in ("relative_difference", "tolerance", "adapter_effect"))
+    measured = f"logits differ by {difference:.2g} of their size"
+    if not difference <= tolerance:
+        what = f"the merged model is not base + adapter: {measured}, {tolerance:.2g} is allowed; adapter kept"
+        raise StageError(what)
+    if effect is not None and difference > effect > 0:
         raise StageError(
             f"merging into {result['dtype']} loses the adapter: {measured}, the adapter itself moves them by "
             f"{effect:.2g}; adapter kept. To do: `merge.dtype=float32`"
@@ -194,7 +190,7 @@ def _judge(result: dict[str, Any]) -> None:
 def _require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Sequence[Sequence[int]]) -> None:
     saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     texts = [str(tokenizer.decode(list(row), skip_special_tokens=False)) for row in rows]
-    ids, again = (one(texts, add_special_tokens=False)["input_ids"] for one in (tokenizer, saved))
+    ids, again = (write(texts, add_special_tokens=False)["input_ids"] for write in (tokenizer, saved))
     kept = ("chat_template", "eos_token_id", "bos_token_id")
     changed = [name for name in kept if getattr(tokenizer, name) != getattr(saved, name)]
     if ids != again or changed:
@@ -207,10 +203,10 @@ def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]], h
     adapted: PeftModel = open_adapter(load_model(base, quantised=True, head_seed=head_seed), adapter)
     dtype = choose_dtype(base.dtype, choose_device())
     with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
-        found = logits_of(adapted, rows)
+        logits = logits_of(adapted, rows)
     del adapted
     free_memory()
-    return found
+    return logits
 
 
 @torch.no_grad()
@@ -219,10 +215,8 @@ def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     model.eval()
     if score_layer(model) is not None:
         return scores_of(model, rows, model.device).float().cpu()
-    found = [
-        model(torch.tensor([list(row)], device=model.device), use_cache=False).logits[0].float().cpu() for row in rows
-    ]
-    return torch.cat(found)
+    batches = (torch.tensor([list(row)], device=model.device) for row in rows)
+    return torch.cat([model(ids, use_cache=False).logits[0].float().cpu() for ids in batches])
 
 
 @torch.no_grad()
@@ -230,11 +224,8 @@ def _scores_as_read(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """`[rows]`: what transformers itself reads, in one batch if the model has a pad token."""
     padding = model.config.get_text_config().pad_token_id
     batches = [rows] if padding is not None else [[row] for row in rows]
-    found = []
-    for batch in batches:
-        ids, mask = pad(batch, model.device, padding or 0)
-        found.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu())
-    return torch.cat(found)
+    padded = (pad(batch, model.device, padding or 0) for batch in batches)
+    return torch.cat([model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu() for ids, mask in padded])
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from prefold.plan.meta_model import Blueprint
 from prefold.plan.passes import Lengths
 from prefold.recipe import RecipeBase
-from prefold.trees.packing import split_by_budget
+from prefold.trees.budget import split_by_budget
 
 STEPS_READ = 2000
 """Steps whose micro-batches are laid out; of a longer run, so many of them at equal distances."""

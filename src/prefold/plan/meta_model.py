@@ -21,23 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prefold.launch import launched
+from prefold.models.adapters import add_lora, ready_to_train
 from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
-from prefold.models.load import (
-    UNREADABLE,
-    add_lora,
-    chat_tokens,
-    explained,
-    plain_attention,
-    quiet,
-    ready_to_train,
-    tokenizer_of,
-    widen_residuals,
-    without_dropout,
-)
+from prefold.models.load import chat_tokens, plain_attention, tokenizer_of, widen_residuals, without_dropout
+from prefold.models.messages import UNREADABLE, quiet, unreadable
 from prefold.recipe import Lora, Model, RecipeBase
-from prefold.trees.attention import lower_right
-from prefold.trees.scorer import unwrapped
+from prefold.trees.attention import lower_right, unwrapped
 
 BLOCK = 64
 """Weights that share a scale in 4 bits."""
@@ -205,7 +195,7 @@ def config_of(section: Model) -> Any:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UNREADABLE as error:
-        raise explained("its configuration cannot be read", error, section.name) from None
+        raise unreadable("its configuration cannot be read", error, section.name) from None
     text = config.get_text_config()
     if section.chat_template and (tokens := len(tokenizer_of(section))) > text.vocab_size:
         text.vocab_size = -(-tokens // MULTIPLE) * MULTIPLE

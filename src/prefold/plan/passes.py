@@ -18,12 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prefold.plan.live_bytes import LiveBytes
 from prefold.plan.meta_model import Blueprint, fill, without_contents
-from prefold.trees.attention import BACKENDS, Shape, register, using_attention
+from prefold.trees.attention import BACKENDS, Shape, register, unwrapped, using_attention
 from prefold.trees.head import head_logprobs, head_of
 from prefold.trees.logprobs import packed_logprobs, plain_logprobs
 from prefold.trees.memory import token_bytes
 from prefold.trees.packing import PackedTrees, TokenTree, pack
-from prefold.trees.scorer import unwrapped
 
 logger = logging.getLogger("prefold")
 

@@ -18,7 +18,8 @@ import yaml
 
 from prefold.data.findings import Finding
 from prefold.launch import launched
-from prefold.models.load import choose_device, choose_dtype, tokenizer_of
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import tokenizer_of
 from prefold.models.merge import merge_dtype
 from prefold.plan import timing
 from prefold.plan.flops import Order, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
@@ -27,7 +28,7 @@ from prefold.plan.meta_model import Blueprint, config_of
 from prefold.plan.passes import Lengths, training_pass
 from prefold.recipe import RecipeBase, as_dict, make_recipe
 from prefold.trees.memory import CPU_TOKENS, budget_for
-from prefold.trees.scorer import obstacle, stretched_positions
+from prefold.trees.self_check import obstacle, stretched_positions
 
 STEP_OF_BUDGETS = 64
 WORTH_TIMING = 1e12

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.generation.engine import ROWS, LocalEngine
 from prefold.generation.sampling import Sampling
-from prefold.models.load import choose_device
+from prefold.models.device import choose_device
 from prefold.models.quantised import prepare_quantised, quantisation
 from prefold.plan.flops import Tokens
 from prefold.plan.meta_model import Blueprint, StandIn

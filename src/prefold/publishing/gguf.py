@@ -27,13 +27,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from prefold.errors import StageError, UserError
+from prefold.errors import StageError, UserError, first_line
 from prefold.files import new_folder, read_json, write_json
-from prefold.models.fetch import DAMAGED, open_gguf
-from prefold.models.gguf_config import FREQUENCIES, rope_divisors
-from prefold.models.load import choose_device, first_line, load_model, quiet
+from prefold.models.device import choose_device
+from prefold.models.from_gguf import DAMAGED, FREQUENCIES, open_gguf, rope_divisors
+from prefold.models.load import load_model
 from prefold.models.merge import TOLERANCE as ROUNDING
 from prefold.models.merge import logits_of, relative_rms
+from prefold.models.messages import quiet
 from prefold.publishing.gguf_tokenizer import add_vocabulary, read_vocabulary
 from prefold.recipe import Model
 from prefold.terminal import console, say

@@ -31,10 +31,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from prefold.errors import StageError, UserError
+from prefold.errors import StageError, UserError, first_line
 from prefold.files import new_folder, read_json, read_jsonl, without_home, write_json
 from prefold.models.fetch import fetch
-from prefold.models.load import first_line, load_tokenizer, tokenizer_of
+from prefold.models.load import load_tokenizer, tokenizer_of
 from prefold.publishing.gguf import expected_bytes, export_gguf, file_name, require_exportable
 from prefold.recipe import Publish, RecipeBase
 from prefold.reports.card import CARD, last_part, render_card, write_card

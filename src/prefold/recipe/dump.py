@@ -6,12 +6,11 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import yaml
-from pydantic import create_model
+from pydantic import TypeAdapter
 
 from prefold.algorithms import ALGORITHMS
 from prefold.files import without_home
 from prefold.recipe.recipe import Recipe, RecipeBase
-from prefold.recipe.section import Section
 
 
 def as_dict(recipe: RecipeBase) -> dict[str, Any]:
@@ -46,7 +45,6 @@ def json_schema() -> dict[str, Any]:
         settings = schema["$defs"][algorithm.__name__]["properties"]
         # pydantic reads the docstrings of a dataclass's own fields only.
         for ancestor in filter(is_dataclass, algorithm.__mro__[1:]):
-            inherited = create_model("One", __base__=Section, one=(ancestor, ...)).model_json_schema()["$defs"]
-            for name, found in inherited[ancestor.__name__].get("properties", {}).items():
-                settings[name] = {**found, **settings[name]}
+            inherited = TypeAdapter(ancestor).json_schema().get("properties", {})
+            settings |= {name: {**meaning, **settings[name]} for name, meaning in inherited.items()}
     return schema

@@ -1,18 +1,19 @@
-"""What is wrong with a recipe, in one message: field, line, what was expected, what to do."""
+"""What is wrong with a recipe or a section, in one message: field, line, what was expected, what to do."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from math import prod
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from prefold.algorithms import Algorithm
-from prefold.errors import UserError
-from prefold.recipe.recipe import Recipe
+from prefold.errors import UserError, did_you_mean
+from prefold.recipe.section import Section
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 HINTS = {
     "per_device_train_batch_size": "`train.batch_size` is pairs per optimizer step over all devices: write the "
@@ -31,25 +32,43 @@ HINTS = {
 HINTS["gradient_accumulation_steps"] = HINTS["per_device_train_batch_size"]
 
 
-def describe(errors: Sequence[ErrorDetails], values: dict[str, Any], where: str, lines: dict[str, int]) -> UserError:
+def make_section(section: type[SectionType], values: dict[str, Any], where: str = "") -> SectionType:
+    """Check the values of a section.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise describe(error, section, values, where) from None
+
+
+def describe(
+    invalid: ValidationError,
+    section: type[Section],
+    values: Mapping[str, Any],
+    where: str,
+    lines: Mapping[str, int] | None = None,
+) -> UserError:
     """Turn pydantic's first finding into one message with field, line, what was expected and what to do."""
+    errors = invalid.errors()
     error = errors[0]
     path = _field_path(error)
-    dotted = ".".join(path)
-    place = f"{where}, line {lines[dotted]}" if dotted in lines else where
-    kind = error["type"]
+    dotted, kind = ".".join(path), error["type"]
+    where = f"{where}, line {lines[dotted]}" if lines and dotted in lines else where
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return UserError(f"`{dotted}` is not a field", where=place, advice=_nearest(path, values))
-    if kind == "missing" or kind == "missing_argument":
-        return UserError(f"`{dotted}` is missing", where=place, expected=_meaning(path))
+        return UserError(f"`{dotted}` is not a field", where=where, advice=_nearest(path, section, values))
+    if kind in ("missing", "missing_argument"):
+        return UserError(f"`{dotted}` is missing", where=where, expected=_meaning(path, section))
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")
-        return UserError(f"`{dotted}`: {message}" if dotted else message, where=place)
+        return UserError(f"`{dotted}`: {message}" if dotted else message, where=where)
     # A field of several types has one finding for each of them.
     expected = dict.fromkeys(_expected(other["msg"]) for other in errors if _field_path(other) == path)
     got = error["input"]
     return UserError(
-        f"`{dotted}` is {_shown(got)}", where=place, expected=" or ".join(expected), advice=_number_hint(got)
+        f"`{dotted}` is {_shown(got)}", where=where, expected=" or ".join(expected), advice=_number_hint(got)
     )
 
 
@@ -84,9 +103,36 @@ def _is_union_branch(part: str) -> bool:
     return part in _BRANCHES or part.startswith(("literal[", "list[", "dict[", "function-", "judge:"))
 
 
-def section_fields(path: Sequence[str]) -> dict[str, str]:
-    """Names and meanings of the fields of the section at `path`."""
-    here: Any = Recipe
+def _meaning(path: Sequence[str], section: type[Section]) -> str:
+    return section_fields(section, path[:-1]).get(path[-1], "").replace("\n", " ")
+
+
+def _nearest(path: Sequence[str], section: type[Section], values: Mapping[str, Any]) -> str:
+    name, known = path[-1], list(section_fields(section, path[:-1]))
+    if name in HINTS:
+        return HINTS[name].format(product=_batch_size(values))
+    if meant := did_you_mean(name, known):
+        return meant
+    elsewhere = [dotted for dotted in all_fields(section) if dotted.split(".")[-1] == name]
+    if elsewhere:
+        return f"it is a field of another section: `{elsewhere[0]}`"
+    return "the fields here are: " + ", ".join(known)
+
+
+def _batch_size(values: Mapping[str, Any]) -> str:
+    train = values.get("train")
+    given = train if isinstance(train, dict) else {}
+    factors = [given.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    numbers = [factor for factor in factors if isinstance(factor, int)]
+    return f", on one device `batch_size: {prod(numbers)}`" if numbers else ""
+
+
+# ---- the fields of sections -------------------------------------------------------------------------------------
+
+
+def section_fields(section: type[Section], path: Sequence[str] = ()) -> dict[str, str]:
+    """Names and meanings of the fields of a section, or of the one that lies in it at `path`."""
+    here: Any = section
     for part in path:
         if part.isdigit():
             continue
@@ -100,44 +146,15 @@ def section_fields(path: Sequence[str]) -> dict[str, str]:
 
 def _section_class(annotation: Any) -> Any:
     for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel | Algorithm):
+        if isinstance(candidate, type) and (issubclass(candidate, BaseModel) or is_dataclass(candidate)):
             return candidate
         if inner := (_section_class(candidate) if get_args(candidate) and candidate is not annotation else None):
             return inner
     return None
 
 
-def _meaning(path: Sequence[str]) -> str:
-    return section_fields(path[:-1]).get(path[-1], "").replace("\n", " ")
-
-
-def _nearest(path: Sequence[str], values: dict[str, Any]) -> str:
-    name = path[-1]
-    if name in HINTS:
-        train = values.get("train")
-        train = train if isinstance(train, dict) else {}
-        factors = [train.get("per_device_train_batch_size"), train.get("gradient_accumulation_steps")]
-        numbers = [factor for factor in factors if isinstance(factor, int)]
-        product = (
-            f", on one device `batch_size: {numbers[0] * (numbers[1] if len(numbers) > 1 else 1)}`" if numbers else ""
-        )
-        return HINTS[name].format(product=product)
-    known = list(section_fields(path[:-1]))
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean `{near[0]}`?"
-    elsewhere = [dotted for dotted in all_fields() if dotted.split(".")[-1] == name]
-    if elsewhere:
-        return f"it is a field of another section: `{elsewhere[0]}`"
-    return "the fields here are: " + ", ".join(known)
-
-
-def all_fields() -> Iterator[str]:
-    """Every field of a recipe by its dotted path, sections included."""
-
-    def walk(prefix: list[str]) -> Iterator[str]:
-        for name in section_fields(prefix):
-            yield ".".join([*prefix, name])
-            yield from walk([*prefix, name])
-
-    yield from walk([])
+def all_fields(section: type[Section], path: Sequence[str] = ()) -> Iterator[str]:
+    """Every field by its dotted path, sections included."""
+    for name in section_fields(section, path):
+        yield ".".join([*path, name])
+        yield from all_fields(section, [*path, name])

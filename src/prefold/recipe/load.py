@@ -44,7 +44,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe", lines: dict[str, 
         # In JSON mode a strict model still builds the algorithm's dataclass from a mapping.
         return Recipe.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise describe(error.errors(), values, where, lines or {}) from None
+        raise describe(error, Recipe, values, where, lines) from None
 
 
 def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm]) -> dict[str, Any]:

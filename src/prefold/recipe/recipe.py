@@ -111,8 +111,7 @@ class RecipeBase(Section):
 
     @model_validator(mode="after")
     def answered_where_something_answers(self) -> RecipeBase:
-        unset = Evaluate()
-        idle = [name for name, value in self.evaluate if value != getattr(unset, name)]
+        idle = self.evaluate.changed(*Evaluate.model_fields)
         if idle and self.algorithm.kind.scores:
             what = f"would be ignored by `method: {self.method}`, whose model scores answers and gives none; remove it"
             raise ValueError(f"`evaluate.{idle[0]}` {what}")

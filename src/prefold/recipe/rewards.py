@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import fields
-from typing import Annotated, Any, get_type_hints
+import re
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, create_model, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, create_model, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
+from prefold.errors import UserError, did_you_mean
+from prefold.recipe.explain import make_section
 from prefold.recipe.section import Section
-from prefold.rewards.functions import REWARDS, OnError, settings_of
+from prefold.recipe.text import parse_yaml
+
+# ---- built-in rewards -------------------------------------------------------------------------------------------
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return text
+
+
+class Length(Section):
+    target: int = Field(ge=0)
+    """The wanted length."""
+    unit: Literal["tokens", "characters"] = "tokens"
+    """What `target` counts."""
+
+
+class Regex(Section):
+    pattern: Annotated[str, AfterValidator(_pattern)]
+    """A regular expression of Python's `re`; `(?s)` at its start lets a dot match a new line."""
+
+
+class ExactNumber(Section):
+    pass
+
+
+class Repetition(Section):
+    ngram_size: int = Field(3, ge=1)
+    """Words of a run."""
+
+
+class RewardModel(Section):
+    model: str
+    """Hub id or folder of the reward model."""
+
+
+class SymbolicEquality(Section):
+    seconds: float = Field(5.0, gt=0)
+    """What takes longer to compare counts as different."""
+
+
+BUILT_IN: dict[str, type[Section]] = {
+    "length": Length,
+    "regex": Regex,
+    "exact_number": ExactNumber,
+    "repetition": Repetition,
+    "reward_model": RewardModel,
+    "symbolic_equality": SymbolicEquality,
+}
+
+# ---- a reward of a recipe ---------------------------------------------------------------------------------------
 
 
 class RewardBase(Section):
@@ -20,57 +75,87 @@ class RewardBase(Section):
     """A Python file with a reward function."""
     weight: float = Field(1.0, allow_inf_nan=False)
     """What its numbers are multiplied with before those of all rewards are added."""
-    on_error: OnError = "stop"
+    on_error: Literal["stop", "skip"] = "stop"
     """What an exception, or anything but a finite number or None, does: `stop` the run and show the completion, or
     `skip`: the completion has no score of this reward, and is counted."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """What is given of the built-in reward's own settings."""
-        return {
-            name: value
-            for name in type(self).model_fields
-            if name not in RewardBase.model_fields and (value := getattr(self, name)) is not None
-        }
+        own = {name: getattr(self, name) for name in type(self).model_fields if name not in RewardBase.model_fields}
+        return {name: value for name, value in own.items() if value is not None}
 
     @model_validator(mode="before")
     @classmethod
     def only_its_own_settings(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(name := values.get("name"), str):
             return values
-        own = [] if values.get("file") else list(settings_of(name))
+        own = {} if values.get("file") else _settings_of(name)
         known = [*own, *RewardBase.model_fields]
         for key, value in values.items():
             # A resolved recipe holds the settings of all rewards, empty where they are not this one's.
             if key not in known and (value is not None or key not in cls.model_fields):
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else "it has " + (", ".join(own) or "none")
+                hint = did_you_mean(key, known) or "it has " + (", ".join(own) or "none")
                 raise ValueError(f"`{key}` is not a setting of `{name}`; {hint}")
+        missing = [key for key, field in own.items() if field.is_required() and values.get(key) is None]
+        if missing:
+            raise ValueError(f"`{name}` needs `{missing[0]}`")
         return values
 
-    @model_validator(mode="after")
-    def can_be_made(self) -> RewardBase:
-        if self.file is None:
-            missing = [name for name, needed in settings_of(self.name).items() if needed and name not in self.settings]
-            if missing:
-                raise ValueError(f"`{self.name}` needs `{missing[0]}`")
-            REWARDS[self.name](**self.settings)
-        return self
+
+def _settings_of(name: str) -> dict[str, FieldInfo]:
+    if name not in BUILT_IN:
+        hint = did_you_mean(name, BUILT_IN) or f"there are {', '.join(BUILT_IN)}"
+        raise ValueError(f"`{name}` is not a built-in reward ({hint}); a function of your own needs its `file`")
+    return BUILT_IN[name].model_fields
 
 
-def _reward_settings() -> dict[str, Any]:
-    """The settings of all built-in rewards as optional fields, with the meanings that stand below them."""
-    found: dict[str, Any] = {}
-    for reward in REWARDS.values():
-        meanings, types = TypeAdapter(reward).json_schema()["properties"], get_type_hints(reward)
-        for name in (field.name for field in fields(reward)):
-            found[name] = (types[name] | None, Field(None, description=meanings[name].get("description")))
-    return found
+def _optional(field: FieldInfo) -> Any:
+    kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    return kind | None, Field(None, description=field.description)
 
 
 Reward: type[RewardBase] = create_model(
-    "Reward", __base__=RewardBase, __doc__="One reward: built in, or a function of a Python file.", **_reward_settings()
+    "Reward",
+    __base__=RewardBase,
+    __doc__="One reward: built in, or a function of a Python file.",
+    **{name: _optional(field) for section in BUILT_IN.values() for name, field in section.model_fields.items()},
 )
+
+
+def parse_reward(text: str) -> RewardBase:
+    """`NAME[:SETTING=VALUE,...]`, `FILE.py:FUNCTION[,weight=...]` or `model:NAME[,weight=...]`.
+
+    Raises:
+        UserError: it is none of these, or the reward has not such a setting.
+    """
+    first, *given = re.split(r",(?=\w+=)", text)
+    values: dict[str, Any]
+    if function := re.fullmatch(r"(.+\.py):(\w+)", first):
+        values = {"file": function[1], "name": function[2]}
+    elif first.startswith("model:"):
+        values = {"name": "reward_model", "model": first.removeprefix("model:")}
+    else:
+        name, _, setting = first.partition(":")
+        values, given = {"name": name}, [*filter(None, [setting]), *given]
+    where = f"--reward {text}"
+    for setting in given:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"`{setting}` is not a setting", where=where, expected="NAME:SETTING=VALUE,...")
+        values[name] = value if _is_text(name) else parse_yaml(value, where)
+    return make_section(Reward, values, where)
+
+
+def _is_text(setting: str) -> bool:
+    kind = Reward.model_fields[setting].annotation if setting in Reward.model_fields else None
+    return any(str in (part, *get_args(part)) for part in (kind, *get_args(kind)))
+
+
+# ---- judges -----------------------------------------------------------------------------------------------------
+
+Timeout = Annotated[float, Field(gt=0, description="Seconds that an endpoint's answer may take.")]
+Concurrency = Annotated[int, Field(gt=0, description="Requests to an endpoint at a time.")]
 
 
 class EndpointJudge(Section):
@@ -80,10 +165,8 @@ class EndpointJudge(Section):
     """Its address, e.g. `http://localhost:8000/v1`. A key is read from the environment variable OPENAI_API_KEY."""
     model: str = Field(min_length=1)
     """The model's name there."""
-    timeout: float = Field(300.0, gt=0)
-    """Seconds that a reply may take."""
-    concurrency: int = Field(8, gt=0)
-    """Requests at a time."""
+    timeout: Timeout = 300.0
+    concurrency: Concurrency = 8
 
     @field_validator("endpoint")
     @classmethod

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from prefold.data.where import Where
+from prefold.errors import did_you_mean
 from prefold.recipe.rewards import WinRate
+from prefold.recipe.sampling import MaxNewTokens, Sampling
 from prefold.recipe.section import Section
+from prefold.recipe.where import Where
 
 
 class Model(Section):
@@ -238,16 +239,13 @@ class Train(Section):
             schedulers if info.field_name == "lr_scheduler_type" else {optimizer.value for optimizer in OptimizerNames}
         )
         if value not in known:
-            near = difflib.get_close_matches(value, sorted(known), n=3)
-            raise ValueError(
-                f"`{value}` is unknown; " + (f"did you mean `{near[0]}`?" if near else ", ".join(sorted(known)))
-            )
+            raise ValueError(f"`{value}` is unknown; {did_you_mean(value, known) or ', '.join(sorted(known))}")
         return value
 
     @model_validator(mode="after")
     def metrics_are_measured(self) -> Train:
         wanted = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience")
-        given = [name for name in wanted if getattr(self, name) != type(self).model_fields[name].default]
+        given = self.changed(*wanted)
         if given and self.eval_steps is None:
             raise ValueError(f"`{given[0]}` needs held-out metrics while training; set `eval_steps`")
         best = self.metric_for_best_model or self.load_best_model_at_end
@@ -301,7 +299,7 @@ class Merge(Section):
     """`auto`: the dtype that was trained in."""
 
 
-class Evaluate(Section):
+class Evaluate(Sampling):
     tasks: list[str] = []
     """What to ask before and after: suites (`open_llm_leaderboard`, `nous`), tasks and groups of
     lm-evaluation-harness, the built-in `everyday_facts`, and tasks of your own, all by name."""
@@ -316,57 +314,33 @@ class Evaluate(Section):
     """Ask the tasks as chat messages; off, as most published scores are."""
     prompts: int | list[str] = 8
     """How many held-out prompts are answered before and after, or the prompts themselves."""
-    system: str | None = None
-    """System message put before each of them; unset: what the prompt or the chat template brings."""
-    max_new_tokens: int = Field(96, gt=0)
+    max_new_tokens: MaxNewTokens = 96
     num_answers: int = Field(1, gt=0)
     """Answers per prompt and model."""
-    temperature: float = Field(0.0, ge=0)
-    """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    """0: off."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    """0: off."""
     compare_with: list[str] = []
     """Other models, by any name that `model.name` can have, and run folders, that are asked the tasks as well. They are
     compared with the model before training."""
     win_rate: WinRate | None = None
     """Have a judge say which answer to each prompt is better, the one before or the one after."""
-    seed: int = Field(42, ge=0)
 
     @model_validator(mode="after")
     def tasks_are_asked(self) -> Evaluate:
-        for name in ("include_path", "limit", "num_fewshot", "apply_chat_template"):
-            if not self.tasks and getattr(self, name) not in (None, False):
-                raise ValueError(f"`{name}` is for `tasks`, and there are none")
+        idle = self.changed("include_path", "limit", "num_fewshot", "apply_chat_template")
+        if idle and not self.tasks:
+            raise ValueError(f"`{idle[0]}` is for `tasks`, and there are none")
+        if self.compare_with and not self.tasks:
+            raise ValueError("`compare_with` asks other models the `tasks`, and there are none")
         return self
 
     @model_validator(mode="after")
     def sampling_is_used(self) -> Evaluate:
         if isinstance(self.prompts, int) and self.prompts < 0:
             raise ValueError("`prompts` must be a count of 0 or more, or a list of prompts")
-        if self.temperature == 0:
-            idle = [
-                name
-                for name in ("top_p", "top_k", "min_p")
-                if getattr(self, name) != type(self).model_fields[name].default
-            ]
-            if idle or self.num_answers > 1:
-                what = ", ".join(f"`{name}`" for name in [*idle, *(["num_answers"] if self.num_answers > 1 else [])])
-                raise ValueError(f"{what} would change nothing at temperature 0; set `temperature`")
-        return self
-
-    @model_validator(mode="after")
-    def there_is_something_to_judge(self) -> Evaluate:
+        if self.temperature == 0 and (idle := self.changed("top_p", "top_k", "min_p", "num_answers")):
+            what = ", ".join(f"`{name}`" for name in idle)
+            raise ValueError(f"{what} would change nothing at temperature 0; set `temperature`")
         if self.win_rate and not self.prompts:
             raise ValueError("`win_rate` judges the answers to `prompts`, and there are none")
-        return self
-
-    @model_validator(mode="after")
-    def others_are_asked_something(self) -> Evaluate:
-        if self.compare_with and not self.tasks:
-            raise ValueError("`compare_with` asks other models the `tasks`, and there are none")
         return self
 
 
@@ -412,7 +386,7 @@ class Publish(Section):
             raise ValueError("give `hub_model_id`, the Hub repository to push to, or `to`, a folder")
         if self.gguf and "gguf" not in self.what:
             raise ValueError("`gguf` would be ignored: `what` does not have `gguf`")
-        idle = [name for name in ("branch", "create_pr", "commit_message", "checkpoints") if getattr(self, name)]
+        idle = self.changed("branch", "create_pr", "commit_message", "checkpoints")
         if idle and not self.hub_model_id:
             raise ValueError(f"`{idle[0]}` would be ignored without `hub_model_id`")
         if self.branch and self.create_pr:

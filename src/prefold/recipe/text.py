@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from importlib import resources
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from prefold.errors import UserError
+from prefold.errors import UserError, did_you_mean
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,8 +56,8 @@ def field_lines(text: str) -> dict[str, int]:
                 lines[inner] = key.start_mark.line + 1
                 walk(value, inner)
         elif isinstance(node, yaml.SequenceNode):
-            for place, value in enumerate(node.value):
-                walk(value, f"{path}.{place}")
+            for index, value in enumerate(node.value):
+                walk(value, f"{path}.{index}")
 
     walk(yaml.compose(text, Loader=_Loader), "")
     return lines
@@ -82,12 +81,11 @@ def read_text(name: str) -> tuple[str, str]:
             raise UserError(f"cannot be read: {error}", where=name, expected="a recipe in YAML, UTF-8") from None
     if name in builtin_recipes():
         return (resources.files("prefold.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), name
-    near = difflib.get_close_matches(name, builtin_recipes(), n=1)
     raise UserError(
         "no such recipe",
         where=name,
         expected="a YAML file, a run folder, or one of the built-in recipes: " + ", ".join(builtin_recipes()),
-        advice=f"did you mean `{near[0]}`?" if near else "`prefold recipes` lists the built-in ones",
+        advice=did_you_mean(name, builtin_recipes()) or "`prefold recipes` lists the built-in ones",
     )
 
 

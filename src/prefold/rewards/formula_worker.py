@@ -27,9 +27,9 @@ def main() -> None:
         marked = text.rpartition(MARK)[2].strip() if MARK in text else ""
         is_formula = bool(marked) or (is_formula and "$" not in text and "\\boxed" not in text)
         text = marked or text
-        found = parse(f"${text}$", parsing_timeout=None) if is_formula and "$" not in text else []
+        parsed = parse(f"${text}$", parsing_timeout=None) if is_formula and "$" not in text else []
         # A text stands for what could not be parsed.
-        return [one for one in found or parse(text, parsing_timeout=None) if not isinstance(one, str)]
+        return [formula for formula in parsed or parse(text, parsing_timeout=None) if not isinstance(formula, str)]
 
     def compared(answer: str, completion: str) -> float | None:
         right = formulas(answer, is_formula=True)

@@ -13,21 +13,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, ClassVar
+from typing import Any
 from weakref import finalize
 
-from prefold.errors import StageError
+from prefold.errors import StageError, UserError
+from prefold.recipe import rewards as settings
 
 PACKAGE = "math_verify"
 STARTING_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
 class SymbolicEquality:
     """1 where the completion's last formula equals that of the column `answer`, else 0; None where the answer has none.
 
@@ -36,24 +34,14 @@ class SymbolicEquality:
     marks is a formula as a whole. Needs the package math-verify (`pip install 'prefold[math]'`).
     """
 
-    seconds: float = 5.0
-    """What takes longer to compare counts as different."""
-
-    __pydantic_config__: ClassVar[Any] = {"use_attribute_docstrings": True}
-
-    def __post_init__(self) -> None:
-        if self.seconds <= 0:
-            raise ValueError("`seconds` must be greater than 0")
+    def __init__(self, wanted: settings.SymbolicEquality):
         if importlib.util.find_spec(PACKAGE) is None:
-            raise ValueError("`symbolic_equality` needs the package math-verify: pip install 'prefold[math]'")
-
-    @cached_property
-    def _comparer(self) -> Comparer:
-        return Comparer()
+            raise UserError("`symbolic_equality` needs the package math-verify", advice="pip install 'prefold[math]'")
+        self._seconds, self._comparer = wanted.seconds, Comparer()
 
     def __call__(self, completions: Sequence[str], answer: Sequence[Any]) -> list[float | None]:
         return [
-            self._comparer.compare(str(right), completion, self.seconds)
+            self._comparer.compare(str(right), completion, self._seconds)
             for completion, right in zip(completions, answer, strict=True)
         ]
 

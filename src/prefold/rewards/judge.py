@@ -79,8 +79,8 @@ class Judge:
         question = _QUESTION.format(conversation=conversation, first=first, second=second)
         key = key_of(question)
         if key not in self.replies:
-            asked = [Message(role="user", content=question)]
-            self.replies.add(key, self.endpoint.ask(asked, temperature=0.0).text)
+            messages = [Message(role="user", content=question)]
+            self.replies.add(key, self.endpoint.ask(messages, temperature=0.0).text)
         reply = str(self.replies[key])
         match = _VERDICT.fullmatch(_THOUGHTS.sub("", reply))
         if match is None:

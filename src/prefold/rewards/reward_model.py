@@ -1,46 +1,45 @@
-"""A reward model: a sequence classifier whose single logit says how good an answer is.
-
-It is loaded when the first completion is scored. Nothing here imports torch before that: recipes name this reward.
-"""
+"""A reward model: a sequence classifier whose single logit says how good an answer is. It is loaded when the first
+completion is scored."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefold.data.chat import require_chat_template
 from prefold.data.preference import Message
-from prefold.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from prefold.errors import UserError, first_line
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.fetch import fetch
+from prefold.models.load import load_tokenizer
+from prefold.models.messages import UNREADABLE, quiet
+from prefold.recipe import rewards as settings
 
 AT_ONCE = 8
 """Conversations of a forward pass."""
 _ONE_LOGIT = "a sequence classifier with one label"
 
 
-@dataclass(frozen=True)
 class RewardModel:
     """The logit of a sequence classifier with one label, read after prompt and completion in its chat template.
 
     None where that is more than the model's longest input: nothing is cut off.
     """
 
-    model: str
-    """Hub id or folder of the reward model."""
-
-    __pydantic_config__: ClassVar[Any] = {"use_attribute_docstrings": True}
+    def __init__(self, wanted: settings.RewardModel):
+        self._name = wanted.model
 
     @cached_property
-    def _opened(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return _open_reward_model(self.model)
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return _load(self._name)
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float | None]:
-        model, tokenizer = self._opened
+        model, tokenizer = self._loaded
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         turns = [
             [*prompt, Message(role="assistant", content=completion)]
@@ -48,23 +47,16 @@ class RewardModel:
         ]
         texts: list[str] = [tokenizer.apply_chat_template(one, tokenize=False) for one in turns]  # type: ignore[misc, arg-type]
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        found: list[float | None] = [None] * len(ids)
-        short = [place for place, row in enumerate(ids) if len(row) <= longest]
-        for start in range(0, len(short), AT_ONCE):
-            places = short[start : start + AT_ONCE]
-            for place, logit in zip(places, _logits(model, [ids[place] for place in places]), strict=True):
-                found[place] = logit
-        return found
+        scores: list[float | None] = [None] * len(ids)
+        fitting = [index for index, row in enumerate(ids) if len(row) <= longest]
+        for start in range(0, len(fitting), AT_ONCE):
+            batch = fitting[start : start + AT_ONCE]
+            for index, logit in zip(batch, _logits(model, [ids[index] for index in batch]), strict=True):
+                scores[index] = logit
+        return scores
 
 
-def _open_reward_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    # The recipe imports this module, and these import the recipe.
-    from transformers import AutoModelForSequenceClassification
-
-    from prefold.data.chat import require_chat_template
-    from prefold.models.fetch import fetch
-    from prefold.models.load import UNREADABLE, choose_device, choose_dtype, load_tokenizer, quiet
-
+def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder, device = fetch(name), choose_device()
     tokenizer = load_tokenizer(folder)
     require_chat_template(tokenizer)
@@ -79,8 +71,7 @@ def _open_reward_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
                 output_loading_info=True,
             )
     except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot be loaded as a reward model: {reason}", where=name) from None
+        raise UserError(f"cannot be loaded as a reward model: {first_line(error)}", where=name) from None
     if missing := sorted(report["missing_keys"]):
         # A head that is not in the files would be a random one.
         raise UserError(f"is not a reward model: its weights lack {missing[0]}", where=name, expected=_ONE_LOGIT)
@@ -90,8 +81,6 @@ def _open_reward_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 
 def _logits(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
-    import torch
-
     # Decoders read the score at the last token that is not the pad token. Where that is the end token too, they would
     # read it one token early; a token that is in no row is safe.
     pad, longest = next(token for token in count() if not any(token in row for row in rows)), max(map(len, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefold.data.examples import Example
-from prefold.data.findings import by_severity
+from prefold.data.findings import Finding, by_severity
 from prefold.data.mixture import Prepared
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
@@ -19,7 +20,6 @@ from prefold.evaluation.separation import separation
 from prefold.files import write_json
 from prefold.models.adapters import load_start
 from prefold.models.fetch import fetch
-from prefold.models.load import choose_device, tokenizer_of
 from prefold.plan.plan import Plan, make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
@@ -27,8 +27,9 @@ from prefold.reports.check import print_check
 from prefold.reports.notebook import framed
 from prefold.reports.page import render_check
 from prefold.reports.plan import in_two_lines
-from prefold.runs.context import as_read, check_tasks, fingerprints, order_of, read_and_check, scorer_of
+from prefold.runs.context import Run, order_of, scorer_of
 from prefold.runs.environment import environment
+from prefold.runs.measuring import measuring_dtype
 from prefold.terminal import as_text, say
 
 EXAMPLES_SHOWN = 3
@@ -48,7 +49,19 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        return all(finding.severity != "error" for finding in self.prepared.report.findings)
+        return not self._errors()
+
+    def _errors(self) -> list[str]:
+        return [finding.message for finding in self.prepared.report.findings if finding.severity == "error"]
+
+    def require_ok(self, what: str, advice: str) -> None:
+        if errors := self._errors():
+            raise StageError(f"{what} cannot be trained: {errors[0]}; {advice}")
+
+    def with_findings(self, findings: Sequence[Finding]) -> CheckReport:
+        report = self.prepared.report
+        report = replace(report, findings=by_severity([*report.findings, *findings]))
+        return replace(self, prepared=replace(self.prepared, report=report))
 
     def __repr__(self) -> str:
         """As the command shows it in a terminal."""
@@ -62,7 +75,7 @@ class CheckReport:
         return {
             "ok": self.ok,
             **self.prepared.report.as_json(),
-            "fingerprint": fingerprints(self.prepared),
+            "fingerprint": self.prepared.fingerprints,
             "plan": self.plan.as_json(),
             **({"separation": self.separation} if self.separation else {}),
             "examples": [self._shown(example) for example in self.prepared.train[:EXAMPLES_SHOWN]],
@@ -77,7 +90,7 @@ class CheckReport:
 
 
 def examine(
-    recipe: RecipeBase, reference: bool = False, device_memory: int | None = None, measure: bool | None = False
+    run: Run, reference: bool = False, device_memory: int | None = None, measure: bool | None = False
 ) -> CheckReport:
     """Read and count the data, and plan the run; with `reference`, score pairs by the model as well.
 
@@ -85,42 +98,36 @@ def examine(
         device_memory: bytes of a GPU to plan for; unset: this machine.
         measure: time what a step does on this machine; None: if that takes less than the run.
     """
-    prepared = read_and_check(recipe)
+    recipe, prepared = run.recipe, run.prepared
+    run.require_openable()
     order = order_of(recipe, len(prepared.train))
     train, held_out = list(prepared.train.lengths), list(prepared.held_out.lengths)
     plan = make_plan(recipe, train, held_out, order, device_memory, measure)
-    report = prepared.report
-    everything = by_severity([*report.findings, *plan.findings()])
-    prepared = replace(prepared, report=replace(report, findings=everything))
-    found = CheckReport(prepared, tokenizer_of(recipe.model), plan)
-    return _with_separation(recipe, found) if reference else found
+    report = CheckReport(prepared, run.tokenizer, plan).with_findings(plan.findings())
+    return _with_separation(recipe, report) if reference else report
 
 
-def _with_separation(recipe: RecipeBase, found: CheckReport) -> CheckReport:
+def _with_separation(recipe: RecipeBase, report: CheckReport) -> CheckReport:
     if recipe.algorithm.kind.data != "pairs":
         what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
         raise UserError(what, where=recipe.output_dir, advice="check without it")
-    pairs = found.prepared.train.select(shuffled(len(found.prepared.train), recipe.train.seed)[:PAIRS_SCORED])
-    model = load_start(recipe.model, dtype="float32" if choose_device().type == "cpu" else None)
+    train = report.prepared.train
+    pairs = train.select(shuffled(len(train), recipe.train.seed)[:PAIRS_SCORED])
+    model = load_start(recipe.model, dtype=measuring_dtype())
     scores = score_pairs(scorer_of(recipe, model, pairs), pairs.trees, "pairs under the model")
-    report = found.prepared.report
-    everything = by_severity([*report.findings, *separation_findings(scores, pairs.origins)])
-    prepared = replace(found.prepared, report=replace(report, findings=everything))
-    return replace(found, prepared=prepared, separation=separation(scores))
+    return replace(report.with_findings(separation_findings(scores, pairs.origins)), separation=separation(scores))
 
 
-def check(recipe: RecipeBase) -> None:
-    check_tasks(recipe)
-    require_ready(recipe)
-    fetch(recipe.model.name, recipe.model.revision)
-    found = examine(recipe, measure=None)
-    if not found.ok:
-        errors = [finding.message for finding in found.prepared.report.findings if finding.severity == "error"]
-        raise StageError(f"this cannot be trained: {errors[0]}; `prefold check` shows it all")
-    for finding in found.prepared.report.findings:
+def check(run: Run) -> None:
+    run.open_tasks()
+    require_ready(run.recipe)
+    fetch(run.recipe.model.name, run.recipe.model.revision)
+    report = examine(run, measure=None)
+    report.require_ok("this", "`prefold check` shows it all")
+    for finding in report.prepared.report.findings:
         if finding.severity == "warning":
             say(f"  warning: {finding.message}")
-    for line in in_two_lines(found.plan.as_json()):
+    for line in in_two_lines(report.plan.as_json()):
         say(f"  {line}")
-    write_json(recipe.run_folder / "environment.json", environment())
-    write_json(recipe.run_folder / "data.json", {**found.as_json(), **as_read(recipe, found.prepared)})
+    write_json(run.folder / "environment.json", environment())
+    write_json(run.folder / "data.json", {**report.as_json(), **run.as_read(report.prepared)})

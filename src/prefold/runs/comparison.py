@@ -17,7 +17,7 @@ from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.scores import TaskScores
 from prefold.files import without_home
 from prefold.generation.answers import model_named, run_recipe
-from prefold.models.fetch import fetch
+from prefold.models.fetch import fetch, is_hub_id
 from prefold.models.load import tokenizer_of
 from prefold.recipe import Evaluate, Model, RecipeBase
 from prefold.reports.run_record import read_run
@@ -87,19 +87,21 @@ def compare_with(names: Sequence[str], baseline: Sequence[TaskScores], settings:
     """The content of `evaluation/compared.json`: other models, asked what a run was asked, against its model before
     training."""
     sides = [_side(name) for name in names]
-    scores = _asked(sides, settings)
+    scores = _measured(sides, settings)
     return {"models": {side.label: compare_tasks(baseline, scores[side.label]) for side in sides}}
 
 
 def require_models(names: Sequence[str]) -> None:
-    """Bring models into the cache.
+    """Look at models without fetching or converting any.
 
     Raises:
-        UserError: one of them cannot be had, or is a run without a merged model.
+        UserError: one of them is not there, is no model folder, or is a run without a merged model.
     """
     for name in names:
-        section = _side(name).section
-        fetch(section.name, section.revision)
+        model = _side(name).section.name
+        path = Path(model).expanduser()
+        if path.is_dir() or not (path.is_file() or model.startswith("pypi:") or is_hub_id(model)):
+            fetch(model)
 
 
 def read_scores(path: Path) -> list[TaskScores]:
@@ -174,7 +176,7 @@ def _run_facts(side: Side) -> dict[str, Any]:
 def _scores(sides: Sequence[Side], settings: Evaluate | None) -> dict[str, list[TaskScores]]:
     """Of each side by its label; all of them empty where only runs are compared that were asked no tasks."""
     if settings is not None:
-        return _asked(sides, settings)
+        return _measured(sides, settings)
     found = {side.label: _written(side) for side in sides if side.run is not None}
     models = [side for side in sides if side.run is None]
     if not any(found.values()) and not models:
@@ -194,7 +196,7 @@ def _scores(sides: Sequence[Side], settings: Evaluate | None) -> dict[str, list[
                 where=models[0].label,
                 expected="--tasks, or a run folder whose recipe has `evaluate.tasks`",
             )
-        found |= _asked(models, as_asked)
+        found |= _measured(models, as_asked)
     return found
 
 
@@ -202,7 +204,7 @@ def _written(side: Side) -> list[TaskScores]:
     return read_scores(side.folder / "evaluation" / f"scores_{side.when}.json")
 
 
-def _asked(sides: Sequence[Side], settings: Evaluate) -> dict[str, list[TaskScores]]:
+def _measured(sides: Sequence[Side], settings: Evaluate) -> dict[str, list[TaskScores]]:
     # The harness takes seconds to import.
     from prefold.evaluation.tasks import measure_model, open_tasks
 

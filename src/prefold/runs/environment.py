@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefold.models.load import choose_device
+from prefold.models.device import choose_device
 
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes"),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from prefold.files import write_json
-from prefold.models.load import choose_device, choose_dtype, load_model, tokenizer_of
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import load_model, tokenizer_of
 from prefold.models.merge import merge_adapter, merge_dtype, remarks, save_and_check
 from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart
-from prefold.recipe import Model, RecipeBase
-from prefold.runs.context import head_seed_of, prepared_data, sample_trees
+from prefold.recipe import Model
+from prefold.runs.context import Run, head_seed_of, sample_trees
 from prefold.terminal import say
 
 
-def merge(recipe: RecipeBase) -> None:
-    folder = recipe.run_folder
-    tokenizer = tokenizer_of(recipe.model)
-    trees = sample_trees(prepared_data(recipe).train)
+def merge(run: Run) -> None:
+    recipe, folder = run.recipe, run.folder
+    trees = sample_trees(run.checked_data().train)
+    tokenizer = tokenizer_of(recipe.model)  # one of its own, since its padding may change
     rows, prompts = [sum(tree.completions[:1], tree.prompt) for tree in trees], [tree.prompt for tree in trees]
     if recipe.algorithm.kind.scores:
         rows, prompts = [tree.prompt + ids for tree in trees for ids in tree.completions], []

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from prefold.data.findings import fingerprint
+from prefold import ranks
 from prefold.errors import StageError, UserError
 from prefold.evaluation.best_of_many import best_of_many, holm
 from prefold.evaluation.heldout import CHANCE
@@ -36,10 +36,12 @@ from prefold.files import (
 )
 from prefold.recipe import RecipeBase, load_recipe, parse_yaml
 from prefold.reports.sweep import write_sweep
+from prefold.runs.api import perform_all
 from prefold.runs.check import examine
-from prefold.runs.context import check_tasks, forget_data
-from prefold.runs.evaluate import held_out_sampling, sharing_before
-from prefold.runs.pipeline import outdated_stages, run, stages_of
+from prefold.runs.context import Run
+from prefold.runs.folder import outdated_stages
+from prefold.runs.measuring import MEASURING, held_out_sampling
+from prefold.runs.stages import stages_of
 from prefold.terminal import say
 from prefold.trees.memory import free_memory
 
@@ -89,18 +91,18 @@ def sweep(recipe: str, overrides: Sequence[str] = (), *, output: str | None = No
     }
     require_writable(folder)
     failures: dict[str, str] = {}
-    found = _write(folder, about, points, failures)
-    with sharing_before():
-        for place, point in enumerate(points, start=1):
-            say(f"run {place} of {len(points)}: {point.name}")
-            if point.is_finished():
-                say("  done before")
-                continue
-            if failure := _failure_of(point):
-                failures[point.name] = failure
-                say(f"  failed: {failure}")
-            found = _write(folder, about, points, failures)
-    return found
+    measured_before: dict[str, Any] = {}
+    comparison = _write(folder, about, points, failures)
+    for number, point in enumerate(points, start=1):
+        say(f"run {number} of {len(points)}: {point.name}")
+        if point.is_finished():
+            say("  done before")
+            continue
+        if failure := _failure_of(Run(point.recipe, measured_before)):
+            failures[point.name] = failure
+            say(f"  failed: {failure}")
+        comparison = _write(folder, about, points, failures)
+    return comparison
 
 
 # ---- the grid ---------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[s
         values = parse_yaml(f"[{text}]", override) if "," in text else []
         if field == "output_dir":
             raise UserError("every run has a folder of its own", where=override, advice="name theirs: `--output DIR`")
-        if field in swept or (len(values) > 1 and any(one.startswith(f"{field}=") for one in fixed)):
+        if field in swept or (len(values) > 1 and any(other.startswith(f"{field}=") for other in fixed)):
             raise UserError(f"`{field}` is given twice", where=override)
         if len(values) > 1:
             # As JSON holds them: so they are shown, and set.
@@ -222,7 +224,6 @@ def _require_comparable(points: Sequence[Point]) -> None:
         UserError: a run cannot be made, or they would not all be measured on the same held-out data in the same way.
         StageError: the data of a run has errors.
     """
-    forget_data()
     measured_by = {point.name: _measured_by(point) for point in points}
     first = points[0].name
     if other := next((name for name in measured_by if measured_by[name] != measured_by[first]), None):
@@ -237,33 +238,32 @@ def _require_comparable(points: Sequence[Point]) -> None:
 def _measured_by(point: Point) -> tuple[Any, ...]:
     """What decides the held-out score of a run beside its model."""
     recipe = point.recipe
-    scored = (recipe.algorithm.kind.data, recipe.algorithm.kind.scores, repr(recipe.rewards))
-    kind = (*scored, held_out_sampling(recipe))
+    measured = (recipe.algorithm.kind, repr(recipe.rewards), held_out_sampling(recipe))
     if point.is_finished():
-        return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *kind)
-    check_tasks(recipe)
-    prepared = examine(recipe).prepared
-    if errors := [finding.message for finding in prepared.report.findings if finding.severity == "error"]:
-        raise StageError(f"{point.name} cannot be trained: {errors[0]}; `prefold check` with its settings shows it all")
-    if not prepared.held_out:
+        return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *measured)
+    run = Run(recipe)
+    run.open_tasks()
+    examine(run).require_ok(point.name, "`prefold check` with its settings shows it all")
+    if not run.prepared.held_out:
         what = "nothing is held out to choose by"
         raise UserError(what, where="`data`", advice="set `eval_fraction`, or name `eval`")
-    return (fingerprint(prepared.held_out), *kind)
+    return (run.prepared.fingerprints["held_out"], *measured)
 
 
 # ---- running and comparing --------------------------------------------------------------------------------------
 
 
-def _failure_of(point: Point) -> str:
+def _failure_of(run: Run) -> str:
     """Run it; why it failed, empty if it did not. A full disk would stop every run, and ends the sweep."""
     try:
-        run(point.recipe)
+        ranks.join()
+        perform_all(run)
         return ""
     except Exception as error:
         if storage_trouble(error) or os.environ.get("PREFOLD_DEBUG"):
             raise
-        told = str(error) if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {error}"
-        message = without_secrets(told)
+        named = "" if isinstance(error, UserError | StageError) else f"{type(error).__name__}: "
+        message = without_secrets(f"{named}{error}")
     # Outside the handler, whose traceback would keep the model alive.
     free_memory()
     return message
@@ -274,7 +274,7 @@ def _write(
 ) -> dict[str, Any]:
     """Compare what is done so far, in `sweep.json` and on the page."""
     done = [point for point in points if point.name not in failures and point.is_finished()]
-    measured = {point.name: found for point in done if (found := _held_out(point)) is not None}
+    measured = {point.name: facts for point in done if (facts := _held_out(point)) is not None}
     compared = _compared(measured) if measured else {"best": None}
     entries = []
     for point in points:
@@ -284,46 +284,46 @@ def _write(
         else:
             entry["status"] = "done" if point in done else "waiting"
         entries.append(entry | {"held_out": measured.get(point.name)})
-    found = {**about, **compared, "confirm": _confirm(folder, compared["best"]), "points": entries}
-    write_json(folder / FACTS, found)
-    write_sweep(folder, found)
-    return found
+    facts = {**about, **compared, "confirm": _confirm(folder, compared["best"]), "points": entries}
+    write_json(folder / FACTS, facts)
+    write_sweep(folder, facts)
+    return facts
 
 
 def _held_out(point: Point) -> dict[str, Any] | None:
     """What a finished run measured, under the names that a task's facts have; None if it could measure nothing."""
-    folder, recipe = point.recipe.run_folder / "evaluation", point.recipe
-    name, key = ("rewards", "reward") if recipe.algorithm.kind.samples else ("heldout", "accuracy")
-    found = read_json(folder / f"{name}.json")
-    if "after" not in found or not (folder / "heldout.jsonl").is_file():
+    folder, kind = point.recipe.run_folder / "evaluation", point.recipe.algorithm.kind
+    metric = MEASURING[kind].metric
+    comparison = read_json(folder / f"{kind.measured}.json")
+    if "after" not in comparison or not (folder / "heldout.jsonl").is_file():
         return None
-    before, difference = found.get("before", {}), found.get("difference", {})
-    scores_answers = "chance" in found
+    before, after, difference = (comparison.get(name, {}) for name in ("before", "after", "difference"))
+    chance = comparison.get("chance")
     return {
-        "before": before.get(key),
-        "after": found["after"][key],
-        "after_ci": found["after"][f"{key}_ci"],
-        "margin": found["after"].get("margin"),
-        "difference": found["after"][key] - CHANCE if scores_answers else difference[key],
+        "before": before.get(metric),
+        "after": after[metric],
+        "after_ci": after[f"{metric}_ci"],
+        "margin": after.get("margin"),
+        "difference": after[metric] - CHANCE if chance else difference[metric],
         "ci": difference.get("ci"),
-        "p_value": found["chance" if scores_answers else "difference"]["p_value"],
-        "shares": key == "accuracy",
+        "p_value": (chance or difference)["p_value"],
+        "shares": metric == "accuracy",
         "by_unit": [line["after"] for line in read_jsonl(folder / "heldout.jsonl")],
     }
 
 
 def _compared(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What is said of all runs together; what is said of each is added to it, and its single values are taken out."""
-    values = {name: np.array(one.pop("by_unit"), dtype=float) for name, one in measured.items()}
+    values = {name: np.array(facts.pop("by_unit"), dtype=float) for name, facts in measured.items()}
     # A prompt may lack a reward in some run.
     known = ~np.isnan(np.stack(list(values.values()))).any(axis=0)
     if not known.any():
         return {"best": None}
     ranked = best_of_many(
-        {name: one[known] for name, one in values.items()},
-        {name: one["margin"] or 0.0 for name, one in measured.items()},
+        {name: of_run[known] for name, of_run in values.items()},
+        {name: facts["margin"] or 0.0 for name, facts in measured.items()},
     )
-    adjusted = holm({name: one["p_value"] for name, one in measured.items()})
+    adjusted = holm({name: facts["p_value"] for name, facts in measured.items()})
     for name, facts in measured.items():
         verdict = "no difference shown"
         if adjusted[name] < LEVEL and facts["difference"]:
@@ -343,6 +343,6 @@ def _confirm(folder: Path, best: str | None) -> str | None:
     """The command that measures the best run on data that did not choose it."""
     if best is None:
         return None
-    place, other = (shlex.quote(without_home(str(path))) for path in (folder / best, f"{folder}-confirmed"))
+    chosen, other = (shlex.quote(without_home(str(path))) for path in (folder / best, f"{folder}-confirmed"))
     fresh = "data.eval='[{path: fresh.jsonl}]' data.eval_fraction=0"
-    return " \\\n  ".join((f"prefold run {place}", fresh, f"output_dir={other}"))
+    return " \\\n  ".join((f"prefold run {chosen}", fresh, f"output_dir={other}"))

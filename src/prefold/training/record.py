@@ -53,8 +53,8 @@ class StepRecord:
         for group in groups:
             _append(self.rollouts, {"step": step, **group})
 
-    def settle(self) -> None:
-        """A checkpoint is about to count on the lines so far."""
+    def flush(self) -> None:
+        """Have the lines so far on the disk, since a checkpoint is about to count on them."""
         for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
             settle(path)
 

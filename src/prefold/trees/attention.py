@@ -76,15 +76,21 @@ def register(name: str, backend: Backend) -> None:
     AttentionInterface.register(name, attention)
 
 
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
 @contextmanager
-def using_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def using_attention(model: nn.Module, name: str) -> Iterator[None]:
     """Switch the attention implementation of a model for a while."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    base = unwrapped(model)
+    before = base.config._attn_implementation
+    base.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        base.set_attn_implementation(before)
 
 
 # ---- segments: one call for each prompt and each completion; every device, dtype, window and soft-cap ------------
@@ -293,20 +299,20 @@ def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, sh
 
 
 def flex_mask(trees: PackedTrees, window: int | None) -> Any:
-    """A block mask: at or before oneself in the row, in the same tree, and in its prompt or one's own completion."""
+    """A block mask: a token sees those at or before itself in the row that are of its own node or one above it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    device = trees.input_ids.device
-    tree, branch = (torch.empty(trees.tokens, dtype=torch.long) for _ in range(2))
-    for number, block in enumerate(trees.blocks):
-        tree[block.prompt[0] : block.completions[-1][1]] = number
-        branch[slice(*block.prompt)] = -1
-        for which, completion in enumerate(block.completions):
-            branch[slice(*completion)] = which
-    tree, branch, position = tree.to(device), branch.to(device), trees.positions[0]
+    device, position = trees.input_ids.device, trees.positions[0]
+    sizes = torch.tensor([stop - start for (start, stop), _, _ in trees.nodes])
+    node = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+    index = {own: i for i, (own, _, _) in enumerate(trees.nodes)}
+    pairs = [(index[own], index[span]) for own, above, _ in trees.nodes for span in (*above, own)]
+    sees = torch.zeros(len(sizes), len(sizes), dtype=torch.bool)
+    sees[tuple(torch.tensor(pairs).T)] = True
+    sees = sees.to(device)
 
     def allowed(batch: Tensor, head: Tensor, own: Tensor, seen: Tensor) -> Tensor:
-        inside = (own >= seen) & (tree[own] == tree[seen]) & ((branch[seen] == -1) | (branch[seen] == branch[own]))
+        inside = (own >= seen) & sees[node[own], node[seen]]
         return inside if window is None else inside & (position[own] - position[seen] < window)
 
     return create_block_mask(allowed, None, None, trees.tokens, trees.tokens, device=device)

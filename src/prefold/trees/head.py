@@ -16,10 +16,12 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from prefold.trees.tokens import trained_rows
+from prefold.trees.trained_rows import trained_rows
 
 CHUNK = 256
 """Rows of hidden states that meet the vocabulary matrix at once: 256 x 49,152 float32 logits are 50 MB."""
+SCORE = "score"
+"""What transformers calls the head of a classifier that reads the last token, in place of the vocabulary's."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Statistics:
     entropy: Tensor
     squares: Tensor
     top1: Tensor
+
+
+def score_layer(model: nn.Module) -> nn.Module | None:
+    """The head of a model that scores conversations; None for one that writes tokens."""
+    layer = getattr(model, SCORE, None)
+    return layer if isinstance(layer, nn.Module) else None
 
 
 def output_layer(model: nn.Module) -> nn.Module:

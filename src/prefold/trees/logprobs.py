@@ -8,8 +8,8 @@ Data in: `PackedTrees`; data out: `TreeLogprobs`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prefold.trees.head import Statistics, distribution_statistics, scoring_head
 from prefold.trees.packing import PackedTrees
+from prefold.trees.padding import padded_batches
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class TreeLogprobs:
     scored positions, and `prompts`, for each tree the summed log-prob of its prompt from the second token on, of
     `prompt_lengths` tokens.
 
-    For unpaired data, `labels` `[N]`: whether a completion is desirable. For KTO, `mismatched` `[M]`: summed log-probs,
-    without gradient, of completions under prompts that are not theirs. For completions that were sampled, `advantages`
-    `[N]`; and `old` `[S]`, the log-probs that `tokens` had before the first step on them, None at that step.
+    `extras`, by name: what a method alone needs of the completions beside their log-probs. Nothing here reads it.
 
     A model that scores conversations has scores in their place, one to each completion, as if it had one token.
     """
@@ -41,10 +40,7 @@ class TreeLogprobs:
     auxiliary: Tensor | None = None
     prompts: Tensor | None = None
     prompt_lengths: Tensor | None = None
-    labels: Tensor | None = None
-    mismatched: Tensor | None = None
-    advantages: Tensor | None = None
-    old: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sums(self) -> Tensor:
         """`[N]`: log-prob of each completion given its prompt."""
@@ -148,12 +144,10 @@ def plain_logprobs(
     row: PackedTrees,
     max_tokens: int,
     statistics: bool = False,
-    one_by_one: bool = False,
     temperature: float = 1.0,
 ) -> TreeLogprobs:
     """Score the same completions by themselves: rows of prompt + completion, padded on the right, `max_tokens` at a
-    time, or one at a time for models in which a row depends on its neighbours."""
-    device = row.input_ids.device
+    time, or with 0 one at a time for models in which a row depends on its neighbours."""
     rows = [tree.prompt + ids for tree in row.trees for ids in tree.completions]
     lengths = [len(ids) for tree in row.trees for ids in tree.completions]
     scored: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -163,8 +157,7 @@ def plain_logprobs(
     prompt_of = {first: tree for tree, first in enumerate(firsts)}
     prompts: list[Tensor] = [torch.empty(0)] * len(row.trees)
     auxiliary: list[Tensor] = []
-    for batch in equal_batches([len(ids) for ids in rows], 0 if one_by_one else max_tokens):
-        padded, mask = pad([rows[i] for i in batch], device)
+    for batch, padded, mask in padded_batches(rows, max_tokens, row.input_ids.device):
         output = model(input_ids=padded, attention_mask=mask, use_cache=False)
         logits = output.logits
         if getattr(output, "aux_loss", None) is not None:
@@ -197,21 +190,3 @@ def router_coefficient(model: Any) -> float:
     """What a mixture of experts multiplies its load-balancing loss with; 0 if its configuration asks for none."""
     config = getattr(model, "module", model).config.get_text_config()
     return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
-
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device, padding: int = 0) -> tuple[Tensor, Tensor]:
-    """`[rows, longest]` token ids, padded on the right, and the mask that tells padding from them."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], device=device)
-    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-
-
-def equal_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Items of similar size together, so that a padded batch (longest x items) stays within `max_tokens`."""
-    batches: list[list[int]] = []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if batches and sizes[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches

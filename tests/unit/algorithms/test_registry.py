@@ -12,7 +12,8 @@ from preference_batches import case, logprobs, random_batch, step_loss
 
 from prefold.algorithms import ALGORITHMS, Algorithm
 from prefold.algorithms.table import page
-from prefold.recipe import RecipeBase, all_fields, make_recipe
+from prefold.recipe import Recipe, RecipeBase, make_recipe
+from prefold.recipe.explain import all_fields
 from prefold.trees.logprobs import TreeLogprobs
 
 DOCS = Path(__file__).parents[3] / "docs" / "algorithms"
@@ -39,7 +40,7 @@ def test_recipe_takes_it(name: str) -> None:
     chosen = recipe(name)
     assert type(chosen.algorithm) is ALGORITHMS[name]
     assert chosen.train.learning_rate == ALGORITHMS[name].defaults["train.learning_rate"]
-    assert set(ALGORITHMS[name].defaults) <= set(all_fields())
+    assert set(ALGORITHMS[name].defaults) <= set(all_fields(Recipe))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

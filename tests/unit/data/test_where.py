@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from prefold.data.where import Mismatch, Where, WhereError
 from prefold.errors import UserError
 from prefold.recipe import make_recipe
+from prefold.recipe.where import Mismatch, Where, WhereError
 
 ROW: dict[str, Any] = {
     "rating": 7,

@@ -6,7 +6,8 @@ import pytest
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.evaluation.rewards import compare_rewards
-from prefold.generation.groups import Completion, Group
+from prefold.generation.sampling import Completion
+from prefold.rewards.scoring import Group
 
 
 def groups(*rewards: list[float | None]) -> list[Group]:

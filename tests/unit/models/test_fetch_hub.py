@@ -102,7 +102,7 @@ def test_a_proxy_that_fails(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*_: object, **__: object) -> str:
         raise httpx2.ProxyError(f"https://user:{SECRET}@proxy")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("prefold.models.fetch.snapshot_download", fail)
     assert "cannot be reached (ProxyError)" in refused("org/model").what
 
 
@@ -110,7 +110,7 @@ def test_a_full_disk_is_not_called_a_network_failure(hub: FakeHub, monkeypatch: 
     def full(*_: object, **__: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    monkeypatch.setattr("prefold.models.fetch.snapshot_download", full)
     error = refused("org/model")
     assert "No space left on device" in error.what and "HF_HOME" in error.advice
 

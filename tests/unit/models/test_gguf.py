@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from prefold.errors import StageError, UserError
 from prefold.models.fetch import fetch
 from prefold.models.load import load_model, load_tokenizer
+from prefold.publishing import gguf as export
 from prefold.publishing.gguf import export_gguf, interleaved, require_exportable, write_gguf
-from prefold.publishing.publish import gguf as export
 from prefold.recipe import Model
 
 IDS = torch.tensor([[60, 61, 200, 5, 17, 99, 3, 250]])

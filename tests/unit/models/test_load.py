@@ -19,14 +19,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from prefold.errors import UserError
 from prefold.models import load
-from prefold.models.load import (
-    add_lora,
-    choose_device,
-    choose_dtype,
-    load_model,
-    load_tokenizer,
-    trainable_parameters,
-)
+from prefold.models.adapters import add_lora
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import load_model, load_tokenizer, trainable_parameters
 from prefold.recipe import Lora, Model
 from prefold.trees.memory import free_memory
 

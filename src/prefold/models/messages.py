@@ -1,0 +1,50 @@
+"""What transformers says: kept out of the terminal, or told as the user's to mend."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from prefold.errors import UserError, first_line
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What transformers raises for a folder that is not a sound model: each kind of file has a reader of its own."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars and advice out of the terminal; errors still raise."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def unreadable(what: str, error: Exception, where: str) -> UserError:
+    """What a model is refused with that transformers cannot read."""
+    if "trust_remote_code" in str(error):
+        what = f"{what}: it needs Python code of its own, which prefold does not run"
+        return UserError(what, where=where, expected="an architecture that transformers knows")
+    return UserError(f"{what}: {first_line(error)}", where=where)

@@ -1,0 +1,269 @@
+"""Preference pairs from a model's own answers: prompts -> answers -> scores -> the best against the worst -> a file.
+
+Every answer and score is kept in a work file beside the output, under a key of all that it depends on. A run that was
+stopped goes on from there, and one with another margin or reward makes no answer twice. The output appears when it is
+whole, and is a source of `prefold run` as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prefold.data.conversion import to_record, with_system_message
+from prefold.data.dialogues import holds_dialogue
+from prefold.data.preference import Problem, Prompt
+from prefold.data.selection import select_rows
+from prefold.data.shapes import find_shape
+from prefold.errors import StageError, UserError
+from prefold.files import cache_folder, new_file, without_home
+from prefold.generation.endpoint import Endpoint, RemoteModel
+from prefold.generation.journal import Journal
+from prefold.generation.samplers import LocalModel, Sampler, answers_of
+from prefold.generation.sampling import Sampling
+from prefold.pairing.candidates import Candidate, Candidates, best_pair
+from prefold.pairing.scores import judged, reward_identity, rewarded
+from prefold.recipe import Pairs, Source, make_section, parse_reward
+from prefold.recipe.signature import with_fields
+from prefold.rewards.judge import Judge
+from prefold.rewards.load import load_rewards
+from prefold.rewards.scoring import column_names
+from prefold.terminal import say
+
+LOCAL = "local"
+"""Stands for no endpoint where another model has one."""
+_HEAD_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What became of the prompts: `prompts` = `pairs` + the sum of `left_out`; the mean scores, if there are any."""
+
+    output: str
+    prompts: int
+    answers: int
+    pairs: int
+    left_out: dict[str, int]
+    mean_score: dict[str, float] | None
+
+
+@with_fields(Pairs)
+def pairs(
+    prompts: str | Path, model: str | Path | Sequence[str | Path], output: str | Path, **settings: Any
+) -> PairReport:
+    """Make preference pairs from a model's own answers to prompts, scored by rewards or a judge.
+
+    Args:
+        prompts: a file, folder, built-in set or Hub data set.
+        model: what answers: a run folder, or a model by any name; two of them both answer every prompt.
+        output: the file of pairs, .jsonl. Beside it a work file keeps answers and scores, from which a call that was
+            stopped goes on.
+        **settings
+
+    Raises:
+        UserError: settings that do not go together, prompts that cannot be read, a model, reward or endpoint that
+            cannot be used.
+        StageError: no pair could be made, or the judge gives no verdicts.
+    """
+    return make_pairs(make_section(Pairs, {"prompts": prompts, "model": model, "output": output, **settings}))
+
+
+def make_pairs(settings: Pairs) -> PairReport:
+    _require_output(settings)
+    samplers = _samplers(settings)
+    prompts, left_out = _read_prompts(settings)
+    candidates = _candidates(settings, samplers, prompts)
+    best = [best_pair(of_prompt, settings.min_margin, settings.max_length_ratio) for of_prompt in candidates]
+    left_out += Counter(reason for reason in best if isinstance(reason, str))
+    chosen = [(prompt, pair) for prompt, pair in zip(prompts, best, strict=True) if not isinstance(pair, str)]
+    if not chosen:
+        raise StageError(f"no pair could be made of {left_out.total()} prompts: {_listed(left_out)}")
+    _write(settings.output, chosen, with_scores=not settings.prefer_first)
+    return PairReport(
+        output=without_home(str(settings.output)),
+        prompts=len(chosen) + left_out.total(),
+        answers=sum(len(of_prompt) for of_prompt in candidates if isinstance(of_prompt, list)),
+        pairs=len(chosen),
+        left_out=dict(left_out),
+        mean_score=None if settings.prefer_first else _mean_scores(candidates, [pair for _, pair in chosen]),
+    )
+
+
+def print_report(report: PairReport) -> None:
+    say(f"{report.pairs} pairs of {report.prompts} prompts and {report.answers} answers in {report.output}")
+    if report.left_out:
+        say(f"left out: {_listed(report.left_out)}")
+    if report.mean_score:
+        say("mean score: " + ", ".join(f"{name} {value:.4g}" for name, value in report.mean_score.items()))
+
+
+REASONS = {
+    "refused": "refused by the chat template or endpoint",
+    "no_verdict": "no verdict of the judge",
+    "too_few_answers": "fewer than two answers with words and a score",
+    "cut_off": "answers cut off at --max-new-tokens",
+    "identical": "all answers the same",
+    "equal_scores": "all scores equal",
+    "small_margin": "margin too small",
+    "length_ratio": "answers too different in length",
+}
+"""Why a prompt has no pair; a row that is no prompt has the name of its finding."""
+
+
+def _listed(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} {REASONS.get(name, name)}" for name, count in left_out.items())
+
+
+# ---- answers and scores -----------------------------------------------------------------------------------------
+
+
+def _candidates(settings: Pairs, samplers: Sequence[Sampler], prompts: Sequence[Prompt]) -> list[Candidates]:
+    """All models' answers to each prompt with their scores, or why there are none."""
+    judge = _judge(settings)
+    specs = [] if judge else [parse_reward(text) for text in settings.reward]
+    knows_ids = all(sampler.token_ids([]) is not None for sampler in samplers)
+    known = ["prompts", "completions", *(["completion_ids"] if knows_ids else []), *column_names(prompts)]
+    rewards, identity = load_rewards(specs, known), [reward_identity(spec) for spec in specs]
+    work = _open_work_file(settings)
+    candidates = _answers(samplers, prompts, work)
+    if judge:
+        return judged(judge, prompts, candidates, work, settings.concurrency)
+    if settings.prefer_first:
+        return [
+            of_prompt
+            if isinstance(of_prompt, str)
+            else [replace(candidate, score=1.0 - candidate.model) for candidate in of_prompt]
+            for of_prompt in candidates
+        ]
+    return rewarded(rewards, identity, prompts, candidates, samplers if knows_ids else (), work)
+
+
+def _answers(samplers: Sequence[Sampler], prompts: Sequence[Prompt], work: Journal) -> list[Candidates]:
+    """All models' answers to each prompt, without the empty ones."""
+    of_models = [answers_of(sampler, prompts, work) for sampler in samplers]
+    return [
+        "refused"
+        if None in of_prompt
+        else [
+            Candidate(answer.text, model, finished=answer.finished)
+            for model, answers in enumerate(of_prompt)
+            for answer in answers or ()
+            if answer.text
+        ]
+        for of_prompt in zip(*of_models, strict=True)
+    ]
+
+
+def _samplers(settings: Pairs) -> list[Sampler]:
+    sampling = Sampling.of(settings, settings.answers_per_model)
+    urls = settings.endpoint or [LOCAL]
+    urls = urls if len(urls) == len(settings.model) else urls * len(settings.model)
+    return [
+        LocalModel(name, sampling)
+        if url == LOCAL
+        else RemoteModel(Endpoint(url, name, settings.timeout), sampling, settings.concurrency)
+        for name, url in zip(settings.model, urls, strict=True)
+    ]
+
+
+def _judge(settings: Pairs) -> Judge | None:
+    if settings.judge_endpoint is None or settings.judge_model is None:
+        return None
+    return Judge.at(Endpoint(settings.judge_endpoint, settings.judge_model, settings.timeout), cache_folder())
+
+
+def _open_work_file(settings: Pairs) -> Journal:
+    path = settings.output.with_name(f"{settings.output.name}.work")
+    if settings.fresh:
+        path.unlink(missing_ok=True)
+    return Journal(path)
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------
+
+
+def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
+    """The prompts, and how many rows are none, by the name of what is wrong with them."""
+    columns = {"prompt": settings.prompt_column} if settings.prompt_column else None
+    given = {"path": settings.prompts, "name": settings.name, "split": settings.split, "where": settings.where}
+    [selection] = select_rows([make_section(Source, given, "PROMPTS")], seed=0)
+    rows = selection.rows
+    head = list(islice(rows, _HEAD_ROWS))
+    shape = find_shape(head, selection.name, columns, kinds=("prompts",))
+    prompts: list[Prompt] = []
+    problems: list[Problem] = []
+    for row in chain(head, rows):
+        record = with_system_message(to_record(row, shape), settings.system, "--system")
+        if isinstance(record, Prompt):
+            prompts.append(record)
+        elif isinstance(record, Problem):
+            problems.append(record)
+        if len(prompts) == settings.limit:
+            break
+    problems += selection.problems
+    if not prompts:
+        where = f"{problems[0].origin.source}, row {problems[0].origin.row}"
+        raise UserError(f"no row is a prompt; the first problem is: {problems[0].message}", where=where)
+    return prompts, Counter(problem.kind for problem in problems)
+
+
+# ---- the report and the output ----------------------------------------------------------------------------------
+
+
+def _require_output(settings: Pairs) -> None:
+    output, where = settings.output, without_home(str(settings.output))
+    if output.suffix != ".jsonl":
+        raise UserError("the output is written as JSON lines", where=where, expected="a name that ends in .jsonl")
+    if not output.parent.is_dir():
+        raise UserError("its folder does not exist", where=where, advice=f"mkdir -p {without_home(str(output.parent))}")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError("its folder cannot be written to", where=where)
+    if output.is_dir() or output.resolve() == Path(settings.prompts).expanduser().resolve():
+        raise UserError(
+            "is not a file to write pairs to", where=where, expected="another file than that of the prompts"
+        )
+
+
+def _mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candidate, Candidate]]) -> dict[str, float]:
+    answers = [answer for of_prompt in candidates if isinstance(of_prompt, list) for answer in of_prompt]
+    return {
+        "all": fmean(answer.score for answer in answers if answer.score is not None),
+        "chosen": fmean(chosen.score or 0.0 for chosen, _ in pairs),
+        "rejected": fmean(rejected.score or 0.0 for _, rejected in pairs),
+    }
+
+
+_READ_IN_PAIRS = {"prompt", "question", "instruction", "input", "system", "messages", "conversations", "chatgpt"}
+_READ_IN_PAIRS |= {"llama2-13b-chat", "output_1", "output1", "response_1", "response1"}
+
+
+def _write(output: Path, pairs: Sequence[tuple[Prompt, tuple[Candidate, Candidate]]], with_scores: bool) -> None:
+    as_text = all(len(prompt.prompt) == 1 and not holds_dialogue(prompt.prompt[0]["content"]) for prompt, _ in pairs)
+    # What cannot be written as UTF-8 can only be in the columns that were brought along.
+    with new_file(output) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
+        for prompt, (chosen, rejected) in pairs:
+            row: dict[str, Any] = {"prompt": prompt.prompt[0]["content"] if as_text else list(prompt.prompt)}
+            for side, answer in (("chosen", chosen), ("rejected", rejected)):
+                row[side] = answer.text if as_text else [{"role": "assistant", "content": answer.text}]
+            if with_scores:
+                row |= {"score_chosen": chosen.score, "score_rejected": rejected.score}
+            row |= {_column_name(name): _as_json(value) for name, value in prompt.columns.items()}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _column_name(name: str) -> str:
+    """A column that would be read as part of the pair, or as its rating, gets another name."""
+    taken = name in _READ_IN_PAIRS or "chosen" in name.lower() or "rejected" in name.lower()
+    return f"source_{name}" if taken else name
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON has it: dates and bytes as text, no NaN."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)

@@ -1,0 +1,147 @@
+"""Scores of the answers to prompts, by rewards or a judge.
+
+They are kept in the work file under a key of all that they depend on; only what is missing there is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from prefold.data.preference import Prompt
+from prefold.errors import StageError
+from prefold.generation.endpoint import in_parallel
+from prefold.generation.journal import Journal, key_of
+from prefold.generation.samplers import Sampler, files_of
+from prefold.models.fetch import fetch
+from prefold.pairing.candidates import Candidate, Candidates
+from prefold.recipe import RewardBase
+from prefold.rewards.judge import Judge, NoVerdict
+from prefold.rewards.scoring import LoadedReward, column_names, score, weighted
+from prefold.terminal import progress_bar
+
+FAILURES_IN_A_ROW = 10
+"""Prompts without a verdict after which nothing more is expected."""
+_SCORED_AT_ONCE = 8
+
+
+def rewarded(
+    rewards: Sequence[LoadedReward],
+    identity: Any,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidates],
+    samplers: Sequence[Sampler],
+    work: Journal,
+) -> list[Candidates]:
+    """The candidates with the weighted sum of their rewards.
+
+    Args:
+        identity: of the rewards (`reward_identity`).
+        samplers: the models, which know the tokens of their answers; none if one of them does not.
+    """
+    columns = column_names(prompts)
+    with_ids = bool(samplers) and any(reward.takes("completion_ids") for reward in rewards)
+
+    def totals(rows: Sequence[tuple[Prompt, Candidate]]) -> list[float | None]:
+        messages = [list(prompt.prompt) for prompt, _ in rows]
+        texts = [answer.text for _, answer in rows]
+        ids = [(samplers[one.model].token_ids([one.text]) or [[]])[0] for _, one in rows] if with_ids else None
+        cells = {name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns}
+        return weighted(rewards, score(rewards, messages, texts, ids, cells))
+
+    def scores(missing: Sequence[int]) -> Iterator[tuple[int, list[float | None]]]:
+        for start in range(0, len(missing), _SCORED_AT_ONCE):
+            batch = missing[start : start + _SCORED_AT_ONCE]
+            remaining = iter(totals([(prompts[i], answer) for i in batch for answer in _answers_in(candidates[i])]))
+            for index in batch:
+                yield index, list(islice(remaining, len(candidates[index])))
+
+    return _with_scores(prompts, candidates, work, identity, scores)
+
+
+def reward_identity(spec: RewardBase) -> Any:
+    """What a reward's scores depend on beyond the prompt and the answer: its settings, its code or its weights.
+
+    Raises:
+        UserError: its model cannot be had.
+    """
+    contents: Any = None
+    if spec.file is not None:
+        contents = sha256(Path(spec.file).expanduser().read_bytes()).hexdigest()
+    elif model := spec.settings.get("model"):
+        contents = files_of(fetch(model))
+    return spec.model_dump(), contents
+
+
+def judged(
+    judge: Judge, prompts: Sequence[Prompt], candidates: Sequence[Candidates], work: Journal, workers: int
+) -> list[Candidates]:
+    """The candidates with the share of the others that they were preferred to.
+
+    Raises:
+        StageError: the judge gives no verdict for many prompts in a row.
+    """
+
+    def shares(index: int) -> list[float] | NoVerdict:
+        try:
+            return judge.shares(prompts[index].prompt, [answer.text for answer in _answers_in(candidates[index])])
+        except NoVerdict as error:
+            return error
+
+    def scores(missing: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
+        in_a_row = 0
+        for index, result in in_parallel(shares, missing, workers):
+            if not isinstance(result, NoVerdict):
+                in_a_row = 0
+                yield index, result
+            elif (in_a_row := in_a_row + 1) == FAILURES_IN_A_ROW:
+                raise _no_verdicts(result)
+
+    identity = judge.endpoint.url, judge.endpoint.model
+    return _with_scores(prompts, candidates, work, identity, scores)
+
+
+def _answers_in(candidates: Candidates) -> list[Candidate]:
+    return candidates if isinstance(candidates, list) else []
+
+
+def _with_scores(
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidates],
+    work: Journal,
+    identity: Any,
+    compute: Callable[[Sequence[int]], Iterable[tuple[int, Sequence[float | None]]]],
+) -> list[Candidates]:
+    """Scores from the work file or anew, where there is something to compare.
+
+    Args:
+        identity: what scores depend on beyond the prompt and its candidates.
+        compute: gives indices with their scores; those without are without a verdict.
+    """
+    keys = {
+        index: key_of("scores", identity, prompt.prompt, prompt.columns, [(one.text, one.model) for one in answers])
+        for index, (prompt, answers) in enumerate(zip(prompts, map(_answers_in, candidates), strict=True))
+        if len(answers) > 1
+    }
+    missing = [index for index, key in keys.items() if key not in work]
+    with progress_bar("scores", len(keys), len(keys) - len(missing)) as advance:
+        for index, scores in compute(missing) if missing else ():
+            work.add(keys[index], scores)
+            advance(1, "")
+    result: list[Candidates] = list(candidates)
+    for index, key in keys.items():
+        answers = zip(_answers_in(candidates[index]), work[key], strict=True) if key in work else ()
+        result[index] = [replace(answer, score=value) for answer, value in answers] or "no_verdict"
+    return result
+
+
+def _no_verdicts(last: NoVerdict) -> StageError:
+    reply = " ".join(str(last).split())[:120]
+    return StageError(
+        f"the judge named neither answer for {FAILURES_IN_A_ROW} prompts in a row; its last reply: {reply!r}\n"
+        "  to do: take a model that follows instructions (`--judge-model`)"
+    )

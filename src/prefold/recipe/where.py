@@ -1,0 +1,272 @@
+"""`where:` of a source: a condition over a row's columns -> keep the row or not.
+
+The condition is written in Python's syntax and never run as Python: its tree is translated piece by piece, and what is
+not listed here is refused.
+
+    rating >= 5 and in_gsm8k_train == false
+    0.2 < margin <= 0.9 or source in ["arc", "gsm8k"]
+    len(chosen[-1].content) > 0 and not lower(column("model-name")) == "gpt-4"
+
+Names that Python could not read, or reads as its own (`from`, `is`), are written `column("from")`.
+
+Values are those of JSON: numbers, strings, `true`, `false`, `null`, lists. A comparison with a missing or null value is
+false; `x == null` and `x != null` ask for it. Comparing values of two types fails for that row instead of being
+false: `rating >= 5` says something about a number, and the `"7"` of a CSV file is none (`number(rating)` makes it one).
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefold.errors import UserError, did_you_mean, json_type
+
+Row = Mapping[str, Any]
+Evaluate = Callable[[Row], Any]
+
+
+class WhereError(ValueError):
+    """The condition itself cannot be read."""
+
+
+class Mismatch(Exception):
+    """The condition cannot be evaluated for a row."""
+
+
+class Where:
+    """A condition, ready to be asked about rows.
+
+    Raises:
+        WhereError: the text is no condition; the message says at which character.
+    """
+
+    def __init__(self, text: str):
+        self._text = text.strip().replace("\n", " ")
+        self._columns: list[_Column] = []
+        try:
+            condition = self._translate(_parsed(self._text))
+        except RecursionError:
+            raise WhereError("nested too deeply") from None
+        self._condition = lambda row: _truth(condition(row), self._text)
+
+    def __call__(self, row: Row) -> bool:
+        """Whether to keep the row.
+
+        Raises:
+            Mismatch: it cannot be evaluated for this row.
+        """
+        return self._condition(row)
+
+    def require_known_columns(self, source: str) -> None:
+        """After all rows were asked about: no column may have been missing in every one of them.
+
+        Raises:
+            UserError: for the first that was, with the nearest name.
+        """
+        for column in self._columns:
+            if column.found or not column.beside:
+                continue
+            beside = sorted(column.beside)
+            advice = did_you_mean(column.parts[-1], beside)
+            advice = advice or f"there are {', '.join(f'`{name}`' for name in beside[:8])}"
+            raise UserError(f"no row has the column `{column}` of `where: {self._text}`", where=source, advice=advice)
+
+    # ---- translating ------------------------------------------------------------------------------------------
+
+    def _translate(self, node: ast.expr) -> Evaluate:
+        if parts := _path(node):
+            column = _Column(parts)
+            self._columns.append(column)
+            return column
+        match node:
+            case ast.Constant() | ast.Name() | ast.List() | ast.Tuple() | ast.UnaryOp(op=ast.USub()):
+                value = self._literal(node)
+                return lambda row: value
+            case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
+                function, inner = _FUNCTIONS[name], self._translate(argument)
+                return lambda row: function(inner(row), ast.unparse(argument))
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                inner = self._translate(operand)
+                return lambda row: not _truth(inner(row), ast.unparse(operand))
+            case ast.BoolOp(op=op, values=values):
+                parts_of_it = [(self._translate(value), value) for value in values]
+                decide = all if isinstance(op, ast.And) else any
+                return lambda row: decide(_truth(inner(row), ast.unparse(value)) for inner, value in parts_of_it)
+            case ast.Compare(left=left, ops=ops, comparators=comparators):
+                return self._comparison([left, *comparators], ops)
+        raise self._refused(node)
+
+    def _comparison(self, nodes: Sequence[ast.expr], ops: Sequence[ast.cmpop]) -> Evaluate:
+        """`a < b <= c` holds where each neighbouring two do."""
+        values = [self._translate(node) for node in nodes]
+        links = []
+        for place, op in enumerate(ops):
+            beside = nodes[place : place + 2]
+            compare = _NULL_TESTS.get(type(op)) if any(map(_is_null, beside)) else _COMPARISONS.get(type(op))
+            if compare is None:
+                raise self._refused(nodes[place + 1])
+            links.append((compare, values[place], values[place + 1], " and ".join(map(ast.unparse, beside))))
+        return lambda row: all(compare(left(row), right(row), text) for compare, left, right, text in links)
+
+    def _literal(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=str() | int() | float() | None as value):
+                return value
+            case ast.Name(id=name) if name in _WORDS:
+                return _WORDS[name]
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+                return -value
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                return [self._literal(item) for item in items]
+        raise self._refused(node)
+
+    def _refused(self, node: ast.expr) -> WhereError:
+        character = len(self._text.encode()[: node.col_offset].decode()) + 1
+        return WhereError(
+            f"`{ast.unparse(node)}` at character {character} cannot be used in a condition; there are columns "
+            '(`a`, `a.b`, `column("a-b")`), numbers, strings, true, false, null, lists of those, comparisons, '
+            f"`and`, `or`, `not`, `in`, and {', '.join(f'{name}()' for name in _FUNCTIONS)}"
+        )
+
+
+def _parsed(text: str) -> ast.expr:
+    try:
+        # Python remarks on odd escapes in strings; the text is not a program.
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        # Python has no place for what is missing at the end.
+        raise WhereError(f"cannot be read at character {error.offset or len(text) + 1}: {error.msg}") from None
+    except (ValueError, MemoryError) as error:
+        raise WhereError(f"cannot be read: {error or 'nested too deeply'}") from None
+
+
+# ---- columns ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Column:
+    """Names and places that lead to a value; `beside` are the names that were there where one of them was not."""
+
+    parts: tuple[str | int, ...]
+    found: bool = False
+    beside: set[str] = field(default_factory=set)
+
+    def __call__(self, row: Row) -> Any:
+        here: Any = row
+        for part in self.parts:
+            if here is None:
+                return None
+            if isinstance(part, int) and isinstance(here, list):
+                here = here[part] if -len(here) <= part < len(here) else None
+            elif isinstance(part, str) and isinstance(here, Mapping):
+                if part not in here:
+                    self.beside |= here.keys()
+                    return None
+                here = here[part]
+            else:
+                raise Mismatch(f"`{self}`: {json_type(here)} has no `{part}`")
+        self.found = True
+        return here
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self.parts))
+
+
+def _path(node: ast.expr) -> tuple[str | int, ...]:
+    """The parts of `a.b["c"][0]` or `column("a")`; empty where the node is something else."""
+    match node:
+        case ast.Name(id=name) if name not in _WORDS:
+            return (name,)
+        case ast.Call(func=ast.Name(id="column"), args=[ast.Constant(value=str() as name)], keywords=[]):
+            return (name,)
+        case ast.Attribute(value=inner, attr=name) if parts := _path(inner):
+            return (*parts, name)
+        case ast.Subscript(value=inner, slice=ast.Constant(value=str() | int() as part)) if parts := _path(inner):
+            return (*parts, part)
+        case ast.Subscript(
+            value=inner, slice=ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as part))
+        ) if parts := _path(inner):
+            return (*parts, -part)
+    return ()
+
+
+# ---- values -----------------------------------------------------------------------------------------------------
+
+
+def _truth(value: Any, text: str) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise Mismatch(f"`{text}` is {json_type(value)}, not true or false")
+
+
+def _compared(compare: Callable[[Any, Any], bool], ordered: bool = False) -> Callable[[Any, Any, str], bool]:
+    def values_compared(left: Any, right: Any, text: str) -> bool:
+        if left is None or right is None:
+            return False
+        if json_type(left) != json_type(right):
+            raise Mismatch(f"{text}: {json_type(left)} beside {json_type(right)}")
+        if ordered and json_type(left) not in ("a number", "a string"):
+            raise Mismatch(f"{text}: {json_type(left)} has no order")
+        return bool(compare(left, right))
+
+    return values_compared
+
+
+def _contained(wanted: bool) -> Callable[[Any, Any, str], bool]:
+    def found(left: Any, right: Any, text: str) -> bool:
+        if left is None or right is None:
+            return False
+        if isinstance(right, list):
+            # Python holds true for 1.
+            return any(json_type(left) == json_type(item) and left == item for item in right) is wanted
+        if isinstance(left, str) and isinstance(right, str):
+            return (left in right) is wanted
+        raise Mismatch(f"{text}: {json_type(left)} cannot be in {json_type(right)}")
+
+    return found
+
+
+def _is_null(node: ast.expr) -> bool:
+    return (isinstance(node, ast.Constant) and node.value is None) or (isinstance(node, ast.Name) and node.id == "null")
+
+
+def _length(value: Any, text: str) -> int | None:
+    if value is None or isinstance(value, str | list | dict):
+        return None if value is None else len(value)
+    raise Mismatch(f"len({text}): {json_type(value)} has no length")
+
+
+def _lower(value: Any, text: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return None if value is None else value.lower()
+    raise Mismatch(f"lower({text}): {json_type(value)} is not text")
+
+
+def _number(value: Any, text: str) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise Mismatch(f"number({text}): {json_type(value)} that is no number") from None
+
+
+_WORDS = {"true": True, "false": False, "null": None}
+_FUNCTIONS: dict[str, Callable[[Any, str], Any]] = {"len": _length, "lower": _lower, "number": _number}
+_COMPARISONS = {
+    ast.Eq: _compared(operator.eq),
+    ast.NotEq: _compared(operator.ne),
+    ast.Lt: _compared(operator.lt, ordered=True),
+    ast.LtE: _compared(operator.le, ordered=True),
+    ast.Gt: _compared(operator.gt, ordered=True),
+    ast.GtE: _compared(operator.ge, ordered=True),
+    ast.In: _contained(True),
+    ast.NotIn: _contained(False),
+}
+_NULL_TESTS: dict[type[ast.cmpop], Callable[[Any, Any, str], bool]] = {
+    ast.Eq: lambda left, right, text: left is right,
+    ast.NotEq: lambda left, right, text: left is not right,
+}

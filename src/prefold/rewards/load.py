@@ -1,0 +1,101 @@
+"""The rewards of a recipe or command, ready to be called: built-in ones, and functions of a user's Python file."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prefold.errors import UserError, did_you_mean
+from prefold.files import without_home
+from prefold.recipe.rewards import BUILT_IN, RewardBase
+from prefold.rewards.builtin import RewardFunction, exact_number, length, regex, repetition
+from prefold.rewards.formulas import SymbolicEquality
+from prefold.rewards.reward_model import RewardModel
+from prefold.rewards.scoring import LoadedReward, line_of, summary_of
+
+_FUNCTIONS: dict[str, Callable[[Any], RewardFunction]] = {
+    "length": length,
+    "regex": regex,
+    "exact_number": exact_number,
+    "repetition": repetition,
+    "reward_model": RewardModel,
+    "symbolic_equality": SymbolicEquality,
+}
+"""Each is called with its settings."""
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_WITHOUT_IDS = "an endpoint gives texts only; `length` can count characters (`unit=characters`)"
+
+
+def load_rewards(specs: Sequence[RewardBase], known: Collection[str]) -> list[LoadedReward]:
+    """The rewards of a recipe or command.
+
+    Args:
+        known: the names of the arguments that they can be given: `prompts`, `completions`, perhaps
+            `completion_ids`, and the columns.
+
+    Raises:
+        UserError: a file or function cannot be loaded, or asks for an argument that is not known.
+    """
+    rewards = []
+    for spec in specs:
+        if spec.file is None:
+            function = _FUNCTIONS[spec.name](BUILT_IN[spec.name](**spec.settings))
+        else:
+            function = _function_in(spec.file, spec.name)
+        file = None if spec.file is None else without_home(spec.file)
+        rewards.append(LoadedReward(spec.name, function, spec.weight, file, spec.on_error))
+        _check_arguments(rewards[-1], known)
+    return rewards
+
+
+def _function_in(file: str, name: str) -> RewardFunction:
+    module = _module_of(Path(file).expanduser().absolute(), without_home(file))
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
+        raise UserError(
+            f"there is no function `{name}` in it",
+            where=without_home(file),
+            expected=f"one of: {', '.join(functions)}" if functions else "",
+            advice=did_you_mean(name, functions),
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def _module_of(path: Path, where: str) -> ModuleType:
+    if not path.is_file():
+        raise UserError("no such file", where=where, expected="a Python file with reward functions")
+    spec = importlib.util.spec_from_file_location(f"prefold_rewards_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError("is not a Python file", where=where, expected="a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the names of their annotations
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"cannot be loaded: {summary_of(error)}", where=line_of(error, path, where)) from error
+    return module
+
+
+def _check_arguments(reward: LoadedReward, known: Collection[str]) -> None:
+    where = f"{reward.file}, `{reward.name}`" if reward.file else f"reward `{reward.name}`"
+    try:
+        parameters = inspect.signature(reward.function).parameters.values()
+    except (TypeError, ValueError):
+        raise UserError("its parameters cannot be told", where=where, expected="a function written in Python") from None
+    for parameter in parameters:
+        name = parameter.name
+        if parameter.default is parameter.empty and parameter.kind in _BY_NAME and name not in known:
+            raise UserError(
+                f"needs `{name}`, which is not there",
+                where=where,
+                expected=f"only names of {', '.join(known)}",
+                advice=_WITHOUT_IDS if name == "completion_ids" else did_you_mean(name, known),
+            )
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UserError(f"`{name}` cannot be given by its name", where=where, advice="remove the `/`")

@@ -1,0 +1,177 @@
+"""The Python API of runs, which the commands call: a recipe in, a run folder out.
+
+`prefold.run` performs every stage of `stages.py` in order and skips what is done; the functions of one stage do it
+again. What the stages share is the `Run` of `context.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefold import ranks
+from prefold.errors import StageError, UserError
+from prefold.files import read_json
+from prefold.plan.memory import bytes_of
+from prefold.publishing import publish as publishing
+from prefold.publishing.publish import require_ready, require_section
+from prefold.recipe import RecipeBase, load_recipe
+from prefold.runs.check import CheckReport, examine
+from prefold.runs.context import Run
+from prefold.runs.folder import open_run_folder
+from prefold.runs.stages import Stage, stages_of
+from prefold.terminal import say
+from prefold.training.record import record_stage
+from prefold.trees.memory import arrange_allocations, is_out_of_memory
+
+BY_COMMAND = {"check": "train", "compare": "evaluate", "judge": "evaluate"}
+"""Commands that perform the stages of other names; `prefold check` leaves nothing in the run folder."""
+
+
+def check(
+    recipe: str | Path | RecipeBase,
+    overrides: Sequence[str] = (),
+    *,
+    reference: bool = False,
+    device_memory: str | None = None,
+    measure: bool = False,
+) -> CheckReport:
+    """What would be trained on, what is wrong with it and what it would take; writes nothing but its cache.
+
+    Args:
+        reference: load the model and say how far it tells chosen from rejected already.
+        device_memory: of a GPU to plan for, e.g. `24GB`; unset: this machine.
+        measure: time the engine on this machine for some seconds, to say how long the run will take.
+    """
+    if device_memory and measure:
+        what = "times are measured on this machine, and the plan is for another"
+        raise UserError(what, where="`--measure`", advice="leave it or `--device-memory` out")
+    run = Run(_recipe(recipe, overrides))
+    run.open_tasks()
+    require_ready(run.recipe)
+    return examine(run, reference, bytes_of(device_memory) if device_memory else None, measure)
+
+
+def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
+    """Every stage in order, skipping what is done; returns the run folder.
+
+    Args:
+        fresh: remove what an earlier run left in the run folder and start over.
+
+    Raises:
+        UserError: the recipe or what it names cannot be used, or the folder holds the run of another recipe.
+        StageError: a stage failed; what was finished stays.
+    """
+    ranks.join()  # before anything can fail, so that one process says what
+    return perform_all(Run(_recipe(recipe, overrides)), fresh=fresh)
+
+
+def train(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
+    """The stages up to training, skipping what is done; returns the run folder."""
+    ranks.join()
+    return perform_all(Run(_recipe(recipe, overrides)), until="train", fresh=fresh)
+
+
+def merge(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
+    """Merge (again, if it was done); returns the folder of the merged model."""
+    return _redo("merge", Run(_recipe(recipe, overrides))) / "merged"
+
+
+def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluate (again, if it was done); returns the content of `evaluation/heldout.json`, or of `rewards.json` for a
+    method that samples; with the content of `tasks.json`, `compared.json` and `win_rate.json` under these names, where
+    the recipe asks for them."""
+    run = Run(_recipe(recipe, overrides))
+    names = [stage.name for stage in stages_of(run.recipe) if stage.name in ("evaluate", "compare", "judge")]
+    for name in names:
+        _redo(name, run)
+    folder, settings = run.folder / "evaluation", run.recipe.evaluate
+    others = {"tasks": settings.tasks, "compared": settings.compare_with, "win_rate": settings.win_rate}
+    results = {name: read_json(folder / f"{name}.json") for name, value in others.items() if value}
+    return {**read_json(folder / f"{run.recipe.algorithm.kind.measured}.json"), **results}
+
+
+def report(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
+    """Write the report (again, if it was there); returns its path."""
+    return _redo("report", Run(_recipe(recipe, overrides))) / "report.html"
+
+
+def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
+    """Publish a finished run (again, if it was done): what is there already is not sent again.
+
+    Args:
+        dry_run: say what would be published, and where; writes and sends nothing.
+
+    Returns:
+        The content of `publish.json`: the files with their sizes, and where they are now.
+
+    Raises:
+        UserError: the run is not finished, its merge check failed, or the Hub lets nobody in with this token.
+        StageError: the connection broke, or a GGUF file is not the model.
+    """
+    recipe = _recipe(recipe, overrides)
+    section = require_section(recipe)
+    if dry_run:
+        return publishing.planned(recipe.run_folder, section)
+    return dict(read_json(_redo("publish", Run(recipe)) / "publish.json"))
+
+
+def _recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> RecipeBase:
+    if not isinstance(recipe, RecipeBase):
+        return load_recipe(str(recipe), overrides)
+    if overrides:
+        raise UserError("overrides are for a recipe by name", advice="give them to `prefold.load_recipe`")
+    return recipe
+
+
+# ---- performing stages ------------------------------------------------------------------------------------------
+
+
+def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> Path:
+    """The stages that are not done, up to the one named; returns the run folder."""
+    with open_run_folder(run.recipe, fresh) if ranks.is_first() else nullcontext(run.folder) as folder:
+        for stage in stages_of(run.recipe):
+            if ranks.from_first(partial(stage.is_done, folder)):
+                say(f"{stage.name}: done before")
+            else:
+                _perform(stage, run)
+            if stage.name == until:
+                break
+    return folder
+
+
+def _redo(name: str, run: Run) -> Path:
+    """One stage, whether it was done or not; a report is of what there is."""
+    with open_run_folder(run.recipe, alone=name != "report") as folder:
+        for stage in stages_of(run.recipe):
+            if stage.name == name:
+                _perform(stage, run)
+                break
+            if name != "report" and not stage.is_done(folder):
+                command = BY_COMMAND.get(stage.name, stage.name)
+                raise UserError(
+                    f"`{name}` needs what `{stage.name}` leaves, and it is not there",
+                    where=run.recipe.output_dir,
+                    advice=f"`prefold run` performs every stage in order, or `prefold {command}`",
+                )
+    return folder
+
+
+def _perform(stage: Stage, run: Run) -> None:
+    if not (stage.shared or ranks.is_first()):
+        return
+    arrange_allocations(kept=not run.recipe.train.gradient_checkpointing)
+    say(stage.name)
+    started = time.perf_counter()
+    try:
+        with nullcontext() if stage.shared else ranks.alone():
+            stage.perform(run)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StageError(f"out of memory: the model itself does not fit ({str(error).splitlines()[0]})") from None
+    record_stage(run.folder, stage.name, time.perf_counter() - started)

@@ -1,0 +1,90 @@
+"""The stages of a run, in order: check, train, merge, evaluate, report. Where the recipe says so, other models are
+compared and a judge is asked before the report, and the result is published after it.
+
+A stage is done when its outputs exist; each of them appears under its final name only when it is whole, so a run that
+is stopped anywhere goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefold.evaluation.win_rate import measure_win_rate
+from prefold.files import read_jsonl, remove, write_json
+from prefold.publishing.publish import publish_run, require_section
+from prefold.recipe import RecipeBase
+from prefold.reports.card import write_card
+from prefold.reports.page import write_report
+from prefold.runs import check as checking
+from prefold.runs import evaluate as evaluating
+from prefold.runs import merge as merging
+from prefold.runs import train as training
+from prefold.runs.comparison import compare_with, read_scores
+from prefold.runs.context import Run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`sections`: the parts of the recipe that its outputs depend on, beyond those of the stages before it. `shared`:
+    several processes all take part; else the first one performs it alone."""
+
+    name: str
+    outputs: tuple[str, ...]
+    sections: tuple[str, ...]
+    perform: Callable[[Run], None]
+    shared: bool = False
+
+    def is_done(self, folder: Path) -> bool:
+        return all((folder / output).exists() for output in self.outputs)
+
+    def remove_outputs(self, folder: Path) -> None:
+        # The first one last: a folder that is half removed must not pass for a stage that is done.
+        for output in reversed(self.outputs):
+            remove(folder / output)
+
+
+def stages_of(recipe: RecipeBase) -> list[Stage]:
+    kind = recipe.algorithm.kind
+    trained = "trained" if recipe.lora == "none" else "adapter"
+    answers = () if kind.scores else ("samples.jsonl",)
+    of_tasks = ("scores_before", "scores_after", "tasks") if recipe.evaluate.tasks else ()
+    evaluated = (*(f"evaluation/{name}.json" for name in (kind.measured, *of_tasks)), *answers)
+    compared = Stage("compare", ("evaluation/compared.json",), ("compare_with",), _compare)
+    judged = Stage("judge", ("evaluation/win_rate.json",), ("win_rate",), _judge)
+    published = Stage("publish", ("publish.json",), ("publish",), _publish)
+    return [
+        Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), checking.check),
+        Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), training.train, shared=True),
+        Stage("merge", ("merged", "merge.json"), ("merge",), merging.merge),
+        # Models that are sharded for training may be too large for a copy in each process.
+        Stage("evaluate", evaluated, ("evaluate",), evaluating.evaluate, shared=not recipe.train.fsdp),
+        *([compared] if recipe.evaluate.compare_with else []),
+        *([judged] if recipe.evaluate.win_rate else []),
+        Stage("report", ("report.html", "merged/README.md"), (), _report),
+        *([published] if recipe.publish else []),
+    ]
+
+
+def _compare(run: Run) -> None:
+    """Ask the models of `evaluate.compare_with` what this run was asked."""
+    folder, settings = run.folder / "evaluation", run.recipe.evaluate
+    compared = compare_with(settings.compare_with, read_scores(folder / "scores_before.json"), settings)
+    write_json(folder / "compared.json", compared)
+
+
+def _judge(run: Run) -> None:
+    """Have the judge of `evaluate.win_rate` compare the answers before with those after."""
+    win_rate = measure_win_rate(run.open_judge(), read_jsonl(run.folder / "samples.jsonl"))
+    write_json(run.folder / "evaluation" / "win_rate.json", win_rate)
+
+
+def _report(run: Run) -> None:
+    write_report(run.folder)
+    if (run.folder / "merged").is_dir():
+        write_card(run.folder)
+
+
+def _publish(run: Run) -> None:
+    publish_run(run.folder, require_section(run.recipe))
