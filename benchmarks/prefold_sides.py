@@ -16,7 +16,7 @@ from benchmarks.results import quieten
 from benchmarks.sides import Turns
 from benchmarks.workloads import Workload, lora_settings
 from prefold.files import read_jsonl
-from prefold.generation.groups import sample
+from prefold.generation.engine import sample
 from prefold.generation.sampling import Completion, Sampling
 from prefold.models.adapters import add_lora
 from prefold.models.load import load_model

@@ -20,7 +20,7 @@ from prefold.files import cache_folder, new_folder
 from prefold.models.adapters import load_policy
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import load_model, tokenizer_of, trainable_parameters
-from prefold.publishing.publish import push_checkpoint
+from prefold.publishing.hub import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
 from prefold.runs.context import Run, head_seed_of, loaded_rewards, order_of, scorer_of
