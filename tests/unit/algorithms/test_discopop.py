@@ -8,8 +8,7 @@ import pytest
 import torch
 from of_pairs import by_ratios
 
-from prefold.algorithms import DiscoPOP
-from prefold.algorithms.discopop import discopop_loss
+from prefold.algorithms.discopop import DiscoPOP, discopop_loss
 
 
 def test_numbers_by_hand() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from of_pairs import by_ratios
 
-from prefold.algorithms import EXO
-from prefold.algorithms.exo import exo_loss
+from prefold.algorithms.exo import EXO, exo_loss
 
 
 def test_numbers_by_hand() -> None:
