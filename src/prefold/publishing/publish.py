@@ -19,7 +19,7 @@ from prefold.publishing.gguf import export_gguf, require_exportable
 from prefold.publishing.hub import push, require_token
 from prefold.recipe import Publish, RecipeBase
 from prefold.reports.card import CARD, last_part, write_card
-from prefold.reports.run_record import read_run
+from prefold.reports.run_files import read_run
 from prefold.terminal import progress_bar, say
 
 RECORD = "publish.json"

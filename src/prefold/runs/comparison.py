@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from prefold.errors import UserError
-from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.scores import TaskScores
+from prefold.evaluation.task_comparison import compare_tasks
 from prefold.evaluation.tasks import measure_model, open_tasks
 from prefold.files import read_json, without_home
 from prefold.generation.answers import model_named, run_recipe
 from prefold.models.fetch import fetch, is_hub_id
 from prefold.models.load import tokenizer_of
 from prefold.recipe import Evaluate, Model, RecipeBase
-from prefold.reports.run_record import read_run
+from prefold.reports.run_files import read_run
 from prefold.reports.verdict import overall
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
 from prefold.data.prepared_cache import prepare
-from prefold.evaluation.samples import OpenTask
+from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.files import read_json

@@ -18,7 +18,7 @@ from prefold import ranks
 from prefold.algorithms.base import PAIRED, SAMPLED, SCORING, UNPAIRED, Kind
 from prefold.data.examples import Examples, prompts_of
 from prefold.data.preference import Message, Unpaired
-from prefold.evaluation.heldout import (
+from prefold.evaluation.held_out_pairs import (
     CHANCE,
     PairScores,
     against_chance,
@@ -28,9 +28,8 @@ from prefold.evaluation.heldout import (
     score_matched,
     score_pairs,
 )
-from prefold.evaluation.rewards import by_prompt, compare_rewards
-from prefold.generation.engine import answer
-from prefold.generation.groups import sample
+from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
+from prefold.generation.engine import answer, sample
 from prefold.generation.sampling import Sampling, seed_of
 from prefold.models.adapters import load_start
 from prefold.models.device import choose_device

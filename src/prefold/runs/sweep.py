@@ -22,9 +22,9 @@ import numpy as np
 
 from prefold import ranks
 from prefold.errors import StageError, UserError
-from prefold.evaluation.best_of_many import best_of_many, holm
-from prefold.evaluation.heldout import CHANCE
-from prefold.evaluation.paired import LEVEL
+from prefold.evaluation.best_of_many import best_of_many
+from prefold.evaluation.held_out_pairs import CHANCE
+from prefold.evaluation.paired import LEVEL, holm
 from prefold.files import (
     read_json,
     read_jsonl,
