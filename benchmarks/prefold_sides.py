@@ -23,8 +23,7 @@ from prefold.models.load import load_model
 from prefold.recipe import Lora, make_recipe
 from prefold.training import sampled_trees
 from prefold.training.arguments import training_arguments
-from prefold.training.guard_actions import Guards
-from prefold.training.guards import Facts
+from prefold.training.guards import Facts, Guards
 from prefold.training.loop import StepOrder, StepTrees, TrainingLoop, TreeSet
 from prefold.training.record import StepRecord
 from prefold.trees.attention import unwrapped
