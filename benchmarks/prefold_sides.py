@@ -16,18 +16,20 @@ from benchmarks.results import quieten
 from benchmarks.sides import Turns
 from benchmarks.workloads import Workload, lora_settings
 from prefold.files import read_jsonl
-from prefold.generation.groups import sample
+from prefold.generation.engine import sample
 from prefold.generation.sampling import Completion, Sampling
 from prefold.models.adapters import add_lora
 from prefold.models.load import load_model
 from prefold.recipe import Lora, make_recipe
-from prefold.training import online
+from prefold.training import sampled_trees
 from prefold.training.arguments import training_arguments
-from prefold.training.offline import PreferenceTrainer, StepOrder, TreeSet
+from prefold.training.guards import Facts, Guards
+from prefold.training.loop import StepOrder, StepTrees, TrainingLoop, TreeSet
 from prefold.training.record import StepRecord
+from prefold.trees.attention import unwrapped
 from prefold.trees.memory import arrange_allocations, auto_max_tokens
 from prefold.trees.reference import compute_reference
-from prefold.trees.scorer import choose_scorer, unwrapped
+from prefold.trees.scorer import choose_scorer
 
 
 def grpo(connection: Connection, workload: Workload) -> None:
@@ -40,7 +42,7 @@ def grpo(connection: Connection, workload: Workload) -> None:
             return sample(policy, tokenizer, prompts, sampling, seeds)
 
     quieten()
-    with tempfile.TemporaryDirectory() as folder, patch.object(online, "sample", timed):
+    with tempfile.TemporaryDirectory() as folder, patch.object(sampled_trees, "sample", timed):
         turns.start()
         run = prefold.train(make_recipe(workload.recipe(Path(folder))))
         turns.end(read_jsonl(run / "metrics.jsonl"))
@@ -53,15 +55,6 @@ def pairs(connection: Connection, workload: Workload) -> None:
         def _epoch(self, epoch: int) -> list[int]:
             return list(range(self.trees))
 
-    class WithReference(PreferenceTrainer):
-        def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-            if self.algorithm.needs_reference:
-                step = [self.data.trees[i] for i in inputs]
-                logprobs = compute_reference(self.scorer, step, getattr(torch, workload.dtype))
-                by_index: Any = dict(zip(inputs, logprobs, strict=True))
-                self.data = TreeSet(self.data.trees, by_index)
-            return super().training_step(model, inputs, num_items_in_batch)
-
     quieten()
     turns, trees = Turns(connection), workload.order
     with tempfile.TemporaryDirectory() as folder:
@@ -72,8 +65,15 @@ def pairs(connection: Connection, workload: Workload) -> None:
         order = GivenOrder(len(trees), workload.batch, len(trees), seed=0)
         record = StepRecord(Path(folder), 0, lambda amount, text: None)
         arguments = training_arguments(recipe, workload.steps + 1)
-        trainer = WithReference(recipe.algorithm, scorer, TreeSet(trees), order, record, arguments)
+        guards = Guards({}, Facts(len(order), recipe.train.learning_rate, workload.batch), record, 0, str, int)
+
+        def with_reference(step: int) -> StepTrees:
+            step_trees = [trees[i] for i in order[step]]
+            needs, dtype = recipe.algorithm.needs_reference, getattr(torch, workload.dtype)
+            reference = compute_reference(scorer, step_trees, dtype) if needs else None
+            return StepTrees(TreeSet(step_trees, reference), range(len(step_trees)))
+
+        loop = TrainingLoop(recipe.algorithm, scorer, with_reference, order, record, guards, arguments)
         turns.start()
-        with scorer.in_place():
-            trainer.train()
+        loop.train()
         turns.end(record.history)

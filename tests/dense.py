@@ -10,9 +10,8 @@ from families import StayDouble
 from tiny import gradients
 from torch import Tensor, nn
 
-from prefold.trees.attention import using_attention
+from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import unwrapped
 
 Outcome = tuple[Tensor, dict[str, Tensor]]
 

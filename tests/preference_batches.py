@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefold.algorithms import Algorithm, LossOutput
-from prefold.training.offline import value_of
+from prefold.training.loop import value_of
 from prefold.trees.head import Statistics
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree

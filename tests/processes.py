@@ -101,18 +101,18 @@ def train(recipe: RecipeBase, stop: int | None = None, room: tuple[int, int] | N
 
 def shards(recipe: RecipeBase) -> dict[str, tuple[list[int], list[int]]]:
     """Train; returns whole and own shape of every weight that is sharded at the last step."""
-    from prefold.training.offline import PreferenceTrainer
+    from prefold.training.loop import TrainingLoop
 
-    step, found = PreferenceTrainer._step, {}
+    step, found = TrainingLoop.compute_gradients, {}
 
-    def looking(self: PreferenceTrainer, model: Any, indices: Any) -> Any:
-        loss = step(self, model, indices)
-        for name, weight in model.named_parameters():
+    def looking(self: TrainingLoop, batch: Any) -> Any:
+        result = step(self, batch)
+        for name, weight in self.model.named_parameters():
             if isinstance(weight, DTensor):
                 found[name] = (list(weight.shape), list(weight.to_local().shape))
-        return loss
+        return result
 
-    with patch.object(PreferenceTrainer, "_step", looking):
+    with patch.object(TrainingLoop, "compute_gradients", looking):
         prefold.train(recipe)
     return found
 
@@ -133,17 +133,17 @@ def reckoned(recipe: RecipeBase) -> int:
 
 def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
     """Train; one of the processes gets Ctrl-C in a step. Returns what ended this one."""
-    from prefold.training.offline import PreferenceTrainer
+    from prefold.training.loop import TrainingLoop
 
-    take = PreferenceTrainer.training_step
+    take = TrainingLoop.step
 
-    def signalled(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def signalled(self: TrainingLoop) -> None:
         if self.state.global_step == step - 1 and ranks.rank() == rank:
             signal.raise_signal(signal.SIGINT)
-        return take(self, *args)
+        take(self)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
-    with patch.object(PreferenceTrainer, "training_step", signalled):
+    with patch.object(TrainingLoop, "step", signalled):
         try:
             prefold.train(recipe)
         except KeyboardInterrupt:
@@ -155,33 +155,32 @@ def interrupted(recipe: RecipeBase, rank: int, step: int) -> str:
 
 def measured(recipe: RecipeBase) -> list[dict[str, float]]:
     """Train; returns what this process has measured on the held-out data."""
-    from prefold.training.offline import PreferenceTrainer
+    from prefold.training.loop import TrainingLoop
 
-    measure, found = PreferenceTrainer.measure, []
+    measure, found = TrainingLoop.measure, []
 
-    def looking(self: PreferenceTrainer, held_out: Any) -> dict[str, float]:
+    def looking(self: TrainingLoop, held_out: Any) -> dict[str, float]:
         found.append(measure(self, held_out))
         return found[-1]
 
-    with patch.object(PreferenceTrainer, "measure", looking):
+    with patch.object(TrainingLoop, "measure", looking):
         prefold.train(recipe)
     return found
 
 
 def guarded(recipe: RecipeBase) -> None:
     """Train; the third step gives NaN in the second process alone, unless the rate was lowered before."""
-    from prefold.training.offline import PreferenceTrainer
+    from prefold.training.loop import TrainingLoop
 
-    loss_of = PreferenceTrainer.loss_of
+    loss_of = TrainingLoop.loss_of
 
-    def broken(self: PreferenceTrainer, *args: Any) -> Any:
+    def broken(self: TrainingLoop, *args: Any) -> Any:
         output = loss_of(self, *args)
-        assert self.watch is not None
-        if ranks.rank() == 1 and self.state.global_step == 2 and self.watch.rate(3) == 1:
+        if ranks.rank() == 1 and self.state.global_step == 2 and self.guards.rate(3) == 1:
             return replace(output, loss={unit: total * float("nan") for unit, total in output.loss.items()})
         return output
 
-    with patch.object(PreferenceTrainer, "loss_of", broken):
+    with patch.object(TrainingLoop, "loss_of", broken):
         prefold.train(recipe)
 
 
@@ -198,16 +197,16 @@ JOBS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def stopping_at(stop: int) -> Iterator[None]:
-    from prefold.training.offline import PreferenceTrainer
+    from prefold.training.loop import TrainingLoop
 
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == stop:
             raise KeyboardInterrupt
-        return step(self, *args)
+        step(self)
 
-    with patch.object(PreferenceTrainer, "training_step", stopping):
+    with patch.object(TrainingLoop, "step", stopping):
         yield
 
 

@@ -13,6 +13,7 @@ from families import FAMILIES, VOCABULARY, family
 from tiny import tiny_llama, with_lora
 from transformers import PreTrainedModel
 
+from prefold.errors import StageError
 from prefold.trees import forest, reader
 from prefold.trees.forest import Text, pack_forest, split_texts
 from prefold.trees.logprobs import packed_logprobs
@@ -211,5 +212,5 @@ def test_out_of_memory_halves_the_budget(monkeypatch: pytest.MonkeyPatch, caplog
     assert sorted(read) == list(range(len(texts)))
     assert chosen.max_tokens < 200 and "out of memory" in caplog.text
     monkeypatch.setattr(Reader, "tokens", lambda self, row: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(reader.StageError, match="out of memory with a text of"):
+    with pytest.raises(StageError, match="out of memory with a text of"):
         list(chosen.read(texts))

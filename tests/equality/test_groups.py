@@ -88,8 +88,7 @@ def grpo_step(
             tokens,
             [len(ids) for ids in every],
             statistics=Statistics(tokens.detach(), tokens.detach(), tokens.detach() > 0),
-            advantages=group_advantages(rewards).flatten(),
-            old=OLD + 0.4 * ids.sin(),
+            extras={"advantages": group_advantages(rewards).flatten(), "old": OLD + 0.4 * ids.sin()},
         )
         reference = logprobs(OLD + 0.3 * ids.cos(), policy.lengths.tolist())
         output = algorithm.loss(policy, reference)
@@ -136,7 +135,7 @@ def test_a_step_makes_the_better_completion_likelier() -> None:
         scorer = Scorer(model, 64, BACKENDS[0])
         before = scorer.score([tree], statistics=True)
         advantages = group_advantages(torch.tensor([[0.0, 1.0]], dtype=torch.float64)).flatten()
-        output = GRPO(num_generations=2).loss(replace(before, advantages=advantages), None)
+        output = GRPO(num_generations=2).loss(replace(before, extras={"advantages": advantages}), None)
         step_loss(output, GRPO(num_generations=2), [tree]).backward()
         with torch.no_grad():
             for weight in model.parameters():

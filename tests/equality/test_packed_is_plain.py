@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from prefold.errors import StageError
 from prefold.trees import attention
+from prefold.trees.attention import unwrapped
 from prefold.trees.packing import PackedTrees, TokenTree, pack
-from prefold.trees.scorer import Scorer, choose_scorer, stretched_positions, unwrapped
+from prefold.trees.scorer import Scorer, choose_scorer
+from prefold.trees.self_check import stretched_positions
 
 BACKENDS = ("prefold_joined", "prefold_segments")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from prefold.trees import scorer as scorers
-from prefold.trees.attention import using_attention
+from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer, choose_scorer, unwrapped
+from prefold.trees.scorer import Scorer, choose_scorer
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 WITHOUT_CLASSIFIER = {"granite", "cohere2"}
@@ -82,7 +82,7 @@ def test_only_last_tokens_meet_the_head(monkeypatch: pytest.MonkeyPatch) -> None
         met.append(len(states))
         return linear(states, weight, bias)
 
-    monkeypatch.setattr("prefold.trees.scores.linear", counted)
+    monkeypatch.setattr("prefold.trees.reward_head.linear", counted)
     trees = random_trees(3)
     Scorer(model, 64, "prefold_joined").score(trees)
     assert met == [sum(len(tree.completions) for tree in trees)]

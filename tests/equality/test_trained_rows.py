@@ -13,8 +13,11 @@ from peft import LoraConfig, get_peft_model
 from tiny import gradients, random_trees
 from torch import nn
 
-from prefold.trees.scorer import Scorer, failed_self_check
-from prefold.trees.tokens import fuse_tokens
+from prefold.trees.logprobs import packed_logprobs
+from prefold.trees.packing import pack
+from prefold.trees.scorer import Scorer, reference_model
+from prefold.trees.self_check import checked_backends
+from prefold.trees.trained_rows import fuse_trained_rows
 
 IDS = [3, 40, 96]
 
@@ -58,7 +61,7 @@ def same(found: Any, wanted: Any) -> None:
 def test_fused_rows_are_pefts(name: str) -> None:
     model = with_rows(name)
     fused = copy.deepcopy(model)
-    assert fuse_tokens(fused) == 2
+    assert fuse_trained_rows(fused) == 2
     same(logits_and_gradients(fused), logits_and_gradients(model))
     with model.disable_adapter(), fused.disable_adapter(), torch.no_grad():
         ids = torch.tensor([IDS])
@@ -68,7 +71,7 @@ def test_fused_rows_are_pefts(name: str) -> None:
 def test_a_head_with_a_bias_keeps_it() -> None:
     """PEFT's own forward pass leaves it out."""
     model = with_rows("phi")
-    fuse_tokens(model)
+    fuse_trained_rows(model)
     ids = torch.tensor([[5, 3, 40]])
     with torch.no_grad():
         found = model(input_ids=ids).logits
@@ -79,7 +82,7 @@ def test_a_head_with_a_bias_keeps_it() -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "phi", "gemma3_text", "cohere2", "granite"])
 def test_packed_is_plain_with_trained_rows(name: str) -> None:
     model = with_rows(name)
-    fuse_tokens(model)
+    fuse_trained_rows(model)
     trees = random_trees(6, seed=2)
     wanted = outcome(model, lambda: Scorer(model, 4096, None).score(trees).tokens)
     scorer = Scorer(model, 4096, "prefold_segments")
@@ -88,12 +91,20 @@ def test_packed_is_plain_with_trained_rows(name: str) -> None:
     same(found, wanted)
 
 
+def failed_self_check(model: nn.Module, backend: str) -> str | None:
+    trees, plain = random_trees(3), Scorer(model, 4096, None)
+    with reference_model(model):
+        return checked_backends(
+            model, pack(trees), packed_logprobs, lambda: plain.score(trees).tokens, names=[backend]
+        )[1]
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_self_check_in_half_precision(name: str, dtype: torch.dtype) -> None:
     model = with_rows(name, dtype)
-    fuse_tokens(model)
-    assert failed_self_check(model, random_trees(3), "prefold_segments") is None
+    fuse_trained_rows(model)
+    assert failed_self_check(model, "prefold_segments") is None
 
 
 @pytest.mark.parametrize(
@@ -109,7 +120,7 @@ def test_packed_is_plain_with_other_kinds(name: str, settings: dict[str, Any]) -
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **settings)
     model = get_peft_model(family(name, torch.float64), config, autocast_adapter_dtype=False).to(torch.float64)
-    assert failed_self_check(model, random_trees(3), "prefold_joined") is None
+    assert failed_self_check(model, "prefold_joined") is None
     trees = random_trees(6, seed=2)
     wanted = outcome(model, lambda: Scorer(model, 4096, None).score(trees).tokens)
     scorer = Scorer(model, 4096, "prefold_joined")

@@ -37,9 +37,10 @@ from prefold.generation.sampling import Completion
 from prefold.recipe import make_recipe
 from prefold.rewards.scoring import Group, LoadedReward, scored_groups
 from prefold.training.arguments import training_arguments
-from prefold.training.offline import StepOrder
-from prefold.training.online import OnlineTrainer, length_metrics, reward_metrics, rewards_of
+from prefold.training.guards import Facts, Guards
+from prefold.training.loop import StepOrder, TrainingLoop
 from prefold.training.record import StepRecord
+from prefold.training.sampled_trees import SampledTrees, length_metrics, reward_metrics, rewards_of
 from prefold.trees.head import Statistics
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
@@ -141,8 +142,7 @@ def rollout(off_policy: bool, seed: int = 0, apart: float = 0.3) -> Rollout:
         tokens.clone().requires_grad_(),
         lengths,
         statistics=statistics,
-        advantages=advantages,
-        old=near(tokens) if off_policy else None,
+        extras={"advantages": advantages, **({"old": near(tokens)} if off_policy else {})},
     )
     ids = iter(lengths)
     trees = [TokenTree((5, 5), tuple((7,) * next(ids) for _ in range(SIZE))) for _ in range(GROUPS)]
@@ -172,12 +172,12 @@ def trl_loss(of: Rollout, settings: Settings, folder: Path) -> tuple[Tensor, dic
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": torch.full_like(mask, 7),
         "completion_mask": mask,
-        "advantages": policy.advantages,
+        "advantages": policy.extras["advantages"],
         "num_items_in_batch": mask.sum(),
         "ref_per_token_logps": grid(policy, of.reference.tokens),
     }
-    if policy.old is not None:
-        inputs["old_per_token_logps"] = grid(policy, policy.old)
+    if "old" in policy.extras:
+        inputs["old_per_token_logps"] = grid(policy, policy.extras["old"])
     loss = trainer._compute_loss(None, inputs)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
@@ -185,7 +185,7 @@ def trl_loss(of: Rollout, settings: Settings, folder: Path) -> tuple[Tensor, dic
 def without(of: Rollout, leaf: Tensor) -> Rollout:
     """What prefold is given where the completions that were cut off are left out: trees and log-probs without them."""
     policy = of.policy
-    assert policy.advantages is not None and policy.statistics is not None
+    assert policy.statistics is not None
     kept = ~of.cut
     tokens, lengths = kept[policy.completion], policy.lengths[kept].tolist()
     entropy = policy.statistics.entropy[tokens]
@@ -193,8 +193,7 @@ def without(of: Rollout, leaf: Tensor) -> Rollout:
         leaf[tokens],
         lengths,
         statistics=Statistics(entropy, entropy, entropy > 0),
-        advantages=policy.advantages[kept],
-        old=None if policy.old is None else policy.old[tokens],
+        extras={name: values[kept if name == "advantages" else tokens] for name, values in policy.extras.items()},
     )
     places = iter(kept.tolist())
     trees = [TokenTree(tree.prompt, tuple(ids for ids in tree.completions if next(places))) for tree in of.trees]
@@ -429,7 +428,7 @@ def prefold_steps(
         assert (sampling.temperature, sampling.num_answers, sampling.max_new_tokens) == (TEMPERATURE, SIZE, 6)
         return [script.group(prompt) for prompt in prompts]
 
-    monkeypatch.setattr("prefold.training.online.sample", scripted)
+    monkeypatch.setattr("prefold.training.sampled_trees.sample", scripted)
     recipe = make_recipe(
         {
             "method": "grpo",
@@ -454,18 +453,13 @@ def prefold_steps(
         for row, text in enumerate(prompts_of_words())
     )
     iterations = settings.get("num_iterations", 1)
-    trainer = OnlineTrainer(
-        recipe.algorithm,  # type: ignore[arg-type]
-        Scorer(model, 50, "prefold_joined"),
-        examples,
-        [LoadedReward("sum_of_words", sum_of_words)],
-        [],
-        tokenizer,
-        GivenOrder(len(examples), PROMPTS, STEPS // iterations * PROMPTS, 0, iterations),
-        StepRecord(folder, 0, lambda amount, text: None),
-        training_arguments(recipe, STEPS),
-    )
-    trainer.train()
+    algorithm, scorer = recipe.algorithm, Scorer(model, 50, "prefold_joined", temperature=TEMPERATURE)
+    order = GivenOrder(len(examples), PROMPTS, STEPS // iterations * PROMPTS, 0, iterations)
+    record = StepRecord(folder, 0, lambda amount, text: None)
+    rewards = [LoadedReward("sum_of_words", sum_of_words)]
+    source = SampledTrees(algorithm, scorer, examples, rewards, [], tokenizer, order, [], seed=0)
+    guards = Guards({}, Facts(STEPS, RATE, PROMPTS), record, 0, str, int)
+    TrainingLoop(algorithm, scorer, source, order, record, guards, training_arguments(recipe, STEPS)).train()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

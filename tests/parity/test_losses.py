@@ -393,8 +393,10 @@ def kto_batch(count: int, seed: int, size: float = 3.0) -> tuple[TreeLogprobs, T
     draw = torch.Generator().manual_seed(seed)
     values = -size * torch.rand(4, count, generator=draw, dtype=torch.float64)
     labels = torch.tensor([i % 2 == 1 or i == count - 1 for i in range(count)])
-    policy = logprobs(values[0].clone().requires_grad_(), [1] * count, labels=labels, mismatched=values[2])
-    return policy, logprobs(values[1], [1] * count, mismatched=values[3])
+    policy = logprobs(
+        values[0].clone().requires_grad_(), [1] * count, extras={"label": labels, "mismatched": values[2]}
+    )
+    return policy, logprobs(values[1], [1] * count, extras={"mismatched": values[3]})
 
 
 def trl_kto(policy: TreeLogprobs, reference: TreeLogprobs, args: KTOConfig) -> tuple[Tensor, dict[str, float]]:
@@ -402,16 +404,15 @@ def trl_kto(policy: TreeLogprobs, reference: TreeLogprobs, args: KTOConfig) -> t
 
     def model(of: TreeLogprobs) -> Any:
         def forward(input_ids: Tensor, **others: Any) -> SimpleNamespace:
-            own = of.mismatched if (input_ids == 7).all() else of.tokens
+            own = of.extras["mismatched"] if (input_ids == 7).all() else of.tokens
             assert own is not None
             log_probs = torch.stack([torch.zeros_like(own), own], dim=1)
             return fused(log_probs, log_probs)
 
         return forward
 
-    assert policy.labels is not None
-    mask = torch.tensor([[0, 0, 1]] * len(policy.labels))
-    inputs = {"label": policy.labels}
+    mask = torch.tensor([[0, 0, 1]] * len(policy.extras["label"]))
+    inputs = {"label": policy.extras["label"]}
     for prefix, token in (("", 5), ("KL_", 7)):
         inputs |= {
             f"{prefix}input_ids": torch.full_like(mask, token),

@@ -28,7 +28,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from prefold.data.mixture import load_split
 from prefold.recipe import load_recipe, make_recipe
 from prefold.training.arguments import training_arguments
-from prefold.training.offline import PreferenceTrainer, StepOrder, TreeSet
+from prefold.training.guards import Facts, Guards
+from prefold.training.loop import StepOrder, StoredTrees, TrainingLoop, TreeSet
 from prefold.training.record import StepRecord
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import reference_logprobs
@@ -119,7 +120,9 @@ def prefold_steps(
     record = StepRecord(folder, 0, lambda amount, text: None)
     order = GivenOrder(len(trees), BATCH, STEPS * BATCH, seed=0)
     args = training_arguments(recipe, STEPS)
-    PreferenceTrainer(recipe.algorithm, scorer, TreeSet(trees, reference), order, record, args).train()
+    guards = Guards({}, Facts(STEPS, RATE, BATCH), record, 0, str, int)
+    source = StoredTrees(TreeSet(trees, reference), order)
+    TrainingLoop(recipe.algorithm, scorer, source, order, record, guards, args).train()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, Trainer
 
 import prefold
 from prefold.cli import explain, main
 from prefold.errors import UserError
-from prefold.files import held
+from prefold.files import locked
 from prefold.recipe import RecipeBase, dump_recipe
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 
@@ -46,15 +45,15 @@ def straight(recipe: MakeRecipe, tmp_path: Path) -> Path:
 
 def signalled(monkeypatch: pytest.MonkeyPatch, number: int, times: int = 1) -> None:
     """The third step gets a signal while it is under way."""
-    step = PreferenceTrainer._step
+    step = TrainingLoop.compute_gradients
 
-    def interrupted(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def interrupted(self: TrainingLoop, batch: Any) -> Any:
         if self.state.global_step == 2:
             for _ in range(times):
                 os.kill(os.getpid(), number)
-        return step(self, *args)
+        return step(self, batch)
 
-    monkeypatch.setattr(PreferenceTrainer, "_step", interrupted)
+    monkeypatch.setattr(TrainingLoop, "compute_gradients", interrupted)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -177,12 +176,12 @@ def test_two_at_work_in_one_folder_are_one_too_many(recipe: MakeRecipe, monkeypa
     monkeypatch.setattr("prefold.files.PATIENCE", 0.0)
     folder = recipe().run_folder
     folder.mkdir()
-    with held(folder, "run"):
+    with locked(folder, "run"):
         with pytest.raises(UserError, match="another process is at work in this folder"):
             prefold.train(recipe())
         assert list(folder.iterdir()) == []
     prefold.train(recipe())
-    with held(folder, "run"):
+    with locked(folder, "run"):
         prefold.report(recipe())  # of what there is, at any time
 
 
@@ -248,10 +247,10 @@ def test_a_broken_new_best_leaves_the_one_before(
     """The second step is the best until the last: what was saved between them cannot be gone on from without it."""
     losses = {1: 0.6, 2: 0.4, 3: 0.5, 4: 0.5, 5: 0.5, 6: 0.3}
 
-    def measured(self: PreferenceTrainer, held_out: object) -> dict[str, float]:
+    def measured(self: TrainingLoop, held_out: object) -> dict[str, float]:
         return {"eval_loss": losses[self.state.global_step]}
 
-    monkeypatch.setattr(PreferenceTrainer, "measure", measured)
+    monkeypatch.setattr(TrainingLoop, "measure", measured)
     settings = {"eval_steps": 1, "save_steps": 4, "load_best_model_at_end": True}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("prefold.runs.train.save_weights", no_adapter)

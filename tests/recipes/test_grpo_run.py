@@ -16,7 +16,7 @@ from tiny_tokenizer import CHATML, make_tokenizer
 import prefold
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase, as_dict, make_recipe
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 SHORT = {"name": "length", "target": 3, "unit": "characters"}
@@ -116,17 +116,17 @@ def test_a_stopped_run_ends_with_the_same_bytes(
 ) -> None:
     changes: dict[str, Any] = {"grpo": {"num_iterations": iterations}, "lora": {"lora_dropout": 0.1}}
     straight = prefold.train(grpo(**changes, output_dir=str(tmp_path / "straight")))
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == stop:
             raise Stopped
-        return step(self, *args)
+        step(self)
 
-    monkeypatch.setattr(PreferenceTrainer, "training_step", stopping)
+    monkeypatch.setattr(TrainingLoop, "step", stopping)
     with pytest.raises(Stopped):
         prefold.train(grpo(**changes))
-    monkeypatch.setattr(PreferenceTrainer, "training_step", step)
+    monkeypatch.setattr(TrainingLoop, "step", step)
     torch.manual_seed(99)  # the state of the random generator must not matter
     resumed = prefold.train(grpo(**changes))
     assert adapter(resumed) == adapter(straight)

@@ -17,9 +17,9 @@ import prefold
 from prefold.algorithms import LossOutput
 from prefold.errors import StageError
 from prefold.recipe import RecipeBase
-from prefold.training import watch
-from prefold.training.guards import Facts, History, Sighting
-from prefold.training.offline import PreferenceTrainer
+from prefold.training import guards
+from prefold.training.guards import Facts, History, Trouble
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 RATE = 5e-3
@@ -46,41 +46,40 @@ class Stopped(BaseException):
 @contextmanager
 def stopped_at(step: int) -> Iterator[None]:
     """The process ends during the step, every time that it comes there."""
-    take = PreferenceTrainer.training_step
+    take = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == step - 1:
             raise Stopped
-        return take(self, *args)
+        take(self)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        patch.setattr(TrainingLoop, "step", stopping)
         yield
 
 
 @pytest.fixture
 def nan_at_full_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third step gives NaN, unless the rate was lowered before it."""
-    loss_of = PreferenceTrainer.loss_of
+    loss_of = TrainingLoop.loss_of
 
-    def broken(self: PreferenceTrainer, *args: Any) -> LossOutput:
+    def broken(self: TrainingLoop, *args: Any) -> LossOutput:
         output = loss_of(self, *args)
-        assert self.watch is not None
-        if self.state.global_step == 2 and self.watch.rate(3) == 1:
+        if self.state.global_step == 2 and self.guards.rate(3) == 1:
             return replace(output, loss={unit: total * math.nan for unit, total in output.loss.items()})
         return output
 
-    monkeypatch.setattr(PreferenceTrainer, "loss_of", broken)
+    monkeypatch.setattr(TrainingLoop, "loss_of", broken)
 
 
 @pytest.fixture
 def sees_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard that has something against the third step."""
 
-    def guard(history: History, facts: Facts) -> Sighting | None:
-        return Sighting("what it sees", "what to do") if history and history[-1]["step"] == 3 else None
+    def guard(history: History, facts: Facts) -> Trouble | None:
+        return Trouble("what it sees", "what to do") if history and history[-1]["step"] == 3 else None
 
-    monkeypatch.setattr(watch, "GUARDS", {"kl_running_off": guard})
+    monkeypatch.setattr(guards, "GUARDS", {"kl_running_off": guard})
 
 
 def test_a_nan_stops_the_run_and_names_the_rows(
@@ -124,13 +123,13 @@ def test_rolling_back_goes_on_at_half_the_rate(
 
 def test_rolling_back_in_vain_ends(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before there is a checkpoint the run begins anew."""
-    loss_of = PreferenceTrainer.loss_of
+    loss_of = TrainingLoop.loss_of
 
-    def broken(self: PreferenceTrainer, *args: Any) -> LossOutput:
+    def broken(self: TrainingLoop, *args: Any) -> LossOutput:
         output = loss_of(self, *args)
         return replace(output, loss={unit: total * math.nan for unit, total in output.loss.items()})
 
-    monkeypatch.setattr(PreferenceTrainer, "loss_of", broken)
+    monkeypatch.setattr(TrainingLoop, "loss_of", broken)
     with pytest.raises(StageError, match=r"step 1: .* after going back 3 times"):
         prefold.train(recipe(guards={"not_finite": "roll_back"}))
     assert [event["action"] for event in events(recipe().run_folder)] == ["roll_back"] * 3 + ["stop"]

@@ -79,19 +79,19 @@ def test_a_lowered_budget_is_kept_by_the_checkpoint(
     recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after step 2 and resumed where memory is plenty, the run ends with the bytes of a straight one."""
-    from prefold.training.offline import PreferenceTrainer
+    from prefold.training.loop import TrainingLoop
 
     with monkeypatch.context() as patch:
         room_for(ROOM, ERRORS[0], patch)
         straight = prefold.train(recipe(train={"max_tokens": 512}, output_dir=str(tmp_path / "straight")))
-        step = PreferenceTrainer.training_step
+        step = TrainingLoop.step
 
-        def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+        def stopping(self: TrainingLoop) -> None:
             if self.state.global_step == 3:
                 raise KeyboardInterrupt
-            return step(self, *args)
+            step(self)
 
-        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        patch.setattr(TrainingLoop, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             prefold.train(recipe(train={"max_tokens": 512}))
     resumed = prefold.train(recipe(train={"max_tokens": 512}))

@@ -14,7 +14,7 @@ import prefold
 from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop, TreeSet
 
 MakeRecipe = Callable[..., RecipeBase]
 OFFLINE = [name for name, algorithm in ALGORITHMS.items() if not algorithm.kind.samples]
@@ -49,15 +49,15 @@ def test_splitting_a_step_changes_nothing(method: str, recipe: MakeRecipe, tmp_p
 @pytest.mark.parametrize("method", COUPLED)
 def test_a_coupled_step_is_that_of_one_graph(method: str, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients by way of log-probs, row by row, against one backward pass through everything."""
-    coupled, compared = PreferenceTrainer._coupled_step, []
+    coupled, compared = TrainingLoop.coupled, []
 
-    def checked(self: PreferenceTrainer, model: Any, rows: list[list[int]], units: dict[str, int]) -> Any:
-        found = coupled(self, model, rows, units)
+    def checked(self: TrainingLoop, data: TreeSet, rows: list[list[int]], units: dict[str, int]) -> Any:
+        found, model = coupled(self, data, rows, units), self.model
         grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
         model.zero_grad()
         indices = [i for row in rows for i in row]
-        policy = self._score(model, [self.data.trees[i] for i in indices])
-        output = self.loss_of(policy, self.data, indices)
+        policy = self.scorer.score([data.trees[i] for i in indices], **self.needs)
+        output = self.loss_of(policy, data, indices)
         loss = torch.stack([total / units[unit] for unit, total in output.loss.items()]).sum()
         loss.backward()
         torch.testing.assert_close(found[0], loss.detach(), rtol=1e-5, atol=1e-6)
@@ -67,7 +67,7 @@ def test_a_coupled_step_is_that_of_one_graph(method: str, recipe: MakeRecipe, mo
         compared.append(len(rows))
         return found
 
-    monkeypatch.setattr(PreferenceTrainer, "_coupled_step", checked)
+    monkeypatch.setattr(TrainingLoop, "coupled", checked)
     prefold.train(recipe(method=method, train={"max_steps": 2, "max_tokens": 100}, **EXACT))
     assert len(compared) == 2 and min(compared) > 1
 
@@ -78,16 +78,16 @@ def test_a_resumed_run_is_a_straight_one(
 ) -> None:
     train = {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-3}
     straight = prefold.train(recipe(method=method, train=train, output_dir=str(tmp_path / "straight")))
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == 4:
             raise KeyboardInterrupt
-        return step(self, *args)
+        step(self)
 
     stopped = recipe(method=method, train=train, output_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        patch.setattr(TrainingLoop, "step", stopping)
         prefold.train(stopped)
     resumed = prefold.train(stopped)
     assert lines(resumed) == lines(straight)

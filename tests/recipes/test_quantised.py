@@ -20,7 +20,7 @@ import prefold
 from prefold.errors import StageError, UserError
 from prefold.models import merge
 from prefold.recipe import RecipeBase
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
 
 pytest.importorskip("bitsandbytes")
 
@@ -146,15 +146,15 @@ def test_a_stopped_run_that_learns_to_chat_ends_with_the_same_bytes(
 
 
 def stop_at(stop: int, run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == stop:
             raise KeyboardInterrupt
-        return step(self, *args)
+        step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        patch.setattr(TrainingLoop, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             run()
 

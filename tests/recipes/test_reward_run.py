@@ -22,7 +22,7 @@ from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
 from prefold.reports.card import render_card
 from prefold.rewards.load import load_rewards
 from prefold.rewards.scoring import score
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 QUESTIONS = ["Say word 3", "Say word 50"]
@@ -139,16 +139,16 @@ def test_the_seed_decides_everything(recipe: MakeRecipe, tmp_path: Path) -> None
 
 def test_a_resumed_run_is_a_straight_one(recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = prefold.train(recipe(method="reward", output_dir=str(tmp_path / "straight")))
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == 4:
             raise KeyboardInterrupt
-        return step(self, *args)
+        step(self)
 
     stopped = recipe(method="reward", output_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        patch.setattr(TrainingLoop, "step", stopping)
         prefold.train(stopped)
     resumed = prefold.train(stopped)
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):

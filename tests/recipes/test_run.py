@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefold
+from prefold.data import mixture
+from prefold.data.examples import Examples
 from prefold.errors import StageError, UserError
 from prefold.recipe import RecipeBase
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
+from prefold.trees.packing import TokenTree
 
 MakeRecipe = Callable[..., RecipeBase]
 
@@ -76,17 +79,17 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, lora: Any
 ) -> None:
     straight = prefold.train(recipe(lora=lora, output_dir=str(tmp_path / "straight")))
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == stop:
             raise Stopped
-        return step(self, *args)
+        step(self)
 
-    monkeypatch.setattr(PreferenceTrainer, "training_step", stopping)
+    monkeypatch.setattr(TrainingLoop, "step", stopping)
     with pytest.raises(Stopped):
         prefold.train(recipe(lora=lora))
-    monkeypatch.setattr(PreferenceTrainer, "training_step", step)
+    monkeypatch.setattr(TrainingLoop, "step", step)
     torch.manual_seed(99)  # the state of the random generator must not matter
     resumed = prefold.train(recipe(lora=lora))
     weights = "trained/model.safetensors" if lora == "none" else "adapter/adapter_model.safetensors"
@@ -309,6 +312,33 @@ def test_models_are_released(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     prefold.run(recipe())
     assert left == {"train": 0, "merge": 0, "evaluate": 0}
+
+
+def test_data_are_tokenized_once_and_a_merge_reads_three_trees(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the commands one after another, each as a process of its own would."""
+    tokenized, read = [], []
+    tokenize, tree_of = mixture.tokenize_all, Examples._tree
+
+    def counted(*args: Any) -> Any:
+        tokenized.append(args)
+        return tokenize(*args)
+
+    def counted_tree(self: Examples, index: int) -> TokenTree:
+        read.append(index)
+        return tree_of(self, index)
+
+    monkeypatch.setattr(mixture, "tokenize_all", counted)
+    checked = prefold.check(recipe())
+    assert tokenized
+    tokenized.clear()
+    assert prefold.check(recipe()).as_json()["findings"] == checked.as_json()["findings"]
+    folder = prefold.train(recipe())
+    assert json.loads((folder / "data.json").read_text())["sources"] == checked.as_json()["sources"]
+    monkeypatch.setattr(Examples, "_tree", counted_tree)
+    prefold.merge(recipe())
+    assert tokenized == [] and len(read) == 3
 
 
 def test_a_kept_reference_is_of_these_settings_of_the_model(

@@ -17,7 +17,7 @@ import yaml
 import prefold
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase, dump_recipe, load_recipe, make_recipe
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 SOURCES = sorted(Path(prefold.__file__).parent.rglob("*.py"))
@@ -208,15 +208,15 @@ class Planted:
 def test_a_planted_pickle_is_not_read(
     name: str, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == 2:
             raise KeyboardInterrupt
-        return step(self, *args)
+        step(self)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        patch.setattr(TrainingLoop, "step", stopping)
         prefold.train(recipe(train={"max_steps": 3}))
     planted = recipe().run_folder / "checkpoints" / "checkpoint-2" / name
     torch.save(Planted(tmp_path / "ran"), planted)
@@ -229,7 +229,7 @@ def test_even_a_listed_pickle_runs_no_code(recipe: MakeRecipe, tmp_path: Path, m
     """Somebody who mends the list as well gets an error, not their code run: transformers reads weights only."""
     import pickle
 
-    from prefold.training.checkpoints import KEPT, seal
+    from prefold.training.checkpoints import MANIFEST, write_manifest
 
     def no_adapter(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -239,8 +239,8 @@ def test_even_a_listed_pickle_runs_no_code(recipe: MakeRecipe, tmp_path: Path, m
         prefold.train(recipe(train={"max_steps": 3, "save_steps": 2}))
     checkpoint = recipe().run_folder / "checkpoints" / "checkpoint-3"
     torch.save(Planted(tmp_path / "ran"), checkpoint / "optimizer.pt")
-    kept = json.loads((checkpoint / KEPT).read_text())
-    seal(checkpoint, kept["max_tokens"], kept["carried"], kept["best"])
+    kept = json.loads((checkpoint / MANIFEST).read_text())
+    write_manifest(checkpoint, kept["max_tokens"], kept["carried"], kept["best"])
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         prefold.train(recipe(train={"max_steps": 3, "save_steps": 2}))
     assert not (tmp_path / "ran").exists()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import prefold
 from prefold.cli import main
@@ -21,7 +20,7 @@ from prefold.runs import sweep as sweeping
 from prefold.runs import train as training
 from prefold.runs.measuring import Measuring
 from prefold.runs.sweep import swept_fields
-from prefold.training.offline import PreferenceTrainer
+from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 Cli = Callable[..., tuple[int, str, str]]
@@ -197,21 +196,21 @@ def test_a_sweep_that_was_stopped_goes_on(
 ) -> None:
     file = recipe_file(train={"max_steps": 3, "save_steps": 1})
     command = ("sweep", file, "train.learning_rate=1e-6,5e-3", "--output", str(tmp_path / "sweep"))
-    step = PreferenceTrainer.training_step
+    step = TrainingLoop.step
 
-    def stopping(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
+    def stopping(self: TrainingLoop) -> None:
         if self.state.global_step == 2 and self.args.learning_rate == 5e-3:
             raise KeyboardInterrupt
-        return step(self, *args)
+        step(self)
 
-    monkeypatch.setattr(PreferenceTrainer, "training_step", stopping)
+    monkeypatch.setattr(TrainingLoop, "step", stopping)
     code, _, err = cli(*command)
     assert code == 130 and "goes on from here" in err and "Traceback" not in err
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [point["status"] for point in found["points"]] == ["done", "waiting"] and found["best"] == SLOW
     assert "Not done yet" in (tmp_path / "sweep" / "sweep.html").read_text()
 
-    monkeypatch.setattr(PreferenceTrainer, "training_step", step)
+    monkeypatch.setattr(TrainingLoop, "step", step)
     code, _, err = cli(*command)
     assert code == 0 and "done before" in err and "going on after step 2" in err
     assert all(point["status"] == "done" for point in prefold.sweep(*_of(command))["points"])

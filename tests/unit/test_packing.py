@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from prefold.trees.packing import Block, TokenTree, pack, split_by_budget
+from prefold.trees.budget import split_by_budget
+from prefold.trees.packing import Node, TokenTree, pack
 
 
 def test_the_row_of_the_module_docstring() -> None:
@@ -13,7 +14,14 @@ def test_the_row_of_the_module_docstring() -> None:
     assert row.targets.tolist() == [20, 21, 30, 31, 32, 50, 51]
     assert row.completion.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert row.lengths.tolist() == [2, 3, 2]
-    assert row.blocks == (Block((0, 3), ((3, 5), (5, 8))), Block((8, 10), ((10, 12),)))
+    assert row.nodes == (
+        Node((0, 3), (), (3, 8)),
+        Node((3, 5), ((0, 3),), (5, 5)),
+        Node((5, 8), ((0, 3),), (8, 8)),
+        Node((8, 10), (), (10, 12)),
+        Node((10, 12), ((8, 10),), (12, 12)),
+    )
+    assert row.prompts == [(0, 3), (8, 10)]
 
 
 def test_sizes() -> None:

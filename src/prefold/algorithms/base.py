@@ -52,11 +52,13 @@ Metric = Mean | Extreme
 @dataclass(frozen=True)
 class LossOutput:
     """`loss`: scalar sums by the unit that each is divided by; `metrics`: by TRL's names; `state`: what the next
-    step's `loss` is to be given."""
+    step's `loss` is to be given; `kept`: values of the tokens that further steps on the same trees are to find among
+    their extras, by name (of a loss that does not couple the step)."""
 
     loss: dict[str, Tensor]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     state: State = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Algorithm(ABC):
     kind: ClassVar[Kind] = PAIRED
     defaults: ClassVar[dict[str, Any]] = ADAPTER_DEFAULTS
     """Vetted recipe values of this method by dotted field, used where the recipe is silent."""
+    record_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of a record, a value for each of its completions, that the loss finds in `TreeLogprobs.extras`."""
 
     @property
     def needs_reference(self) -> bool:
@@ -120,11 +124,6 @@ class Algorithm(ABC):
     @property
     def needs_statistics(self) -> bool:
         """Whether the loss needs `TreeLogprobs.statistics` of the policy."""
-        return False
-
-    @property
-    def needs_mismatched(self) -> bool:
-        """Whether the loss needs `TreeLogprobs.mismatched` of policy and reference."""
         return False
 
     @property
@@ -145,7 +144,21 @@ class Algorithm(ABC):
     @property
     def reward_scale(self) -> float:
         """What a log-prob ratio against the reference is multiplied with to be the implicit reward of this method."""
-        return 1.0
+        return float(getattr(self, "beta", 1.0))
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """`[B, G]`, of a method of a kind that `samples`: how much better each completion is than the others of its
+        group, from rewards that are NaN where none says anything."""
+        raise NotImplementedError
+
+    def trains_on(self, finished: bool) -> bool:
+        """Whether a sampled completion is trained on; `finished`: it was not cut off."""
+        return True
+
+    def further_trees(self, trees: Sequence[TokenTree]) -> dict[str, list[TokenTree]]:
+        """By name, trees of one completion each, made from those of a whole step: a loss that couples the step finds
+        their summed log-probs, without gradient, in the `extras` of policy and reference."""
+        return {}
 
     @abstractmethod
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:

@@ -56,10 +56,6 @@ class CPO(Algorithm):
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError("label_smoothing is used by `loss_type: sigmoid` only")
 
-    @property
-    def reward_scale(self) -> float:
-        return self.beta
-
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         return {"pairs": len(trees), "chosen_tokens": chosen_tokens(trees)}
 

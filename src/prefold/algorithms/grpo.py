@@ -198,9 +198,17 @@ class GRPO(Algorithm):
         counts = {"completions": len(trees) * self.num_generations, "completion_tokens": max(1, tokens)}
         return {self._divided_by: counts[self._divided_by]}
 
+    def advantages(self, rewards: Tensor) -> Tensor:
+        return group_advantages(rewards, self.scale_rewards)
+
+    def trains_on(self, finished: bool) -> bool:
+        return finished or not self.mask_truncated_completions
+
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
-        assert policy.advantages is not None and policy.statistics is not None
-        tokens, advantages = policy.tokens, policy.advantages[policy.completion]
+        """`extras`: `advantages` `[N]`; where the sampler tells, `sampled` `[S]`, the log-probs that the tokens were
+        drawn with; and `old` `[S]`, those before the first step on them, missing at that step."""
+        assert policy.statistics is not None
+        tokens, advantages = policy.tokens, policy.extras["advantages"].to(policy.tokens)[policy.completion]
         ratios = self.ratios(policy)
         if self.loss_type == "cispo":
             assert self.epsilon_high is not None
@@ -215,7 +223,13 @@ class GRPO(Algorithm):
             losses = losses + self.beta * kl
             metrics["kl"] = Mean(kl.detach().sum(), len(tokens))
         metrics |= self.clip_ratios(policy, ratios.detach(), advantages)
-        return LossOutput({self._divided_by: self.reduced(policy, losses)}, metrics)
+        is_first = "old" not in policy.extras
+        if is_first and "sampled" in policy.extras:
+            # Rounding, dropout, and what `top_p` and the like cut off. It serves nothing else.
+            apart = (tokens.detach() - policy.extras["sampled"].to(tokens)).abs()
+            metrics["sampling/sampling_logp_difference/mean"] = Mean(apart.sum(), len(apart))
+        kept = {"old": tokens.detach()} if is_first and self.num_iterations > 1 else {}
+        return LossOutput({self._divided_by: self.reduced(policy, losses)}, metrics, kept=kept)
 
     @property
     def high(self) -> float:
@@ -224,7 +238,7 @@ class GRPO(Algorithm):
     def ratios(self, policy: TreeLogprobs) -> Tensor:
         """`[S]`: how much likelier each token, or its completion per token, is than when it was sampled."""
         # In the first step on a rollout the log-probs are the old ones, and only their gradient is wanted.
-        old = policy.tokens.detach() if policy.old is None else policy.old
+        old = policy.extras.get("old", policy.tokens.detach())
         logs = policy.tokens - old
         if self.importance_sampling_level == "sequence":
             logs = replace(policy, tokens=logs).means()[policy.completion]

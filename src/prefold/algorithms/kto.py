@@ -82,7 +82,7 @@ class KTO(Algorithm):
     oracle: ClassVar[str] = "`KTOTrainer`, `kto`, a step in one micro-batch"
     kind: ClassVar[Kind] = UNPAIRED
     needs_reference: ClassVar[bool] = True
-    needs_mismatched: ClassVar[bool] = True
+    record_fields: ClassVar[tuple[str, ...]] = ("label",)
     couples_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -90,23 +90,22 @@ class KTO(Algorithm):
             beta=self.beta, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
         )
 
-    @property
-    def reward_scale(self) -> float:
-        return self.beta
-
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         return {"completions": sum(len(tree.completions) for tree in trees)}
 
+    def further_trees(self, trees: Sequence[TokenTree]) -> dict[str, list[TokenTree]]:
+        return {"mismatched": mismatched(trees)}
+
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
-        assert reference is not None and policy.labels is not None
-        assert policy.mismatched is not None and reference.mismatched is not None
-        logprobs, labels = policy.sums(), policy.labels
+        """`extras`: `label` `[N]`, whether a completion is desirable; and of the `further_trees`."""
+        assert reference is not None
+        logprobs, labels = policy.sums(), policy.extras["label"]
         losses, rewards, kl = kto_loss(
             logprobs,
             reference.sums(),
             labels,
-            policy.mismatched,
-            reference.mismatched,
+            policy.extras["mismatched"],
+            reference.extras["mismatched"],
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,

@@ -66,10 +66,6 @@ class ORPO(Algorithm):
         return not self.completion_only_loss
 
     @property
-    def reward_scale(self) -> float:
-        return self.beta
-
-    @property
     def _tokens(self) -> str:
         return "chosen_tokens" if self.completion_only_loss else "conversation_tokens"
 

@@ -120,10 +120,6 @@ class AgainstReference(Algorithm):
         require_positive(beta=self.beta)
         require_share(self.ld_alpha)
 
-    @property
-    def reward_scale(self) -> float:
-        return self.beta
-
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         return {"pairs": len(trees)}
 
@@ -171,10 +167,10 @@ class ByDifference(Pairwise):
     def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """`[B]`, `[B]`: of the chosen and the rejected completions; their log-ratios, by the reverse KL divergence."""
         kind, alpha = self.f_divergence_type, self.f_alpha_divergence_coef
-        return (
-            divergence_scores(pairs.chosen_ratios, kind, alpha),
-            divergence_scores(pairs.rejected_ratios, kind, alpha),
-        )
+        ratios = (pairs.chosen_ratios, pairs.rejected_ratios)
+        if kind == "reverse_kl":
+            return ratios
+        return divergence_scores(ratios[0], kind, alpha), divergence_scores(ratios[1], kind, alpha)
 
     def difference(self, pairs: Pairs) -> Tensor:
         """`[B]`: score of the chosen minus score of the rejected completion."""

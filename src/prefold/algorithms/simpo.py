@@ -49,10 +49,6 @@ class SimPO(Algorithm):
         if not self.simpo_gamma >= 0:
             raise ValueError(f"simpo_gamma must be 0 or more, got {self.simpo_gamma}")
 
-    @property
-    def reward_scale(self) -> float:
-        return self.beta
-
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         return {"pairs": len(trees)}
 

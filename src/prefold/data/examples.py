@@ -1,7 +1,7 @@
 """Examples on disk: what was written and the token ids that it became, in an Arrow file that is mapped and not read.
 
-A set of a million pairs takes no more memory than one of a hundred. The file lies in the system's temporary folder and
-goes with the last `Examples` that reads it.
+A set of a million pairs takes no more memory than one of a hundred. Where no path is given, the file lies in the
+system's temporary folder and goes with the last `Examples` that reads it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,15 @@ class Example:
 class Examples(Sequence[Example]):
     """Rows of the file in some order. Records and trees are made when they are asked for."""
 
-    def __init__(self, batches: Sequence[pa.RecordBatch], places: Sequence[int] | NDArray[np.int64], owner: Any = None):
-        self._batches, self._places, self._owner = batches, np.asarray(places, dtype=np.int64), owner
+    def __init__(self, batches: Sequence[pa.RecordBatch], order: NDArray[np.int64], owner: Any = None):
+        self._batches, self.order, self._owner = batches, order, owner
+
+    @classmethod
+    def open(cls, path: Path, owner: Any = None) -> Examples:
+        """All rows of a file, in their order; `owner` lives as long as what is made of it."""
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        return cls(batches, np.arange(sum(batch.num_rows for batch in batches)), owner)
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Examples:
@@ -64,24 +71,24 @@ class Examples(Sequence[Example]):
         return writer.finish()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.order)
 
     @overload
-    def __getitem__(self, place: int) -> Example: ...
+    def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, place: slice) -> Examples: ...
-    def __getitem__(self, place: int | slice) -> Example | Examples:
-        if isinstance(place, slice):
-            return Examples(self._batches, self._places[place], self._owner)
-        return Example(self._record(place), self._tree(place))
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return Examples(self._batches, self.order[index], self._owner)
+        return Example(self._record(index), self._tree(index))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Examples) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def select(self, places: Sequence[int]) -> Examples:
-        return Examples(self._batches, self._places[np.asarray(places, dtype=np.int64)], self._owner)
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Examples:
+        return Examples(self._batches, self.order[np.asarray(indices, dtype=np.int64)], self._owner)
 
     @property
     def trees(self) -> Sequence[TokenTree]:
@@ -112,30 +119,30 @@ class Examples(Sequence[Example]):
 
     def _column(self, name: str) -> list[bytes]:
         values = [value for batch in self._batches for value in batch.column(name).to_pylist()]
-        return [values[place] for place in self._places]
+        return [values[row] for row in self.order]
 
-    def _at(self, place: int) -> tuple[pa.RecordBatch, int]:
-        number, row = divmod(int(self._places[place]), _BATCH_ROWS)
+    def _at(self, index: int) -> tuple[pa.RecordBatch, int]:
+        number, row = divmod(int(self.order[index]), _BATCH_ROWS)
         return self._batches[number], row
 
-    def _tree(self, place: int) -> TokenTree:
-        batch, row = self._at(place)
+    def _tree(self, index: int) -> TokenTree:
+        batch, row = self._at(index)
         ids, lengths = (_list(batch.column(name), row) for name in ("ids", "lengths"))
         prompt, *completions = (tuple(ids[start:stop]) for start, stop in pairwise(accumulate(lengths, initial=0)))
         return TokenTree(prompt, tuple(completions))
 
-    def _lengths(self, place: int) -> tuple[int, ...]:
-        batch, row = self._at(place)
+    def _lengths(self, index: int) -> tuple[int, ...]:
+        batch, row = self._at(index)
         return tuple(_list(batch.column("lengths"), row))
 
-    def _record(self, place: int) -> Record:
-        batch, row = self._at(place)
+    def _record(self, index: int) -> Record:
+        batch, row = self._at(index)
         kind = _KINDS[batch.column("kind")[row].as_py()]
         fields = json.loads(batch.column("record")[row].as_py())
-        return kind(**{name: _restored(name, value) for name, value in fields.items()}, origin=self._origin(place))
+        return kind(**{name: _restored(name, value) for name, value in fields.items()}, origin=self._origin(index))
 
-    def _origin(self, place: int) -> RowId:
-        batch, row = self._at(place)
+    def _origin(self, index: int) -> RowId:
+        batch, row = self._at(index)
         return RowId(batch.column("source")[row].as_py(), batch.column("row")[row].as_py())
 
 
@@ -149,13 +156,13 @@ class _View(Sequence[Item]):
         return self._length
 
     @overload
-    def __getitem__(self, place: int) -> Item: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Item]: ...
-    def __getitem__(self, place: int | slice) -> Item | list[Item]:
-        if isinstance(place, slice):
-            return [self._make(one) for one in range(*place.indices(self._length))]
-        return self._make(range(self._length)[place])
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return list(map(self._make, range(self._length)[index]))
+        return self._make(range(self._length)[index])
 
     def __iter__(self) -> Iterator[Item]:
         return map(self._make, range(self._length))
@@ -167,15 +174,15 @@ def _list(column: pa.ListArray, row: int) -> list[int]:
     return values
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------
-
-
 class ExampleWriter:
     """Takes examples one by one; `finish` gives them back as a mapped file."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="prefold-", ignore_cleanup_errors=True)
-        self._path = Path(self._folder.name) / "examples.arrow"
+    def __init__(self, path: Path | None = None) -> None:
+        self._folder = None
+        if path is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="prefold-", ignore_cleanup_errors=True)
+            path = Path(self._folder.name) / "examples.arrow"
+        self._path = path
         self._writer = pa.ipc.new_file(str(self._path), _SCHEMA)
         self._waiting: list[dict[str, Any]] = []
         self._written = 0
@@ -191,9 +198,7 @@ class ExampleWriter:
     def finish(self) -> Examples:
         self._flush()
         self._writer.close()
-        reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        return Examples(batches, np.arange(self._written), owner=self._folder)
+        return Examples.open(self._path, self._folder)
 
     def _flush(self) -> None:
         if self._waiting:

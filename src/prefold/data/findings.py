@@ -99,94 +99,76 @@ class DataReport:
 
 # ---- findings about rows ----------------------------------------------------------------------------------------
 
-# kind -> severity, message, advice
-_ABOUT_ROWS: dict[str, tuple[Severity, str, str]] = {
-    "broken_row": ("warning", "{rows} left out: cannot be read", "write one JSON object per row"),
+_NOTES = ("tie", "repeated", "control_character", "tied_rating")
+# kind -> what is said behind the number of rows, and advice
+_ABOUT_ROWS = {
+    "broken_row": (" left out: cannot be read", "write one JSON object per row"),
     "where_failed": (
-        "warning",
-        "{rows} left out: `where` cannot be evaluated for them",
+        " left out: `where` cannot be evaluated for them",
         "it compares values of two types; mend the rows, or the condition",
     ),
-    "missing_field": ("warning", "{rows} left out: a field is missing", "add the field or remove the rows"),
-    "null_field": ("warning", "{rows} left out: a field is null", "fill it in or remove the rows"),
-    "empty_text": ("warning", "{rows} left out: a text is empty", "fill it in or remove the rows"),
-    "not_text": ("warning", "{rows} left out: a field is not text", "write the value as a string"),
+    "missing_field": (" left out: a field is missing", "add the field or remove the rows"),
+    "null_field": (" left out: a field is null", "fill it in or remove the rows"),
+    "empty_text": (" left out: a text is empty", "fill it in or remove the rows"),
+    "not_text": (" left out: a field is not text", "write the value as a string"),
     "bad_message": (
-        "warning",
-        "{rows} left out: messages that make no pair",
+        " left out: messages that make no pair",
         "messages are {role, content}; a prompt ends before the assistant answers",
     ),
-    "identical": ("warning", "{rows} left out: chosen and rejected are the same", "remove the rows"),
+    "identical": (" left out: chosen and rejected are the same", "remove the rows"),
     "template_refused": (
-        "warning",
-        "{rows} left out: the model's chat template refuses them",
+        " left out: the model's chat template refuses them",
         "the template may know no system message, or want strict turns",
     ),
     "prompts_differ": (
-        "warning",
-        "{rows} left out: chosen and rejected answer different prompts",
+        " left out: chosen and rejected answer different prompts",
         "a pair compares answers to one prompt; mend the rows or leave them",
     ),
-    "tie": ("note", "{rows} left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
-    "bad_label": (
-        "warning",
-        "{rows} left out: a label says nothing that is understood",
-        "votes are 1 or 2, labels true or false",
-    ),
-    "repeated": ("note", "{rows} left out: they repeat earlier ones", "this is what `data.duplicates` asks for"),
+    "tie": (" left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
+    "bad_label": (" left out: a label says nothing that is understood", "votes are 1 or 2, labels true or false"),
+    "repeated": (" left out: they repeat earlier ones", "this is what `data.duplicates` asks for"),
     "contaminated": (
-        "warning",
-        "{rows} left out: text of `data.decontaminate` in them",
+        " left out: text of `data.decontaminate` in them",
         "`contamination` in data.json has the words in common; cite the share",
     ),
     "overlong": (
-        "warning",
-        "{rows} left out: longer than `data.max_length`",
+        " left out: longer than `data.max_length`",
         "raise `data.max_length`, or set `data.overlong: truncate_prompt`",
     ),
     "prompt_truncated": (
-        "warning",
-        "{rows} lost the beginning of the prompt to fit `data.max_length`",
+        " lost the beginning of the prompt to fit `data.max_length`",
         "raise `data.max_length` to keep prompts whole",
     ),
     "prompt_not_prefix": (
-        "warning",
-        "{rows}: the prompt's tokens do not all begin the conversation",
+        ": the prompt's tokens do not all begin the conversation",
         "the tokens in common are the prompt; look at the chat template",
     ),
     "no_end_token": (
-        "warning",
-        "{rows}: the chat template ends the answer without an end token",
+        ": the chat template ends the answer without an end token",
         "the model will not learn to stop; use a template that ends turns",
     ),
     "double_end_token": (
-        "warning",
-        "{rows}: an answer ends with two end tokens",
+        ": an answer ends with two end tokens",
         "the model learns to go on behind the first; remove the one in the data",
     ),
     "double_bos": (
-        "warning",
-        "{rows}: the prompt begins with two BOS tokens",
+        ": the prompt begins with two BOS tokens",
         "remove the one in the data, or the one in the chat template",
     ),
     "template_residue": (
-        "warning",
-        "{rows}: control tokens of a chat template within the text",
+        ": control tokens of a chat template within the text",
         "they become real tokens: turns that nobody wrote; clean the text",
     ),
     "control_character": (
-        "note",
-        "{rows}: control or replacement characters in the text",
+        ": control or replacement characters in the text",
         "the model learns to write them; look at how the text was decoded",
     ),
     "flipped_rating": (
-        "warning",
-        "{rows}: the row rates rejected above chosen",
+        ": the row rates rejected above chosen",
         "the label is likely flipped; check, or filter by `where`",
     ),
     "tied_rating": (
-        "note",
-        "{rows}: the row rates chosen and rejected alike",
+        ": the row rates chosen and rejected alike",
         "the order may be chance; filter by `where` to be sure",
     ),
 }
@@ -209,8 +191,9 @@ def oddities_of(record: Record) -> Iterator[str]:
 
 def about_rows(kind: str, rows: Sequence[RowId]) -> Finding:
     """The finding of a kind that is counted row by row."""
-    severity, message, advice = _ABOUT_ROWS[kind]
-    return _finding(kind, severity, rows, message.replace("{rows}", _counted(len(rows), "row")), advice)
+    message, advice = _ABOUT_ROWS[kind]
+    message = f"{_counted(len(rows), 'row')}{message}"
+    return _of_rows(kind, "note" if kind in _NOTES else "warning", rows, message, advice)
 
 
 def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
@@ -218,11 +201,11 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
     rows: dict[str, list[RowId]] = {}
     for problem in problems:
         rows.setdefault(problem.kind, []).append(problem.origin)
-    found = [about_rows(kind, origins) for kind, origins in rows.items()]
-    if data.overlong == "truncate_prompt":
+    findings = {kind: about_rows(kind, origins) for kind, origins in rows.items()}
+    if "overlong" in findings and data.overlong == "truncate_prompt":
         advice = "raise `data.max_length`; these completions alone fill it"
-        found = [replace(finding, advice=advice) if finding.kind == "overlong" else finding for finding in found]
-    return found
+        findings["overlong"] = replace(findings["overlong"], advice=advice)
+    return list(findings.values())
 
 
 # ---- findings about sets ----------------------------------------------------------------------------------------
@@ -232,22 +215,22 @@ def duplicate(examples: Examples) -> Finding | None:
     """Records that were there before, word for word."""
     seen: set[bytes] = set()
     repeated = []
-    for place, key in enumerate(examples.record_keys):
+    for index, key in enumerate(examples.record_keys):
         if key in seen:
-            repeated.append(examples.origins[place])
+            repeated.append(examples.origins[index])
         seen.add(key)
     message = f"{_counted(len(repeated), 'row')} already there, word for word"
     advice = "they count twice; remove them or set `data.duplicates: drop_exact`"
-    return _finding("duplicate", "note", repeated, message, advice) if repeated else None
+    return _of_rows("duplicate", "note", repeated, message, advice) if repeated else None
 
 
 def prompt_in_both_splits(train: Examples, held_out: Examples) -> Finding | None:
     """Held-out rows whose prompt is trained on."""
     trained = set(train.prompt_keys)
-    rows = [held_out.origins[place] for place, key in enumerate(held_out.prompt_keys) if key in trained]
+    rows = [held_out.origins[index] for index, key in enumerate(held_out.prompt_keys) if key in trained]
     message = f"{_counted(len(rows), 'held-out row')} with a prompt that is also trained on"
     advice = "held-out numbers flatter; remove them from one side, or use `eval_fraction`"
-    return _finding("prompt_in_both_splits", "warning", rows, message, advice) if rows else None
+    return _of_rows("prompt_in_both_splits", "warning", rows, message, advice) if rows else None
 
 
 def small_held_out(held_out: Examples) -> Finding | None:
@@ -277,27 +260,25 @@ class PairFacts:
 
 def facts_of(examples: Examples) -> list[PairFacts]:
     """In one pass, because each tree is read from disk."""
-    found = []
-    for tree in examples.trees:
-        chosen, rejected = tree.completions
-        found.append(
-            PairFacts(
-                hash((tree.prompt, chosen, rejected)),
-                hash((tree.prompt, rejected, chosen)),
-                (len(chosen), len(rejected)),
-                (chosen[:_OPENING_TOKENS], rejected[:_OPENING_TOKENS]),
-            )
+    return [
+        PairFacts(
+            hash((tree.prompt, chosen, rejected)),
+            hash((tree.prompt, rejected, chosen)),
+            (len(chosen), len(rejected)),
+            (chosen[:_OPENING_TOKENS], rejected[:_OPENING_TOKENS]),
         )
-    return found
+        for tree in examples.trees
+        for chosen, rejected in [tree.completions]
+    ]
 
 
 def contradiction(facts: Sequence[PairFacts], origins: Sequence[RowId]) -> Finding | None:
     """Pairs that are there the other way round as well."""
     pairs = {fact.pair for fact in facts}
-    rows = [origins[place] for place, fact in enumerate(facts) if fact.turned in pairs]
+    rows = [origins[index] for index, fact in enumerate(facts) if fact.turned in pairs]
     message = f"{_counted(len(rows), 'pair')} contradict each other: the same two answers, both ways round"
     advice = "their gradients cancel; keep the right one of each two"
-    return _finding("contradiction", "warning", rows, message, advice) if rows else None
+    return _of_rows("contradiction", "warning", rows, message, advice) if rows else None
 
 
 def length_bias(facts: Sequence[PairFacts]) -> Finding | None:
@@ -340,13 +321,13 @@ def telling_opening(facts: Sequence[PairFacts], tokenizer: PreTrainedTokenizerBa
 
 def about_sets(train: Examples, held_out: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     """Every finding that takes more than one row to see."""
-    found = [duplicate(train), duplicate(held_out), prompt_in_both_splits(train, held_out), small_held_out(held_out)]
+    findings = [duplicate(train), duplicate(held_out), prompt_in_both_splits(train, held_out), small_held_out(held_out)]
     if isinstance(train.records[0], Unpaired):
-        found.append(one_label([isinstance(record, Unpaired) and record.label for record in train.records]))
+        findings.append(one_label([isinstance(record, Unpaired) and record.label for record in train.records]))
     if isinstance(train.records[0], Preference):
         facts = facts_of(train)
-        found += [contradiction(facts, train.origins), length_bias(facts), telling_opening(facts, tokenizer)]
-    return [finding for finding in found if finding is not None]
+        findings += [contradiction(facts, train.origins), length_bias(facts), telling_opening(facts, tokenizer)]
+    return [finding for finding in findings if finding is not None]
 
 
 def one_label(labels: Sequence[bool]) -> Finding | None:
@@ -375,10 +356,11 @@ def by_severity(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def count_tokens(examples: Examples) -> TokenCounts:
-    sizes = [(len(tree.prompt), tree.size, tree.plain_size, tree.longest) for tree in examples.trees]
-    prompt, packed, plain = (sum(size[kind] for size in sizes) for kind in range(3))
-    longest = max((size[3] for size in sizes), default=0)
-    return TokenCounts(len(sizes), prompt, packed - prompt, packed, plain, longest)
+    lengths = list(examples.lengths)
+    prompt, packed = sum(prompt for prompt, *_ in lengths), sum(map(sum, lengths))
+    plain = packed + sum(prompt * (max(len(completions), 1) - 1) for prompt, *completions in lengths)
+    longest = max((prompt + max(completions, default=0) for prompt, *completions in lengths), default=0)
+    return TokenCounts(len(lengths), prompt, packed - prompt, packed, plain, longest)
 
 
 def fingerprint(examples: Examples) -> str:
@@ -389,7 +371,7 @@ def fingerprint(examples: Examples) -> str:
     return digest.hexdigest()
 
 
-def _finding(kind: str, severity: Severity, rows: Sequence[RowId], message: str, advice: str) -> Finding:
+def _of_rows(kind: str, severity: Severity, rows: Sequence[RowId], message: str, advice: str) -> Finding:
     return Finding(kind, severity, len(rows), tuple(rows[:ROWS_SHOWN]), message, advice)
 
 

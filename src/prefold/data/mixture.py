@@ -9,16 +9,19 @@ recipe, tokenizer and seed give the same examples in the same order.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from prefold.data import findings
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
 from prefold.data.conversion import to_record, with_system_message
-from prefold.data.duplicates import Contamination, Match, Repeats, find_repeats
+from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples, ExampleWriter
 from prefold.data.findings import DataReport, SourceCount
 from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired
@@ -43,13 +46,18 @@ class Prepared:
     train: Examples
     held_out: Examples
     report: DataReport
+    fingerprints: dict[str, str]
+    """Of the token ids of each of the two."""
 
 
-def load_split(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind = "pairs") -> Prepared:
+def load_split(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind = "pairs", folder: Path | None = None
+) -> Prepared:
     """Read, convert, tokenize and split everything that `data` names.
 
     Args:
         kind: of the records that the algorithm trains on.
+        folder: for the examples, `train.arrow` and `eval.arrow`; unset: a temporary one.
 
     Raises:
         UserError: a source cannot be read or has no known columns, has fewer rows than are to be drawn, the tokenizer
@@ -60,26 +68,28 @@ def load_split(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: 
         require_chat_template(tokenizer)
     texts = chain.from_iterable(map(benchmark_texts, data.decontaminate))
     contamination = Contamination(texts) if data.decontaminate else None
-    trained = _Side("data.train", data, tokenizer, kind, contamination)
+    trained = _Side("train", data, tokenizer, kind, contamination, folder)
     train = trained.examples_of(data.train, seed)
-    evaluated = _Side("data.eval", data, tokenizer, kind, contamination=None)
+    evaluated = _Side("eval", data, tokenizer, kind, None, folder)
     held_out = evaluated.examples_of(data.eval, seed) if data.eval else train[:0]
     if data.shuffle:
         train = train.select(shuffled(len(train), seed))
     if data.eval_fraction:
         train, held_out = hold_out(train, data.eval_fraction, seed)
-    found = findings.about_problems(trained.problems + evaluated.problems, data)
-    found += [findings.about_rows(*oddity) for oddity in _united(trained.oddities, evaluated.oddities).items()]
+    about = findings.about_problems(trained.problems + evaluated.problems, data)
+    for oddity in trained.oddities | evaluated.oddities:
+        about.append(findings.about_rows(oddity, trained.oddities[oddity] + evaluated.oddities[oddity]))
     if data.template == "none" and tokenizer.chat_template:
-        found.append(findings.template_unused())
+        about.append(findings.template_unused())
     report = DataReport(
         sources=tuple(trained.counts + evaluated.counts),
-        findings=findings.by_severity(found + findings.about_sets(train, held_out, tokenizer)),
+        findings=findings.by_severity(about + findings.about_sets(train, held_out, tokenizer)),
         train=findings.count_tokens(train),
         held_out=findings.count_tokens(held_out),
         contamination=tuple(trained.matches),
     )
-    return Prepared(train, held_out, report)
+    fingerprints = {"train": findings.fingerprint(train), "held_out": findings.fingerprint(held_out)}
+    return Prepared(train, held_out, report, fingerprints)
 
 
 _TAKEN: dict[Kind, tuple[Kind, ...]] = {
@@ -125,13 +135,8 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
             chosen.add(key)
             wanted -= sizes[key]
     chosen = chosen or {min(drawn, key=lambda key: sizes[key])}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for place, key in enumerate(keys):
-        sides[key in chosen].append(place)
-    return examples.select(sides[0]), examples.select(sides[1])
-
-
-# ---- rows to examples -------------------------------------------------------------------------------------------
+    held_out = np.array([key in chosen for key in keys])
+    return examples.select(np.flatnonzero(~held_out)), examples.select(np.flatnonzero(held_out))
 
 
 class _Side:
@@ -140,18 +145,19 @@ class _Side:
 
     def __init__(
         self,
-        where: str,
+        name: str,
         data: Data,
         tokenizer: PreTrainedTokenizerBase,
         kind: Kind,
         contamination: Contamination | None,
+        folder: Path | None,
     ):
-        self._where, self._data, self._tokenizer, self._kind = where, data, tokenizer, kind
+        self._name, self._data, self._tokenizer, self._kind = name, data, tokenizer, kind
         self._contamination = contamination
-        self._repeats: Repeats | None = None if data.duplicates == "keep" else find_repeats(data.duplicates)
-        self._examples = ExampleWriter()
+        self._repeats = None if data.duplicates == "keep" else REPEATS[data.duplicates]()
+        self._examples = ExampleWriter(folder and folder / f"{name}.arrow")
         self.problems: list[Problem] = []
-        self.oddities: dict[str, list[RowId]] = {}
+        self.oddities: defaultdict[str, list[RowId]] = defaultdict(list)
         self.counts: list[SourceCount] = []
         self.matches: list[Match] = []
 
@@ -160,7 +166,7 @@ class _Side:
         for source, selection in zip(sources, select_rows(sources, seed), strict=True):
             self._convert(source, selection)
         if not len(self._examples):
-            raise _nothing_left(self.problems, self._where)
+            raise _nothing_left(self.problems, f"data.{self._name}")
         return self._examples.finish()
 
     def _convert(self, source: Source, selection: Selection) -> None:
@@ -172,33 +178,35 @@ class _Side:
             used += self._take(batch, shape)
         for problem in selection.problems:
             self._leave_out(problem)
-        self.counts.append(
-            SourceCount(
-                selection.name,
-                shape.name,
-                selection.rows_in,
-                used,
-                selection.rows_filtered,
-                selection.rows_not_drawn,
-            )
-        )
+        left_out = selection.rows_filtered, selection.rows_not_drawn
+        self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out))
 
     def _take(self, rows: Sequence[RawRow], shape: Shape) -> int:
         """Make examples of rows, and say how many could be used. Tokenizing many at once keeps all cores busy."""
         used = 0
-        found = (with_system_message(to_record(row, shape), self._data.system, "`data.system`") for row in rows)
-        results = [self._uncontaminated(one) for one in found]
+        results = [self._record(row, shape) for row in rows]
         records = [result for result in results if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self._tokenizer, self._data.template))
         for result in results:
-            outcome = result if isinstance(result, Problem) else self._example(result, next(tokenized))
-            if isinstance(outcome, Problem):
-                self._leave_out(outcome)
+            example = result if isinstance(result, Problem) else self._example(result, next(tokenized))
+            if isinstance(example, Problem):
+                self._leave_out(example)
                 continue
             used += 1
-            for example in unpaired(outcome) if self._kind == "unpaired" else [outcome]:
-                self._examples.append(example)
+            for part in unpaired(example) if self._kind == "unpaired" else [example]:
+                self._examples.append(part)
         return used
+
+    def _record(self, row: RawRow, shape: Shape) -> Record | Problem:
+        record = with_system_message(to_record(row, shape), self._data.system, "`data.system`")
+        if isinstance(record, Problem) or not self._contamination:
+            return record
+        match = self._contamination.find((record.prompt, *record.answers), record.origin)
+        if not match:
+            return record
+        self.matches.append(match)
+        source = f"{match.benchmark.source}, row {match.benchmark.row}"
+        return Problem("contaminated", f"holds words of {source}: {match.words}", record.origin)
 
     def _example(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
         if isinstance(tokenized, Problem):
@@ -207,34 +215,18 @@ class _Side:
         if isinstance(tree, Problem):
             return tree
         # Last, so that a row is only left out for the sake of one that is used.
-        if repeated := self._repeated(record):
-            return repeated
+        if self._repeats and (earlier := self._repeats.earlier((record.prompt, *record.answers), record.origin)):
+            return Problem("repeated", f"repeats {earlier.source}, row {earlier.row}", record.origin)
         truncated = ("prompt_truncated",) if tree != tokenized.tree else ()
         for kind in (*tokenized.oddities, *truncated, *findings.oddities_of(record)):
-            self.oddities.setdefault(kind, []).append(record.origin)
+            self.oddities[kind].append(record.origin)
         return Example(record, tree)
-
-    def _uncontaminated(self, record: Record | Problem) -> Record | Problem:
-        if isinstance(record, Problem) or not self._contamination:
-            return record
-        match = self._contamination.find((record.prompt, *record.answers), record.origin)
-        if not match:
-            return record
-        self.matches.append(match)
-        from_where = f"{match.benchmark.source}, row {match.benchmark.row}"
-        return Problem("contaminated", f"holds words of {from_where}: {match.words}", record.origin)
-
-    def _repeated(self, record: Record) -> Problem | None:
-        earlier = self._repeats and self._repeats.earlier((record.prompt, *record.answers), record.origin)
-        return Problem("repeated", f"repeats {earlier.source}, row {earlier.row}", record.origin) if earlier else None
 
     def _leave_out(self, problem: Problem) -> None:
         """Count it, or stop where that is the policy."""
-        name, policy = "bad_rows", self._data.bad_rows
-        if problem.kind == "overlong":
-            name, policy = "overlong", "error" if self._data.overlong == "error" else "drop"
+        name = "overlong" if problem.kind == "overlong" else "bad_rows"
         # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
-        if policy == "error" and problem.kind not in ("repeated", "contaminated", "tie"):
+        if getattr(self._data, name) == "error" and problem.kind not in ("repeated", "contaminated", "tie"):
             raise UserError(
                 problem.message,
                 where=f"{problem.origin.source}, row {problem.origin.row}",
@@ -249,14 +241,6 @@ def _head(rows: Iterator[RawRow]) -> Iterator[RawRow]:
     while readable < _HEAD_ROWS and (row := next(rows, None)) is not None:
         readable += row.value is not None
         yield row
-
-
-def _united(*groups: dict[str, list[RowId]]) -> dict[str, list[RowId]]:
-    united: dict[str, list[RowId]] = {}
-    for group in groups:
-        for kind, rows in group.items():
-            united.setdefault(kind, []).extend(rows)
-    return united
 
 
 def _nothing_left(problems: Sequence[Problem], where: str) -> UserError:

@@ -6,7 +6,6 @@ layouts are the table `_LAYOUTS`; a new one is an entry there and a conversion i
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import textwrap
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from prefold.data import dialogues
 from prefold.data.preference import Writing, short
 from prefold.data.votes import as_flag, as_vote, is_first_annotator
-from prefold.errors import UserError, json_type
+from prefold.errors import UserError, did_you_mean, json_type
 
 if TYPE_CHECKING:
     from prefold.data.sources import RawRow
@@ -78,6 +77,10 @@ def _is_bare_text(value: Any) -> bool:
     return isinstance(value, str) and not dialogues.holds_dialogue(value)
 
 
+def _is_turn_list(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and bool(_speaker(value[0]))
+
+
 def _is_opening(value: Any) -> bool:
     """Turns that wait for an answer."""
     return isinstance(value, list) and value != [] and bool(_speaker(value[-1])) and not _assistant_speaks(value[-1])
@@ -93,77 +96,34 @@ def _is_answer(value: Any) -> bool:
 
 def is_dialogue(value: Any) -> bool:
     """A dialogue with its prompt."""
-    if isinstance(value, list):
-        return value != [] and bool(_speaker(value[0])) and not _assistant_speaks(value[0])
-    return isinstance(value, str) and dialogues.holds_dialogue(value)
-
-
-def _is_turn_list(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and bool(_speaker(value[0]))
+    if isinstance(value, str):
+        return dialogues.holds_dialogue(value)
+    return _is_turn_list(value) and not _assistant_speaks(value[0])
 
 
 def _are_sentences(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(sentence, str) for sentence in value)
+    return isinstance(value, list) and value != [] and all(map(_is_string, value))
 
 
-def _is_vote(value: Any) -> bool:
-    return as_vote(value) is not None
-
-
-def _is_flag(value: Any) -> bool:
-    return as_flag(value) is not None
-
-
+_PROMPT, _OPENING, _SENTENCES = {"prompt": _is_prompt}, {"messages": _is_opening}, {"sentences": _are_sentences}
+_TEXTS = {"chosen": _is_bare_text, "rejected": _is_bare_text}
+_ANSWERS = {"chosen": _is_answer, "rejected": _is_answer}
+_DIALOGUES = {"chosen": is_dialogue, "rejected": is_dialogue}
+_OUTPUTS = {"output_1": _is_answer, "output_2": _is_answer, "vote": lambda value: as_vote(value) is not None}
+_COMPLETION = {"completion": _is_answer, "label": lambda value: as_flag(value) is not None}
+_TURNS = {"messages": _is_turn_list, "label": _COMPLETION["label"]}
 # The first layout that fits wins among those of the same columns.
 _LAYOUTS = (
-    _Layout(
-        "text",
-        "pairs",
-        {"prompt": _is_string, "chosen": _is_bare_text, "rejected": _is_bare_text},
-        "strings `prompt`, `chosen`, `rejected` (and `system`)",
-    ),
-    _Layout(
-        "messages",
-        "pairs",
-        {"prompt": _is_prompt, "chosen": _is_answer, "rejected": _is_answer},
-        "`prompt`: list of {role, content}; answers: text or list",
-    ),
-    _Layout(
-        "conversations",
-        "pairs",
-        {"chosen": is_dialogue, "rejected": is_dialogue},
-        "`chosen`, `rejected`: lists of messages, prompt first",
-        aside=("prompt",),
-    ),
-    _Layout(
-        "turns",
-        "pairs",
-        {"messages": _is_opening, "chosen": _is_answer, "rejected": _is_answer},
-        "`conversations`: list of turns; answers: one turn each",
-    ),
-    _Layout(
-        "votes",
-        "pairs",
-        {"prompt": _is_prompt, "output_1": _is_answer, "output_2": _is_answer, "vote": _is_vote},
-        "`instruction`, `output_1`, `output_2`, `label` (1 or 2)",
-    ),
-    _Layout(
-        "labelled text",
-        "unpaired",
-        {"prompt": _is_prompt, "completion": _is_answer, "label": _is_flag},
-        "`prompt`, `completion`, `label` (true or false)",
-    ),
-    _Layout(
-        "labelled messages",
-        "unpaired",
-        {"messages": _is_turn_list, "label": _is_flag},
-        "`messages`: list, answer last; `label` (true or false)",
-    ),
-    _Layout("prompts", "prompts", {"prompt": _is_prompt}, "`prompt` or `question`, and columns for rewards"),
-    _Layout(
-        "sentences", "prompts", {"sentences": _are_sentences}, "`source`: a list of sentences, and columns for rewards"
-    ),
-    _Layout("opening messages", "prompts", {"messages": _is_opening}, "`messages`: a list that waits for an answer"),
+    _Layout("text", "pairs", {"prompt": _is_string, **_TEXTS}, "strings `prompt`, `chosen`, `rejected` (and `system`)"),
+    _Layout("messages", "pairs", _PROMPT | _ANSWERS, "`prompt`: list of {role, content}; answers: text or list"),
+    _Layout("conversations", "pairs", _DIALOGUES, "`chosen`, `rejected`: lists of messages, prompt first", ("prompt",)),
+    _Layout("turns", "pairs", _OPENING | _ANSWERS, "`conversations`: list of turns; answers: one turn each"),
+    _Layout("votes", "pairs", _PROMPT | _OUTPUTS, "`instruction`, `output_1`, `output_2`, `label` (1 or 2)"),
+    _Layout("labelled text", "unpaired", _PROMPT | _COMPLETION, "`prompt`, `completion`, `label` (true or false)"),
+    _Layout("labelled messages", "unpaired", _TURNS, "`messages`: list, answer last; `label` (true or false)"),
+    _Layout("prompts", "prompts", _PROMPT, "`prompt` or `question`, and columns for rewards"),
+    _Layout("sentences", "prompts", _SENTENCES, "`source`: a list of sentences, and columns for rewards"),
+    _Layout("opening messages", "prompts", _OPENING, "`messages`: a list that waits for an answer"),
 )
 # Role -> columns that are taken for it by themselves; the first is what messages call it.
 _KNOWN_COLUMNS = {
@@ -229,22 +189,21 @@ def _assignments(
     layout: _Layout, value: dict[str, Any], named: Mapping[str, str]
 ) -> Iterator[tuple[tuple[str, str], ...]]:
     """Every way to find the roles of a layout among a row's columns."""
-    choices = [[name for name in _names(role, layout, value, named) if name in value] for role in layout.cells]
-    for chosen in itertools.product(*choices):
-        found = dict(zip(layout.cells, chosen, strict=True))
+    for chosen in itertools.product(*_choices(layout, value, named).values()):
+        columns = dict(zip(layout.cells, chosen, strict=True))
         extra = {"system": named.get("system", "system")}
         # `input` is more of an instruction; beside another prompt it may be anything.
-        if found.get("prompt") == "instruction" or "input" in named:
+        if columns.get("prompt") == "instruction" or "input" in named:
             extra["input"] = named.get("input", "input")
-        yield tuple((found | extra).items())
+        yield tuple((columns | extra).items())
 
 
-def _names(role: str, layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> Sequence[str]:
-    if role in named:
-        return [named[role]]
-    if role == "prompt" and (layout.kind == "prompts" or "instruction" in value or "input" in named):
-        return _KNOWN_COLUMNS[role][:-1]
-    return _KNOWN_COLUMNS[role]
+def _choices(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, list[str]]:
+    """Columns of a row by the roles of a layout that they may have."""
+    names = {role: [named[role]] if role in named else [*_KNOWN_COLUMNS[role]] for role in layout.cells}
+    if "prompt" in names.keys() - named and (layout.kind == "prompts" or "instruction" in value or "input" in named):
+        names["prompt"].remove("input")
+    return {role: [name for name in columns if name in value] for role, columns in names.items()}
 
 
 def _fits(layout: _Layout, value: dict[str, Any], columns: tuple[tuple[str, str], ...], forgiving: bool) -> bool:
@@ -288,16 +247,14 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
     where = f"{source}, `columns`"
     for role in named:
         if role not in ROLES:
-            near = difflib.get_close_matches(role, ROLES, n=1)
-            advice = f"did you mean `{near[0]}`?" if near else ""
-            expected = f"one of{_folded(', '.join(ROLES))}"
-            raise UserError(f"there is no role `{short(role)}`", where=where, expected=expected, advice=advice)
+            expected = "one of" + "".join(f"\n    {line}" for line in textwrap.wrap(", ".join(ROLES), 70))
+            what, advice = f"there is no role `{short(role)}`", did_you_mean(role, ROLES)
+            raise UserError(what, where=where, expected=expected, advice=advice)
     present = dict.fromkeys(column for value in values for column in value)
     for role, column in named.items():
         if values and column not in present:
-            near = difflib.get_close_matches(column, list(present), n=1)
-            advice = f"did you mean `{short(near[0])}`?" if near else ""
             what = f"`{role}: {short(column)}`, but there is no such column"
+            advice = did_you_mean(column, map(short, present))
             raise UserError(what, where=where, expected=_shown(present), advice=advice)
 
 
@@ -318,7 +275,11 @@ def _check_votes(shape: Shape, values: Sequence[dict[str, Any]], source: str) ->
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
-    ways = "".join(f"\n    {shape.name}: {_columns_text(shape)}" for shape in (first, second))
+    cells = {layout.name: layout.cells for layout in _LAYOUTS}
+    ways = "".join(
+        f"\n    {shape.name}: {_listed([column for role, column in shape.columns if role in cells[shape.layout]])}"
+        for shape in (first, second)
+    )
     pair = {role: column for role, column in first.columns if (role, column) not in second.columns}
     example = ", ".join(f"{role}: {short(column)}" for role, column in pair.items())
     return UserError(
@@ -326,11 +287,6 @@ def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
         where=source,
         advice=f"say which by `columns:`, such as {{{example}}}",
     )
-
-
-def _columns_text(shape: Shape) -> str:
-    cells = next(layout.cells for layout in _LAYOUTS if layout.name == shape.layout)
-    return _listed([column for role, column in shape.columns if role in cells])
 
 
 def _no_shape(
@@ -341,9 +297,16 @@ def _no_shape(
     layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
     layouts = [layout for layout in layouts if named.keys() <= layout.roles] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
-    nearest = max(layouts, key=lambda layout: _overlap(layout, merged, named))
-    if _found(nearest, merged, named):
-        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {_amiss(nearest, merged, named)}"
+    present = {
+        layout.name: {role: names[0] for role, names in _choices(layout, merged, named).items() if names}
+        for layout in layouts
+    }
+    nearest = max(
+        layouts, key=lambda layout: (len(present[layout.name]) / len(layout.cells), len(present[layout.name]))
+    )
+    if present[nearest.name]:
+        amiss = _amiss(nearest, present[nearest.name], merged, named)
+        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {amiss}"
     else:
         expected = "one of" + "".join(f"\n    {layout.name}: {layout.meaning}" for layout in layouts)
     return UserError(
@@ -354,27 +317,13 @@ def _no_shape(
     )
 
 
-def _found(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, str]:
-    """Role -> column, of those roles of a layout that have one."""
-    names = {role: [name for name in _names(role, layout, value, named) if name in value] for role in layout.cells}
-    return {role: found[0] for role, found in names.items() if found}
-
-
-def _overlap(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> tuple[float, int]:
-    found = len(_found(layout, value, named))
-    return found / len(layout.cells), found
-
-
-def _amiss(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> str:
-    """What keeps a row from having a layout."""
-    unknown = [role for role in named if role not in layout.roles]
-    if unknown:
+def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:
+    """What keeps a row from having a layout, of whose roles it has the `present` ones."""
+    if unknown := [role for role in named if role not in layout.roles]:
         return f"but it has no {_listed(unknown)}, which `columns` names"
-    found = _found(layout, value, named)
-    missing = [_KNOWN_COLUMNS[role][0] for role in layout.cells if role not in found]
-    if missing:
+    if missing := [_KNOWN_COLUMNS[role][0] for role in layout.cells if role not in present]:
         return f"but there is no {_listed(missing)}"
-    misfits = [column for role, column in found.items() if not layout.cells[role](value[column])]
+    misfits = [column for role, column in present.items() if not layout.cells[role](value[column])]
     if not misfits:
         return "but no row has all of it"
     return f"but `{short(misfits[0])}` is {json_type(value[misfits[0]])} that does not fit"
@@ -382,11 +331,6 @@ def _amiss(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> 
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"`{short(name)}`" for name in names)
-
-
-def _folded(text: str) -> str:
-    """`text` as indented lines of their own."""
-    return "".join(f"\n    {line}" for line in textwrap.wrap(text, 70))
 
 
 def _shown(columns: Sequence[str] | Mapping[str, Any]) -> str:

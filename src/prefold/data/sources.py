@@ -6,20 +6,21 @@ said in `formats`. Code that comes with a Hub data set is never run.
 
 from __future__ import annotations
 
-import difflib
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefold.data.formats import READABLE, RawRow, read_file, reader_for
 from prefold.data.preference import RowId
-from prefold.errors import UserError
+from prefold.errors import UserError, did_you_mean
 from prefold.files import without_home, without_secrets
 from prefold.recipe import Rows
 
@@ -43,18 +44,40 @@ def read_rows(source: Rows) -> Iterator[RawRow]:
     Raises:
         UserError: there is no such source, or it is not of its format; for what only reading can tell, while reading.
     """
-    return _at_least_one(_found(source), source_name(source))
+    files = _named_files(source)
+    rows = chain.from_iterable(read_file(file, name) for name, file in files.items()) if files else _hub_rows(source)
+    return _at_least_one(rows, source_name(source))
 
 
-def _found(source: Rows) -> Iterator[RawRow]:
+def identity_of(source: Rows) -> str | None:
+    """A text that is another one once the rows are others; None where only reading them can tell.
+
+    Raises:
+        UserError: there is no such source.
+    """
+    files = _named_files(source)
+    if not files:
+        # Of a commit, configuration and split.
+        return None if source.streaming else getattr(_load_from_hub(source), "_fingerprint", None)
+    digest = hashlib.sha256()
+    try:
+        for name, file in files.items():
+            with file.open("rb") as opened:
+                digest.update(f"{name}\n".encode() + hashlib.file_digest(cast(Any, opened), "sha256").digest())
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _named_files(source: Rows) -> dict[str, Traversable]:
+    """The files of a source by what messages call them; none where it may be a data set of the Hub."""
     if source.path.startswith(BUILTIN_PREFIX):
         _require_no_hub_fields(source, "a built-in set", ("name", "revision", "streaming"))
-        return read_file(_builtin_file(source), source_name(source))
+        return {source_name(source): _builtin_file(source)}
     files = _files(source)
-    if not files:
-        return _hub_rows(source)
-    _require_no_hub_fields(source, "a file", ("name", "split", "revision", "streaming"))
-    return chain.from_iterable(read_file(file, _shown(file)) for file in files)
+    if files:
+        _require_no_hub_fields(source, "a file", ("name", "split", "revision", "streaming"))
+    return {_shown(file): file for file in files}
 
 
 def _require_no_hub_fields(source: Rows, what: str, names: tuple[str, ...]) -> None:
@@ -73,9 +96,6 @@ def _at_least_one(rows: Iterator[RawRow], name: str) -> Iterator[RawRow]:
         yield row
     if row is None:
         raise UserError("there are no rows in it", where=name, expected="at least one row")
-
-
-# ---- files ------------------------------------------------------------------------------------------------------
 
 
 def _files(source: Rows) -> list[Path]:
@@ -143,39 +163,28 @@ def _missing(source: Rows, path: Path) -> UserError:
         return UserError("it is a link that leads nowhere", where=source.path, advice="mend the link")
     if not path.parent.is_dir():
         return UserError("no such file: its folder does not exist either", where=source.path)
-    near = difflib.get_close_matches(path.name, [_printable(file.name) for file in path.parent.iterdir()], n=3)
-    advice = "did you mean " + " or ".join(f"`{name}`" for name in near) + "?" if near else _files_in(path.parent)
+    advice = did_you_mean(path.name, [_printable(file.name) for file in path.parent.iterdir()], most=3)
+    if not advice:
+        names = [_printable(file.name) for file in _visible(path.parent) if reader_for(file.name)]
+        advice = (
+            f"readable files in that folder: {_listed(names)}" if names else "that folder has no file that can be read"
+        )
     return UserError("no such file", where=source.path, advice=advice)
-
-
-def _files_in(folder: Path) -> str:
-    """Advice that names files of `folder` which can be read."""
-    names = [_printable(file.name) for file in _visible(folder) if reader_for(file.name)]
-    return f"readable files in that folder: {_listed(names)}" if names else "that folder has no file that can be read"
-
-
-# ---- built-in sets ----------------------------------------------------------------------------------------------
 
 
 def _builtin_file(source: Rows) -> Traversable:
     name, split = source.path.removeprefix(BUILTIN_PREFIX), source.split or "train"
-    names = sorted(entry.name for entry in _entries(BUILTIN_FOLDER) if entry.is_dir() and _entries(entry))
-    if name not in names:
-        raise UserError(
-            f"there is no built-in set `{name}`",
-            where=source.path,
-            expected=f"one of: {_listed(names)}" if names else "",
-            advice=_nearest(name, names),
-        )
-    files = {entry.name.removesuffix(".jsonl"): entry for entry in _entries(BUILTIN_FOLDER / name)}
-    if split not in files:
-        raise UserError(
-            f"it has no split `{split}`",
-            where=source.path,
-            expected=f"one of: {_listed(sorted(files))}",
-            advice=_nearest(split, sorted(files)),
-        )
+    sets = {entry.name: entry for entry in _entries(BUILTIN_FOLDER) if entry.is_dir() and _entries(entry)}
+    _require_one_of(name, sorted(sets), f"there is no built-in set `{name}`", source)
+    files = {entry.name.removesuffix(".jsonl"): entry for entry in _entries(sets[name])}
+    _require_one_of(split, sorted(files), f"it has no split `{split}`", source)
     return files[split]
+
+
+def _require_one_of(name: str, known: list[str], what: str, source: Rows) -> None:
+    if name not in known:
+        expected = f"one of: {_listed(known)}" if known else ""
+        raise UserError(what, where=source.path, expected=expected, advice=did_you_mean(name, known))
 
 
 def _entries(folder: Traversable) -> list[Traversable]:
@@ -185,49 +194,46 @@ def _entries(folder: Traversable) -> list[Traversable]:
     return [entry for entry in folder.iterdir() if entry.is_dir() or entry.name.endswith(".jsonl")]
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean `{near[0]}`?" if near else ""
-
-
 def _listed(names: list[str], limit: int = 8) -> str:
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-# ---- Hub --------------------------------------------------------------------------------------------------------
-
-
 def _hub_rows(source: Rows) -> Iterator[RawRow]:
     """Download (or find in the cache) now, read as asked for; a row's number is its place in the split."""
+    loaded = _load_from_hub(source)
+
+    def rows() -> Iterator[RawRow]:
+        with _explained(source):
+            for number, value in enumerate(loaded, start=1):
+                yield RawRow(RowId(source_name(source), number), value)
+
+    return rows()
+
+
+def _load_from_hub(source: Rows) -> Any:
     import datasets
 
-    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    with _explained(source):
+        return datasets.load_dataset(
+            source.path,
+            name=source.name,
+            split=source.split or "train",
+            revision=source.revision,
+            streaming=source.streaming,
+        )
 
-    def failed(error: Exception) -> UserError:
+
+@contextmanager
+def _explained(source: Rows) -> Iterator[None]:
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = without_secrets(str(error).partition("\n")[0])
-        return UserError(
+        raise UserError(
             f"no such file, and the data set cannot be had from the Hub: {reason or type(error).__name__}",
             where=source_name(source),
             advice="check `path`, `name`, `split` and `revision`, and the network; gated sets need `HF_TOKEN`",
-        )
-
-    def rows(found: Any) -> Iterator[RawRow]:
-        try:
-            for number, value in enumerate(found, start=1):
-                yield RawRow(RowId(source_name(source), number), value)
-        except failures as error:
-            raise failed(error) from None
-
-    try:
-        return rows(
-            datasets.load_dataset(
-                source.path,
-                name=source.name,
-                split=source.split or "train",
-                revision=source.revision,
-                streaming=source.streaming,
-            )
-        )
-    except failures as error:
-        raise failed(error) from None
+        ) from None

@@ -21,10 +21,10 @@ from prefold.models.chat_format import vocabulary_rows
 from prefold.models.load import chat_tokens, load_model
 from prefold.models.messages import UNREADABLE, quiet
 from prefold.recipe import Lora, Model
-from prefold.trees.lora import fuse_lora
+from prefold.trees.fused_lora import fuse_lora
+from prefold.trees.head import SCORE, score_layer
 from prefold.trees.scorer import freeze_reference
-from prefold.trees.scores import HEAD, score_layer
-from prefold.trees.tokens import fuse_tokens
+from prefold.trees.trained_rows import fuse_trained_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -118,7 +118,7 @@ def ready_to_train(adapted: PeftModel) -> None:
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     fuse_lora(adapted)
-    fuse_tokens(adapted)
+    fuse_trained_rows(adapted)
 
 
 def _rows_to_train(model: PreTrainedModel, lora: Lora, tokens: Sequence[int]) -> dict[str, list[int]]:
@@ -185,7 +185,7 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     where = without_home(str(folder))
     config = _config_of(folder, where)
     _require_same_base(config, model, where)
-    if score_layer(model) is not None and HEAD not in (config.get("modules_to_save") or ()):
+    if score_layer(model) is not None and SCORE not in (config.get("modules_to_save") or ()):
         advice = "merge it, and train a reward model on the merged model"
         raise UserError("has no score head", where=where, expected="an adapter of a reward model", advice=advice)
     reason = ""

@@ -81,9 +81,14 @@ def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Pa
         return _from_gguf(path, name)
     if path.is_dir():
         return _checked_folder(path, name, weights)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
+    if not is_hub_id(name):
         raise UserError("no such folder or file", where=name, expected=NAMES)
     return _from_hub(name, revision, weights)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a model of the Hub, where it is no file or folder."""
+    return not (name.startswith((".", "/", "~", "pypi:")) or name.count("/") > 1 or name.endswith(".gguf"))
 
 
 def _checked_folder(folder: Path, name: str, weights: bool = True) -> Path:

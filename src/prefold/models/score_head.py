@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.errors import UserError
-from prefold.trees.scores import HEAD, score_layer
+from prefold.trees.head import SCORE, score_layer
 
-WEIGHT = f"{HEAD}.weight"
+WEIGHT = f"{SCORE}.weight"
 
 
 def set_up_head(model: PreTrainedModel, report: dict[str, Any], seed: int, name: str) -> dict[str, Any]:

@@ -70,14 +70,10 @@ class Where:
         for column in self._columns:
             if column.found or not column.beside:
                 continue
-            names = ", ".join(f"`{name}`" for name in sorted(column.beside)[:8])
-            raise UserError(
-                f"no row has the column `{column}` of `where: {self._text}`",
-                where=source,
-                advice=did_you_mean(column.parts[-1], sorted(column.beside)) or f"there are {names}",
-            )
-
-    # ---- translating ------------------------------------------------------------------------------------------
+            beside = sorted(column.beside)
+            advice = did_you_mean(column.parts[-1], beside)
+            advice = advice or f"there are {', '.join(f'`{name}`' for name in beside[:8])}"
+            raise UserError(f"no row has the column `{column}` of `where: {self._text}`", where=source, advice=advice)
 
     def _translate(self, node: ast.expr) -> Evaluate:
         if parts := _path(node):
@@ -147,9 +143,6 @@ def _parsed(text: str) -> ast.expr:
         raise WhereError(f"cannot be read: {error or 'nested too deeply'}") from None
 
 
-# ---- columns ----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Column:
     """Names and places that lead to a value; `beside` are the names that were there where one of them was not."""
@@ -195,9 +188,6 @@ def _path(node: ast.expr) -> tuple[str | int, ...]:
         ) if parts := _path(inner):
             return (*parts, -part)
     return ()
-
-
-# ---- values -----------------------------------------------------------------------------------------------------
 
 
 def _truth(value: Any, text: str) -> bool:

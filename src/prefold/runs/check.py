@@ -14,20 +14,21 @@ from prefold.data.findings import Finding, by_severity
 from prefold.data.mixture import Prepared
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
-from prefold.evaluation.heldout import score_pairs
+from prefold.evaluation.held_out_pairs import score_pairs
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import write_json
 from prefold.models.adapters import load_start
 from prefold.models.fetch import fetch
-from prefold.plan.plan import Plan, make_plan
+from prefold.plan.plan import Plan
+from prefold.plan.planner import make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
 from prefold.reports.check import print_check
 from prefold.reports.notebook import framed
 from prefold.reports.page import render_check
 from prefold.reports.plan import in_two_lines
-from prefold.runs.context import Run, fingerprints_of, order_of, scorer_of
+from prefold.runs.context import Run, order_of, scorer_of
 from prefold.runs.environment import environment
 from prefold.runs.measuring import measuring_dtype
 from prefold.terminal import as_text, say
@@ -75,7 +76,7 @@ class CheckReport:
         return {
             "ok": self.ok,
             **self.prepared.report.as_json(),
-            "fingerprint": fingerprints_of(self.prepared),
+            "fingerprint": self.prepared.fingerprints,
             "plan": self.plan.as_json(),
             **({"separation": self.separation} if self.separation else {}),
             "examples": [self._shown(example) for example in self.prepared.train[:EXAMPLES_SHOWN]],

@@ -12,10 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prefold.data.examples import Examples, prompts_of
-from prefold.data.findings import fingerprint
-from prefold.data.mixture import Prepared, load_split
-from prefold.data.preference import Unpaired
-from prefold.evaluation.samples import OpenTask
+from prefold.data.mixture import Prepared
+from prefold.data.prepared_cache import prepare
+from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.files import read_json
@@ -25,10 +24,11 @@ from prefold.rewards.load import load_rewards
 from prefold.rewards.scoring import LoadedReward, column_names
 from prefold.runs.comparison import require_models
 from prefold.runs.fingerprints import inputs_of, require_unchanged
-from prefold.training.offline import StepOrder
+from prefold.training.loop import StepOrder
+from prefold.trees.attention import unwrapped
 from prefold.trees.memory import auto_max_tokens
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer, choose_scorer, unwrapped
+from prefold.trees.scorer import Scorer, choose_scorer
 
 STAND_IN = 32
 """Tokens."""
@@ -53,7 +53,7 @@ class Run:
     def prepared(self) -> Prepared:
         """The data as they are now."""
         recipe = self.recipe
-        return load_split(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
+        return prepare(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
 
     def checked_data(self) -> Prepared:
         """The data that the run began with.
@@ -66,7 +66,7 @@ class Run:
 
     def as_read(self, prepared: Prepared) -> dict[str, Any]:
         """What a run must find unchanged when it goes on: its data, and what it reads beside it."""
-        fingerprints = {**fingerprints_of(prepared), **inputs_of(self.recipe)}
+        fingerprints = {**prepared.fingerprints, **inputs_of(self.recipe)}
         return {**prepared.report.as_json(), "fingerprint": fingerprints}
 
     def require_openable(self) -> None:
@@ -91,14 +91,6 @@ class Run:
             return ids
 
         return open_judge(self.recipe.evaluate.win_rate.judge, token_ids)
-
-
-def fingerprints_of(prepared: Prepared) -> dict[str, str]:
-    return {"train": fingerprint(prepared.train), "held_out": fingerprint(prepared.held_out)}
-
-
-def labels_of(examples: Examples) -> list[bool]:
-    return [record.label for record in examples.records if isinstance(record, Unpaired)]
 
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:

@@ -1,18 +1,18 @@
-"""Train: the policy, its trainer and whoever watches it."""
+"""Train: the policy, what its steps are computed from, and who is told of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from prefold import ranks
-from prefold.algorithms import GRPO
 from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError
@@ -20,30 +20,21 @@ from prefold.files import cache_folder, new_folder
 from prefold.models.adapters import load_policy
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import load_model, tokenizer_of, trainable_parameters
-from prefold.publishing.publish import push_checkpoint
+from prefold.publishing.hub import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
-from prefold.runs.context import (
-    Run,
-    head_seed_of,
-    labels_of,
-    loaded_rewards,
-    order_of,
-    scorer_of,
-)
+from prefold.runs.context import Run, head_seed_of, loaded_rewards, order_of, scorer_of
 from prefold.runs.fingerprints import row_list
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
-from prefold.training.checkpoints import kept_in, last_checkpoint, step_of
-from prefold.training.guards import Facts
-from prefold.training.interrupt import Interruption
-from prefold.training.keeping import save_weights
-from prefold.training.offline import PreferenceTrainer, StepOrder, TreeSet
-from prefold.training.online import OnlineTrainer
+from prefold.training.checkpoints import last_checkpoint, step_of
+from prefold.training.guards import Facts, Guards, RolledBack
+from prefold.training.loop import StepOrder, StoredTrees, TrainingLoop, TreeSet
 from prefold.training.pushes import Pushes
 from prefold.training.record import StepRecord
-from prefold.training.trackers import open_trackers
-from prefold.training.watch import RolledBack, Watch
+from prefold.training.sampled_trees import SampledTrees
+from prefold.training.saved_state import save_weights
+from prefold.training.trackers import open_trackers, send_completions
 from prefold.trees.memory import free_memory
 from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer
@@ -64,54 +55,81 @@ def train(run: Run) -> None:
 
 
 def _train(recipe: RecipeBase, prepared: Prepared) -> None:
-    folder = recipe.run_folder
+    algorithm, folder = recipe.algorithm, recipe.run_folder
     model = _policy(recipe)
     scorer = scorer_of(recipe, model, prepared.train)
     _require_packing(scorer)
-    make_trainer = (_online_trainer if recipe.algorithm.kind.samples else _offline_trainer)(recipe, scorer, prepared)
+    stored = None if algorithm.draws else _tree_set(recipe, scorer, prepared.train)
+    held_out = _tree_set(recipe, scorer, prepared.held_out) if stored and recipe.train.eval_steps else None
     free_memory()  # of the self-check and the reference
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))
-    interruption = Interruption(every=order.iterations)
-    with interruption, _trackers(recipe), progress_bar("train", len(order), done) as advance:
+    with _trackers(recipe), progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
-        trainer = make_trainer(order, record, training_arguments(recipe, len(order)))
-        trainer.watch_by(_watch(recipe, record, done, order, prepared))
-        for callback in (*(_outside(recipe) if ranks.is_first() else []), interruption):
-            trainer.add_callback(callback)
+        loop = TrainingLoop(
+            algorithm,
+            scorer,
+            StoredTrees(stored, order) if stored else _sampled_trees(recipe, scorer, prepared.train, order, record),
+            order,
+            record,
+            _guards(recipe, record, done, order, prepared),
+            training_arguments(recipe, len(order)),
+            held_out,
+            recipe.train.early_stopping_patience,
+            _callbacks(recipe) if ranks.is_first() else (),
+        )
         if checkpoint:
-            trainer.scorer.max_tokens, trainer.carried = kept_in(checkpoint)
             say(f"  going on after step {done}")
-        with scorer.in_place():
-            trainer.require_metric()
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        interruption.leave()
+        loop.train(checkpoint)
     target = folder / ("trained" if recipe.lora == "none" else "adapter")
     with new_folder(target) if ranks.is_first() else nullcontext(target) as aside:
         save_weights(model, aside)
         if recipe.model.chat_template and ranks.is_first():
             tokenizer_of(recipe.model).save_pretrained(aside)
-    del trainer, make_trainer, model, scorer
+    del loop, model, scorer
     free_memory()
 
 
-def _outside(recipe: RecipeBase) -> list[TrainerCallback]:
-    """Who else is told of training."""
+def _tree_set(recipe: RecipeBase, scorer: Scorer, examples: Examples) -> TreeSet:
+    """Examples with what the algorithm asks for."""
+    algorithm, dtype = recipe.algorithm, choose_dtype(recipe.model.dtype, choose_device())
+    reference = reference_logprobs(scorer, examples.trees, cache_folder(), dtype) if algorithm.needs_reference else None
+    extras: dict[str, Any] = {
+        name: torch.tensor([getattr(record, name) for record in examples.records])[:, None]
+        for name in algorithm.record_fields
+    }
+    return TreeSet(examples.trees, reference, extras)
+
+
+def _sampled_trees(
+    recipe: RecipeBase, scorer: Scorer, prompts: Examples, order: StepOrder, record: StepRecord
+) -> SampledTrees:
+    assert recipe.algorithm.draws is not None
+    scorer.temperature = recipe.algorithm.draws.temperature
+    columns = column_names(prompts_of(prompts))
+    rewards, tokenizer = loaded_rewards(recipe, columns), tokenizer_of(recipe.model)
+    dtype = choose_dtype(recipe.model.dtype, choose_device())
+    seed = recipe.train.seed
+    show = [record.rollout, *([send_completions] if "wandb" in recipe.train.report_to else [])]
+    return SampledTrees(recipe.algorithm, scorer, prompts, rewards, columns, tokenizer, order, show, seed, dtype)
+
+
+def _callbacks(recipe: RecipeBase) -> list[TrainerCallback]:
     pushes = [Pushes(partial(push_checkpoint, recipe))] if recipe.publish and recipe.publish.checkpoints else []
     return [*open_trackers(recipe.train.report_to), *pushes]
 
 
-def _watch(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Watch:
+def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Guards:
     dtype = choose_dtype(recipe.model.dtype, choose_device())
     settings = recipe.train
     facts = Facts(len(order), settings.learning_rate, settings.batch_size, scales_gradients=dtype == torch.float16)
     origins = prepared.train.origins
-    return Watch(
+    return Guards(
         recipe.guards.actions,
         facts,
         record,
         done,
-        rows_of=lambda step: row_list([origins[place] for place in order[step - 1]]),
+        rows_of=lambda step: row_list([origins[i] for i in order[step - 1]]),
         last_step=lambda: step_of(_last_checkpoint(recipe)),
     )
 
@@ -138,30 +156,6 @@ def _require_sharing(recipe: RecipeBase) -> None:
 def _require_packing(scorer: Scorer) -> None:
     if scorer.sharded and not scorer.packed:
         raise StageError(f"`train.fsdp` needs a model whose trees can be packed; here: {scorer.reason}")
-
-
-MakeTrainer = Callable[[StepOrder, StepRecord, TrainingArguments], PreferenceTrainer]
-
-
-def _offline_trainer(recipe: RecipeBase, scorer: Scorer, prepared: Prepared) -> MakeTrainer:
-    train = _tree_set(recipe, scorer, prepared.train)
-    held_out = _tree_set(recipe, scorer, prepared.held_out) if recipe.train.eval_steps else None
-    patience = recipe.train.early_stopping_patience
-    return partial(PreferenceTrainer, recipe.algorithm, scorer, train, held_out=held_out, patience=patience)
-
-
-def _tree_set(recipe: RecipeBase, scorer: Scorer, examples: Examples) -> TreeSet:
-    """Examples with what the algorithm asks for."""
-    needs, dtype = recipe.algorithm, choose_dtype(recipe.model.dtype, choose_device())
-    reference = reference_logprobs(scorer, examples.trees, cache_folder(), dtype) if needs.needs_reference else None
-    return TreeSet(examples.trees, reference, labels_of(examples) if needs.kind.data == "unpaired" else None)
-
-
-def _online_trainer(recipe: RecipeBase, scorer: Scorer, prepared: Prepared) -> MakeTrainer:
-    assert isinstance(recipe.algorithm, GRPO)
-    columns = column_names(prompts_of(prepared.train))
-    rewards, tokenizer = loaded_rewards(recipe, columns), tokenizer_of(recipe.model)
-    return partial(OnlineTrainer, recipe.algorithm, scorer, prepared.train, rewards, columns, tokenizer)
 
 
 def _policy(recipe: RecipeBase) -> torch.nn.Module:

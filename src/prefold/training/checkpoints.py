@@ -14,33 +14,33 @@ from pathlib import Path
 from typing import Any
 
 from prefold.algorithms import State
-from prefold.files import read_json, settle, write_json
+from prefold.files import read_json, write_json
 from prefold.terminal import say
 
 logger = logging.getLogger("prefold")
 
-KEPT = "prefold.json"
+MANIFEST = "prefold.json"
 """In a checkpoint: the token budget that it was trained with, so that a resumed run splits its steps alike, what the
 algorithm carries from step to step, the step of the checkpoint that was best so far if it is wanted in the end, and the
 list of files."""
+TRAINER_STATE = "trainer_state.json"
 
 
 def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
-def seal(checkpoint: Path, max_tokens: int, carried: State, best: int | None) -> None:
-    """Write what a checkpoint keeps beside transformers' own files, with the list of them all, through to the disk."""
-    files = {name: _listed(path) for name, path in _files(checkpoint).items()}
-    kept = {"max_tokens": max_tokens, "carried": dict(carried), "best": best, "files": files}
-    write_json(checkpoint / KEPT, kept)
-    settle(checkpoint)
+def write_manifest(checkpoint: Path, max_tokens: int, carried: State, best: int | None) -> None:
+    """The last file of a checkpoint."""
+    files = {name: _size_and_sum(path) for name, path in _files(checkpoint).items()}
+    manifest = {"max_tokens": max_tokens, "carried": dict(carried), "best": best, "files": files}
+    write_json(checkpoint / MANIFEST, manifest)
 
 
-def kept_in(checkpoint: Path) -> tuple[int, State]:
+def read_manifest(checkpoint: Path) -> tuple[int, State]:
     """The token budget that a checkpoint was trained with, and what its algorithm carried."""
-    kept = read_json(checkpoint / KEPT)
-    return int(kept["max_tokens"]), dict(kept["carried"])
+    manifest = read_json(checkpoint / MANIFEST)
+    return int(manifest["max_tokens"]), dict(manifest["carried"])
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -48,7 +48,8 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
     Newer ones are broken, or the best one that they build on is. They are named, and put out of the way.
     """
-    for checkpoint in sorted(_found(checkpoints), key=step_of, reverse=True):
+    folders = [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for checkpoint in sorted(folders, key=step_of, reverse=True):
         trouble = flaw(checkpoint) or _flaw_of_best(checkpoint)
         if not trouble:
             return checkpoint
@@ -64,9 +65,9 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 def flaw(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, empty if nothing is."""
     try:
-        listed: dict[str, Any] = read_json(checkpoint / KEPT)["files"]
+        listed: dict[str, Any] = read_json(checkpoint / MANIFEST)["files"]
     except (OSError, ValueError, LookupError, TypeError):
-        return f"its list of files, {KEPT}, is missing or cannot be read"
+        return f"its list of files, {MANIFEST}, is missing or cannot be read"
     files = _files(checkpoint)
     if missing := sorted(listed.keys() - files.keys()):
         return f"{missing[0]} is missing"
@@ -76,30 +77,26 @@ def flaw(checkpoint: Path) -> str:
         size = files[name].stat().st_size
         if size != wanted["bytes"]:
             return f"{name} has {size:,} of {wanted['bytes']:,} bytes"
-        if _listed(files[name]) != wanted:
+        if _size_and_sum(files[name]) != wanted:
             return f"{name} is not what was written"
     return ""
 
 
 def _flaw_of_best(checkpoint: Path) -> str:
-    best = read_json(checkpoint / KEPT)["best"]
+    best = read_json(checkpoint / MANIFEST)["best"]
     if best is None or best == step_of(checkpoint):
         return ""
     trouble = flaw(checkpoint.with_name(f"checkpoint-{best}"))
     return f"the best one before it, checkpoint-{best}: {trouble}" if trouble else ""
 
 
-def _found(checkpoints: Path) -> list[Path]:
-    return [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-
-
 def _files(checkpoint: Path) -> dict[str, Path]:
     """By their names inside the checkpoint, its list left out."""
-    found = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
-    return {name: path for name, path in found.items() if name != KEPT}
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    return {path.relative_to(checkpoint).as_posix(): path for path in paths if path != checkpoint / MANIFEST}
 
 
-def _listed(path: Path) -> dict[str, Any]:
+def _size_and_sum(path: Path) -> dict[str, Any]:
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}

@@ -1,18 +1,35 @@
-"""What goes wrong in training, told from its metrics: one small function for each trouble.
+"""What goes wrong in training, told from its metrics: one small function for each trouble, and what follows from it.
 
 A guard is given the lines of `metrics.jsonl` so far, whose last one is of the step just done, and what is known of the
-run beside them. It gives None, or what it sees and what to do about it in plain words. Guards keep nothing between
-steps, so a resumed run says what a straight one does. Who calls them, and what follows, is in `watch.py`.
+run beside them. It gives None, or what it sees and what to do about it in plain words. It speaks only at a step that
+has its metric, so each of them suits any method. `Guards` calls them after every step, and does what the recipe wants:
 
-A guard speaks only at a step that has its metric, so each of them suits any method.
+    warn         said once, in the terminal, in run.log and in the report
+    stop         the run ends with exit code 1; its checkpoints stay
+    roll_back    back to the last checkpoint, and on from there at half the rate
+    lower_rate   on at half the rate
+
+What was seen is in `guards.json`. Each event there says after which step it counts: a run that goes on from a
+checkpoint drops the later ones, as it drops later lines of `metrics.jsonl`, and meets them again. So the rate of a step
+depends on the events before it alone, and a resumed run is a straight one.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, variance
+from typing import Any
+
+from prefold import ranks
+from prefold.errors import StageError
+from prefold.files import read_json, write_json
+from prefold.terminal import say
+from prefold.training.record import StepRecord
+
+logger = logging.getLogger("prefold")
 
 History = Sequence[Mapping[str, float]]
 
@@ -23,6 +40,15 @@ ENOUGH = 32
 """Pairs, or groups, that are no accident: steps that hold one or two are many times right or equal by luck."""
 SOME = 10
 """Steps whose mean says where a metric stands."""
+LOWERED = 0.5
+"""What a rate is multiplied with."""
+MOST = 3
+"""Times that a guard may roll back, or lower the rate, in one run."""
+
+Event = dict[str, Any]
+"""`guard`, `action`, `step` (that it was seen at), `after` (the step from which on it counts), `message`, `advice`, and
+perhaps `rows`."""
+
 ACCURACIES = ("rewards/accuracies", "accuracy")
 MARGINS = ("rewards/margins", "margin")
 """Of pairs, and the names that they have in a reward model's run."""
@@ -44,7 +70,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Sighting:
+class Trouble:
     """What a guard sees and what to do; `of_rows`: the rows of the step are to blame, and shown."""
 
     message: str
@@ -52,22 +78,22 @@ class Sighting:
     of_rows: bool = False
 
 
-Guard = Callable[[History, Facts], Sighting | None]
+Guard = Callable[[History, Facts], Trouble | None]
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
 
-def not_finite(history: History, facts: Facts) -> Sighting | None:
+def not_finite(history: History, facts: Facts) -> Trouble | None:
     """NaN or infinity as loss or gradient: from then on every weight is NaN."""
     line = history[-1]
     wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(line.get(name, 0.0))]
-    overflows = [one for one in history[-SOME:] if not math.isfinite(one.get("grad_norm", 0.0))]
+    overflows = [earlier for earlier in history[-SOME:] if not math.isfinite(earlier.get("grad_norm", 0.0))]
     if not wrong or (facts.scales_gradients and wrong == ["grad_norm"] and len(overflows) < SOME):
         return None
-    before = [f"{one['grad_norm']:.3g}" for one in history[-1 - FEW : -1] if "grad_norm" in one]
+    before = [f"{earlier['grad_norm']:.3g}" for earlier in history[-1 - FEW : -1] if "grad_norm" in earlier]
     shown = " and ".join(f"{'gradient norm' if name == 'grad_norm' else name} {line[name]}" for name in wrong)
-    return Sighting(
+    return Trouble(
         f"{shown}" + (f" (gradient norms before: {', '.join(before)})" if before else ""),
         "look at the rows of the step; where the gradient norm grew before, lower `train.learning_rate` or "
         "`train.max_grad_norm`; in half precision try `model.dtype: float32`",
@@ -75,13 +101,13 @@ def not_finite(history: History, facts: Facts) -> Sighting | None:
     )
 
 
-def no_gradient(history: History, facts: Facts) -> Sighting | None:
+def no_gradient(history: History, facts: Facts) -> Trouble | None:
     """Nothing reaches what is trained. Equal rewards explain themselves elsewhere."""
     lines = history[-FEW:]
     silent = all(line.get("grad_norm", 1.0) == 0 and line.get("frac_reward_zero_std", 0.0) < 1 for line in lines)
     if len(lines) < FEW or not silent or all(line.get("completions/clipped_ratio", 0.0) == 1 for line in lines):
         return None
-    return Sighting(
+    return Trouble(
         f"the gradient was 0 in each of the last {FEW} steps (loss {lines[-1].get('loss', math.nan):.4g}): nothing is "
         "learnt",
         "where the loss is 0 as well, every pair is beyond the loss's margin and there is nothing left to learn; else "
@@ -92,7 +118,7 @@ def no_gradient(history: History, facts: Facts) -> Sighting | None:
 # ---- pairs ------------------------------------------------------------------------------------------------------
 
 
-def stuck_at_start(history: History, facts: Facts) -> Sighting | None:
+def stuck_at_start(history: History, facts: Facts) -> Trouble | None:
     """A DPO loss that stays at ln 2: the policy is still the reference. Warm-up does not count."""
     needed = max(2 * SOME, facts.steps // 10)
     lines = [line for line in history[-needed:] if line.get("learning_rate", 0.0) >= facts.learning_rate / 2]
@@ -102,7 +128,7 @@ def stuck_at_start(history: History, facts: Facts) -> Sighting | None:
     loss, margin = (fmean(line.get(name, math.nan) for line in lines) for name in ("loss", margins))
     if not (abs(loss - LN_2) < 2e-3 and abs(margin) < 4e-3):
         return None
-    return Sighting(
+    return Trouble(
         f"after {needed} steps at the full rate the loss is still ln 2 ({LN_2:.4f}) and the margin {margin:.1g}: the "
         "model is what it was",
         f"raise `train.learning_rate` (it is {facts.learning_rate:.1g}; LoRA wants at least ten times what full "
@@ -110,7 +136,7 @@ def stuck_at_start(history: History, facts: Facts) -> Sighting | None:
     )
 
 
-def chosen_falling(history: History, facts: Facts) -> Sighting | None:
+def chosen_falling(history: History, facts: Facts) -> Trouble | None:
     """Chosen answers lose half of their log-probability again while margins grow. That both fall a little is usual."""
     if not {"logps/chosen", "rewards/margins"} <= history[-1].keys() or len(history) < 2 * SOME:
         return None
@@ -121,7 +147,7 @@ def chosen_falling(history: History, facts: Facts) -> Sighting | None:
     luck = 4 * math.hypot(_error(first), _error(last))
     if not (now < was - max(0.5 * abs(was), luck) and margin_now > margin_was):
         return None
-    return Sighting(
+    return Trouble(
         f"log-probs of the chosen answers fell from {was:.0f} to {now:.0f} while the margin grew from {margin_was:.2g} "
         f"to {margin_now:.2g}: the model unlearns good answers along with bad ones",
         "a little of this is usual, so much is not: lower `train.learning_rate`, raise `beta`, or add the chosen "
@@ -129,13 +155,13 @@ def chosen_falling(history: History, facts: Facts) -> Sighting | None:
     )
 
 
-def too_easy(history: History, facts: Facts) -> Sighting | None:
+def too_easy(history: History, facts: Facts) -> Trouble | None:
     """Every pair told right within a few steps."""
     needed = _steps_of_enough(facts)
     values = _latest(history, _named(ACCURACIES, history[-1]), needed)
     if not values or min(values) < 1 or len(history) > max(2 * SOME, facts.steps // 10, needed):
         return None
-    return Sighting(
+    return Trouble(
         f"every pair of the last {needed} steps is told right, after {len(history)} steps of {facts.steps}",
         "chosen and rejected differ by something that is easy to see, such as length, an opening or a format: look at "
         "the findings of `prefold check`; what is learnt may be that and nothing else. Where the loss fell to 0 at "
@@ -143,7 +169,7 @@ def too_easy(history: History, facts: Facts) -> Sighting | None:
     )
 
 
-def held_out_falling(history: History, facts: Facts) -> Sighting | None:
+def held_out_falling(history: History, facts: Facts) -> Trouble | None:
     """Three measurements in a row well below the best before them."""
     name = _named(tuple(f"eval_{name}" for name in MARGINS), history[-1])
     if name not in history[-1]:
@@ -154,7 +180,7 @@ def held_out_falling(history: History, facts: Facts) -> Sighting | None:
     best = max(values[:-3])
     if not max(values[-3:]) < best - max(0.1 * abs(best), 0.02):
         return None
-    return Sighting(
+    return Trouble(
         f"the margin on held-out pairs was {best:.3g} and is {values[-1]:.3g} now, lower for three measurements in a "
         "row: training goes on to learn what does not carry over",
         "train for fewer steps or at a lower rate; `train.load_best_model_at_end: true` goes on with the best "
@@ -162,7 +188,7 @@ def held_out_falling(history: History, facts: Facts) -> Sighting | None:
     )
 
 
-def undertrained(history: History, facts: Facts) -> Sighting | None:
+def undertrained(history: History, facts: Facts) -> Trouble | None:
     """At the end of a run: pairs are told apart no better than by a coin."""
     names = [_named(known, history[-1]) for known in (ACCURACIES, MARGINS)]
     lines = [line for line in history[-max(FEW, len(history) // 4) :] if names[0] in line]
@@ -171,7 +197,7 @@ def undertrained(history: History, facts: Facts) -> Sighting | None:
     accuracy, margin = (fmean(line.get(name, math.nan) for line in lines) for name in names)
     if not (accuracy < 0.55 and abs(margin) < 0.05):
         return None
-    return Sighting(
+    return Trouble(
         f"at the end the margin is {margin:.2g} and the accuracy {accuracy:.2f}: hardly anything was learnt in "
         f"{facts.steps} steps",
         f"train for longer, or raise `train.learning_rate` (it was {facts.learning_rate:.1g}) or `lora.r`; one pass "
@@ -182,7 +208,7 @@ def undertrained(history: History, facts: Facts) -> Sighting | None:
 # ---- rollouts ---------------------------------------------------------------------------------------------------
 
 
-def kl_running_off(history: History, facts: Facts) -> Sighting | None:
+def kl_running_off(history: History, facts: Facts) -> Trouble | None:
     """More than a nat per token away from the reference, or ten times as far as before."""
     now = _latest(history, "kl", FEW)
     if not now or "reward" not in history[-1]:
@@ -191,7 +217,7 @@ def kl_running_off(history: History, facts: Facts) -> Sighting | None:
     jumped = len(before) >= SOME and min(now) > max(0.1, 10 * median(before))
     if not (fmean(now) > 1 or jumped):
         return None
-    return Sighting(
+    return Trouble(
         f"the model is {fmean(now):.2g} nats per token away from the reference"
         + (f", where it was {median(before):.2g} before" if before else "")
         + ": it may be leaving the language for the reward",
@@ -199,13 +225,13 @@ def kl_running_off(history: History, facts: Facts) -> Sighting | None:
     )
 
 
-def equal_rewards(history: History, facts: Facts) -> Sighting | None:
+def equal_rewards(history: History, facts: Facts) -> Trouble | None:
     """Groups whose completions all score the same teach nothing."""
     needed = _steps_of_enough(facts)
     values = _latest(history, "frac_reward_zero_std", needed)
     if not values or min(values) < 0.99:
         return None
-    return Sighting(
+    return Trouble(
         f"in the last {needed} rollouts all completions of a prompt got the same reward: there is nothing to learn "
         "from",
         "read the completions and rewards in rollouts.jsonl; take prompts that are neither too hard nor too easy, a "
@@ -213,12 +239,12 @@ def equal_rewards(history: History, facts: Facts) -> Sighting | None:
     )
 
 
-def cut_off(history: History, facts: Facts) -> Sighting | None:
+def cut_off(history: History, facts: Facts) -> Trouble | None:
     """Completions that nearly all reach the longest length: their ends, and often their answers, are never seen."""
     values = _latest(history, "completions/clipped_ratio", FEW)
     if not values or fmean(values) < 0.95:
         return None
-    return Sighting(
+    return Trouble(
         f"{fmean(values):.0%} of the completions of the last {FEW} rollouts were cut off at the longest length",
         "raise `max_completion_length` in the method's section; where they would never end, the model may not know its "
         "end token (see `model.chat_template`), or a reward for ending is missing",
@@ -272,3 +298,106 @@ def _ends(history: History, name: str) -> tuple[list[float], list[float]]:
 def _error(values: Sequence[float]) -> float:
     """The standard error of their mean."""
     return math.sqrt(variance(values) / len(values)) if len(values) > 1 else 0.0
+
+
+# ---- what follows -----------------------------------------------------------------------------------------------
+
+
+class RolledBack(Exception):
+    """Training is to be taken up again from an earlier checkpoint."""
+
+
+class Guards:
+    """The guards of one run.
+
+    Args:
+        actions: what follows, by the name of the guard; those that are left out or `off` are not asked.
+        facts: of the run.
+        record: the metrics so far; its folder holds `guards.json`.
+        resumed_step: the step after which the run goes on.
+        rows_of: the rows that a step was computed from, in words.
+        last_step: the step of the last checkpoint, 0 if there is none.
+    """
+
+    def __init__(
+        self,
+        actions: Mapping[str, str],
+        facts: Facts,
+        record: StepRecord,
+        resumed_step: int,
+        rows_of: Callable[[int], str],
+        last_step: Callable[[], int],
+    ):
+        self.actions, self.facts, self.record = actions, facts, record
+        self.rows_of, self.last_step = rows_of, last_step
+        self.path = record.metrics.with_name("guards.json")
+        seen: list[Event] = ranks.from_first(lambda: read_json(self.path)["events"] if self.path.is_file() else [])
+        self.events = [event for event in seen if event["after"] <= resumed_step]
+        self._write()
+
+    def rate(self, step: int) -> float:
+        """What the schedule's rate is multiplied with at a step."""
+        lowering = [event for event in self.events if event["action"] in ("roll_back", "lower_rate")]
+        return float(LOWERED ** sum(event["after"] < step for event in lowering))
+
+    def look(self, step: int) -> None:
+        """After each step.
+
+        Raises:
+            StageError: a guard stops the run.
+            RolledBack: it is to go on from the last checkpoint.
+        """
+        for name, guard in GUARDS.items():
+            self._ask(name, guard, step)
+
+    def look_at_end(self, step: int) -> None:
+        """When all steps are done; raises as `look`."""
+        for name, guard in AT_THE_END.items():
+            self._ask(name, guard, step)
+
+    def _ask(self, name: str, guard: Guard, step: int) -> None:
+        action = self.actions.get(name, "off")
+        before = [event for event in self.events if event["guard"] == name]
+        if action == "off" or (action == "warn" and before):
+            return
+        history = self.record.history
+        trouble = guard(history[before[-1]["after"] :] if before else history, self.facts)
+        if trouble is None:
+            return
+        message, acted = trouble.message, sum(event["action"] == action for event in before)
+        if action == "roll_back" and acted == MOST:
+            action, message = "stop", f"{message}, after going back {MOST} times"
+        if action == "lower_rate" and acted == MOST:
+            return
+        rows = {"rows": self.rows_of(step)} if trouble.of_rows else {}
+        said = {"message": message, "advice": trouble.advice, **rows}
+        self._act({"guard": name, "action": action, "step": step, "after": step, **said})
+
+    def _act(self, event: Event) -> None:
+        consequence = ""
+        if event["action"] == "lower_rate":
+            consequence = "the rate is halved from here on"
+        elif event["action"] == "roll_back":
+            after = self.last_step()
+            self.events = [earlier for earlier in self.events if earlier["after"] <= after]
+            event = {**event, "after": after}
+            consequence = f"back to step {after}, and on from there at half the rate"
+        self.events.append(event)
+        self._write()
+        rows = f"; rows of the step: {event['rows']}" if "rows" in event else ""
+        message = f"step {event['step']}: {event['message']}{rows}"
+        lines = [f"guard: {message}", f"to do: {event['advice']}", *([consequence] if consequence else [])]
+        logger.warning("\n  ".join(lines))
+        if event["action"] == "stop":
+            advice = (
+                f"{event['advice']}. What the run has saved is kept; another action of this guard, "
+                f"`guards.{event['guard']}`, lets it go on from its last checkpoint"
+            )
+            raise StageError(f"training stopped: {message}\n  to do: {advice}")
+        say("  " + "\n  ".join(lines))
+        if event["action"] == "roll_back":
+            raise RolledBack
+
+    def _write(self) -> None:
+        if ranks.is_first():
+            write_json(self.path, {"events": self.events})

@@ -7,32 +7,25 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from transformers import TrainerCallback
-
-from prefold import ranks
 from prefold.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interruption(TrainerCallback):
-    """To be entered around training, and added to its callbacks.
+class Interruption:
+    """To be entered around training, which looks at `caught`: the number of the signal, if there was one.
 
     Signals that the process was started to ignore, and all of them outside the main thread, are left as they are.
-
-    Args:
-        every: steps between which a checkpoint can be written.
     """
 
-    def __init__(self, every: int = 1):
-        self.every = every
+    def __init__(self) -> None:
         self.caught: int | None = None
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            found = {number: signal.getsignal(number) for number in SIGNALS}
-            self.before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
+            handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            self.before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
             for number in self.before:
                 signal.signal(number, self._catch)
         return self
@@ -50,16 +43,8 @@ class Interruption(TrainerCallback):
             signal.signal(number, handler)
         self.before = {}
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if state.global_step % self.every:
-            return
-        # One process alone must not stop, and signals do not reach all of them in the same step.
-        self.caught = next((caught for caught in ranks.gather(self.caught) if caught is not None), None)
-        if self.caught is not None:
-            control.should_save = control.should_training_stop = True
-
     def leave(self) -> None:
-        """Once the trainer has come back.
+        """Once training has come to its end.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was caught.

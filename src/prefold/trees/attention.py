@@ -76,15 +76,21 @@ def register(name: str, backend: Backend) -> None:
     AttentionInterface.register(name, attention)
 
 
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
 @contextmanager
-def using_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def using_attention(model: nn.Module, name: str) -> Iterator[None]:
     """Switch the attention implementation of a model for a while."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    base = unwrapped(model)
+    before = base.config._attn_implementation
+    base.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        base.set_attn_implementation(before)
 
 
 # ---- segments: one call for each prompt and each completion; every device, dtype, window and soft-cap ------------
@@ -94,15 +100,14 @@ def segments(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shap
     """Torch's attention over `[prompt keys, own keys]` of each segment, masked to the bottom-right triangle."""
     attend = _softcapped if shape.softcap else _plain_softmax
 
-    def segment(queries: Span, spans: list[Span]) -> Tensor:
-        keys, values = (
-            torch.cat([states[:, :, slice(*span)] for span in spans], dim=2) if len(spans) > 1 else
-            states[:, :, slice(*spans[0])]
-            for states in (key, value)
-        )  # fmt: skip
-        return attend(query[:, :, slice(*queries)], keys, values, shape)
+    def seen(states: Tensor, node: Node) -> Tensor:
+        own = states[:, :, slice(*node.own)]
+        return torch.cat([*(states[:, :, slice(*span)] for span in node.above), own], dim=2) if node.above else own
 
-    return torch.cat([segment(node.own, [*node.above, node.own]) for node in trees.nodes], dim=2).transpose(1, 2)
+    attended = [
+        attend(query[:, :, slice(*node.own)], seen(key, node), seen(value, node), shape) for node in trees.nodes
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2)
 
 
 def _plain_softmax(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
@@ -169,12 +174,9 @@ class _Joined(torch.autograd.Function):
         out = attended.transpose(1, 2)
         normaliser = query.new_empty(1, heads, tokens)
 
-        def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor]:
+        def attend(queries: Span, keys: Span, causal: bool) -> Any:
             own, seen = slice(*queries), slice(*keys)
-            found: tuple[Tensor, Tensor] = _flash(
-                query[:, :, own], key[:, :, seen], value[:, :, seen], 0.0, causal, scale=scale
-            )
-            return found
+            return _flash(query[:, :, own], key[:, :, seen], value[:, :, seen], 0.0, causal, scale=scale)
 
         for node in nodes:
             span = slice(*node.own)
@@ -196,9 +198,9 @@ class _Joined(torch.autograd.Function):
         grads = [torch.empty_like(states) for states in (query, key, value)]
 
         # With the joint normaliser each part's probabilities are the joint softmax's, so the parts just add up.
-        def back(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        def back(queries: Span, keys: Span, causal: bool) -> Any:
             own, seen = slice(*queries), slice(*keys)
-            found: tuple[Tensor, Tensor, Tensor] = _flash_backward(
+            return _flash_backward(
                 grad[:, :, own],
                 query[:, :, own],
                 key[:, :, seen],
@@ -209,7 +211,6 @@ class _Joined(torch.autograd.Function):
                 causal,
                 scale=ctx.scale,
             )
-            return found
 
         for node in ctx.nodes:
             for total, part in zip(grads, back(node.own, node.own, True), strict=True):
@@ -293,20 +294,20 @@ def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, sh
 
 
 def flex_mask(trees: PackedTrees, window: int | None) -> Any:
-    """A block mask: at or before oneself in the row, in the same tree, and in its prompt or one's own completion."""
+    """A block mask: a token sees those at or before itself in the row that are of its own node or one above it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    device = trees.input_ids.device
-    tree, branch = (torch.empty(trees.tokens, dtype=torch.long) for _ in range(2))
-    for number, block in enumerate(trees.blocks):
-        tree[block.prompt[0] : block.completions[-1][1]] = number
-        branch[slice(*block.prompt)] = -1
-        for which, completion in enumerate(block.completions):
-            branch[slice(*completion)] = which
-    tree, branch, position = tree.to(device), branch.to(device), trees.positions[0]
+    device, position = trees.input_ids.device, trees.positions[0]
+    sizes = torch.tensor([stop - start for (start, stop), _, _ in trees.nodes])
+    node = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+    index = {own: i for i, (own, _, _) in enumerate(trees.nodes)}
+    pairs = [(index[own], index[span]) for own, above, _ in trees.nodes for span in (*above, own)]
+    sees = torch.zeros(len(sizes), len(sizes), dtype=torch.bool)
+    sees[tuple(torch.tensor(pairs).T)] = True
+    sees = sees.to(device)
 
     def allowed(batch: Tensor, head: Tensor, own: Tensor, seen: Tensor) -> Tensor:
-        inside = (own >= seen) & (tree[own] == tree[seen]) & ((branch[seen] == -1) | (branch[seen] == branch[own]))
+        inside = (own >= seen) & sees[node[own], node[seen]]
         return inside if window is None else inside & (position[own] - position[seen] < window)
 
     return create_block_mask(allowed, None, None, trees.tokens, trees.tokens, device=device)
@@ -314,7 +315,7 @@ def flex_mask(trees: PackedTrees, window: int | None) -> Any:
 
 @lru_cache(maxsize=8)
 def _cap(softcap: float) -> Callable[..., Tensor]:
-    def capped(score: Tensor, *place: Tensor) -> Tensor:
+    def capped(score: Tensor, *index: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     return capped

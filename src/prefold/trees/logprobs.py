@@ -8,16 +8,17 @@ Data in: `PackedTrees`; data out: `TreeLogprobs`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prefold.trees.head import Statistics, distribution_statistics, scoring_head
+from prefold.trees.head import Statistics, distribution_statistics, head_computes, head_logprobs, head_of
 from prefold.trees.packing import PackedTrees
+from prefold.trees.padding import padded_batches
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class TreeLogprobs:
     scored positions, and `prompts`, for each tree the summed log-prob of its prompt from the second token on, of
     `prompt_lengths` tokens.
 
-    For unpaired data, `labels` `[N]`: whether a completion is desirable. For KTO, `mismatched` `[M]`: summed log-probs,
-    without gradient, of completions under prompts that are not theirs. For completions that were sampled, `advantages`
-    `[N]`; and `old` `[S]`, the log-probs that `tokens` had before the first step on them, None at that step.
+    `extras`, by name: what a method alone needs of the completions beside their log-probs. Nothing here reads it.
 
     A model that scores conversations has scores in their place, one to each completion, as if it had one token.
     """
@@ -41,10 +40,7 @@ class TreeLogprobs:
     auxiliary: Tensor | None = None
     prompts: Tensor | None = None
     prompt_lengths: Tensor | None = None
-    labels: Tensor | None = None
-    mismatched: Tensor | None = None
-    advantages: Tensor | None = None
-    old: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sums(self) -> Tensor:
         """`[N]`: log-prob of each completion given its prompt."""
@@ -67,11 +63,10 @@ class TreeLogprobs:
     def gradients_of(self, parts: Sequence[TreeLogprobs]) -> list[TreeLogprobs]:
         """Of a leaf after its backward pass: the gradients of each of the parts that it was put together from."""
         tokens = _gradient(self.tokens).split([len(part.tokens) for part in parts])
-        found = [replace(part, tokens=grad) for part, grad in zip(parts, tokens, strict=True)]
-        if self.prompts is None:
-            return found
-        prompts = _gradient(self.prompts).split([len(part.prompts) for part in parts if part.prompts is not None])
-        return [replace(part, prompts=grad) for part, grad in zip(found, prompts, strict=True)]
+        prompts: Sequence[Tensor | None] = [None] * len(parts)
+        if self.prompts is not None:
+            prompts = _gradient(self.prompts).split([len(part.prompts) for part in parts if part.prompts is not None])
+        return [replace(part, tokens=own, prompts=of) for part, own, of in zip(parts, tokens, prompts, strict=True)]
 
     def dot(self, gradient: TreeLogprobs) -> Tensor:
         """Scalar whose backward pass hands `gradient` on to what these log-probs were computed from."""
@@ -92,11 +87,12 @@ def _gradient(leaf: Tensor) -> Tensor:
 def concatenated(parts: Sequence[TreeLogprobs]) -> TreeLogprobs:
     """The log-probs of several rows as those of one."""
     starts = accumulate((len(part.lengths) for part in parts[:-1]), initial=0)
+    statistics = [part.statistics for part in parts if part.statistics is not None]
     return TreeLogprobs(
         tokens=torch.cat([part.tokens for part in parts]),
         completion=torch.cat([part.completion + start for part, start in zip(parts, starts, strict=True)]),
         lengths=torch.cat([part.lengths for part in parts]),
-        statistics=_all_or_none([part.statistics for part in parts]),
+        statistics=Statistics(*map(torch.cat, zip(*statistics, strict=True))) if statistics else None,
         prompts=_cat_or_none([part.prompts for part in parts]),
         prompt_lengths=_cat_or_none([part.prompt_lengths for part in parts]),
     )
@@ -105,11 +101,6 @@ def concatenated(parts: Sequence[TreeLogprobs]) -> TreeLogprobs:
 def _cat_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
     given = [part for part in parts if part is not None]
     return torch.cat(given) if given else None
-
-
-def _all_or_none(parts: Sequence[Statistics | None]) -> Statistics | None:
-    given = [(part.entropy, part.squares, part.top1) for part in parts if part is not None]
-    return Statistics(*map(torch.cat, zip(*given, strict=True))) if given else None
 
 
 def sums_by(owner: Tensor, values: Tensor, owners: int) -> Tensor:
@@ -125,7 +116,8 @@ def packed_logprobs(
     model: nn.Module, row: PackedTrees, statistics: bool = False, temperature: float = 1.0
 ) -> TreeLogprobs:
     """Score one packed row. The model's attention implementation must be one of the engine's."""
-    with scoring_head(model, row.targets, statistics, temperature) as scored:
+    head = head_of(model, temperature)
+    with head_computes(head.layer, lambda hidden: head_logprobs(hidden[0], head, row.targets, statistics)) as scored:
         model(
             input_ids=row.input_ids,
             position_ids=row.positions,
@@ -133,14 +125,14 @@ def packed_logprobs(
             use_cache=False,
             trees=row,
         )
-    tokens, found = scored.pop()
+    tokens, distribution = scored.pop()
     if row.owner is None:
-        return TreeLogprobs(tokens, row.completion, row.lengths, found)
+        return TreeLogprobs(tokens, row.completion, row.lengths, distribution)
     tokens, of_prompts = tokens.split([len(row.completion), len(row.owner)])
-    if found is not None:
-        found = Statistics(*(values[: len(tokens)] for values in (found.entropy, found.squares, found.top1)))
+    if distribution is not None:
+        distribution = Statistics(*(values[: len(tokens)] for values in distribution))
     prompts = sums_by(row.owner, of_prompts, len(row.trees))
-    return TreeLogprobs(tokens, row.completion, row.lengths, found, None, prompts, prompt_lengths(row))
+    return TreeLogprobs(tokens, row.completion, row.lengths, distribution, None, prompts, prompt_lengths(row))
 
 
 def plain_logprobs(
@@ -148,43 +140,42 @@ def plain_logprobs(
     row: PackedTrees,
     max_tokens: int,
     statistics: bool = False,
-    one_by_one: bool = False,
     temperature: float = 1.0,
 ) -> TreeLogprobs:
     """Score the same completions by themselves: rows of prompt + completion, padded on the right, `max_tokens` at a
-    time, or one at a time for models in which a row depends on its neighbours."""
-    device = row.input_ids.device
+    time, or with 0 one at a time for models in which a row depends on its neighbours."""
     rows = [tree.prompt + ids for tree in row.trees for ids in tree.completions]
-    lengths = [len(ids) for tree in row.trees for ids in tree.completions]
-    scored: list[Tensor] = [torch.empty(0)] * len(rows)
-    found: list[tuple[Tensor, ...]] = [()] * len(rows)
+    starts = [len(tree.prompt) for tree in row.trees for _ in tree.completions]
+    tokens: list[Tensor] = [torch.empty(0)] * len(rows)
+    distributions: list[tuple[Tensor, ...]] = [()] * len(rows)
     # A prompt is scored where it meets its first completion.
     firsts = accumulate((len(tree.completions) for tree in row.trees[:-1]), initial=0)
-    prompt_of = {first: tree for tree, first in enumerate(firsts)}
+    tree_of = {first: tree for tree, first in enumerate(firsts)}
     prompts: list[Tensor] = [torch.empty(0)] * len(row.trees)
     auxiliary: list[Tensor] = []
-    for batch in equal_batches([len(ids) for ids in rows], 0 if one_by_one else max_tokens):
-        padded, mask = pad([rows[i] for i in batch], device)
+    for batch, padded, mask in padded_batches(rows, max_tokens, row.input_ids.device):
         output = model(input_ids=padded, attention_mask=mask, use_cache=False)
-        logits = output.logits
         if getattr(output, "aux_loss", None) is not None:
             auxiliary.append(output.aux_loss * router_coefficient(model) * (len(batch) / len(rows)))
-        for place, i in enumerate(batch):
-            start = len(rows[i]) - lengths[i]
-            own = logits[place, start - 1 : len(rows[i]) - 1]
+        for i, ids, logits in zip(batch, padded, output.logits, strict=True):
+            start, stop = starts[i], len(rows[i])
+            own = logits[start - 1 : stop - 1]
             own = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
             own = own / temperature if temperature != 1.0 else own
-            targets = padded[place, start : len(rows[i]), None]
-            scored[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
-            found[i] = distribution_statistics(own.detach(), targets) if statistics else ()
-            if row.owner is not None and i in prompt_of:
-                before = (logits[place, : start - 1].to(own.dtype) / temperature).log_softmax(-1)
-                prompts[prompt_of[i]] = before.gather(-1, padded[place, 1:start, None]).sum()
-    together = Statistics(*map(torch.cat, zip(*found, strict=True))) if statistics else None
-    of_experts = torch.stack(auxiliary).sum() if auxiliary else None
-    of_prompts = torch.stack(prompts) if row.owner is not None else None
+            targets = ids[start:stop, None]
+            tokens[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
+            distributions[i] = distribution_statistics(own.detach(), targets) if statistics else ()
+            if row.owner is not None and i in tree_of:
+                before = (logits[: start - 1].to(own.dtype) / temperature).log_softmax(-1)
+                prompts[tree_of[i]] = before.gather(-1, ids[1:start, None]).sum()
     return TreeLogprobs(
-        torch.cat(scored), row.completion, row.lengths, together, of_experts, of_prompts, prompt_lengths(row)
+        torch.cat(tokens),
+        row.completion,
+        row.lengths,
+        Statistics(*map(torch.cat, zip(*distributions, strict=True))) if statistics else None,
+        torch.stack(auxiliary).sum() if auxiliary else None,
+        torch.stack(prompts) if row.owner is not None else None,
+        prompt_lengths(row),
     )
 
 
@@ -197,21 +188,3 @@ def router_coefficient(model: Any) -> float:
     """What a mixture of experts multiplies its load-balancing loss with; 0 if its configuration asks for none."""
     config = getattr(model, "module", model).config.get_text_config()
     return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
-
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device, padding: int = 0) -> tuple[Tensor, Tensor]:
-    """`[rows, longest]` token ids, padded on the right, and the mask that tells padding from them."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], device=device)
-    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-
-
-def equal_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Items of similar size together, so that a padded batch (longest x items) stays within `max_tokens`."""
-    batches: list[list[int]] = []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if batches and sizes[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches

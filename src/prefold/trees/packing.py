@@ -63,20 +63,6 @@ class Node(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
-    """Where one tree lies in the row: its prompt, directly followed by its completions."""
-
-    prompt: Span
-    completions: tuple[Span, ...]
-
-    @property
-    def nodes(self) -> tuple[Node, ...]:
-        end = self.completions[-1][1] if self.completions else self.prompt[1]
-        completions = (Node(span, (self.prompt,), (span[1], span[1])) for span in self.completions)
-        return Node(self.prompt, (), (self.prompt[1], end)), *completions
-
-
-@dataclass(frozen=True)
 class PackedTrees:
     """Several trees as one row of `T` tokens, laid out in `nodes`, each of which stands before what continues it.
 
@@ -87,14 +73,13 @@ class PackedTrees:
     """
 
     trees: tuple[TokenTree, ...]
-    blocks: tuple[Block, ...]
+    nodes: tuple[Node, ...]
     input_ids: Tensor
     positions: Tensor
     predictors: Tensor
     targets: Tensor
     completion: Tensor
     lengths: Tensor
-    nodes: tuple[Node, ...]
     owner: Tensor | None = None
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What the attention derives from the layout once and uses in every layer."""
@@ -106,8 +91,13 @@ class PackedTrees:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with one of its completions."""
-        found: int = self.once("longest", lambda row: max(node.longest for node in row.nodes))
-        return found
+        tokens: int = self.once("longest", lambda row: max(node.longest for node in row.nodes))
+        return tokens
+
+    @property
+    def prompts(self) -> list[Span]:
+        """Where each tree's prompt lies."""
+        return [node.own for node in self.nodes if not node.above]
 
     def once(self, name: str, derive: Callable[[PackedTrees], Any]) -> Any:
         """`derive` of this row, computed at the first call."""
@@ -118,64 +108,57 @@ class PackedTrees:
 
 def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu", scores_prompt: bool = False) -> PackedTrees:
     """Lay trees out in one row."""
+    nodes: list[Node] = []
     tokens: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
     targets: list[int] = []
-    lengths: list[int] = []
-    blocks: list[Block] = []
     for tree in trees:
-        first, depth = len(tokens), len(tree.prompt)
+        start, depth = len(tokens), len(tree.prompt)
+        prompt = (start, start + depth)
+        nodes.append(Node(prompt, (), (prompt[1], start + tree.size)))
         tokens += tree.prompt
         positions += range(depth)
-        spans: list[Span] = []
         for ids in tree.completions:
-            start = len(tokens)
-            predictors += [first + depth - 1, *range(start, start + len(ids) - 1)]
-            targets += ids
+            first, stop = len(tokens), len(tokens) + len(ids)
+            nodes.append(Node((first, stop), (prompt,), (stop, stop)))
             tokens += ids
             positions += range(depth, depth + len(ids))
-            lengths.append(len(ids))
-            spans.append((start, len(tokens)))
-        blocks.append(Block((first, first + depth), tuple(spans)))
-    owner: list[int] = []
+            predictors += [prompt[1] - 1, *range(first, stop - 1)]
+            targets += ids
+    owner: list[int] | None = None
     if scores_prompt:
-        for place, (tree, block) in enumerate(zip(trees, blocks, strict=True)):
-            predictors += range(block.prompt[0], block.prompt[1] - 1)
-            targets += tree.prompt[1:]
-            owner += [place] * (len(tree.prompt) - 1)
+        owner = [i for i, tree in enumerate(trees) for _ in tree.prompt[1:]]
+        predictors += [i for node in nodes if not node.above for i in range(node.own[0], node.own[1] - 1)]
+        targets += [token for tree in trees for token in tree.prompt[1:]]
+    lengths = [len(ids) for tree in trees for ids in tree.completions]
+    return row_of(nodes, tokens, positions, predictors, targets, lengths, device, trees, owner)
+
+
+def row_of(
+    nodes: Sequence[Node],
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    predictors: Sequence[int],
+    targets: Sequence[int],
+    lengths: Sequence[int],
+    device: torch.device | str,
+    trees: Sequence[TokenTree] = (),
+    owner: Sequence[int] | None = None,
+) -> PackedTrees:
+    """A row of these parts, as tensors on a device."""
 
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
     return PackedTrees(
-        trees=tuple(trees),
-        blocks=tuple(blocks),
-        input_ids=tensor(tokens)[None],
-        positions=tensor(positions)[None],
-        predictors=tensor(predictors),
-        targets=tensor(targets),
-        completion=tensor(range(len(lengths))).repeat_interleave(tensor(lengths)),
-        lengths=tensor(lengths),
-        nodes=tuple(node for block in blocks for node in block.nodes),
-        owner=tensor(owner) if scores_prompt else None,
+        tuple(trees),
+        tuple(nodes),
+        tensor(tokens)[None],
+        tensor(positions)[None],
+        tensor(predictors),
+        tensor(targets),
+        tensor(range(len(lengths))).repeat_interleave(tensor(lengths)),
+        tensor(lengths),
+        None if owner is None else tensor(owner),
     )
-
-
-def split_by_budget(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Distribute items over as few rows of at most `max_tokens` as first-fit-decreasing finds.
-
-    An item larger than the budget gets a row of its own. Returns the item indices of each row, ascending in each row;
-    the result depends on nothing but the arguments.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fitting = (row for row, free in enumerate(room) if free >= sizes[item])
-        row = next(fitting, len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_tokens)
-        rows[row].append(item)
-        room[row] -= sizes[item]
-    return [sorted(row) for row in rows]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from prefold import ranks
-from prefold.errors import StageError
-from prefold.trees.attention import candidates, using_attention
+from prefold.trees.attention import candidates, unwrapped, using_attention
+from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_length
 from prefold.trees.forest import WORTH_SHARING, Ids, Text, pack_forest, split_texts
 from prefold.trees.logprobs import packed_logprobs
-from prefold.trees.memory import free_memory, is_out_of_memory
-from prefold.trees.scorer import differs, differs_from_plain, obstacle, stretched_positions, unwrapped
+from prefold.trees.padding import pad
+from prefold.trees.self_check import checked_backends, stretched_positions
 
 ROW_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens that are read at once. Longer rows than in training: nothing is kept for a backward pass."""
@@ -50,91 +50,57 @@ class Reader:
     one_by_one: bool = False
 
     def read(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[Likelihood]]]:
-        """Row by row, the places of its texts and how likely they are.
+        """Row by row, the indices of its texts and how likely they are.
 
         Several processes read a share of the rows each, and all of them get everything.
 
         Raises:
             StageError: out of memory with the texts of a single context.
         """
-        own = []
-        for row, found in self._read_here(texts):
-            own.append((row, found))
-            yield row, found
-        for process, part in enumerate(ranks.gather(own)):
-            if process != ranks.rank():
-                yield from part
 
-    def _read_here(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[Likelihood]]]:
-        rows = self._rows(texts, range(len(texts)))
-        waiting = [rows[i] for i in ranks.share([sum(len(texts[place].tokens) for place in row) for row in rows])]
-        while waiting:
-            row = waiting.pop(0)
-            found = self._try_to_read([texts[place] for place in row])
-            if found is not None:
-                yield row, found
-                continue
-            if self.max_tokens < min(len(texts[place].tokens) for place in row):
-                longest = max(len(texts[place].tokens) for place in row)
-                raise StageError(f"out of memory with a text of {longest:,} tokens; take a smaller model or device_map")
-            waiting = self._rows(texts, [place for unread in (row, *waiting) for place in unread])
+        def smaller(row: list[int], left: list[int]) -> list[list[int]]:
+            tried = [texts[i] for i in row]
+            sizes = [len(text.tokens) for text in tried]
+            single = f"a text of {max(sizes):,} tokens; take a smaller model or device_map"
+            self.max_tokens = lowered(self.max_tokens, sizes, single, partial(self._rows, tried))
+            return rows_of(left)
 
-    def _rows(self, texts: Sequence[Text], places: Sequence[int]) -> list[list[int]]:
-        chosen = [texts[place] for place in places]
+        def rows_of(indices: Sequence[int]) -> list[list[int]]:
+            rows = self._rows([texts[i] for i in indices], self.max_tokens)
+            return [[indices[i] for i in row] for row in rows]
+
+        rows = rows_of(range(len(texts)))
+        own = [rows[i] for i in ranks.share([sum(len(texts[i].tokens) for i in row) for row in rows])]
+        read = row_by_row(own, lambda row: attempt(partial(self._likelihoods, [texts[i] for i in row])), smaller)
+        yield from from_all(read)
+
+    def _rows(self, texts: Sequence[Text], max_tokens: int) -> list[list[int]]:
         if self.attention is not None:
-            rows = split_texts(chosen, self.max_tokens)
-        else:
-            rows = [[place] for place in range(len(chosen))] if self.one_by_one else _padded(chosen, self.max_tokens)
-        return [[places[place] for place in row] for row in rows]
-
-    def _try_to_read(self, texts: Sequence[Text]) -> list[Likelihood] | None:
-        """None if memory ran out; the budget is halved then."""
-        try:
-            return self._likelihoods(texts)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler, whose traceback would keep the tensors of the failed attempt alive.
-        free_memory()
-        self.max_tokens //= 2
-        logger.warning("out of memory: texts are read %s tokens at a time", f"{self.max_tokens:,}")
-        return None
+            return split_texts(texts, max_tokens)
+        return split_by_length([len(text.tokens) for text in texts], 0 if self.one_by_one else max_tokens)
 
     @torch.no_grad()
     def _likelihoods(self, texts: Sequence[Text]) -> list[Likelihood]:
         logprobs, greedy, owner = self.tokens(texts)
         sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, owner, logprobs.double())
         missed = torch.zeros(len(texts), dtype=torch.long).index_add_(0, owner, (~greedy).long())
-        return [Likelihood(*found) for found in zip(sums.tolist(), (missed == 0).tolist(), strict=True)]
+        return [Likelihood(*values) for values in zip(sums.tolist(), (missed == 0).tolist(), strict=True)]
 
     def tokens(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
         """`[S]` each, on the CPU: log-probs of the scored tokens, whether each is the likeliest, and its text."""
-        device = unwrapped(self.model).device
         if self.attention is None:
-            return _read_plainly(self.model, texts, device)
-        row = pack_forest(texts, device)
-        with using_attention(unwrapped(self.model), self.attention):
-            found = packed_logprobs(self.model, row, statistics=True)
-        assert found.statistics is not None
-        return found.tokens.cpu(), found.statistics.top1.cpu(), found.completion.cpu()
+            return _read_plainly(self.model, texts)
+        row = pack_forest(texts, unwrapped(self.model).device)
+        with using_attention(self.model, self.attention):
+            scored = packed_logprobs(self.model, row, statistics=True)
+        assert scored.statistics is not None
+        return scored.tokens.cpu(), scored.statistics.top1.cpu(), scored.completion.cpu()
 
 
-def _padded(texts: Sequence[Text], max_tokens: int) -> list[list[int]]:
-    """Batches of neighbours in length whose padded rows stay within `max_tokens`."""
-    batches: list[list[int]] = []
-    for place in sorted(range(len(texts)), key=lambda place: -len(texts[place].tokens)):
-        if batches and len(texts[batches[-1][0]].tokens) * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(place)
-        else:
-            batches.append([place])
-    return batches
-
-
-def _read_plainly(model: nn.Module, texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _read_plainly(model: nn.Module, texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
     """Each text in a row of its own, padded on the right."""
-    longest = max(len(text.read) for text in texts)
-    padded = torch.tensor([[*text.read, *[0] * (longest - len(text.read))] for text in texts], device=device)
-    mask = torch.tensor([[1] * len(text.read) + [0] * (longest - len(text.read)) for text in texts], device=device)
+    device = unwrapped(model).device
+    padded, mask = pad([text.read for text in texts], device)
     logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
     logprobs, greedy = [], []
     for text, row in zip(texts, logits, strict=True):
@@ -156,31 +122,25 @@ def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | Non
         texts: all that will be read.
         max_tokens: tokens to read at once; by default what the device reads well.
     """
+    base = unwrapped(model)
+    budget = max_tokens or ROW_TOKENS.get(base.device.type, ROW_TOKENS["cpu"])
     stretched = stretched_positions(model, max(len(text.read) for text in texts))
-    attention, reason = _checked_backend(model, max(texts, key=lambda text: len(text.tokens)).tokens)
-    reason = stretched or reason
-    budget = max_tokens or ROW_TOKENS.get(unwrapped(model).device.type, ROW_TOKENS["cpu"])
-    if reason is None:
-        return Reader(model, budget, attention)
+    longest = max(texts, key=lambda text: len(text.tokens)).tokens
+    window = getattr(base.config.get_text_config(), "sliding_window", None) or 0
+    checked = _nested(longest[-(CHECKED_TOKENS + (window if len(longest) > window else 0)) :])
+    surest, *others = candidates(base.device, base.dtype)
+    backends, reason = checked_backends(
+        model,
+        pack_forest(checked, base.device),
+        packed_logprobs,
+        lambda: torch.cat([_read_plainly(model, [text])[0] for text in checked]).to(base.device),
+        stretched,
+        [surest, *(name for name in others if name == GATHERING)],
+    )
+    if backends:
+        return Reader(model, budget, backends[-1])
     logger.warning("texts are read by themselves, what they share once for each (plain path): %s", reason)
     return Reader(model, budget, None, one_by_one=stretched is not None)
-
-
-def _checked_backend(model: nn.Module, longest: Ids) -> tuple[str | None, str | None]:
-    """The backend that reads forests and gives plain log-probs, or None and what is in the way."""
-    base = unwrapped(model)
-    reason = obstacle(model)
-    if reason is not None:
-        return None, reason
-    window = getattr(base.config.get_text_config(), "sliding_window", None) or 0
-    texts = _nested(longest[-(CHECKED_TOKENS + (window if len(longest) > window else 0)) :])
-    row = pack_forest(texts, base.device)
-    surest, *others = candidates(base.device, base.dtype)
-    plainly = partial(_read_plainly, model, device=base.device)
-    reason = differs_from_plain(model, row, surest, lambda: torch.cat([plainly([text])[0] for text in texts]))
-    if reason is not None:
-        return None, reason
-    return GATHERING if GATHERING in others and not differs(model, row, GATHERING, surest) else surest, None
 
 
 def _nested(ids: Ids) -> list[Text]:

@@ -9,22 +9,20 @@ their dtypes, the device, the attention path and the token ids.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from prefold import ranks
 from prefold.files import new_file
 from prefold.terminal import Advance, progress_bar
+from prefold.trees.identity import model_digest
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer, frozen_adapter, reference_model, unwrapped
+from prefold.trees.scorer import Scorer, frozen_adapter, reference_model
 
 VERSION = "2"
 """Part of the key; to be raised when the numbers that this engine gives change."""
@@ -45,15 +43,14 @@ def reference_logprobs(
         For each tree, `[tokens of its completions]` float32 log-probs in nats, on the CPU.
     """
     file = cache / "reference" / f"{_key(scorer, trees, dtype)}.safetensors"
-    found = ranks.from_first(lambda: load_file(file)["logprobs"] if file.is_file() else None)
-    if found is None:
+    logprobs = ranks.from_first(lambda: load_file(file)["logprobs"] if file.is_file() else None)
+    if logprobs is None:
         with progress_bar("reference", len(trees)) as advance:
-            found = torch.cat(compute_reference(scorer, trees, dtype, advance))
+            logprobs = torch.cat(compute_reference(scorer, trees, dtype, advance))
         if ranks.is_first():
             with new_file(file) as temporary:
-                save_file({"logprobs": found}, temporary)
-    lengths = [sum(map(len, tree.completions)) for tree in trees]
-    return list(found.split(lengths))
+                save_file({"logprobs": logprobs}, temporary)
+    return list(logprobs.split([sum(map(len, tree.completions)) for tree in trees]))
 
 
 @torch.no_grad()
@@ -64,40 +61,29 @@ def compute_reference(
     advance: Advance = lambda amount, text: None,
 ) -> list[Tensor]:
     """`reference_logprobs` without its cache."""
-    found: list[Tensor] = [torch.empty(0)] * len(trees)
+    reference: list[Tensor] = [torch.empty(0)] * len(trees)
     device = next(scorer.model.parameters()).device.type
     precision = torch.autocast(device, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
     with reference_model(scorer.model), precision:
         for row, logprobs in scorer.scored(trees):
             lengths = [sum(map(len, trees[i].completions)) for i in row]
             for i, part in zip(row, logprobs.tokens.float().cpu().split(lengths), strict=True):
-                found[i] = part
+                reference[i] = part
             advance(len(row), "")
-    return found
+    return reference
 
 
 def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
-    digest = hashlib.sha256(f"{VERSION} attention={scorer.attention} {dtype} torch={torch.__version__}".encode())
-    base = {name: tensor for name, tensor in scorer.model.state_dict().items() if "lora_" not in name}
-    adapter = frozen_adapter(scorer.model)
-    settings = unwrapped(scorer.model).config.to_dict()
-    config = {name: value for name, value in settings.items() if name != "_name_or_path"}
-    digest.update(json.dumps(config, default=str, sort_keys=True).encode())
-    hash_tensors(digest, [*base.items(), *adapter.items()])
-    for module in scorer.model.modules():
-        digest.update(str(getattr(module, "compute_dtype", "")).encode())
-        digest.update(str(getattr(module, "scaling", "") if adapter else "").encode())
+    model, adapter = scorer.model, frozen_adapter(scorer.model)
+    base = [(name, tensor) for name, tensor in model.state_dict().items() if "lora_" not in name]
+    digest = model_digest(
+        model,
+        [*base, *adapter.items()],
+        lambda module: getattr(module, "scaling", "") if adapter else "",
+        f"{VERSION} attention={scorer.attention} {dtype}",
+    )
     for tree in trees:
         digest.update(repr((tree.prompt, tree.completions)).encode())
     if scorer.sharded:
         digest = hashlib.sha256("".join(ranks.gather(digest.hexdigest())).encode())
-    return digest.hexdigest()[:32]
-
-
-def hash_tensors(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Add named tensors to a `hashlib` digest: names, dtypes, shapes, kinds of device and every byte; of a
-    sharded one those of this process."""
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
-        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        digest.update(own.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return str(digest.hexdigest())[:32]

@@ -100,8 +100,7 @@ def loss_of(
         tokens,
         [1, 3],
         statistics=Statistics(nothing + 0.25, nothing, nothing > 0),
-        advantages=numbers(*advantages),
-        old=None if ratios == (1.0, 1.0, 1.0, 1.0) else old,
+        extras={"advantages": numbers(*advantages), **({} if ratios == (1.0, 1.0, 1.0, 1.0) else {"old": old})},
     )
     other = None if reference is None else logprobs(tokens.detach() + numbers(*reference), [1, 3])
     output = algorithm.loss(policy, other)

@@ -62,8 +62,10 @@ def test_metrics() -> None:
     """Ratios 2, 4 desirable and -2 not, beta 0.5; the mismatched ones of mean 1."""
     trees = [TokenTree((1,), ((2,),))] * 3
     labels = torch.tensor([True, False, True])
-    policy = logprobs(torch.tensor([-1.0, -5.0, 1.0]), [1, 1, 1], labels=labels, mismatched=torch.tensor([-1.0, 0.0]))
-    reference = logprobs(torch.tensor([-3.0, -3.0, -3.0]), [1, 1, 1], mismatched=torch.tensor([-2.0, -1.0]))
+    policy = logprobs(
+        torch.tensor([-1.0, -5.0, 1.0]), [1, 1, 1], extras={"label": labels, "mismatched": torch.tensor([-1.0, 0.0])}
+    )
+    reference = logprobs(torch.tensor([-3.0, -3.0, -3.0]), [1, 1, 1], extras={"mismatched": torch.tensor([-2.0, -1.0])})
     output = KTO(beta=0.5).loss(policy, reference)
     wanted = (1 - sigmoid(0.5)) + (1 - sigmoid(1.5)) + (1 - sigmoid(1.5))
     assert step_loss(output, KTO(), trees).item() == pytest.approx(wanted / 3)
@@ -82,13 +84,13 @@ def test_metrics() -> None:
 def test_one_kind_alone() -> None:
     """A step without undesirable completions has no metrics of them, and no margin."""
     away = torch.zeros(1)
-    policy = logprobs(torch.tensor([-1.0]), [1], labels=torch.tensor([True]), mismatched=away)
-    output = KTO().loss(policy, logprobs(torch.tensor([-1.0]), [1], mismatched=away))
+    policy = logprobs(torch.tensor([-1.0]), [1], extras={"label": torch.tensor([True]), "mismatched": away})
+    output = KTO().loss(policy, logprobs(torch.tensor([-1.0]), [1], extras={"mismatched": away}))
     assert set(output.metrics) == {"kl", "rewards/chosen", "logps/chosen"}
 
 
 def test_needs() -> None:
     kto = KTO()
-    assert kto.kind.data == "unpaired" and kto.needs_reference and kto.needs_mismatched and kto.couples_step
+    assert kto.kind.data == "unpaired" and kto.needs_reference and kto.record_fields == ("label",) and kto.couples_step
     with pytest.raises(ValueError, match="desirable_weight must be greater than 0"):
         KTO(desirable_weight=0.0)

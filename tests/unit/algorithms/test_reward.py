@@ -10,7 +10,7 @@ from of_pairs import scored
 from preference_batches import metric_means
 
 from prefold.algorithms import BradleyTerry
-from prefold.training.offline import value_of
+from prefold.training.loop import value_of
 
 
 def test_numbers_by_hand() -> None:

@@ -18,7 +18,7 @@ from prefold.models.load import load_model, trainable_parameters
 from prefold.models.quantised import quantisation
 from prefold.recipe import Lora, Model, dump_recipe, make_recipe, parse_yaml
 from prefold.trees.reference import _key, compute_reference
-from prefold.trees.scorer import Scorer, choose_scorer, failed_self_check
+from prefold.trees.scorer import Scorer, choose_scorer
 
 pytest.importorskip("bitsandbytes")
 
@@ -155,7 +155,7 @@ def test_the_reference_computes_as_the_policy_does(folder: Path, bits: dict[str,
 @pytest.mark.parametrize("bits", [FOUR, EIGHT], ids=["4bit", "8bit"])
 def test_the_self_check_is_exact_over_quantised_weights(folder: Path, bits: dict[str, Any]) -> None:
     model = load_policy(section(folder, dtype="bfloat16", **bits), Lora(r=4), seed=0)
-    assert failed_self_check(model, random_trees(3), "prefold_joined") is None
+    assert choose_scorer(model, random_trees(3), 4096).attention == "prefold_joined"
     packed = Scorer(model, 4096, "prefold_joined")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found, wanted = (each.score(random_trees(6)).tokens for each in (packed, Scorer(model, 4096, None)))

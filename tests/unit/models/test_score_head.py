@@ -15,7 +15,7 @@ from prefold.errors import UserError
 from prefold.models.load import load_model
 from prefold.models.score_head import pad_apart
 from prefold.recipe import Model
-from prefold.trees.scores import score_layer
+from prefold.trees.head import score_layer
 
 
 def head(folder: Path, seed: int, dtype: str = "float32") -> Tensor:

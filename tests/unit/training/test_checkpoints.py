@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefold.files import write_json
-from prefold.training.checkpoints import flaw, kept_in, last_checkpoint, seal, step_of
+from prefold.training.checkpoints import flaw, last_checkpoint, read_manifest, step_of, write_manifest
 
 
 def checkpoint(folder: Path, step: int, best: int | None = None) -> Path:
@@ -17,7 +17,7 @@ def checkpoint(folder: Path, step: int, best: int | None = None) -> Path:
     (found / "reference").mkdir(parents=True)
     for name in ("adapter_model.safetensors", "optimizer.pt", "reference/adapter_config.json"):
         (found / name).write_bytes(f"{name} {step}".encode() * 9)
-    seal(found, max_tokens=512, carried={"mean": 0.25}, best=best)
+    write_manifest(found, max_tokens=512, carried={"mean": 0.25}, best=best)
     return found
 
 
@@ -71,7 +71,7 @@ def test_none_is_left(tmp_path: Path) -> None:
 
 def test_what_is_kept(tmp_path: Path) -> None:
     found = checkpoint(tmp_path, 2)
-    assert kept_in(found) == (512, {"mean": 0.25})
+    assert read_manifest(found) == (512, {"mean": 0.25})
     assert json.loads((found / "prefold.json").read_text())["files"].keys() == {
         "adapter_model.safetensors",
         "optimizer.pt",

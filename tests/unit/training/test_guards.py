@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from prefold.recipe import Guards
-from prefold.training.guards import AT_THE_END, GUARDS, Facts, Sighting
+from prefold.training.guards import AT_THE_END, GUARDS, Facts, Trouble
 
 FACTS = Facts(steps=200, learning_rate=5e-5, batch_size=16)
 Line = dict[str, float]
@@ -23,7 +23,7 @@ def history(steps: int, line: Callable[[int], Line]) -> list[Line]:
     return [{"step": step, **always, **line(step)} for step in range(1, steps + 1)]
 
 
-def said(name: str, lines: list[Line], facts: Facts = FACTS) -> Sighting | None:
+def said(name: str, lines: list[Line], facts: Facts = FACTS) -> Trouble | None:
     return {**GUARDS, **AT_THE_END}[name](lines, facts)
 
 

@@ -12,8 +12,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from prefold.generation import sampling
-from prefold.generation.sampling import Sampling, choose, draw, penalised, stream_of, truncated
+from prefold.generation import sequences
+from prefold.generation.sampling import Sampling
+from prefold.generation.sequences import choose, draw, penalised, stream_of, truncated
 
 
 def random_logits(rows: int = 16, size: int = 5000, spread: float = 3.0) -> torch.Tensor:
@@ -49,7 +50,7 @@ def test_the_repetition_penalty_is_transformers() -> None:
     assert torch.equal(penalised(scores, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, scores))
 
 
-@pytest.mark.parametrize("size", [5, sampling.BLOCK, 3 * sampling.BLOCK + 7])
+@pytest.mark.parametrize("size", [5, sequences.BLOCK, 3 * sequences.BLOCK + 7])
 def test_tokens_are_drawn_as_often_as_they_should_be(size: int) -> None:
     logits = random_logits(1, size, 2.0)
     count = 40_000

@@ -9,10 +9,9 @@ from tiny import tiny_llama, with_lora
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefold.generation import packed_weights as packing
-from prefold.generation.merged_adapter import fold_adapter
-from prefold.generation.packed_weights import packed_weights
-from prefold.trees.lora import fuse_lora
+from prefold.generation import weights
+from prefold.generation.weights import fold_adapter, packed_weights
+from prefold.trees.fused_lora import fuse_lora
 
 IDS = torch.tensor([[1, 5, 9, 13]])
 
@@ -149,6 +148,6 @@ def test_folded_weights_are_packed() -> None:
 
 def test_no_second_copy_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model: PreTrainedModel = tiny_llama()
-    monkeypatch.setattr(packing, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(weights, "_free_memory", lambda: 1000)
     with packed_weights(model):
         assert not any("forward" in layer.__dict__ for layer in linears(model))

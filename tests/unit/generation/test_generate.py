@@ -20,7 +20,7 @@ from prefold.data.preference import Message
 from prefold.errors import StageError
 from prefold.generation import engine as generate
 from prefold.generation.engine import LocalEngine, answer, failed_check, prefill, why_not_shared
-from prefold.generation.kv_cache import Decode, Group, Wave
+from prefold.generation.kv_cache import Decode, PromptCache, SequenceBatch
 from prefold.generation.sampling import Completion, Sampling
 
 ENDS = (5, 6, 7, 8)
@@ -61,7 +61,7 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> Iterator[Any]:
         raise AssertionError("the plain path was taken")
 
-    monkeypatch.setattr(generate, "write_plainly", refuse)
+    monkeypatch.setattr(generate, "generate_plainly", refuse)
 
 
 # ---- greedy, as transformers ------------------------------------------------------------------------------------
@@ -167,20 +167,20 @@ def test_completions_do_not_depend_on_the_batch(model: PreTrainedModel, tokenize
 
 def test_rows_share_the_keys_of_their_prompt(model: PreTrainedModel) -> None:
     prompts = prompts_of([20, 7])
-    wave, logits = prefill(model, prompts, Sampling(6, 8))
+    batch, logits = prefill(model, prompts, Sampling(6, 8))
     assert logits.shape == (2, 264)
-    assert [group.rows for group in wave.groups] == [8, 8]
-    for group, prompt in zip(wave.groups, prompts, strict=True):
-        assert len(group.states) == 3
-        for states in group.states:
+    assert [prompt.sequences for prompt in batch.prompts] == [8, 8]
+    for cache, prompt in zip(batch.prompts, prompts, strict=True):
+        assert len(cache.states) == 3
+        for states in cache.states:
             for tensor in states:
                 assert tensor.shape == (2, len(prompt), 8)
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes
-    before = [states.data_ptr() for group in wave.groups for pair in group.states for states in pair]
+    before = [states.data_ptr() for cache in batch.prompts for pair in cache.states for states in pair]
     for _ in range(2):
-        generate.decode(model, [wave], [3] * 16, [20] * 8 + [7] * 8)
-    assert before == [states.data_ptr() for group in wave.groups for pair in group.states for states in pair]
-    assert {states.shape for pair in wave.own for states in pair} == {(16, 2, 6, 8)}
+        generate.decode(model, [batch], [3] * 16, [20] * 8 + [7] * 8)
+    assert before == [states.data_ptr() for cache in batch.prompts for pair in cache.states for states in pair]
+    assert {states.shape for pair in batch.own for states in pair} == {(16, 2, 6, 8)}
 
 
 def test_finished_rows_leave(
@@ -189,10 +189,10 @@ def test_finished_rows_leave(
     sizes: list[int] = []
     step = generate.decode
 
-    def counted(model: Any, waves: Any, tokens: Any, starts: Any) -> Any:
+    def counted(model: Any, batches: Any, tokens: Any, starts: Any) -> Any:
         sizes.append(len(tokens))
-        assert len(tokens) == sum(wave.rows for wave in waves)
-        return step(model, waves, tokens, starts)
+        assert len(tokens) == sum(batch.sequences for batch in batches)
+        return step(model, batches, tokens, starts)
 
     settings = Sampling(20, 4, temperature=1.0, end_tokens=tuple(range(10, 30)))
     prompts = prompts_of([6, 9, 4], 264)
@@ -212,10 +212,10 @@ def test_new_prompts_begin_while_others_are_under_way(
     prompts = prompts_of([6] * 8, 264)
     why_not_shared(model, prompts[0], 20)
 
-    def counted(model: Any, waves: Any, tokens: Any, starts: Any) -> Any:
-        together.append(len(waves))
-        assert sum(wave.reserved for wave in waves) <= 100
-        return step(model, waves, tokens, starts)
+    def counted(model: Any, batches: Any, tokens: Any, starts: Any) -> Any:
+        together.append(len(batches))
+        assert sum(batch.reserved for batch in batches) <= 100
+        return step(model, batches, tokens, starts)
 
     monkeypatch.setattr(generate, "decode", counted)
     settings = Sampling(20, 2, temperature=1.0, end_tokens=tuple(range(10, 30)))
@@ -225,21 +225,21 @@ def test_new_prompts_begin_while_others_are_under_way(
 
 def test_rows_that_leave_make_room() -> None:
     prompt = [(torch.zeros(2, 7, 3), torch.zeros(2, 7, 3))]
-    wave = Wave([Group(3, prompt), Group(2, prompt)], capacity=4, filled=2)
+    batch = SequenceBatch([PromptCache(3, prompt), PromptCache(2, prompt)], capacity=4, filled=2)
     keys = torch.arange(5.0)[:, None, None, None].repeat(1, 2, 4, 3)
-    wave.own = [(keys, -keys)]
-    assert wave.reserved == 2 * 7 + 5 * 4
-    wave.keep([1, 2, 4])
-    assert [group.rows for group in wave.groups] == [2, 1] and wave.reserved == 2 * 7 + 5 * 4
+    batch.own = [(keys, -keys)]
+    assert batch.reserved == 2 * 7 + 5 * 4
+    batch.keep([1, 2, 4])
+    assert [prompt.sequences for prompt in batch.prompts] == [2, 1] and batch.reserved == 2 * 7 + 5 * 4
     # In place, while more than half of the rows are left.
-    assert wave.own[0][0] is keys
+    assert batch.own[0][0] is keys
     assert keys[:3, 0, :2, 0].tolist() == [[1, 1], [2, 2], [4, 4]]
-    assert wave.own[0][1][:3, 1, 1, 2].tolist() == [-1, -2, -4]
-    wave.keep([0, 1])
-    assert [group.rows for group in wave.groups] == [2] and wave.reserved == 7 + 2 * 4
-    assert wave.own[0][0].shape == (2, 2, 4, 3)
-    assert wave.own[0][0][:, 1, 1, 2].tolist() == [1, 2]
-    assert Decode([wave], 9).longest == 9 and wave.rows == 2
+    assert batch.own[0][1][:3, 1, 1, 2].tolist() == [-1, -2, -4]
+    batch.keep([0, 1])
+    assert [prompt.sequences for prompt in batch.prompts] == [2] and batch.reserved == 7 + 2 * 4
+    assert batch.own[0][0].shape == (2, 2, 4, 3)
+    assert batch.own[0][0][:, 1, 1, 2].tolist() == [1, 2]
+    assert Decode([batch], 9).longest == 9 and batch.sequences == 2
 
 
 def test_no_prompts_and_single_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -362,14 +362,14 @@ def test_the_check_sees_a_wrong_attention(monkeypatch: pytest.MonkeyPatch) -> No
     prompt = prompts_of([40])[0]
     assert failed_check(model, prompt) is None
 
-    def blind(self: Wave, layer: int, query: Any, visible: Any, shape: Any) -> Any:
+    def blind(self: SequenceBatch, layer: int, query: Any, visible: Any, shape: Any) -> Any:
         parts = by_prompts(self, layer, query, visible, shape)
         return tuple(part.roll(1, 0) for part in parts)
 
-    by_prompts = Wave._by_prompts
-    monkeypatch.setattr(Wave, "_by_prompts", blind)
+    by_prompts = SequenceBatch._by_prompts
+    monkeypatch.setattr(SequenceBatch, "_by_prompts", blind)
     reason = failed_check(model, prompt)
-    assert reason is not None and "log-probs differ by" in reason
+    assert reason is not None and "packed log-probs differ from plain ones by" in reason
 
 
 def test_positions_that_stretch_are_not_shared() -> None:
@@ -428,11 +428,11 @@ def room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device on which a step of more rows fails; the rows of the steps that were tried."""
     step, tried = generate.decode, []
 
-    def limited(model: Any, waves: Any, tokens: Any, starts: Any) -> Any:
+    def limited(model: Any, batches: Any, tokens: Any, starts: Any) -> Any:
         tried.append(len(tokens))
-        found = step(model, waves, tokens, starts)
+        found = step(model, batches, tokens, starts)
         # Late, so that what is to be done again has left traces.
-        if len(tokens) > rows and waves[0].filled > 3:
+        if len(tokens) > rows and batches[0].filled > 3:
             raise OUT_OF_MEMORY
         return found
 
@@ -500,8 +500,8 @@ def test_out_of_memory_in_transformers_own_generate(
     rows = 2
     monkeypatch.setattr(model, "generate", limited)
     assert ids_of(LocalEngine(model, tokenizer).sample(prompts, settings)) == wanted
-    assert "completions of 2 prompts at a time, not of 4" in caplog.text
-    assert "completions of 1 prompts at a time, not of 2" in caplog.text
+    assert "the prompts that are answered at a time go from 4 to 2" in caplog.text
+    assert "the prompts that are answered at a time go from 2 to 1" in caplog.text
     rows = 1
     with pytest.raises(StageError, match="out of memory with a single prompt"):
         LocalEngine(model, tokenizer).sample(prompts, settings)

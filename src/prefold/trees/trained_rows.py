@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 
-def fuse_tokens(model: nn.Module) -> int:
+def fuse_trained_rows(model: nn.Module) -> int:
     """Give every layer with trained rows this forward pass; returns how many there are."""
     layers = [module for module in model.modules() if type(module) is TrainableTokensWrapper]
     for layer in layers:

@@ -1,0 +1,138 @@
+"""Prepared data kept on disk, so that later stages and commands need not tokenize them again.
+
+An entry is a folder of the cache, named by the digest of all that decides what is in it: the settings, the contents of
+the files (of a Hub data set, what was downloaded of it), the tokenizer with its template, and the code that prepares.
+It is written whole or not at all. Processes may write the same one side by side, and what is removed while it is read
+stays readable until then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from prefold.data.chat import require_chat_template
+from prefold.data.examples import Examples
+from prefold.data.findings import DataReport
+from prefold.data.mixture import Prepared, load_split
+from prefold.data.shapes import Kind
+from prefold.data.sources import identity_of
+from prefold.files import cache_folder, new_folder, remove_left_over
+from prefold.recipe import Data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LIMIT = 20 * 2**30
+"""Bytes of all entries; beyond them, those go that were not used for longest."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What of `Prepared` is not examples."""
+
+    report: DataReport
+    fingerprints: dict[str, str]
+
+
+def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind = "pairs") -> Prepared:
+    """`load_split`, or what an earlier call of it has left for the same data; it raises the same errors."""
+    if data.template == "chat":
+        require_chat_template(tokenizer)
+    sources = _sources(data)
+    key = None if None in sources else _key(data, tokenizer, seed, kind, sources)
+    if key is None:
+        return load_split(data, tokenizer, seed, kind)
+    folder = cache_folder() / "data" / key
+    with suppress(OSError, ValueError, EOFError):
+        return _opened(folder, data)
+    prepared = None
+    try:
+        with new_folder(folder) as aside:
+            prepared = load_split(data, tokenizer, seed, kind, aside)
+            _write(prepared, aside)
+            if _sources(data) != sources:
+                raise OSError("a source has changed while it was read")
+        _remove_old(folder)
+    except OSError:  # as well: no space, a cache that cannot be written to, another process that was faster
+        prepared = prepared or load_split(data, tokenizer, seed, kind)
+    return prepared
+
+
+def _opened(folder: Path, data: Data) -> Prepared:
+    """Raises OSError, ValueError or EOFError where there is no sound entry."""
+    facts = TypeAdapter(_Facts).validate_json((folder / "facts.json").read_bytes())
+    train = Examples.open(folder / "train.arrow")
+    held_out = Examples.open(folder / "eval.arrow") if data.eval else train
+    train, held_out = train.select(np.load(folder / "train.npy")), held_out.select(np.load(folder / "held_out.npy"))
+    os.utime(folder)
+    return Prepared(train, held_out, facts.report, facts.fingerprints)
+
+
+def _write(prepared: Prepared, folder: Path) -> None:
+    np.save(folder / "train.npy", prepared.train.order)
+    np.save(folder / "held_out.npy", prepared.held_out.order)
+    facts = _Facts(prepared.report, prepared.fingerprints)
+    (folder / "facts.json").write_bytes(TypeAdapter(_Facts).dump_json(facts))
+
+
+def _remove_old(newest: Path) -> None:
+    remove_left_over(newest.parent)
+    with suppress(OSError):  # another process may be removing them too
+        entries = {path: path.stat().st_mtime for path in newest.parent.glob("[!.]*") if path != newest}
+        total = _size(newest)
+        for path in sorted(entries, key=entries.__getitem__, reverse=True):
+            total += _size(path)
+            if total > LIMIT:
+                shutil.rmtree(path)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _sources(data: Data) -> list[str | None]:
+    return [identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)]
+
+
+def _key(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind, sources: list[str | None]
+) -> str | None:
+    """None where it is not known what decides the tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    ids = json.loads(backend.to_str())
+    # Set by each call anew.
+    del ids["padding"], ids["truncation"]
+    template = json.dumps(tokenizer.chat_template)
+    parts = {
+        "code": _code(),
+        "data": data.model_dump(mode="json"),
+        "sources": sources,
+        "seed": seed,
+        "kind": kind,
+        "tokenizer": [type(tokenizer).__name__, ids, tokenizer.special_tokens_map],
+        "decoding": getattr(tokenizer, "clean_up_tokenization_spaces", None),
+        "template": [template, date.today().isoformat() if "strftime_now" in template else None],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> Any:
+    """What turns rows into tokens: this package, and the libraries that it calls."""
+    contents = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(contents)).hexdigest(), *map(version, ("transformers", "tokenizers", "jinja2"))

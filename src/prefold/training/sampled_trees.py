@@ -1,0 +1,201 @@
+"""The trees of a step from the model's own completions: prompts -> completions -> rewards -> advantages -> trees.
+
+What is sampled at a step depends on the weights, the seed, the step and the prompt alone, so a resumed run samples what
+a straight one does. Checkpoints fall between rollouts, so none of them holds one. Of several processes each samples a
+share of the groups; the first one has the rewards score all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prefold import ranks
+from prefold.algorithms import Algorithm, Draws
+from prefold.data.examples import Examples, prompts_of
+from prefold.generation.engine import require_end_token, sample
+from prefold.generation.sampling import Completion, Sampling, seed_of
+from prefold.rewards.scoring import Group, LoadedReward, scored_groups
+from prefold.training.loop import StepOrder, StepTrees, TreeSet
+from prefold.trees.attention import unwrapped, using_attention
+from prefold.trees.packing import TokenTree
+from prefold.trees.reference import compute_reference
+from prefold.trees.scorer import Scorer
+
+GROUPS_SHOWN = 4
+"""Groups of a step that are written to the run folder."""
+
+
+class SampledTrees:
+    """A source of steps on completions of `prompts` by the model as it is at each step.
+
+    Args:
+        algorithm: how completions are sampled and judged.
+        scorer: of the policy.
+        prompts: the training set.
+        rewards: what scores completions.
+        columns: of the prompts' rows, that the rewards are given.
+        tokenizer: of the model.
+        order: which prompts each step covers.
+        show: who is given the number of a step and some of its groups, as they are written to the run folder.
+        seed: of the sampling.
+        dtype: in which training computes.
+
+    Raises:
+        UserError: the model has no end token.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        scorer: Scorer,
+        prompts: Examples,
+        rewards: Sequence[LoadedReward],
+        columns: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        order: StepOrder,
+        show: Sequence[Callable[[int, list[dict[str, Any]]], None]],
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        require_end_token(unwrapped(scorer.model), tokenizer)
+        assert algorithm.draws is not None
+        self.algorithm, self.scorer, self.sampling = algorithm, scorer, sampling_of(algorithm.draws)
+        self.prompts, self.rewards, self.columns, self.tokenizer = prompts, rewards, columns, tokenizer
+        self.order, self.show, self.seed, self.dtype = order, show, seed, dtype
+        # Training switches the model to an attention that cannot generate.
+        self.attention = unwrapped(scorer.model).config._attn_implementation
+        self.rollout = TreeSet([])
+
+    def __call__(self, step: int) -> StepTrees:
+        """A rollout for the prompts of the step where one is due, else the one before once more."""
+        metrics: dict[str, float] = {}
+        if step % self.order.iterations == 0:
+            self.rollout, metrics = self.roll_out(step)
+        return StepTrees(self.rollout, range(len(self.rollout.trees)), metrics)
+
+    def roll_out(self, step: int) -> tuple[TreeSet, dict[str, float]]:
+        """A tree for each prompt of a step, with the completions that are trained on; some go to the run folder."""
+        examples = [self.prompts[i] for i in self.order[step]]
+        prompts = [example.tree.prompt for example in examples]
+        completions = self.completions_of(prompts, [seed_of(self.seed, step, i) for i in range(len(prompts))])
+        groups = ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
+        advantages = self.algorithm.advantages(rewards_of(groups))
+        shown = [group_record(*pair) for pair in zip(groups[:GROUPS_SHOWN], advantages, strict=False)]
+        for show in self.show:
+            show(step + 1, shown)
+        kept = [[i for i, each in enumerate(group) if self.algorithm.trains_on(each.finished)] for group in completions]
+        used = [[group[i] for i in indices] for group, indices in zip(completions, kept, strict=True)]
+        trees = [
+            TokenTree(prompt, tuple(completion.token_ids for completion in group))
+            for prompt, group in zip(prompts, used, strict=True)
+        ]
+        reference = None
+        if self.algorithm.needs_reference:
+            reference = compute_reference(self.scorer, trees, self.dtype)
+        extras: Any = {"advantages": [values[indices] for values, indices in zip(advantages, kept, strict=True)]}
+        if (drawn_with := sampler_logprobs(used)) is not None:
+            extras["sampled"] = drawn_with
+        metrics = {**reward_metrics(groups), **length_metrics([each for group in completions for each in group])}
+        return TreeSet(trees, reference, extras), metrics
+
+    def completions_of(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[list[Completion]]:
+        """A group for each prompt, by the model as it is now."""
+        model = self.scorer.model
+        model.eval()
+        device, is_half = unwrapped(model).device.type, self.dtype in (torch.bfloat16, torch.float16)
+        precision = torch.autocast(device, self.dtype) if is_half else nullcontext()
+        with using_attention(unwrapped(model), self.attention), precision:
+            return sample(model, self.tokenizer, prompts, self.sampling, seeds)
+
+
+def sampling_of(draws: Draws) -> Sampling:
+    """How training samples."""
+    return Sampling(
+        max_new_tokens=draws.max_completion_length,
+        num_answers=draws.num_generations,
+        temperature=draws.temperature,
+        top_p=draws.top_p,
+        top_k=draws.top_k,
+        min_p=draws.min_p,
+    )
+
+
+def sampler_logprobs(groups: Sequence[Sequence[Completion]]) -> list[Tensor] | None:
+    """For each group, the log-probs of its tokens, one completion after the other."""
+    if any(len(each.logprobs) != len(each.token_ids) for group in groups for each in group):
+        return None
+    return [torch.tensor([value for each in group for value in each.logprobs]) for group in groups]
+
+
+# ---- records of a rollout ---------------------------------------------------------------------------------------
+
+
+def rewards_of(groups: Sequence[Group]) -> Tensor:
+    """`[B, G]`, NaN where no reward says anything."""
+    rows = [[math.nan if value is None else value for value in group.rewards] for group in groups]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def group_record(group: Group, advantages: Tensor) -> dict[str, Any]:
+    """A group as it is written to the run folder."""
+    completions = [
+        {
+            "text": completion.text,
+            "tokens": len(completion.token_ids),
+            "finished": completion.finished,
+            "scores": {name: values[i] for name, values in group.scores.items()},
+            "reward": group.rewards[i],
+            "advantage": float(advantages[i]),
+        }
+        for i, completion in enumerate(group.completions)
+    ]
+    return {"prompt": list(group.prompt.prompt), "completions": completions}
+
+
+def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """TRL's metrics of rewards, over the completions that they say something about; the share of the groups whose
+    rewards are all equal, which teach nothing; and how many completions each reward that may fail failed on."""
+    metrics: dict[str, float] = {}
+    for name in groups[0].scores:
+        values = [value for group in groups for value in known(group.scores[name])]
+        metrics |= spread(values, f"rewards/{name}/mean", f"rewards/{name}/std")
+    metrics |= spread([value for group in groups for value in known(group.rewards)], "reward", "reward_std")
+    metrics["frac_reward_zero_std"] = fmean(len(set(known(group.rewards))) < 2 for group in groups)
+    return metrics | {
+        f"rewards/{name}/failed": sum(group.failed[name] for group in groups) for name in groups[0].failed
+    }
+
+
+def spread(values: Sequence[float], mean_name: str, deviation_name: str) -> dict[str, float]:
+    """Mean and standard deviation of a sample, as far as there are any."""
+    return {
+        **({mean_name: fmean(values)} if values else {}),
+        **({deviation_name: stdev(values)} if len(values) > 1 else {}),
+    }
+
+
+def known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def length_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """TRL's metrics of lengths in tokens, end tokens included; those of the finished ones are 0 where there are
+    none."""
+    every = [len(completion.token_ids) for completion in completions]
+    finished = [len(completion.token_ids) for completion in completions if completion.finished]
+    metrics = {"completions/clipped_ratio": 1 - len(finished) / len(every)}
+    for name, lengths in (("length", every), ("terminated_length", finished or [0])):
+        metrics |= {
+            f"completions/mean_{name}": fmean(lengths),
+            f"completions/min_{name}": float(min(lengths)),
+            f"completions/max_{name}": float(max(lengths)),
+        }
+    return metrics

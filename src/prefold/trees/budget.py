@@ -1,0 +1,137 @@
+"""Token budgets: items in rows that fit, and what happens where memory runs out.
+
+A row for which memory runs out is divided by a smaller budget and done again. Nothing is lost, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from prefold import ranks
+from prefold.errors import StageError
+from prefold.trees.memory import free_memory, is_out_of_memory
+
+T = TypeVar("T")
+Rows = Sequence[list[int]]
+"""Indices of the items of each row."""
+
+logger = logging.getLogger("prefold")
+
+
+def split_by_budget(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Distribute items over as few rows of at most `max_tokens` as first-fit-decreasing finds.
+
+    An item larger than the budget gets a row of its own. Returns the item indices of each row, ascending in each row;
+    the result depends on nothing but the arguments.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        row = next((row for row, tokens in enumerate(free) if tokens >= sizes[item]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(max_tokens)
+        rows[row].append(item)
+        free[row] -= sizes[item]
+    return [sorted(row) for row in rows]
+
+
+def split_by_length(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Items of similar size together, so that a padded batch (longest x items) stays within `max_tokens`."""
+    batches: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if batches and sizes[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
+def from_all(results: Iterator[T]) -> Iterator[T]:
+    """What this process computes, as it comes, and then what the others have computed of their shares."""
+    own = []
+    for result in results:
+        if ranks.processes() > 1:
+            own.append(result)
+        yield result
+    for process, others in enumerate(ranks.gather(own)):
+        if process != ranks.rank():
+            yield from others
+
+
+# ---- out of memory ----------------------------------------------------------------------------------------------
+
+
+def attempt(perform: Callable[[], T], fatal: str = "", together: bool = False) -> T | None:
+    """What `perform` returns, or None if memory ran out on the way.
+
+    Args:
+        fatal: what a StageError says then, where trying again is of no use.
+        together: all processes perform this. One in which memory runs out tells the others, for which it fails as well.
+    """
+    try:
+        return perform()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        elsewhere = isinstance(error, ranks.FailedElsewhere)
+        if elsewhere and not together:
+            raise
+        if fatal and not elsewhere:
+            raise StageError(fatal) from None
+    # Outside the handler, whose traceback would keep the tensors of the failed attempt alive.
+    if together and not elsewhere:
+        ranks.tell_failure()
+    return None
+
+
+def row_by_row(
+    rows: Rows, perform: Callable[[list[int]], T | None], smaller: Callable[[list[int], list[int]], Rows]
+) -> Iterator[tuple[list[int], T]]:
+    """Rows with what `perform` makes of them. Where that is None, memory ran out.
+
+    Args:
+        smaller: given the items of the row that failed, and these with all that are left, lowers the budget and gives
+            the rows of the latter.
+    """
+    waiting = deque(rows)
+    while waiting:
+        row = waiting.popleft()
+        result = perform(row)
+        if result is None:
+            waiting = deque(smaller(row, [item for left in (row, *waiting) for item in left]))
+        else:
+            yield row, result
+
+
+def lowered(
+    before: int,
+    sizes: Sequence[int],
+    single: str,
+    split: Callable[[int], Rows] | None = None,
+    what: str = "the token budget goes",
+) -> int:
+    """A smaller budget than `before`, after memory ran out on items of these sizes together; the log says so.
+
+    Args:
+        split: the rows of these items within a budget, which is halved as often as it takes to get more rows. Without
+            it, half of what the items take together is the budget.
+
+    Raises:
+        StageError: the items cannot be divided; it speaks of the `single` one.
+    """
+    free_memory()
+    if split is None:
+        after, divided = sum(sizes) // 2, len(sizes) > 1
+    else:
+        after, rows = before, len(split(before))
+        while after > min(sizes, default=0) and len(split(after)) == rows:
+            after //= 2
+        divided = len(split(after)) != rows
+    if not divided:
+        raise StageError(f"out of memory with {single}")
+    logger.warning("out of memory: %s from %s to %s", what, f"{before:,}", f"{after:,}")
+    return after

@@ -1,0 +1,187 @@
+"""The self-check: whether packed passes of a model give the plain method's numbers, and by which backends.
+
+A few real tokens go both ways before a run relies on packing. Where the numbers differ by more than rounding, or the
+model is known to be none that can be packed, the plain path is taken, and the reason is said.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefold.trees.attention import BACKENDS, Shape, candidates, unwrapped, using_attention
+from prefold.trees.head import head_obstacle, score_layer
+from prefold.trees.logprobs import TreeLogprobs, router_coefficient
+from prefold.trees.packing import PackedTrees
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
+COARSE = 1.0
+"""The same where 8-bit layers round their inputs, each row of tokens in its own way: half a nat is common there, a leak
+makes several."""
+
+logger = logging.getLogger("prefold")
+
+
+# ---- what rules packing out -------------------------------------------------------------------------------------
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """What about the model is known to rule packing out, or None."""
+    base = unwrapped(model)
+    if not base._can_set_attn_implementation():
+        return "its attention cannot be replaced"
+    odd = sorted(set(getattr(_text_config(base), "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        return f"it has layers that carry a state or a mask of their own ({', '.join(odd)})"
+    if router_coefficient(base):
+        return "the auxiliary loss of its router counts the tokens of padded batches"
+    return None if score_layer(base) is not None else head_obstacle(base)
+
+
+def stretched_positions(model: nn.Module, longest: int) -> str | None:
+    """Why rows of `longest` tokens cannot share a batch: rotary frequencies that the longest position of a row
+    decides."""
+    config = _text_config(unwrapped(model))
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        kind = rope.get("rope_type", "default")
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if (kind == "longrope" or "dynamic" in kind) and longest > limit:
+            return f"its {kind} positions change beyond {limit:,} tokens, and the longest row has {longest:,}"
+    return None
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config()
+
+
+# ---- packed against plain ---------------------------------------------------------------------------------------
+
+
+def checked_backends(
+    model: nn.Module,
+    row: PackedTrees,
+    packed: Callable[[nn.Module, PackedTrees], TreeLogprobs],
+    plain: Callable[[], Tensor],
+    stretched: str | None = None,
+    names: Sequence[str] = (),
+) -> tuple[list[str], str | None]:
+    """The backends whose log-probs of a row are the plain ones, the surest first; or none, and what is in the way.
+
+    Args:
+        packed: the pass over the row with a backend in place.
+        plain: `[S]`, the same log-probs by the model as it comes.
+        stretched: what `stretched_positions` says of the rows that will come.
+        names: of the backends, the surest first; by default all of the device.
+    """
+    base = unwrapped(model)
+    surest, *others = names or candidates(base.device, base.dtype)
+
+    def by_surest() -> tuple[Tensor, int]:
+        with using_attention(model, surest):
+            return packed(model, row).tokens, row.scratch.get("calls", 0)
+
+    reason = stretched or obstacle(model) or difference(model, by_surest, plain)
+    right = (name for name in others if not _attends_otherwise(model, row, name, surest))
+    return ([surest, *right], None) if reason is None else ([], reason)
+
+
+@torch.no_grad()
+def difference(
+    model: nn.Module,
+    packed: Callable[[], tuple[Tensor, int]],
+    plain: Callable[[], Tensor],
+    rounding: float | None = None,
+) -> str | None:
+    """How the log-probs `[S]` of a packed pass differ from those of a plain one, or None if they do not.
+
+    Both are computed in float32 whatever the weights are kept in, so that a small mistake cannot hide in rounding.
+
+    Args:
+        packed: gives the number of layers that called the engine's attention as well.
+        rounding: nats that rounding explains; by default what is usual in the dtype.
+    """
+    with in_float32(model):
+        try:
+            logprobs, calls = packed()
+        except (NotImplementedError, TypeError, RuntimeError) as error:
+            return f"its packed forward pass failed ({str(error).splitlines()[0]})"
+        wanted = plain()
+    base = unwrapped(model)
+    layers = _text_config(base).num_hidden_layers
+    if calls != layers:
+        return f"{calls} of its {layers} layers call the attention that packing replaces"
+    largest = float((logprobs - wanted).abs().max())
+    if rounding is None:
+        in_8_bit = any(parameter.dtype == torch.int8 for parameter in model.parameters())
+        rounding = COARSE if in_8_bit else TOLERANCE[torch.promote_types(base.dtype, torch.float32)]
+    if not largest <= rounding:
+        what, unit = ("log-probs", " nats") if score_layer(model) is None else ("scores", "")
+        return f"packed {what} differ from plain ones by {largest:.2g}{unit}, rounding explains {rounding:.2g}{unit}"
+    return None
+
+
+@torch.no_grad()
+def _attends_otherwise(model: nn.Module, row: PackedTrees, attention: str, surest: str) -> bool:
+    """Whether a backend's attention, on random states of the model's shape, is not that of the surest."""
+    base = unwrapped(model)
+    config = _text_config(base)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    generator = torch.Generator(base.device).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, row.tokens, width, generator=generator, device=base.device, dtype=base.dtype)
+        for heads in (config.num_attention_heads, key_heads, key_heads)
+    )
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    for window in {None, getattr(config, "sliding_window", None)}:
+        shape = Shape(width**-0.5, window, softcap)
+        try:
+            attended, wanted = (BACKENDS[name](query, key, value, row, shape).float() for name in (attention, surest))
+        except Exception as error:  # a backend that a device cannot run may fail in any way
+            logger.debug("%s: %s", attention, error)
+            return True
+        if not (attended - wanted).norm() <= 0.01 * wanted.norm():
+            return True
+    return False
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """While open, every module with half-precision weights computes in float32, its weights cast for the call alone;
+    4-bit layers unpack theirs to float32."""
+    kept: list[tuple[nn.Module, nn.Parameter, Tensor]] = []
+    packed: dict[Any, Any] = {each: each.compute_dtype for each in model.modules() if hasattr(each, "compute_dtype")}
+
+    def widen(module: nn.Module, *arguments: Any) -> None:
+        # What PEFT wraps is not always called, but its weights are used.
+        for parameter in module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper)):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                kept.append((module, parameter, parameter.data))
+                parameter.data = parameter.data.float()
+
+    def narrow(module: nn.Module, *arguments: Any) -> None:
+        # By the module: sharded weights have been exchanged for their shards when this is called.
+        while kept and kept[-1][0] is module:
+            _, parameter, data = kept.pop()
+            parameter.data = data
+
+    handles = [module.register_forward_pre_hook(widen) for module in model.modules()]
+    handles += [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]
+    for module in packed:
+        module.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, dtype in packed.items():
+            module.compute_dtype = dtype
