@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -136,19 +136,13 @@ def make_model(name: str, smollm2: Path, folder: Path) -> str:
     return str(folder / name)
 
 
-class Performed(NamedTuple):
-    """What a process of its own is to do."""
-
-    stage: str
-    timed: bool
-    recipe: Path
-
-
-def perform(connection: Connection, work: Performed) -> None:
-    if not work.timed:
+def perform(connection: Connection, work: tuple[str, bool, Path]) -> None:
+    """A side that performs a stage of a recipe, timed in its plan or not."""
+    stage, timed, recipe = work
+    if not timed:
         planning.WORTH_TIMING = float("inf")
     quieten()
-    getattr(prefold, work.stage)(work.recipe)
+    getattr(prefold, stage)(recipe)
     connection.send("done")
 
 
@@ -162,8 +156,7 @@ def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
         recipe.write_text(yaml.safe_dump(values, sort_keys=False))
         stages = ["train", *(["merge", "evaluate"] if setting.later else [])]
         for stage in stages:
-            work = Performed(stage, setting.timed, recipe)
-            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", work)
+            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", (stage, setting.timed, recipe))
             with running(side):
                 side.receive()
         plan = json.loads((folder / "run" / "data.json").read_text())["plan"]

@@ -14,7 +14,7 @@ from prefold.data.findings import Finding, by_severity
 from prefold.data.mixture import Prepared
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
-from prefold.evaluation.heldout import score_pairs
+from prefold.evaluation.held_out_pairs import score_pairs
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import write_json
