@@ -243,9 +243,9 @@ def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
         ),
         (
             recipe_of(model={"attn_implementation": "sdpa"}),
-            {"train": 252809435, "merge": 250369835, "evaluate": 250714531},
+            {"train": 252652014, "merge": 250369835, "evaluate": 250714531},
             99017088,
-            7759296,
+            8236416,
         ),
     ],
     ids=["dpo", "grpo", "full", "plain"],
