@@ -28,6 +28,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("exact_plan")
 def test_every_stage_leaves_its_outputs(recipe: MakeRecipe, tiny_model: Path) -> None:
     folder = prefold.run(recipe())
     heldout = json.loads((folder / "evaluation" / "heldout.json").read_text())
