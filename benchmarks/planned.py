@@ -30,7 +30,7 @@ from benchmarks.results import parser_for, quieten, write
 from benchmarks.sides import Side, running
 from benchmarks.workloads import HELD_OUT, random_rows
 from prefold.models.fetch import fetch
-from prefold.plan import plan as planning
+from prefold.plan import planner as planning
 
 SHORT, LONG = (128, 96, 80), (700, 500, 450)
 """Words of a prompt and its two answers."""

@@ -11,20 +11,16 @@ Who takes the highest of many numbers takes luck along with skill. Three things 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from scipy.integrate import quad
 from scipy.stats import norm
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
-from prefold.evaluation.paired import LEVEL, Floats, mean_interval, paired_test
-
-Key = TypeVar("Key", bound=Hashable)
+from prefold.evaluation.paired import LEVEL, Floats, holm, mean_interval, paired_test, wilson
 
 
 def best_of_many(values: Mapping[str, Floats], ties: Mapping[str, float]) -> dict[str, Any]:
@@ -38,7 +34,7 @@ def best_of_many(values: Mapping[str, Floats], ties: Mapping[str, float]) -> dic
         `{"best": NAME, "as_good": the NAMEs that cannot be told from it, "luck": as `luck`, "runs": {NAME:
         {"after_ci_of_all": [low, high], "to_best": {"difference", "p_adjusted"}}}}`; `to_best` is null for the best.
     """
-    means = {name: float(one.mean()) for name, one in values.items()}
+    means = {name: float(scores.mean()) for name, scores in values.items()}
     best = max(means, key=lambda name: (means[name], ties[name]))
     of_two = {frozenset(two): paired_test(values[two[0]] - values[two[1]]) for two in combinations(values, 2)}
     adjusted = holm(of_two)
@@ -49,21 +45,13 @@ def best_of_many(values: Mapping[str, Floats], ties: Mapping[str, float]) -> dic
     }
     return {
         "best": best,
-        "as_good": [name for name, found in to_best.items() if found["p_adjusted"] >= LEVEL],
+        "as_good": [name for name, behind in to_best.items() if behind["p_adjusted"] >= LEVEL],
         "luck": luck(np.stack(list(values.values()))),
         "runs": {
-            name: {"after_ci_of_all": _interval(one, LEVEL / len(values)), "to_best": to_best.get(name)}
-            for name, one in values.items()
+            name: {"after_ci_of_all": _interval(scores, LEVEL / len(values)), "to_best": to_best.get(name)}
+            for name, scores in values.items()
         },
     }
-
-
-def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
-    """P-values after Holm's correction (1979)."""
-    if not p_values:
-        return {}
-    adjusted = multipletests(list(p_values.values()), method="holm")[1]
-    return {name: float(value) for name, value in zip(p_values, adjusted, strict=True)}
 
 
 def luck(values: Floats) -> float:
@@ -83,13 +71,12 @@ def luck(values: Floats) -> float:
 @cache
 def expected_largest(number: int) -> float:
     """The mean of the largest of so many independent standard normal values."""
-    found, _ = quad(lambda x: 1 - norm.cdf(x) ** number - norm.sf(x) ** number, 0, math.inf)
-    return float(found)
+    mean, _ = quad(lambda x: 1 - norm.cdf(x) ** number - norm.sf(x) ** number, 0, math.inf)
+    return float(mean)
 
 
 def _interval(values: Floats, level: float) -> list[float] | None:
-    """Of a mean, at `1 - level`: Wilson's for right and wrong, as in `heldout.py`, else Student's."""
-    if not np.isin(values, (0, 0.5, 1)).all():
-        return mean_interval(values, 1 - level)
-    low, high = proportion_confint(values.sum(), len(values), alpha=level, method="wilson")
-    return [float(low), float(high)]
+    """Of a mean, at `1 - level`: Wilson's for right and wrong, as in `held_out_pairs.py`, else Student's."""
+    if np.isin(values, (0, 0.5, 1)).all():
+        return wilson(values, level)
+    return mean_interval(values, 1 - level)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from prefold.data.duplicates import Parts, overlapping
 from prefold.data.preference import Record
-from prefold.evaluation.samples import OpenTask, question_of, shared_start
+from prefold.evaluation.scores import OpenTask, question_of, shared_start
 from prefold.terminal import progress_bar
 
 COMPARED = 1000
@@ -24,7 +24,7 @@ def questions_in(records: Sequence[Record], tasks: Sequence[OpenTask], limit: in
     Args:
         limit: the first so many questions of each task; None for all.
     """
-    asked = [question for one in tasks for question in _questions(one, limit)]
+    questions = [question for task in tasks for question in _questions(task, limit)]
     with progress_bar("questions in the training data", len(records)) as advance:
 
         def parts() -> Iterator[Parts]:
@@ -32,14 +32,14 @@ def questions_in(records: Sequence[Record], tasks: Sequence[OpenTask], limit: in
                 yield (record.prompt, *record.answers)
                 advance(1, "")
 
-        found = overlapping([own for _, own in asked], parts())
-    return frozenset(text for (text, _), held in zip(asked, found, strict=True) if held)
+        contained = overlapping([own for _, own in questions], parts())
+    return frozenset(text for (text, _), is_contained in zip(questions, contained, strict=True) if is_contained)
 
 
-def _questions(one: OpenTask, limit: int | None) -> list[tuple[str, str]]:
+def _questions(opened: OpenTask, limit: int | None) -> list[tuple[str, str]]:
     """Each question as it is asked, and what of it is its own."""
-    docs = one.task.doc_iterator(limit=max(limit, COMPARED) if limit else None)
-    texts = [text for _, doc in docs if (text := question_of(one.task, doc)).strip()]
+    docs = opened.task.doc_iterator(limit=max(limit, COMPARED) if limit else None)
+    texts = [text for _, doc in docs if (text := question_of(opened.task, doc)).strip()]
     start, end = _in_common(texts[:COMPARED])
     return [(text, text[start : len(text) - end].strip() or text) for text in texts[:limit]]
 
@@ -47,11 +47,6 @@ def _questions(one: OpenTask, limit: int | None) -> list[tuple[str, str]]:
 def _in_common(texts: Sequence[str]) -> tuple[int, int]:
     """Characters that all texts start with and end with: up to a colon or line, "What is" being part of a question, and
     whole lines at the end."""
-    start, end = _start_of_all(texts), _start_of_all([text[::-1] for text in texts])[::-1]
+    start, end = shared_start(texts), shared_start([text[::-1] for text in texts])[::-1]
     line = end.find("\n")
     return max(start.rfind(":"), start.rfind("\n")) + 1, len(end) - line if line >= 0 else 0
-
-
-def _start_of_all(texts: Sequence[str]) -> str:
-    first, last = min(texts, default=""), max(texts, default="")
-    return first[: shared_start(first, last)]

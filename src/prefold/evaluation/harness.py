@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefold import ranks
 from prefold.errors import UserError
-from prefold.files import new_file
+from prefold.files import write_text
 from prefold.generation.engine import LocalEngine, end_tokens
 from prefold.generation.sampling import Sampling
 from prefold.terminal import progress_bar
@@ -123,22 +123,22 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[Any] = []
         owners: list[int] = []
-        for place, request in enumerate(requests):
+        for index, request in enumerate(requests):
             own = get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
             )
             windows += [("", *make_disjoint_window(window)) for window in own]
-            owners += [place] * (len(windows) - len(owners))
+            owners += [index] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
-        for place, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[place] += logprob
+        for index, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[index] += logprob
         return totals
 
     def _context_and_answer(self, context: str, answer: str) -> tuple[list[int], list[int]]:
         """An answer without a context follows the prefix token, which it may start with itself."""
         if context:
-            found: tuple[list[int], list[int]] = self._encode_pair(context, answer)
-            return found
+            pair: tuple[list[int], list[int]] = self._encode_pair(context, answer)
+            return pair
         ids = self.tok_encode(answer, add_special_tokens=False)
         return ([self.prefix_token_id], ids) if ids[:1] != [self.prefix_token_id] else (ids[:1], ids[1:])
 
@@ -148,8 +148,8 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         """Log-prob in nats and whether it is the greedy answer, of each request's answer after its context."""
         known: dict[int, int] = {}
         texts = [self._text(context, answer, known) for _, context, answer in requests]
-        found = self._remembered("texts", [(text.tokens, text.scored) for text in texts], lambda: self._read(texts))
-        return [(float(logprob), bool(greedy)) for logprob, greedy in found]
+        answers = self._remembered("texts", [(text.tokens, text.scored) for text in texts], lambda: self._read(texts))
+        return [(float(logprob), bool(greedy)) for logprob, greedy in answers]
 
     def _text(self, context: list[int], answer: list[int], known: dict[int, int]) -> Text:
         """What fits, the end kept. `known`: one object for each id, since the tokenizer makes a new one every time."""
@@ -160,65 +160,60 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return Text(tuple(tokens), len(answer))
 
     def _read(self, texts: Sequence[Text]) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(texts)  # of an answer of no tokens
-        places = [place for place, text in enumerate(texts) if text.scored]
-        asked = [texts[place] for place in places]
-        if not asked:
-            return found
-        reader = self._reader_for(asked)
-        with progress_bar(self.label, len(asked)) as advance, _evaluating(self._model):
-            for row, likelihoods in reader.read(asked):
-                for place, likelihood in zip(row, likelihoods, strict=True):
-                    found[places[place]] = likelihood
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(texts)  # of an answer of no tokens
+        indices = [index for index, text in enumerate(texts) if text.scored]
+        scored = [texts[index] for index in indices]
+        if not scored:
+            return answers
+        longest = max(len(text.tokens) for text in scored)
+        with progress_bar(self.label, len(scored)) as advance, _evaluating(self._model):
+            if self._reader is None or longest > self._longest_checked:
+                self._reader, self._longest_checked = choose_reader(self._model, scored), longest
+            for row, likelihoods in self._reader.read(scored):
+                for number, likelihood in zip(row, likelihoods, strict=True):
+                    answers[indices[number]] = likelihood
                 advance(len(row), "")
-        return found
-
-    def _reader_for(self, texts: Sequence[Text]) -> Reader:
-        longest = max(len(text.tokens) for text in texts)
-        if self._reader is None or longest > self._longest_checked:
-            with _evaluating(self._model):
-                self._reader = choose_reader(self._model, texts)
-            self._longest_checked = longest
-        return self._reader
+        return answers
 
     # ---- completions ----
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         by_settings: dict[str, list[int]] = {}
-        for place, request in enumerate(requests):
-            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
-        found: dict[int, str] = {}
-        for settings, places in by_settings.items():
-            contexts = [requests[place].args[0] for place in places]
-            found.update(zip(places, self._write(contexts, json.loads(settings), places), strict=True))
-        return [found[place] for place in range(len(requests))]
+        for index, request in enumerate(requests):
+            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts: dict[int, str] = {}
+        for settings, indices in by_settings.items():
+            contexts = [requests[index].args[0] for index in indices]
+            texts.update(zip(indices, self._write(contexts, json.loads(settings), indices), strict=True))
+        return [texts[index] for index in range(len(requests))]
 
-    def _write(self, contexts: Sequence[str], settings: dict[str, Any], places: Sequence[int]) -> list[str]:
+    def _write(self, contexts: Sequence[str], settings: dict[str, Any], seeds: Sequence[int]) -> list[str]:
         """A completion of each context, cut before the first stop text."""
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_GEN_TOKS))
         end = str(self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False))
         until = handle_stop_sequences(kwargs.pop("until"), eos=end)
         sampling = self._sampling(kwargs, until)
-        room = self.max_length - sampling.max_new_tokens
-        if room <= 0:
+        longest = self.max_length - sampling.max_new_tokens
+        if longest <= 0:
             what = f"asks for {sampling.max_new_tokens:,} new tokens, and the model has room for {self.max_length:,}"
             raise UserError(what, where=self.label, expected="generation_kwargs: {max_gen_toks: fewer}")
-        prompts = [self._prompt(context, room) for context in contexts]
+        prompts = [self._prompt(context, longest) for context in contexts]
 
         def write() -> list[str]:
             with progress_bar(self.label, len(prompts)) as advance:
-                answers = LocalEngine(self._model, self.tokenizer).sample(prompts, sampling, places, advance)
-            texts = (self.tokenizer.decode(list(one.token_ids), skip_special_tokens=True) for [one] in answers)
-            return [str(postprocess_generated_text(str(text), until, None)) for text in texts]
+                answers = LocalEngine(self._model, self.tokenizer).sample(prompts, sampling, seeds, advance)
+            ids = [list(completion.token_ids) for [completion] in answers]
+            texts = (str(self.tokenizer.decode(own, skip_special_tokens=True)) for own in ids)
+            return [str(postprocess_generated_text(text, until, None)) for text in texts]
 
-        asked = [(prompt, place if sampling.temperature else 0) for prompt, place in zip(prompts, places, strict=True)]
-        return list(self._remembered(f"completions {sampling!r} {until!r}", asked, write))
+        drawn = [(prompt, seed if sampling.temperature else 0) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return list(self._remembered(f"completions {sampling!r} {until!r}", drawn, write))
 
-    def _prompt(self, context: str, room: int) -> list[int]:
-        """The end of a context that leaves room for its completion."""
+    def _prompt(self, context: str, longest: int) -> list[int]:
+        """The end of a context."""
         whole = has_bos_prefix(context, getattr(self.tokenizer, "bos_token", None))
         ids = self.tokenizer.encode(context, **({"add_special_tokens": False} if whole else {}))
-        return list(ids[-room:]) or [self.prefix_token_id]
+        return list(ids[-longest:]) or [self.prefix_token_id]
 
     def _sampling(self, kwargs: dict[str, Any], until: Sequence[str]) -> Sampling:
         """A task's generation settings; what it leaves open is the model's own, as in transformers' `generate`."""
@@ -245,18 +240,20 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     # ---- memory ----
 
-    def _remembered(self, kind: str, asked: Sequence[Any], compute: Callable[[], list[Any]]) -> list[Any]:
+    def _remembered(self, kind: str, requests: Sequence[Any], compute: Callable[[], list[Any]]) -> list[Any]:
         """What `compute` gives, once for this model and these requests."""
         if self._cache is None:
             return compute()
-        file = self._cache / f"{_digest([self._identity, kind, *map(repr, asked)])}.json"
-        found: str | None = ranks.from_first(lambda: file.read_text(encoding="utf-8") if file.is_file() else None)
-        if found is None:
-            found = json.dumps(compute())
+        digest = hashlib.sha256()
+        for part in (self._identity, kind, *map(repr, requests)):
+            digest.update(f"{part}\n".encode())
+        file = self._cache / f"{digest.hexdigest()[:32]}.json"
+        text: str | None = ranks.from_first(lambda: file.read_text(encoding="utf-8") if file.is_file() else None)
+        if text is None:
+            text = json.dumps(compute())
             if ranks.is_first():
-                with new_file(file) as temporary:
-                    temporary.write_text(found, encoding="utf-8")
-        return list(json.loads(found))
+                write_text(file, text)
+        return list(json.loads(text))
 
 
 @contextmanager
@@ -283,10 +280,3 @@ def _identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(str(base.generation_config).encode())
     return str(digest.hexdigest())
-
-
-def _digest(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{part}\n".encode())
-    return digest.hexdigest()[:32]

@@ -14,13 +14,17 @@ questions share passages they are +-1/2: with few passages Student's quantile ha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, permutation_test, t
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
+Key = TypeVar("Key", bound=Hashable)
 Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
@@ -37,7 +41,7 @@ class Estimate:
     """A mean difference, and how well it is known.
 
     Args:
-        mean: the difference that was found.
+        mean: the difference that was measured.
         centre: of its interval; other than `mean` for verdicts alone.
         error: standard error.
         freedom: degrees of freedom of Student's distribution.
@@ -72,8 +76,8 @@ class Estimate:
         needed = math.ceil(1 - math.log2(level))
         if self.units < needed or not math.isfinite(self.error):
             return None
-        found = float(t.ppf(1 - level / 2, self.freedom) + t.ppf(POWER, self.freedom)) * self.error
-        return min(1.0, max(found, needed / self.units)) if self.verdicts else found
+        smallest = float(t.ppf(1 - level / 2, self.freedom) + t.ppf(POWER, self.freedom)) * self.error
+        return min(1.0, max(smallest, needed / self.units)) if self.verdicts else smallest
 
 
 def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = None) -> Estimate:
@@ -99,7 +103,18 @@ def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = Non
 
 
 def are_shares(*values: Floats) -> bool:
-    return all(bool(((one >= 0) & (one <= 1)).all()) for one in values)
+    return all(bool(((side >= 0) & (side <= 1)).all()) for side in values)
+
+
+def won(differences: Floats) -> Floats:
+    """`[n]`: 1 where a difference is above 0, one half for a tie, else 0."""
+    return (np.sign(differences) + 1) / 2
+
+
+def wilson(shares: Floats, level: float = LEVEL) -> list[float]:
+    """The interval of a mean of right and wrong, `1 - level`."""
+    low, high = proportion_confint(shares.sum(), len(shares), alpha=level, method="wilson")
+    return [float(low), float(high)]
 
 
 def mean_interval(values: Floats, confidence: float = CONFIDENCE) -> list[float] | None:
@@ -112,16 +127,16 @@ def mean_interval(values: Floats, confidence: float = CONFIDENCE) -> list[float]
 
 def weighted_mean(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
     """Of independent estimates; the degrees of freedom are Satterthwaite's."""
-    parts = [(weight * one.error) ** 2 for one, weight in zip(estimates, weights, strict=True)]
-    error = math.sqrt(math.fsum(parts))
-    known = [part**2 / one.freedom for part, one in zip(parts, estimates, strict=True) if part]
+    variances = [(weight * part.error) ** 2 for part, weight in zip(estimates, weights, strict=True)]
+    error = math.sqrt(math.fsum(variances))
+    known = [variance**2 / part.freedom for variance, part in zip(variances, estimates, strict=True) if variance]
     return Estimate(
-        mean=math.fsum(weight * one.mean for one, weight in zip(estimates, weights, strict=True)),
-        centre=math.fsum(weight * one.centre for one, weight in zip(estimates, weights, strict=True)),
+        mean=math.fsum(weight * part.mean for part, weight in zip(estimates, weights, strict=True)),
+        centre=math.fsum(weight * part.centre for part, weight in zip(estimates, weights, strict=True)),
         error=error,
         freedom=error**4 / math.fsum(known) if known and math.isfinite(error) else 1.0,
-        units=sum(one.units for one in estimates),
-        verdicts=all(one.verdicts for one in estimates),
+        units=sum(part.units for part in estimates),
+        verdicts=all(part.verdicts for part in estimates),
     )
 
 
@@ -148,7 +163,7 @@ def exchange_test(change: Floats, clusters: Sequence[str] | None = None, seed: i
     sums = sums[sums != 0]
     if len(sums) < 2:  # both signs are as large
         return 1.0
-    found = permutation_test(
+    result = permutation_test(
         (sums,),
         np.mean,
         permutation_type="samples",
@@ -157,13 +172,41 @@ def exchange_test(change: Floats, clusters: Sequence[str] | None = None, seed: i
         batch=1000,
         rng=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def _by_cluster(change: Floats, clusters: Sequence[str] | None) -> tuple[Floats, NDArray[np.int64]]:
     """Sums and sizes."""
     if clusters is None:
         return change, np.ones(len(change), dtype=np.int64)
-    _, places = np.unique(np.asarray(clusters), return_inverse=True)
-    sums: Floats = np.bincount(places, change).astype(np.float64)
-    return sums, np.bincount(places).astype(np.int64)
+    _, numbers = np.unique(np.asarray(clusters), return_inverse=True)
+    sums: Floats = np.bincount(numbers, change).astype(np.float64)
+    return sums, np.bincount(numbers).astype(np.int64)
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """P-values after Holm's correction (1979)."""
+    if len(p_values) < 2:
+        return dict(p_values)
+    adjusted = multipletests(list(p_values.values()), method="holm")[1]
+    return dict(zip(p_values, map(float, adjusted), strict=True))
+
+
+def in_words(
+    gain: float, p_adjusted: float, detectable: float | None, n: int, shares: bool = True, of: str = "question"
+) -> str:
+    """The verdict on a comparison.
+
+    Args:
+        gain: the difference, above 0 where it is one for the better.
+        detectable: the smallest difference that could have been shown, if there is one.
+        n: how many were compared, and `of` what.
+        shares: whether the score is a share, whose differences are points.
+    """
+    if p_adjusted < LEVEL and gain:
+        return "better" if gain > 0 else "worse"
+    of_what = f"{n} {of}" if n == 1 else f"{n:,} {of}s"
+    if detectable is None:
+        return f"no difference that {of_what} can show (too few to show any)"
+    smallest = f"{100 * detectable:.1f} points" if shares else f"{detectable:.3g}"
+    return f"no difference that {of_what} can show (smallest one they could show: {smallest})"

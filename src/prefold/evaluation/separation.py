@@ -14,7 +14,8 @@ from scipy.stats import median_abs_deviation
 
 from prefold.data.findings import ROWS_SHOWN, Finding
 from prefold.data.preference import RowId
-from prefold.evaluation.heldout import PairScores
+from prefold.evaluation.held_out_pairs import PairScores
+from prefold.evaluation.paired import won
 
 BINS = 12
 _SEPARATED = 0.9
@@ -28,7 +29,7 @@ def separation(scores: PairScores) -> dict[str, Any]:
     counts, edges = np.histogram(margins, BINS)
     return {
         "pairs": len(margins),
-        "accuracy": round(float(np.mean((margins > 0) + 0.5 * (margins == 0))), 4),
+        "accuracy": round(float(won(margins).mean()), 4),
         "quartiles": [round(float(value), 4) for value in np.quantile(margins, (0.25, 0.5, 0.75))],
         "histogram": {"edges": [round(float(edge), 4) for edge in edges], "counts": counts.tolist()},
     }
@@ -36,19 +37,18 @@ def separation(scores: PairScores) -> dict[str, Any]:
 
 def findings_of(scores: PairScores, origins: Sequence[RowId]) -> list[Finding]:
     margins = scores.means[:, 0] - scores.means[:, 1]
-    found = []
+    findings = []
     if (accuracy := float((margins > 0).mean())) >= _SEPARATED:
         message = f"the model prefers the chosen completion of {accuracy:.0%} of the pairs already"
         advice = "there is little to learn from them; take harder pairs"
-        found.append(Finding("already_separated", "warning", int((margins > 0).sum()), (), message, advice))
+        findings.append(Finding("already_separated", "warning", int((margins > 0).sum()), (), message, advice))
     spread = float(median_abs_deviation(margins, scale="normal"))
     against = np.flatnonzero((margins < np.median(margins) - _FAR * spread) & (margins < 0))
     if len(against):
-        worst = sorted(against.tolist(), key=lambda place: float(margins[place]))[:ROWS_SHOWN]
-        message = f"the model is far more against {len(against)} pairs than against the others"
-        if len(against) == 1:
-            message = "the model is far more against 1 pair than against the others"
+        worst = sorted(against.tolist(), key=lambda index: float(margins[index]))[:ROWS_SHOWN]
+        number = "1 pair" if len(against) == 1 else f"{len(against)} pairs"
+        message = f"the model is far more against {number} than against the others"
         advice = "read them, the first ones first: their labels may be flipped"
-        rows = tuple(origins[place] for place in worst)
-        found.append(Finding("likely_flipped", "warning", len(against), rows, message, advice))
-    return found
+        rows = tuple(origins[index] for index in worst)
+        findings.append(Finding("likely_flipped", "warning", len(against), rows, message, advice))
+    return findings

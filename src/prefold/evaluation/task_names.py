@@ -37,19 +37,14 @@ def manager_of(names: Sequence[str], include_path: str | None) -> TaskManager:
     own = [_own_folder(include_path)] if include_path is not None else []
     manager = _reading(own)
     folders: set[Path] = set()
-    while True:
-        known = manager.task_index
-        missing = _missing(names, known)
-        found = {_folders()[name] for name in missing if name in _folders()} - folders
-        if not found:
-            break
-        folders |= found
+    while more := {_folders()[name] for name in _missing(names, manager.task_index) if name in _folders()} - folders:
+        folders |= more
         manager = _reading([*sorted(folders, reverse=True), *own])
     for name in names:
-        if name not in known:
-            everything = sorted({*SUITES, *known, *_folders()})
-            near = difflib.get_close_matches(name, everything, n=3)
-            hint = f"did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else "see docs/evaluation.md"
+        if name not in manager.task_index:
+            everything = sorted({*SUITES, *manager.task_index, *_folders()})
+            near = [f"`{match}`" for match in difflib.get_close_matches(name, everything, n=3)]
+            hint = f"did you mean {' or '.join(near)}?" if near else "see docs/evaluation.md"
             raise UserError(f"there is no task `{name}`", where=WHERE, advice=hint)
     return manager
 
@@ -82,20 +77,15 @@ def _reading(folders: Sequence[Path]) -> TaskManager:
 
 def _missing(names: Sequence[str], known: Mapping[str, Any]) -> set[str]:
     """Names that are not known, and those that known groups refer to without knowing them."""
-    found: set[str] = set()
-    pending, seen = list(names), set()
+    pending: list[str] = list(names)
+    seen: set[str] = set()
     while pending:
         name = pending.pop()
-        if name in seen:
-            continue
+        members = (known[name].cfg or {}).get("task") if name in known and name not in seen else None
         seen.add(name)
-        if name not in known:
-            found.add(name)
-            continue
-        members = (known[name].cfg or {}).get("task")
-        if isinstance(members, list):
-            pending += [one if isinstance(one, str) else str(one.get("task") or one.get("group")) for one in members]
-    return found
+        for member in members if isinstance(members, list) else ():
+            pending.append(member if isinstance(member, str) else str(member.get("task") or member.get("group")))
+    return {name for name in seen if name not in known}
 
 
 @lru_cache(maxsize=1)
@@ -104,8 +94,8 @@ def _folders() -> dict[str, Path]:
     import lm_eval
 
     root = Path(lm_eval.__file__).parent / "tasks"
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in sorted(root.rglob("*.yaml")):
         for name in _NAMED.findall(path.read_text(encoding="utf-8")):
-            found.setdefault(name, root / path.relative_to(root).parts[0])
-    return found
+            folders.setdefault(name, root / path.relative_to(root).parts[0])
+    return folders

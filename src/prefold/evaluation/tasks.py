@@ -24,8 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prefold.errors import UserError
-from prefold.evaluation.samples import OpenTask, primary_metric, scores_of
-from prefold.evaluation.scores import TaskScores
+from prefold.evaluation.scores import OpenTask, TaskScores, primary_metric, scores_of
 from prefold.evaluation.suites import SUITES, Wanted, wanted_by
 from prefold.evaluation.task_names import WHERE, manager_of
 from prefold.files import cache_folder, without_home, without_secrets
@@ -60,14 +59,13 @@ def open_tasks(settings: Evaluate, tokenizer: PreTrainedTokenizerBase | None = N
     if settings.apply_chat_template and tokenizer is not None and not tokenizer.chat_template:
         what = "the tokenizer has no chat template to apply"
         raise UserError(what, where="evaluate.apply_chat_template", advice="set it to false, or name a chat model")
-    wanted = [one for name in settings.tasks for one in wanted_by(name)]
+    wanted = list(dict.fromkeys(task for name in settings.tasks for task in wanted_by(name)))
     with _as_the_harness_runs():
-        manager = manager_of([one.task for one in wanted], settings.include_path)
-        found = [task for one in dict.fromkeys(wanted) for task in _opened(manager, one, settings.num_fewshot)]
-        found = _told_apart(found)
-        for one in found:
-            _prove(one)
-    return found
+        manager = manager_of([task.task for task in wanted], settings.include_path)
+        tasks = _told_apart([opened for task in wanted for opened in _opened(manager, task, settings.num_fewshot)])
+        for opened in tasks:
+            _prove(opened)
+    return tasks
 
 
 def _opened(manager: TaskManager, wanted: Wanted, num_fewshot: int | None) -> list[OpenTask]:
@@ -102,40 +100,36 @@ def _cannot_be_opened(manager: TaskManager, name: str, error: Exception) -> User
 def _told_apart(tasks: Sequence[OpenTask]) -> list[OpenTask]:
     """Tasks that are asked for twice, with different numbers of examples, have different names."""
     shots: dict[str, int] = {}
-    found = []
-    for one in tasks:
-        same = shots.setdefault(one.name, one.num_fewshot) == one.num_fewshot
-        found.append(one if same else replace(one, name=f"{one.name}_{one.num_fewshot}shot"))
-    return found
+    return [
+        opened
+        if shots.setdefault(opened.name, opened.num_fewshot) == opened.num_fewshot
+        else replace(opened, name=f"{opened.name}_{opened.num_fewshot}shot")
+        for opened in tasks
+    ]
 
 
-def _prove(one: OpenTask) -> None:
-    """Build the first question and judge an answer to it.
+def _prove(opened: OpenTask) -> None:
+    """Build the first question and judge an answer to it, by a model that knows nothing.
 
     Raises:
         UserError: the task cannot be asked here.
     """
-    if getattr(one.task, "UNSAFE_CODE", False):
-        raise UserError(f"the task `{one.name}` runs code that the model writes, which prefold does not", where=WHERE)
-    if getattr(one.task, "MULTIMODAL", False):
-        raise UserError(f"the task `{one.name}` shows pictures or plays sound, and prefold is for text", where=WHERE)
+    name, task = opened.name, opened.task
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"the task `{name}` runs code that the model writes, which prefold does not", where=WHERE)
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"the task `{name}` shows pictures or plays sound, and prefold is for text", where=WHERE)
+    unknown: dict[str, Any] = {"generate_until": "", "loglikelihood_rolling": -1.0}
     try:
-        one.task.set_fewshot_seed(SEEDS["fewshot"])
-        one.task.build_all_requests(limit=1, rank=0, world_size=1)
-        judged = _judged(one.task)
+        task.set_fewshot_seed(SEEDS["fewshot"])
+        task.build_all_requests(limit=1, rank=0, world_size=1)
+        responses = [unknown.get(request.request_type, (-1.0, False)) for request in task.instances]
+        results = task.process_results(task.instances[0].doc, responses)
     except Exception as error:
-        what = f"the task `{one.name}` cannot build and judge its first question ({type(error).__name__}: {error})"
+        what = f"the task `{name}` cannot build and judge its first question ({type(error).__name__}: {error})"
         advice = "see its YAML; with `num_fewshot`, that it has as many examples"
         raise UserError(what, where=WHERE, advice=advice) from error
-    primary_metric(one, judged)
-
-
-def _judged(task: Any) -> dict[str, Any]:
-    """What the harness finds for the first question if a model knows nothing."""
-    unknown: dict[str, Any] = {"generate_until": "", "loglikelihood_rolling": -1.0}
-    responses = [unknown.get(one.request_type, (-1.0, False)) for one in task.instances]
-    found: dict[str, Any] = task.process_results(task.instances[0].doc, responses)
-    return found
+    primary_metric(opened, results)
 
 
 # ---- asking -----------------------------------------------------------------------------------------------------
@@ -156,10 +150,10 @@ def measure_model(
     """
     # On a CPU float32 costs little and keeps rounding out of the comparison.
     model = load_start(section, dtype="float32" if choose_device().type == "cpu" else None)
-    found = measure(model, tokenizer_of(section), tasks, settings, when, trained_on)
+    scores = measure(model, tokenizer_of(section), tasks, settings, when, trained_on)
     del model
     free_memory()
-    return found
+    return scores
 
 
 def measure(
@@ -177,24 +171,24 @@ def measure(
     from prefold.evaluation.harness import TreeLM
 
     lm = TreeLM(model, tokenizer, cache_folder() / "evaluation")
-    found = []
-    for one in tasks:
-        lm.label = f"{one.name} {when}".strip()
+    scores = []
+    for opened in tasks:
+        lm.label = f"{opened.name} {when}".strip()
         with _as_the_harness_runs():
-            one.task.set_fewshot_seed(SEEDS["fewshot"])
+            opened.task.set_fewshot_seed(SEEDS["fewshot"])
             results: Any = evaluate(
                 lm=lm,
-                task_dict={"tasks": {one.name: one.task}, "groups": {}},
+                task_dict={"tasks": {opened.name: opened.task}, "groups": {}},
                 limit=settings.limit,
                 bootstrap_iters=0,
                 apply_chat_template=settings.apply_chat_template,
                 fewshot_as_multiturn=True,
             )
-            found.append(scores_of(one, results["samples"][one.name], trained_on))
-    return found
+            scores.append(scores_of(opened, results["samples"][opened.name], trained_on))
+    return scores
 
 
-def asked_with(settings: Evaluate) -> dict[str, Any]:
+def recorded_settings(settings: Evaluate) -> dict[str, Any]:
     """What to know of the questions beside their scores."""
     return {
         "harness": f"lm_eval {version('lm_eval')}",

@@ -23,8 +23,7 @@ from statsmodels.genmod.generalized_linear_model import GLM
 
 from prefold.data.preference import Message
 from prefold.errors import StageError
-from prefold.evaluation.compare import verdict
-from prefold.evaluation.paired import Floats, estimate, paired_test
+from prefold.evaluation.paired import Floats, estimate, in_words, paired_test
 from prefold.files import cache_folder
 from prefold.generation.endpoint import Endpoint, Refused, in_parallel
 from prefold.recipe import EndpointJudge, RewardBase
@@ -196,7 +195,7 @@ def win_rate(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> dict[str, A
         "win_rate": float(wins.mean()),
         "ci": None if ends is None else [(1 + end) / 2 for end in ends],
         "p_value": p_value,
-        "verdict": verdict(found.mean, p_value, None if detectable is None else detectable / 2, n, of="prompt"),
+        "verdict": in_words(found.mean, p_value, None if detectable is None else detectable / 2, n, of="prompt"),
         "length_controlled": _of_prompts(wins, lengths, prompts),
         "characters": {"before": float(lengths[:, 0].mean()), "after": float(lengths[:, 1].mean())},
     }

@@ -11,17 +11,19 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prefold.files import read_json, write_text
-from prefold.reports import run_record as read
-from prefold.reports.run_record import Number, RunRecord, Values, finite, interval, read_run, section
-from prefold.reports.verdict import none_trained_on, overall, tasks_of
+from prefold.reports.held_out import columns_of, rows_of
+from prefold.reports.numbers import finite
+from prefold.reports.run_files import RunRecord, Values, read_run, section
+from prefold.reports.tasks import averages, none_trained_on, tasks_of
+from prefold.reports.templates import card_template
+from prefold.reports.verdict import overall
 
 CARD = "README.md"
 
@@ -38,6 +40,7 @@ SETTINGS = (
     "max_steps",
     "optim",
 )
+LORA = ("r", "lora_alpha", "lora_dropout")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
 
 
@@ -55,46 +58,29 @@ def write_card(run_folder: Path) -> Path:
 def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
     """The card of a repository that holds these parts of a run."""
     run = read_run(run_folder)
-    recipe = portable(run.recipe)
-    page = _environment().get_template("card.md.j2")
-    tasks, average = run.tasks or {}, section(run.tasks, "average")
-    body = page.render(
+    recipe, base = portable(run.recipe), _base(run)
+    tasks, average = (_measured(facts) for facts in (tasks_of(run.tasks), averages(run.tasks)))
+    body = card_template("card.md.j2", literal, last_part)(
         run=run,
         parts=parts,
         title=_title(run),
         model_id=section(run.recipe, "publish").get("hub_model_id") or "PATH/OF/THIS/FOLDER",
         chats=_has_chat_template(run_folder),
-        base=_base(run),
-        licence=_licence(run),
+        base=base,
+        licence=base.get("license_name") or base.get("license"),
         verdict=overall(run),
-        comparisons=read.comparisons_of(run),
-        columns=read.columns_of(run),
-        held_out="prompts" if run.rewards and not run.heldout else "pairs",
-        tasks=_task_rows(tasks),
-        average=_task_row("Average", average) if (finite(average.get("tasks")) or 0) > 1 else None,
-        none_trained_on=none_trained_on(tasks),
+        rows=rows_of(run),
+        columns=columns_of(run),
+        tasks=tasks,
+        average=average.get("Average"),
+        none_trained_on=none_trained_on(run.tasks),
         settings=_settings(recipe),
-        sources=_sources(run),
-        tokens=_tokens(run),
-        findings=_findings(run),
-        merge=run.merge,
+        data=run.data or {},
         checks=_gguf_checks(run_folder) if "gguf" in parts else [],
         recipe=fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100), "yaml"),
         versions=_versions(run),
     )
     return f"---\n{_head(run, parts, tasks)}---\n\n{body}"
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,
-        finalize=literal,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 # ---- text that stays text ---------------------------------------------------------------------------------------
@@ -117,8 +103,7 @@ def literal(value: Any) -> Any:
     """
     if isinstance(value, Markup):
         return value
-    text = value.text if isinstance(value, Number) else str(value)
-    escaped = _PUNCTUATION.sub(lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
+    escaped = _PUNCTUATION.sub(lambda mark: f"&#{ord(mark[0])};", " ".join(str(value).split()))
     return re.sub(r"^(\d+)([.)])(?=\s|$)", lambda item: f"{item[1]}&#{ord(item[2])};", escaped)
 
 
@@ -146,7 +131,7 @@ def last_part(text: str) -> str:
 # ---- the head ---------------------------------------------------------------------------------------------------
 
 
-def _head(run: RunRecord, parts: Sequence[Part], tasks: Values) -> str:
+def _head(run: RunRecord, parts: Sequence[Part], tasks: dict[str, Values]) -> str:
     base = _base(run)
     results = [
         EvalResult(
@@ -156,8 +141,7 @@ def _head(run: RunRecord, parts: Sequence[Part], tasks: Values) -> str:
             metric_type=str(task.get("metric") or "score"),
             metric_value=finite(task.get("after")),
         )
-        for name, task in tasks_of(tasks).items()
-        if finite(task.get("after")) is not None
+        for name, task in tasks.items()
     ]
     data = ModelCardData(
         base_model=base.get("hub_id"),
@@ -186,30 +170,6 @@ def _without_nothing(value: Any) -> Any:
 # ---- what is said -----------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    name: str
-    value: str
-
-
-class TaskRow(NamedTuple):
-    """A task's scores, in percent; `n` questions."""
-
-    name: str
-    metric: str
-    before: Number
-    after: Number
-    change: Number
-    interval: str
-    n: Number
-
-
-class SourceRow(NamedTuple):
-    path: str
-    shape: str
-    rows: Number
-    used: Number
-
-
 def _title(run: RunRecord) -> str:
     name = section(run.recipe, "publish").get("hub_model_id")
     return str(name).rpartition("/")[2] if name else run.name
@@ -221,95 +181,41 @@ def _base(run: RunRecord) -> Values:
     return {"name": last_part(run.model), "hub_id": None, "revision": None, **known}
 
 
-def _licence(run: RunRecord) -> str | None:
-    base = _base(run)
-    return base.get("license_name") or base.get("license")
-
-
 def _has_chat_template(run_folder: Path) -> bool:
     config = run_folder / "merged" / "tokenizer_config.json"
     inside = config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
     return inside or (run_folder / "merged" / "chat_template.jinja").is_file()
 
 
-def _task_rows(tasks: Values) -> list[TaskRow]:
-    rows = [_task_row(name, task) for name, task in tasks_of(tasks).items()]
-    return [row for row in rows if row is not None]
+def _measured(tasks: dict[str, Values]) -> dict[str, Values]:
+    return {name: task for name, task in tasks.items() if finite(task.get("after")) is not None}
 
 
-def _task_row(name: str, task: Values) -> TaskRow | None:
-    if finite(task.get("after")) is None:
-        return None
-    low, high = interval(task.get("ci"))
-    ends = "" if low is None else f"{read.points(low, 1).text} to {read.points(high, 1).text}"
-    return TaskRow(
-        name=name,
-        metric=str(task.get("metric") or ""),
-        before=read.percent(task.get("before"), 1),
-        after=read.percent(task.get("after"), 1),
-        change=read.points(task.get("difference"), 1),
-        interval=ends,
-        n=read.count(task.get("n")),
-    )
-
-
-def _settings(recipe: Values) -> list[Row]:
+def _settings(recipe: Values) -> dict[str, str]:
     """The fields that say most, in the recipe's own words; the whole recipe stands further down."""
-    method, lora, train = str(recipe.get("method", "")), recipe.get("lora"), section(recipe, "train")
-    shown = {name: value for name, value in section(recipe, method).items() if value is not None}
-    rows = [Row(f"{method}.{name}", _value(value)) for name, value in shown.items()]
-    if isinstance(lora, dict):
-        rows += [
-            Row(f"lora.{name}", _value(lora[name])) for name in ("r", "lora_alpha", "lora_dropout") if name in lora
-        ]
-    elif lora == "none":
-        rows.append(Row("lora", "none: every weight was trained"))
-    rows += [Row(f"train.{name}", _value(train[name])) for name in SETTINGS if train.get(name) is not None]
-    bits = [name for name in ("load_in_4bit", "load_in_8bit") if section(recipe, "model").get(name)]
-    return rows + [Row(f"model.{name}", "true") for name in bits]
+    method, train, model = str(recipe.get("method", "")), section(recipe, "train"), section(recipe, "model")
+    shown = {f"{method}.{name}": value for name, value in section(recipe, method).items()}
+    if recipe.get("lora") == "none":
+        shown["lora"] = "none: every weight was trained"
+    shown |= {f"lora.{name}": section(recipe, "lora").get(name) for name in LORA}
+    shown |= {f"train.{name}": train.get(name) for name in SETTINGS}
+    shown |= {f"model.{name}": True for name in ("load_in_4bit", "load_in_8bit") if model.get(name)}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in shown.items()
+        if value is not None
+    }
 
 
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _sources(run: RunRecord) -> list[SourceRow]:
-    return [
-        SourceRow(
-            last_part(str(source.get("path", ""))),
-            str(source.get("shape", "")),
-            read.count(source.get("rows_in")),
-            read.count(source.get("rows_used")),
-        )
-        for source in read.objects((run.data or {}).get("sources"))
-    ]
-
-
-def _tokens(run: RunRecord) -> list[tuple[str, Number, Number]]:
-    """By split: examples and tokens."""
-    tokens = section(run.data, "tokens")
-    return [
-        (label, read.count(section(tokens, split).get("trees")), read.count(section(tokens, split).get("packed")))
-        for split, label in (("train", "trained on"), ("held_out", "held out"))
-        if section(tokens, split)
-    ]
-
-
-def _findings(run: RunRecord) -> list[str]:
-    kept = read.objects((run.data or {}).get("findings"))
-    return [str(one.get("message", "")) for one in kept if one.get("severity") in ("warning", "error")]
-
-
-def _gguf_checks(run_folder: Path) -> list[tuple[str, Number]]:
+def _gguf_checks(run_folder: Path) -> list[Values]:
     path = run_folder / "gguf" / "checks.json"
-    checks = cast("list[Values]", read_json(path)) if path.is_file() else []
-    return [(str(one["file"]), read.scientific(one["relative_difference"])) for one in checks]
+    return cast("list[Values]", read_json(path)) if path.is_file() else []
 
 
-def _versions(run: RunRecord) -> list[Row]:
+def _versions(run: RunRecord) -> Values:
     environment = run.environment or {}
     packages = section(environment, "packages")
-    known = {"prefold": environment.get("prefold"), "Python": environment.get("python")}
-    known |= {name: packages.get(name) for name in PACKAGES}
-    known["computed on"] = environment.get("device_name") or environment.get("device")
-    return [Row(name, str(value)) for name, value in known.items() if value]
+    versions = {"prefold": environment.get("prefold"), "Python": environment.get("python")}
+    versions |= {name: packages.get(name) for name in PACKAGES}
+    versions["computed on"] = environment.get("device_name") or environment.get("device")
+    return {name: value for name, value in versions.items() if value}

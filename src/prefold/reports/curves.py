@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bokeh.embed import json_item
@@ -17,39 +18,23 @@ from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, NumeralTickFo
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-from prefold.reports import run_record as read
-from prefold.reports.run_record import Number, RunRecord, Values, finite
+from prefold.reports.numbers import decimal, finite, percent
+from prefold.reports.run_files import RunRecord, Values
 
 CHOSEN, REJECTED, PLAIN = "#1f9d8b", "#d2713f", "#5c85d6"
 MOST_POINTS = 1500
 SMOOTH_FROM = 40
 """Steps from which a moving mean is drawn over the single steps."""
 
-# Bokeh draws on a canvas, which no stylesheet reaches: the colours of axes follow the page by hand.
-DRAW_CURVES = """
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const page = () => getComputedStyle(document.documentElement);
-const paint = (figure) => {
-  const muted = page().getPropertyValue("--muted").trim(), rule = page().getPropertyValue("--rule").trim();
-  for (const axis of [...figure.below, ...figure.left]) axis.major_label_text_color = muted;
-  for (const axis of figure.below) axis.axis_line_color = rule;
-  for (const grid of figure.center) if ("grid_line_color" in grid) grid.grid_line_color = rule;
-};
-const figures = [];
-for (const item of JSON.parse(document.getElementById("plots").textContent)) {
-  Bokeh.embed.embed_item(item).then((views) => {
-    const figure = [...views][0].model;
-    figures.push(figure);
-    paint(figure);
-  });
-}
-dark.addEventListener("change", () => figures.forEach(paint));
-"""
-
 
 def library() -> str:
     """Bokeh's own script, whole."""
     return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
+
+
+def drawing() -> str:
+    """What hands the plots of a page to it."""
+    return Path(__file__).with_name("draw_curves.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -95,19 +80,17 @@ LOSS = CurveKind(
     "Healthy: it falls quickly, then slowly. A jump upwards that does not come back points to too high a learning "
     "rate.",
 )
-LOSS_FROM_LN_2 = CurveKind(
-    "Loss",
-    LOSS.lines,
-    "Healthy: it starts at ln 2 ≈ 0.693 (dashed), where the model cannot tell the answers apart, and falls. Close to 0 "
-    "it has learned its pairs by heart.",
+LOSS_FROM_LN_2 = replace(
+    LOSS,
+    healthy="Healthy: it starts at ln 2 ≈ 0.693 (dashed), where the model cannot tell the answers apart, and falls. "
+    "Close to 0 it has learned its pairs by heart.",
     level=math.log(2),
 )
-LOSS_FROM_0 = CurveKind(
-    "Loss",
-    LOSS.lines,
-    "Expected: divided by completions (loss_type grpo) it starts at 0 (dashed), as they are compared with one another, "
-    "and rises with the KL divergence; divided by tokens it is above 0 while the longer ones are the worse. It says "
-    "nothing about success; the reward does.",
+LOSS_FROM_0 = replace(
+    LOSS,
+    healthy="Expected: divided by completions (loss_type grpo) it starts at 0 (dashed), as they are compared with one "
+    "another, and rises with the KL divergence; divided by tokens it is above 0 while the longer ones are the worse. "
+    "It says nothing about success; the reward does.",
     level=0.0,
 )
 REWARD = CurveKind(
@@ -135,20 +118,20 @@ SCORES = CurveKind(
     ),
     "Healthy: they spread out, and the mean stays put. `center_rewards_coefficient` holds one that wanders off.",
 )
-SCORE_MARGIN = CurveKind("Margin", (Line("margin", "margin", PLAIN),), MARGINS.healthy)
-SCORE_ACCURACY = CurveKind(
-    "Accuracy", (Line("accuracy", "accuracy", PLAIN),), ACCURACIES.healthy, ACCURACIES.level, ACCURACIES.is_share
-)
+SCORE_MARGIN = replace(MARGINS, title="Margin", lines=(Line("margin", "margin", PLAIN),))
+SCORE_ACCURACY = replace(ACCURACIES, title="Accuracy", lines=(Line("accuracy", "accuracy", PLAIN),))
 LOSSES = {"dpo": LOSS_FROM_LN_2, "grpo": LOSS_FROM_0}
 """Losses whose first value is known; every other method gets `LOSS`."""
 
 
 class Curve(NamedTuple):
-    """`target` is the id of the element to draw in; `ends` has first and last values; `plot` is bokeh's own JSON."""
+    """`target` is the id of the element to draw in; `ends` has first and last values, for `write`; `plot` is bokeh's
+    own JSON."""
 
     kind: CurveKind
     target: str
-    ends: list[tuple[Line, Number, Number]]
+    ends: list[tuple[Line, float, float]]
+    write: Callable[[Any], str]
     gaps: int
     window: int
     plot: Any
@@ -157,23 +140,20 @@ class Curve(NamedTuple):
 def curves(run: RunRecord) -> list[Curve]:
     kinds = [LOSSES.get(run.method, LOSS), REWARDS, MARGINS, ACCURACIES, REWARD, LENGTH, DIVERGENCE]
     kinds += [SCORES, SCORE_MARGIN, SCORE_ACCURACY]
-    return [curve for place, kind in enumerate(kinds) if (curve := _curve(kind, f"curve-{place}", run.metrics))]
+    return [curve for number, kind in enumerate(kinds) if (curve := _curve(kind, f"curve-{number}", run.metrics))]
 
 
 def _curve(kind: CurveKind, target: str, metrics: Sequence[Values]) -> Curve | None:
-    steps = [finite(row.get("step")) or float(place) for place, row in enumerate(metrics, start=1)]
+    steps = [finite(row.get("step")) or float(number) for number, row in enumerate(metrics, start=1)]
     values = {line.metric: [finite(row.get(line.metric)) for row in metrics] for line in kind.lines}
-    if not any(value is not None for column in values.values() for value in column):
+    known = {metric: [value for value in column if value is not None] for metric, column in values.items()}
+    ends = [(line, known[line.metric][0], known[line.metric][-1]) for line in kind.lines if known[line.metric]]
+    if not ends:
         return None
-    write = read.percent if kind.is_share else read.decimal
-    ends = []
-    for line in kind.lines:
-        known = [value for value in values[line.metric] if value is not None]
-        if known:
-            ends.append((line, write(known[0]), write(known[-1])))
-    gaps = sum(any(column[place] is None for column in values.values()) for place in range(len(metrics)))
+    gaps = sum(None in row for row in zip(*values.values(), strict=True))
     window = math.ceil(len(metrics) / 20) if len(metrics) >= SMOOTH_FROM else 1
-    return Curve(kind, target, ends, gaps, window, _plot(kind, target, steps, values, window))
+    plot = _plot(kind, target, steps, values, window)
+    return Curve(kind, target, ends, percent if kind.is_share else decimal, gaps, window, plot)
 
 
 def _plot(kind: CurveKind, target: str, steps: list[float], values: dict[str, list[float | None]], window: int) -> Any:
@@ -224,10 +204,10 @@ def _with_gaps(values: Sequence[float | None]) -> list[float]:
 
 
 def _moving_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """Mean of the last `window` finite values up to each place."""
+    """Mean of the last `window` finite values up to each."""
     means: list[float | None] = []
-    for place, value in enumerate(values):
-        recent = [item for item in values[max(0, place + 1 - window) : place + 1] if item is not None]
+    for index, value in enumerate(values):
+        recent = [item for item in values[max(0, index + 1 - window) : index + 1] if item is not None]
         means.append(None if value is None else statistics.fmean(recent))
     return means
 

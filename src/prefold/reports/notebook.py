@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import escape
 
 from prefold.reports.page import render
-from prefold.reports.run_record import read_run
+from prefold.reports.run_files import read_run
 from prefold.reports.run_table import summary
 from prefold.terminal import as_text
 

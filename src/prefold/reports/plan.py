@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-Values = dict[str, Any]
+from prefold.reports.numbers import about_count, about_duration, size
+from prefold.reports.run_files import Values
+from prefold.reports.terminal_tables import grid, indented
 
 DEVICES = {"cpu": "this machine", "cuda": "the GPU", "mps": "this Mac"}
 
 
 def print_plan(console: Console, plan: Values) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    heading, *phases = memory_headings(plan)
-    table.add_column(heading, overflow="fold")
-    for phase in phases:
-        table.add_column(phase, justify="right")
+    table = grid("memory", *plan["memory"])
     for label, *sizes in memory_rows(plan):
         table.add_row(label, *sizes, style="bold" if label == "peak" else None)
     console.print(table)
@@ -28,22 +23,19 @@ def print_plan(console: Console, plan: Values) -> None:
         console.print(Text(f"{label:9}", style="dim").append(text, style="default"))
     if plan["change"]:
         console.print(Text(change_title(plan), style="yellow"))
-        console.print(Padding(Text(plan["change"]["yaml"].rstrip()), (0, 0, 0, 9)))
+        console.print(indented(Text(plan["change"]["yaml"].rstrip()), 9))
     console.print("")
 
 
 def in_two_lines(plan: Values) -> list[str]:
     """What a run says before it begins."""
-    seconds = f", about {duration(sum(plan['seconds'].values()))}{_untimed(plan)}" if plan["seconds"] else ""
+    seconds = f", about {about_duration(sum(plan['seconds'].values()))}{_untimed(plan)}" if plan["seconds"] else ""
+    tokens, flops, disk = about_count(plan["tokens"]), about_count(plan["flops"]), plan["disk"]
     return [
-        f"{plan['optimizer_steps']:,} steps, {count(plan['tokens'])} tokens, {count(plan['flops'])} FLOPs{seconds}",
-        f"memory {size(plan['peak'])} of {size(plan['at_hand'])} at hand, disk {size(plan['disk']['needed'])} of "
-        f"{size(plan['disk']['free'])} free",
+        f"{plan['optimizer_steps']:,} steps, {tokens} tokens, {flops} FLOPs{seconds}",
+        f"memory {size(plan['peak'])} of {size(plan['at_hand'])} at hand, disk {size(disk['needed'])} of "
+        f"{size(disk['free'])} free",
     ]
-
-
-def memory_headings(plan: Values) -> list[str]:
-    return ["memory", *plan["memory"]]
 
 
 def memory_rows(plan: Values) -> Iterator[list[str]]:
@@ -70,10 +62,10 @@ def plan_lines(plan: Values) -> list[tuple[str, str]]:
     saved = "" if plan["packed"] else ", plain path"
     if plan["packed"] and plan["plain_tokens"] > plan["tokens"]:
         saved = f"; {plan['plain_tokens'] / plan['tokens']:.2f} times as many without shared prompts"
-    lines.append(("tokens", f"{count(plan['tokens'])} in all{saved}"))
-    lines.append(("work", f"{count(plan['flops'])} FLOPs of training"))
+    lines.append(("tokens", f"{about_count(plan['tokens'])} in all{saved}"))
+    lines.append(("work", f"{about_count(plan['flops'])} FLOPs of training"))
     if plan["seconds"]:
-        parts = ", ".join(f"{phase} {duration(value)}" for phase, value in plan["seconds"].items())
+        parts = ", ".join(f"{phase} {about_duration(value)}" for phase, value in plan["seconds"].items())
         lines.append(("time", parts + _untimed(plan)))
     disk = plan["disk"]
     parts = ", ".join(f"{name} {size(disk[name])}" for name in ("checkpoints", "adapter", "merged") if disk[name])
@@ -93,27 +85,3 @@ def _budget(plan: Values) -> str:
 def change_title(plan: Values) -> str:
     fits = "To make it fit" if plan["change"]["fits"] else "Nearest, though it still does not fit"
     return f"{fits} (peak {size(plan['change']['peak'])}), write in the recipe:"
-
-
-def size(value: float) -> str:
-    return _scaled(value, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B")
-
-
-def count(value: float) -> str:
-    """`12,345`, or `1.2e15` where nobody counts digits."""
-    return f"{value:,.0f}" if value < 1e7 else f"{value:.1e}".replace("e+", "e").replace("e0", "e")
-
-
-def duration(seconds: float) -> str:
-    """In the unit that reads best."""
-    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}" if seconds < 10 * length else f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _scaled(value: float, units: Sequence[tuple[str, float]], smallest: str) -> str:
-    for unit, length in units:
-        if value >= length:
-            return f"{value / length:.1f} {unit}" if value < 100 * length else f"{value / length:.0f} {unit}"
-    return f"{value:.0f} {smallest}"

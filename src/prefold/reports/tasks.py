@@ -1,193 +1,110 @@
-"""What pages and terminal show of compared tasks and of the win rate: rows, whiskers, questions that flipped."""
+"""Compared tasks and the win rate as pages and terminal show them: what counts once, and what is said beside a score.
+
+`facts` are those of a task, a group or an average, as `evaluation/tasks.json` has them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
-from prefold.reports import run_record as read
-from prefold.reports import verdict as overall
-from prefold.reports.run_record import NO_VALUE, Number, Outcome, Values, finite, interval, section
-from prefold.reports.verdict import entries, groups_of, judge_of, members_of, outcome_of, tasks_of
+from prefold.reports.numbers import MINUS, change, count, counted, finite, interval
+from prefold.reports.run_files import Values, as_list, objects, section
 
-
-class Whisker(NamedTuple):
-    """A difference with its interval, in percent of a scale whose middle is no difference."""
-
-    low: float
-    high: float
-    dot: float
+Outcome = Literal["better", "worse", "mixed", "unclear", "missing"]
 
 
-class TaskRow(NamedTuple):
-    """`note`: metric, examples and questions. `smallest`: the smallest difference that could have been shown.
-    `apart`: the questions that the model was trained on."""
-
-    name: str
-    note: str
-    before: Number
-    after: Number
-    change: Number
-    ends: str
-    whisker: Whisker | None
-    outcome: Outcome
-    words: str
-    smallest: str
-    flips: str
-    apart: str
+def outcome_of(facts: Values) -> Outcome:
+    verdict = facts.get("verdict")
+    if verdict == "better":
+        return "better"
+    return "worse" if verdict == "worse" else "unclear"
 
 
-class Flip(NamedTuple):
-    """A question that one of the models answers rightly and the other does not."""
-
-    question: str
-    before: str
-    after: str
-    target: str
+def are_shares(facts: Values) -> bool:
+    return facts.get("shares") is not False
 
 
-class Flipped(NamedTuple):
-    """`shown` of `number` questions that went from wrong to right (`fixed`) or the other way."""
-
-    task: str
-    direction: str
-    number: Number
-    shown: list[Flip]
+# ---- what counts once -------------------------------------------------------------------------------------------
 
 
-class Members(NamedTuple):
-    group: str
-    rows: list[TaskRow]
+def tasks_of(comparison: Values | None, kind: str = "tasks") -> dict[str, Values]:
+    """Facts by name; `kind` may be `groups` or `suites` as well."""
+    return {name: facts for name, facts in section(comparison, kind).items() if isinstance(facts, dict)}
+
+
+def members_of(group: Values) -> list[str]:
+    return [str(name) for name in as_list(group.get("members"))]
+
+
+def entries(comparison: Values | None) -> dict[str, Values]:
+    """What counts once, in the order of the tasks: groups, and the tasks that are in none."""
+    groups, counting = tasks_of(comparison, "groups"), {}
+    group_of = {task: name for name, group in groups.items() for task in members_of(group)}
+    for task, facts in tasks_of(comparison).items():
+        name = group_of.get(task, task)
+        counting[name] = groups.get(name, facts)
+    return counting
+
+
+def averages(comparison: Values | None) -> dict[str, Values]:
+    """By what they are called; one of a single task says nothing new."""
+    every = {f"Average, {name}": facts for name, facts in tasks_of(comparison, "suites").items()}
+    every |= {"Average": section(comparison, "average")}
+    return {name: facts for name, facts in every.items() if (finite(facts.get("tasks")) or 0) > 1}
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
 
 
 class TaskTable(NamedTuple):
-    """`rows`: groups and the tasks that are in none; `averages` below them; `members`: the tasks of each group."""
+    """`rows`: groups and the tasks that are in none; `averages` below them; `members`: the tasks of each group.
+    `flipped`: task, number of questions, whether they became right, and some of them. The scale of differences goes
+    from `-reach` to `reach`."""
 
-    rows: list[TaskRow]
-    averages: list[TaskRow]
-    members: list[Members]
-    reach: str
-    flipped: list[Flipped]
-    left_out: list[tuple[str, str]]
+    rows: dict[str, Values]
+    averages: dict[str, Values]
+    members: dict[str, dict[str, Values]]
+    reach: float
+    flipped: list[tuple[str, Any, bool, list[Values]]]
+    left_out: dict[str, Any]
     remarks: list[str]
 
 
 def task_table(comparison: Values | None) -> TaskTable | None:
     """None where nothing was compared."""
-    tasks, shown = tasks_of(comparison), entries(comparison)
-    if not shown:
+    tasks, rows, means = tasks_of(comparison), entries(comparison), averages(comparison)
+    if not rows:
         return None
-    averages = _averages(comparison or {})
-    reach = _reach([*tasks.values(), *shown.values(), *averages.values()])
     return TaskTable(
-        rows=[_row(name, facts, reach) for name, facts in shown.items()],
-        averages=[_row(name, facts, reach) for name, facts in averages.items()],
-        members=[
-            Members(name, [_row(task, tasks[task], reach) for task in members_of(group) if task in tasks])
-            for name, group in groups_of(comparison).items()
+        rows=rows,
+        averages=means,
+        members={
+            name: {task: tasks[task] for task in members_of(group) if task in tasks}
+            for name, group in tasks_of(comparison, "groups").items()
+        },
+        reach=_reach([*tasks.values(), *rows.values(), *means.values()]),
+        flipped=[
+            (name, facts.get(direction), direction == "fixed", questions)
+            for name, facts in tasks.items()
+            for direction in ("fixed", "broken")
+            if (questions := objects(section(facts, "flipped").get(direction)))
         ],
-        reach=f"{100 * reach:g}",
-        flipped=[one for name, facts in tasks.items() for one in _flipped(name, facts)],
-        left_out=[(name, str(reason)) for name, reason in section(comparison, "left_out").items()],
+        left_out=section(comparison, "left_out"),
         remarks=_remarks(comparison),
     )
-
-
-def _averages(comparison: Values) -> dict[str, Values]:
-    """By what they are called; one of a single task says nothing new."""
-    found = {f"Average, {name}": facts for name, facts in section(comparison, "suites").items()}
-    found |= {"Average": section(comparison, "average")}
-    return {
-        name: facts
-        for name, facts in found.items()
-        if isinstance(facts, dict) and (finite(facts.get("tasks")) or 0) > 1
-    }
-
-
-def _row(name: str, facts: Values, reach: float) -> TaskRow:
-    shares = facts.get("shares") is not False
-    written = _share if shares else read.decimal
-    change = read.points(facts.get("difference"), 1) if shares else read.signed(facts.get("difference"))
-    outcome = outcome_of(facts)
-    smallest = read.points(facts.get("detectable"), 1).text.lstrip("+") + " points" if shares else ""
-    words = {"better": "better", "worse": "worse"}.get(outcome, "no difference shown")
-    return TaskRow(
-        name=name,
-        note=_note(facts),
-        before=written(facts.get("before")),
-        after=written(facts.get("after")),
-        change=change,
-        ends=_ends(facts, shares),
-        whisker=_whisker(facts, reach) if shares else None,
-        outcome=outcome,
-        words=words if "verdict" in facts else "",
-        smallest=_smallest(facts, smallest) if words == "no difference shown" and "verdict" in facts else "",
-        flips=_flips(facts),
-        apart=_apart(facts, shares),
-    )
-
-
-def _apart(facts: Values, shares: bool) -> str:
-    number, clean = finite(section(facts, "contaminated").get("n")), section(facts, "clean")
-    if not number:
-        return ""
-    without = f"; {overall.difference(clean.get('difference'), shares)} without" if finite(clean.get("n")) else ""
-    return f"{read.count(number).text} in the training data{without}"
-
-
-def _share(value: Any) -> Number:
-    return read.percent(value, 1)
-
-
-def _smallest(facts: Values, points: str) -> str:
-    if facts.get("detectable") is None:
-        return "too few to show any"
-    return f"could show {points} or more" if points else ""
-
-
-def _note(facts: Values) -> str:
-    """`acc_norm, 25-shot, 1 172 questions`; of a group or an average, how many tasks."""
-    parts = [str(facts["metric"])] if facts.get("metric") else []
-    if (shots := finite(facts.get("num_fewshot"))) is not None:
-        parts.append(f"{shots:.0f}-shot")
-    several = len(members_of(facts)) or finite(facts.get("tasks")) or 0
-    if several:
-        parts.append(f"{several:.0f} tasks")
-    if (number := finite(facts.get("n"))) is not None:
-        parts.append(f"{read.count(number).text} question{'' if number == 1 else 's'}")
-    return ", ".join(parts)
-
-
-def _ends(facts: Values, shares: bool) -> str:
-    low, high = interval(facts.get("ci"))
-    if low is None or high is None:
-        return ""
-    return " to ".join((read.points(end, 1) if shares else read.signed(end)).text for end in (low, high))
-
-
-def _flips(facts: Values) -> str:
-    fixed, broken = (read.count(facts.get(name)).text for name in ("fixed", "broken"))
-    return "" if NO_VALUE in (fixed, broken) else f"+{fixed} / {read.MINUS}{broken}"
 
 
 _REACHES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 
-def _reach(facts: Iterable[Values]) -> float:
-    """Where the scale of the whiskers ends: a round number that all of them fit in."""
-    shares = [one for one in facts if one.get("shares") is not False]
-    ends = [abs(end) for one in shares for end in (*interval(one.get("ci")), finite(one.get("difference"))) if end]
-    return next((reach for reach in _REACHES if reach >= max(ends, default=0.0)), 1.0)
-
-
-def _whisker(facts: Values, reach: float) -> Whisker | None:
-    dot = finite(facts.get("difference"))
-    if dot is None:
-        return None
-    ends = [dot if end is None else end for end in interval(facts.get("ci"))]
-    low, high, place = (round(50 + 50 * max(-1.0, min(1.0, end / reach)), 2) for end in (*ends, dot))
-    return Whisker(low, high, place)
+def _reach(rows: Iterable[Values]) -> float:
+    """A round number that all intervals fit in."""
+    shares = [facts for facts in rows if are_shares(facts)]
+    ends = [(*interval(facts.get("ci")), finite(facts.get("difference"))) for facts in shares]
+    largest = max((abs(end) for row in ends for end in row if end), default=0.0)
+    return next((reach for reach in _REACHES if reach >= largest), 1.0)
 
 
 def _remarks(comparison: Values | None) -> list[str]:
@@ -197,146 +114,115 @@ def _remarks(comparison: Values | None) -> list[str]:
     if "apply_chat_template" in settings:
         remarks.append(f"Chat template {'applied' if settings['apply_chat_template'] else 'off'}, on both sides.")
     if settings.get("limit"):
-        remarks.append(f"The first {read.count(settings['limit']).text} questions of each task.")
-    remarks += ["None of the questions stands in the training data."] if overall.none_trained_on(comparison) else []
+        remarks.append(f"The first {count(settings['limit'])} questions of each task.")
+    remarks += ["None of the questions stands in the training data."] if none_trained_on(comparison) else []
     return remarks + [f"{name}: {text}" for name, text in section(settings, "suites").items()]
 
 
-# ---- questions that flipped -------------------------------------------------------------------------------------
+def none_trained_on(comparison: Values | None) -> bool:
+    """Whether the questions were looked for in the training data, and none stands there."""
+    numbers = [finite(section(task, "contaminated").get("n")) for task in tasks_of(comparison).values()]
+    return bool(numbers) and all(number == 0 for number in numbers)
 
 
-def _flipped(task: str, facts: Values) -> list[Flipped]:
-    kept = section(facts, "flipped")
-    return [
-        Flipped(task, direction, read.count(facts.get(direction)), shown)
-        for direction in ("fixed", "broken")
-        if (shown := _shown(kept.get(direction)))
-    ]
-
-
-def _shown(questions: Any) -> list[Flip]:
-    found = read.objects(questions)
-    return [Flip(*(str(one.get(name, "")) for name in ("question", "before", "after", "target"))) for one in found]
-
-
-# ---- other models -----------------------------------------------------------------------------------------------
-
-
-class Cell(NamedTuple):
-    score: Number
-    change: Number
-    outcome: Outcome
-
-
-class ScoreRow(NamedTuple):
-    """A task with the baseline's score and a cell for each model; None where it was not compared."""
-
-    name: str
-    note: str
-    baseline: Number
-    cells: list[Cell | None]
-
-
-class ScoreTable(NamedTuple):
-    models: list[str]
-    rows: list[ScoreRow]
-
-
-def score_table(models: dict[str, Values]) -> ScoreTable | None:
-    """All models side by side; each comparison is with the same baseline."""
-    found = {name: entries(one) | _averages(one) for name, one in models.items()}
-    tasks = list(dict.fromkeys(task for one in found.values() for task in one))
-    if not tasks:
-        return None
+def score_table(comparisons: dict[str, Values]) -> dict[str, list[Values | None]]:
+    """By task the facts of each model, None where it was not compared; every comparison is with the same baseline."""
+    models = [entries(comparison) | averages(comparison) for comparison in comparisons.values()]
     # Averages go last, whichever model has them.
-    tasks.sort(key=lambda name: name.startswith("Average"))
-    return ScoreTable(list(models), [_score_row(task, [one.get(task) for one in found.values()]) for task in tasks])
+    names = sorted(dict.fromkeys(name for model in models for name in model), key=lambda name: name[:7] == "Average")
+    return {name: [model.get(name) for model in models] for name in names}
 
 
-def _score_row(task: str, facts: Sequence[Values | None]) -> ScoreRow:
-    first = _row(task, next(one for one in facts if one is not None), 1.0)
-    rows = [None if one is None else _row(task, one, 1.0) for one in facts]
-    cells = [None if row is None else Cell(row.after, row.change, row.outcome) for row in rows]
-    return ScoreRow(task, first.note, first.before, cells)
+# ---- beside a score ---------------------------------------------------------------------------------------------
+
+
+def note(facts: Values) -> str:
+    """`acc_norm, 25-shot, 1 172 questions`; of a group or an average, how many tasks."""
+    shots, several = finite(facts.get("num_fewshot")), len(members_of(facts)) or finite(facts.get("tasks"))
+    parts = [
+        str(facts.get("metric") or ""),
+        "" if shots is None else f"{shots:.0f}-shot",
+        f"{several:.0f} tasks" if several else "",
+        counted(facts.get("n"), "question"),
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def in_training_data(facts: Values) -> str:
+    number, clean = finite(section(facts, "contaminated").get("n")), section(facts, "clean")
+    if not number:
+        return ""
+    without = f"; {change(clean.get('difference'), are_shares(facts))} without" if finite(clean.get("n")) else ""
+    return f"{count(number)} in the training data{without}"
+
+
+def in_words(facts: Values) -> str:
+    if "verdict" not in facts:
+        return ""
+    outcome = outcome_of(facts)
+    return "no difference shown" if outcome == "unclear" else outcome
+
+
+def smallest_shown(facts: Values) -> str:
+    """The smallest difference that could have been shown, where none was."""
+    if "detectable" not in facts or in_words(facts) != "no difference shown":
+        return ""
+    if facts["detectable"] is None:
+        return "too few to show any"
+    return f"could show {change(facts['detectable'], True).lstrip('+')} points or more" if are_shares(facts) else ""
+
+
+def flips(facts: Values) -> str:
+    fixed, broken = facts.get("fixed"), facts.get("broken")
+    if finite(fixed) is None or finite(broken) is None:
+        return ""
+    return f"+{count(fixed)} / {MINUS}{count(broken)} answers"
+
+
+def whisker(value: Any, ci: Any, reach: float | None = None) -> tuple[float, float, float] | None:
+    """Where an interval begins and ends, and where its value is, in percent of the scale from `-reach` to `reach`;
+    without `reach`, from 0 to 1."""
+    centre = finite(value)
+    if centre is None:
+        return None
+    ends = [centre if end is None else end for end in interval(ci)]
+    if reach:
+        low, high, dot = (round(50 + 50 * max(-1.0, min(1.0, end / reach)), 2) for end in (*ends, centre))
+    else:
+        low, high, dot = (round(100 * max(0.0, min(1.0, end)), 2) for end in (*ends, centre))
+    return low, high, dot
 
 
 # ---- win rate ---------------------------------------------------------------------------------------------------
 
-
-class Rate(NamedTuple):
-    """A share with its interval, as a dot on a scale from 0 to 100."""
-
-    label: str
-    value: Number
-    ends: str
-    low: float
-    high: float
-    dot: float
-
-
-class WinRate(NamedTuple):
-    outcome: Outcome
-    words: str
-    rates: list[Rate]
-    facts: list[tuple[str, str]]
-    judge: str
-    replies: list[str]
-
-
-def win_rate_view(win_rate: Values | None) -> WinRate | None:
-    if win_rate is None:
-        return None
-    alike = section(win_rate, "length_controlled")
-    rates = [_rate("New answers preferred", win_rate), _rate("At equal lengths", alike)]
-    return WinRate(
-        outcome=outcome_of(win_rate),
-        words=str(win_rate.get("verdict", "")),
-        rates=[rate for rate in rates if rate is not None],
-        facts=_win_facts(win_rate),
-        judge=judge_of(win_rate),
-        replies=[str(reply) for reply in read.as_list(win_rate.get("replies_without_verdict"))],
-    )
-
-
-def _rate(label: str, facts: Values) -> Rate | None:
-    rate = finite(facts.get("win_rate"))
-    if rate is None:
-        return None
-    low, high = interval(facts.get("ci"))
-    ends = "" if low is None or high is None else f"{read.percent(low).text} to {read.percent(high).text}"
-    places = [rate if end is None else end for end in (low, high)]
-    start, stop, dot = (round(100 * max(0.0, min(1.0, place)), 2) for place in (*places, rate))
-    return Rate(label, read.percent(rate), ends, start, stop, dot)
-
-
-_LEFT_OUT = {
+COUNTS = {"prompts": "prompts", "wins": "better", "ties": "even", "losses": "worse"}
+LEFT_OUT = {
     "no_verdict": "replies that name neither answer",
     "refused": "refused by the endpoint",
     "no_score": "without a score",
 }
 
 
-def _win_facts(win_rate: Values) -> list[tuple[str, str]]:
-    facts = [
-        (label, read.count(win_rate.get(name)).text)
-        for name, label in (("prompts", "prompts"), ("wins", "better"), ("ties", "even"), ("losses", "worse"))
-        if finite(win_rate.get(name)) is not None
-    ]
+def judge_of(win_rate: Values) -> str:
+    judge = section(win_rate, "judge")
+    return str(judge.get("model") or judge.get("name") or "an unnamed judge")
+
+
+def win_rate_facts(win_rate: Values) -> list[tuple[str, str]]:
+    facts = [(label, count(win_rate[name])) for name, label in COUNTS.items() if finite(win_rate.get(name)) is not None]
     left_out = section(win_rate, "left_out")
-    facts += [
-        (label, read.count(left_out[name]).text) for name, label in _LEFT_OUT.items() if finite(left_out.get(name))
-    ]
-    lengths = section(win_rate, "characters")
-    if lengths:
-        was, became = (_whole(lengths.get(when)) for when in ("before", "after"))
-        facts.append(("characters of an answer", f"{was} \u2192 {became}"))
+    facts += [(label, count(left_out[name])) for name, label in LEFT_OUT.items() if finite(left_out.get(name))]
+    if lengths := section(win_rate, "characters"):
+        before, after = (_whole(lengths.get(when)) for when in ("before", "after"))
+        facts.append(("characters of an answer", f"{before} \u2192 {after}"))
     cost = section(section(win_rate, "judge"), "cost")
     if finite(cost.get("calls")) is not None:
-        facts.append(("calls of the judge", read.count(cost["calls"]).text))
+        facts.append(("calls of the judge", count(cost["calls"])))
     tokens = sum(finite(cost.get(name)) or 0.0 for name in ("prompt_tokens", "completion_tokens"))
-    return facts + ([("tokens of the judge", read.count(tokens).text)] if tokens else [])
+    return facts + ([("tokens of the judge", count(tokens))] if tokens else [])
 
 
 def _whole(value: Any) -> str:
+    """Halves up, where formatting rounds them to even."""
     number = finite(value)
-    return read.count(None if number is None else math.floor(number + 0.5)).text
+    return count(None if number is None else math.floor(number + 0.5))

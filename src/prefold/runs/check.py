@@ -14,13 +14,14 @@ from prefold.data.findings import Finding, by_severity
 from prefold.data.mixture import Prepared
 from prefold.data.selection import shuffled
 from prefold.errors import StageError, UserError
-from prefold.evaluation.heldout import score_pairs
+from prefold.evaluation.held_out_pairs import score_pairs
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import write_json
 from prefold.models.adapters import load_start
 from prefold.models.fetch import fetch
-from prefold.plan.plan import Plan, make_plan
+from prefold.plan.plan import Plan
+from prefold.plan.planner import make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
 from prefold.reports.check import print_check

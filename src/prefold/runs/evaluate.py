@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefold import ranks
-from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.contamination import questions_in
-from prefold.evaluation.samples import OpenTask
-from prefold.evaluation.tasks import asked_with, measure_model
+from prefold.evaluation.scores import OpenTask
+from prefold.evaluation.task_comparison import compare_tasks
+from prefold.evaluation.tasks import measure_model, recorded_settings
 from prefold.files import write_json, write_jsonl
 from prefold.runs.context import Run
 from prefold.runs.fingerprints import inputs_of
@@ -67,4 +67,4 @@ def _evaluate_tasks(run: Run, tasks: Sequence[OpenTask]) -> None:
     if ranks.is_first():
         write_json(folder / "scores_before.json", [scores.as_json() for scores in before])
         write_json(folder / "scores_after.json", [scores.as_json() for scores in after])
-        write_json(folder / "tasks.json", {**compare_tasks(before, after), "settings": asked_with(settings)})
+        write_json(folder / "tasks.json", {**compare_tasks(before, after), "settings": recorded_settings(settings)})

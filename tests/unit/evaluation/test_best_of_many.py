@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from prefold.evaluation.best_of_many import best_of_many, expected_largest, holm, luck
+from prefold.evaluation.best_of_many import best_of_many, expected_largest, luck
+from prefold.evaluation.paired import holm
 
 
 @pytest.fixture(autouse=True)

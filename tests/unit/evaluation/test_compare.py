@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import binom
 from simulated import scores
 
-from prefold.evaluation.compare import FLIPPED_SHOWN, compare_tasks
 from prefold.evaluation.paired import estimate
+from prefold.evaluation.task_comparison import FLIPPED_SHOWN, compare_tasks
 
 
 def one(before: Any, after: Any, **changes: Any) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from harness_tasks import KINDS, write_task
 from simulated import scores
 
 from prefold.data.preference import Message, Preference, Record, RowId
-from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.contamination import questions_in
 from prefold.evaluation.scores import TaskScores
+from prefold.evaluation.task_comparison import compare_tasks
 from prefold.evaluation.tasks import open_tasks
 from prefold.recipe import Evaluate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefold.evaluation.heldout import PairScores, compare_pairs
+from prefold.evaluation.held_out_pairs import PairScores, compare_pairs
 
 
 def scores(chosen: list[float], rejected: list[float], tokens: float = 2.0) -> PairScores:

@@ -13,8 +13,8 @@ import pytest
 from simulated import World, scores
 
 from prefold.evaluation import paired
-from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.paired import estimate, mean_interval
+from prefold.evaluation.task_comparison import compare_tasks
 from prefold.evaluation.win_rate import length_controlled
 
 WORLDS = [

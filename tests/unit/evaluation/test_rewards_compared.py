@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prefold.data.preference import Message, Prompt, RowId
-from prefold.evaluation.rewards import compare_rewards
+from prefold.evaluation.held_out_rewards import compare_rewards
 from prefold.generation.sampling import Completion
 from prefold.rewards.scoring import Group
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prefold.data.preference import RowId
-from prefold.evaluation.heldout import PairScores
+from prefold.evaluation.held_out_pairs import PairScores
 from prefold.evaluation.separation import findings_of, separation
 
 Margins = Sequence[float]

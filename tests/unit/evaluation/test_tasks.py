@@ -22,10 +22,9 @@ from tiny_tokenizer import CHATML, make_tokenizer
 
 from prefold.errors import UserError
 from prefold.evaluation import task_names
-from prefold.evaluation.samples import _clusters
-from prefold.evaluation.scores import TaskScores
+from prefold.evaluation.scores import TaskScores, _clusters
 from prefold.evaluation.suites import SUITES, wanted_by
-from prefold.evaluation.tasks import asked_with, measure, open_tasks
+from prefold.evaluation.tasks import measure, open_tasks, recorded_settings
 from prefold.recipe import Evaluate, builtin_recipes, load_recipe
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -179,8 +178,8 @@ def test_shots_of_a_suite_and_of_the_recipe(folder: Path, monkeypatch: pytest.Mo
     ]
 
 
-def test_what_the_questions_were_asked_with(folder: Path) -> None:
-    said = asked_with(settings(folder, "nous", limit=3))
+def test_what_the_questions_were_recorded_settings(folder: Path) -> None:
+    said = recorded_settings(settings(folder, "nous", limit=3))
     assert said["limit"] == 3 and said["apply_chat_template"] is False
     assert said["harness"].startswith("lm_eval 0.") and "BIG-bench" in said["suites"]["nous"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from fake_run import RECIPE
 
-from prefold.evaluation.compare import compare_tasks
 from prefold.evaluation.scores import TaskScores
+from prefold.evaluation.task_comparison import compare_tasks
 
 EVALUATE = "evaluate:\n  tasks: [open_llm_leaderboard]\n  compare_with: [some/other-model]\n"
 ASKED = RECIPE.replace(

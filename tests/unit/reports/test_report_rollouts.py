@@ -11,7 +11,7 @@ from fake_run import HOSTILE, write_run
 from test_report_html import Page, report
 
 from prefold.reports.rollouts import sampled
-from prefold.reports.run_record import read_run
+from prefold.reports.run_files import read_run
 
 RECIPE = yaml.safe_dump(
     {"method": "grpo", "model": {"name": "m"}, "rewards": [{"name": "length"}], "grpo": {"max_completion_length": 96}}
@@ -33,6 +33,10 @@ def group(step: int, rewards: list[float | None], text: str = "text", **scores: 
     return {"step": step, "prompt": [{"role": "user", "content": f"prompt {step}"}], "completions": completions}
 
 
+def squeezed(page: Page) -> str:
+    return " ".join(page.text.split())
+
+
 def run_with(folder: Path, rollouts: Any = None, metrics: Any = None) -> Any:
     return read_run(write_run(folder, recipe=RECIPE, rollouts=rollouts, **({"metrics": metrics} if metrics else {})))
 
@@ -40,17 +44,21 @@ def run_with(folder: Path, rollouts: Any = None, metrics: Any = None) -> Any:
 def test_first_middle_and_last_step_are_shown_with_their_best_and_worst(tmp_path: Path) -> None:
     groups = [one for step in range(1, 101) for one in (group(step, [1.0, 1.0]), group(step, [3.0, None, 7.0, 5.0]))]
     found = sampled(run_with(tmp_path, groups))
-    assert [one.step.text for one in found] == ["1", "51", "100"]
-    for one in found:
-        assert (one.worst.reward.text, one.worst.text, one.worst.finished) == ("+3.00", "text 0", False)
-        assert (one.best.reward.text, one.best.text, one.best.finished) == ("+7.00", "text 2", True)
-        assert one.best.scores == []  # a single reward is the reward
+    assert [group["step"] for group, _, _ in found] == [1, 51, 100]
+    for _, worst, best in found:
+        assert (worst["reward"], worst["text"], worst["finished"]) == (3.0, "text 0", False)
+        assert (best["reward"], best["text"], best["finished"]) == (7.0, "text 2", True)
+    text = squeezed(report(tmp_path, recipe=RECIPE, rollouts=groups[:2]))
+    assert "Reward +3.00, advantage +0.50; 5 tokens, cut off" in text  # a single reward is the reward
+    assert "Reward +7.00, advantage +0.50; 5 tokenstext 2" in text
 
 
 def test_few_steps_and_several_rewards(tmp_path: Path) -> None:
     found = sampled(run_with(tmp_path, [group(1, [1.0, 2.0], format=0.5), group(2, [None, None], format=None)]))
-    assert [one.step.text for one in found] == ["1"]
-    assert [(name, value.text) for name, value in found[0].best.scores] == [("length", "+2.00"), ("format", "+0.50")]
+    assert [group["step"] for group, _, _ in found] == [1]
+    groups = [group(1, [1.0, 2.0], format=0.5)]
+    text = squeezed(report(tmp_path / "page", recipe=RECIPE, rollouts=groups))
+    assert "Reward +2.00, advantage +0.50, length +2.00, format +0.50; 5 tokens" in text
     assert sampled(run_with(tmp_path / "none")) == []
 
 
@@ -58,7 +66,7 @@ def test_odd_and_half_written_files(tmp_path: Path) -> None:
     folder = write_run(tmp_path, recipe=RECIPE)
     odd: list[Any] = [{}, {"completions": [1, None, {}]}, {"completions": 5, "prompt": 7}, group(3, [1.0, 2.0])]
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in odd) + '{"step": 4, "comp')
-    assert [one.step.text for one in sampled(read_run(folder))] == ["3"]
+    assert [group["step"] for group, _, _ in sampled(read_run(folder))] == [3]
 
 
 def test_hostile_completions_stay_text(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from statsmodels.stats.proportion import proportion_confint
 from test_report_html import Page
 
 from prefold.evaluation.paired import estimate, sign_test
-from prefold.reports.run_record import readable
+from prefold.reports.run_files import readable
 from prefold.reports.sweep import summary, write_sweep
 from prefold.runs.sweep import _compared, _confirm
 
@@ -140,7 +140,7 @@ def test_tasks_stand_beside_the_model_before_training(tmp_path: Path) -> None:
 
 def test_text_stays_text(tmp_path: Path) -> None:
     pages = []
-    for name, texts in (("plain", ["x"] * len(HOSTILE)), ("odd", HOSTILE)):
+    for name, texts in (("plain", [f"x{number}" for number in range(len(HOSTILE))]), ("odd", HOSTILE)):
         found = sweep({"a=1": 0.9})
         failures = [{"name": text, "settings": {}, "status": "failed", "error": text} for text in texts]
         everything = "".join(texts)

@@ -16,13 +16,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from statsmodels.stats.multitest import multipletests
 
-from prefold.evaluation.paired import LEVEL, Estimate, Floats, are_shares, estimate, paired_test, weighted_mean
+from prefold.evaluation.paired import (
+    LEVEL,
+    Estimate,
+    Floats,
+    are_shares,
+    estimate,
+    holm,
+    in_words,
+    paired_test,
+    weighted_mean,
+)
 from prefold.evaluation.scores import TaskScores
 
 FLIPPED_SHOWN = 5
 """Questions that are kept with their texts, of each direction and task."""
+Marks = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,13 @@ class _Task:
 
     scores: TaskScores
     other: TaskScores
-    places: list[tuple[int, int]]
+    questions: list[tuple[int, int]]
+    """Where each stands in `scores` and in `other`."""
     before: Floats
     after: Floats
-    found: Estimate
+    difference: Estimate
     p_value: float
-    contaminated: NDArray[np.bool_] | None
+    contaminated: Marks | None
     """Questions that either model was trained on; None where no training data is known."""
 
     @property
@@ -64,7 +75,10 @@ def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> 
     tasks, left_out = _matched(before, after)
     groups = _groups(tasks)
     several = {name: [tasks[member] for member in members] for name, members in groups.items() if len(members) > 1}
-    means = {name: _mean_of(members) for name, members in several.items()}
+    means = {
+        name: weighted_mean([task.difference for task in members], [1 / len(members)] * len(members))
+        for name, members in several.items()
+    }
     adjusted = _adjusted(tasks, groups, means)
     result: dict[str, Any] = {
         "tasks": {name: _facts(task, *adjusted[name]) for name, task in tasks.items()},
@@ -100,50 +114,46 @@ def _matched(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> tuple
 
 def _named(scores: Sequence[TaskScores]) -> dict[str, TaskScores]:
     """By the task's name, with what tells them apart where several have it."""
-    counts = Counter(one.task for one in scores)
+    counts = Counter(task.task for task in scores)
     return {
-        one.task if counts[one.task] == 1 else f"{one.task} ({one.suite or 'alone'}, {one.num_fewshot}-shot)": one
-        for one in scores
+        task.task if counts[task.task] == 1 else f"{task.task} ({task.suite or 'alone'}, {task.num_fewshot}-shot)": task
+        for task in scores
     }
 
 
 def _paired(before: TaskScores, after: TaskScores) -> _Task | str:
     """The task, or why it cannot be compared."""
     for field, words in (("version", "version"), ("metric", "metric"), ("num_fewshot", "number of examples")):
-        one, other = getattr(before, field), getattr(after, field)
-        if one != other:
-            return f"the {words} differs: {one} and {other}"
-    places = [
+        if getattr(before, field) != getattr(after, field):
+            return f"the {words} differs: {getattr(before, field)} and {getattr(after, field)}"
+    questions = [
         (here, there)
         for here, there in _same_questions(before.questions, after.questions)
         if np.isfinite((before.values[here], after.values[there])).all()
     ]
-    if not places:
+    if not questions:
         return "the models have no question in common"
-    first = np.array([before.values[here] for here, _ in places], dtype=float)
-    second = np.array([after.values[there] for _, there in places], dtype=float)
-    clusters = [before.clusters[here] for here, _ in places]
-    found, p_value = estimate(first, second, clusters), paired_test(second - first, clusters)
-    return _Task(before, after, places, first, second, found, p_value, _trained_on(before, after, places))
-
-
-def _trained_on(before: TaskScores, after: TaskScores, places: Sequence[tuple[int, int]]) -> NDArray[np.bool_] | None:
+    first = np.array([before.values[here] for here, _ in questions], dtype=float)
+    second = np.array([after.values[there] for _, there in questions], dtype=float)
+    clusters = [before.clusters[here] for here, _ in questions]
+    difference, p_value = estimate(first, second, clusters), paired_test(second - first, clusters)
     marks = [
-        [side.contaminated[place[which]] for place in places]
-        for which, side in enumerate((before, after))
+        [side.contaminated[index] for index in column]
+        for side, column in zip((before, after), zip(*questions, strict=True), strict=True)
         if side.contaminated is not None
     ]
-    return np.logical_or.reduce(np.array(marks, dtype=np.bool_), axis=0) if marks else None
+    contaminated: Any = np.array(marks, dtype=np.bool_).any(axis=0) if marks else None
+    return _Task(before, after, questions, first, second, difference, p_value, contaminated)
 
 
 def _same_questions(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Places of the same question in both; of a question that is there twice, the first with the first."""
+    """Where the same question stands in both; of a question that is there twice, the first with the first."""
     waiting: dict[str, list[int]] = {}
-    for place, key in reversed(list(enumerate(second))):
-        waiting.setdefault(key, []).append(place)
-    for place, key in enumerate(first):
+    for index, key in reversed(list(enumerate(second))):
+        waiting.setdefault(key, []).append(index)
+    for index, key in enumerate(first):
         if waiting.get(key):
-            yield place, waiting[key].pop()
+            yield index, waiting[key].pop()
 
 
 # ---- one task ---------------------------------------------------------------------------------------------------
@@ -153,7 +163,8 @@ def _facts(task: _Task, p_adjusted: float, tests: int) -> dict[str, Any]:
     scores, n = task.scores, len(task.before)
     gain = (task.after - task.before) * (1 if scores.higher_is_better else -1)
     right_or_wrong = bool(np.isin(np.concatenate([task.before, task.after]), (0, 1)).all())
-    detectable = task.found.detectable(LEVEL / tests)
+    flips = {"fixed": gain > 0, "broken": gain < 0} if right_or_wrong else {}
+    detectable, marks = task.difference.detectable(LEVEL / tests), task.contaminated
     return {
         "metric": scores.metric,
         "suite": scores.suite,
@@ -162,73 +173,44 @@ def _facts(task: _Task, p_adjusted: float, tests: int) -> dict[str, Any]:
         "version": scores.version,
         "higher_is_better": scores.higher_is_better,
         "shares": task.shares,
-        "before": float(task.before.mean()),
-        "after": float(task.after.mean()),
-        "difference": task.found.mean,
-        "ci": task.found.interval(),
-        "p_value": task.p_value,
+        **_before_and_after(task.before, task.after, task.difference, task.p_value),
         "p_adjusted": p_adjusted,
         "n": n,
-        "clusters": task.found.units,
+        "clusters": task.difference.units,
         "detectable": detectable,
-        "verdict": verdict(float(gain.mean()), p_adjusted, detectable, n, task.shares),
-        "fixed": int((gain > 0).sum()) if right_or_wrong else None,
-        "broken": int((gain < 0).sum()) if right_or_wrong else None,
-        "flipped": {
-            "fixed": _flipped(task, gain > 0) if right_or_wrong else [],
-            "broken": _flipped(task, gain < 0) if right_or_wrong else [],
-        },
-        **_apart(task),
+        "verdict": in_words(float(gain.mean()), p_adjusted, detectable, n, task.shares),
+        "fixed": int(flips["fixed"].sum()) if flips else None,
+        "broken": int(flips["broken"].sum()) if flips else None,
+        "flipped": {name: _texts(task, flips[name]) if flips else [] for name in ("fixed", "broken")},
+        "contaminated": None if marks is None else _some_questions(task, marks),
+        "clean": None if marks is None else _some_questions(task, ~marks),
     }
 
 
-def _apart(task: _Task) -> dict[str, Any]:
-    if task.contaminated is None:
-        return {"contaminated": None, "clean": None}
-    return {"contaminated": _part(task, task.contaminated), "clean": _part(task, ~task.contaminated)}
+def _before_and_after(before: Floats, after: Floats, difference: Estimate, p_value: float) -> dict[str, Any]:
+    return {
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "difference": difference.mean,
+        "ci": difference.interval(),
+        "p_value": p_value,
+    }
 
 
-def _part(task: _Task, which: NDArray[np.bool_]) -> dict[str, Any]:
-    """Some of the questions by themselves."""
-    chosen = np.flatnonzero(which)
+def _some_questions(task: _Task, marks: Marks) -> dict[str, Any]:
+    """Those that are marked, compared by themselves."""
+    chosen = np.flatnonzero(marks)
     if not len(chosen):
         return {"n": 0}
     before, after = task.before[chosen], task.after[chosen]
-    clusters = [task.scores.clusters[task.places[place][0]] for place in chosen]
-    found = estimate(before, after, clusters)
-    return {
-        "n": len(chosen),
-        "before": float(before.mean()),
-        "after": float(after.mean()),
-        "difference": found.mean,
-        "ci": found.interval(),
-        "p_value": paired_test(after - before, clusters),
-    }
+    clusters = [task.scores.clusters[task.questions[index][0]] for index in chosen]
+    difference, p_value = estimate(before, after, clusters), paired_test(after - before, clusters)
+    return {"n": len(chosen), **_before_and_after(before, after, difference, p_value)}
 
 
-def verdict(
-    gain: float, p_adjusted: float, detectable: float | None, n: int, shares: bool = True, of: str = "question"
-) -> str:
-    """In words.
-
-    Args:
-        gain: the difference, above 0 where it is one for the better.
-        detectable: the smallest difference that could have been shown, if there is one.
-        n: how many were compared, and `of` what.
-        shares: whether the score is a share, whose differences are points.
-    """
-    if p_adjusted < LEVEL and gain:
-        return "better" if gain > 0 else "worse"
-    of_what = f"{n} {of}" if n == 1 else f"{n:,} {of}s"
-    if detectable is None:
-        return f"no difference that {of_what} can show (too few to show any)"
-    smallest = f"{100 * detectable:.1f} points" if shares else f"{detectable:.3g}"
-    return f"no difference that {of_what} can show (smallest one they could show: {smallest})"
-
-
-def _flipped(task: _Task, which: Any) -> list[dict[str, str]]:
-    """The first ones, as a person reads them."""
-    chosen = [task.places[place] for place in np.flatnonzero(which)[:FLIPPED_SHOWN]]
+def _texts(task: _Task, marks: Marks) -> list[dict[str, str]]:
+    """The first marked questions, as a person reads them."""
+    chosen = [task.questions[index] for index in np.flatnonzero(marks)[:FLIPPED_SHOWN]]
     return [
         {
             "question": task.scores.texts[here],
@@ -245,13 +227,13 @@ def _flipped(task: _Task, which: Any) -> list[dict[str, str]]:
 
 def _groups(tasks: dict[str, _Task]) -> dict[str, list[str]]:
     """Names of tasks by their group, of which the average is taken; any other task is a group of itself."""
-    found: dict[tuple[str | None, str], list[str]] = {}
+    by_group: dict[tuple[str | None, str], list[str]] = {}
     for name, task in tasks.items():
         group = task.scores.group if task.averaged else None
-        found.setdefault((task.scores.suite, group or name), []).append(name)
-    taken = Counter(group for _, group in found)
+        by_group.setdefault((task.scores.suite, group or name), []).append(name)
+    taken = Counter(group for _, group in by_group)
     groups: dict[str, list[str]] = {}
-    for (suite, group), members in found.items():
+    for (suite, group), members in by_group.items():
         label = group if taken[group] == 1 else f"{group} ({suite or 'alone'})"
         groups[label if len(members) > 1 else members[0]] = members
     return groups
@@ -261,40 +243,27 @@ def _adjusted(
     tasks: dict[str, _Task], groups: dict[str, list[str]], means: dict[str, Estimate]
 ) -> dict[str, tuple[float, int]]:
     """For each task and group its p-value after the correction, and how many were corrected together."""
-    found = _holm({name: means[name].p_value() if name in means else tasks[name].p_value for name in groups})
-    for group in means:
-        found |= _holm({name: tasks[name].p_value for name in groups[group]})
-    return found
-
-
-def _holm(p_values: dict[str, float]) -> dict[str, tuple[float, int]]:
-    if len(p_values) < 2:
-        return {name: (value, 1) for name, value in p_values.items()}
-    adjusted = multipletests(list(p_values.values()), method="holm")[1]
-    return {name: (float(value), len(p_values)) for name, value in zip(p_values, adjusted, strict=True)}
-
-
-def _mean_of(tasks: Sequence[_Task]) -> Estimate:
-    """Each task counts the same."""
-    return weighted_mean([task.found for task in tasks], [1 / len(tasks)] * len(tasks))
+    families = [{name: means[name].p_value() if name in means else tasks[name].p_value for name in groups}]
+    families += [{name: tasks[name].p_value for name in groups[group]} for group in means]
+    return {name: (p_value, len(family)) for family in families for name, p_value in holm(family).items()}
 
 
 def _group_facts(
-    members: Sequence[str], tasks: Sequence[_Task], found: Estimate, p_adjusted: float, tests: int
+    members: Sequence[str], tasks: Sequence[_Task], mean: Estimate, p_adjusted: float, tests: int
 ) -> dict[str, Any]:
-    n, detectable = sum(len(task.before) for task in tasks), found.detectable(LEVEL / tests)
+    n, detectable = sum(len(task.before) for task in tasks), mean.detectable(LEVEL / tests)
     return {
         "suite": tasks[0].scores.suite,
         "members": list(members),
         "before": fmean(float(task.before.mean()) for task in tasks),
         "after": fmean(float(task.after.mean()) for task in tasks),
-        "difference": found.mean,
-        "ci": found.interval(),
-        "p_value": found.p_value(),
+        "difference": mean.mean,
+        "ci": mean.interval(),
+        "p_value": mean.p_value(),
         "p_adjusted": p_adjusted,
         "n": n,
         "detectable": detectable,
-        "verdict": verdict(found.mean, p_adjusted, detectable, n),
+        "verdict": in_words(mean.mean, p_adjusted, detectable, n),
     }
 
 
@@ -305,14 +274,14 @@ def _average(tasks: dict[str, _Task], groups: dict[str, list[str]]) -> dict[str,
     if not members:
         return {"tasks": 0}
     weighted = [(task, 1 / len(of_group) / len(members)) for of_group in members for task in of_group]
-    found = weighted_mean([task.found for task, _ in weighted], [weight for _, weight in weighted])
+    mean = weighted_mean([task.difference for task, _ in weighted], [weight for _, weight in weighted])
     return {
         "tasks": len(weighted),
         "groups": len(members),
         "before": sum(weight * float(task.before.mean()) for task, weight in weighted),
         "after": sum(weight * float(task.after.mean()) for task, weight in weighted),
-        "difference": found.mean,
-        "ci": found.interval(),
-        "p_value": found.p_value() if len(weighted) > 1 else weighted[0][0].p_value,
+        "difference": mean.mean,
+        "ci": mean.interval(),
+        "p_value": mean.p_value() if len(weighted) > 1 else weighted[0][0].p_value,
         "n": sum(len(task.before) for task, _ in weighted),
     }

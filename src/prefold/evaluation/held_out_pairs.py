@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from statsmodels.stats.proportion import proportion_confint
 
-from prefold.evaluation.paired import Floats, estimate, sign_test
+from prefold.evaluation.paired import Floats, estimate, sign_test, wilson, won
 from prefold.terminal import progress_bar
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
@@ -44,23 +43,23 @@ def score_matched(
 ) -> PairScores:
     """Score trees of one completion each, as the pairs that `matches` makes of them."""
     sums, means = _score(scorer, trees, label)
-    places = np.array(matches, dtype=int).reshape(-1, 2)
-    return PairScores(sums[places, 0], means[places, 0])
+    indices = np.array(matches, dtype=int).reshape(-1, 2)
+    return PairScores(sums[indices, 0], means[indices, 0])
 
 
 def match(prompts: Sequence[bytes], labels: Sequence[bool]) -> list[tuple[int, int]]:
-    """Places of a desirable and an undesirable completion each: of the same prompt first, then in their order.
+    """Indices of a desirable and an undesirable completion each: of the same prompt first, then in their order.
 
     Each completion is used once at most, so that the pairs are independent.
     """
-    waiting: dict[bytes, tuple[list[int], list[int]]] = {}
-    for place, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
-        waiting.setdefault(prompt, ([], []))[0 if label else 1].append(place)
+    by_prompt: dict[bytes, tuple[list[int], list[int]]] = {}
+    for index, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
+        by_prompt.setdefault(prompt, ([], []))[0 if label else 1].append(index)
     together: list[tuple[int, int]] = []
     rest: tuple[list[int], list[int]] = ([], [])
-    for desirable, undesirable in waiting.values():
+    for desirable, undesirable in by_prompt.values():
+        together += zip(desirable, undesirable, strict=False)
         shared = min(len(desirable), len(undesirable))
-        together += zip(desirable[:shared], undesirable[:shared], strict=True)
         rest[0].extend(desirable[shared:])
         rest[1].extend(undesirable[shared:])
     return together + list(zip(sorted(rest[0]), sorted(rest[1]), strict=False))
@@ -86,16 +85,15 @@ def compare_pairs(before: PairScores, after: PairScores, reward_scale: float) ->
     Intervals are 95 %: Wilson's for an accuracy, that of `paired` for the difference. The p-value is the exact sign
     test on the pairs whose verdict changed (McNemar's exact test).
     """
-    wins = {"before": _wins(before.means), "after": _wins(after.means)}
-    rewards = reward_scale * (after.sums - before.sums)
-    change = wins["after"] - wins["before"]
+    first, second = _wins(before.means), _wins(after.means)
+    rewards, change = reward_scale * (after.sums - before.sums), second - first
     return {
         "pairs": len(change),
-        "before": _one_model(wins["before"], before.means),
-        "after": _one_model(wins["after"], after.means),
+        "before": _one_model(first, before.means),
+        "after": _one_model(second, after.means),
         "difference": {
             "accuracy": float(change.mean()),
-            "ci": estimate(wins["before"], wins["after"]).interval(),
+            "ci": estimate(first, second).interval(),
             "p_value": sign_test(change),
         },
         "reward": {"accuracy": float(_wins(rewards).mean()), "margin": float((rewards[:, 0] - rewards[:, 1]).mean())},
@@ -125,13 +123,12 @@ def against_chance(scores: PairScores) -> dict[str, Any]:
 
 def _wins(values: Floats) -> Floats:
     """`[n]`: 1 where the chosen side is higher, one half where both are equal, else 0."""
-    return (np.sign(values[:, 0] - values[:, 1]) + 1) / 2
+    return won(values[:, 0] - values[:, 1])
 
 
 def _one_model(wins: Floats, means: Floats) -> dict[str, Any]:
-    low, high = proportion_confint(wins.sum(), len(wins), method="wilson")
     return {
         "accuracy": float(wins.mean()),
-        "accuracy_ci": [float(low), float(high)],
+        "accuracy_ci": wilson(wins),
         "margin": float((means[:, 0] - means[:, 1]).mean()),
     }

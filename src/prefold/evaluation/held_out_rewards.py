@@ -19,26 +19,27 @@ def compare_rewards(before: Sequence[Group], after: Sequence[Group], seed: int =
     95 %, over prompts; null for a single one. The p-value is that of the paired permutation test: how often a mean
     difference as large comes about if before and after are exchanged at random within the prompts.
     """
-    both = [(one, two) for one, two in zip(before, after, strict=True) if _known(one.rewards) and _known(two.rewards)]
-    if not both:
+    means = ([_mean(group) for group in side] for side in (before, after))
+    known = [index for index, both in enumerate(zip(*means, strict=True)) if None not in both]
+    if not known:
         return {"prompts": 0}
-    sides = {"before": [one for one, _ in both], "after": [two for _, two in both]}
-    values = {when: np.array([fmean(_known(one.rewards)) for one in groups]) for when, groups in sides.items()}
-    change = values["after"] - values["before"]
+    first, second = ([side[index] for index in known] for side in (before, after))
+    was, became = (np.array([_mean(group) for group in side], dtype=float) for side in (first, second))
     return {
-        "prompts": len(both),
-        **{when: _one_model(groups, values[when]) for when, groups in sides.items()},
+        "prompts": len(known),
+        "before": _one_model(first, was),
+        "after": _one_model(second, became),
         "difference": {
-            "reward": float(change.mean()),
-            "ci": estimate(values["before"], values["after"]).interval(),
-            "p_value": exchange_test(change, seed=seed),
+            "reward": float((became - was).mean()),
+            "ci": estimate(was, became).interval(),
+            "p_value": exchange_test(became - was, seed=seed),
         },
     }
 
 
 def by_prompt(before: Sequence[Group], after: Sequence[Group]) -> list[dict[str, float | None]]:
     """The lines of `evaluation/heldout.jsonl`: the mean reward of each prompt; null where nothing is said."""
-    return [{"before": _mean(one), "after": _mean(two)} for one, two in zip(before, after, strict=True)]
+    return [{"before": _mean(first), "after": _mean(second)} for first, second in zip(before, after, strict=True)]
 
 
 def _mean(group: Group) -> float | None:
@@ -47,14 +48,14 @@ def _mean(group: Group) -> float | None:
 
 
 def _one_model(groups: Sequence[Group], values: Floats) -> dict[str, Any]:
-    completions = [one for group in groups for one in group.completions]
-    said = {name: [value for group in groups for value in _known(group.scores[name])] for name in groups[0].scores}
+    completions = [completion for group in groups for completion in group.completions]
+    scores = {name: [value for group in groups for value in _known(group.scores[name])] for name in groups[0].scores}
     return {
         "reward": float(values.mean()),
         "reward_ci": mean_interval(values),
-        "rewards": {name: fmean(values) for name, values in said.items() if values},
-        "tokens": fmean(len(one.token_ids) for one in completions),
-        "finished": fmean(one.finished for one in completions),
+        "rewards": {name: fmean(values) for name, values in scores.items() if values},
+        "tokens": fmean(len(completion.token_ids) for completion in completions),
+        "finished": fmean(completion.finished for completion in completions),
     }
 
 

@@ -1,0 +1,155 @@
+"""Numbers for people, as every page, card and table writes them. What is no finite number is a dash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+NO_VALUE = "–"
+MINUS = "\u2212"
+NARROW_SPACE = "\u202f"
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float; None for what is no number, NaN or infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def interval(value: Any) -> tuple[float, float] | tuple[None, None]:
+    """Both ends of `[low, high]`, or neither."""
+    if isinstance(value, list) and len(value) == 2:
+        low, high = finite(value[0]), finite(value[1])
+        if low is not None and high is not None:
+            return low, high
+    return None, None
+
+
+def exact(value: Any) -> str:
+    """A number in full. A text in place of one says why there is none."""
+    if finite(value) is not None:
+        return repr(value)
+    return "no finite value" if isinstance(value, float) else value if isinstance(value, str) else ""
+
+
+def _write(value: Any, write: Callable[[float], str]) -> str:
+    number = finite(value)
+    return NO_VALUE if number is None else write(number).replace("-", MINUS)
+
+
+def written(value: Any, write: Callable[[Any], str], unit: str = "") -> str:
+    """By a function; `unit` stands behind what is a number."""
+    return write(value) + (unit if finite(value) is not None else "")
+
+
+def percent(share: Any, digits: int = 0) -> str:
+    return _write(share, lambda value: f"{100 * value:.{digits}f}{NARROW_SPACE}%")
+
+
+def points(share: Any, digits: int = 0) -> str:
+    """A difference of two shares, in percentage points, with its sign."""
+    return _write(share, lambda value: f"{_rounded(100 * value, digits):+.{digits}f}")
+
+
+def signed(value: Any) -> str:
+    return _write(value, lambda number: f"{_rounded(number, 2):+.2f}")
+
+
+def _rounded(value: float, digits: int) -> float:
+    # Adding 0.0 turns -0.0, which would be shown as "-0", into 0.0.
+    return round(value, digits) + 0.0
+
+
+def decimal(value: Any) -> str:
+    """Three decimals where they say something, else three significant digits."""
+    return _write(value, lambda number: f"{number:.3f}" if 1e-3 <= abs(number) < 100 else f"{number:.3g}")
+
+
+def score(value: Any, shares: bool) -> str:
+    """What a task, or a run, scores: a share in percent, or another number."""
+    return percent(value, 1) if shares else decimal(value)
+
+
+def change(value: Any, shares: bool, unit: str = "") -> str:
+    """A difference of two scores; `unit` stands behind the one of shares."""
+    return points(value, 1) + unit if shares else signed(value)
+
+
+def scientific(value: Any) -> str:
+    return _write(value, lambda number: f"{number:.1e}".replace("e-0", "e-").replace("e+0", "e+"))
+
+
+def count(value: Any) -> str:
+    return _write(value, lambda number: f"{number:,.0f}".replace(",", NARROW_SPACE))
+
+
+def counted(value: Any, noun: str) -> str:
+    """`1 pair`, `84 pairs`; empty for what is no number."""
+    return "" if finite(value) is None else f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
+def p_value(value: Any) -> str:
+    """Empty for what is no number."""
+    number = finite(value)
+    if number is None:
+        return ""
+    return "p\u00a0<\u00a00.001" if number < 0.001 else f"p\u00a0=\u00a0{number:.2g}"
+
+
+def ends(ci: Any, write: Callable[..., str], *settings: Any) -> str:
+    """`22 % to 41 %`, each end by `write`; empty where there is no interval."""
+    low, high = interval(ci)
+    return "" if low is None else f"{write(low, *settings)} to {write(high, *settings)}"
+
+
+def interval_95(ci: Any, write: Callable[..., str], *settings: Any) -> str:
+    """The same with `95 % interval` before it."""
+    text = ends(ci, write, *settings)
+    return text and f"95{NARROW_SPACE}% interval {text}"
+
+
+def duration(seconds: Any) -> str:
+    return _write(seconds, _duration)
+
+
+def _duration(seconds: float) -> str:
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f}\u00a0s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}\u00a0h {minutes:02d}\u00a0min" if hours else f"{minutes}\u00a0min {rest:02d}\u00a0s"
+
+
+def memory(megabytes: Any) -> str:
+    return _write(megabytes, lambda mb: f"{mb / 1e3:.1f}\u00a0GB" if mb >= 1e3 else f"{mb:.0f}\u00a0MB")
+
+
+# ---- estimates of a plan, in ASCII --------------------------------------------------------------------------------
+
+
+def size(number: float) -> str:
+    """Of bytes."""
+    return _in_units(number, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B", 1, 100)
+
+
+def about_count(value: float) -> str:
+    """`12,345`, or `1.2e15` where nobody counts digits."""
+    return f"{value:,.0f}" if value < 1e7 else f"{value:.1e}".replace("e+", "e").replace("e0", "e")
+
+
+def about_duration(seconds: float) -> str:
+    return _in_units(seconds, (("days", 86400.0), ("h", 3600.0), ("min", 60.0)), "s", 2, 10)
+
+
+def _in_units(number: float, units: Sequence[tuple[str, float]], smallest: str, least: int, decimals_below: int) -> str:
+    """In the largest unit of which there are at least `least`."""
+    for unit, length in units:
+        if number >= least * length:
+            return f"{number / length:.{int(number < decimals_below * length)}f} {unit}"
+    return f"{number:.0f} {smallest}"

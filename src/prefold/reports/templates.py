@@ -1,0 +1,63 @@
+"""The templates of pages and cards, with the functions of `numbers.py` and `tasks.py` as filters.
+
+On a page every value is escaped, and each number is shown in full where the pointer rests on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from prefold.reports import numbers, tasks
+from prefold.reports.run_files import as_list, objects, section, turns
+
+NUMBERS = (
+    *(numbers.percent, numbers.points, numbers.signed, numbers.decimal, numbers.scientific, numbers.count),
+    *(numbers.duration, numbers.memory, numbers.score, numbers.change, numbers.written),
+)
+TEXTS = (
+    *(tasks.note, tasks.in_training_data, tasks.in_words, tasks.smallest_shown, tasks.flips, tasks.whisker),
+    *(tasks.outcome_of, tasks.are_shares, numbers.ends, numbers.counted, as_list, objects, section, turns),
+)
+
+
+def page_template(name: str) -> Callable[..., str]:
+    """What renders a page."""
+    environment = Environment(autoescape=True, **_SETTINGS)
+    environment.filters |= {write.__name__: _in_span(write) for write in NUMBERS}
+    return _with_texts(environment).get_template(name).render
+
+
+def card_template(name: str, finalize: Callable[[Any], Any], *filters: Callable[..., Any]) -> Callable[..., str]:
+    """What renders a card, every value through `finalize`, with filters of its own."""
+    environment = Environment(autoescape=False, finalize=finalize, keep_trailing_newline=True, **_SETTINGS)
+    environment.filters |= {function.__name__: function for function in (*NUMBERS, *filters)}
+    return _with_texts(environment).get_template(name).render
+
+
+_SETTINGS: dict[str, Any] = {
+    "loader": FileSystemLoader(Path(__file__).parent),
+    "undefined": StrictUndefined,
+    "trim_blocks": True,
+    "lstrip_blocks": True,
+}
+
+
+def _with_texts(environment: Environment) -> Environment:
+    environment.filters |= {function.__name__: function for function in TEXTS}
+    environment.globals |= {write.__name__: write for write in NUMBERS}
+    environment.tests["finite"] = lambda value: numbers.finite(value) is not None
+    return environment
+
+
+def _in_span(write: Callable[..., str]) -> Callable[..., Markup]:
+    def shown(value: Any, *settings: Any) -> Markup:
+        full = numbers.exact(value)
+        title = Markup(' title="{}"').format(full) if full else ""
+        return Markup('<span class="number"{}>{}</span>').format(title, write(value, *settings))
+
+    return shown
