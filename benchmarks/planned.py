@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -30,7 +30,7 @@ from benchmarks.results import parser_for, quieten, write
 from benchmarks.sides import Side, running
 from benchmarks.workloads import HELD_OUT, random_rows
 from prefold.models.fetch import fetch
-from prefold.plan import plan as planning
+from prefold.plan import planner as planning
 
 SHORT, LONG = (128, 96, 80), (700, 500, 450)
 """Words of a prompt and its two answers."""
@@ -136,19 +136,13 @@ def make_model(name: str, smollm2: Path, folder: Path) -> str:
     return str(folder / name)
 
 
-class Performed(NamedTuple):
-    """What a process of its own is to do."""
-
-    stage: str
-    timed: bool
-    recipe: Path
-
-
-def perform(connection: Connection, work: Performed) -> None:
-    if not work.timed:
+def perform(connection: Connection, work: tuple[str, bool, Path]) -> None:
+    """A side that performs a stage of a recipe, timed in its plan or not."""
+    stage, timed, recipe = work
+    if not timed:
         planning.WORTH_TIMING = float("inf")
     quieten()
-    getattr(prefold, work.stage)(work.recipe)
+    getattr(prefold, stage)(recipe)
     connection.send("done")
 
 
@@ -162,8 +156,7 @@ def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
         recipe.write_text(yaml.safe_dump(values, sort_keys=False))
         stages = ["train", *(["merge", "evaluate"] if setting.later else [])]
         for stage in stages:
-            work = Performed(stage, setting.timed, recipe)
-            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", work)
+            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", (stage, setting.timed, recipe))
             with running(side):
                 side.receive()
         plan = json.loads((folder / "run" / "data.json").read_text())["plan"]

@@ -16,15 +16,14 @@ from benchmarks.results import quieten
 from benchmarks.sides import Turns
 from benchmarks.workloads import Workload, lora_settings
 from prefold.files import read_jsonl
-from prefold.generation.groups import sample
+from prefold.generation.engine import sample
 from prefold.generation.sampling import Completion, Sampling
 from prefold.models.adapters import add_lora
 from prefold.models.load import load_model
 from prefold.recipe import Lora, make_recipe
 from prefold.training import sampled_trees
 from prefold.training.arguments import training_arguments
-from prefold.training.guard_actions import Guards
-from prefold.training.guards import Facts
+from prefold.training.guards import Facts, Guards
 from prefold.training.loop import StepOrder, StepTrees, TrainingLoop, TreeSet
 from prefold.training.record import StepRecord
 from prefold.trees.attention import unwrapped

@@ -191,7 +191,7 @@ class Turns:
         self.connection, self.rollouts = connection, Stopwatch()
 
     def start(self) -> None:
-        register_optimizer_step_post_hook(self._after_step)
+        self._hook = register_optimizer_step_post_hook(self._after_step)
         self._answer("ready")
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -207,6 +207,7 @@ class Turns:
 
     def end(self, logged: Sequence[dict[str, Any]]) -> None:
         """Answer with what the trainer has logged, a dictionary for each step."""
+        self._hook.remove()
         self.connection.send(list(logged))
 
 

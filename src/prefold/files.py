@@ -27,7 +27,7 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        settle(temporary)  # else a power failure may leave the name without its content
+        flush_to_disk(temporary)  # else a power failure may leave the name without its content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        settle(temporary)
+        flush_to_disk(temporary)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
@@ -52,19 +52,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def settle(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Have a file, or all that is in a folder, on the disk before anything that relies on it, should the power fail."""
-    for one in [*path.rglob("*"), path]:
-        if one.is_file():
-            descriptor = os.open(one, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for file in [*path.rglob("*"), path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 @contextmanager
-def held(folder: Path, where: str) -> Iterator[None]:
+def locked(folder: Path, where: str) -> Iterator[None]:
     """Have a folder to oneself, until this process ends however it ends; where the file system knows locks.
 
     Raises:
@@ -72,7 +69,7 @@ def held(folder: Path, where: str) -> Iterator[None]:
     """
     descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
-        while _is_held_elsewhere(descriptor):
+        while not _lock(descriptor):
             if time.monotonic() > deadline:
                 advice = "wait for it or end it, or choose another `output_dir`"
                 raise UserError("another process is at work in this folder", where=where, advice=advice)
@@ -82,19 +79,20 @@ def held(folder: Path, where: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_held_elsewhere(descriptor: int) -> bool:
+def _lock(descriptor: int) -> bool:
+    """False where another process has the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
-    return False
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
-def sweep(folder: Path) -> None:
+def remove_left_over(folder: Path) -> None:
     """Remove the temporary files and folders that a killed process left in `folder`."""
     for path in folder.glob(".*"):
-        found = re.fullmatch(r"\..+?\.(\d+)(\.old)?\.tmp|\.writable\.(\d+)", path.name)
-        if found and not _is_alive(int(found[1] or found[3])):
+        temporary = re.fullmatch(r"\..+?\.(\d+)(\.old)?\.tmp|\.writable\.(\d+)", path.name)
+        if temporary and not _is_alive(int(temporary[1] or temporary[3])):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -165,8 +163,7 @@ _FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed",
 def storage_trouble(error: BaseException) -> str:
     """Why something cannot be written or read, if that is what an error is about; empty if not."""
     if isinstance(error, OSError) and error.errno in STORAGE:
-        place = f": {without_home(str(error.filename))}" if error.filename else ""
-        return f"{error.strerror}{place}"
+        return f"{error.strerror}{f': {without_home(str(error.filename))}' if error.filename else ''}"
     if any(words in str(error) for words in _FULL):
         return os.strerror(errno.ENOSPC)
     return storage_trouble(error.__cause__) if error.__cause__ else ""

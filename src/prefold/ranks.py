@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import transformers
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -151,24 +151,17 @@ def tell_failure() -> None:
 
 
 def _exchanged(value: T, failed: bool) -> list[T]:
-    given = io.BytesIO()
-    torch.save((failed, value), given)
-    found: list[bytes] = [b""] * processes()
+    own = io.BytesIO()
+    torch.save((failed, value), own)
+    contents: list[bytes] = [b""] * processes()
     with _explained():
-        distributed.all_gather_object(found, given.getvalue())
-    parts = [_opened(part) for part in found]
-    if not failed and any(other for other, _ in parts):
+        distributed.all_gather_object(contents, own.getvalue())
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    # Written by the processes of this run a moment ago.
+    results = [torch.load(io.BytesIO(content), map_location=device, weights_only=False) for content in contents]
+    if not failed and any(elsewhere for elsewhere, _ in results):
         raise FailedElsewhere("out of memory in another process")
-    return [part for _, part in parts]
-
-
-def _opened(content: bytes) -> Any:
-    # Written by a process of this run a moment ago.
-    return torch.load(io.BytesIO(content), map_location=_device(), weights_only=False)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return [result for _, result in results]
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -207,16 +200,16 @@ def first_ahead() -> Iterator[None]:
         wait()
 
 
-def merged(found: dict[int, T]) -> dict[int, T]:
-    """What all processes have found."""
-    return {place: value for part in gather(found) for place, value in part.items()}
+def merged(results: dict[int, T]) -> dict[int, T]:
+    """The results of all processes."""
+    return {index: value for part in gather(results) for index, value in part.items()}
 
 
 # ---- sharing work -----------------------------------------------------------------------------------------------
 
 
 def share(sizes: Sequence[int]) -> list[int]:
-    """Places of the items that this process is to take, in ascending order.
+    """Indices of the items that this process is to take, in ascending order.
 
     The largest come first, each to the process that has least so far, so that all have about as much. The shares
     depend on nothing but the sizes and the number of processes.
@@ -242,8 +235,9 @@ def missing(number: int) -> int:
 def copy_from_first(model: nn.Module) -> None:
     """Give the trained weights of all processes the values that they have in the first."""
     if processes() > 1:
-        for weight in _whole(model):
-            distributed.broadcast(weight.data, src=0)
+        for weight in model.parameters():
+            if weight.requires_grad and not isinstance(weight, DTensor):
+                distributed.broadcast(weight.data, src=0)
 
 
 @torch.no_grad()
@@ -267,8 +261,3 @@ def sum_gradients(model: nn.Module) -> None:
             waiting.append(distributed.all_reduce(weight.grad, async_op=True))
     for work in waiting:
         work.wait()
-
-
-def _whole(model: nn.Module) -> list[Tensor]:
-    """Trained weights that each process holds a copy of."""
-    return [weight for weight in model.parameters() if weight.requires_grad and not isinstance(weight, DTensor)]

@@ -94,7 +94,9 @@ def test_packed_is_plain_with_trained_rows(name: str) -> None:
 def failed_self_check(model: nn.Module, backend: str) -> str | None:
     trees, plain = random_trees(3), Scorer(model, 4096, None)
     with reference_model(model):
-        return checked_backends(model, pack(trees), packed_logprobs, lambda: plain.score(trees).tokens, [backend])[1]
+        return checked_backends(
+            model, pack(trees), packed_logprobs, lambda: plain.score(trees).tokens, names=[backend]
+        )[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])

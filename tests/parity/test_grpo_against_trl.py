@@ -37,8 +37,7 @@ from prefold.generation.sampling import Completion
 from prefold.recipe import make_recipe
 from prefold.rewards.scoring import Group, LoadedReward, scored_groups
 from prefold.training.arguments import training_arguments
-from prefold.training.guard_actions import Guards
-from prefold.training.guards import Facts
+from prefold.training.guards import Facts, Guards
 from prefold.training.loop import StepOrder, TrainingLoop
 from prefold.training.record import StepRecord
 from prefold.training.sampled_trees import SampledTrees, length_metrics, reward_metrics, rewards_of
@@ -458,7 +457,7 @@ def prefold_steps(
     order = GivenOrder(len(examples), PROMPTS, STEPS // iterations * PROMPTS, 0, iterations)
     record = StepRecord(folder, 0, lambda amount, text: None)
     rewards = [LoadedReward("sum_of_words", sum_of_words)]
-    source = SampledTrees(algorithm, scorer, examples, rewards, [], tokenizer, order, record, seed=0)
+    source = SampledTrees(algorithm, scorer, examples, rewards, [], tokenizer, order, [], seed=0)
     guards = Guards({}, Facts(STEPS, RATE, PROMPTS), record, 0, str, int)
     TrainingLoop(algorithm, scorer, source, order, record, guards, training_arguments(recipe, STEPS)).train()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

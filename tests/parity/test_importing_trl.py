@@ -9,6 +9,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, RewardConfig, Scr
 
 from prefold.importing import losses, trl
 from prefold.importing.draft import Draft
+from prefold.importing.write import write
 
 
 def default(config: Any, name: str) -> Any:
@@ -18,9 +19,9 @@ def default(config: Any, name: str) -> Any:
 def test_the_defaults_are_those_of_the_installed_trl() -> None:
     for config in (DPOConfig, GRPOConfig, KTOConfig):
         assert default(config, "learning_rate") == 1e-6
-    assert default(RewardConfig, "learning_rate") == trl._RATES["reward"]
+    assert default(RewardConfig, "learning_rate") == trl.REWARD_RATE
     for name in ("num_train_epochs", "lr_scheduler_type", "warmup_steps", "gradient_checkpointing"):
-        assert default(DPOConfig, name) == trl._BASE[f"train.{name}"]
+        assert default(DPOConfig, name) == trl.KEYS["defaults"][f"train.{name}"]
     assert [default(ModelConfig, f"lora_{name}") for name in ("r", "alpha", "dropout")] == [16, 32, 0.05]
     assert default(DPOConfig, "per_device_train_batch_size") == 8
     assert (default(DPOConfig, "beta"), default(KTOConfig, "beta"), default(GRPOConfig, "beta")) == (0.1, 0.1, 0.0)
@@ -32,7 +33,7 @@ def test_every_key_of_the_installed_trl_is_known_or_of_the_trainer_it_extends() 
     own = {name for config in (DPOConfig, ModelConfig, ScriptArguments) for name in config.__annotations__}
     values = dict.fromkeys(own, "1") | {"dataset_name": "a.jsonl", "loss_type": ["sigmoid"], "use_peft": True}
     draft = Draft("TRL", values)
-    trl.write(draft, "x", "dpo")
+    write(draft, trl.TRL, "x", "dpo")
     draft.finish()
     assert [note.keys for note in draft.notes if note.group == "unknown"] == []
 

@@ -28,8 +28,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from prefold.data.mixture import load_split
 from prefold.recipe import load_recipe, make_recipe
 from prefold.training.arguments import training_arguments
-from prefold.training.guard_actions import Guards
-from prefold.training.guards import Facts
+from prefold.training.guards import Facts, Guards
 from prefold.training.loop import StepOrder, StoredTrees, TrainingLoop, TreeSet
 from prefold.training.record import StepRecord
 from prefold.trees.packing import TokenTree

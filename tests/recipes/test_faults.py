@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer
 import prefold
 from prefold.cli import explain, main
 from prefold.errors import UserError
-from prefold.files import held
+from prefold.files import locked
 from prefold.recipe import RecipeBase, dump_recipe
 from prefold.training.loop import TrainingLoop
 
@@ -176,12 +176,12 @@ def test_two_at_work_in_one_folder_are_one_too_many(recipe: MakeRecipe, monkeypa
     monkeypatch.setattr("prefold.files.PATIENCE", 0.0)
     folder = recipe().run_folder
     folder.mkdir()
-    with held(folder, "run"):
+    with locked(folder, "run"):
         with pytest.raises(UserError, match="another process is at work in this folder"):
             prefold.train(recipe())
         assert list(folder.iterdir()) == []
     prefold.train(recipe())
-    with held(folder, "run"):
+    with locked(folder, "run"):
         prefold.report(recipe())  # of what there is, at any time
 
 

@@ -42,7 +42,7 @@ def files_of_a_step(recipe: RecipeBase, monkeypatch: pytest.MonkeyPatch, after: 
 
 def test_of_dpo(recipe: Callable[..., RecipeBase], monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_of_a_step(recipe(train={"save_steps": 100}), monkeypatch)
-    assert len(files) <= 14, "\n".join(files)
+    assert len(files) <= 1, "\n".join(files)
 
 
 def test_of_grpo(recipe: Callable[..., RecipeBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,4 +58,4 @@ def test_of_grpo(recipe: Callable[..., RecipeBase], tmp_path: Path, monkeypatch:
         ),
         monkeypatch,
     )
-    assert len(files) <= 20, "\n".join(files)
+    assert len(files) <= 1, "\n".join(files)

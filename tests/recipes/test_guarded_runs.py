@@ -17,7 +17,7 @@ import prefold
 from prefold.algorithms import LossOutput
 from prefold.errors import StageError
 from prefold.recipe import RecipeBase
-from prefold.training import guard_actions
+from prefold.training import guards
 from prefold.training.guards import Facts, History, Trouble
 from prefold.training.loop import TrainingLoop
 
@@ -79,7 +79,7 @@ def sees_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     def guard(history: History, facts: Facts) -> Trouble | None:
         return Trouble("what it sees", "what to do") if history and history[-1]["step"] == 3 else None
 
-    monkeypatch.setattr(guard_actions, "GUARDS", {"kl_running_off": guard})
+    monkeypatch.setattr(guards, "GUARDS", {"kl_running_off": guard})
 
 
 def test_a_nan_stops_the_run_and_names_the_rows(

@@ -91,7 +91,7 @@ def reached_from(*starts: str) -> set[str]:
 
 
 def test_training_and_sampling_need_no_endpoint() -> None:
-    sampling = reached_from("prefold.training", "prefold.generation.groups", "prefold.rewards.scoring")
+    sampling = reached_from("prefold.training", "prefold.generation.engine", "prefold.rewards.scoring")
     assert "prefold.generation.engine" in sampling and "prefold.generation.endpoint" not in sampling
     assert "prefold.generation.endpoint" not in imported(MODULES["prefold.runs.evaluate"])
 

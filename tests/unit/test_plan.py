@@ -20,11 +20,12 @@ import prefold
 from prefold.errors import UserError
 from prefold.plan import timing
 from prefold.plan.flops import Steps, Tokens, with_completions
-from prefold.plan.live_bytes import LiveBytes
-from prefold.plan.memory import BUFFERS, Machine, bytes_of
-from prefold.plan.meta_model import Blueprint
-from prefold.plan.passes import ON_GPU, Lengths, scoring_pass, training_pass
-from prefold.plan.plan import Plan, Planner
+from prefold.plan.machine import Machine, bytes_of
+from prefold.plan.memory import BUFFERS
+from prefold.plan.meta_model import MetaModel
+from prefold.plan.passes import ON_GPU, AllocatedBytes, Row, scoring_pass, training_pass
+from prefold.plan.plan import Plan
+from prefold.plan.planner import Planner
 from prefold.plan.timing import Rate, Rates
 from prefold.recipe import RecipeBase, make_recipe
 from prefold.runs.api import check
@@ -36,6 +37,7 @@ D, INNER, LAYERS, HEADS, KEYS = 32, 48, 3, 4, 16
 """Width, of the MLP, layers, heads, and width of the keys of the tiny model."""
 RANK = 4
 GB = 10**9
+GROUPS = {"num_generations": 4, "max_completion_length": 16}
 TREES = [(30, 20, 25), (10, 12, 9), (40, 8, 30), (22, 17, 31)]
 
 
@@ -151,7 +153,7 @@ def test_what_a_layer_keeps_by_hand() -> None:
     three, four = (
         sum(
             training_pass(
-                Blueprint(recipe_of(), config_of(num_hidden_layers=layers), torch.float32), [tree], 512, JOINED
+                MetaModel(recipe_of(), config_of(num_hidden_layers=layers), torch.float32), (tree,), 512, JOINED
             )
         )
         for layers in (3, 4)
@@ -166,7 +168,7 @@ def test_checkpointing_keeps_the_input_of_each_layer() -> None:
     tree = (50, 30, 20)
     recipe = recipe_of(train={"gradient_checkpointing": True})
     three, four = (
-        sum(training_pass(Blueprint(recipe, config_of(num_hidden_layers=layers), torch.float32), [tree], 512, JOINED))
+        sum(training_pass(MetaModel(recipe, config_of(num_hidden_layers=layers), torch.float32), (tree,), 512, JOINED))
         for layers in (3, 4)
     )
     assert four - three == pytest.approx(4 * D * sum(tree), rel=0.01)
@@ -174,7 +176,7 @@ def test_checkpointing_keeps_the_input_of_each_layer() -> None:
 
 def test_the_head_is_a_chunk_and_its_gradient() -> None:
     scored = 10
-    _, head = training_pass(Blueprint(recipe_of(), config_of(), torch.float32), [(20, 6, 4)], 512, JOINED)
+    _, head = training_pass(MetaModel(recipe_of(), config_of(), torch.float32), ((20, 6, 4),), 512, JOINED)
     logits, jacobian = 4 * scored * SHAPE["vocab_size"], 4 * scored * D
     # The logits become the exponentials in place; the pull and the expected row stand beside the gradient.
     assert logits + jacobian <= head <= logits + 5 * jacobian
@@ -190,9 +192,7 @@ def test_dropout_and_dora_take_more() -> None:
 
 def test_rollouts_by_hand() -> None:
     """Two prompts of 40 tokens at most with four completions of 16 each; the weights once folded, once reordered."""
-    recipe = recipe_of(
-        "grpo", rewards=[{"name": "length", "target": 8}], grpo={"num_generations": 4, "max_completion_length": 16}
-    )
+    recipe = recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=GROUPS)
     parts = plan_of(recipe).memory["rollouts"]
     states = LAYERS * 2 * KEYS * 4
     assert parts["cache"] == 2 * (40 + 4 * 16) * states + 2 * 4 * LAYERS * sum(LINEAR.values())
@@ -214,6 +214,51 @@ def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
     assert parts["reference"] == parts["adapter"] == 4 * RANK * 2 * D * LAYERS
 
 
+@pytest.mark.parametrize(
+    ("recipe", "peaks", "flops", "largest_budget"),
+    [
+        (
+            recipe_of(),
+            {"self-check": 250314097, "train": 251284789, "merge": 250369835, "evaluate": 250714531},
+            78419328,
+            13880640,
+        ),
+        (
+            recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=GROUPS),
+            {
+                "self-check": 250437742,
+                "train": 251742259,
+                "rollouts": 250505167,
+                "merge": 250340328,
+                "evaluate": 250714531,
+            },
+            75571456,
+            12467520,
+        ),
+        (
+            recipe_of(lora="none"),
+            {"self-check": 250288038, "train": 251731898, "merge": 250369835, "evaluate": 250714531},
+            85258624,
+            12438976,
+        ),
+        (
+            recipe_of(model={"attn_implementation": "sdpa"}),
+            {"train": 252809435, "merge": 250369835, "evaluate": 250714531},
+            99017088,
+            7759296,
+        ),
+    ],
+    ids=["dpo", "grpo", "full", "plain"],
+)
+def test_planned_figures(recipe: RecipeBase, peaks: dict[str, int], flops: float, largest_budget: int) -> None:
+    """What `benchmarks/results/planned-cpu.json` was measured with: where the engine's allocations change, both do."""
+    trees = [*TREES, (18, 10, 50)]
+    if recipe.algorithm.kind.samples:
+        trees = [tree[:1] for tree in trees]
+    plan = plan_of(recipe, machine=Machine("cpu", 100 * GB, 10**8), trees=trees)
+    assert (plan.peaks, plan.flops, plan.largest_budget) == (peaks, flops, largest_budget)
+
+
 # ---- tokens and FLOPs -------------------------------------------------------------------------------------------
 
 
@@ -224,21 +269,21 @@ def test_tokens_by_hand() -> None:
 def test_the_order_counts_a_tree_as_often_as_it_is_drawn() -> None:
     steps = Steps([(3, 2, 1), (5, 1, 1)], [[0, 1], [0]])
     assert steps.tokens(False).unique == 2 * 6 + 7
-    assert steps.fullest_row(100, packed=True) == [(3, 2, 1), (5, 1, 1)]
+    assert steps.fullest_row(100, packed=True) == ((3, 2, 1), (5, 1, 1))
 
 
 def test_sampled_completions_that_end_early_let_more_trees_share_a_row() -> None:
     trees = [(10, 20, 20)] * 3
 
-    def fullest(budget: int, sampled: bool = True) -> list[Lengths]:
+    def fullest(budget: int, sampled: bool = True) -> Row:
         return Steps(trees, [range(3)], sampled).fullest_row(budget, packed=True)
 
-    assert fullest(80, sampled=False) == [(10, 20, 20)]
-    assert fullest(80) == [(10, 20, 20), (10, 10, 10)]
-    assert fullest(50) == [(10, 20, 20)]
-    assert fullest(60) == [(10, 20, 20)]  # no room for a prompt and its completions
-    assert fullest(200) == trees
-    assert Steps(trees, [range(3)], sampled=True).fullest_row(90, packed=False) == [(10, 20, 20), (10, 5, 5)]
+    assert fullest(80, sampled=False) == ((10, 20, 20),)
+    assert fullest(80) == ((10, 20, 20), (10, 10, 10))
+    assert fullest(50) == ((10, 20, 20),)
+    assert fullest(60) == ((10, 20, 20),)  # no room for a prompt and its completions
+    assert fullest(200) == tuple(trees)
+    assert Steps(trees, [range(3)], sampled=True).fullest_row(90, packed=False) == ((10, 20, 20), (10, 5, 5))
 
 
 def test_flops_by_hand() -> None:
@@ -388,7 +433,7 @@ def test_no_amount_of_memory(text: str) -> None:
 
 def launch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the plan sees it; the environment would have transformers look for the others."""
-    for module in ("plan", "meta_model"):
+    for module in ("planner", "meta_model"):
         monkeypatch.setattr(f"prefold.plan.{module}.launched", lambda: number)
 
 
@@ -434,7 +479,7 @@ def seconds_of(monkeypatch: pytest.MonkeyPatch, recipe: RecipeBase, held_out: Se
     """Of four trees in two steps; a decoding step of one row takes a second."""
     rates = Rates(A_TOKEN, A_TOKEN, A_TOKEN, decoding=1.0, rows=1)
     monkeypatch.setattr(timing, "measure", lambda *args: rates)
-    monkeypatch.setattr("prefold.plan.plan.tokenizer_of", lambda section: None)
+    monkeypatch.setattr("prefold.plan.planner.tokenizer_of", lambda section: None)
     steps = Steps(with_completions(recipe, TREES), [[0, 1], [2, 3]])
     return Planner(recipe, config_of(), Machine("cpu", 100 * GB, 0), steps, held_out).seconds()
 
@@ -476,16 +521,16 @@ def test_what_is_not_timed_is_named() -> None:
 # ---- the pass on tensors without contents -----------------------------------------------------------------------
 
 
-def test_live_bytes_counts_what_is_held() -> None:
+def test_what_is_held_is_counted() -> None:
     given = torch.zeros(10)
-    with LiveBytes([given]) as live:
+    with AllocatedBytes([given]) as allocated:
         first = given + 1
         view = first[2:]
         second = torch.cat([view, view])
-        assert live.now == 4 * (10 + 16)
+        assert allocated.now == 4 * (10 + 16)
         del first, view
         second.add_(1)
-    assert (live.now, live.peak) == (4 * 16, 4 * 26)
+    assert (allocated.now, allocated.peak) == (4 * 16, 4 * 26)
 
 
 def test_planned_activations_are_those_of_the_real_pass() -> None:
@@ -496,10 +541,10 @@ def test_planned_activations_are_those_of_the_real_pass() -> None:
         weight.grad = torch.zeros_like(weight)
     scorer = Scorer(model, 512, JOINED)
     resident = [*model.parameters(), *(weight.grad for weight in model.parameters()), *model.buffers()]
-    with scorer.in_place(), LiveBytes([tensor.detach() for tensor in resident if tensor is not None]) as live:
+    with scorer.in_place(), AllocatedBytes([tensor.detach() for tensor in resident if tensor is not None]) as allocated:
         scorer.score([tree]).tokens.sum().backward()
-    blueprint = Blueprint(recipe_of(lora="none"), config, torch.float32)
-    assert sum(training_pass(blueprint, [(40, 20, 30)], 512, JOINED)) == pytest.approx(live.peak, rel=0.05)
+    meta = MetaModel(recipe_of(lora="none"), config, torch.float32)
+    assert sum(training_pass(meta, ((40, 20, 30),), 512, JOINED)) == pytest.approx(allocated.peak, rel=0.05)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "phi3", "mixtral", "mamba", "falcon_h1"])
@@ -515,15 +560,15 @@ def test_every_family_has_a_plan(family: str) -> None:
 @pytest.mark.parametrize("method", ["dpo", "orpo", "kto", "simpo", "sft"])
 @pytest.mark.parametrize("attention", [JOINED, ON_GPU, None])
 def test_every_pass_can_be_performed(method: str, attention: str | None) -> None:
-    blueprint = Blueprint(recipe_of(method), config_of(), torch.bfloat16)
-    assert min(training_pass(blueprint, TREES[:1], 512, attention)) >= 0
-    assert scoring_pass(blueprint, torch.float32, TREES[:1], 512, attention) > 0
+    meta = MetaModel(recipe_of(method), config_of(), torch.bfloat16)
+    assert min(training_pass(meta, (TREES[0],), 512, attention)) >= 0
+    assert scoring_pass(meta, torch.float32, (TREES[0],), 512, attention) > 0
 
 
 def test_nothing_without_contents_is_left_behind() -> None:
     """Masks are cached by shape; one that a plan made must not serve a real pass."""
     config = AutoConfig.for_model("mistral", **SHAPE, sliding_window=8)
-    training_pass(Blueprint(recipe_of(), config, torch.float32), TREES[:1], 512, JOINED)
+    training_pass(MetaModel(recipe_of(), config, torch.float32), (TREES[0],), 512, JOINED)
     assert lower_right.cache_info().currsize == 0
     scorer = Scorer(tiny_llama(), 512, "prefold_segments")
     assert torch.isfinite(scorer.score(random_trees(2)).tokens).all()

@@ -12,7 +12,7 @@ Data in: a `Record`; data out: a `TokenTree` with a completion for each of its a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, cast
@@ -66,16 +66,16 @@ def tokenize_all(
     want strict turns) or leaves nothing to train on.
     """
     written = [_written(record, tokenizer, template) for record in records]
-    texts = [text for one in written if not isinstance(one, Problem) for text in one]
-    ids, special = iter(_encoded(texts, tokenizer, template)), _special_ids(tokenizer)
-    found: list[Tokenized | Problem] = []
-    for record, one in zip(records, written, strict=True):
-        if isinstance(one, Problem):
-            found.append(one)
-        else:
-            prompt, *conversations = [next(ids) for _ in one]
-            found.append(_parted(record, prompt, conversations, tokenizer, special, template))
-    return found
+    texts = [text for of_record in written if not isinstance(of_record, Problem) for text in of_record]
+    ids = iter(_encoded(texts, tokenizer, template))
+    special = {token for token, how in tokenizer.added_tokens_decoder.items() if how.special}
+    special.update(tokenizer.all_special_ids)
+    return [
+        of_record
+        if isinstance(of_record, Problem)
+        else _parted(record, [next(ids) for _ in of_record], tokenizer, special, template)
+        for record, of_record in zip(records, written, strict=True)
+    ]
 
 
 def _written(record: Record, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str] | Problem:
@@ -92,20 +92,25 @@ def _written(record: Record, tokenizer: PreTrainedTokenizerBase, template: Templ
 
 def _parted(
     record: Record,
-    prompt: list[int],
-    conversations: Sequence[list[int]],
+    ids_of_all: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase,
-    special: frozenset[int],
+    special: Collection[int],
     template: Template,
 ) -> Tokenized | Problem:
+    prompt, *conversations = ids_of_all
     if template == "none":
         eos = cast(int, tokenizer.eos_token_id)
         conversations = [[*ids, eos] if ids[-1:] != [eos] else ids for ids in conversations]
     # One prompt for all: what lies behind the shortest common beginning belongs to the completions.
-    cut = min((_common_length(prompt, ids) for ids in conversations), default=len(prompt))
+    cut = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(prompt, *conversations, strict=False)))
     completions = tuple(tuple(ids[cut:]) for ids in conversations)
-    if nothing := _nothing_to_learn(cut, completions):
-        return Problem(*nothing, record.origin)
+    if cut == 0:
+        what = "prompt and conversation have no token in common at their start"
+        return Problem("template_refused", what, record.origin)
+    if not all(completions):
+        return Problem("template_refused", "the chat template writes nothing for an answer", record.origin)
+    if len(set(completions)) < len(completions):
+        return Problem("identical", "`chosen` and `rejected` become the same tokens", record.origin)
     tree = TokenTree(tuple(prompt[:cut]), completions)
     endings = [_ending(ids, tokenizer, special) for ids in completions]
     oddities = {
@@ -129,9 +134,9 @@ def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
         return tree
     message = f"{length} tokens, more than `max_length` {data.max_length}"
     if data.overlong == "truncate_prompt":
-        room = data.max_length - completion
-        if room > 0:
-            kept = min(room, data.max_prompt_length or room)
+        left = data.max_length - completion
+        if left > 0:
+            kept = min(left, data.max_prompt_length or left)
             return TokenTree(tree.prompt[-kept:], tree.completions)
         message = f"a completion of {completion} tokens leaves no room for a prompt in `max_length` {data.max_length}"
     return Problem("overlong", message, tokenized.origin)
@@ -159,37 +164,16 @@ def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template:
     if not texts:
         return []
     # verbose=False: transformers' remark on long sequences; `fit` sees to those.
-    found = tokenizer(list(texts), add_special_tokens=template == "none", verbose=False)["input_ids"]
-    return cast("list[list[int]]", found)
+    ids = tokenizer(list(texts), add_special_tokens=template == "none", verbose=False)["input_ids"]
+    return cast("list[list[int]]", ids)
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def _nothing_to_learn(cut: int, completions: tuple[tuple[int, ...], ...]) -> tuple[str, str] | None:
-    """Kind and message of the problem of a record whose rendering has no prompt, or no different completions of it."""
-    if cut == 0:
-        return "template_refused", "prompt and conversation have no token in common at their start"
-    if not all(completions):
-        return "template_refused", "the chat template writes nothing for an answer"
-    if len(set(completions)) < len(completions):
-        return "identical", "`chosen` and `rejected` become the same tokens"
-    return None
-
-
-def _ending(completion: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: frozenset[int]) -> list[int]:
+def _ending(completion: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: Collection[int]) -> list[int]:
     """The special tokens that a completion ends with, white space between them left out; the last comes first."""
-    found = []
+    ending = []
     for token in reversed(completion):
         if token in special:
-            found.append(token)
+            ending.append(token)
         elif cast(str, tokenizer.decode([token])).strip():
             break
-    return found
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that are shown only when special tokens are shown."""
-    added = [token for token, how in tokenizer.added_tokens_decoder.items() if how.special]
-    return frozenset([*added, *tokenizer.all_special_ids])
+    return ending

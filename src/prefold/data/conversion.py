@@ -79,9 +79,14 @@ class _Cells:
     def need(self, role: str) -> Any:
         if not self.has(role):
             raise Unfit("missing_field", f"{self.where(role)} is missing")
-        if self.find(role) is None:
+        if (value := self.find(role)) is None:
             raise Unfit("null_field", f"{self.where(role)} is null")
-        return self.find(role)
+        return value
+
+    def others(self) -> dict[str, Any]:
+        """The cells that have no role, by their columns."""
+        used = set(self.columns.values())
+        return {name: value for name, value in self.value.items() if name not in used}
 
     def dialogue(self, role: str) -> list[Message]:
         return read_dialogue(self.need(role), self.where(role), self.shape.writing)
@@ -104,9 +109,6 @@ class _Cells:
 
     def with_system(self, prompt: list[Message]) -> list[Message]:
         return with_system(self.find("system"), prompt, self.where("system"))
-
-
-# ---- pairs ------------------------------------------------------------------------------------------------------
 
 
 def _pair(cells: _Cells, origin: RowId) -> Preference:
@@ -135,10 +137,9 @@ def _brings_its_prompt(cells: _Cells, chosen: Any, rejected: Any) -> bool:
 
 
 def _voted(cells: _Cells, origin: RowId) -> Preference:
-    better = _better(cells)
-    roles = ("output_1", "output_2") if better == 1 else ("output_2", "output_1")
-    answers = (cells.answer(roles[0]), cells.answer(roles[1]))
-    where = (cells.where(roles[0]), cells.where(roles[1]), cells.where("prompt"))
+    first, second = ("output_1", "output_2") if _better(cells) == 1 else ("output_2", "output_1")
+    answers = (cells.answer(first), cells.answer(second))
+    where = (cells.where(first), cells.where(second), cells.where("prompt"))
     return _checked_pair(cells, cells.prompt(), answers, where, origin)
 
 
@@ -173,12 +174,8 @@ def _checked_pair(
     return Preference(tuple(prompt), chosen, rejected, origin, ratings(cells.value))
 
 
-# ---- unpaired answers and prompts -------------------------------------------------------------------------------
-
-
 def _unpaired(cells: _Cells, origin: RowId) -> Unpaired:
-    label = as_flag(cells.need("label"))
-    if label is None:
+    if (label := as_flag(cells.need("label"))) is None:
         shown = _value_text(cells.need("label"))
         raise Unfit("bad_label", f"{cells.where('label')} is {shown}, not true or false")
     if cells.shape.layout == "labelled messages":
@@ -198,8 +195,7 @@ def _prompt(cells: _Cells, origin: RowId) -> Prompt:
     role = "messages" if cells.shape.layout == "opening messages" else "prompt"
     prompt = cells.with_system(cells.dialogue(role) if role == "messages" else cells.prompt())
     check_prompt(prompt, cells.where(role))
-    used = set(cells.columns.values())
-    return Prompt(tuple(prompt), {name: value for name, value in cells.value.items() if name not in used}, origin)
+    return Prompt(tuple(prompt), cells.others(), origin)
 
 
 def _sentences(cells: _Cells, origin: RowId) -> Prompt:
@@ -208,8 +204,7 @@ def _sentences(cells: _Cells, origin: RowId) -> Prompt:
         raise Unfit("not_text", f"{where} is {json_type(sentences)}, not a list of sentences")
     texts = [message("user", sentence, where, may_be_empty=True)["content"].strip() for sentence in sentences]
     prompt = cells.with_system([message("user", " ".join(text for text in texts if text), where)])
-    used = set(cells.columns.values())
-    return Prompt(tuple(prompt), {name: value for name, value in cells.value.items() if name not in used}, origin)
+    return Prompt(tuple(prompt), cells.others(), origin)
 
 
 def _value_text(value: Any) -> str:
@@ -220,14 +215,9 @@ def _value_text(value: Any) -> str:
 
 
 _CONVERSIONS: dict[str, Callable[[_Cells, RowId], Record]] = {
-    "text": _pair,
-    "messages": _pair,
-    "conversations": _pair,
-    "turns": _pair,
+    **dict.fromkeys(("text", "messages", "conversations", "turns"), _pair),
     "votes": _voted,
-    "labelled text": _unpaired,
-    "labelled messages": _unpaired,
-    "prompts": _prompt,
-    "opening messages": _prompt,
+    **dict.fromkeys(("labelled text", "labelled messages"), _unpaired),
+    **dict.fromkeys(("prompts", "opening messages"), _prompt),
     "sentences": _sentences,
 }

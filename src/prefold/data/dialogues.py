@@ -40,7 +40,7 @@ def read_dialogue(value: Any, where: str, writing: Writing) -> list[Message]:
         Unfit: it is not written like that, or a turn cannot be used.
     """
     if isinstance(value, str) and writing in _STRING_READERS:
-        return _read_string(value, where, writing, may_stay_open=False)
+        return _read_string(value, where, writing)
     return messages(value, where, writing)
 
 
@@ -64,9 +64,6 @@ def read_answer(value: Any, where: str, writing: Writing) -> list[Message]:
     if writing == "transcripts" and isinstance(value, str):
         value = value.strip()
     return [message("assistant", value, where)]
-
-
-# ---- where they part --------------------------------------------------------------------------------------------
 
 
 def part(
@@ -104,18 +101,15 @@ def part_answer(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
     return dialogue[:cut], dialogue[cut:]
 
 
-# ---- strings ----------------------------------------------------------------------------------------------------
-
-
-def _read_string(text: str, where: str, writing: Writing, may_stay_open: bool) -> list[Message]:
+def _read_string(text: str, where: str, writing: Writing, may_stay_open: bool = False) -> list[Message]:
     turns = _STRING_READERS[writing](text, where)
     if may_stay_open and turns and turns[-1] == ("assistant", ""):
         turns.pop()
     if not turns:
         raise Unfit("empty_text", f"{where} has no messages")
     return [
-        message(role, words, f"{where}, turn {place}", may_be_empty=role == "system")
-        for place, (role, words) in enumerate(turns, start=1)
+        message(role, words, f"{where}, turn {number}", may_be_empty=role == "system")
+        for number, (role, words) in enumerate(turns, start=1)
     ]
 
 
@@ -124,14 +118,14 @@ def _chatml_turns(text: str, where: str) -> list[tuple[str, str]]:
     if before.strip() or not parts:
         raise Unfit("bad_message", f"{where} does not begin with `{_TURN_START}`")
     turns = []
-    for place, written in enumerate(parts, start=1):
+    for number, written in enumerate(parts, start=1):
         role, _, words = written.partition("\n")
         if role.strip() not in ROLES:
-            raise Unfit("bad_message", f"{where}, turn {place} has the role `{short(role)}`")
-        is_open = place == len(parts) and not words.strip()
+            raise Unfit("bad_message", f"{where}, turn {number} has the role `{short(role)}`")
+        is_open = number == len(parts) and not words.strip()
         content = "" if is_open else _without_end(words)
         if _TURN_END in content or (content == words and not is_open):
-            raise Unfit("bad_message", f"{where}, turn {place} does not end with its one `{_TURN_END}`")
+            raise Unfit("bad_message", f"{where}, turn {number} does not end with its one `{_TURN_END}`")
         turns.append((role.strip(), content))
     return turns
 

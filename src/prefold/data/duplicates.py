@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from itertools import chain
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +44,6 @@ _WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-# ---- words ------------------------------------------------------------------------------------------------------
-
-
 def words_of(text: str) -> list[str]:
     """The words of a text; the text itself where it has none, such as "?!"."""
     return _WORD.findall(text.lower()) or [text]
@@ -67,9 +65,6 @@ def _runs(hashes: Runs, length: int) -> Runs:
     for start in range(length):
         runs = runs * _BASE + hashes[start : start + len(runs)]
     return runs
-
-
-# ---- repeats ----------------------------------------------------------------------------------------------------
 
 
 class Repeats(Protocol):
@@ -104,10 +99,9 @@ class NearRepeats:
     def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
         shingles = [_shingles(part) for part in parts]
         keys = self._keys(shingles)
-        candidates = sorted({place for key in keys for place in self._bands.get(key, ())})
-        for place in candidates:
-            row, others = self._seen[place]
-            if all(_similarity(one, other) >= NEAR for one, other in zip(shingles, others, strict=True)):
+        for index in sorted({index for key in keys for index in self._bands.get(key, ())}):
+            row, others = self._seen[index]
+            if all(_similarity(*both) >= NEAR for both in zip(shingles, others, strict=True)):
                 return row
         for key in keys:
             self._bands.setdefault(key, []).append(len(self._seen))
@@ -118,11 +112,7 @@ class NearRepeats:
         """What a record must have in common with another one to be compared to it, one key a band."""
         minima = np.stack([(self._factors * part + self._offsets).min(axis=1) for part in shingles])
         bands = minima.reshape(len(shingles), _BANDS, _HASHES).swapaxes(0, 1)
-        return [bytes([place]) + band.tobytes() for place, band in enumerate(bands)]
-
-
-def find_repeats(policy: Literal["drop_exact", "drop_near"]) -> Repeats:
-    return ExactRepeats() if policy == "drop_exact" else NearRepeats()
+        return [bytes([number]) + band.tobytes() for number, band in enumerate(bands)]
 
 
 def _shingles(part: Sequence[Message]) -> Runs:
@@ -130,12 +120,13 @@ def _shingles(part: Sequence[Message]) -> Runs:
     return np.unique(_runs(_hashes(words_of(text)), SHINGLE_WORDS))
 
 
-def _similarity(one: Runs, other: Runs) -> float:
-    both = len(np.intersect1d(one, other, assume_unique=True))
-    return both / (len(one) + len(other) - both)
+def _similarity(first: Runs, second: Runs) -> float:
+    both = len(np.intersect1d(first, second, assume_unique=True))
+    return both / (len(first) + len(second) - both)
 
 
-# ---- benchmarks -------------------------------------------------------------------------------------------------
+REPEATS: dict[str, type[Repeats]] = {"drop_exact": ExactRepeats, "drop_near": NearRepeats}
+"""By the policy `data.duplicates`."""
 
 
 @dataclass(frozen=True)
@@ -151,57 +142,51 @@ class Contamination:
     """Finds `BENCHMARK_WORDS` words in a row of a benchmark text in a record, or a shorter benchmark text whole."""
 
     def __init__(self, texts: Iterable[tuple[str, RowId]]):
-        found: dict[int, dict[int, RowId]] = {}
+        self._origins: dict[int, RowId] = {}
+        of_texts = []
         for text, origin in texts:
-            hashes = _hashes(words_of(text))
-            runs = found.setdefault(min(BENCHMARK_WORDS, len(hashes)), {})
-            for run in _runs(hashes, BENCHMARK_WORDS).tolist():
-                runs.setdefault(run, origin)
-        self._origins = found
-        self._sorted = {length: np.array(sorted(runs), dtype=np.uint64) for length, runs in sorted(found.items())}
+            of_texts.append(_runs_of(text))
+            for run in of_texts[-1][1].tolist():
+                self._origins.setdefault(run, origin)
+        self._known = _by_length(of_texts)
 
     def find(self, parts: Parts, origin: RowId) -> Match | None:
         """The first match of a record; None if it holds no benchmark text."""
-        for message in (message for part in parts for message in part):
+        for message in chain.from_iterable(parts):
             words = words_of(message["content"])
-            hashes = _hashes(words)
-            for length, known in self._sorted.items():
-                if not _is_looked_for(length, len(words)):
-                    continue
-                runs = _runs(hashes, length)
-                if (hits := np.flatnonzero(known[_nearest(runs, known)] == runs)).size:
-                    start = int(hits[0])
-                    benchmark = self._origins[length][int(runs[start])]
-                    return Match(origin, benchmark, " ".join(words[start : start + length]))
+            for length, start, run in _hits(words, self._known):
+                return Match(origin, self._origins[run], " ".join(words[start : start + length]))
         return None
 
 
 def overlapping(texts: Sequence[str], records: Iterable[Parts]) -> list[bool]:
     """Of each text, whether a record holds `BENCHMARK_WORDS` words in a row of it, or all of a shorter one."""
-    hashes = [_hashes(words_of(text)) for text in texts]
-    lengths, runs = [min(BENCHMARK_WORDS, len(own)) for own in hashes], [_runs(own, BENCHMARK_WORDS) for own in hashes]
-    known = {
-        length: np.unique(np.concatenate([own for own, of in zip(runs, lengths, strict=True) if of == length]))
-        for length in sorted(set(lengths))
-    }
-    held = {length: np.zeros(len(of_length), dtype=np.bool_) for length, of_length in known.items()}
-    for message in (message for parts in records for part in parts for message in part):
-        words = _hashes(words_of(message["content"]))
-        for length, of_length in known.items():
-            if _is_looked_for(length, len(words)):
-                found = _runs(words, length)
-                places = _nearest(found, of_length)
-                held[length][places[of_length[places] == found]] = True
-    return [
-        bool(held[length][np.searchsorted(known[length], own)].any()) for own, length in zip(runs, lengths, strict=True)
-    ]
+    of_texts = [_runs_of(text) for text in texts]
+    known = _by_length(of_texts)
+    held: set[int] = set()
+    for message in chain.from_iterable(chain.from_iterable(records)):
+        held.update(run for _, _, run in _hits(words_of(message["content"]), known))
+    return [not held.isdisjoint(runs.tolist()) for _, runs in of_texts]
 
 
-def _is_looked_for(length: int, words: int) -> bool:
-    """Whether a text of `length` words, or so many of a longer one, may stand in a message of so many words."""
-    return length <= words and (length >= WHOLE_MESSAGE_WORDS or length == words)
+def _runs_of(text: str) -> tuple[int, Runs]:
+    """The runs of a benchmark text, and of how many words they are."""
+    hashes = _hashes(words_of(text))
+    return min(BENCHMARK_WORDS, len(hashes)), _runs(hashes, BENCHMARK_WORDS)
 
 
-def _nearest(runs: Runs, known: Runs) -> NDArray[np.intp]:
-    """Where each run stands in the sorted ones, if it does."""
-    return np.minimum(np.searchsorted(known, runs), len(known) - 1)
+def _by_length(of_texts: Sequence[tuple[int, Runs]]) -> dict[int, Runs]:
+    """Sorted runs by their number of words."""
+    lengths = sorted({length for length, _ in of_texts})
+    return {length: np.unique(np.concatenate([runs for own, runs in of_texts if own == length])) for length in lengths}
+
+
+def _hits(words: Sequence[str], known: Mapping[int, Runs]) -> Iterator[tuple[int, int, int]]:
+    """Of known runs in a message: the number of words, the first one's index, the run."""
+    hashes = _hashes(words)
+    for length, of_length in known.items():
+        if length <= len(words) and (length >= WHOLE_MESSAGE_WORDS or length == len(words)):
+            runs = _runs(hashes, length)
+            nearest = np.minimum(np.searchsorted(of_length, runs), len(of_length) - 1)
+            for start in np.flatnonzero(of_length[nearest] == runs).tolist():
+                yield length, start, int(runs[start])

@@ -174,9 +174,6 @@ def _list(column: pa.ListArray, row: int) -> list[int]:
     return values
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------
-
-
 class ExampleWriter:
     """Takes examples one by one; `finish` gives them back as a mapped file."""
 

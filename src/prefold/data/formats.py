@@ -233,7 +233,7 @@ def _python_values(batch: Any) -> list[dict[str, Any] | Exception]:
     except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
             return [error]
-        return [row for place in range(batch.num_rows) for row in _python_values(batch.slice(place, 1))]
+        return [row for index in range(batch.num_rows) for row in _python_values(batch.slice(index, 1))]
 
 
 # ---- bytes ------------------------------------------------------------------------------------------------------
@@ -258,8 +258,8 @@ def _without_mark(content: bytes, name: str) -> bytes:
     return content.removeprefix(codecs.BOM_UTF8)
 
 
-def _not_utf8(found: str, name: str) -> UserError:
-    return UserError(f"not UTF-8 {found}", where=name, advice="convert the file to UTF-8")
+def _not_utf8(how: str, name: str) -> UserError:
+    return UserError(f"not UTF-8 {how}", where=name, advice="convert the file to UTF-8")
 
 
 _READERS: dict[str, Reader] = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".parquet": _parquet}

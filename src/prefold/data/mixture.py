@@ -21,7 +21,7 @@ import numpy as np
 from prefold.data import findings
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
 from prefold.data.conversion import to_record, with_system_message
-from prefold.data.duplicates import Contamination, Match, Repeats, find_repeats
+from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples, ExampleWriter
 from prefold.data.findings import DataReport, SourceCount
 from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired
@@ -139,9 +139,6 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     return examples.select(np.flatnonzero(~held_out)), examples.select(np.flatnonzero(held_out))
 
 
-# ---- rows to examples -------------------------------------------------------------------------------------------
-
-
 class _Side:
     """Training or held-out data: what has come of its rows so far. `oddities` are rows that are used, by kind of
     finding."""
@@ -157,7 +154,7 @@ class _Side:
     ):
         self._name, self._data, self._tokenizer, self._kind = name, data, tokenizer, kind
         self._contamination = contamination
-        self._repeats: Repeats | None = None if data.duplicates == "keep" else find_repeats(data.duplicates)
+        self._repeats = None if data.duplicates == "keep" else REPEATS[data.duplicates]()
         self._examples = ExampleWriter(folder and folder / f"{name}.arrow")
         self.problems: list[Problem] = []
         self.oddities: defaultdict[str, list[RowId]] = defaultdict(list)

@@ -107,9 +107,6 @@ class Unfit(Exception):
         self.kind, self.message = kind, message
 
 
-# ---- messages ---------------------------------------------------------------------------------------------------
-
-
 def messages(value: Any, where: str, writing: Writing = "plain") -> list[Message]:
     """A list of turns as messages.
 
@@ -120,7 +117,7 @@ def messages(value: Any, where: str, writing: Writing = "plain") -> list[Message
         raise Unfit("bad_message", f"{where} is {json_type(value)}, not a list of messages")
     if not value:
         raise Unfit("empty_text", f"{where} has no messages")
-    return [_turn(item, f"{where}, message {place}", writing) for place, item in enumerate(value, start=1)]
+    return [_turn(item, f"{where}, message {number}", writing) for number, item in enumerate(value, start=1)]
 
 
 def message(role: str, text: Any, where: str, may_be_empty: bool = False) -> Message:
@@ -200,9 +197,6 @@ def check_answer(answer: list[Message], where: str) -> None:
     strangers = [turn["role"] for turn in answer if turn["role"] != "assistant"]
     if strangers:
         raise Unfit("bad_message", f"the answer in {where} has a message of the role {strangers[0]}")
-
-
-# ---- values -----------------------------------------------------------------------------------------------------
 
 
 def short(value: Any) -> str:

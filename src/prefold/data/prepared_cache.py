@@ -29,7 +29,7 @@ from prefold.data.findings import DataReport
 from prefold.data.mixture import Prepared, load_split
 from prefold.data.shapes import Kind
 from prefold.data.sources import identity_of
-from prefold.files import cache_folder, new_folder, sweep
+from prefold.files import cache_folder, new_folder, remove_left_over
 from prefold.recipe import Data
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _write(prepared: Prepared, folder: Path) -> None:
 
 
 def _remove_old(newest: Path) -> None:
-    sweep(newest.parent)
+    remove_left_over(newest.parent)
     with suppress(OSError):  # another process may be removing them too
         entries = {path: path.stat().st_mtime for path in newest.parent.glob("[!.]*") if path != newest}
         total = _size(newest)
@@ -101,9 +101,6 @@ def _remove_old(newest: Path) -> None:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-# ---- what an entry depends on -----------------------------------------------------------------------------------
 
 
 def _sources(data: Data) -> list[str | None]:

@@ -30,7 +30,6 @@ class Selection:
     are among `rows`: what is wrong with them is told where rows are converted.
     """
 
-    source: Rows
     name: str
     rows: Iterator[RawRow] = field(default_factory=lambda: iter(()))
     problems: list[Problem] = field(default_factory=list)
@@ -47,17 +46,16 @@ def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
             rows than are to be drawn.
     """
     selections = [_filtered(source) for source in sources]
-    drawn = {place: _Pool(selections[place]) for place, source in enumerate(sources) if _is_drawn(source)}
-    weights = {place: source.weight for place, source in enumerate(sources) if source.weight}
-    counts = {place: source.count for place, source in enumerate(sources) if source.count}
-    # The source that runs out first sets the scale: no row is repeated. The tolerance is that of the division.
-    scale = min((len(drawn[place].good) / weight for place, weight in weights.items()), default=0.0)
-    counts |= {place: math.floor(scale * weight + 1e-6) for place, weight in weights.items()}
-    for place, pool in drawn.items():
-        pool.draw(counts[place], seed)
+    pools: list[tuple[Source, _Pool]] = []
     for source, selection in zip(sources, selections, strict=True):
         if source.count and source.streaming:
             selection.rows = _first(selection.rows, selection.name, source.count)
+        elif source.count or source.weight:
+            pools.append((source, _Pool(selection)))
+    # The source that runs out first sets the scale: no row is repeated. The tolerance is that of the division.
+    scale = min((len(pool.good) / source.weight for source, pool in pools if source.weight), default=0.0)
+    for source, pool in pools:
+        pool.draw(source.count or math.floor(scale * (source.weight or 0) + 1e-6), seed)
     return selections
 
 
@@ -90,28 +88,18 @@ def _text_problem(row: RawRow, column: str) -> str | None:
     return None if isinstance(value, str | None) else f"it is {json_type(value)}"
 
 
-def _is_drawn(source: Source) -> bool:
-    return bool(source.weight or (source.count and not source.streaming))
-
-
 def _filtered(source: Rows) -> Selection:
-    selection = Selection(source, source_name(source))
-    rows = read_rows(source)
-    selection.rows = _passing(rows, Where(source.where), selection) if source.where else _all(rows, selection)
+    selection = Selection(source_name(source))
+    selection.rows = _passing(read_rows(source), Where(source.where) if source.where else None, selection)
     return selection
 
 
-def _all(rows: Iterable[RawRow], into: Selection) -> Iterator[RawRow]:
+def _passing(rows: Iterable[RawRow], condition: Where | None, into: Selection) -> Iterator[RawRow]:
+    passed = 0
     for row in rows:
         into.rows_in += 1
-        yield row
-
-
-def _passing(rows: Iterable[RawRow], condition: Where, into: Selection) -> Iterator[RawRow]:
-    passed = 0
-    for row in _all(rows, into):
         try:
-            keep = row.value is None or condition(row.value)
+            keep = condition is None or row.value is None or condition(row.value)
         except Mismatch as mismatch:
             into.problems.append(Problem("where_failed", str(mismatch), row.origin))
             continue
@@ -120,8 +108,9 @@ def _passing(rows: Iterable[RawRow], condition: Where, into: Selection) -> Itera
             yield row
         else:
             into.rows_filtered += 1
-    condition.require_known_columns(into.name)
-    if not passed:
+    if condition:
+        condition.require_known_columns(into.name)
+    if condition and not passed:
         failed = f"; it fails for {len(into.problems)}: {into.problems[0].message}" if into.problems else ""
         raise UserError(
             f"`where` leaves none of its {into.rows_in} rows{failed}", where=into.name, advice="mend the condition"
@@ -151,7 +140,7 @@ class _Pool:
         if not 0 < count <= len(self.good):
             raise _too_few(self._selection.name, len(self.good), count)
         order = shuffled(len(self.good), seed)[:count]
-        self._selection.rows = iter(self._broken + [self.good[place] for place in order])
+        self._selection.rows = iter(self._broken + [self.good[index] for index in order])
         self._selection.rows_not_drawn = len(self.good) - count
 
 

@@ -105,64 +105,25 @@ def _are_sentences(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(map(_is_string, value))
 
 
-def _is_vote(value: Any) -> bool:
-    return as_vote(value) is not None
-
-
-def _is_flag(value: Any) -> bool:
-    return as_flag(value) is not None
-
-
+_PROMPT, _OPENING, _SENTENCES = {"prompt": _is_prompt}, {"messages": _is_opening}, {"sentences": _are_sentences}
+_TEXTS = {"chosen": _is_bare_text, "rejected": _is_bare_text}
+_ANSWERS = {"chosen": _is_answer, "rejected": _is_answer}
+_DIALOGUES = {"chosen": is_dialogue, "rejected": is_dialogue}
+_OUTPUTS = {"output_1": _is_answer, "output_2": _is_answer, "vote": lambda value: as_vote(value) is not None}
+_COMPLETION = {"completion": _is_answer, "label": lambda value: as_flag(value) is not None}
+_TURNS = {"messages": _is_turn_list, "label": _COMPLETION["label"]}
 # The first layout that fits wins among those of the same columns.
 _LAYOUTS = (
-    _Layout(
-        "text",
-        "pairs",
-        {"prompt": _is_string, "chosen": _is_bare_text, "rejected": _is_bare_text},
-        "strings `prompt`, `chosen`, `rejected` (and `system`)",
-    ),
-    _Layout(
-        "messages",
-        "pairs",
-        {"prompt": _is_prompt, "chosen": _is_answer, "rejected": _is_answer},
-        "`prompt`: list of {role, content}; answers: text or list",
-    ),
-    _Layout(
-        "conversations",
-        "pairs",
-        {"chosen": is_dialogue, "rejected": is_dialogue},
-        "`chosen`, `rejected`: lists of messages, prompt first",
-        aside=("prompt",),
-    ),
-    _Layout(
-        "turns",
-        "pairs",
-        {"messages": _is_opening, "chosen": _is_answer, "rejected": _is_answer},
-        "`conversations`: list of turns; answers: one turn each",
-    ),
-    _Layout(
-        "votes",
-        "pairs",
-        {"prompt": _is_prompt, "output_1": _is_answer, "output_2": _is_answer, "vote": _is_vote},
-        "`instruction`, `output_1`, `output_2`, `label` (1 or 2)",
-    ),
-    _Layout(
-        "labelled text",
-        "unpaired",
-        {"prompt": _is_prompt, "completion": _is_answer, "label": _is_flag},
-        "`prompt`, `completion`, `label` (true or false)",
-    ),
-    _Layout(
-        "labelled messages",
-        "unpaired",
-        {"messages": _is_turn_list, "label": _is_flag},
-        "`messages`: list, answer last; `label` (true or false)",
-    ),
-    _Layout("prompts", "prompts", {"prompt": _is_prompt}, "`prompt` or `question`, and columns for rewards"),
-    _Layout(
-        "sentences", "prompts", {"sentences": _are_sentences}, "`source`: a list of sentences, and columns for rewards"
-    ),
-    _Layout("opening messages", "prompts", {"messages": _is_opening}, "`messages`: a list that waits for an answer"),
+    _Layout("text", "pairs", {"prompt": _is_string, **_TEXTS}, "strings `prompt`, `chosen`, `rejected` (and `system`)"),
+    _Layout("messages", "pairs", _PROMPT | _ANSWERS, "`prompt`: list of {role, content}; answers: text or list"),
+    _Layout("conversations", "pairs", _DIALOGUES, "`chosen`, `rejected`: lists of messages, prompt first", ("prompt",)),
+    _Layout("turns", "pairs", _OPENING | _ANSWERS, "`conversations`: list of turns; answers: one turn each"),
+    _Layout("votes", "pairs", _PROMPT | _OUTPUTS, "`instruction`, `output_1`, `output_2`, `label` (1 or 2)"),
+    _Layout("labelled text", "unpaired", _PROMPT | _COMPLETION, "`prompt`, `completion`, `label` (true or false)"),
+    _Layout("labelled messages", "unpaired", _TURNS, "`messages`: list, answer last; `label` (true or false)"),
+    _Layout("prompts", "prompts", _PROMPT, "`prompt` or `question`, and columns for rewards"),
+    _Layout("sentences", "prompts", _SENTENCES, "`source`: a list of sentences, and columns for rewards"),
+    _Layout("opening messages", "prompts", _OPENING, "`messages`: a list that waits for an answer"),
 )
 # Role -> columns that are taken for it by themselves; the first is what messages call it.
 _KNOWN_COLUMNS = {

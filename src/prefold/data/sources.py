@@ -98,9 +98,6 @@ def _at_least_one(rows: Iterator[RawRow], name: str) -> Iterator[RawRow]:
         raise UserError("there are no rows in it", where=name, expected="at least one row")
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
-
-
 def _files(source: Rows) -> list[Path]:
     """The files that a path, folder or glob stands for, sorted; none if it may be a data set of the Hub.
 
@@ -175,9 +172,6 @@ def _missing(source: Rows, path: Path) -> UserError:
     return UserError("no such file", where=source.path, advice=advice)
 
 
-# ---- built-in sets ----------------------------------------------------------------------------------------------
-
-
 def _builtin_file(source: Rows) -> Traversable:
     name, split = source.path.removeprefix(BUILTIN_PREFIX), source.split or "train"
     sets = {entry.name: entry for entry in _entries(BUILTIN_FOLDER) if entry.is_dir() and _entries(entry)}
@@ -203,9 +197,6 @@ def _entries(folder: Traversable) -> list[Traversable]:
 def _listed(names: list[str], limit: int = 8) -> str:
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-# ---- Hub --------------------------------------------------------------------------------------------------------
 
 
 def _hub_rows(source: Rows) -> Iterator[RawRow]:

@@ -19,14 +19,10 @@ _LONGEST_NUMBER = 24
 def as_vote(value: Any) -> int | None:
     """1 or 2 for the better answer, 0 for a tie, None for what is no vote."""
     # bool is an int to Python, but `true` says nothing about which of two.
-    value = _as_number(value)
-    if value is None:
-        return None
-    if value == 0 or value == 1.5:
+    number = _as_number(value)
+    if number in (0, 1.5):
         return 0
-    if 1 <= value <= 2:
-        return 1 if value < 1.5 else 2
-    return None
+    return None if number is None or not 1 <= number <= 2 else 1 if number < 1.5 else 2
 
 
 def as_flag(value: Any) -> bool | None:
@@ -41,8 +37,8 @@ def as_flag(value: Any) -> bool | None:
 def majority(votes: Iterable[int]) -> int:
     """The answer that more votes are for; 0 if they are even. Votes for a tie count for neither."""
     votes = list(votes)
-    lead = votes.count(1) - votes.count(2)
-    return 0 if lead == 0 else 1 if lead > 0 else 2
+    first, second = votes.count(1), votes.count(2)
+    return 0 if first == second else 1 if first > second else 2
 
 
 def is_first_annotator(column: str) -> bool:
@@ -57,22 +53,20 @@ def vote_columns(column: str, value: dict[str, Any]) -> list[str]:
     return [name for name in value if _ANNOTATOR.fullmatch(name)] or [column]
 
 
-# ---- ratings ----------------------------------------------------------------------------------------------------
-
 _RATING = re.compile(r"(?:(chosen|rejected)_(?:score|rating)|(?:score|rating)_(chosen|rejected))")
 
 
 def ratings(value: dict[str, Any]) -> tuple[float, float] | None:
     """The numbers that a row gives to chosen and rejected, in columns such as `chosen-rating` or `score_chosen` of its
     own or of an object in it (`metadata`); None if it does not rate both."""
-    found: dict[str, float] = {}
+    rated: dict[str, float] = {}
     nested = [cell for cell in value.values() if isinstance(cell, dict)]
     for cells in (value, *nested):
         for name, cell in cells.items():
             match = _RATING.fullmatch(str(name).lower().replace("-", "_"))
             if match and (number := _as_number(cell)) is not None:
-                found.setdefault(match[1] or match[2], number)
-    return (found["chosen"], found["rejected"]) if len(found) == 2 else None
+                rated.setdefault(match[1] or match[2], number)
+    return (rated["chosen"], rated["rejected"]) if len(rated) == 2 else None
 
 
 def _as_number(value: Any) -> float | None:

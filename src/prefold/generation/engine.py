@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -24,14 +24,15 @@ from transformers.generation.streamers import BaseStreamer
 from prefold import ranks
 from prefold.data.chat import Template, render
 from prefold.data.preference import Message
+from prefold.errors import UserError
 from prefold.generation.kv_cache import ATTENTION, HALF, Decode, Prefill, PromptCache, SequenceBatch
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import GenerationRequest, OnToken, PartialCompletion
-from prefold.generation.transformers_engine import generate_plainly
-from prefold.generation.weights import packed_weights
+from prefold.generation.transformers_engine import ASK_FOR_LESS, SINGLE_PROMPT, generate_plainly
+from prefold.generation.weights import fold_adapter, packed_weights
 from prefold.terminal import Advance, progress_bar
 from prefold.trees.attention import unwrapped, using_attention
-from prefold.trees.budget import attempt, halved, split_by_budget
+from prefold.trees.budget import attempt, lowered, split_by_budget
 from prefold.trees.packing import TokenTree, pack
 from prefold.trees.self_check import COARSE, difference, obstacle, stretched_positions
 
@@ -53,10 +54,12 @@ logger = logging.getLogger("prefold")
 
 @dataclass
 class ModelState:
-    """What generation has learned about a model, which keeps it: `max_tokens` is lowered where memory runs out,
-    `obstacles` is what the check has given for prompts within the model's window (False) and beyond it (True)."""
+    """What generation has learned about a model, which keeps it: `max_tokens` is lowered where memory runs out; prompts
+    with completions of up to `longest` tokens can be shared as far as its configuration tells; `obstacles` is what the
+    check has given for prompts within its window (False) and beyond it (True)."""
 
     max_tokens: int = sys.maxsize
+    longest: int = 0
     obstacles: dict[bool, str | None] = field(default_factory=dict)
 
     @staticmethod
@@ -89,7 +92,7 @@ class LocalEngine:
         generate a share each, and all of them get everything.
 
         Args:
-            numbers, on_token: as of `stream`.
+            numbers, on_token: as of `stream`; `numbers` are by default the indices.
             advance: told of each prompt that is done.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
@@ -105,13 +108,13 @@ class LocalEngine:
         self,
         prompts: Sequence[Sequence[int]],
         settings: Sampling,
-        numbers: Sequence[int] | None = None,
+        numbers: Sequence[int],
         on_token: OnToken | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """The indices of prompts with their completions, as they are done. The model must not be used meanwhile.
 
         Args:
-            numbers: what a prompt's random numbers depend on beside the seed; by default its index.
+            numbers: what each prompt's random numbers depend on beside the seed.
 
         Raises:
             StageError: out of memory with a single prompt.
@@ -119,7 +122,6 @@ class LocalEngine:
         if not prompts:
             return
         ends = end_tokens(self._model, self._tokenizer) if settings.end_tokens is None else settings.end_tokens
-        numbers = range(len(prompts)) if numbers is None else numbers
         request = GenerationRequest(prompts, settings, self._tokenizer, ends, numbers, on_token)
         training = self._model.training
         self._model.eval()
@@ -148,9 +150,8 @@ class LocalEngine:
                 again = {sequence.prompt for _, sequences in under_way for sequence in sequences}.union(begun)
                 under_way, waiting = [], deque(sorted(again.union(waiting)))
                 sizes = [request.size(prompt) for prompt in again]
-                single = f"a single prompt and its completions ({sizes[0]:,} tokens); ask for fewer or shorter "
-                single += "completions, or take a smaller model"
-                budget = state.max_tokens = halved(budget, sizes, "the token budget of completions goes", single)
+                single = f"{SINGLE_PROMPT} ({sizes[0]:,} tokens); {ASK_FOR_LESS}"
+                budget = state.max_tokens = lowered(budget, sizes, single, what="the token budget of completions goes")
             else:
                 sequences, under_way = stepped
                 yield from request.finished(sequences)
@@ -276,15 +277,17 @@ def why_not_shared(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens
 
     A model is checked once on the end of a real prompt, and once more on one that is longer than its window.
     """
-    reason = stretched_positions(model, len(prompt) + max_new_tokens) or obstacle(model)
-    if reason is not None:
-        return reason
+    state, longest = ModelState.of(model), len(prompt) + max_new_tokens
+    if longest > state.longest:
+        reason = stretched_positions(model, longest) or obstacle(model)
+        if reason is not None:
+            return reason
+        state.longest = longest
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     beyond = len(prompt) > window > 0
-    obstacles = ModelState.of(model).obstacles
-    if beyond not in obstacles:
-        obstacles[beyond] = failed_check(model, prompt[-(CHECKED_TOKENS + (window if beyond else 0)) :])
-    return obstacles[beyond]
+    if beyond not in state.obstacles:
+        state.obstacles[beyond] = failed_check(model, prompt[-(CHECKED_TOKENS + (window if beyond else 0)) :])
+    return state.obstacles[beyond]
 
 
 def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
@@ -316,7 +319,41 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
     return difference(model, shared, lambda: plain().amax(-1, keepdim=True), COARSE if quantised else TOLERANCE)
 
 
-# ---- text in, text out ------------------------------------------------------------------------------------------
+# ---- for training, and for readers ------------------------------------------------------------------------------
+
+
+def require_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that a completion can end.
+
+    Raises:
+        UserError: neither model nor tokenizer names an end token.
+    """
+    if not end_tokens(model, tokenizer):
+        raise UserError(
+            "names no end token, so no completion would ever end",
+            where=model.name_or_path or "model",
+            expected="`eos_token_id` in generation_config.json, or an EOS token of the tokenizer",
+            advice="name an instruct model in `model.name`",
+        )
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    advance: Advance = lambda amount, text: None,
+) -> list[list[Completion]]:
+    """A group of completions of each prompt, adapters folded in meanwhile where that is exact to undo. It depends on
+    the model, the prompt and the group's seed, and on nothing else that is sampled.
+
+    Args:
+        seeds: one for each prompt, instead of that of `sampling`.
+        advance: told of each prompt that is done.
+    """
+    with fold_adapter(model):
+        return LocalEngine(model, tokenizer).sample(prompts, replace(sampling, seed=0), seeds, advance)
 
 
 def answer(

@@ -10,37 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefold.trees.attention import Backend, Shape, register, segments
+from prefold.trees.attention import Shape, register, segments
 from prefold.trees.packing import PackedTrees
 
 ATTENTION = "prefold_generation"
 HALF = (torch.float16, torch.bfloat16)
 
 
-class CachedPass(Protocol):
-    """What the model's layers are called with as `trees`."""
-
-    scratch: dict[str, Any]
-
-    @property
-    def longest(self) -> int: ...
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor: ...
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, cached: CachedPass, shape: Shape) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, cached: Any, shape: Shape) -> Tensor:
+    """Attention of a `Prefill` or a `Decode`, which the model's layers are called with as `trees`."""
     # As fast as half precision on a CPU, and more exact.
     if query.device.type == "cpu" and value.dtype in HALF:
         query, key, value = query.float(), key.float(), value.float()
-    return cached.attend(query, key, value, shape)
+    attended: Tensor = cached.attend(query, key, value, shape)
+    return attended
 
 
-register(ATTENTION, cast(Backend, _attend))
+register(ATTENTION, _attend)
 
 
 @dataclass

@@ -154,16 +154,13 @@ def choose(logits: Tensor, settings: Sampling, drawn: Tensor, seen: Tensor | Non
         tokens = scores.argmax(-1)
         logprobs = torch.zeros_like(tokens, dtype=logits.dtype)
     else:
-        scores = truncated(_tempered(scores, settings.temperature), settings.top_k, settings.top_p, settings.min_p)
+        scores = scores if settings.temperature == 1 else scores / settings.temperature
+        scores = truncated(scores, settings.top_k, settings.top_p, settings.min_p)
         tokens, logprobs = draw(scores, drawn)
     model_logprobs = None
     if settings.with_model_logprobs:
         model_logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
     return Chosen(tokens, logprobs, model_logprobs)
-
-
-def _tempered(scores: Tensor, temperature: float) -> Tensor:
-    return scores if temperature == 1 else scores / temperature
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

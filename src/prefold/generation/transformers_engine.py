@@ -13,11 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel
 
 from prefold.generation.sampling import Completion
 from prefold.generation.sequences import GenerationRequest, PartialCompletion
-from prefold.trees.budget import attempt, halved, row_by_row
+from prefold.trees.budget import attempt, lowered, row_by_row
+
+SINGLE_PROMPT = "a single prompt and its completions"
+ASK_FOR_LESS = "ask for fewer or shorter completions, or take a smaller model"
 
 
 def generate_plainly(
@@ -37,8 +40,8 @@ def generate_plainly(
 
     def smaller(batch: list[int], left: list[int]) -> list[list[int]]:
         nonlocal at_once
-        single = "a single prompt and its completions; ask for fewer or shorter completions, or take a smaller model"
-        at_once = halved(len(batch), [1] * len(batch), "the prompts that are answered at a time go", single)
+        what = "the prompts that are answered at a time go"
+        at_once = lowered(len(batch), [1] * len(batch), f"{SINGLE_PROMPT}; {ASK_FOR_LESS}", what=what)
         return batches(left)
 
     first = batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
@@ -50,35 +53,26 @@ def generate_plainly(
 def _generate(model: PreTrainedModel, batch: Sequence[int], request: GenerationRequest) -> list[PartialCompletion]:
     """All completions of the prompts of a batch."""
     sequences = [sequence for prompt in batch for sequence in request.begin(prompt)]
+
+    def choose(input_ids: Tensor, scores: Tensor) -> Tensor:
+        unfinished = [i for i, sequence in enumerate(sequences) if not sequence.over]
+        request.extend([sequences[i] for i in unfinished], scores[unfinished])
+        chosen = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=scores.device)[:, None]
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
+
+    def are_over(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([sequence.over for sequence in sequences], device=input_ids.device)
+
     input_ids = torch.tensor([list(request.prompts[each.prompt]) for each in sequences], device=model.device)
     with _no_defaults(model):
         cast(Any, model).generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=GenerationConfig(max_new_tokens=request.settings.max_new_tokens, do_sample=False),
-            logits_processor=[_Choice(sequences, request)],
-            stopping_criteria=[_Over(sequences)],
+            logits_processor=[choose],
+            stopping_criteria=[are_over],
         )
     return sequences
-
-
-class _Choice(LogitsProcessor):
-    def __init__(self, sequences: Sequence[PartialCompletion], request: GenerationRequest):
-        self._sequences, self._request = sequences, request
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        unfinished = [i for i, sequence in enumerate(self._sequences) if not sequence.over]
-        self._request.extend([self._sequences[i] for i in unfinished], scores[unfinished])
-        chosen = torch.tensor([sequence.tokens[-1] for sequence in self._sequences], device=scores.device)[:, None]
-        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
-
-
-class _Over(StoppingCriteria):
-    def __init__(self, sequences: Sequence[PartialCompletion]):
-        self._sequences = sequences
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return torch.tensor([sequence.over for sequence in self._sequences], device=input_ids.device)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Recipes from the files of other tools: TRL, Axolotl, LLaMA-Factory.
 
-A module for each tool holds its table, key -> field, and what is more than a table entry. Every key of a file ends up
-in a field or in a note that says what became of it, and a recipe that comes out has passed the checks of all recipes.
+A file of tables for each tool says what becomes of its keys, and a module what is more than an entry of a table. Every
+key of a file ends up in a field or in a note, and a recipe that comes out has passed the checks of all recipes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from typing import Any
 
 from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
-from prefold.importing import axolotl, llamafactory, trl
+from prefold.importing.axolotl import AXOLOTL
 from prefold.importing.draft import Draft, Note
+from prefold.importing.llamafactory import LLAMAFACTORY
 from prefold.importing.output import account, nested, recipe_text
+from prefold.importing.trl import TRL
+from prefold.importing.write import Tool, write
 from prefold.recipe import make_recipe, parse_yaml
 
-_TOOLS = (trl, axolotl, llamafactory)
+_TOOLS = (TRL, AXOLOTL, LLAMAFACTORY)
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ def import_recipe(file: str, method: str | None = None) -> Imported:
     """
     given = _read(file)
     tool = _tool_of(given, file)
-    draft = Draft(tool.NAME, given)
-    tool.write(draft, file, method)
+    draft = Draft(tool.name, given)
+    write(draft, tool, file, method)
     _complete(draft, file)
     draft.finish()
     values = nested(draft)
     make_recipe(values, f"{file}, as a recipe")
-    return Imported(tool.NAME, recipe_text(draft, _heading(draft, file)), account(draft), tuple(draft.notes))
+    return Imported(tool.name, recipe_text(draft, _heading(draft, file)), account(draft), tuple(draft.notes))
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -65,16 +68,15 @@ def _read(file: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _tool_of(given: dict[str, Any], file: str) -> Any:
+def _tool_of(given: dict[str, Any], file: str) -> Tool:
     """The tool whose own keys the file has most of."""
     if "method" in given and isinstance(given.get("model"), dict):
         raise UserError("this is a recipe of prefold already", where=file, advice=f"`prefold check {file}`")
-    hits = {tool: len(tool.TELLS & set(given)) for tool in _TOOLS}
-    best = [tool for tool, count in hits.items() if count == max(hits.values())]
-    if len(best) == 1:
-        return best[0]
-    tells = "; ".join(f"{tool.NAME}: {', '.join(sorted(tool.TELLS)[:6])}, ..." for tool in _TOOLS)
-    what = "keys of several tools" if max(hits.values()) else "the file of no tool that prefold knows"
+    hits = [len({*tool.keys["tells"]} & set(given)) for tool in _TOOLS]
+    if hits.count(max(hits)) == 1:
+        return _TOOLS[hits.index(max(hits))]
+    tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in _TOOLS)
+    what = "keys of several tools" if max(hits) else "the file of no tool that prefold knows"
     raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
 
 

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prefold.importing.tables import CONVERSIONS, Entry, NoCounterpartError, Table
+
 Group = Literal["same", "renamed", "decided", "missing", "unknown", "off"]
-"""What became of a key: a field of the same name, one of another name, settled by prefold itself, without a
+"""What became of a key: a field of the same name, one of another name, decided by prefold itself, without a
 counterpart, not known to the import, or off in the file."""
-
-
-class NoCounterpartError(Exception):
-    """A value that no recipe can hold; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class To:
-    """A key that becomes a field. `convert` gives the field's value, None where it is the usual one, or raises
-    `NoCounterpartError`."""
-
-    field: str
-    convert: Callable[[Any], Any] = lambda value: value
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A key that prefold needs nobody to set, and why."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Without:
-    """A key without a counterpart, and what to do about it."""
-
-    advice: str
-
-
-Table = Mapping[str, To | Decided | Without]
 
 
 @dataclass(frozen=True)
@@ -122,24 +94,28 @@ class Draft:
         """Take the keys that a table knows."""
         for key in [key for key in self._left if key in table]:
             entry, value = table[key], self._left[key]
-            if isinstance(entry, To):
+            if entry.kind == "field":
                 self._convert(key, value, entry)
             elif value is False or value in (0, "none", "no"):
                 self.note("off", key)
-            elif isinstance(entry, Decided):
-                self.note("decided", key, text=entry.why)
             else:
-                self.note("missing", key, text=entry.advice)
+                self.note(entry.kind, key, text=entry.text)
 
-    def _convert(self, key: str, value: Any, entry: To) -> None:
+    def _convert(self, key: str, value: Any, entry: Entry) -> None:
         try:
-            converted = entry.convert(value)
-            if converted is None:
-                self.note("off", key)
-            else:
-                self.carry(entry.field, converted, key)
+            converted = CONVERSIONS[entry.conversion](value)
         except NoCounterpartError as reason:
             self.note("missing", key, text=f"{value}: {reason}")
+            return
+        if converted is None:
+            self.note("off", key)
+        else:
+            self.carry(entry.text, converted, key)
+
+    def off(self, *keys: str) -> None:
+        """Note those of the keys that nobody took as off."""
+        for key in filter(self.has, keys):
+            self.note("off", key)
 
     def finish(self) -> None:
         """Note the keys that nobody took."""

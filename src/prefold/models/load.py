@@ -153,7 +153,9 @@ def widen_residuals(model: nn.Module) -> None:
     def widened(module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
         return embedded.float() if torch.is_autocast_enabled(embedded.device.type) else embedded
 
-    model.get_input_embeddings().register_forward_hook(widened)  # type: ignore[operator]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    if embeddings.weight.dtype in (torch.float16, torch.bfloat16):
+        embeddings.register_forward_hook(widened)
 
 
 def without_dropout(model: torch.nn.Module) -> None:

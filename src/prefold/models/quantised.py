@@ -1,8 +1,7 @@
 """Base weights in 4 or 8 bits, by bitsandbytes, ready for training LoRA over them.
 
-What peft's `prepare_model_for_kbit_training` does beyond freezing is not needed here: norms get float32 states because
-the stream between the layers is float32 under autocast, log-probs are taken in float32 by the engine, and checkpoints
-without re-entry need no gradients of the inputs. The vocabulary matrix stays in the recipe's dtype.
+What peft's `prepare_model_for_kbit_training` does beyond freezing is not needed: under autocast the stream between the
+layers is float32, and so are log-probs; checkpoints without re-entry need no gradients of the inputs.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
-from prefold.plan.meta_model import Blueprint
-from prefold.plan.passes import Lengths
+from prefold.plan.meta_model import MetaModel
+from prefold.plan.passes import Lengths, Row
 from prefold.recipe import RecipeBase
 from prefold.trees.budget import split_by_budget
 
@@ -17,8 +17,7 @@ STEPS_READ = 2000
 """Steps whose micro-batches are laid out; of a longer run, so many of them at equal distances."""
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Of trees: `unique` with each prompt once, `plain` with one for each completion, `scored` those of completions
     (and of prompts, where they are scored), `attended` the pairs of positions of which one looks at the other."""
 
@@ -43,11 +42,8 @@ def plain_size(tree: Lengths) -> int:
 
 def _attended(tree: Lengths) -> int:
     prompt, *completions = tree
-    return _triangle(prompt) + sum(length * prompt + _triangle(length) for length in completions)
-
-
-def _triangle(length: int) -> int:
-    return length * (length + 1) // 2
+    own = sum(length * (length + 1) // 2 for length in tree)
+    return own + prompt * sum(completions)
 
 
 def with_completions(recipe: RecipeBase, trees: Sequence[Lengths]) -> list[Lengths]:
@@ -59,8 +55,8 @@ def with_completions(recipe: RecipeBase, trees: Sequence[Lengths]) -> list[Lengt
     return [(tree[0], *group) for tree in trees]
 
 
-class Order(Protocol):
-    """Places of the trees of each optimizer step."""
+class StepOrder(Protocol):
+    """Indices of the trees of each optimizer step."""
 
     def __len__(self) -> int: ...
 
@@ -72,44 +68,46 @@ class Steps:
     """The optimizer steps of a run. `sampled`: completions are at most as long as those of `trees`."""
 
     trees: Sequence[Lengths]
-    order: Order
+    order: StepOrder
     sampled: bool = False
 
     def __iter__(self) -> Iterator[list[Lengths]]:
         stride = -(-len(self.order) // STEPS_READ)
         for step in range(0, len(self.order), stride):
-            yield [self.trees[place] for place in self.order[step]]
+            yield [self.trees[index] for index in self.order[step]]
 
-    def fullest_row(self, budget: int, packed: bool) -> list[Lengths]:
+    def fullest_row(self, budget: int, packed: bool) -> Row:
         """The micro-batch with most tokens, as the engine lays them out."""
         size = sum if packed else plain_size
-        best: tuple[int, list[Lengths]] = (0, [])
-        for step in self:
-            rows = [[step[place] for place in row] for row in split_by_budget([size(tree) for tree in step], budget)]
-            for trees in [*rows, *([_filled(step, budget, size)] if self.sampled else [])]:
-                best = max(best, (sum(map(size, trees)), trees))
-        return best[1]
+        return max(self._rows(budget, size), key=lambda row: (sum(map(size, row)), row))
+
+    def _rows(self, budget: int, size: Callable[[Lengths], int]) -> Iterator[Row]:
+        for trees in self:
+            for indices in split_by_budget(list(map(size, trees)), budget):
+                yield tuple(trees[index] for index in indices)
+            if self.sampled:
+                yield _ending_early(trees, budget, size)
 
     def tokens(self, scores_prompt: bool) -> Tokens:
         """Of all steps together."""
-        found = [Tokens.of(step, scores_prompt) for step in self]
-        share = len(self.order) / len(found)
-        names = ("unique", "plain", "scored", "attended")
-        return Tokens(**{name: round(share * sum(getattr(one, name) for one in found)) for name in names})
+        steps = [Tokens.of(trees, scores_prompt) for trees in self]
+        return Tokens(*(round(len(self.order) / len(steps) * sum(numbers)) for numbers in zip(*steps, strict=True)))
 
 
-def _filled(step: Sequence[Lengths], budget: int, size: Callable[[Lengths], int]) -> list[Lengths]:
+def _ending_early(trees: Sequence[Lengths], budget: int, size: Callable[[Lengths], int]) -> Row:
     """A row to which one tree more is added than fits, because its completions end early."""
-    sizes = list(accumulate(map(size, step)))
+    sizes = list(accumulate(map(size, trees)))
     number = bisect_left(sizes, budget) + 1
-    if number > len(step) or number == 1:
-        return list(step[:number])
-    *whole, (prompt, *completions) = step[:number]
+    if number > len(trees) or number == 1:
+        return tuple(trees[:number])
+    *whole, (prompt, *completions) = trees[:number]
     less = -(-(sizes[number - 1] - budget) // len(completions))
-    return [*whole, (prompt, *(length - less for length in completions))] if less < min(completions) else whole
+    if less < min(completions):
+        whole.append((prompt, *(length - less for length in completions)))
+    return tuple(whole)
 
 
-def training_flops(blueprint: Blueprint, tokens: Tokens, computed: int) -> float:
+def training_flops(meta: MetaModel, tokens: Tokens, computed: int) -> float:
     """Of the matrix products of all steps, forward and backward.
 
     The backward pass has a product for the gradients of the inputs, and one for those of weights that are trained.
@@ -118,25 +116,21 @@ def training_flops(blueprint: Blueprint, tokens: Tokens, computed: int) -> float
     Args:
         computed: tokens that go through the layers: unique ones on the tree engine, else plain ones.
     """
-    sizes, recipe = blueprint.sizes, blueprint.recipe
-    again = int(recipe.train.gradient_checkpointing)
-    whole = int(recipe.lora == "none")
+    sizes, again, whole = meta.sizes, int(meta.recipe.train.gradient_checkpointing), int(meta.trains_all)
     layers = 2.0 * computed * ((2 + again + whole) * sizes.linear + (3 + again) * sizes.adapter_products)
     # Scores and mixing in every forward pass; the backward pass repeats the scores and has four products of its own.
-    attention = 2.0 * tokens.attended * _attention_width(blueprint.config) * (2 * (1 + again) + 5)
+    attention = 2.0 * tokens.attended * _attention_width(meta) * (2 * (1 + again) + 5)
     return layers + attention + 2.0 * tokens.scored * (2 + 2 * whole) * sizes.head
 
 
-def scoring_flops(blueprint: Blueprint, tokens: Tokens, computed: int) -> float:
+def scoring_flops(meta: MetaModel, tokens: Tokens, computed: int) -> float:
     """Of one forward pass without gradients."""
-    sizes = blueprint.sizes
-    attention = 4.0 * tokens.attended * _attention_width(blueprint.config)
+    sizes = meta.sizes
+    attention = 4.0 * tokens.attended * _attention_width(meta)
     return 2.0 * (computed * sizes.linear + tokens.scored * sizes.head) + attention
 
 
-def _attention_width(config: Any) -> int:
+def _attention_width(meta: MetaModel) -> int:
     """Width of the queries of all layers together."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(text.num_hidden_layers * heads * width)
+    queries, _, width = meta.heads
+    return meta.layers * queries * width

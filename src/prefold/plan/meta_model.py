@@ -10,22 +10,22 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefold.launch import launched
 from prefold.models.adapters import add_lora, ready_to_train
 from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
-from prefold.models.load import chat_tokens, plain_attention, tokenizer_of, widen_residuals, without_dropout
-from prefold.models.messages import UNREADABLE, quiet, unreadable
+from prefold.models.load import chat_tokens, plain_attention, prepare_forward, read_config, tokenizer_of
+from prefold.models.messages import quiet
 from prefold.recipe import Lora, Model, RecipeBase
 from prefold.trees.attention import lower_right, unwrapped
 
@@ -35,72 +35,7 @@ BLOCK_OF_SCALES = 256
 """Scales that share one of their own, where scales are quantised too."""
 
 
-@dataclass(frozen=True)
-class Blueprint:
-    """What is to be trained, and how.
-
-    `config` is of the model; `dtype` what is computed in. With `lora: none` the weights are kept in float32.
-    """
-
-    recipe: RecipeBase
-    config: Any
-    dtype: torch.dtype
-
-    @property
-    def layers(self) -> int:
-        return int(self.config.get_text_config().num_hidden_layers)
-
-    @property
-    def shards(self) -> int:
-        """Processes that share the weights out among themselves, as far as they have been started."""
-        return launched() if self.recipe.train.fsdp else 1
-
-    @property
-    def weights_dtype(self) -> torch.dtype:
-        return torch.float32 if self.recipe.lora == "none" else self.dtype
-
-    def policy(self, layers: int | None = None) -> nn.Module:
-        """The model to train, of so many layers (unset: all of its own), on the meta device."""
-        section, lora = self.recipe.model, self.recipe.lora
-        base = empty_model(with_layers(self.config, layers), self.weights_dtype, section)
-        if lora == "none":
-            return base
-        if section.load_in_4bit or section.load_in_8bit:
-            for layer in quantised_layers(base):
-                layer.__class__ = StandIn
-        with torch.device("meta"):
-            if section.adapter is None:
-                return add_lora(base, lora or Lora(), self.recipe.train.seed, self.new_tokens)
-            settings = LoraConfig.from_pretrained(str(Path(section.adapter).expanduser()))
-            settings.inference_mode = False
-            with quiet():
-                adapted = get_peft_model(base, cast(LoraConfig, settings))
-            ready_to_train(adapted)
-            return adapted
-
-    def base(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        """The whole model in a dtype, as it is merged and evaluated."""
-        return empty_model(with_layers(self.config, layers), dtype, self.recipe.model)
-
-    @cached_property
-    def identity(self) -> str:
-        """All that its passes depend on, beside their rows."""
-        recipe = self.recipe
-        adapter = recipe.model.adapter and LoraConfig.from_pretrained(str(Path(recipe.model.adapter).expanduser()))
-        parts = (recipe.model, recipe.lora, recipe.algorithm, recipe.train.gradient_checkpointing, adapter, self.dtype)
-        return f"{self.config.to_json_string(use_diff=False)} {parts!r}"
-
-    @cached_property
-    def new_tokens(self) -> list[int]:
-        return chat_tokens(self.recipe.model)
-
-    @cached_property
-    def sizes(self) -> Sizes:
-        return sizes_of(self.policy(), self.recipe)
-
-
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """`parameters` of the model without an adapter; `trained` ones; bytes of the frozen `weights` as they are kept
     (quantised or not), and of the `trained_bytes`; `linear`, parameters of the layers that every token meets in a
     product, `adapter_products` those of the adapter, `head` those of the vocabulary matrix."""
@@ -114,74 +49,140 @@ class Sizes:
     head: int
 
 
-def sizes_of(policy: nn.Module, recipe: RecipeBase) -> Sizes:
-    base, names = unwrapped(policy), _lora_names(policy)
-    quantised = {id(layer.weight): layer for layer in policy.modules() if isinstance(layer, StandIn)}
-    parameters = list(policy.named_parameters())
-    frozen = [value for name, value in parameters if not value.requires_grad]
-    trained = [value for name, value in parameters if value.requires_grad]
-    own = [value for name, value in parameters if name not in names]
-    head = cast(Any, base.get_output_embeddings()).weight.numel()
-    products = sum(value.numel() for name, value in parameters if name in names and value.ndim == 2)
-    return Sizes(
-        parameters=sum(value.numel() for value in own),
-        trained=sum(value.numel() for value in trained),
-        weights=sum(
-            quantised_bytes(value, recipe.model) if id(value) in quantised else value.nbytes for value in frozen
-        ),
-        trained_bytes=sum(value.nbytes for value in trained),
-        linear=sum(_met_by_a_token(value, base.config) for value in own if value.ndim > 1) - _vocabulary(base),
-        adapter_products=products,
-        head=head,
-    )
+@dataclass(frozen=True, eq=False)
+class MetaModel:
+    """What is to be trained, and how: `config` is of the model, `dtype` what is computed in.
+
+    Two are equal if their passes are.
+    """
+
+    recipe: RecipeBase
+    config: Any
+    dtype: torch.dtype
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MetaModel) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @cached_property
+    def _identity(self) -> str:
+        recipe = self.recipe
+        settings = (recipe.model, recipe.lora, recipe.algorithm, recipe.train.gradient_checkpointing, self.dtype)
+        return f"{self.config.to_json_string(use_diff=False)} {settings!r} {self._started_adapter!r}"
+
+    @cached_property
+    def _started_adapter(self) -> LoraConfig | None:
+        """Settings of the adapter that training goes on with."""
+        if self.recipe.model.adapter is None:
+            return None
+        settings = LoraConfig.from_pretrained(str(Path(self.recipe.model.adapter).expanduser()))
+        settings.inference_mode = False
+        return cast(LoraConfig, settings)
+
+    @cached_property
+    def _new_tokens(self) -> list[int]:
+        return chat_tokens(self.recipe.model)
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config()
+
+    @property
+    def layers(self) -> int:
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Of the queries and of the keys of a layer, and their width."""
+        queries = getattr(self.text_config, "num_attention_heads", None) or 1
+        keys = getattr(self.text_config, "num_key_value_heads", None) or queries
+        width = getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // queries
+        return queries, keys, width
+
+    @property
+    def trains_all(self) -> bool:
+        """Full fine-tuning, whose weights are kept in float32."""
+        return self.recipe.lora == "none"
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.recipe.model.load_in_4bit or self.recipe.model.load_in_8bit
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return torch.float32 if self.trains_all else self.dtype
+
+    @property
+    def shards(self) -> int:
+        """Processes that share the weights out among themselves, as far as they have been started."""
+        return launched() if self.recipe.train.fsdp else 1
+
+    def own(self, trained: int) -> int:
+        """Of something that is kept for each trained number, what this process has: LoRA weights are whole in all."""
+        return trained // (self.shards if self.trains_all else 1)
+
+    def policy(self, layers: int | None = None) -> nn.Module:
+        """The model to train, of so many layers (unset: all of its own), on the meta device."""
+        base = self.base(self.weights_dtype, layers)
+        if self.trains_all:
+            return base
+        if self.is_quantised:
+            for layer in quantised_layers(base):
+                layer.__class__ = QuantisedLinear
+        with torch.device("meta"):
+            if self._started_adapter is None:
+                lora = cast("Lora | None", self.recipe.lora)
+                return add_lora(base, lora or Lora(), self.recipe.train.seed, self._new_tokens)
+            with quiet():
+                adapted = get_peft_model(base, copy.deepcopy(self._started_adapter))
+            ready_to_train(adapted)
+            return adapted
+
+    def base(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+        """The whole model in a dtype, as it is merged and evaluated."""
+        config = with_layers(self.config, layers)
+        attention = plain_attention(self.recipe.model.attn_implementation, config)
+        with quiet(), torch.device("meta"):
+            model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype, attn_implementation=attention)
+        return prepare_forward(model)
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self)
 
 
-def _lora_names(policy: nn.Module) -> set[str]:
-    return {name for name, value in policy.named_parameters() if "lora_" in name or "trainable_tokens" in name}
+@lru_cache(maxsize=64)
+def sizes_of(meta: MetaModel) -> Sizes:
+    policy = meta.policy()
+    base = unwrapped(policy)
+    quantised = {id(layer.weight) for layer in policy.modules() if isinstance(layer, QuantisedLinear)}
+    sizes = dict.fromkeys(Sizes._fields, 0)
+    for name, weight in policy.named_parameters():
+        size = weight.numel()
+        if weight.requires_grad:
+            sizes["trained"] += size
+            sizes["trained_bytes"] += weight.nbytes
+        else:
+            sizes["weights"] += quantised_bytes(weight, meta.recipe.model) if id(weight) in quantised else weight.nbytes
+        if "lora_" not in name and "trainable_tokens" not in name:
+            sizes["parameters"] += size
+            sizes["linear"] += _met_by_a_token(weight, meta.text_config) if weight.ndim > 1 else 0
+        elif weight.ndim == 2:
+            sizes["adapter_products"] += size
+    embeddings, head = (cast(Any, layer()).weight for layer in (base.get_input_embeddings, base.get_output_embeddings))
+    sizes["linear"] -= head.numel() + (embeddings.numel() if embeddings is not head else 0)
+    sizes["head"] = head.numel()
+    return Sizes(**sizes)
 
 
-def _vocabulary(base: PreTrainedModel) -> int:
-    matrices = (cast(Any, layer()).weight for layer in (base.get_input_embeddings, base.get_output_embeddings))
-    return int(sum({id(matrix): matrix.numel() for matrix in matrices}.values()))
-
-
-def _met_by_a_token(weight: Tensor, config: Any) -> int:
+def _met_by_a_token(weight: Tensor, text_config: Any) -> int:
     """Of a stack of experts, those that a token is sent to."""
-    text = config.get_text_config()
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    experts = getattr(text_config, "num_local_experts", None) or getattr(text_config, "num_experts", None)
     if weight.ndim < 3 or not experts or weight.shape[0] != experts:
-        return int(weight.numel())
-    return int(weight.numel()) // int(experts) * int(getattr(text, "num_experts_per_tok", 1))
-
-
-# ---- models without contents ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def without_contents() -> Iterator[FakeTensorMode]:
-    """While open, tensors have shapes and dtypes and nothing in them."""
-    lower_right.cache_clear()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield mode
-    finally:
-        lower_right.cache_clear()  # else a mask without contents would be used in earnest
-
-
-def fill(model: nn.Module) -> None:
-    """Let the tensors of a model on the meta device claim to be on the CPU. To be called with `without_contents`
-    open."""
-    done: dict[int, Tensor] = {}
-
-    def claimed(tensor: Tensor) -> Tensor:
-        if id(tensor) not in done:
-            found = torch.empty(tensor.shape, dtype=tensor.dtype)
-            done[id(tensor)] = nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
-        return done[id(tensor)]
-
-    for module in model.modules():
-        for group in (module._parameters, module._buffers):
-            group.update({name: claimed(tensor) for name, tensor in group.items() if tensor is not None})  # type: ignore[misc]
+        return weight.numel()
+    return weight.numel() // int(experts) * int(getattr(text_config, "num_experts_per_tok", 1))
 
 
 def config_of(section: Model) -> Any:
@@ -190,12 +191,7 @@ def config_of(section: Model) -> Any:
     Raises:
         UserError: there is no such model, or its configuration cannot be read.
     """
-    folder = fetch(section.name, section.revision, weights=False)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise unreadable("its configuration cannot be read", error, section.name) from None
+    config = read_config(section, fetch(section.name, section.revision, weights=False))
     text = config.get_text_config()
     if section.chat_template and (tokens := len(tokenizer_of(section))) > text.vocab_size:
         text.vocab_size = -(-tokens // MULTIPLE) * MULTIPLE
@@ -213,14 +209,33 @@ def with_layers(config: Any, layers: int | None) -> Any:
     return copied
 
 
-def empty_model(config: Any, dtype: torch.dtype, section: Model) -> PreTrainedModel:
-    with quiet(), torch.device("meta"):
-        model = cast(Any, AutoModelForCausalLM).from_config(
-            config, dtype=dtype, attn_implementation=plain_attention(section.attn_implementation, config)
-        )
-    without_dropout(model)
-    widen_residuals(model)
-    return cast(PreTrainedModel, model.eval())
+# ---- fake tensors -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """While open, tensors have shapes and dtypes and nothing in them."""
+    lower_right.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        lower_right.cache_clear()  # else a mask without contents would be used in earnest
+
+
+def move_to_cpu(model: nn.Module) -> None:
+    """Let the tensors of a model on the meta device claim to be on the CPU. To be called with `fake_tensors` open."""
+    moved: dict[int, Tensor] = {}
+
+    def on_cpu(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+            moved[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        return moved[id(tensor)]
+
+    for module in model.modules():
+        for group in (module._parameters, module._buffers):
+            group.update({name: on_cpu(tensor) for name, tensor in group.items() if tensor is not None})  # type: ignore[misc]
 
 
 # ---- quantised layers -------------------------------------------------------------------------------------------
@@ -237,12 +252,12 @@ def quantised_bytes(weight: Tensor, section: Model) -> int:
     if section.load_in_8bit:
         return weight.numel() + 4 * weight.shape[0]
     scales = -(-weight.numel() // BLOCK)
-    return weight.numel() // 2 + (
-        scales + 4 * -(-scales // BLOCK_OF_SCALES) if section.bnb_4bit_use_double_quant else 4 * scales
-    )
+    if section.bnb_4bit_use_double_quant:
+        return weight.numel() // 2 + scales + 4 * -(-scales // BLOCK_OF_SCALES)
+    return weight.numel() // 2 + 4 * scales
 
 
-class StandIn(nn.Linear):
+class QuantisedLinear(nn.Linear):
     """A quantised layer as far as memory goes: its weights are unpacked for each product, and its inputs not saved."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,23 +1,26 @@
 """What one pass of the engine over a row allocates: the engine's own code, on a model without contents.
 
-A model of one layer and one of two say what a layer keeps, so a pass takes as long for 80 layers as for 2.
+A model of one layer and one of two say what a layer keeps, so a pass takes as long for 80 layers as for 2. What was
+counted is remembered, since the runs of a sweep and the changes to a recipe ask for the same passes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from prefold.plan.live_bytes import LiveBytes
-from prefold.plan.meta_model import Blueprint, fill, without_contents
+from prefold.plan.meta_model import MetaModel, fake_tensors, move_to_cpu
 from prefold.trees.attention import BACKENDS, Shape, register, unwrapped, using_attention
 from prefold.trees.head import head_logprobs, head_of
 from prefold.trees.logprobs import packed_logprobs, plain_logprobs
@@ -26,48 +29,34 @@ from prefold.trees.packing import PackedTrees, TokenTree, pack
 
 logger = logging.getLogger("prefold")
 
-Call = TypeVar("Call", bound=Callable[..., Any])
 Lengths = tuple[int, ...]
 """Tokens of a tree's prompt and of each of its completions."""
+Row = tuple[Lengths, ...]
+"""The trees of a micro-batch."""
 
 
-def shaped(trees: Sequence[Lengths]) -> list[TokenTree]:
+def trees_of(row: Sequence[Lengths]) -> list[TokenTree]:
     """Trees of these lengths."""
-    return [TokenTree((0,) * prompt, tuple((0,) * length for length in rest)) for prompt, *rest in trees]
+    return [TokenTree((0,) * prompt, tuple((0,) * length for length in rest)) for prompt, *rest in row]
 
 
-def _remembered(perform: Call) -> Call:
-    """A pass takes a second, and the runs of a sweep ask for the same ones."""
-    known: dict[tuple[str, str], Any] = {}
-
-    @wraps(perform)
-    def remembering(blueprint: Blueprint, *asked: Any) -> Any:
-        key = (blueprint.identity, repr(asked))
-        if key not in known:
-            known[key] = perform(blueprint, *asked)
-        return known[key]
-
-    return cast(Call, remembering)
-
-
-@_remembered
-def training_pass(blueprint: Blueprint, row: Sequence[Lengths], budget: int, attention: str | None) -> tuple[int, int]:
+@lru_cache(maxsize=256)
+def training_pass(meta: MetaModel, row: Row, budget: int, attention: str | None) -> tuple[int, int]:
     """Bytes of activations and of the head while the log-probs of a row are computed and differentiated, on top of
     weights and gradients.
 
     Args:
-        row: the trees of a micro-batch.
         budget: tokens of a micro-batch.
         attention: name of the backend, None for the plain path.
     """
-    packed = pack(shaped(row), scores_prompt=blueprint.recipe.algorithm.scores_prompt)
+    packed = pack(trees_of(row), scores_prompt=meta.recipe.algorithm.scores_prompt)
     try:
-        one = _training_pass(blueprint, 1, packed, budget, attention)
-        two = _training_pass(blueprint, 2, packed, budget, attention) if blueprint.layers > 1 else one
+        one = _training_pass(meta, 1, packed, budget, attention)
+        two = _training_pass(meta, 2, packed, budget, attention) if meta.layers > 1 else one
     except Exception as error:  # the pass of a model that depends on its contents cannot be foreseen
         logger.debug("no dry run: %s", error)
-        return _coarse(blueprint, packed), 0
-    total = two.peak + max(blueprint.layers - 2, 0) * (two.kept - one.kept)
+        return _roughly(meta, packed), 0
+    total = two.peak + max(meta.layers - 2, 0) * (two.kept - one.kept)
     return total - two.head, two.head
 
 
@@ -80,58 +69,60 @@ class Pass(NamedTuple):
     head: int
 
 
-def _training_pass(blueprint: Blueprint, layers: int, packed: PackedTrees, budget: int, attention: str | None) -> Pass:
-    model = blueprint.policy(layers).train()
-    if blueprint.recipe.train.gradient_checkpointing:
+def _training_pass(meta: MetaModel, layers: int, packed: PackedTrees, budget: int, attention: str | None) -> Pass:
+    model = meta.policy(layers).train()
+    if meta.recipe.train.gradient_checkpointing:
         settings = {"use_reentrant": False, "preserve_rng_state": False}
         unwrapped(model).activation_checkpointing_enable(settings)
-    with without_contents() as mode:
-        fill(model)
+    with fake_tensors() as mode:
+        move_to_cpu(model)
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
-        row = _emptied(packed, mode)
-        with _attention_in_place(model, attention), LiveBytes(_resident(model)) as live:
-            with computing_in(blueprint.dtype):
-                tokens = _scored(blueprint, model, row, budget, attention)
-            kept = live.now
+        row = _without_contents(packed, mode)
+        with _using(attention, model), AllocatedBytes(_resident(model)) as allocated:
+            # Mixed precision as training has it.
+            with torch.autocast("cpu", meta.dtype, enabled=meta.dtype != torch.float32):
+                tokens = _scored(meta, model, row, budget, attention)
+            kept = allocated.now
             tokens.sum().backward()
-        head = _head_bytes(blueprint, model, row) if attention else 0
-    return Pass(kept, live.peak, min(head, live.peak))
+        head = _head_bytes(meta, model, row) if attention else 0
+    return Pass(kept, allocated.peak, min(head, allocated.peak))
 
 
-@_remembered
-def scoring_pass(
-    blueprint: Blueprint, dtype: torch.dtype, row: Sequence[Lengths], budget: int, attention: str | None
-) -> int:
+@lru_cache(maxsize=256)
+def scoring_pass(meta: MetaModel, dtype: torch.dtype, row: Row, budget: int, attention: str | None) -> int:
     """Bytes while the log-probs of a row are computed without gradients, by the whole model in a dtype: those of one
     layer at a time."""
-    packed = pack(shaped(row))
+    packed = pack(trees_of(row))
     try:
-        model = blueprint.base(dtype, 1)
-        with without_contents() as mode:
-            fill(model)
-            with torch.no_grad(), LiveBytes(_resident(model)) as live:
-                _scored(blueprint, model, _emptied(packed, mode), budget, attention)
-        return int(live.peak)
+        model = meta.base(dtype, 1)
+        with fake_tensors() as mode:
+            move_to_cpu(model)
+            with torch.no_grad(), _using(attention, model), AllocatedBytes(_resident(model)) as allocated:
+                _scored(meta, model, _without_contents(packed, mode), budget, attention)
+        return int(allocated.peak)
     except Exception as error:
         logger.debug("no dry run: %s", error)
-        return _coarse(blueprint, packed) // blueprint.layers
+        return _roughly(meta, packed) // meta.layers
 
 
-def _scored(blueprint: Blueprint, model: nn.Module, row: PackedTrees, budget: int, attention: str | None) -> Tensor:
-    statistics = blueprint.recipe.algorithm.needs_statistics
+def _scored(meta: MetaModel, model: nn.Module, row: PackedTrees, budget: int, attention: str | None) -> Tensor:
+    statistics = meta.recipe.algorithm.needs_statistics
     if attention is None:
         return plain_logprobs(model, row, budget, statistics).tokens
-    with _attention_in_place(model, attention):
-        return packed_logprobs(model, row, statistics).tokens
+    return packed_logprobs(model, row, statistics).tokens
 
 
-def _head_bytes(blueprint: Blueprint, model: nn.Module, row: PackedTrees) -> int:
+def _using(attention: str | None, model: nn.Module) -> Any:
+    return using_attention(unwrapped(model), attention) if attention else nullcontext()
+
+
+def _head_bytes(meta: MetaModel, model: nn.Module, row: PackedTrees) -> int:
     head = head_of(unwrapped(model))
     hidden = head.linear.weight.new_empty(len(row.targets), head.linear.weight.shape[1]).requires_grad_()
-    with LiveBytes([*_resident(model), hidden]) as live:
-        head_logprobs(hidden, head, row.targets, blueprint.recipe.algorithm.needs_statistics)
-    return int(live.peak)
+    with AllocatedBytes([*_resident(model), hidden]) as allocated:
+        head_logprobs(hidden, head, row.targets, meta.recipe.algorithm.needs_statistics)
+    return int(allocated.peak)
 
 
 def _resident(model: nn.Module) -> Iterator[Tensor]:
@@ -142,26 +133,46 @@ def _resident(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _coarse(blueprint: Blueprint, row: PackedTrees) -> int:
-    return token_bytes(blueprint.config, blueprint.recipe.train.gradient_checkpointing) * row.tokens
+def _roughly(meta: MetaModel, row: PackedTrees) -> int:
+    return token_bytes(meta.config, meta.recipe.train.gradient_checkpointing) * row.tokens
 
 
-def _attention_in_place(model: nn.Module, attention: str | None) -> Any:
-    return using_attention(unwrapped(model), attention) if attention else nullcontext()
-
-
-def _emptied(row: PackedTrees, mode: FakeTensorMode) -> PackedTrees:
+def _without_contents(row: PackedTrees, mode: FakeTensorMode) -> PackedTrees:
     """A row laid out in earnest, its tensors without contents."""
     given = {field.name: getattr(row, field.name) for field in fields(row)}
-    emptied: Any = {name: mode.from_tensor(value) for name, value in given.items() if isinstance(value, Tensor)}
-    return replace(row, **emptied, scratch={})
+    fake: Any = {name: mode.from_tensor(value) for name, value in given.items() if isinstance(value, Tensor)}
+    return replace(row, **fake, scratch={})
 
 
-@contextmanager
-def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Mixed precision as the Trainer sets it up."""
-    with torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext():
-        yield
+class AllocatedBytes(TorchDispatchMode):
+    """While open, counts the bytes of every storage that an operation makes, until it is let go of.
+
+    What autograd saves for the backward pass counts like any other. What a kernel allocates inside is not seen.
+
+    Args:
+        resident: tensors that were there before and are not counted.
+    """
+
+    def __init__(self, resident: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._resident = [tensor.untyped_storage() for tensor in resident]
+        self._sizes = {storage._cdata: 0 for storage in self._resident}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._release, storage._cdata)
+        return made
+
+    def _release(self, address: int) -> None:
+        self.now -= self._sizes.pop(address)
 
 
 # ---- attention of a GPU -----------------------------------------------------------------------------------------

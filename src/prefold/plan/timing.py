@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -23,8 +21,8 @@ from prefold.generation.sampling import Sampling
 from prefold.models.device import choose_device
 from prefold.models.quantised import prepare_quantised, quantisation
 from prefold.plan.flops import Tokens
-from prefold.plan.meta_model import Blueprint, StandIn
-from prefold.plan.passes import Lengths, shaped
+from prefold.plan.meta_model import MetaModel, QuantisedLinear
+from prefold.plan.passes import Lengths, trees_of
 from prefold.trees.attention import candidates
 from prefold.trees.scorer import Scorer, reference_model
 
@@ -41,8 +39,7 @@ SPREAD = 0.02
 """Of the random weights."""
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """Seconds of a token in a layer, and of a scored token in the head."""
 
     layer: float
@@ -52,8 +49,7 @@ class Rate:
         return computed * layers * self.layer + scored * self.head
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Forward and backward passes; forward passes of the reference; those of the evaluation, in its dtype; seconds of
     a decoding step of `rows` rows."""
 
@@ -65,7 +61,7 @@ class Rates:
 
 
 def measure(
-    blueprint: Blueprint,
+    meta: MetaModel,
     trees: Sequence[Lengths],
     packed: bool,
     evaluated_in: torch.dtype,
@@ -78,41 +74,40 @@ def measure(
     rows: that are written side by side.
     """
     device = choose_device()
-    row = middling(trees, _affordable(blueprint, device.type))
-    layers = [FEW, MORE] if blueprint.layers >= MORE else [blueprint.layers]
+    row = middling(trees, _affordable(meta, device.type))
+    layers = [FEW, MORE] if meta.layers >= MORE else [meta.layers]
     rows = min(rows, ROWS.get(device.type, 64))
-    training: list[float] = []
-    reference: list[float] = []
-    evaluation: list[float] = []
-    decoding: list[float] = []
+    training, reference, evaluation, decoding = list[float](), list[float](), list[float](), list[float]()
+
+    def scorer_of(model: nn.Module, dtype: torch.dtype) -> Scorer:
+        return Scorer(model, 2**31, candidates(device, dtype)[-1] if packed else None)
+
     with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
         for count in layers:
-            policy = materialised(blueprint, blueprint.policy(count), device)
-            scorer = _scorer(policy, packed, device, blueprint.dtype)
-            training.append(_best(partial(_train, scorer, row, blueprint.dtype)))
-            reference.append(_best(partial(_score, scorer, row, blueprint.dtype)))
-            del policy, scorer
-            base: Any = materialised(blueprint, blueprint.base(evaluated_in, count), device)
-            scorer = _scorer(base, packed, device, evaluated_in)
-            evaluation.append(_best(partial(_score, scorer, row, torch.float32)))
+            scorer = scorer_of(with_random_weights(meta, meta.policy(count), device), meta.dtype)
+            training.append(_best(partial(_train, scorer, row, meta.dtype)))
+            reference.append(_best(partial(_score, scorer, row, meta.dtype)))
+            del scorer
+            base: Any = with_random_weights(meta, meta.base(evaluated_in, count), device)
+            evaluation.append(_best(partial(_score, scorer_of(base, evaluated_in), row, torch.float32)))
             decoding.append(_decoding(base, tokenizer, row, rows) if packed else 0.0)
-            del base, scorer
-    tokens = Tokens.of(row, blueprint.recipe.algorithm.scores_prompt)
-    computed = tokens.unique if packed else tokens.plain
+            del base
+    tokens = Tokens.of(row, meta.recipe.algorithm.scores_prompt)
 
     def rate(seconds: Sequence[float]) -> Rate:
-        layer = _per_layer(seconds, layers)
-        return Rate(layer / computed, max(seconds[0] - layers[0] * layer, 0.0) / max(tokens.scored, 1))
+        layer, rest = _layer_and_rest(seconds, layers)
+        return Rate(layer / (tokens.unique if packed else tokens.plain), rest / max(tokens.scored, 1))
 
-    step = _per_layer(decoding, layers)
-    whole_step = max(decoding[0] - layers[0] * step, 0.0) + blueprint.layers * step
-    return Rates(rate(training), rate(reference), rate(evaluation), whole_step, rows)
+    layer, rest = _layer_and_rest(decoding, layers)
+    return Rates(rate(training), rate(reference), rate(evaluation), rest + meta.layers * layer, rows)
 
 
-def _per_layer(seconds: Sequence[float], layers: Sequence[int]) -> float:
-    if len(layers) == 1:
-        return seconds[0] / layers[0]
-    return max((seconds[1] - seconds[0]) / (layers[1] - layers[0]), 0.0)
+def _layer_and_rest(seconds: Sequence[float], layers: Sequence[int]) -> tuple[float, float]:
+    """Seconds of a layer, and of all but the layers."""
+    layer = seconds[0] / layers[0]
+    if len(layers) > 1:
+        layer = max((seconds[1] - seconds[0]) / (layers[1] - layers[0]), 0.0)
+    return layer, max(seconds[0] - layers[0] * layer, 0.0)
 
 
 def middling(trees: Sequence[Lengths], tokens: int) -> list[Lengths]:
@@ -127,47 +122,43 @@ def middling(trees: Sequence[Lengths], tokens: int) -> list[Lengths]:
     return [tuple(max(1, int(share * length)) for length in tree) for tree in row]
 
 
-def _affordable(blueprint: Blueprint, device: str) -> int:
+def _affordable(meta: MetaModel, device: str) -> int:
+    """Tokens of the row that is timed."""
     if device != "cpu":
         return 8 * TOKENS
-    layer = blueprint.sizes.linear / blueprint.layers
     passes = 2.0 * (3 + 1 + 1) * (FEW + MORE) * (REPEATS + 1)
-    return int(min(TOKENS, max(64, MOST_FLOPS / (passes * layer))))
+    return int(min(TOKENS, max(64, MOST_FLOPS / (passes * meta.sizes.linear / meta.layers))))
 
 
 # ---- what is timed ----------------------------------------------------------------------------------------------
 
 
-def materialised(blueprint: Blueprint, model: nn.Module, device: torch.device) -> nn.Module:
-    """A model of the meta device, on a real one and with random weights; quantised if it is to be."""
+def with_random_weights(meta: MetaModel, model: nn.Module, device: torch.device) -> nn.Module:
+    """A model of the meta device, on a real one; quantised if it is to be."""
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
     with torch.no_grad():
         for weight in model.parameters():
             weight.uniform_(-SPREAD, SPREAD)
-    _quantise(blueprint, model, device)
-    return model
-
-
-def _quantise(blueprint: Blueprint, model: nn.Module, device: torch.device) -> None:
-    """Put bitsandbytes' layers in place of those that stand for them."""
-    stand_ins = [
+    layers = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, StandIn)
+        if isinstance(child, QuantisedLinear)
     ]
-    for parent, name, child in stand_ins:
-        setattr(parent, name, _quantised(child, blueprint).to(device))
-    if stand_ins:
+    for parent, name, layer in layers:
+        setattr(parent, name, _quantised(layer, meta).to(device))
+    if layers:
         prepare_quantised(cast(PreTrainedModel, model))
+    return model
 
 
-def _quantised(layer: StandIn, blueprint: Blueprint) -> nn.Module:
-    from bitsandbytes.nn import modules
+def _quantised(layer: QuantisedLinear, meta: MetaModel) -> nn.Module:
+    """The layer of bitsandbytes that another stands for."""
+    from bitsandbytes.nn import modules  # not everywhere installed
 
-    settings = quantisation(blueprint.recipe.model, blueprint.dtype)
+    settings = quantisation(meta.recipe.model, meta.dtype)
     assert settings is not None
     shape, weight = (layer.in_features, layer.out_features), layer.weight.data
     made: Any
@@ -181,28 +172,20 @@ def _quantised(layer: StandIn, blueprint: Blueprint) -> nn.Module:
     return cast(nn.Module, made)
 
 
-def _scorer(model: nn.Module, packed: bool, device: torch.device, dtype: torch.dtype) -> Scorer:
-    return Scorer(model, 2**31, candidates(device, dtype)[-1] if packed else None)
-
-
-def _autocast(device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
-
-
 def _train(scorer: Scorer, row: Sequence[Lengths], dtype: torch.dtype) -> None:
     scorer.model.train()
-    device = choose_device().type
     with scorer.in_place():
-        with _autocast(device, dtype):
-            tokens = scorer.score(shaped(row)).tokens
+        with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
+            tokens = scorer.score(trees_of(row)).tokens
         tokens.sum().backward()
     scorer.model.zero_grad()
 
 
 @torch.no_grad()
 def _score(scorer: Scorer, row: Sequence[Lengths], dtype: torch.dtype) -> None:
-    with reference_model(scorer.model), _autocast(choose_device().type, dtype):
-        scorer.score(shaped(row))
+    autocast = torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32)
+    with reference_model(scorer.model), autocast:
+        scorer.score(trees_of(row))
 
 
 def _decoding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Sequence[Lengths], rows: int) -> float:
@@ -218,13 +201,11 @@ def _decoding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: S
 
 def _best(perform: Callable[[], None]) -> float:
     """Seconds of the fastest of several times, after one to warm up."""
-    perform()
-    return min(_seconds(perform) for _ in range(REPEATS))
-
-
-def _seconds(perform: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    perform()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    seconds = []
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        perform()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])

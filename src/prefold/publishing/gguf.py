@@ -86,7 +86,7 @@ def require_exportable(model: Path, tokenizer: PreTrainedTokenizerBase, kinds: S
     if config.model_type not in FAMILIES:
         what = f"a model of the family {config.model_type} cannot become GGUF here"
         raise UserError(what, where=where, expected=f"one of the families {', '.join(FAMILIES)}", advice=advice)
-    if (scaling := _rope(config)["rope_type"]) not in SCALINGS:
+    if (scaling := config.rope_parameters["rope_type"]) not in SCALINGS:
         what = f"its positions are scaled by `{scaling}`, which cannot be written to GGUF here"
         raise UserError(what, where=where, expected=f"one of {', '.join(SCALINGS)}", advice=advice)
     read_vocabulary(tokenizer, where)
@@ -98,11 +98,6 @@ def require_exportable(model: Path, tokenizer: PreTrainedTokenizerBase, kinds: S
             expected=f"{' or '.join(WRITTEN)}, which need no other program",
             advice="install llama.cpp and put its programs on PATH",
         )
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """Parameters of the rotary embedding; those of the layers must not differ, which none of the families' do."""
-    return dict(config.rope_parameters)
 
 
 # ---- export -----------------------------------------------------------------------------------------------------
@@ -162,8 +157,8 @@ def _made_before(merged: Path, folder: Path, title: str, kinds: Sequence[str]) -
         return None
     checks: list[dict[str, Any]] = read_json(record)
     wanted = {file_name(title, kind) for kind in kinds}
-    whole = all((folder / one["file"]).is_file() for one in checks)
-    return checks if whole and {one["file"] for one in checks} == wanted else None
+    files = {check["file"] for check in checks}
+    return checks if files == wanted and all((folder / file).is_file() for file in files) else None
 
 
 def _quantize(merged: Path, file: Path, kind: str, title: str) -> None:
@@ -221,7 +216,7 @@ def write_gguf(merged: Path, file: Path, kind: str, title: str) -> None:
         [embeddings] = [tensor for tensor in tensors if tensor.name == "token_embd.weight"]
         writer.add_vocab_size(embeddings.shape[0])
         add_vocabulary(writer, tokenizer, embeddings.shape[0], merged.parent.name)
-        divisors = rope_divisors(config).numpy() if _rope(config)["rope_type"] == "llama3" else None
+        divisors = rope_divisors(config).numpy() if config.rope_parameters["rope_type"] == "llama3" else None
         if divisors is not None:
             writer.add_tensor_info(FREQUENCIES, divisors.shape, divisors.dtype, divisors.nbytes)
         for tensor in tensors:
@@ -238,9 +233,8 @@ def write_gguf(merged: Path, file: Path, kind: str, title: str) -> None:
 
 
 def _announce(writer: GGUFWriter, tensor: Stored) -> None:
-    shape, packed = tensor.shape, tensor.kind == Kind.Q8_0
-    if packed:
-        shape = gguf.quants.quant_shape_to_byte_shape(shape, tensor.kind)
+    packed = tensor.kind == Kind.Q8_0
+    shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, tensor.kind) if packed else tensor.shape
     stored = np.dtype({Kind.F32: np.float32, Kind.F16: np.float16, Kind.Q8_0: np.uint8}[tensor.kind])
     size = math.prod(shape) * stored.itemsize
     writer.add_tensor_info(tensor.name, shape, stored, size, raw_dtype=tensor.kind if packed else None)
@@ -288,13 +282,15 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 def _describe(writer: GGUFWriter, config: Any, kind: str, title: str) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = _rope(config)
+    rope = config.rope_parameters
     writer.add_type("model")
     writer.add_name(title)
     writer.add_file_type(WRITTEN[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(_context(config))
+    # Up to a sliding window, which llama.cpp does not have for these families.
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    writer.add_context_length(min(config.max_position_embeddings, window))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -307,11 +303,6 @@ def _describe(writer: GGUFWriter, config: Any, kind: str, title: str) -> None:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-
-
-def _context(config: Any) -> int:
-    """Positions that llama.cpp may use: up to a sliding window, which it does not have for these families."""
-    return int(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31))
 
 
 # ---- checking ---------------------------------------------------------------------------------------------------
@@ -331,16 +322,12 @@ class Original:
 def _original(merged: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Original:
     ids: Any = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     # On a CPU float32 costs memory only; a GPU may hold no more than the model as it is.
-    on_cpu = choose_device().type == "cpu"
-    model = load_model(Model(name=str(merged)), dtype="float32" if on_cpu else _stored_dtype(merged))
-    logits, dtype = logits_of(model, ids), model.dtype
+    dtype = str(AutoConfig.from_pretrained(merged, local_files_only=True).dtype).removeprefix("torch.")
+    model = load_model(Model(name=str(merged)), dtype="float32" if choose_device().type == "cpu" else dtype)
+    original = Original(tokenizer, texts, ids, logits_of(model, ids), model.dtype)
     del model
     free_memory()
-    return Original(tokenizer, texts, ids, logits, dtype)
-
-
-def _stored_dtype(merged: Path) -> str:
-    return str(AutoConfig.from_pretrained(merged, local_files_only=True).dtype).removeprefix("torch.")
+    return original
 
 
 def _check(file: Path, kind: str, original: Original) -> float:
@@ -355,10 +342,10 @@ def _check(file: Path, kind: str, original: Original) -> float:
         except DAMAGED as error:
             raise StageError(f"{file.name} cannot be loaded back: {first_line(error)}") from None
     _require_same_tokenizer(original, tokenizer, file.name)
-    found = logits_of(cast(Any, model).to(choose_device()), original.ids)
+    logits = logits_of(cast(Any, model).to(choose_device()), original.ids)
     del model
     free_memory()
-    difference = relative_rms(found - original.logits, original.logits)
+    difference = relative_rms(logits - original.logits, original.logits)
     allowed = max(TOLERANCE.get(kind, UNRELATED), ROUNDING[original.dtype])
     if not difference <= allowed:
         measured = f"its logits differ by {difference:.2g} of their size, {allowed:.2g} is allowed"
@@ -366,13 +353,13 @@ def _check(file: Path, kind: str, original: Original) -> float:
     return difference
 
 
-def _require_same_tokenizer(original: Original, found: PreTrainedTokenizerBase, name: str) -> None:
+def _require_same_tokenizer(original: Original, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     wanted, texts = original.tokenizer, list(original.texts)
     if read_vocabulary(wanted, name).cuts is None:
         # From such a file transformers puts a space before the first word of a text, llama.cpp after every special
         # token: only texts without them are the same to both.
         texts = [str(wanted.decode(list(row), skip_special_tokens=True)) for row in original.ids]
-    if wanted(texts, add_special_tokens=False)["input_ids"] != found(texts, add_special_tokens=False)["input_ids"]:
+    if wanted(texts, add_special_tokens=False)["input_ids"] != tokenizer(texts, add_special_tokens=False)["input_ids"]:
         raise StageError(f"the tokenizer in {name} writes other ids for the same text; it was not kept")
-    if wanted.chat_template != found.chat_template or wanted.eos_token_id != found.eos_token_id:
+    if wanted.chat_template != tokenizer.chat_template or wanted.eos_token_id != tokenizer.eos_token_id:
         raise StageError(f"the tokenizer in {name} has another chat template or end token; it was not kept")

@@ -91,7 +91,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows:
         writer.add_token_merges([" ".join(merge) for merge in vocabulary.merges])
     else:
         writer.add_token_scores(_scores(vocabulary, tokens))
-        writer.add_add_space_prefix(_puts_space_first(tokenizer))
+        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
     for name in ("bos", "eos", "unk", "pad"):
         if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(token)
@@ -106,16 +106,16 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows:
 
 
 def _tokens(vocabulary: Vocabulary, rows: int) -> tuple[list[str], list[TokenType]]:
-    tokens, kinds = [f"[PAD{place}]" for place in range(rows)], [TokenType.UNUSED] * rows
-    for piece, place in vocabulary.pieces.items():
-        tokens[place], kinds[place] = piece, TokenType.NORMAL
+    tokens, kinds = [f"[PAD{row}]" for row in range(rows)], [TokenType.UNUSED] * rows
+    for piece, row in vocabulary.pieces.items():
+        tokens[row], kinds[row] = piece, TokenType.NORMAL
         if vocabulary.cuts is None and len(piece) == 6 and piece.startswith("<0x"):
-            kinds[place] = TokenType.BYTE
-    for place, token in vocabulary.special.items():
-        tokens[place] = token["content"]
-        kinds[place] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+            kinds[row] = TokenType.BYTE
+    for row, token in vocabulary.special.items():
+        tokens[row] = token["content"]
+        kinds[row] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         if vocabulary.cuts is None and token["content"] == "<unk>":
-            kinds[place] = TokenType.UNKNOWN
+            kinds[row] = TokenType.UNKNOWN
     return tokens, kinds
 
 
@@ -126,7 +126,3 @@ def _scores(vocabulary: Vocabulary, tokens: list[str]) -> list[float]:
         made.setdefault(left + right, -float(len(made)))
     lowest = min(LOWEST, -float(len(made)))
     return [made.get(token, lowest) for token in tokens]
-
-
-def _puts_space_first(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return bool(tokenizer.tokenize("a")[0].startswith(SPACE))

@@ -75,8 +75,6 @@ class Where:
             advice = advice or f"there are {', '.join(f'`{name}`' for name in beside[:8])}"
             raise UserError(f"no row has the column `{column}` of `where: {self._text}`", where=source, advice=advice)
 
-    # ---- translating ------------------------------------------------------------------------------------------
-
     def _translate(self, node: ast.expr) -> Evaluate:
         if parts := _path(node):
             column = _Column(parts)
@@ -145,9 +143,6 @@ def _parsed(text: str) -> ast.expr:
         raise WhereError(f"cannot be read: {error or 'nested too deeply'}") from None
 
 
-# ---- columns ----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Column:
     """Names and places that lead to a value; `beside` are the names that were there where one of them was not."""
@@ -193,9 +188,6 @@ def _path(node: ast.expr) -> tuple[str | int, ...]:
         ) if parts := _path(inner):
             return (*parts, -part)
     return ()
-
-
-# ---- values -----------------------------------------------------------------------------------------------------
 
 
 def _truth(value: Any, text: str) -> bool:

@@ -19,6 +19,7 @@ from prefold.models.fetch import fetch
 from prefold.models.load import load_tokenizer
 from prefold.models.messages import UNREADABLE, quiet
 from prefold.recipe import rewards as settings
+from prefold.trees.padding import pad
 
 AT_ONCE = 8
 """Conversations of a forward pass."""
@@ -83,10 +84,9 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _logits(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
     # Decoders read the score at the last token that is not the pad token. Where that is the end token too, they would
     # read it one token early; a token that is in no row is safe.
-    pad, longest = next(token for token in count() if not any(token in row for row in rows)), max(map(len, rows))
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
+    padding = next(token for token in count() if not any(token in row for row in rows))
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
+    ids, mask = pad(rows, model.device, padding)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits
     values: list[float] = logits[:, 0].float().tolist()

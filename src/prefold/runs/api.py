@@ -16,7 +16,7 @@ from typing import Any
 from prefold import ranks
 from prefold.errors import StageError, UserError
 from prefold.files import read_json
-from prefold.plan.memory import bytes_of
+from prefold.plan.machine import bytes_of
 from prefold.publishing import publish as publishing
 from prefold.publishing.publish import require_ready, require_section
 from prefold.recipe import RecipeBase, load_recipe

@@ -20,7 +20,8 @@ from prefold.evaluation.separation import separation
 from prefold.files import write_json
 from prefold.models.adapters import load_start
 from prefold.models.fetch import fetch
-from prefold.plan.plan import Plan, make_plan
+from prefold.plan.plan import Plan
+from prefold.plan.planner import make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
 from prefold.reports.check import print_check

@@ -6,7 +6,6 @@ folder alone is compared with itself before training.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 from prefold.errors import UserError
 from prefold.evaluation.scores import TaskScores
 from prefold.evaluation.task_comparison import compare_tasks
-from prefold.files import without_home
+from prefold.evaluation.tasks import measure_model, open_tasks
+from prefold.files import read_json, without_home
 from prefold.generation.answers import model_named, run_recipe
 from prefold.models.fetch import fetch, is_hub_id
 from prefold.models.load import tokenizer_of
@@ -34,17 +34,13 @@ class Side:
     when: str = "after"
 
     @property
-    def folder(self) -> Path:
-        return Path(self.name).expanduser()
+    def section(self) -> Model:
+        """How to load it; raises UserError for a run that has no merged model yet."""
+        return self.run.model if self.run is not None and self.when == "before" else model_named(self.name)
 
     @property
-    def section(self) -> Model:
-        """How to load it.
-
-        Raises:
-            UserError: the run has no merged model yet.
-        """
-        return self.run.model if self.run is not None and self.when == "before" else model_named(self.name)
+    def folder(self) -> Path:
+        return Path(self.name).expanduser()
 
 
 def compare(
@@ -71,16 +67,20 @@ def compare(
     """
     sides = _sides([str(model) for model in models])
     runs = {side.label: _run_facts(side) for side in sides if side.run is not None and side.when == "after"}
-    settings = None
     if tasks:
         settings = Evaluate(tasks=list(tasks), include_path=include_path, limit=limit, num_fewshot=num_fewshot)
+        scores = _measured(sides, settings)
     elif (include_path, limit, num_fewshot) != (None, None, None):
         raise UserError("--include-path, --limit and --num-fewshot are for --tasks", advice="name the tasks")
-    scores = _scores(sides, settings)
+    else:
+        scores = _scores_of_runs(sides)
     baseline, *others = (side.label for side in sides)
-    found = {label: compare_tasks(scores[baseline], scores[label]) for label in others if scores[label]}
-    _require_something_in_common(baseline, found)
-    return {"baseline": baseline, "models": found, "runs": runs}
+    compared = {label: compare_tasks(scores[baseline], scores[label]) for label in others if scores[label]}
+    if compared and not any(comparison["tasks"] for comparison in compared.values()):
+        label, comparison = next(iter(compared.items()))
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in comparison.get("left_out", {}).items())
+        raise UserError(f"no task can be compared with those of {baseline} ({reasons})", where=label)
+    return {"baseline": baseline, "models": compared, "runs": runs}
 
 
 def compare_with(names: Sequence[str], baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:
@@ -113,14 +113,11 @@ def read_scores(path: Path) -> list[TaskScores]:
     if not path.is_file():
         return []
     try:
-        return [TaskScores.from_json(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+        return [TaskScores.from_json(scores) for scores in read_json(path)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         where = without_home(str(path))
         advice = "remove the file and run the recipe again; the stage that writes it is redone"
         raise UserError(f"cannot be read ({error})", where=where, advice=advice) from None
-
-
-# ---- who is compared --------------------------------------------------------------------------------------------
 
 
 def _sides(names: Sequence[str]) -> list[Side]:
@@ -134,7 +131,7 @@ def _sides(names: Sequence[str]) -> list[Side]:
                 expected="a run folder, which is compared with its model before training; or two models or more",
             )
         return [Side(only.name, f"{only.label}, before", only.run, "before"), only]
-    if twice := next((side.label for place, side in enumerate(sides) if side in sides[:place]), None):
+    if twice := next((side.label for index, side in enumerate(sides) if side in sides[:index]), None):
         raise UserError("is named twice", where=twice, expected="different models or run folders")
     return sides
 
@@ -150,17 +147,12 @@ def _side(name: str) -> Side:
 
 
 def _run_facts(side: Side) -> dict[str, Any]:
-    """What the run says of itself.
-
-    Raises:
-        UserError: it has not been evaluated.
-    """
+    """What the run says of itself; raises UserError if it has not been evaluated."""
     run = read_run(side.folder)
     verdict = overall(run)
     if verdict.outcome == "missing":
-        raise UserError(
-            "this run has not been evaluated yet", where=side.label, advice=f"`prefold run {side.label}` finishes it"
-        )
+        what, advice = "this run has not been evaluated yet", f"`prefold run {side.label}` finishes it"
+        raise UserError(what, where=side.label, advice=advice)
     return {
         "method": run.method,
         "model": run.model,
@@ -170,52 +162,33 @@ def _run_facts(side: Side) -> dict[str, Any]:
     }
 
 
-# ---- scores -----------------------------------------------------------------------------------------------------
-
-
-def _scores(sides: Sequence[Side], settings: Evaluate | None) -> dict[str, list[TaskScores]]:
-    """Of each side by its label; all of them empty where only runs are compared that were asked no tasks."""
-    if settings is not None:
-        return _measured(sides, settings)
-    found = {side.label: _written(side) for side in sides if side.run is not None}
+def _scores_of_runs(sides: Sequence[Side]) -> dict[str, list[TaskScores]]:
+    """What the runs have measured, and of models what they are asked now, by label; nothing where only runs are
+    compared that were asked no tasks."""
+    runs = [side for side in sides if side.run is not None]
     models = [side for side in sides if side.run is None]
-    if not any(found.values()) and not models:
-        return found
-    silent = next((side for side in sides if found.get(side.label) == []), None)
-    if silent is not None:
+    scores = {run.label: read_scores(run.folder / "evaluation" / f"scores_{run.when}.json") for run in runs}
+    if not any(scores.values()) and not models:
+        return scores
+    if silent := next((label for label, of_run in scores.items() if not of_run), None):
         raise UserError(
             "this run was asked no tasks",
-            where=silent.label,
+            where=silent,
             advice="name tasks to ask all of them (`--tasks`), or add `evaluate.tasks` to its recipe and run it again",
         )
     if models:
-        as_asked = next((side.run.evaluate for side in sides if side.run is not None and side.run.evaluate.tasks), None)
-        if as_asked is None:
+        settings = next((side.run.evaluate for side in runs if side.run and side.run.evaluate.tasks), None)
+        if settings is None:
             raise UserError(
                 "nothing says what to ask the models",
                 where=models[0].label,
                 expected="--tasks, or a run folder whose recipe has `evaluate.tasks`",
             )
-        found |= _measured(models, as_asked)
-    return found
-
-
-def _written(side: Side) -> list[TaskScores]:
-    return read_scores(side.folder / "evaluation" / f"scores_{side.when}.json")
+        scores |= _measured(models, settings)
+    return scores
 
 
 def _measured(sides: Sequence[Side], settings: Evaluate) -> dict[str, list[TaskScores]]:
-    # The harness takes seconds to import.
-    from prefold.evaluation.tasks import measure_model, open_tasks
-
     sections = {side.label: side.section for side in sides}
     tasks = open_tasks(settings, tokenizer_of(next(iter(sections.values()))))
     return {label: measure_model(section, tasks, settings, label) for label, section in sections.items()}
-
-
-def _require_something_in_common(baseline: str, found: dict[str, Any]) -> None:
-    if not found or any(comparison["tasks"] for comparison in found.values()):
-        return
-    label, comparison = next(iter(found.items()))
-    reasons = "; ".join(f"{task}: {reason}" for task, reason in comparison.get("left_out", {}).items())
-    raise UserError(f"no task can be compared with those of {baseline} ({reasons})", where=label)

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
-from prefold.data.preference import Unpaired
 from prefold.data.prepared_cache import prepare
 from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
@@ -92,10 +91,6 @@ class Run:
             return ids
 
         return open_judge(self.recipe.evaluate.win_rate.judge, token_ids)
-
-
-def labels_of(examples: Examples) -> list[bool]:
-    return [record.label for record in examples.records if isinstance(record, Unpaired)]
 
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:

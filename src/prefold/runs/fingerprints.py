@@ -31,41 +31,42 @@ SHOWN = 5
 
 def inputs_of(recipe: RecipeBase) -> dict[str, str]:
     """Fingerprints of the base model, of the adapter to go on from and of the reward files."""
-    files = {"base model": _weights_and_settings(fetch(recipe.model.name, recipe.model.revision))}
+    folders = {"base model": fetch(recipe.model.name, recipe.model.revision)}
     if recipe.model.adapter:
-        files["starting adapter"] = _weights_and_settings(Path(recipe.model.adapter).expanduser())
+        folders["starting adapter"] = Path(recipe.model.adapter).expanduser()
+    # The same weights compute something else by another scaling of positions, or of LoRA.
+    files = {
+        name: sorted(path for pattern in WHOLE for path in folder.glob(pattern)) for name, folder in folders.items()
+    }
     for reward in recipe.rewards:
         if reward.file:
             files[f"reward file {without_home(reward.file)}"] = [Path(reward.file).expanduser()]
     return {name: _fingerprint(paths) for name, paths in files.items()}
 
 
-def require_unchanged(began: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+def require_unchanged(began: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
     """Compare what `data.json` holds with what a check finds now. A reward may be mended under way, and that is said.
 
     Raises:
         UserError: something else differs; says what.
     """
-    was, now = began["fingerprint"], found["fingerprint"]
+    was, now = began["fingerprint"], current["fingerprint"]
     differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    for name in filter(_is_reward, differing):
-        text = f"the {name} is not what it was when this run began, and the run goes on with it as it is now"
-        logger.warning(text)
-        say(f"  {text}")
-    changed = [name for name in differing if not _is_reward(name)]
+    changed = [name for name in differing if not name.startswith("reward file ")]
+    for name in differing:
+        if name not in changed:
+            text = f"the {name} is not what it was when this run began, and the run goes on with it as it is now"
+            logger.warning(text)
+            say(f"  {text}")
     if not changed:
         return
     what = "the data is" if set(changed) <= set(DATA) else f"{' and '.join(changed)}: is"
-    shown = "; ".join(f"{name} was {_shown(began, name)}, is {_shown(found, name)}" for name in changed[:SHOWN])
+    shown = "; ".join(f"{name} was {_shown(began, name)}, is {_shown(current, name)}" for name in changed[:SHOWN])
     raise UserError(
         f"{what} not what it was when this run began ({shown})",
         where=where,
         advice="restore the files, take another `output_dir`, or `--fresh` to start over",
     )
-
-
-def _is_reward(name: str) -> bool:
-    return name.startswith("reward file ")
 
 
 def _shown(facts: Mapping[str, Any], name: str) -> str:
@@ -81,25 +82,17 @@ def row_list(rows: Sequence[RowId]) -> str:
     return "; ".join(f"{source} {', '.join(map(str, sorted(numbers)))}" for source, numbers in by_source.items())
 
 
-def _weights_and_settings(folder: Path) -> list[Path]:
-    """The same weights compute something else by another scaling of positions, or of LoRA."""
-    return sorted(path for pattern in WHOLE for path in folder.glob(pattern))
-
-
 def _fingerprint(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         if path.is_file():
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
+            starts: Sequence[int] = range(0, size, PIECE)
+            if len(starts) > PIECES:
+                starts = [number * (size - PIECE) // (PIECES - 1) for number in range(PIECES)]
             with path.open("rb") as opened:
-                for start in _starts(size):
+                for start in starts:
                     opened.seek(start)
                     digest.update(opened.read(PIECE))
     return digest.hexdigest()[:12]
-
-
-def _starts(size: int) -> list[int]:
-    if size <= PIECE * PIECES:
-        return list(range(0, size, PIECE))
-    return [place * (size - PIECE) // (PIECES - 1) for place in range(PIECES)]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from prefold.errors import UserError
-from prefold.files import held, remove, require_writable, sweep, write_text
+from prefold.files import locked, remove, remove_left_over, require_writable, write_text
 from prefold.recipe import RecipeBase, as_dict, dump_recipe
 from prefold.runs.stages import Stage, stages_of
 
@@ -36,7 +36,7 @@ def open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True)
     """
     folder = recipe.run_folder
     require_writable(folder)
-    with held(folder, recipe.output_dir) if alone else nullcontext():
+    with locked(folder, recipe.output_dir) if alone else nullcontext():
         _make_ready(recipe, folder, fresh)
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -51,7 +51,7 @@ def open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True)
 
 
 def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool) -> None:
-    sweep(folder)
+    remove_left_over(folder)
     if any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
         what = "is neither empty nor a run folder"
         raise UserError(what, where=recipe.output_dir, advice="choose another `output_dir`")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefold import ranks
 from prefold.algorithms.base import PAIRED, SAMPLED, SCORING, UNPAIRED, Kind
 from prefold.data.examples import Examples, prompts_of
-from prefold.data.preference import Message
+from prefold.data.preference import Message, Unpaired
 from prefold.evaluation.held_out_pairs import (
     CHANCE,
     PairScores,
@@ -29,15 +29,14 @@ from prefold.evaluation.held_out_pairs import (
     score_pairs,
 )
 from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
-from prefold.generation.engine import answer
-from prefold.generation.groups import sample
+from prefold.generation.engine import answer, sample
 from prefold.generation.sampling import Sampling, seed_of
 from prefold.models.adapters import load_start
 from prefold.models.device import choose_device
 from prefold.models.load import load_model, tokenizer_of
 from prefold.recipe import Model, RecipeBase
 from prefold.rewards.scoring import Group, column_names, scored_groups
-from prefold.runs.context import Run, head_seed_of, labels_of, loaded_rewards, scorer_of
+from prefold.runs.context import Run, head_seed_of, loaded_rewards, scorer_of
 from prefold.terminal import progress_bar
 from prefold.training.sampled_trees import sampling_of
 from prefold.trees.memory import free_memory
@@ -98,7 +97,8 @@ class MatchedPairs(PairsByLogprobs):
     """Each desirable completion with an undesirable one."""
 
     def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
-        matches = match(self.held_out.prompt_keys, labels_of(self.held_out))
+        labels = [record.label for record in self.held_out.records if isinstance(record, Unpaired)]
+        matches = match(self.held_out.prompt_keys, labels)
         if not matches:
             return None
         return score_matched(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, matches, label)

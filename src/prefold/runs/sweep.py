@@ -207,14 +207,9 @@ def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
         earlier = [str(point["name"]) for point in read_json(folder / FACTS)["points"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"cannot be read ({error})", where=f"{where}/{FACTS}", advice=advice) from None
-    names = [point.name for point in points]
-    if missing := [name for name in earlier if name not in names]:
-        raise UserError(
-            f"holds a sweep with a run that is none of this one's: {missing[0]}",
-            where=where,
-            expected="the same sweep, or one with more values",
-            advice=advice,
-        )
+    if missing := [name for name in earlier if name not in {point.name for point in points}]:
+        what = f"holds a sweep with a run that is none of this one's: {missing[0]}"
+        raise UserError(what, where=where, expected="the same sweep, or one with more values", advice=advice)
 
 
 def _require_comparable(points: Sequence[Point]) -> None:
@@ -226,13 +221,14 @@ def _require_comparable(points: Sequence[Point]) -> None:
     """
     measured_by = {point.name: _measured_by(point) for point in points}
     first = points[0].name
-    if other := next((name for name in measured_by if measured_by[name] != measured_by[first]), None):
-        raise UserError(
-            f"`{first}` and `{other}` could not be compared: they hold out different data, or are measured in "
-            "different ways",
-            advice="name the held-out data in `data.eval`; fields that decide what is held out, or how answers are "
-            "drawn and scored, cannot be swept",
-        )
+    for other, measured in measured_by.items():
+        if measured != measured_by[first]:
+            raise UserError(
+                f"`{first}` and `{other}` could not be compared: they hold out different data, or are measured in "
+                "different ways",
+                advice="name the held-out data in `data.eval`; fields that decide what is held out, or how answers are "
+                "drawn and scored, cannot be swept",
+            )
 
 
 def _measured_by(point: Point) -> tuple[Any, ...]:
@@ -273,21 +269,21 @@ def _write(
     folder: Path, about: Mapping[str, Any], points: Sequence[Point], failures: Mapping[str, str]
 ) -> dict[str, Any]:
     """Compare what is done so far, in `sweep.json` and on the page."""
-    done = [point for point in points if point.name not in failures and point.is_finished()]
-    measured = {point.name: facts for point in done if (facts := _held_out(point)) is not None}
-    compared = _compared(measured) if measured else {"best": None}
-    entries = []
+    entries, measured = [], {}
     for point in points:
-        entry: dict[str, Any] = {"name": point.name, "settings": point.settings}
+        status: dict[str, Any] = {"status": "waiting"}
         if point.name in failures:
-            entry |= {"status": "failed", "error": failures[point.name]}
-        else:
-            entry["status"] = "done" if point in done else "waiting"
-        entries.append(entry | {"held_out": measured.get(point.name)})
-    facts = {**about, **compared, "confirm": _confirm(folder, compared["best"]), "points": entries}
-    write_json(folder / FACTS, facts)
-    write_sweep(folder, facts)
-    return facts
+            status = {"status": "failed", "error": failures[point.name]}
+        elif point.is_finished():
+            status = {"status": "done"}
+            if facts := _held_out(point):
+                measured[point.name] = facts
+        entries.append({"name": point.name, "settings": point.settings, **status, "held_out": measured.get(point.name)})
+    compared = _compared(measured) if measured else {"best": None}
+    comparison = {**about, **compared, "confirm": _confirm(folder, compared["best"]), "points": entries}
+    write_json(folder / FACTS, comparison)
+    write_sweep(folder, comparison)
+    return comparison
 
 
 def _held_out(point: Point) -> dict[str, Any] | None:

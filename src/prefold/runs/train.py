@@ -20,7 +20,7 @@ from prefold.files import cache_folder, new_folder
 from prefold.models.adapters import load_policy
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import load_model, tokenizer_of, trainable_parameters
-from prefold.publishing.publish import push_checkpoint
+from prefold.publishing.hub import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
 from prefold.runs.context import Run, head_seed_of, loaded_rewards, order_of, scorer_of
@@ -28,14 +28,13 @@ from prefold.runs.fingerprints import row_list
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
 from prefold.training.checkpoints import last_checkpoint, step_of
-from prefold.training.guard_actions import Guards, RolledBack
-from prefold.training.guards import Facts
+from prefold.training.guards import Facts, Guards, RolledBack
 from prefold.training.loop import StepOrder, StoredTrees, TrainingLoop, TreeSet
 from prefold.training.pushes import Pushes
 from prefold.training.record import StepRecord
 from prefold.training.sampled_trees import SampledTrees
 from prefold.training.saved_state import save_weights
-from prefold.training.trackers import open_trackers
+from prefold.training.trackers import open_trackers, send_completions
 from prefold.trees.memory import free_memory
 from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer
@@ -111,7 +110,8 @@ def _sampled_trees(
     rewards, tokenizer = loaded_rewards(recipe, columns), tokenizer_of(recipe.model)
     dtype = choose_dtype(recipe.model.dtype, choose_device())
     seed = recipe.train.seed
-    return SampledTrees(recipe.algorithm, scorer, prompts, rewards, columns, tokenizer, order, record, seed, dtype)
+    show = [record.rollout, *([send_completions] if "wandb" in recipe.train.report_to else [])]
+    return SampledTrees(recipe.algorithm, scorer, prompts, rewards, columns, tokenizer, order, show, seed, dtype)
 
 
 def _callbacks(recipe: RecipeBase) -> list[TrainerCallback]:

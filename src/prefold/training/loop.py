@@ -44,7 +44,7 @@ from prefold.algorithms import NO_STATE, Algorithm, Extreme, LossOutput, Mean, M
 from prefold.errors import UserError, did_you_mean
 from prefold.files import new_folder
 from prefold.training.checkpoints import TRAINER_STATE, read_manifest, write_manifest
-from prefold.training.guard_actions import Guards
+from prefold.training.guards import Guards
 from prefold.training.interrupt import Interruption
 from prefold.training.optimizer import optimizer_and_schedule
 from prefold.training.record import StepRecord

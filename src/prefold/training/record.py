@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prefold import ranks
-from prefold.files import read_jsonl, settle, write_text
+from prefold.files import flush_to_disk, read_jsonl, write_text
 from prefold.terminal import Advance
 
 
@@ -56,7 +56,7 @@ class StepRecord:
     def flush(self) -> None:
         """Have the lines so far on the disk, since a checkpoint is about to count on them."""
         for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
-            settle(path)
+            flush_to_disk(path)
 
     def time(self, step: int, seconds: float, tokens: int) -> None:
         line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens, "peak_memory_mb": peak_memory_mb()}

@@ -8,7 +8,7 @@ share of the groups; the first one has the rewards score all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from statistics import fmean, stdev
 from typing import Any
@@ -20,12 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from prefold import ranks
 from prefold.algorithms import Algorithm, Draws
 from prefold.data.examples import Examples, prompts_of
-from prefold.generation.groups import require_end_token, sample
+from prefold.generation.engine import require_end_token, sample
 from prefold.generation.sampling import Completion, Sampling, seed_of
 from prefold.rewards.scoring import Group, LoadedReward, scored_groups
 from prefold.training.loop import StepOrder, StepTrees, TreeSet
-from prefold.training.record import StepRecord
-from prefold.training.trackers import send_completions
 from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import compute_reference
@@ -46,7 +44,7 @@ class SampledTrees:
         columns: of the prompts' rows, that the rewards are given.
         tokenizer: of the model.
         order: which prompts each step covers.
-        record: where samples go.
+        show: who is given the number of a step and some of its groups, as they are written to the run folder.
         seed: of the sampling.
         dtype: in which training computes.
 
@@ -63,7 +61,7 @@ class SampledTrees:
         columns: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         order: StepOrder,
-        record: StepRecord,
+        show: Sequence[Callable[[int, list[dict[str, Any]]], None]],
         seed: int,
         dtype: torch.dtype = torch.float32,
     ):
@@ -71,7 +69,7 @@ class SampledTrees:
         assert algorithm.draws is not None
         self.algorithm, self.scorer, self.sampling = algorithm, scorer, sampling_of(algorithm.draws)
         self.prompts, self.rewards, self.columns, self.tokenizer = prompts, rewards, columns, tokenizer
-        self.order, self.record, self.seed, self.dtype = order, record, seed, dtype
+        self.order, self.show, self.seed, self.dtype = order, show, seed, dtype
         # Training switches the model to an attention that cannot generate.
         self.attention = unwrapped(scorer.model).config._attn_implementation
         self.rollout = TreeSet([])
@@ -91,8 +89,8 @@ class SampledTrees:
         groups = ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
         advantages = self.algorithm.advantages(rewards_of(groups))
         shown = [group_record(*pair) for pair in zip(groups[:GROUPS_SHOWN], advantages, strict=False)]
-        self.record.rollout(step + 1, shown)
-        send_completions(step + 1, shown)
+        for show in self.show:
+            show(step + 1, shown)
         kept = [[i for i, each in enumerate(group) if self.algorithm.trains_on(each.finished)] for group in completions]
         used = [[group[i] for i in indices] for group, indices in zip(completions, kept, strict=True)]
         trees = [

@@ -71,14 +71,12 @@ def send_completions(step: int, groups: Sequence[dict[str, Any]]) -> None:
         [
             step,
             "\n\n".join(message["content"] for message in group["prompt"]),
-            one["text"],
-            one["tokens"],
-            *(one["scores"][name] for name in names),
-            one["reward"],
-            one["advantage"],
+            *(completion[name] for name in ("text", "tokens")),
+            *(completion["scores"][name] for name in names),
+            *(completion[name] for name in ("reward", "advantage")),
         ]
         for group in groups
-        for one in group["completions"]
+        for completion in group["completions"]
     ]
     scores = (f"rewards/{name}" for name in names)
     columns: list[str | int] = ["step", "prompt", "completion", "tokens", *scores, "reward", "advantage"]

@@ -100,15 +100,14 @@ def segments(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shap
     """Torch's attention over `[prompt keys, own keys]` of each segment, masked to the bottom-right triangle."""
     attend = _softcapped if shape.softcap else _plain_softmax
 
-    def segment(queries: Span, spans: list[Span]) -> Tensor:
-        keys, values = (
-            torch.cat([states[:, :, slice(*span)] for span in spans], dim=2) if len(spans) > 1 else
-            states[:, :, slice(*spans[0])]
-            for states in (key, value)
-        )  # fmt: skip
-        return attend(query[:, :, slice(*queries)], keys, values, shape)
+    def seen(states: Tensor, node: Node) -> Tensor:
+        own = states[:, :, slice(*node.own)]
+        return torch.cat([*(states[:, :, slice(*span)] for span in node.above), own], dim=2) if node.above else own
 
-    return torch.cat([segment(node.own, [*node.above, node.own]) for node in trees.nodes], dim=2).transpose(1, 2)
+    attended = [
+        attend(query[:, :, slice(*node.own)], seen(key, node), seen(value, node), shape) for node in trees.nodes
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2)
 
 
 def _plain_softmax(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
@@ -175,12 +174,9 @@ class _Joined(torch.autograd.Function):
         out = attended.transpose(1, 2)
         normaliser = query.new_empty(1, heads, tokens)
 
-        def attend(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor]:
+        def attend(queries: Span, keys: Span, causal: bool) -> Any:
             own, seen = slice(*queries), slice(*keys)
-            found: tuple[Tensor, Tensor] = _flash(
-                query[:, :, own], key[:, :, seen], value[:, :, seen], 0.0, causal, scale=scale
-            )
-            return found
+            return _flash(query[:, :, own], key[:, :, seen], value[:, :, seen], 0.0, causal, scale=scale)
 
         for node in nodes:
             span = slice(*node.own)
@@ -202,9 +198,9 @@ class _Joined(torch.autograd.Function):
         grads = [torch.empty_like(states) for states in (query, key, value)]
 
         # With the joint normaliser each part's probabilities are the joint softmax's, so the parts just add up.
-        def back(queries: Span, keys: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        def back(queries: Span, keys: Span, causal: bool) -> Any:
             own, seen = slice(*queries), slice(*keys)
-            found: tuple[Tensor, Tensor, Tensor] = _flash_backward(
+            return _flash_backward(
                 grad[:, :, own],
                 query[:, :, own],
                 key[:, :, seen],
@@ -215,7 +211,6 @@ class _Joined(torch.autograd.Function):
                 causal,
                 scale=ctx.scale,
             )
-            return found
 
         for node in ctx.nodes:
             for total, part in zip(grads, back(node.own, node.own, True), strict=True):
@@ -320,7 +315,7 @@ def flex_mask(trees: PackedTrees, window: int | None) -> Any:
 
 @lru_cache(maxsize=8)
 def _cap(softcap: float) -> Callable[..., Tensor]:
-    def capped(score: Tensor, *place: Tensor) -> Tensor:
+    def capped(score: Tensor, *index: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     return capped

@@ -107,30 +107,31 @@ def row_by_row(
             yield row, result
 
 
-def halved_until_split(before: int, sizes: Sequence[int], split: Callable[[int], Rows], single: str) -> int:
-    """The token budget halved as often as it takes to divide items of these sizes, for which memory ran out.
+def lowered(
+    before: int,
+    sizes: Sequence[int],
+    single: str,
+    split: Callable[[int], Rows] | None = None,
+    what: str = "the token budget goes",
+) -> int:
+    """A smaller budget than `before`, after memory ran out on items of these sizes together; the log says so.
 
     Args:
-        split: the rows of these items within a budget.
-        single: what a StageError says of an item that cannot be divided.
+        split: the rows of these items within a budget, which is halved as often as it takes to get more rows. Without
+            it, half of what the items take together is the budget.
+
+    Raises:
+        StageError: the items cannot be divided; it speaks of the `single` one.
     """
     free_memory()
-    after, rows = before, len(split(before))
-    while after > min(sizes, default=0) and len(split(after)) == rows:
-        after //= 2
-    if len(split(after)) == rows:
+    if split is None:
+        after, divided = sum(sizes) // 2, len(sizes) > 1
+    else:
+        after, rows = before, len(split(before))
+        while after > min(sizes, default=0) and len(split(after)) == rows:
+            after //= 2
+        divided = len(split(after)) != rows
+    if not divided:
         raise StageError(f"out of memory with {single}")
-    return _lowered(before, after, "the token budget goes")
-
-
-def halved(before: int, sizes: Sequence[int], what: str, single: str) -> int:
-    """Half of what items of these sizes take together, for which memory ran out; see `halved_until_split`."""
-    free_memory()
-    if len(sizes) == 1:
-        raise StageError(f"out of memory with {single}")
-    return _lowered(before, sum(sizes) // 2, what)
-
-
-def _lowered(before: int, after: int, what: str) -> int:
     logger.warning("out of memory: %s from %s to %s", what, f"{before:,}", f"{after:,}")
     return after

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from prefold.trees.trained_rows import trained_rows
+
+T = TypeVar("T")
 
 CHUNK = 256
 """Rows of hidden states that meet the vocabulary matrix at once: 256 x 49,152 float32 logits are 50 MB."""
@@ -40,8 +42,7 @@ class Head:
     temperature: float = 1.0
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """Of the distribution at every scored position, `[S]` each, without gradients: `entropy` in nats, `squares`, the
     sum of squared probabilities, and `top1`, whether the target is the most likely token."""
 
@@ -56,19 +57,11 @@ def score_layer(model: nn.Module) -> nn.Module | None:
     return layer if isinstance(layer, nn.Module) else None
 
 
-def output_layer(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits."""
-    layer = model.get_output_embeddings()  # type: ignore[operator]
-    assert isinstance(layer, nn.Module)
-    return layer
-
-
-def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
+def head_of(model: Any, temperature: float = 1.0) -> Head:
     """What the model does between its last hidden states and its logits, by the names of transformers' configs."""
-    layer = output_layer(model)
+    layer, config = model.get_output_embeddings(), model.config
     linear = weights_of(layer)
     assert isinstance(linear, nn.Linear)
-    config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -76,9 +69,9 @@ def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
     return Head(layer, linear, scale / divisor, getattr(config, "final_logit_softcapping", None), rows, temperature)
 
 
-def head_obstacle(model: nn.Module) -> str | None:
+def head_obstacle(model: Any) -> str | None:
     """Why the head of this model cannot be applied in chunks, or None if it can."""
-    layer = weights_of(output_layer(model))
+    layer = weights_of(model.get_output_embeddings())
     if type(layer) is not nn.Linear and not (isinstance(layer, FSDPModule) and isinstance(layer, nn.Linear)):
         return f"its output head is a {type(layer).__name__}, not a plain linear layer"
     return None
@@ -87,46 +80,33 @@ def head_obstacle(model: nn.Module) -> str | None:
 def weights_of(layer: Any) -> nn.Module:
     """The module inside PEFT's wrappers whose weights are at work."""
     if isinstance(layer, TrainableTokensWrapper):
-        found = layer.token_adapter.get_base_layer()
+        layer = layer.token_adapter.get_base_layer()
     elif isinstance(layer, ModulesToSaveWrapper) and layer.active_adapters and not layer.disable_adapters:
-        found = layer.modules_to_save[layer.active_adapters[0]]
-    else:
-        found = layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer
-    assert isinstance(found, nn.Module)
-    return found
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    elif isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.original_module
+    assert isinstance(layer, nn.Module)
+    return layer
 
 
 @contextmanager
-def scoring_head(
-    model: nn.Module, targets: Tensor, statistics: bool, temperature: float = 1.0
-) -> Iterator[list[tuple[Tensor, Any]]]:
-    """While open, the head takes the hidden states of the scored positions' predictors and leaves the targets'
-    log-probs, and their statistics or None, in the yielded list.
+def head_computes(layer: nn.Module, score: Callable[[Tensor], T]) -> Iterator[list[T]]:
+    """While open, a model's head computes `score` of its hidden states, left in the yielded list; its hooks stay.
 
     The model's `forward` gets a stand-in for the logits that carries no information.
     """
-    head = head_of(model, temperature)
-    scored: list[tuple[Tensor, Any]] = []
+    before, results = vars(layer).get("forward"), []
 
-    def score(hidden: Tensor) -> Tensor:
-        scored.append(head_logprobs(hidden[0], head, targets, statistics))
+    def forward(hidden: Tensor) -> Tensor:
+        results.append(score(hidden))
         return hidden[..., :1].detach()
 
-    with computing_by(score, head.layer):
-        yield scored
-
-
-@contextmanager
-def computing_by(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> Iterator[None]:
-    """While open, a layer computes `forward`; its hooks stay."""
-    before = vars(layer).get("forward")
     layer.forward = forward
     try:
-        yield
+        yield results
     finally:
-        if before is None:
-            del layer.forward
-        else:
+        del layer.forward
+        if before is not None:
             layer.forward = before
 
 
@@ -136,16 +116,10 @@ def head_logprobs(
     """Log-probs of `targets` `[S]` given hidden states `[S, D]`: `[S]`, float32 (float64 for float64 inputs)."""
     weight = head.linear.weight
     with torch.autocast(hidden.device.type, enabled=False):
-        logprobs, *found = _HeadLogprobs.apply(
-            hidden.to(weight.dtype),
-            weight,
-            head.linear.bias,
-            targets,
-            head,
-            statistics,
-            *(head.rows or (None, None)),
+        logprobs, *values = _HeadLogprobs.apply(
+            hidden.to(weight.dtype), weight, head.linear.bias, targets, head, statistics, *(head.rows or (None, None))
         )
-    return logprobs, Statistics(*found) if statistics else None
+    return logprobs, Statistics(*values) if statistics else None
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -171,8 +145,8 @@ class _HeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
-        found = [torch.empty_like(logprobs) for _ in range(2)] if statistics else []
-        found += [torch.empty_like(targets, dtype=torch.bool)] if statistics else []
+        dtypes = (accumulate, accumulate, torch.bool) if statistics else ()
+        gathered = [torch.empty_like(targets, dtype=dtype) for dtype in dtypes]
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         by_rows = None
         if ids is not None and rows is not None:
@@ -184,8 +158,8 @@ class _HeadLogprobs(torch.autograd.Function):
             logits = _raw_logits(hidden[part], weight, bias)
             slope = _bend(logits, head, with_slope=jacobian is not None)
             if statistics:
-                for kept, value in zip(found, distribution_statistics(logits, wanted), strict=True):
-                    kept[part] = value
+                for values, value in zip(gathered, distribution_statistics(logits, wanted), strict=True):
+                    values[part] = value
             own = logits.gather(-1, wanted)
             top = logits.amax(-1, keepdim=True)
             exponentials = logits.sub_(top).exp_()
@@ -208,8 +182,8 @@ class _HeadLogprobs(torch.autograd.Function):
         kept_hidden = hidden if head_is_trained or by_rows is not None else None
         ctx.save_for_backward(jacobian, by_rows, kept_hidden, *((weight, bias, targets) if head_is_trained else ()))
         ctx.head = head
-        ctx.mark_non_differentiable(*found)
-        return logprobs, *found
+        ctx.mark_non_differentiable(*gathered)
+        return logprobs, *gathered
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -241,6 +215,7 @@ def _bend(logits: Tensor, head: Head, with_slope: bool) -> Tensor | None:
 
 
 def distribution_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`Statistics` of logits `[S, V]` for targets `[S, 1]`."""
     logprobs = logits.log_softmax(-1)
     probabilities = logprobs.exp()
     top1 = logits.argmax(-1) == targets.squeeze(-1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefold.trees.head import Statistics, distribution_statistics, scoring_head
+from prefold.trees.head import Statistics, distribution_statistics, head_computes, head_logprobs, head_of
 from prefold.trees.packing import PackedTrees
 from prefold.trees.padding import padded_batches
 
@@ -63,11 +63,10 @@ class TreeLogprobs:
     def gradients_of(self, parts: Sequence[TreeLogprobs]) -> list[TreeLogprobs]:
         """Of a leaf after its backward pass: the gradients of each of the parts that it was put together from."""
         tokens = _gradient(self.tokens).split([len(part.tokens) for part in parts])
-        found = [replace(part, tokens=grad) for part, grad in zip(parts, tokens, strict=True)]
-        if self.prompts is None:
-            return found
-        prompts = _gradient(self.prompts).split([len(part.prompts) for part in parts if part.prompts is not None])
-        return [replace(part, prompts=grad) for part, grad in zip(found, prompts, strict=True)]
+        prompts: Sequence[Tensor | None] = [None] * len(parts)
+        if self.prompts is not None:
+            prompts = _gradient(self.prompts).split([len(part.prompts) for part in parts if part.prompts is not None])
+        return [replace(part, tokens=own, prompts=of) for part, own, of in zip(parts, tokens, prompts, strict=True)]
 
     def dot(self, gradient: TreeLogprobs) -> Tensor:
         """Scalar whose backward pass hands `gradient` on to what these log-probs were computed from."""
@@ -88,11 +87,12 @@ def _gradient(leaf: Tensor) -> Tensor:
 def concatenated(parts: Sequence[TreeLogprobs]) -> TreeLogprobs:
     """The log-probs of several rows as those of one."""
     starts = accumulate((len(part.lengths) for part in parts[:-1]), initial=0)
+    statistics = [part.statistics for part in parts if part.statistics is not None]
     return TreeLogprobs(
         tokens=torch.cat([part.tokens for part in parts]),
         completion=torch.cat([part.completion + start for part, start in zip(parts, starts, strict=True)]),
         lengths=torch.cat([part.lengths for part in parts]),
-        statistics=_all_or_none([part.statistics for part in parts]),
+        statistics=Statistics(*map(torch.cat, zip(*statistics, strict=True))) if statistics else None,
         prompts=_cat_or_none([part.prompts for part in parts]),
         prompt_lengths=_cat_or_none([part.prompt_lengths for part in parts]),
     )
@@ -101,11 +101,6 @@ def concatenated(parts: Sequence[TreeLogprobs]) -> TreeLogprobs:
 def _cat_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
     given = [part for part in parts if part is not None]
     return torch.cat(given) if given else None
-
-
-def _all_or_none(parts: Sequence[Statistics | None]) -> Statistics | None:
-    given = [(part.entropy, part.squares, part.top1) for part in parts if part is not None]
-    return Statistics(*map(torch.cat, zip(*given, strict=True))) if given else None
 
 
 def sums_by(owner: Tensor, values: Tensor, owners: int) -> Tensor:
@@ -121,7 +116,8 @@ def packed_logprobs(
     model: nn.Module, row: PackedTrees, statistics: bool = False, temperature: float = 1.0
 ) -> TreeLogprobs:
     """Score one packed row. The model's attention implementation must be one of the engine's."""
-    with scoring_head(model, row.targets, statistics, temperature) as scored:
+    head = head_of(model, temperature)
+    with head_computes(head.layer, lambda hidden: head_logprobs(hidden[0], head, row.targets, statistics)) as scored:
         model(
             input_ids=row.input_ids,
             position_ids=row.positions,
@@ -129,14 +125,14 @@ def packed_logprobs(
             use_cache=False,
             trees=row,
         )
-    tokens, found = scored.pop()
+    tokens, distribution = scored.pop()
     if row.owner is None:
-        return TreeLogprobs(tokens, row.completion, row.lengths, found)
+        return TreeLogprobs(tokens, row.completion, row.lengths, distribution)
     tokens, of_prompts = tokens.split([len(row.completion), len(row.owner)])
-    if found is not None:
-        found = Statistics(*(values[: len(tokens)] for values in (found.entropy, found.squares, found.top1)))
+    if distribution is not None:
+        distribution = Statistics(*(values[: len(tokens)] for values in distribution))
     prompts = sums_by(row.owner, of_prompts, len(row.trees))
-    return TreeLogprobs(tokens, row.completion, row.lengths, found, None, prompts, prompt_lengths(row))
+    return TreeLogprobs(tokens, row.completion, row.lengths, distribution, None, prompts, prompt_lengths(row))
 
 
 def plain_logprobs(
@@ -149,35 +145,37 @@ def plain_logprobs(
     """Score the same completions by themselves: rows of prompt + completion, padded on the right, `max_tokens` at a
     time, or with 0 one at a time for models in which a row depends on its neighbours."""
     rows = [tree.prompt + ids for tree in row.trees for ids in tree.completions]
-    lengths = [len(ids) for tree in row.trees for ids in tree.completions]
-    scored: list[Tensor] = [torch.empty(0)] * len(rows)
-    found: list[tuple[Tensor, ...]] = [()] * len(rows)
+    starts = [len(tree.prompt) for tree in row.trees for _ in tree.completions]
+    tokens: list[Tensor] = [torch.empty(0)] * len(rows)
+    distributions: list[tuple[Tensor, ...]] = [()] * len(rows)
     # A prompt is scored where it meets its first completion.
     firsts = accumulate((len(tree.completions) for tree in row.trees[:-1]), initial=0)
-    prompt_of = {first: tree for tree, first in enumerate(firsts)}
+    tree_of = {first: tree for tree, first in enumerate(firsts)}
     prompts: list[Tensor] = [torch.empty(0)] * len(row.trees)
     auxiliary: list[Tensor] = []
     for batch, padded, mask in padded_batches(rows, max_tokens, row.input_ids.device):
         output = model(input_ids=padded, attention_mask=mask, use_cache=False)
-        logits = output.logits
         if getattr(output, "aux_loss", None) is not None:
             auxiliary.append(output.aux_loss * router_coefficient(model) * (len(batch) / len(rows)))
-        for place, i in enumerate(batch):
-            start = len(rows[i]) - lengths[i]
-            own = logits[place, start - 1 : len(rows[i]) - 1]
+        for i, ids, logits in zip(batch, padded, output.logits, strict=True):
+            start, stop = starts[i], len(rows[i])
+            own = logits[start - 1 : stop - 1]
             own = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
             own = own / temperature if temperature != 1.0 else own
-            targets = padded[place, start : len(rows[i]), None]
-            scored[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
-            found[i] = distribution_statistics(own.detach(), targets) if statistics else ()
-            if row.owner is not None and i in prompt_of:
-                before = (logits[place, : start - 1].to(own.dtype) / temperature).log_softmax(-1)
-                prompts[prompt_of[i]] = before.gather(-1, padded[place, 1:start, None]).sum()
-    together = Statistics(*map(torch.cat, zip(*found, strict=True))) if statistics else None
-    of_experts = torch.stack(auxiliary).sum() if auxiliary else None
-    of_prompts = torch.stack(prompts) if row.owner is not None else None
+            targets = ids[start:stop, None]
+            tokens[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
+            distributions[i] = distribution_statistics(own.detach(), targets) if statistics else ()
+            if row.owner is not None and i in tree_of:
+                before = (logits[: start - 1].to(own.dtype) / temperature).log_softmax(-1)
+                prompts[tree_of[i]] = before.gather(-1, ids[1:start, None]).sum()
     return TreeLogprobs(
-        torch.cat(scored), row.completion, row.lengths, together, of_experts, of_prompts, prompt_lengths(row)
+        torch.cat(tokens),
+        row.completion,
+        row.lengths,
+        Statistics(*map(torch.cat, zip(*distributions, strict=True))) if statistics else None,
+        torch.stack(auxiliary).sum() if auxiliary else None,
+        torch.stack(prompts) if row.owner is not None else None,
+        prompt_lengths(row),
     )
 
 

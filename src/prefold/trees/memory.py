@@ -51,8 +51,8 @@ def budget_for(config: Any, weights: int, total: int, gradient_checkpointing: bo
     Half of what the weights leave is divided by the activations of a token. That is a start, not a promise: a budget
     that turns out too large is halved on the way.
     """
-    room = 0.5 * (total - weights)
-    return max(LEAST, min(MOST, int(room / token_bytes(config, gradient_checkpointing)) // 256 * 256))
+    tokens = int(0.5 * (total - weights) / token_bytes(config, gradient_checkpointing))
+    return max(LEAST, min(MOST, tokens // 256 * 256))
 
 
 def token_bytes(config: Any, gradient_checkpointing: bool) -> int:

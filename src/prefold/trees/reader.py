@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from prefold import ranks
 from prefold.trees.attention import candidates, unwrapped, using_attention
-from prefold.trees.budget import attempt, from_all, halved_until_split, row_by_row, split_by_length
+from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_length
 from prefold.trees.forest import WORTH_SHARING, Ids, Text, pack_forest, split_texts
 from prefold.trees.logprobs import packed_logprobs
 from prefold.trees.padding import pad
-from prefold.trees.self_check import checked_backends, obstacle, stretched_positions
+from prefold.trees.self_check import checked_backends, stretched_positions
 
 ROW_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens that are read at once. Longer rows than in training: nothing is kept for a backward pass."""
@@ -62,7 +62,7 @@ class Reader:
             tried = [texts[i] for i in row]
             sizes = [len(text.tokens) for text in tried]
             single = f"a text of {max(sizes):,} tokens; take a smaller model or device_map"
-            self.max_tokens = halved_until_split(self.max_tokens, sizes, partial(self._rows, tried), single)
+            self.max_tokens = lowered(self.max_tokens, sizes, single, partial(self._rows, tried))
             return rows_of(left)
 
         def rows_of(indices: Sequence[int]) -> list[list[int]]:
@@ -125,20 +125,18 @@ def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | Non
     base = unwrapped(model)
     budget = max_tokens or ROW_TOKENS.get(base.device.type, ROW_TOKENS["cpu"])
     stretched = stretched_positions(model, max(len(text.read) for text in texts))
-    backends: list[str] = []
-    reason = stretched or obstacle(model)
-    if reason is None:
-        longest = max(texts, key=lambda text: len(text.tokens)).tokens
-        window = getattr(base.config.get_text_config(), "sliding_window", None) or 0
-        checked = _nested(longest[-(CHECKED_TOKENS + (window if len(longest) > window else 0)) :])
-        surest, *others = candidates(base.device, base.dtype)
-        backends, reason = checked_backends(
-            model,
-            pack_forest(checked, base.device),
-            packed_logprobs,
-            lambda: torch.cat([_read_plainly(model, [text])[0] for text in checked]).to(base.device),
-            [surest, *(name for name in others if name == GATHERING)],
-        )
+    longest = max(texts, key=lambda text: len(text.tokens)).tokens
+    window = getattr(base.config.get_text_config(), "sliding_window", None) or 0
+    checked = _nested(longest[-(CHECKED_TOKENS + (window if len(longest) > window else 0)) :])
+    surest, *others = candidates(base.device, base.dtype)
+    backends, reason = checked_backends(
+        model,
+        pack_forest(checked, base.device),
+        packed_logprobs,
+        lambda: torch.cat([_read_plainly(model, [text])[0] for text in checked]).to(base.device),
+        stretched,
+        [surest, *(name for name in others if name == GATHERING)],
+    )
     if backends:
         return Reader(model, budget, backends[-1])
     logger.warning("texts are read by themselves, what they share once for each (plain path): %s", reason)

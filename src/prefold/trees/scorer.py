@@ -17,12 +17,12 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from prefold import ranks
 from prefold.errors import StageError
 from prefold.trees.attention import unwrapped, using_attention
-from prefold.trees.budget import attempt, from_all, halved_until_split, row_by_row, split_by_budget
+from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_budget
 from prefold.trees.head import score_layer
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
 from prefold.trees.packing import PackedTrees, TokenTree, pack
 from prefold.trees.reward_head import packed_scores, plain_scores
-from prefold.trees.self_check import checked_backends, obstacle, stretched_positions
+from prefold.trees.self_check import checked_backends, stretched_positions
 
 T = TypeVar("T")
 
@@ -92,19 +92,15 @@ class Scorer:
     def rows(self, trees: Sequence[TokenTree], indices: Iterable[int] | None = None) -> list[list[int]]:
         """Indices of the trees of each micro-batch of at most `max_tokens`: of all trees, or of those at `indices`. A
         tree without completions, of which there is nothing to score, is in none."""
-        sizes = self._sizes(trees, indices)
-        scored = list(sizes)
-        return [[scored[i] for i in row] for row in split_by_budget(list(sizes.values()), self.max_tokens)]
+        indices = range(len(trees)) if indices is None else indices
+        scored = [i for i in indices if trees[i].completions]
+        rows = split_by_budget([self.size(trees[i]) for i in scored], self.max_tokens)
+        return [[scored[i] for i in row] for row in rows]
 
     def share(self, trees: Sequence[TokenTree]) -> list[int]:
         """Indices of the trees that this process scores: of all of them in one process, else of its share by tokens."""
-        sizes = self._sizes(trees)
-        scored = list(sizes)
-        return [scored[i] for i in ranks.share(list(sizes.values()))]
-
-    def _sizes(self, trees: Sequence[TokenTree], indices: Iterable[int] | None = None) -> dict[int, int]:
-        indices = range(len(trees)) if indices is None else indices
-        return {i: self.size(trees[i]) for i in indices if trees[i].completions}
+        scored = [i for i, tree in enumerate(trees) if tree.completions]
+        return [scored[i] for i in ranks.share([self.size(trees[i]) for i in scored])]
 
     def behind(self, rows: Sequence[list[int]]) -> int:
         """How many passes this process has to make with nothing, beside those through its rows: with sharded weights
@@ -152,12 +148,12 @@ class Scorer:
         Raises:
             StageError: they were one by one already.
         """
-        sizes = list(self._sizes(trees).values())
+        sizes = [self.size(tree) for tree in trees if tree.completions]
         single = (
             f"a single prompt and its completions ({max(map(self.size, trees)):,} tokens); set "
             "`train.gradient_checkpointing: true`, lower `data.max_length`, or take a smaller model"
         )
-        self.max_tokens = halved_until_split(self.max_tokens, sizes, partial(split_by_budget, sizes), single)
+        self.max_tokens = lowered(self.max_tokens, sizes, single, partial(split_by_budget, sizes))
 
 
 def _score_packed(
@@ -190,13 +186,10 @@ def choose_scorer(
     if setting in ("sdpa", "eager"):
         plain.reason = f"the recipe asks for {setting}"
         return plain
-    backends: list[str] = []
-    reason = stretched or obstacle(model)
-    if reason is None:
-        checked = Scorer(model, max(tree.plain_size for tree in trees), None)
-        with reference_model(model):
-            row = pack(trees, unwrapped(model).device)
-            backends, reason = checked_backends(model, row, _score_packed, lambda: checked.score(trees).tokens)
+    checked = Scorer(model, max(tree.plain_size for tree in trees), None)
+    with reference_model(model):
+        row = pack(trees, unwrapped(model).device)
+        backends, reason = checked_backends(model, row, _score_packed, lambda: checked.score(trees).tokens, stretched)
     if backends:
         seconds = {name: _seconds(model, trees, name) for name in backends} if len(backends) > 1 else {}
         return Scorer(model, max_tokens, ranks.from_first(lambda: min(backends, key=lambda name: seconds.get(name, 0))))
@@ -243,28 +236,16 @@ def frozen_adapter(policy: nn.Module) -> dict[str, torch.Tensor]:
 def reference_model(policy: nn.Module) -> Iterator[None]:
     """While open, `policy` computes as the reference: adapter off, or as it was at first if it came with one; dropout
     off."""
-    training = policy.training
+    training, frozen = policy.training, frozen_adapter(policy)
+    kept = [(parameter, parameter.data, name) for name, parameter in policy.named_parameters() if name in frozen]
+    can_be_off = hasattr(policy, "disable_adapter") and not frozen
     policy.eval()
     try:
-        with _adapter_of_the_reference(policy):
-            yield
-    finally:
-        policy.train(training)
-
-
-@contextmanager
-def _adapter_of_the_reference(policy: nn.Module) -> Iterator[None]:
-    frozen = frozen_adapter(policy)
-    if not frozen:
-        with policy.disable_adapter() if hasattr(policy, "disable_adapter") else nullcontext():  # type: ignore[operator]
-            yield
-        return
-    trained = {name: parameter for name, parameter in policy.named_parameters() if name in frozen}
-    kept = {name: parameter.data for name, parameter in trained.items()}
-    try:
-        for name, parameter in trained.items():
+        for parameter, _, name in kept:
             parameter.data = frozen[name].to(parameter.device)
-        yield
+        with policy.disable_adapter() if can_be_off else nullcontext():  # type: ignore[operator]
+            yield
     finally:
-        for name, parameter in trained.items():
-            parameter.data = kept[name]
+        for parameter, data, _ in kept:
+            parameter.data = data
+        policy.train(training)

@@ -71,13 +71,15 @@ def checked_backends(
     row: PackedTrees,
     packed: Callable[[nn.Module, PackedTrees], TreeLogprobs],
     plain: Callable[[], Tensor],
+    stretched: str | None = None,
     names: Sequence[str] = (),
 ) -> tuple[list[str], str | None]:
-    """The backends whose log-probs of a row are the plain ones, the surest first; or none, and what is wrong.
+    """The backends whose log-probs of a row are the plain ones, the surest first; or none, and what is in the way.
 
     Args:
         packed: the pass over the row with a backend in place.
         plain: `[S]`, the same log-probs by the model as it comes.
+        stretched: what `stretched_positions` says of the rows that will come.
         names: of the backends, the surest first; by default all of the device.
     """
     base = unwrapped(model)
@@ -87,10 +89,9 @@ def checked_backends(
         with using_attention(model, surest):
             return packed(model, row).tokens, row.scratch.get("calls", 0)
 
-    reason = difference(model, by_surest, plain)
-    if reason is not None:
-        return [], reason
-    return [surest, *(name for name in others if not _attends_otherwise(model, row, name, surest))], None
+    reason = stretched or obstacle(model) or difference(model, by_surest, plain)
+    right = (name for name in others if not _attends_otherwise(model, row, name, surest))
+    return ([surest, *right], None) if reason is None else ([], reason)
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def difference(
     """
     with in_float32(model):
         try:
-            found, calls = packed()
+            logprobs, calls = packed()
         except (NotImplementedError, TypeError, RuntimeError) as error:
             return f"its packed forward pass failed ({str(error).splitlines()[0]})"
         wanted = plain()
@@ -118,7 +119,7 @@ def difference(
     layers = _text_config(base).num_hidden_layers
     if calls != layers:
         return f"{calls} of its {layers} layers call the attention that packing replaces"
-    largest = float((found - wanted).abs().max())
+    largest = float((logprobs - wanted).abs().max())
     if rounding is None:
         in_8_bit = any(parameter.dtype == torch.int8 for parameter in model.parameters())
         rounding = COARSE if in_8_bit else TOLERANCE[torch.promote_types(base.dtype, torch.float32)]

@@ -11,8 +11,7 @@ from tiny_tokenizer import CHATML, make_tokenizer
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.errors import UserError
-from prefold.generation.engine import Sampling
-from prefold.generation.groups import require_end_token, sample
+from prefold.generation.engine import Sampling, require_end_token, sample
 from prefold.generation.sampling import Completion
 from prefold.rewards.scoring import LoadedReward, names_of, scored_groups
 

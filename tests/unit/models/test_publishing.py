@@ -17,7 +17,8 @@ from upload_hub import TOKEN, UploadHub, uploads_to
 from prefold.errors import StageError, UserError
 from prefold.publishing import gguf as export
 from prefold.publishing import publish as publishing
-from prefold.publishing.publish import items_of, planned, publish_run, require_ready
+from prefold.publishing.files import items_of
+from prefold.publishing.publish import planned, publish_run, require_ready
 from prefold.recipe import Publish, make_recipe
 
 NAME = "somebody/tiny-DPO"

@@ -1,0 +1,111 @@
+"""Tables of other tools' keys, which the files `*.yaml` beside this one hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, NamedTuple
+
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from prefold.recipe import parse_yaml
+
+COUNTED = "`prefold check` says how many there are"
+
+
+class NoCounterpartError(Exception):
+    """A value that no recipe can hold; the message says what to do."""
+
+
+def scheduler(value: Any) -> Any:
+    if value in [known.value for known in SchedulerType] and value not in ("reduce_lr_on_plateau", "greedy"):
+        return value
+    raise NoCounterpartError("choose one of transformers' schedules for `train.lr_scheduler_type`")
+
+
+def optimizer(value: Any) -> Any:
+    if value in [known.value for known in OptimizerNames]:
+        return value
+    raise NoCounterpartError("not one of transformers' optimizers; set `train.optim` to one, e.g. `adamw_torch`")
+
+
+def whole(value: Any) -> Any:
+    if isinstance(value, float) and value < 1:
+        raise NoCounterpartError(f"prefold counts steps here; {COUNTED}")
+    return value
+
+
+def mapping(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        raise NoCounterpartError("not JSON; write it as a mapping") from None
+
+
+def listed(value: Any) -> list[Any]:
+    """Several values, also as one text with commas."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value if isinstance(value, list) else [value]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def modules(value: Any) -> Any:
+    """LoRA's targets: a word for all linear layers, or names."""
+    names = listed(value)
+    if names in (["all"], ["all-linear"]):
+        return "all-linear"
+    # peft reads one string as a pattern, and a list as names.
+    return value if isinstance(value, str) and re.search(r"[*+^$|\\(\[]", value) else names
+
+
+CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "same": lambda value: value,
+    "scheduler": scheduler,
+    "optimizer": optimizer,
+    "whole": whole,
+    "mapping": mapping,
+    "listed": listed,
+    "modules": modules,
+    "switch": bool,
+    "negated": lambda value: not value,
+    "revision": lambda value: None if value == "main" else value,
+    "duplicates": lambda value: "drop_exact" if value else "keep",
+}
+"""What a field's value is made of a key's with: None where it is the usual one."""
+
+
+class Entry(NamedTuple):
+    """What becomes of a key: a field (`text` is its name), none that is needed (why), or none that there is (what to
+    do)."""
+
+    kind: Literal["field", "decided", "missing"]
+    text: str
+    conversion: str = "same"
+
+
+Table = Mapping[str, Entry]
+
+
+@cache
+def read_tool(name: str) -> dict[str, Any]:
+    """The file of a tool."""
+    text = (resources.files("prefold.importing") / f"{name}.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = parse_yaml(text, name)
+    return values
+
+
+def table_of(tables: Mapping[str, Any]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for key, field in tables.get("fields", {}).items():
+        entries[key] = Entry("field", field) if isinstance(field, str) else Entry("field", field["field"], field["as"])
+    for kind in ("decided", "missing"):
+        entries |= {key: Entry(kind, text) for text, keys in tables.get(kind, {}).items() for key in keys}
+    return entries

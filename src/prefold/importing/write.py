@@ -1,0 +1,268 @@
+"""A recipe out of another tool's file: the order in which it is written, and what the three tools have in common: batch
+sizes, steps, held-out data, trackers, LoRA and quantised weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefold.algorithms import ALGORITHMS
+from prefold.importing.draft import Draft
+from prefold.importing.tables import COUNTED, Entry, Table, is_number, listed, read_tool, table_of
+from prefold.recipe.sections import HUB_MODEL_ID
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What is a tool's own. `keys`: the content of its file of tables.
+
+    Args:
+        write_losses: sets the method, from the draft, the file's name and what `--method` says.
+        write_model: LoRA and quantised weights; and whether the file's trainer switches dropout off.
+        per_device: the key of the batch of a device, and its default.
+        dtypes: keys of the dtype; the first that is on decides.
+        logging_steps: how often it measures where it says no other.
+        push_key: the key without which nothing is pushed.
+    """
+
+    keys: Mapping[str, Any]
+    write_losses: Callable[[Draft, str, str | None], None]
+    write_model: Callable[[Draft], None]
+    write_data: Callable[[Draft], None]
+    per_device: tuple[str, int]
+    dtypes: Sequence[str]
+    epochs_key: str = "num_train_epochs"
+    fraction_key: str = "val_size"
+    logging_steps: int = 500
+    push_key: str | None = "push_to_hub"
+    write_steps: Callable[[Draft], None] = lambda draft: None
+    """What there is beside the arguments of transformers' trainer."""
+
+    @property
+    def name(self) -> str:
+        return str(self.keys["name"])
+
+
+def write(draft: Draft, tool: Tool, where: str, method: str | None) -> None:
+    """Fill the draft from a file of the tool."""
+    table = {**table_of(read_tool("transformers")), **table_of(tool.keys)}
+    tool.write_losses(draft, where, method)
+    if samples(draft):
+        table |= table_of(tool.keys.get("online", {}))
+    tool.write_model(draft)
+    write_dtype(draft, *tool.dtypes)
+    tool.write_data(draft)
+    if not draft.values.get("data.train"):
+        draft.values["data.train"] = [{"path": "pairs.jsonl"}]
+        draft.comments["data.train"] = "to write: the file names no data set"
+    write_fraction(draft, tool.fraction_key)
+    write_batch(draft, tool.per_device, ("gradient_accumulation_steps", 1))
+    write_steps(draft)
+    draft.follow({tool.epochs_key: table[tool.epochs_key]})
+    tool.write_steps(draft)
+    write_trackers(draft)
+    write_publish(draft, tool.push_key)
+    write_evaluation(draft, tool.logging_steps)
+    draft.follow(table)
+    for field, value in tool.keys["defaults"].items():
+        draft.fill(field, value)
+
+
+def samples(draft: Draft) -> bool:
+    return ALGORITHMS[draft.values["method"]].kind.samples
+
+
+def write_batch(draft: Draft, per_device: tuple[str, int], accumulation: tuple[str, int]) -> None:
+    """The batch of an optimizer step from its factors, each a key and its default; GRPO's count completions."""
+    factors = [draft.look(key, default) for key, default in (per_device, accumulation)]
+    given = [key for key, _ in (per_device, accumulation) if draft.has(key)]
+    group = draft.values.get("grpo.num_generations", 8)
+    if not all(isinstance(number, int) and number > 0 for number in (*factors, group)):
+        draft.note("missing", *given, text="not numbers greater than 0; set `train.batch_size`")
+        return
+    product, text = math.prod(factors), f"{factors[0]} x {factors[1]}"
+    if samples(draft):
+        product, text = max(1, product // group), f"{text} completions / {group} a prompt"
+    text = f"{text} on one device; with more, times their number"
+    if given:
+        draft.carry("train.batch_size", product, *given, comment=text)
+    else:
+        draft.fill("train.batch_size", product, text)
+
+
+def write_steps(draft: Draft) -> None:
+    """`max_steps`, and the warm-up in steps, which may be a share in the file."""
+    steps = draft.take("max_steps", -1)
+    if isinstance(steps, int) and steps > 0:
+        draft.carry("train.max_steps", steps, "max_steps")
+    elif "max_steps" in draft.given and draft.given["max_steps"] is not None:
+        draft.note("off", "max_steps")
+    warmup, ratio = draft.take("warmup_steps", 0), draft.take("warmup_ratio", 0)
+    key = "warmup_steps" if warmup else "warmup_ratio"
+    for other in {"warmup_steps", "warmup_ratio"} - {key}:
+        if draft.given.get(other) is not None:
+            draft.note("off", other)
+    value = warmup or ratio
+    if is_number(value) and 0 < value < 1:
+        _write_share(draft, value, key)
+    elif draft.given.get(key) is not None:
+        draft.carry("train.warmup_steps", int(value) if isinstance(value, float) else value, key)
+
+
+def _write_share(draft: Draft, share: float, key: str) -> None:
+    """A warm-up that is a share of all steps: their number is known if the file has it."""
+    if steps := draft.values.get("train.max_steps"):
+        draft.carry("train.warmup_steps", math.ceil(share * steps), key, comment=f"{share:g} of {steps} steps")
+    else:
+        text = f"to set: {share:g} of all steps; {COUNTED}"
+        draft.carry("train.warmup_steps", 0, comment=text)
+        draft.note("missing", key, text=f"`train.warmup_steps` is a number of steps; {text}")
+
+
+def write_evaluation(draft: Draft, logging_steps: int) -> None:
+    """Measurements while training, from a strategy; `logging_steps`: the other tool's default."""
+    held_out = has_held_out(draft)
+    for key in ("evaluation_strategy", "eval_strategy"):
+        if draft.has(key):
+            _measure(draft, key, held_out, logging_steps)
+    keys = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")
+    if draft.has("eval_steps") and "train.eval_steps" not in draft.values:
+        draft.note("missing", "eval_steps", text="nothing is measured while training")
+    best = draft.look("metric_for_best_model") or draft.look("load_best_model_at_end")
+    for key in keys:
+        if not draft.has(key):
+            continue
+        value = draft.take(key)
+        # False says something of a metric; of a switch, that it is off.
+        if not (best if key == "greater_is_better" else value):
+            draft.note("off", key)
+        elif "train.eval_steps" in draft.values:
+            draft.carry(f"train.{key}", value.removeprefix("eval_") if isinstance(value, str) else value, key)
+        else:
+            draft.note("missing", key, text="set `train.eval_steps` first")
+    if "data.eval" not in draft.values and "data.eval_fraction" not in draft.values:
+        draft.carry("data.eval_fraction", 0.1, comment="prefold holds some rows out, to compare before and after")
+
+
+def has_held_out(draft: Draft) -> bool:
+    return "data.eval" in draft.values or "data.eval_fraction" in draft.values
+
+
+def _measure(draft: Draft, key: str, held_out: bool, logging_steps: int) -> None:
+    strategy = draft.take(key)
+    epochs = draft.values.get("train.num_train_epochs", 3)
+    every = draft.look("eval_steps") or draft.look("logging_steps", logging_steps) if strategy == "steps" else None
+    if strategy == "epoch" and is_number(epochs) and epochs > 1:
+        every = round(1 / epochs, 4)
+    if strategy in (False, "no"):
+        draft.note("off", key)
+    elif samples(draft):
+        draft.note("missing", key, text="`grpo` scores held-out prompts before and after alone")
+    elif every is None:
+        draft.note("decided", key, text="held-out data is measured before and after training")
+    elif not held_out:
+        draft.note("missing", key, text="the file holds nothing out; with `data.eval`, set `train.eval_steps`")
+    else:
+        keys = [key, *(["eval_steps"] if draft.has("eval_steps") else [])]
+        draft.carry("train.eval_steps", every, *keys)
+
+
+def write_dtype(draft: Draft, *keys: str) -> None:
+    """The first of the keys that names a dtype or is on decides; `bf16: true` is a dtype too."""
+    names = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "float32": "float32"}
+    names["pure_bf16"] = "bfloat16"
+    chosen = None
+    for key in (key for key in keys if draft.has(key)):
+        value = draft.take(key)
+        dtype = names.get(key) or str(value).removeprefix("torch.")
+        if value is False:
+            draft.note("off", key)
+        elif chosen:
+            draft.note("decided", key, text=f"weights are kept and computed with in `model.dtype: {chosen}`")
+        else:
+            chosen = "auto" if value == "auto" else dtype
+            draft.carry("model.dtype", chosen, key)
+
+
+def write_trackers(draft: Draft) -> None:
+    if not draft.has("report_to"):
+        return
+    names = [name for name in listed(draft.take("report_to")) if name not in ("none", "all", False)]
+    known = [name for name in names if name in ("wandb", "tensorboard")]
+    if known:
+        draft.carry("train.report_to", known, "report_to")
+    elif not names:
+        draft.note("off", "report_to")
+    if others := [str(name) for name in names if name not in known]:
+        text = f"{', '.join(others)}: prefold reports to wandb and tensorboard; metrics.jsonl has every step"
+        draft.note("missing", "report_to", text=text)
+
+
+def write_fraction(draft: Draft, key: str) -> None:
+    if not draft.has(key):
+        return
+    size = draft.take(key)
+    if not size or "data.eval" in draft.values:
+        draft.note("off", key)
+    elif not is_number(size) or size < 1:
+        draft.carry("data.eval_fraction", size, key)
+    else:
+        draft.note("missing", key, text="`data.eval_fraction` is a share of the rows, below 1")
+
+
+def write_publish(draft: Draft, push_key: str | None) -> None:
+    """The Hub repository."""
+    push = push_key is None or draft.take(push_key, False)
+    name, private = draft.take("hub_model_id"), draft.take("hub_private_repo")
+    keys = [key for key in (push_key, "hub_model_id", "hub_private_repo") if key and draft.given.get(key) is not None]
+    if not keys:
+        return
+    if not push:
+        draft.note("off", *keys)
+    elif isinstance(name, str) and re.fullmatch(HUB_MODEL_ID, name):
+        draft.carry("publish.hub_model_id", name, *keys)
+        if private is not None:
+            draft.values["publish.private"] = private
+    else:
+        draft.note("missing", *keys, text="write `publish: {hub_model_id: NAME/MODEL}`, with your name on the Hub")
+
+
+# ---- LoRA and quantised weights ---------------------------------------------------------------------------------
+
+
+def without_dropout(draft: Draft, who: str, key: str = "") -> None:
+    """The trainers of pairs set every dropout of the model to 0, that of a new adapter too."""
+    keys = [name for name in (key, "lora_dropout") if draft.look(name)]
+    if was := draft.values["lora.lora_dropout"]:
+        comment = f"not {was}: {who} switches all dropout off, that of LoRA too"
+        draft.replace("lora.lora_dropout", 0.0, comment, *keys)
+    elif key in keys:
+        draft.note("decided", key, text="`lora.lora_dropout` is the only dropout here")
+
+
+def write_quantised(draft: Draft, kind_key: str, double_key: str, double: bool) -> None:
+    """`load_in_4bit` and what belongs to it, where the keys are bitsandbytes' own but for these two; `double`: the
+    default of the double quantisation."""
+    for key in filter(draft.has, ["load_in_4bit", "load_in_8bit"]):
+        if value := draft.take(key):
+            draft.carry(f"model.{key}", value, key)
+        else:
+            draft.note("off", key)
+    if not draft.values.get("model.load_in_4bit"):
+        draft.off(kind_key, double_key)
+        return
+    fours = {kind_key: "model.bnb_4bit_quant_type", double_key: "model.bnb_4bit_use_double_quant"}
+    draft.follow({key: Entry("field", field) for key, field in fours.items()})
+    draft.fill("model.bnb_4bit_quant_type", "nf4")
+    draft.fill("model.bnb_4bit_use_double_quant", double)
+
+
+def write_all_weights(draft: Draft, table: Table, comment: str = "") -> None:
+    """Full fine-tuning; `table`: keys of LoRA, which are off."""
+    draft.values["lora"] = "none"
+    if comment:
+        draft.comments["lora"] = comment
+    draft.off(*table)

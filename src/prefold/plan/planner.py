@@ -1,0 +1,274 @@
+"""From a recipe and the lengths of its trees to its plan.
+
+Memory comes from performing the engine's own passes on a model without contents (`passes.py`), so it follows the code.
+Nothing is downloaded but the configuration and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from prefold.launch import launched
+from prefold.models.device import choose_device, choose_dtype
+from prefold.models.load import tokenizer_of
+from prefold.models.merge import merge_dtype
+from prefold.plan import timing
+from prefold.plan.flops import StepOrder, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
+from prefold.plan.machine import CUDA_BYTES, Machine
+from prefold.plan.memory import Memory, Parts, Rows, number_of_prompts
+from prefold.plan.meta_model import MetaModel, config_of
+from prefold.plan.passes import Lengths, training_pass
+from prefold.plan.plan import Change, Disk, Plan, overrides_of
+from prefold.recipe import RecipeBase, as_dict, make_recipe
+from prefold.recipe.load import apply_override
+from prefold.trees.memory import CPU_TOKENS, budget_for
+from prefold.trees.self_check import obstacle, stretched_positions
+
+STEP_OF_BUDGETS = 64
+WORTH_TIMING = 1e12
+"""FLOPs that take a few seconds on a CPU."""
+UNTIMED = ("tasks", "compare_with", "win_rate")
+"""Of the section `evaluate`: what they take depends on what is asked of whom."""
+CHECKED = 3
+"""Trees of the self-check; merging compares logits on as many."""
+
+
+def make_plan(
+    recipe: RecipeBase,
+    train: Sequence[Lengths],
+    held_out: Sequence[Lengths],
+    order: StepOrder,
+    device_memory: int | None = None,
+    measure: bool | None = False,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        train: lengths of the trees to train on; of prompts alone where completions are sampled.
+        held_out: of the held-out ones.
+        order: which of the trees each optimizer step covers.
+        device_memory: bytes of a GPU to plan for; unset: this machine.
+        measure: time the engine on this machine; None: unless the run itself is shorter.
+
+    Raises:
+        UserError: the model's configuration cannot be had.
+    """
+    machine = Machine("cuda", device_memory, CUDA_BYTES) if device_memory else Machine.here(choose_device().type)
+    steps = Steps(with_completions(recipe, train), order, sampled=recipe.algorithm.kind.samples)
+    planner = Planner(recipe, config_of(recipe.model), machine, steps, held_out)
+    plan = planner.plan()
+    if measure or (measure is None and plan.flops > WORTH_TIMING):
+        plan = replace(plan, seconds=planner.seconds())
+    return plan if plan.fits else planner.with_change(plan)
+
+
+class Planner:
+    """Plans of one run on one machine, with the recipe as it is and changed."""
+
+    def __init__(self, recipe: RecipeBase, config: Any, machine: Machine, steps: Steps, held_out: Sequence[Lengths]):
+        self.recipe, self.config, self.machine, self.steps, self.held_out = recipe, config, machine, steps, held_out
+        absent = machine.device == "cuda" and not torch.cuda.is_available()
+        setting = "bfloat16" if absent and recipe.model.dtype == "auto" else recipe.model.dtype
+        self.meta = MetaModel(recipe, config, choose_dtype(setting, choose_device()))
+        self.longest = max(tree[0] + max(tree[1:], default=0) for tree in steps.trees)
+        base = self.meta.base(torch.float32, 1)
+        self.packed = recipe.model.attn_implementation in ("auto", "trees") and not (
+            stretched_positions(base, self.longest) or obstacle(base)
+        )
+
+    def plan(self) -> Plan:
+        recipe, meta, memory = self.recipe, self.meta, self.memory()
+        phases = memory.phases()
+        tokens = self.steps.tokens(recipe.algorithm.scores_prompt)
+        return Plan(
+            optimizer_steps=len(self.steps.order),
+            batch_size=recipe.train.batch_size,
+            max_tokens=recipe.train.max_tokens,
+            budget=self.budget,
+            largest_budget=self._largest_budget(memory, phases["train"]),
+            device=self.machine.device,
+            dtype=str(meta.dtype).removeprefix("torch."),
+            at_hand=self.machine.memory,
+            packed=self.packed,
+            spread=recipe.train.fsdp or recipe.model.device_map is not None,
+            parameters=meta.sizes.parameters,
+            trained=meta.sizes.trained,
+            weights=phases["train"]["weights"],
+            memory=phases,
+            tokens=self._computed(tokens),
+            plain_tokens=tokens.plain,
+            flops=self._flops(tokens),
+            disk=self._disk(memory),
+            untimed=[name for name in UNTIMED if getattr(recipe.evaluate, name)],
+        )
+
+    @cached_property
+    def budget(self) -> int:
+        setting, meta = self.recipe.train.max_tokens, self.meta
+        if setting != "auto":
+            return int(setting)
+        if self.machine.device != "cuda":
+            return CPU_TOKENS
+        weights = meta.sizes.weights // meta.shards + meta.own(meta.sizes.trained_bytes)
+        return budget_for(self.config, weights, self.machine.memory, self.recipe.train.gradient_checkpointing)
+
+    def memory(self) -> Memory:
+        scored = [tree for tree in self.held_out if len(tree) > 1]
+        by_size = sorted(self.steps.trees, key=sum)
+        rows = Rows(
+            training=self.steps.fullest_row(self.budget, self.packed),
+            evaluation=Steps(scored, [range(len(scored))]).fullest_row(self.budget, self.packed) if scored else (),
+            checked=(*by_size[: CHECKED - 1], by_size[len(by_size) // 2]),
+            prompt=max(tree[0] for tree in (*self.steps.trees, *self.held_out)),
+        )
+        return Memory(self.meta, self.machine, rows, self.budget, self.packed)
+
+    def _largest_budget(self, memory: Memory, parts: Parts) -> int | None:
+        """Activations grow with the tokens of a row; a row of half the lengths says by how much."""
+        row, slack = memory.rows.training, 1 + memory.slack
+        half = tuple(tuple(max(1, length // 2) for length in tree) for tree in row)
+        whole, less = (sum(training_pass(self.meta, each, self.budget, memory.attention)) for each in (row, half))
+        size = sum if self.packed else plain_size
+        tokens, fewer = (sum(map(size, trees)) for trees in (row, half))
+        slope = max((whole - less) / max(tokens - fewer, 1), 1.0)
+        left = self.machine.memory - (sum(parts.values()) - slack * (parts["activations"] + parts["head"]))
+        fitting = int(tokens + (left / slack - whole) / slope)
+        largest = max(map(size, self.steps.trees))
+        return None if fitting < largest else max(fitting // STEP_OF_BUDGETS * STEP_OF_BUDGETS, largest)
+
+    def _disk(self, memory: Memory) -> Disk:
+        sizes, settings, algorithm = self.meta.sizes, self.recipe.train, self.recipe.algorithm
+        # One more than are kept while the newest is written, and the best one beside the last.
+        kept = min(settings.save_total_limit, -(-len(self.steps.order) // settings.save_steps))
+        kept += 1 + int(settings.load_best_model_at_end)
+        stored = algorithm.needs_reference and not algorithm.kind.samples
+        folder = self.recipe.run_folder.absolute()
+        return Disk(
+            checkpoints=kept * (sizes.trained_bytes + memory.optimizer),
+            adapter=sizes.trained_bytes,
+            merged=sizes.parameters * merge_dtype(self.recipe, self.meta.dtype).itemsize,
+            reference=4 * self._referenced().scored if stored else 0,
+            free=shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free,
+        )
+
+    # ---- tokens and time ----
+
+    def _computed(self, tokens: Tokens) -> int:
+        return tokens.unique if self.packed else tokens.plain
+
+    def _referenced(self) -> Tokens:
+        """What the reference scores: stored completions once, sampled ones once for each time they are sampled."""
+        algorithm = self.recipe.algorithm
+        if algorithm.kind.samples:
+            return Tokens(*(number // algorithm.iterations for number in self.steps.tokens(False)))
+        return Tokens.of([*self.steps.trees, *(self.held_out if self.recipe.train.eval_steps else ())])
+
+    def _flops(self, tokens: Tokens) -> float:
+        """Of training, the reference included; sampling not."""
+        total = training_flops(self.meta, tokens, self._computed(tokens))
+        if self.recipe.algorithm.needs_reference:
+            referenced = self._referenced()
+            total += scoring_flops(self.meta, referenced, self._computed(referenced))
+        return total
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase, as measured on this machine; sampled completions at their full length. Loading and merging,
+        which are copying, are not in it, nor is what `untimed` names."""
+        recipe, processes = self.recipe, launched()
+        algorithm, settings, draws = recipe.algorithm, recipe.evaluate, recipe.algorithm.draws
+        answers = 0 if algorithm.kind.scores else number_of_prompts(recipe) * settings.num_answers
+        sampled = draws.num_generations * recipe.train.batch_size if draws else 0
+        rates = timing.measure(
+            self.meta,
+            self.steps.trees,
+            self.packed,
+            self.machine.evaluation_dtype(self.meta.dtype),
+            max((sampled or answers) // processes, 1),
+            tokenizer_of(recipe.model),
+        )
+
+        def scored(rate: timing.Rate, tokens: Tokens) -> float:
+            return rate.seconds(self._computed(tokens), tokens.scored, self.meta.layers)
+
+        def written(completions: int, tokens: int) -> float:
+            return (max(completions / rates.rows, 1.0) if completions else 0.0) * tokens * rates.decoding
+
+        held_out = Tokens.of([tree for tree in self.held_out if len(tree) > 1])
+        every, steps = recipe.train.eval_steps, len(self.steps.order)
+        measurements = steps // math.ceil(every if every >= 1 else every * steps) if every else 0
+        seconds = {"train": scored(rates.training, self.steps.tokens(algorithm.scores_prompt))}
+        seconds["train"] += measurements * scored(rates.reference, held_out)
+        if algorithm.needs_reference:
+            seconds["reference"] = scored(rates.reference, self._referenced())
+        measured = scored(rates.evaluation, held_out) + written(answers, settings.max_new_tokens)
+        if draws:
+            times = -(-steps // algorithm.iterations)
+            seconds["rollouts"] = written(times * sampled, draws.max_completion_length)
+            measured += written(len(self.held_out), draws.max_completion_length)
+        # A model that scores answers is measured after training alone.
+        seconds["evaluate"] = measured if algorithm.kind.scores else 2 * measured
+        alone = ("evaluate",) if recipe.train.fsdp else ()
+        return {phase: round(value / (1 if phase in alone else processes), 1) for phase, value in seconds.items()}
+
+    # ---- what to change ----
+
+    def with_change(self, plan: Plan) -> Plan:
+        """The plan with the fewest of the changes, in this order, that make it fit. What leaves the peak as it is,
+        because another phase is higher, may be what is needed once that one is lower."""
+        fields: dict[str, Any] = {}
+        best: Change | None = None
+        for change in 2 * list(self._candidates(plan)):
+            if change.keys() <= fields.keys():
+                continue
+            changed = self._changed(fields | change)
+            if changed.peak >= (best.peak if best else plan.peak) and not changed.fits:
+                continue
+            fields |= change
+            best = Change(dict(fields), changed.peak, changed.fits)
+            if not changed.fits and changed.largest_budget and changed.largest_budget < changed.budget:
+                smaller = {**fields, "train.max_tokens": changed.largest_budget}
+                changed = self._changed(smaller)
+                best = Change(smaller, changed.peak, True) if changed.fits else best
+            if best.fits:
+                break
+        return replace(plan, change=best)
+
+    def _candidates(self, plan: Plan) -> Iterator[dict[str, Any]]:
+        recipe, model, whole = self.recipe, self.recipe.model, self.meta.trains_all
+        if plan.largest_budget is not None and plan.largest_budget < plan.budget:
+            yield {"train.max_tokens": plan.largest_budget}
+        if self.meta.dtype == torch.float32 and not whole:
+            yield {"model.dtype": "bfloat16"}
+        if not recipe.train.gradient_checkpointing:
+            yield {"train.gradient_checkpointing": True}
+        if whole and "8bit" not in recipe.train.optim:
+            yield {"train.optim": "adamw_8bit"}
+        if not whole and not model.load_in_4bit and not recipe.train.fsdp:
+            yield {"model.load_in_4bit": True, **({"model.load_in_8bit": False} if model.load_in_8bit else {})}
+        if merge_dtype(recipe, self.meta.dtype) == torch.float32:
+            yield {"merge.dtype": "bfloat16"}
+        if self.longest > STEP_OF_BUDGETS and not recipe.algorithm.kind.samples:
+            yield {"data.max_length": self.longest // 2}
+
+    def _changed(self, fields: dict[str, Any]) -> Plan:
+        """The plan of the recipe with other values in some fields."""
+        values = as_dict(self.recipe)
+        for override in overrides_of(fields):
+            apply_override(values, override)
+        trees, held_out = self.steps.trees, self.held_out
+        if longest := fields.get("data.max_length"):
+            trees, held_out = _shortened(trees, longest), _shortened(held_out, longest)
+        steps = replace(self.steps, trees=trees)
+        return Planner(make_recipe(values), self.config, self.machine, steps, held_out).plan()
+
+
+def _shortened(trees: Sequence[Lengths], longest: int) -> list[Lengths]:
+    """As if no tree were longer: those that are take the lengths that remain."""
+    return [tuple(min(length, longest // 2) for length in tree) for tree in trees]

@@ -1,0 +1,182 @@
+"""Every benchmark starts and comes to its numbers, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from multiprocessing import Pipe
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from benchmarks import margins, planned, prefold_run, preparing, rollouts, vs_lm_eval, vs_trl
+from benchmarks.sides import SOURCE, Side, TakenStep
+from benchmarks.vs_trl import Measured
+
+Main = Callable[[list[str]], None]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFOLD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def summary_of(long_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """The last line of a benchmark."""
+
+    def summary(main: Main, *arguments: str) -> dict[str, Any]:
+        main([*arguments, "--model", str(long_model), "--results", str(tmp_path / "results")])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    return summary
+
+
+class Line:
+    """Stands in for a side's end of the connection: its turn is always now."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def send(self, answer: Any) -> None:
+        self.sent.append(answer)
+
+    def recv(self) -> str:
+        return "go"
+
+
+def measured(name: str, side: Callable[[Any, Any], None], work: Any) -> Measured:
+    line = Line()
+    side(line, work)
+    ready, *steps, logged = line.sent
+    assert ready == "ready"
+    assert all(isinstance(step, TakenStep) for step in steps)
+    found = Measured(name, logged=logged)
+    for step in steps:
+        found.add(step)
+    return found
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sides without processes, which take seconds to import everything."""
+
+    @contextmanager
+    def started(self: Side) -> Iterator[Side]:
+        self.connection, there = Pipe()
+        module, function = self.target.split(":")
+
+        def perform() -> None:
+            with suppress(EOFError, ConnectionError):
+                getattr(import_module(module), function)(there, self.work)
+
+        thread = Thread(target=perform)
+        thread.start()
+        yield self
+        self.connection.close()
+        thread.join()
+
+    monkeypatch.setattr(Side, "running", started)
+
+
+PAIRS = ["--pairs", "8", "--prompt", "10", "--chosen", "8", "--rejected", "6"]
+
+
+def test_vs_trl(summary_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Both processes."""
+    summary = summary_of(vs_trl.main, "dpo", *PAIRS)
+    assert summary["loss_difference"] < 1e-5
+    assert len(summary["spread"]) == 2
+    saved = json.loads((tmp_path / "results" / "dpo-random-float32-cpu.json").read_text())
+    assert len(saved["trl"]["seconds"]) == len(saved["prefold"]["seconds"]) == 2
+
+
+GRPO = ["--prompts", "2", "--prompt-tokens", "400", "--group", "2", "--new-tokens", "6"]
+
+
+@pytest.mark.parametrize(("method", "sizes"), [("orpo", PAIRS), ("grpo", GRPO)])
+def test_the_other_methods_against_trl(method: str, sizes: list[str], long_model: Path, tmp_path: Path) -> None:
+    from benchmarks import prefold_sides, trl_sides
+
+    options = vs_trl.parse([method, *sizes, "--model", str(long_model)])
+    workload, _ = vs_trl.workload_of(options)
+    names = vs_trl.SIDES[method]
+    theirs = measured("TRL", getattr(trl_sides, names[0]), workload)
+    ours = measured("prefold", getattr(prefold_sides, names[1]), workload)
+    summary = vs_trl.summarise(options, workload, theirs, ours, rate=1e9)
+    assert len(theirs.seconds) == len(ours.seconds) == workload.steps == 2
+    if method == "orpo":
+        assert summary["loss_difference"] < 1e-5
+    else:
+        assert theirs.mean_lengths == ours.mean_lengths == [6, 6]
+        assert summary["training_ratio"] > 0 < summary["rollout_ratio"]
+    vs_trl.say(workload, theirs, ours, summary, skipped=0)
+
+
+def test_another_source_tree(long_model: Path, tmp_path: Path) -> None:
+    """`prefold train` of both trees, here of this one, with a cache of its own for each."""
+    options = vs_trl.parse(["dpo", *PAIRS, "--model", str(long_model), "--base", str(SOURCE)])
+    workload, _ = vs_trl.workload_of(options)
+    with vs_trl.sides_of(options, workload) as sides:
+        assert [side.source for side in sides] == [SOURCE, SOURCE]
+        assert len({side.environment["PREFOLD_CACHE"] for side in sides}) == 2
+        theirs, ours = (measured(side.name, prefold_run.train, side.work) for side in sides)
+    summary = vs_trl.summarise(options, workload, theirs, ours, rate=1e9)
+    assert len(ours.losses) == 2
+    assert summary["loss_difference"] == 0
+    assert summary["first_step_ratio"] > 0
+    vs_trl.say(workload, theirs, ours, summary, skipped=0)
+
+
+@pytest.mark.slow
+def test_another_source_tree_in_processes(summary_of: Callable[..., dict[str, Any]]) -> None:
+    assert summary_of(vs_trl.main, "dpo", *PAIRS, "--base", str(SOURCE))["loss_difference"] == 0
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_vs_lm_eval(summary_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    labels = ["A", "B", "C"]
+    for split in ("dev", "test"):
+        questions = [
+            {
+                "id": f"{split}{i}",
+                "question": f"What is {i}?",
+                "choices": {"text": [f"a number {label}" for label in labels], "label": labels},
+                "answerKey": labels[i % 3],
+            }
+            for i in range(4)
+        ]
+        text = "".join(json.dumps(question) + "\n" for question in questions)
+        (tmp_path / f"arc_challenge_{split}.jsonl").write_text(text)
+    sizes = ["--questions", "2", "--shots", "1", "--repeats", "1", "--batch-sizes", "2"]
+    summary = summary_of(vs_lm_eval.main, *sizes, "--data", str(tmp_path))
+    assert summary["loss_difference"] < 1e-3
+    assert (tmp_path / "results" / "arc-1-float32-cpu.json").is_file()
+
+
+def test_rollouts(summary_of: Callable[..., dict[str, Any]]) -> None:
+    sizes = ["--prompts", "2", "--group", "2", "--prompt-tokens", "300", "--new-tokens", "4", "--repeats", "1"]
+    assert summary_of(rollouts.main, *sizes)["ratio_equal_lengths"] > 0
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_preparing(summary_of: Callable[..., dict[str, Any]], pairs: Path) -> None:
+    summary = summary_of(preparing.main, "--data", str(pairs), "--rows", "40", "--repeats", "1")
+    assert summary["ratio"] > 0
+    assert all(peak > 10 for peak in summary["peak_mb"].values())
+
+
+def test_margins(summary_of: Callable[..., dict[str, Any]], pairs: Path) -> None:
+    summary = summary_of(margins.main, "--data", str(pairs), "--pairs", "3")
+    assert summary["error_prefold"] < summary["margin_rms"]
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_planned(summary_of: Callable[..., dict[str, Any]]) -> None:
+    [entry] = summary_of(planned.main, "dpo-512")["settings"]
+    assert entry["planned_mb"] > 0 < entry["measured_mb"]
