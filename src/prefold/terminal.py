@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import StringIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,6 +29,13 @@ BETWEEN_UPDATES = 0.5
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advance]:
     """A progress bar that fits 80 columns; on a stream that is no terminal, one line when it ends."""
+    with updated_bar(description, total, done) as update:
+        yield lambda amount, text: update(advance=amount, text=text)
+
+
+@contextmanager
+def updated_bar(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """The same bar, moved in rich's own words: `advance=1, text="..."`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
@@ -37,36 +46,24 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advanc
     )
     progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
     task = progress.add_task(description, total=total, completed=done, text="")
-    with _in_notebook(progress) if IN_NOTEBOOK else _in_terminal(progress) as refresh:
-
-        def advance(amount: int, text: str) -> None:
-            progress.update(task, advance=amount, text=text)
-            refresh()
-
-        yield advance
-
-
-@contextmanager
-def _in_terminal(progress: Progress) -> Iterator[Callable[[], None]]:
-    with progress:
-        yield lambda: None
-
-
-@contextmanager
-def _in_notebook(progress: Progress) -> Iterator[Callable[[], None]]:
-    """One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has."""
+    if not IN_NOTEBOOK:
+        with progress:
+            yield partial(progress.update, task)
+        return
+    # One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has.
     from IPython.display import display
 
     shown, last = display(progress, display_id=True), time.monotonic()
 
-    def refresh() -> None:
+    def update(**news: Any) -> None:
         nonlocal last
+        progress.update(task, **news)
         if time.monotonic() - last >= BETWEEN_UPDATES:
             shown.update(progress)
             last = time.monotonic()
 
     try:
-        yield refresh
+        yield update
     finally:
         shown.update(progress)
 

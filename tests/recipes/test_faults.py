@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM
 
 import prefold
 from prefold.cli import explain, main
@@ -108,11 +108,11 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(
     ]
     for error in full:
 
-        def fail(self: Trainer, output_dir: str, error: Exception = error) -> None:
+        def fail(*args: Any, error: Exception = error) -> None:
             raise error
 
         with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
-            patch.setattr(Trainer, "_save_optimizer_and_scheduler", fail)
+            patch.setattr("prefold.training.loop.save_states", fail)
             prefold.train(recipe())
         message, code = explain(caught.value)
         assert message.startswith("No space left on device") and "start again" in message and code == 1

@@ -103,8 +103,10 @@ def account(draft: Draft) -> str:
 
 
 def _place(draft: Draft, note: Note) -> int:
-    """Where in the file the note's first key stands."""
-    return list(draft.given).index(note.keys[0].partition(".")[0])
+    """Where in the file the note's first key is."""
+    given, key = list(draft.given), note.keys[0]
+    outer = key.partition(".")[0]
+    return given.index(outer if outer in given else key)
 
 
 def _names(names: list[str]) -> str:
