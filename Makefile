@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/prefold run demo
 
 test: install lint types
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal -m 'not slow and not gpu'
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal --durations 10 -m 'not slow and not gpu'
 
 test-slow: install
 	$(BIN)/pytest -m 'slow and not gpu'

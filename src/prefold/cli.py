@@ -15,11 +15,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic.fields import FieldInfo
 
+import prefold
 from prefold.errors import StageError, UserError
 from prefold.files import storage_trouble, without_secrets
 from prefold.launch import launch, launched
 from prefold.recipe import Chat, Generate, Pairs, make_section
 from prefold.recipe.signature import meaning_of, with_fields
+from prefold.terminal import console
 
 app = typer.Typer(
     name="prefold",
@@ -82,9 +84,7 @@ def options(
 def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
     """Every stage in order: check, train, merge, evaluate, report, publish. Skips what is done."""
     _restart_in_processes(nproc, "run", recipe, overrides, fresh)
-    import prefold
     from prefold.reports.run_table import summary
-    from prefold.terminal import console
 
     console.print(summary(prefold.run(recipe, overrides or [], fresh=fresh)))
 
@@ -107,24 +107,21 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """What will be trained on, what is wrong with it, and what it will take."""
-    import prefold
     from prefold.reports.check import print_check
     from prefold.reports.page import write_check
 
-    found = prefold.check(recipe, overrides or [], reference=reference, device_memory=device_memory, measure=measure)
-    facts = found.as_json()
+    result = prefold.check(recipe, overrides or [], reference=reference, device_memory=device_memory, measure=measure)
+    facts = result.as_json()
     if html:
         write_check(html, recipe, facts)
     print(json.dumps(facts, indent=2)) if as_json else print_check(facts)
-    raise typer.Exit(0 if found.ok else 1)
+    raise typer.Exit(0 if result.ok else 1)
 
 
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
     """Check and train, and leave the adapter."""
     _restart_in_processes(nproc, "train", recipe, overrides, fresh)
-    import prefold
-
     print(prefold.train(recipe, overrides or [], fresh=fresh))
 
 
@@ -145,25 +142,17 @@ def _restart_in_processes(number: int, command: str, recipe: str, overrides: lis
 @app.command()
 def merge(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Merge the adapter into its unquantised base and prove it."""
-    import prefold
-
     print(prefold.merge(recipe, overrides or []))
 
 
 @app.command()
-def evaluate(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+def evaluate(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Compare the model before and after: held-out pairs or prompts, tasks, win rate, as the recipe says."""
-    import prefold
     from prefold.reports.run_table import summary
-    from prefold.terminal import console
 
-    found = prefold.evaluate(recipe, overrides or [])
+    result = prefold.evaluate(recipe, overrides or [])
     folder = prefold.load_recipe(recipe, overrides or []).run_folder
-    print(json.dumps(found, indent=2)) if as_json else console.print(summary(folder))
+    print(json.dumps(result, indent=2)) if as_json else console.print(summary(folder))
 
 
 @app.command()
@@ -182,16 +171,14 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare run folders and models with the first of them, question by question; one run folder with its base."""
-    import prefold
     from prefold.reports.comparison import summary, write_comparison
-    from prefold.terminal import console
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     folder = str(include_path) if include_path else None
-    found = prefold.compare(models, names, include_path=folder, limit=limit, num_fewshot=num_fewshot)
+    result = prefold.compare(models, names, include_path=folder, limit=limit, num_fewshot=num_fewshot)
     if html:
-        write_comparison(html, found)
-    print(json.dumps(found, indent=2)) if as_json else console.print(summary(found))
+        write_comparison(html, result)
+    print(json.dumps(result, indent=2)) if as_json else console.print(summary(result))
 
 
 @app.command()
@@ -211,20 +198,16 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """A run for each combination of values, and one comparison: which is best, and how far to believe it."""
-    import prefold
     from prefold.reports.sweep import summary
-    from prefold.terminal import console
 
-    found = prefold.sweep(recipe, overrides or [], output=output)
-    print(json.dumps(found, indent=2)) if as_json else console.print(summary(found))
-    raise typer.Exit(1 if any(point["status"] == "failed" for point in found["points"]) else 0)
+    result = prefold.sweep(recipe, overrides or [], output=output)
+    print(json.dumps(result, indent=2)) if as_json else console.print(summary(result))
+    raise typer.Exit(1 if any(point["status"] == "failed" for point in result["points"]) else 0)
 
 
 @app.command()
 def report(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Write report.html from what is in the run folder."""
-    import prefold
-
     print(prefold.report(recipe, overrides or []))
 
 
@@ -238,7 +221,6 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Push the result to the Hub, or put it into a folder, as the section `publish` says."""
-    import prefold
     from prefold.reports.run_table import print_published
 
     outcome = prefold.publish(recipe, overrides or [], dry_run=dry_run)
@@ -256,7 +238,6 @@ def generate(
     **settings: Any,
 ) -> None:
     """Answers to prompts, from arguments or a file."""
-    import prefold
     from prefold.generation.answers import print_answers
 
     answers = prefold.generate(model, prompts or [], file=file, **settings)
@@ -287,7 +268,6 @@ def pairs(
     **settings: Any,
 ) -> None:
     """Preference pairs from a model's own answers to prompts, scored by rewards or a judge."""
-    import prefold
     from prefold.pairing.make import print_report
 
     report = prefold.pairs(prompts, **settings)
@@ -308,8 +288,15 @@ def recipes(
     `prefold recipes import FILE > mine.yaml`."""
     from prefold.recipe import builtin_recipes, first_comment, read_text
 
+    if name == "import" and file is None:
+        raise UserError("no file to import", advice="`prefold recipes import FILE > mine.yaml`")
     if name == "import":
-        _print_imported(file, method)
+        from prefold.importing import import_recipe
+
+        # The recipe on stdout, and what became of the file's keys on stderr.
+        imported = import_recipe(str(file), method)
+        print(imported.text, end="")
+        print(f"{file}: a file of {imported.tool}\n\n{imported.account}", file=sys.stderr)
     elif file or method:
         raise UserError("a file or a method goes with `import`", advice="`prefold recipes import FILE`")
     elif name:
@@ -317,17 +304,6 @@ def recipes(
     else:
         for builtin in builtin_recipes():
             print(f"{builtin:20} {first_comment(builtin)}")
-
-
-def _print_imported(file: str | None, method: str | None) -> None:
-    """The recipe on stdout, and what became of the file's keys on stderr."""
-    if file is None:
-        raise UserError("no file to import", advice="`prefold recipes import FILE > mine.yaml`")
-    from prefold.importing import import_recipe
-
-    imported = import_recipe(file, method)
-    print(imported.text, end="")
-    print(f"{file}: a file of {imported.tool}\n\n{imported.account}", file=sys.stderr)
 
 
 @app.command()
@@ -344,8 +320,6 @@ def fetch(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
     """Bring a model into the cache and print its folder."""
-    import prefold
-
     print(prefold.fetch(model, revision))
 
 

@@ -62,11 +62,8 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, where: str) -> Iterator[None]:
-    """Have a folder to oneself, until this process ends however it ends; where the file system knows locks.
-
-    Raises:
-        UserError: another process has it.
-    """
+    """Have a folder to oneself, until this process ends however it ends; where the file system knows locks. Raises
+    UserError: another process has it."""
     descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
         while not _lock(descriptor):
@@ -137,11 +134,8 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def require_writable(folder: Path) -> None:
-    """Create `folder` and prove that a file can be written in it.
-
-    Raises:
-        UserError: the folder cannot be created or written to.
-    """
+    """Create `folder` and prove that a file can be written in it. Raises UserError: the folder cannot be created or
+    written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"

@@ -34,6 +34,22 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def exact_plan() -> None:
+    """Asked for by tests whose runs are to be planned in earnest."""
+
+
+@pytest.fixture(autouse=True)
+def rough_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is planned as for a model that allows no dry run, which takes most of the time of a tiny run."""
+
+    def no_dry_run(*args: Any) -> Any:
+        raise RuntimeError("no dry run in this test")
+
+    if "exact_plan" not in request.fixturenames:
+        monkeypatch.setattr("prefold.plan.passes._scored", no_dry_run)
+
+
+@pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     """Twenty pairs whose chosen answers shout."""
     path = tmp_path / "pairs.jsonl"

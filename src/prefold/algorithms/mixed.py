@@ -10,13 +10,13 @@ Left out: metrics of each part. Where several parts have a metric, it is that of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, PAIRED, Algorithm, LossOutput, Metric, State
+from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Metric, State
 
 if TYPE_CHECKING:
     from prefold.trees.logprobs import TreeLogprobs
@@ -41,6 +41,8 @@ class Mixed(Algorithm):
 
     paper: ClassVar[str] = "2411.10442"
     oracle: ClassVar[str] = "`DPOTrainer`, several `loss_type` with `loss_weights`"
+    of_pairs: ClassVar[Mapping[str, type[Algorithm]]] = {}
+    """The methods that can be mixed, which the registry fills in."""
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -102,17 +104,13 @@ def part_of(entry: dict[str, Any]) -> tuple[float, Algorithm]:
     Raises:
         ValueError: it names no method on pairs, or a setting that this method does not have.
     """
-    from prefold.algorithms import ALGORITHMS
-
     settings = dict(entry)
     name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
-    of_pairs = [key for key, method in ALGORITHMS.items() if method.kind == PAIRED]
-    known = [key for key in of_pairs if ALGORITHMS[key] is not Mixed]
-    if name not in known:
-        raise ValueError(f"`{name}` is not the name of a loss of pairs; they are {', '.join(known)}")
+    if name not in Mixed.of_pairs:
+        raise ValueError(f"`{name}` is not the name of a loss of pairs; they are {', '.join(Mixed.of_pairs)}")
     if not fits(weight, float) or not weight > 0:
         raise ValueError(f"the weight of `{name}` must be a number greater than 0, got {weight!r}")
-    kind = ALGORITHMS[name]
+    kind = Mixed.of_pairs[name]
     hints = get_type_hints(kind)
     own = [setting.name for setting in fields(kind)]
     for setting, value in settings.items():

@@ -40,11 +40,7 @@ class Tokenized:
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that messages can become ids at all.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
-    """
+    """Make sure that messages can become ids at all. Raises UserError: the tokenizer has no chat template."""
     try:
         tokenizer.get_chat_template()
     except ValueError:

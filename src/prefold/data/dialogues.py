@@ -34,11 +34,7 @@ def holds_dialogue(text: str) -> bool:
 
 
 def read_dialogue(value: Any, where: str, writing: Writing) -> list[Message]:
-    """A cell with a whole dialogue as messages.
-
-    Raises:
-        Unfit: it is not written like that, or a turn cannot be used.
-    """
+    """A cell with a whole dialogue as messages. Raises Unfit: it is not written like that, or a turn cannot be used."""
     if isinstance(value, str) and writing in _STRING_READERS:
         return _read_string(value, where, writing)
     return messages(value, where, writing)

@@ -97,8 +97,6 @@ class DataReport:
         }
 
 
-# ---- findings about rows ----------------------------------------------------------------------------------------
-
 _NOTES = ("tie", "repeated", "control_character", "tied_rating")
 # kind -> what is said behind the number of rows, and advice
 _ABOUT_ROWS = {
@@ -208,9 +206,6 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
     return list(findings.values())
 
 
-# ---- findings about sets ----------------------------------------------------------------------------------------
-
-
 def duplicate(examples: Examples) -> Finding | None:
     """Records that were there before, word for word."""
     seen: set[bytes] = set()
@@ -242,9 +237,6 @@ def small_held_out(held_out: Examples) -> Finding | None:
         message = "no held-out rows: nothing will show whether the model got better"
     advice = f"hold out {FEW_HELD_OUT} or more by `data.eval` or `data.eval_fraction`"
     return Finding("small_held_out", "warning", len(held_out), (), message, advice)
-
-
-# ---- findings about pairs ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -350,9 +342,6 @@ def by_severity(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Errors first, then warnings, then notes, each in the order given."""
     order = get_args(Severity)
     return tuple(sorted(findings, key=lambda finding: order.index(finding.severity)))
-
-
-# ---- counts -----------------------------------------------------------------------------------------------------
 
 
 def count_tokens(examples: Examples) -> TokenCounts:

@@ -51,11 +51,8 @@ def reader_for(file_name: str) -> Reader | None:
 
 
 def read_file(file: Traversable, name: str) -> Iterator[RawRow]:
-    """Rows of a file that `reader_for` knows; `name` is what they call it.
-
-    Raises:
-        UserError: the file cannot be read, or is not of its format.
-    """
+    """Rows of a file that `reader_for` knows; `name` is what they call it. Raises UserError: the file cannot be read,
+    or is not of its format."""
     reader, rows = reader_for(file.name), 0
     assert reader is not None, file.name
     try:
@@ -68,9 +65,6 @@ def read_file(file: Traversable, name: str) -> Iterator[RawRow]:
         if not rows:
             raise UserError(f"cannot be read ({reason})", where=name) from None
         yield RawRow(RowId(name, rows + 1), None, f"the file cannot be read from here on ({reason})")
-
-
-# ---- JSON -------------------------------------------------------------------------------------------------------
 
 
 def _json_lines(stream: IO[bytes], name: str) -> Iterator[RawRow]:
@@ -109,12 +103,9 @@ def _json_list(stream: IO[bytes], name: str) -> Iterator[RawRow]:
         raise _not_utf8(f"at byte {error.start} (0x{content[error.start]:02x})", name) from None
     values = _parsed(text, name) if text.strip() else []
     if not isinstance(values, list):
-        raise UserError(
-            f"the file holds {json_type(values)}",
-            where=name,
-            expected="a list of objects: [{...}, {...}]",
-            advice="put the rows in one list, or write a .jsonl file",
-        )
+        advice = "put the rows in one list, or write a .jsonl file"
+        what, expected = f"the file holds {json_type(values)}", "a list of objects: [{...}, {...}]"
+        raise UserError(what, where=name, expected=expected, advice=advice)
     for number, value in enumerate(values, start=1):
         yield _object(value, RowId(name, number))
 
@@ -132,9 +123,6 @@ def _parsed(text: str, name: str) -> Any:
         ) from None
     except (ValueError, RecursionError):
         raise UserError("JSON nested too deeply, or a number with too many digits", where=name) from None
-
-
-# ---- CSV --------------------------------------------------------------------------------------------------------
 
 
 def _csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
@@ -205,9 +193,6 @@ _CSV_PROBLEMS = {
 }
 
 
-# ---- Parquet ----------------------------------------------------------------------------------------------------
-
-
 def _parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     import pyarrow
     from pyarrow import parquet
@@ -236,9 +221,6 @@ def _python_values(batch: Any) -> list[dict[str, Any] | Exception]:
         return [row for index in range(batch.num_rows) for row in _python_values(batch.slice(index, 1))]
 
 
-# ---- bytes ------------------------------------------------------------------------------------------------------
-
-
 def _decompressed(raw: IO[bytes], file_name: str) -> IO[bytes]:
     opener = _DECOMPRESSED.get(PurePath(file_name.lower()).suffix)
     return opener(raw) if opener else raw
@@ -263,10 +245,5 @@ def _not_utf8(how: str, name: str) -> UserError:
 
 
 _READERS: dict[str, Reader] = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".parquet": _parquet}
-_DECOMPRESSED: dict[str, Callable[[Any], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _zstd,
-}
+_DECOMPRESSED: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
 READABLE = ".jsonl, .json, .csv or .parquet, the first three also compressed"

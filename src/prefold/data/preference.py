@@ -108,11 +108,7 @@ class Unfit(Exception):
 
 
 def messages(value: Any, where: str, writing: Writing = "plain") -> list[Message]:
-    """A list of turns as messages.
-
-    Raises:
-        Unfit: it is no list, has no turns, or a turn cannot be used.
-    """
+    """A list of turns as messages. Raises Unfit: it is no list, has no turns, or a turn cannot be used."""
     if not isinstance(value, list):
         raise Unfit("bad_message", f"{where} is {json_type(value)}, not a list of messages")
     if not value:
@@ -121,11 +117,7 @@ def messages(value: Any, where: str, writing: Writing = "plain") -> list[Message
 
 
 def message(role: str, text: Any, where: str, may_be_empty: bool = False) -> Message:
-    """One message of a text.
-
-    Raises:
-        Unfit: it is no text, is empty, or cannot be written as UTF-8.
-    """
+    """One message of a text. Raises Unfit: it is no text, is empty, or cannot be written as UTF-8."""
     if not isinstance(text, str):
         raise Unfit("not_text", f"{where} is {json_type(text)}, not text")
     if not text.strip() and not may_be_empty:

@@ -60,11 +60,8 @@ def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
 
 
 def benchmark_texts(benchmark: Benchmark) -> Iterator[tuple[str, RowId]]:
-    """The texts of a benchmark and where they are from; a null has none.
-
-    Raises:
-        UserError: it cannot be read, a row is broken or has no such column, or something in it is not text.
-    """
+    """The texts of a benchmark and where they are from; a null has none. Raises UserError: it cannot be read, a row is
+    broken or has no such column, or something in it is not text."""
     selection, column = _filtered(benchmark), benchmark.column
     for row in selection.rows:
         if problem := _text_problem(row, column):

@@ -57,9 +57,6 @@ class _Layout:
         return {*self.cells, *self.aside} | extra
 
 
-# ---- forms of cells ---------------------------------------------------------------------------------------------
-
-
 def _speaker(turn: Any) -> Any:
     """Who speaks in a turn; None if it is none."""
     return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
@@ -139,9 +136,6 @@ _KNOWN_COLUMNS = {
     "label": ("label", "kto_tag"),
 }
 ROLES = (*_KNOWN_COLUMNS, "system", "input")
-
-
-# ---- recognition ------------------------------------------------------------------------------------------------
 
 
 def find_shape(
@@ -238,9 +232,6 @@ def _most_frequent(fitting: Sequence[list[Shape]], source: str) -> Shape:
         if best in shapes and rivals:
             raise _ambiguous(best, rivals[0], source)
     return best
-
-
-# ---- messages ---------------------------------------------------------------------------------------------------
 
 
 def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], source: str) -> None:

@@ -39,22 +39,16 @@ def source_name(source: Rows) -> str:
 
 
 def read_rows(source: Rows) -> Iterator[RawRow]:
-    """Find the source now, read its rows as they are asked for.
-
-    Raises:
-        UserError: there is no such source, or it is not of its format; for what only reading can tell, while reading.
-    """
+    """Find the source now, read its rows as they are asked for. Raises UserError: there is no such source, or it is not
+    of its format; for what only reading can tell, while reading."""
     files = _named_files(source)
     rows = chain.from_iterable(read_file(file, name) for name, file in files.items()) if files else _hub_rows(source)
     return _at_least_one(rows, source_name(source))
 
 
 def identity_of(source: Rows) -> str | None:
-    """A text that is another one once the rows are others; None where only reading them can tell.
-
-    Raises:
-        UserError: there is no such source.
-    """
+    """A text that is another one once the rows are others; None where only reading them can tell. Raises UserError:
+    there is no such source."""
     files = _named_files(source)
     if not files:
         # Of a commit, configuration and split.
@@ -83,11 +77,8 @@ def _named_files(source: Rows) -> dict[str, Traversable]:
 def _require_no_hub_fields(source: Rows, what: str, names: tuple[str, ...]) -> None:
     for name in names:
         if given := getattr(source, name):
-            raise UserError(
-                f"{what} has no `{name}`, but `{name}: {given}` is given",
-                where=source.path,
-                advice=f"remove `{name}`",
-            )
+            what = f"{what} has no `{name}`, but `{name}: {given}` is given"
+            raise UserError(what, where=source.path, advice=f"remove `{name}`")
 
 
 def _at_least_one(rows: Iterator[RawRow], name: str) -> Iterator[RawRow]:
@@ -99,11 +90,8 @@ def _at_least_one(rows: Iterator[RawRow], name: str) -> Iterator[RawRow]:
 
 
 def _files(source: Rows) -> list[Path]:
-    """The files that a path, folder or glob stands for, sorted; none if it may be a data set of the Hub.
-
-    Raises:
-        UserError: there is no such file, or none that can be read.
-    """
+    """The files that a path, folder or glob stands for, sorted; none if it may be a data set of the Hub. Raises
+    UserError: there is no such file, or none that can be read."""
     path = Path(os.path.expanduser(source.path))
     try:
         if path.is_dir():
@@ -114,7 +102,10 @@ def _files(source: Rows) -> list[Path]:
         if path.is_file():
             return [_readable(path, source)]
         if glob.has_magic(source.path):
-            return _matching(path, source)
+            matches = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+            if not matches:
+                raise UserError("no file matches", where=source.path, expected=READABLE)
+            return [_readable(file, source) for file in matches]
         if _HUB_ID.fullmatch(source.path) and not reader_for(path.name) and not path.parent.is_dir():
             return []
         raise _missing(source, path)
@@ -122,23 +113,12 @@ def _files(source: Rows) -> list[Path]:
         raise UserError(f"cannot be read ({error.strerror})", where=source.path) from None
 
 
-def _matching(pattern: Path, source: Rows) -> list[Path]:
-    matches = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
-    if not matches:
-        raise UserError("no file matches", where=source.path, expected=READABLE)
-    return [_readable(path, source) for path in matches]
-
-
 def _readable(path: Path, source: Rows) -> Path:
     if reader_for(path.name) is None:
-        raise UserError(
-            f"files that end in `{_printable(path.suffix)}` are not read"
-            if path.suffix
-            else "the file name has no ending",
-            where=source.path if path.name == Path(source.path).name else _shown(path),
-            expected=READABLE,
-            advice="convert it to .jsonl",
-        )
+        ending = f"files that end in `{_printable(path.suffix)}` are not read"
+        what = ending if path.suffix else "the file name has no ending"
+        where = source.path if path.name == Path(source.path).name else _shown(path)
+        raise UserError(what, where=where, expected=READABLE, advice="convert it to .jsonl")
     return path
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from lm_eval.api.instance import Instance
@@ -76,8 +76,7 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     @property
     def eot_token_id(self) -> int:
-        end: int = self.tokenizer.eos_token_id
-        return end
+        return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
@@ -137,8 +136,7 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     def _context_and_answer(self, context: str, answer: str) -> tuple[list[int], list[int]]:
         """An answer without a context follows the prefix token, which it may start with itself."""
         if context:
-            pair: tuple[list[int], list[int]] = self._encode_pair(context, answer)
-            return pair
+            return cast("tuple[list[int], list[int]]", self._encode_pair(context, answer))
         ids = self.tok_encode(answer, add_special_tokens=False)
         return ([self.prefix_token_id], ids) if ids[:1] != [self.prefix_token_id] else (ids[:1], ids[1:])
 

@@ -4,7 +4,7 @@ each question, and what a person wants to read of it."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import log
@@ -86,7 +86,7 @@ def scores_of(
     metric = primary_metric(opened, {name: samples[0][name] for name in samples[0]["metrics"]})
     chosen = wanted.filter or next(sample["filter"] for sample in samples if metric in sample)
     samples = [sample for sample in samples if sample["filter"] == chosen and metric in sample]
-    questions = _unique([str(sample["doc_hash"])[:16] for sample in samples])
+    questions = tuple(_unique([str(sample["doc_hash"])[:16] for sample in samples]))
     texts = [question_of(task, sample["doc"]) for sample in samples]
     return TaskScores(
         task=opened.name,
@@ -94,7 +94,7 @@ def scores_of(
         version=str(task.VERSION),
         num_fewshot=opened.num_fewshot,
         higher_is_better=bool(task.higher_is_better().get(metric, True)),
-        questions=tuple(questions),
+        questions=questions,
         clusters=tuple(_clusters(questions, texts)),
         values=tuple(_value(task, metric, sample[metric]) for sample in samples),
         texts=tuple(map(_shortened, texts)),
@@ -133,14 +133,12 @@ def _value(task: Any, metric: str, value: Any) -> float:
     return -float(logprob) / float(weight) / (log(2) if metric == "bits_per_byte" else 1.0)
 
 
-def _unique(keys: Sequence[str]) -> list[str]:
+def _unique(keys: Sequence[str]) -> Iterator[str]:
     """A document that is asked several times has a key each time."""
     seen: Counter[str] = Counter()
-    unique = []
     for key in keys:
         seen[key] += 1
-        unique.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
-    return unique
+        yield key if seen[key] == 1 else f"{key}-{seen[key]}"
 
 
 def _clusters(questions: Sequence[str], texts: Sequence[str]) -> list[str]:

@@ -142,7 +142,7 @@ def _paired(before: TaskScores, after: TaskScores) -> _Task | str:
         for side, column in zip((before, after), zip(*questions, strict=True), strict=True)
         if side.contaminated is not None
     ]
-    contaminated: Any = np.array(marks, dtype=np.bool_).any(axis=0) if marks else None
+    contaminated: Marks | None = np.logical_or.reduce(np.array(marks, dtype=np.bool_), axis=0) if marks else None
     return _Task(before, after, questions, first, second, difference, p_value, contaminated)
 
 

@@ -34,7 +34,10 @@ def manager_of(names: Sequence[str], include_path: str | None) -> TaskManager:
     Raises:
         UserError: a name is unknown, or there is no such folder.
     """
-    own = [_own_folder(include_path)] if include_path is not None else []
+    own = [] if include_path is None else [Path(include_path).expanduser()]
+    if own and not own[0].is_dir():
+        where = f"evaluate.include_path: {without_home(str(own[0]))}"
+        raise UserError("there is no such folder", where=where, expected="a folder of YAML files")
     manager = _reading(own)
     folders: set[Path] = set()
     while more := {_folders()[name] for name in _missing(names, manager.task_index) if name in _folders()} - folders:
@@ -58,14 +61,6 @@ def everyday_facts(**_: Any) -> dict[str, Dataset]:
 
     lines = (BUILTIN_FOLDER / "everyday_facts" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}
-
-
-def _own_folder(include_path: str) -> Path:
-    folder = Path(include_path).expanduser()
-    if not folder.is_dir():
-        where = f"evaluate.include_path: {without_home(str(folder))}"
-        raise UserError("there is no such folder", where=where, expected="a folder of YAML files")
-    return folder
 
 
 def _reading(folders: Sequence[Path]) -> TaskManager:

@@ -204,41 +204,26 @@ def _as_the_harness_runs() -> Iterator[None]:
     """Its random seeds, and nothing of its logs, bars and prints on the terminal; afterwards all is as it was."""
     environment = dict(os.environ)
     import lm_eval.api.task
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    logger, bars = logging.getLogger("lm_eval"), vars(lm_eval.api.task)
-    level, bar = logger.level, bars["tqdm"]
-    kept = random.getstate(), np.random.get_state()
+    logger, module, shows_bars = logging.getLogger("lm_eval"), vars(lm_eval.api.task), not are_progress_bars_disabled()
+    level, bar, states = logger.level, module["tqdm"], (random.getstate(), np.random.get_state())
     logger.setLevel(logging.ERROR)
-    bars["tqdm"] = partial(bar, disable=True)
+    module["tqdm"] = partial(bar, disable=True)
+    disable_progress_bars()
     try:
-        with (
-            quiet(),
-            _no_dataset_bars(),
-            torch.random.fork_rng(range(torch.cuda.device_count())),
-            redirect_stdout(sys.stderr),
-        ):
+        with quiet(), torch.random.fork_rng(range(torch.cuda.device_count())), redirect_stdout(sys.stderr):
             random.seed(SEEDS["random"])
             np.random.seed(SEEDS["numpy"])
             torch.manual_seed(SEEDS["torch"])
             yield
     finally:
+        if shows_bars:
+            enable_progress_bars()
         logger.setLevel(level)
-        bars["tqdm"] = bar
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+        module["tqdm"] = bar
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-
-
-@contextmanager
-def _no_dataset_bars() -> Iterator[None]:
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()

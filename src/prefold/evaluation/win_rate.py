@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +24,7 @@ from prefold.data.preference import Message
 from prefold.errors import StageError
 from prefold.evaluation.paired import Floats, estimate, in_words, paired_test
 from prefold.files import cache_folder
-from prefold.generation.endpoint import Endpoint, Refused, in_parallel
+from prefold.generation.endpoint import Endpoint, Refused
 from prefold.recipe import EndpointJudge, RewardBase
 from prefold.rewards.judge import Judge, NoVerdict
 from prefold.rewards.load import load_rewards
@@ -41,10 +40,10 @@ _SHOWN_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An answer of each model to the prompt at `place`."""
+class AnswerPair:
+    """An answer of each model to the prompt of that number."""
 
-    place: int
+    number: int
     prompt: list[Message]
     before: str
     after: str
@@ -60,8 +59,8 @@ class Compares(Protocol):
     def facts(self) -> dict[str, Any]:
         """Who judges, and what that took so far."""
 
-    def outcomes(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Outcome]]:
-        """Places with their outcomes, in any order."""
+    def outcomes(self, pairs: Sequence[AnswerPair]) -> Iterator[tuple[int, Outcome]]:
+        """Indices of pairs with their outcomes, in any order."""
 
 
 def measure_win_rate(judge: Compares, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -75,24 +74,24 @@ def measure_win_rate(judge: Compares, samples: Sequence[Mapping[str, Any]]) -> d
         UserError: the endpoint cannot be reached or refuses all; a reward of the user's fails.
         StageError: the judge gives no verdict for many answers in a row, or for none.
     """
-    asked = [
-        Asked(place, list(sample["prompt"]), before, after)
-        for place, sample in enumerate(samples)
+    pairs = [
+        AnswerPair(number, list(sample["prompt"]), before, after)
+        for number, sample in enumerate(samples)
         for before, after in zip(sample["before"], sample["after"], strict=False)
     ]
-    found: dict[int, Outcome] = {}
+    by_index: dict[int, Outcome] = {}
     in_a_row = 0
-    with progress_bar("answers judged", len(asked)) as advance:
-        for place, outcome in judge.outcomes(asked):
-            found[place] = outcome
+    with progress_bar("answers judged", len(pairs)) as advance:
+        for index, outcome in judge.outcomes(pairs):
+            by_index[index] = outcome
             in_a_row = 0 if isinstance(outcome, float) else in_a_row + 1
             if isinstance(outcome, NoVerdict | Refused) and in_a_row == FAILURES_IN_A_ROW:
                 raise _nothing_said(outcome, f"{in_a_row} pairs of answers in a row")
             advance(1, "")
-    outcomes = [found[place] for place in range(len(asked))]
-    if outcomes and not any(isinstance(one, float) for one in outcomes):
+    outcomes = [by_index[index] for index in range(len(pairs))]
+    if outcomes and not any(isinstance(outcome, float) for outcome in outcomes):
         raise _nothing_said(outcomes[-1], f"any of {len(outcomes)} pairs of answers")
-    return {"judge": judge.facts(), **win_rate(asked, outcomes)}
+    return {"judge": judge.facts(), **win_rate(pairs, outcomes)}
 
 
 def _nothing_said(outcome: Outcome, what: str) -> StageError:
@@ -135,12 +134,12 @@ class _RewardCompares:
     def facts(self) -> dict[str, Any]:
         return {"kind": "reward", "name": self.reward.name, **({"model": self.model} if self.model else {})}
 
-    def outcomes(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Outcome]]:
-        texts = [text for one in asked for text in (one.before, one.after)]
-        prompts = [one.prompt for one in asked for _ in range(2)]
+    def outcomes(self, pairs: Sequence[AnswerPair]) -> Iterator[tuple[int, Outcome]]:
+        texts = [text for pair in pairs for text in (pair.before, pair.after)]
+        prompts = [pair.prompt for pair in pairs for _ in range(2)]
         scores = weighted([self.reward], score([self.reward], prompts, texts, self.token_ids(texts), {}))
-        for place, (before, after) in enumerate(zip(scores[::2], scores[1::2], strict=True)):
-            yield place, None if before is None or after is None else (float(np.sign(after - before)) + 1) / 2
+        for index, (before, after) in enumerate(zip(scores[::2], scores[1::2], strict=True)):
+            yield index, None if before is None or after is None else (float(np.sign(after - before)) + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -152,28 +151,23 @@ class _EndpointCompares:
         endpoint = self.judge.endpoint
         return {"kind": "endpoint", "name": endpoint.model, "cost": endpoint.usage.as_json()}
 
-    def outcomes(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Outcome]]:
-        return in_parallel(partial(self._outcome, asked), range(len(asked)), self.workers)
-
-    def _outcome(self, asked: Sequence[Asked], place: int) -> Outcome:
-        one = asked[place]
-        try:
-            return self.judge.shares(one.prompt, [one.after, one.before])[0]
-        except (NoVerdict, Refused) as failure:
-            return failure
+    def outcomes(self, pairs: Sequence[AnswerPair]) -> Iterator[tuple[int, Outcome]]:
+        groups = [(pair.prompt, [pair.after, pair.before]) for pair in pairs]
+        for index, shares in self.judge.all_shares(groups, self.workers):
+            yield index, shares[0] if isinstance(shares, list) else shares
 
 
 # ---- what it comes to -------------------------------------------------------------------------------------------
 
 
-def win_rate(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def win_rate(pairs: Sequence[AnswerPair], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The rate with its interval over prompts, and what was left out of it."""
-    judged = [(one, outcome) for one, outcome in zip(asked, outcomes, strict=True) if isinstance(outcome, float)]
-    replies = [_shortened(one) for one in outcomes if isinstance(one, NoVerdict)]
+    judged = [(pair, outcome) for pair, outcome in zip(pairs, outcomes, strict=True) if isinstance(outcome, float)]
+    replies = [_shortened(outcome) for outcome in outcomes if isinstance(outcome, NoVerdict)]
     left_out = {
         "no_verdict": len(replies),
-        "refused": sum(isinstance(one, Refused) for one in outcomes),
-        "no_score": sum(one is None for one in outcomes),
+        "refused": sum(isinstance(outcome, Refused) for outcome in outcomes),
+        "no_score": outcomes.count(None),
     }
     facts: dict[str, Any] = {"comparisons": len(judged), "left_out": left_out}
     if replies:
@@ -181,11 +175,10 @@ def win_rate(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> dict[str, A
     if not judged:
         return {"prompts": 0, **facts}
     wins = np.array([outcome for _, outcome in judged])
-    lengths = np.array([(len(one.before), len(one.after)) for one, _ in judged], dtype=float)
-    prompts = [str(one.place) for one, _ in judged]
-    balance = 2 * wins - 1
-    found, p_value, n = estimate(1 - wins, wins, prompts), paired_test(balance, prompts), len(set(prompts))
-    ends, detectable = found.interval(), found.detectable()
+    lengths = np.array([(len(pair.before), len(pair.after)) for pair, _ in judged], dtype=float)
+    prompts = [str(pair.number) for pair, _ in judged]
+    change, p_value, n = estimate(1 - wins, wins, prompts), paired_test(2 * wins - 1, prompts), len(set(prompts))
+    ends, detectable = change.interval(), change.detectable()
     return {
         "prompts": n,
         **facts,
@@ -195,7 +188,7 @@ def win_rate(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> dict[str, A
         "win_rate": float(wins.mean()),
         "ci": None if ends is None else [(1 + end) / 2 for end in ends],
         "p_value": p_value,
-        "verdict": in_words(found.mean, p_value, None if detectable is None else detectable / 2, n, of="prompt"),
+        "verdict": in_words(change.mean, p_value, None if detectable is None else detectable / 2, n, of="prompt"),
         "length_controlled": _of_prompts(wins, lengths, prompts),
         "characters": {"before": float(lengths[:, 0].mean()), "after": float(lengths[:, 1].mean())},
     }
@@ -203,10 +196,10 @@ def win_rate(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> dict[str, A
 
 def _of_prompts(wins: Floats, lengths: Floats, prompts: Sequence[str]) -> dict[str, Any] | None:
     """The length-controlled rate, by the means over each prompt's answers."""
-    _, places = np.unique(np.asarray(prompts), return_inverse=True)
-    sizes = np.bincount(places)
-    longer = np.bincount(places, lengths[:, 1] - lengths[:, 0]) / sizes
-    return length_controlled(np.bincount(places, wins) / sizes, longer)
+    _, groups = np.unique(np.asarray(prompts), return_inverse=True)
+    sizes = np.bincount(groups)
+    longer = np.bincount(groups, lengths[:, 1] - lengths[:, 0]) / sizes
+    return length_controlled(np.bincount(groups, wins) / sizes, longer)
 
 
 def length_controlled(wins: Floats, longer: Floats) -> dict[str, Any] | None:

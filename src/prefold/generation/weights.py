@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from prefold.trees.head import computing_by
 
 ROWS = 32
 """Rows that oneDNN's order is chosen for; it serves others well."""
@@ -46,21 +48,17 @@ def _can_be_folded(layer: Linear, owners: Counter[int]) -> bool:
 def _folded(layer: Linear) -> Iterator[None]:
     base = layer.get_base_layer()
     kept = [(weight, weight.data) for weight in base.parameters()]
-    fused = layer.__dict__.get("forward")
     try:
         with torch.no_grad():
             # PEFT's safe merge computes in a copy, which takes the place of the original.
             layer.merge(safe_merge=True)
         # Without PEFT's checks at every call.
-        layer.forward = partial(base)  # type: ignore[method-assign]
-        yield
+        with computing_by(layer, partial(base)):
+            yield
     finally:
         for weight, original in kept:
             weight.data = original
         layer.merged_adapters.clear()
-        layer.__dict__.pop("forward", None)
-        if fused is not None:
-            layer.forward = fused  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -73,14 +71,10 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module)]
     size = sum(layer.weight.nbytes for layer in layers)
-    layers = layers if size <= SHARE * _free_memory() else []
-    try:
-        for layer in layers:
-            _pack(layer)
+    with ExitStack() as stack:
+        for layer in layers if size <= SHARE * _free_memory() else ():
+            stack.enter_context(computing_by(layer, _packed_forward(layer)))
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 def _can_be_packed(layer: nn.Linear) -> bool:
@@ -89,8 +83,7 @@ def _can_be_packed(layer: nn.Linear) -> bool:
     return known and torch.backends.mkldnn.is_available() and "forward" not in layer.__dict__
 
 
-@torch.no_grad()
-def _pack(layer: nn.Linear) -> None:
+def _packed_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     weight, bias = layer.weight, layer.bias
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
@@ -100,7 +93,7 @@ def _pack(layer: nn.Linear) -> None:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return out
 
-    layer.forward = forward  # type: ignore[method-assign, assignment]
+    return forward
 
 
 def _free_memory() -> int:

@@ -8,8 +8,8 @@ from typing import Any
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
 from prefold.importing.losses import Loss, add_supervised, known_loss, write_losses
-from prefold.importing.tables import Entry, is_number, listed, read_tool, table_of
-from prefold.importing.write import Tool, without_dropout, write_all_weights
+from prefold.importing.tables import is_number, listed, read_tool, table_of
+from prefold.importing.write import Tool, without_dropout, write_all_weights, write_quantised
 from prefold.recipe import parse_yaml
 
 KEYS = read_tool("llamafactory")
@@ -60,7 +60,12 @@ def _stage(draft: Draft, where: str, method: str | None) -> str:
 
 
 def _write_model(draft: Draft) -> None:
-    _write_quantised(draft)
+    bits = draft.take("quantization_bit")
+    if bits in (4, 8):
+        draft.carry(f"model.load_in_{bits}bit", True, "quantization_bit")
+    elif bits is not None:
+        draft.note("missing", "quantization_bit", text=f"{bits}: weights are held in 4 or 8 bits, or as they are")
+    write_quantised(draft, "quantization_type", "double_quantization", double=True)
     table, kind = table_of(KEYS["adapter"]), draft.take("finetuning_type", "lora")
     if kind == "full":
         draft.note("renamed", "finetuning_type", text="lora: none, which trains all weights")
@@ -83,22 +88,6 @@ def _write_model(draft: Draft) -> None:
     draft.fill("lora.target_modules", "all-linear")
     if draft.values["method"] != "reward":
         without_dropout(draft, draft.tool)
-
-
-def _write_quantised(draft: Draft) -> None:
-    bits = draft.take("quantization_bit")
-    fours = {"quantization_type": "model.bnb_4bit_quant_type", "double_quantization": "model.bnb_4bit_use_double_quant"}
-    if bits == 4:
-        draft.carry("model.load_in_4bit", True, "quantization_bit")
-        draft.follow({key: Entry("field", field) for key, field in fours.items()})
-        draft.fill("model.bnb_4bit_quant_type", "nf4")
-        draft.fill("model.bnb_4bit_use_double_quant", True)
-        return
-    draft.off(*fours)
-    if bits == 8:
-        draft.carry("model.load_in_8bit", True, "quantization_bit")
-    elif bits is not None:
-        draft.note("missing", "quantization_bit", text=f"{bits}: weights are held in 4 or 8 bits, or as they are")
 
 
 def _write_start(draft: Draft) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
-from prefold.importing.tables import is_number, listed
+from prefold.importing.tables import is_number, listed, read_tool
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,6 @@ OF_PAIRS = {
 
 
 GRPO_LOSSES = {name: Loss("grpo") for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")}
-_GRPO_SETTINGS = (
-    "num_generations",
-    "max_completion_length",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "beta",
-    "use_bias_correction_kl",
-    "loss_type",
-    "epsilon",
-    "epsilon_high",
-    "importance_sampling_level",
-    "num_iterations",
-    "mask_truncated_completions",
-)
 # What TRL takes where the file is silent, as do the tools that train with it.
 _DEFAULTS = {"beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
 _GRPO_DEFAULTS = {"num_generations": 8, "max_completion_length": 512, "beta": 0.0}
@@ -184,7 +168,8 @@ def write_grpo(draft: Draft, where: str, prefix: str = "") -> None:
     loss_key, rewards_key = f"{prefix}loss_type", f"{prefix}reward_funcs"
     known_loss(draft.look(loss_key, "dapo"), GRPO_LOSSES, loss_key, where)
     keys = [key for key in ("rl",) if draft.has(key)]
-    write_losses(draft, [Loss("grpo")], {name: prefix + name for name in _GRPO_SETTINGS}, keys, _GRPO_DEFAULTS)
+    settings = {name: prefix + name for name in read_tool("trl")["settings"]["grpo"]}
+    write_losses(draft, [Loss("grpo")], settings, keys, _GRPO_DEFAULTS)
     if draft.has(f"{prefix}scale_rewards"):
         value = draft.take(f"{prefix}scale_rewards")
         # It was a yes or no once.

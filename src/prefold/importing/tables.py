@@ -9,10 +9,8 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
-
 from prefold.recipe import parse_yaml
+from prefold.recipe.sections import optimizers, schedulers
 
 COUNTED = "`prefold check` says how many there are"
 
@@ -22,13 +20,13 @@ class NoCounterpartError(Exception):
 
 
 def scheduler(value: Any) -> Any:
-    if value in [known.value for known in SchedulerType] and value not in ("reduce_lr_on_plateau", "greedy"):
+    if isinstance(value, str) and value in schedulers():
         return value
     raise NoCounterpartError("choose one of transformers' schedules for `train.lr_scheduler_type`")
 
 
 def optimizer(value: Any) -> Any:
-    if value in [known.value for known in OptimizerNames]:
+    if isinstance(value, str) and value in optimizers():
         return value
     raise NoCounterpartError("not one of transformers' optimizers; set `train.optim` to one, e.g. `adamw_torch`")
 

@@ -30,12 +30,8 @@ SAMPLE = [{"role": "user", "content": "question"}, {"role": "assistant", "conten
 
 
 def set_chat_format(tokenizer: PreTrainedTokenizerBase, setting: str) -> list[int]:
-    """Give a base model's tokenizer a chat template, in memory, and make the token that ends a turn its end token.
-
-    Padding keeps the token that it had, or takes the one that ended texts: it is not the one that ends a turn.
-
-    Args:
-        setting: `model.chat_template`.
+    """Give a base model's tokenizer the chat template of `model.chat_template`, in memory, and make the token that ends
+    a turn its end token. Padding keeps the token that it had, or takes the one that ended texts: it ends no turn.
 
     Returns:
         The ids whose rows are to be trained: the special tokens that the template writes, those left out with which
@@ -51,27 +47,19 @@ def set_chat_format(tokenizer: PreTrainedTokenizerBase, setting: str) -> list[in
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + CHATML
         tokenizer.add_special_tokens({"extra_special_tokens": CHATML_TOKENS}, replace_extra_special_tokens=False)
     else:
-        tokenizer.chat_template = _read(setting)
-    text = _conversation(tokenizer, setting)
+        try:
+            tokenizer.chat_template = Path(setting).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"the template cannot be read ({getattr(error, 'strerror', None) or error})"
+            raise UserError(what, where=setting, expected="a Jinja file, UTF-8") from None
+    try:
+        text = cast(str, tokenizer.apply_chat_template(SAMPLE, tokenize=False))
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"the chat template cannot write a conversation: {error}", where=setting) from None
     if behind := _special_ids(text.rpartition(ANSWER)[2], tokenizer):
         tokenizer.eos_token = cast(str, tokenizer.convert_ids_to_tokens(behind[0]))
     tokenizer.pad_token = padding or tokenizer.eos_token
     return sorted(set(_special_ids(text, tokenizer)) - learnt)
-
-
-def _read(file: str) -> str:
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"the template cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise UserError(what, where=file, expected="a Jinja file, UTF-8") from None
-
-
-def _conversation(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    try:
-        return cast(str, tokenizer.apply_chat_template(SAMPLE, tokenize=False))
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template cannot write a conversation: {error}", where=where) from None
 
 
 def _special_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -96,12 +84,10 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
         with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=MULTIPLE, mean_resizing=False)
     new = slice(min(known, rows), None if len(tokenizer) > rows else len(tokenizer))
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    matrices = {id(layer.weight): layer.weight for layer in layers if layer is not None}
-    for matrix in matrices.values():
-        _begin_near_the_mean(cast(Tensor, matrix), new)
-    if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
-        _begin_near_the_mean(bias, new)
+    head: Any = model.get_output_embeddings()
+    for values in {model.get_input_embeddings().weight, getattr(head, "weight", None), getattr(head, "bias", None)}:
+        if values is not None:
+            _begin_near_the_mean(cast(Tensor, values), new)
     _set_end(model, tokenizer)
 
 

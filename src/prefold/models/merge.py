@@ -82,9 +82,7 @@ def merge_adapter(
         StageError: the merged model is not base + adapter; nothing is written, the adapter is kept.
         UserError: the adapter belongs to another base, or the base is stored quantised.
     """
-    trained = None
-    if base.load_in_4bit or base.load_in_8bit:
-        trained = _trained_logits(base, adapter, rows, head_seed)
+    trained = _trained_logits(base, adapter, rows, head_seed) if base.load_in_4bit or base.load_in_8bit else None
     model = load_model(base, dtype=dtype, head_seed=head_seed)
     base_logits = logits_of(model, rows)
     adapted: Any = open_adapter(model, adapter)
@@ -178,8 +176,8 @@ def _require_equal(result: dict[str, Any]) -> None:
     difference, tolerance, effect = (result[name] for name in ("relative_difference", "tolerance", "adapter_effect"))
     measured = f"logits differ by {difference:.2g} of their size"
     if not difference <= tolerance:
-        what = f"the merged model is not base + adapter: {measured}, {tolerance:.2g} is allowed; adapter kept"
-        raise StageError(what)
+        allowed = f"{tolerance:.2g} is allowed"
+        raise StageError(f"the merged model is not base + adapter: {measured}, {allowed}; adapter kept")
     if effect is not None and difference > effect > 0:
         raise StageError(
             f"merging into {result['dtype']} loses the adapter: {measured}, the adapter itself moves them by "

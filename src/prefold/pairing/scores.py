@@ -14,7 +14,7 @@ from typing import Any
 
 from prefold.data.preference import Prompt
 from prefold.errors import StageError
-from prefold.generation.endpoint import in_parallel
+from prefold.generation.endpoint import Refused
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.samplers import Sampler, files_of
 from prefold.models.fetch import fetch
@@ -86,20 +86,21 @@ def judged(
         StageError: the judge gives no verdict for many prompts in a row.
     """
 
-    def shares(index: int) -> list[float] | NoVerdict:
-        try:
-            return judge.shares(prompts[index].prompt, [answer.text for answer in _answers_in(candidates[index])])
-        except NoVerdict as error:
-            return error
-
     def scores(missing: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
         in_a_row = 0
-        for index, result in in_parallel(shares, missing, workers):
+        groups = [(prompts[i].prompt, [answer.text for answer in _answers_in(candidates[i])]) for i in missing]
+        for index, result in judge.all_shares(groups, workers):
+            if isinstance(result, Refused):
+                raise result
             if not isinstance(result, NoVerdict):
                 in_a_row = 0
-                yield index, result
+                yield missing[index], result
             elif (in_a_row := in_a_row + 1) == FAILURES_IN_A_ROW:
-                raise _no_verdicts(result)
+                reply = " ".join(str(result).split())[:120]
+                raise StageError(
+                    f"the judge named neither answer for {in_a_row} prompts in a row; its last reply: {reply!r}\n"
+                    "  to do: take a model that follows instructions (`--judge-model`)"
+                )
 
     identity = judge.endpoint.url, judge.endpoint.model
     return _with_scores(prompts, candidates, work, identity, scores)
@@ -137,11 +138,3 @@ def _with_scores(
         answers = zip(_answers_in(candidates[index]), work[key], strict=True) if key in work else ()
         result[index] = [replace(answer, score=value) for answer, value in answers] or "no_verdict"
     return result
-
-
-def _no_verdicts(last: NoVerdict) -> StageError:
-    reply = " ".join(str(last).split())[:120]
-    return StageError(
-        f"the judge named neither answer for {FAILURES_IN_A_ROW} prompts in a row; its last reply: {reply!r}\n"
-        "  to do: take a model that follows instructions (`--judge-model`)"
-    )

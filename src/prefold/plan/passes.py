@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,25 +51,19 @@ def training_pass(meta: MetaModel, row: Row, budget: int, attention: str | None)
     """
     packed = pack(trees_of(row), scores_prompt=meta.recipe.algorithm.scores_prompt)
     try:
-        one = _training_pass(meta, 1, packed, budget, attention)
-        two = _training_pass(meta, 2, packed, budget, attention) if meta.layers > 1 else one
+        kept, peak, head = _training_pass(meta, min(meta.layers, 2), packed, budget, attention)
+        kept_by_one = _training_pass(meta, 1, packed, budget, attention, forward_only=True)[0] if meta.layers > 2 else 0
     except Exception as error:  # the pass of a model that depends on its contents cannot be foreseen
         logger.debug("no dry run: %s", error)
         return _roughly(meta, packed), 0
-    total = two.peak + max(meta.layers - 2, 0) * (two.kept - one.kept)
-    return total - two.head, two.head
+    return peak + max(meta.layers - 2, 0) * (kept - kept_by_one) - head, head
 
 
-class Pass(NamedTuple):
-    """Bytes of a pass: what is `kept` for the backward pass, the `peak` of both, and that of the `head` alone, which
-    comes on top of what is kept."""
-
-    kept: int
-    peak: int
-    head: int
-
-
-def _training_pass(meta: MetaModel, layers: int, packed: PackedTrees, budget: int, attention: str | None) -> Pass:
+def _training_pass(
+    meta: MetaModel, layers: int, packed: PackedTrees, budget: int, attention: str | None, forward_only: bool = False
+) -> tuple[int, int, int]:
+    """Bytes: what is kept for the backward pass, the peak of both passes, and that of the head alone, which comes on
+    top of what is kept."""
     model = meta.policy(layers).train()
     if meta.recipe.train.gradient_checkpointing:
         settings = {"use_reentrant": False, "preserve_rng_state": False}
@@ -84,9 +78,11 @@ def _training_pass(meta: MetaModel, layers: int, packed: PackedTrees, budget: in
             with torch.autocast("cpu", meta.dtype, enabled=meta.dtype != torch.float32):
                 tokens = _scored(meta, model, row, budget, attention)
             kept = allocated.now
+            if forward_only:
+                return kept, 0, 0
             tokens.sum().backward()
         head = _head_bytes(meta, model, row) if attention else 0
-    return Pass(kept, allocated.peak, min(head, allocated.peak))
+    return kept, allocated.peak, min(head, allocated.peak)
 
 
 @lru_cache(maxsize=256)

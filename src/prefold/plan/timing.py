@@ -193,7 +193,7 @@ def _decoding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: S
     engine, prompt = LocalEngine(model, tokenizer), [[0] * row[0][0]]
 
     def write(tokens: int) -> None:
-        engine.sample(prompt, Sampling(tokens, rows, temperature=1.0, end_tokens=()))
+        list(engine.stream(prompt, Sampling(tokens, rows, temperature=1.0, end_tokens=()), [0]))
 
     # The first token comes with the prompt.
     return max(_best(lambda: write(1 + NEW_TOKENS)) - _best(lambda: write(1)), 0.0) / NEW_TOKENS

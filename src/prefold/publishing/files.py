@@ -77,11 +77,8 @@ def title_of(run_folder: Path, section: Publish) -> str:
 
 
 def require_whole(run_folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run's merged model, if the model is fit to be published.
-
-    Raises:
-        UserError: its merge check failed or was not made, or a file is missing or cut short.
-    """
+    """The tokenizer of a run's merged model, if the model is fit to be published. Raises UserError: its merge check
+    failed or was not made, or a file is missing or cut short."""
     merged, record = run_folder / "merged", run_folder / "merge.json"
     where, redo = without_home(str(merged)), "`prefold merge` makes it again"
     result: dict[str, Any] = read_json(record) if record.is_file() else {}

@@ -76,9 +76,6 @@ LARGEST = 65504.0
 RECORD = "checks.json"
 
 
-# ---- what can be written ----------------------------------------------------------------------------------------
-
-
 def require_exportable(model: Path, tokenizer: PreTrainedTokenizerBase, kinds: Sequence[str], where: str) -> None:
     """Raises UserError if the model of a folder cannot become GGUF, or `llama-quantize` is needed and missing."""
     config: Any = AutoConfig.from_pretrained(model, local_files_only=True)
@@ -98,9 +95,6 @@ def require_exportable(model: Path, tokenizer: PreTrainedTokenizerBase, kinds: S
             expected=f"{' or '.join(WRITTEN)}, which need no other program",
             advice="install llama.cpp and put its programs on PATH",
         )
-
-
-# ---- export -----------------------------------------------------------------------------------------------------
 
 
 def export_gguf(
@@ -178,9 +172,6 @@ def _quantize(merged: Path, file: Path, kind: str, title: str) -> None:
     if done.returncode or not file.is_file():
         said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise StageError(f"{QUANTIZER} could not make {kind}: {said[-1] if said else f'exit code {done.returncode}'}")
-
-
-# ---- writing ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -305,9 +296,6 @@ def _describe(writer: GGUFWriter, config: Any, kind: str, title: str) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-# ---- checking ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Original:
     """What a file is held against: the merged model's tokenizer, and its `logits` `[tokens of all texts, V]`."""
@@ -331,11 +319,8 @@ def _original(merged: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
 
 
 def _check(file: Path, kind: str, original: Original) -> float:
-    """How far the logits of a file are from the original's.
-
-    Raises:
-        StageError: further than its kind explains, or its tokenizer gives other ids.
-    """
+    """How far the logits of a file are from the original's. Raises StageError: further than its kind explains, or its
+    tokenizer gives other ids."""
     with quiet(), redirect_stderr(StringIO()):
         try:
             model, tokenizer = open_gguf(file, original.dtype)

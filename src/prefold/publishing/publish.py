@@ -40,11 +40,8 @@ def require_section(recipe: RecipeBase) -> Publish:
 
 
 def require_ready(recipe: RecipeBase) -> None:
-    """What would stop publishing after hours of training and can be told before it; asks nothing of the network.
-
-    Raises:
-        UserError: no token, a folder that is not to be replaced, or a model that cannot become GGUF.
-    """
+    """What would stop publishing after hours of training and can be told before it; asks nothing of the network. Raises
+    UserError: no token, a folder that is not to be replaced, or a model that cannot become GGUF."""
     if (section := recipe.publish) is None:
         return
     if section.hub_model_id:

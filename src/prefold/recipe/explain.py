@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import prod
@@ -60,7 +61,8 @@ def describe(
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return UserError(f"`{dotted}` is not a field", where=where, advice=_nearest(path, section, values))
     if kind in ("missing", "missing_argument"):
-        return UserError(f"`{dotted}` is missing", where=where, expected=_meaning(path, section))
+        meaning = section_fields(section, path[:-1]).get(path[-1], "").replace("\n", " ")
+        return UserError(f"`{dotted}` is missing", where=where, expected=meaning)
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")
         return UserError(f"`{dotted}`: {message}" if dotted else message, where=where)
@@ -72,8 +74,12 @@ def describe(
     )
 
 
+_BRANCH = re.compile(r"(Lora|int|str|float|none|bool)|(literal\[|list\[|dict\[|function-|judge:).*")
+"""What pydantic puts between the fields of a path: the branch of a union."""
+
+
 def _field_path(error: ErrorDetails) -> list[str]:
-    return [str(part) for part in error["loc"] if not _is_union_branch(str(part))]
+    return [part for part in map(str, error["loc"]) if not _BRANCH.fullmatch(part)]
 
 
 def _expected(message: str) -> str:
@@ -94,17 +100,6 @@ def _number_hint(got: Any) -> str:
     except (TypeError, ValueError):
         return ""
     return "write the number without quotes" if isinstance(got, str) else ""
-
-
-_BRANCHES = {"Lora", "int", "str", "float", "none", "bool"}
-
-
-def _is_union_branch(part: str) -> bool:
-    return part in _BRANCHES or part.startswith(("literal[", "list[", "dict[", "function-", "judge:"))
-
-
-def _meaning(path: Sequence[str], section: type[Section]) -> str:
-    return section_fields(section, path[:-1]).get(path[-1], "").replace("\n", " ")
 
 
 def _nearest(path: Sequence[str], section: type[Section], values: Mapping[str, Any]) -> str:

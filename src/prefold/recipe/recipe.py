@@ -79,14 +79,6 @@ class RecipeBase(Section):
         return self
 
     @model_validator(mode="after")
-    def measured_while_training(self) -> RecipeBase:
-        if self.train.eval_steps and ALGORITHMS[self.method].kind.samples:
-            raise ValueError(
-                f"`train.eval_steps` measures the loss of held-out pairs, and `{self.method}` has none; remove it"
-            )
-        return self
-
-    @model_validator(mode="after")
     def only_the_methods_own_section(self) -> RecipeBase:
         for name in ALGORITHMS:
             if name != self.method and getattr(self, name) is not None:
@@ -96,24 +88,24 @@ class RecipeBase(Section):
         return self
 
     @model_validator(mode="after")
-    def rewards_where_they_are_used(self) -> RecipeBase:
-        samples = self.algorithm.kind.samples
+    def the_method_uses_the_rest(self) -> RecipeBase:
+        samples, method = self.algorithm.kind.samples, f"`method: {self.method}`"
+        if self.train.eval_steps and samples:
+            raise ValueError(
+                f"`train.eval_steps` measures the loss of held-out pairs, and `{self.method}` has none; remove it"
+            )
         if samples and not self.rewards:
-            raise ValueError(f"`method: {self.method}` needs `rewards`, e.g. `rewards: [{{name: length, target: 50}}]`")
+            raise ValueError(f"{method} needs `rewards`, e.g. `rewards: [{{name: length, target: 50}}]`")
         if self.rewards and not samples:
-            raise ValueError(f"`rewards` would be ignored by `method: {self.method}`; remove them")
+            raise ValueError(f"`rewards` would be ignored by {method}; remove them")
         if samples and self.algorithm.needs_reference and self.lora == "none":
             raise ValueError(
                 f"`{self.method}.beta` compares with the model before training, which full fine-tuning does not keep; "
                 f"set `{self.method}.beta: 0`, or train LoRA"
             )
-        return self
-
-    @model_validator(mode="after")
-    def answered_where_something_answers(self) -> RecipeBase:
         idle = self.evaluate.changed(*Evaluate.model_fields)
         if idle and self.algorithm.kind.scores:
-            what = f"would be ignored by `method: {self.method}`, whose model scores answers and gives none; remove it"
+            what = f"would be ignored by {method}, whose model scores answers and gives none; remove it"
             raise ValueError(f"`evaluate.{idle[0]}` {what}")
         return self
 

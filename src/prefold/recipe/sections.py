@@ -177,6 +177,19 @@ class Data(Section):
         return self
 
 
+def schedulers() -> set[str]:
+    """transformers' schedules, without the two that follow a metric which training on steps does not have."""
+    from transformers.trainer_utils import SchedulerType
+
+    return {scheduler.value for scheduler in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
+
+
+def optimizers() -> set[str]:
+    from transformers.training_args import OptimizerNames
+
+    return {optimizer.value for optimizer in OptimizerNames}
+
+
 class Train(Section):
     """Field names and meanings are those of transformers' `TrainingArguments`, but for `batch_size` and
     `max_tokens`."""
@@ -230,14 +243,7 @@ class Train(Section):
     @field_validator("optim", "lr_scheduler_type")
     @classmethod
     def known_to_transformers(cls, value: str, info: ValidationInfo) -> str:
-        from transformers.trainer_utils import SchedulerType
-        from transformers.training_args import OptimizerNames
-
-        # Those two schedulers follow an evaluation metric that training on steps does not have.
-        schedulers = {scheduler.value for scheduler in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
-        known = (
-            schedulers if info.field_name == "lr_scheduler_type" else {optimizer.value for optimizer in OptimizerNames}
-        )
+        known = schedulers() if info.field_name == "lr_scheduler_type" else optimizers()
         if value not in known:
             raise ValueError(f"`{value}` is unknown; {did_you_mean(value, known) or ', '.join(sorted(known))}")
         return value

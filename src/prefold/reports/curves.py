@@ -145,23 +145,23 @@ def curves(run: RunRecord) -> list[Curve]:
 
 def _curve(kind: CurveKind, target: str, metrics: Sequence[Values]) -> Curve | None:
     steps = [finite(row.get("step")) or float(number) for number, row in enumerate(metrics, start=1)]
-    values = {line.metric: [finite(row.get(line.metric)) for row in metrics] for line in kind.lines}
-    known = {metric: [value for value in column if value is not None] for metric, column in values.items()}
+    values = {line.metric: [_number(row.get(line.metric)) for row in metrics] for line in kind.lines}
+    known = {metric: _known(column) for metric, column in values.items()}
     ends = [(line, known[line.metric][0], known[line.metric][-1]) for line in kind.lines if known[line.metric]]
     if not ends:
         return None
-    gaps = sum(None in row for row in zip(*values.values(), strict=True))
+    gaps = sum(any(map(math.isnan, row)) for row in zip(*values.values(), strict=True))
     window = math.ceil(len(metrics) / 20) if len(metrics) >= SMOOTH_FROM else 1
     plot = _plot(kind, target, steps, values, window)
     return Curve(kind, target, ends, percent if kind.is_share else decimal, gaps, window, plot)
 
 
-def _plot(kind: CurveKind, target: str, steps: list[float], values: dict[str, list[float | None]], window: int) -> Any:
+def _plot(kind: CurveKind, target: str, steps: list[float], values: dict[str, list[float]], window: int) -> Any:
     plot = figure(height=210, sizing_mode="stretch_width", tools=[], toolbar_location=None, min_border=0)
     plot.styles = Styles(width="100%")
-    columns = {"step": _thinned(list(steps))} | {line.metric: _thinned(values[line.metric]) for line in kind.lines}
+    columns = {"step": _thinned(steps)} | {line.metric: _thinned(values[line.metric]) for line in kind.lines}
     columns |= {f"{line.metric}~": _thinned(_moving_mean(values[line.metric], window)) for line in kind.lines}
-    source = ColumnDataSource({name: _with_gaps(column) for name, column in columns.items()})
+    source = ColumnDataSource(columns)
     for line in kind.lines:
         style: dict[str, Any] = {"source": source, "color": line.colour}
         if window > 1:
@@ -198,23 +198,24 @@ def _quiet_axes(plot: figure, kind: CurveKind) -> None:
         plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
 
 
-def _with_gaps(values: Sequence[float | None]) -> list[float]:
-    """Bokeh breaks a line where a value is NaN."""
-    return [math.nan if value is None else value for value in values]
+def _number(value: Any) -> float:
+    """NaN for what is no finite number: there bokeh breaks a line."""
+    number = finite(value)
+    return math.nan if number is None else number
 
 
-def _moving_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """Mean of the last `window` finite values up to each."""
-    means: list[float | None] = []
-    for index, value in enumerate(values):
-        recent = [item for item in values[max(0, index + 1 - window) : index + 1] if item is not None]
-        means.append(None if value is None else statistics.fmean(recent))
-    return means
+def _known(values: Sequence[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
 
 
-def _thinned(values: Sequence[float | None]) -> list[float | None]:
+def _moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values up to each, gaps left out; a gap stays one."""
+    recent = (_known(values[max(0, end - window) : end]) for end in range(1, len(values) + 1))
+    return [value if math.isnan(value) else statistics.fmean(last) for value, last in zip(values, recent, strict=True)]
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
     """At most `MOST_POINTS` values: means of neighbours, as many to each as it takes."""
-    size = math.ceil(len(values) / MOST_POINTS)
-    bins = (values[start : start + size] for start in range(0, len(values), max(size, 1)))
-    known = ([value for value in group if value is not None] for group in bins)
-    return [float(f"{statistics.fmean(group):.6g}") if group else None for group in known]
+    size = max(math.ceil(len(values) / MOST_POINTS), 1)
+    groups = (_known(values[start : start + size]) for start in range(0, len(values), size))
+    return [float(f"{statistics.fmean(group):.6g}") if group else math.nan for group in groups]

@@ -7,7 +7,8 @@ from typing import Any
 from prefold.reports.numbers import finite
 from prefold.reports.run_files import Values, as_list, objects, section
 
-SEVERITIES = ("error", "warning", "note")
+SEVERITIES = {"error": 0, "warning": 1, "note": 2}
+"""With the order in which they are shown."""
 ROW_COUNTS = {
     "rows_in": "Rows",
     "rows_filtered": "Filtered by where",
@@ -31,6 +32,7 @@ def data_tables(data: Values) -> Values:
     """`counted` and `tokens` are labels by what is counted, of `sources` and of `splits`."""
     sources, tokens = objects(data.get("sources")), section(data, "tokens")
     splits = {name: section(tokens, name) for name in tokens if section(tokens, name)}
+    findings = map(_finding, objects(data.get("findings")))
     sampled = all(counts.get("completions") == 0 for counts in splits.values())
     return {
         "sources": sources,
@@ -43,7 +45,7 @@ def data_tables(data: Values) -> Values:
         },
         "separation": section(data, "separation"),
         "histogram": histogram(section(data, "separation")),
-        "findings": sorted(map(_finding, objects(data.get("findings"))), key=_severity),
+        "findings": sorted(findings, key=lambda finding: SEVERITIES.get(str(finding["severity"]), 3)),
         "examples": [example(shown) for shown in objects(data.get("examples"))],
         "fingerprints": section(data, "fingerprint"),
     }
@@ -81,8 +83,3 @@ def rows_of(finding: Values, most: int = 8) -> str:
     total = finite(finding.get("count"))
     left = int(len(rows) if total is None else total) - min(len(rows), most)
     return "; ".join([*named, *([f"and {left:,} more"] if named and left > 0 else [])])
-
-
-def _severity(finding: Values) -> int:
-    severity = finding["severity"]
-    return SEVERITIES.index(severity) if severity in SEVERITIES else len(SEVERITIES)

@@ -26,8 +26,8 @@ from prefold.reports.held_out import accuracies_of, accuracy_digits, columns_of,
 from prefold.reports.numbers import count, counted, duration, finite
 from prefold.reports.plan import change_title, memory_rows, plan_lines
 from prefold.reports.rollouts import sampled
-from prefold.reports.run_files import RunRecord, Values, as_list, cleaned, objects, read_run, section, turns
-from prefold.reports.tasks import judge_of, score_table, task_table, win_rate_facts
+from prefold.reports.run_files import RunRecord, Values, as_list, cleaned, read_run, section, turns
+from prefold.reports.tasks import judge_of, score_table, task_table
 from prefold.reports.templates import page_template
 from prefold.reports.verdict import overall
 
@@ -93,17 +93,14 @@ def render(run: RunRecord) -> str:
         other_models=list(section(run.compared, "models")),
         other_scores=score_table(section(run.compared, "models")),
         judge=judge_of(run.win_rate or {}),
-        win_rate_facts=win_rate_facts(run.win_rate or {}),
         system=shared_system(run.samples),
         exchanges=exchanges(run.samples),
         curves=drawn,
         metrics=metric_rows(run.metrics),
         rollouts=sampled(run),
-        guards=guard_events(run.guards),
         data=data_tables(run.data) if run.data else None,
         stages=stage_costs(run.timing),
         step_facts=step_facts(run.timing),
-        environment=environment_rows(run.environment or {}),
         plots=script_safe_json([curve.plot for curve in drawn]),
         scripts=scripts,
         script_hashes=[_hash(script) for script in scripts],
@@ -166,25 +163,6 @@ def _known(rows: Sequence[Values], name: str) -> list[float]:
     return [value for row in rows if (value := finite(row.get(name))) is not None]
 
 
-CONSEQUENCES = {
-    "stop": "Training stopped.",
-    "roll_back": "Training went back to step {after}, and on from there at half the rate.",
-    "lower_rate": "The rate was halved from there on.",
-}
-
-
-def guard_events(guards: Values | None) -> list[Values] | None:
-    """What guards saw while training, and what was done; None where there were none."""
-    if guards is None:
-        return None
-    return [
-        dict.fromkeys(("guard", "step", "message", "rows", "advice"), "")
-        | event
-        | {"consequence": CONSEQUENCES.get(str(event.get("action")), "").format(after=count(event.get("after")))}
-        for event in objects(guards.get("events"))
-    ]
-
-
 def stage_costs(timing: Sequence[Values]) -> dict[str, tuple[float, float]]:
     """Seconds and peak memory (MB) by stage, in the order in which they ran; a stage that was resumed counts as one."""
     costs: dict[str, tuple[float, float]] = {}
@@ -206,9 +184,3 @@ def step_facts(timing: Sequence[Values]) -> list[tuple[str, float, Callable[[Any
     if len(tokens) == len(seconds) and sum(seconds) > 0:
         facts.append(("tokens per second", sum(tokens) / sum(seconds), count))
     return facts
-
-
-def environment_rows(environment: Values) -> list[tuple[str, Any]]:
-    rows = {name: value for name, value in environment.items() if name != "packages" and value is not None}
-    packages = section(environment, "packages")
-    return [(name.replace("_", " "), value) for name, value in [*rows.items(), *packages.items()]]

@@ -45,41 +45,33 @@ def memory_rows(plan: Values) -> Iterator[list[str]]:
     for name in names:
         sizes = [parts.get(name, 0) for parts in phases]
         if any(sizes):
-            yield [name, *(size(one) if one else "" for one in sizes)]
+            yield [name, *(size(memory) if memory else "" for memory in sizes)]
     yield ["peak", *map(size, plan["peaks"].values())]
 
 
 def plan_lines(plan: Values) -> list[tuple[str, str]]:
     """Label and text; each fits a line of a terminal."""
-    steps = f"{plan['optimizer_steps']:,} optimizer steps of {plan['batch_size']} rows, in {plan['dtype']}"
-    where = DEVICES[plan["device"]]
-    verdict = "fits" if plan["fits"] else "does not fit"
-    lines = [
-        ("steps", steps),
-        ("fits", f"{verdict} into {size(plan['at_hand'])} of {where}"),
-        ("budget", _budget(plan)),
-    ]
-    saved = "" if plan["packed"] else ", plain path"
+    disk, largest = plan["disk"], plan["largest_budget"]
+    shared = "" if plan["packed"] else ", plain path"
     if plan["packed"] and plan["plain_tokens"] > plan["tokens"]:
-        saved = f"; {plan['plain_tokens'] / plan['tokens']:.2f} times as many without shared prompts"
-    lines.append(("tokens", f"{about_count(plan['tokens'])} in all{saved}"))
-    lines.append(("work", f"{about_count(plan['flops'])} FLOPs of training"))
-    if plan["seconds"]:
-        parts = ", ".join(f"{phase} {about_duration(value)}" for phase, value in plan["seconds"].items())
-        lines.append(("time", parts + _untimed(plan)))
-    disk = plan["disk"]
-    parts = ", ".join(f"{name} {size(disk[name])}" for name in ("checkpoints", "adapter", "merged") if disk[name])
-    lines.append(("disk", f"{parts}; {size(disk['free'])} free"))
-    return lines
+        shared = f"; {plan['plain_tokens'] / plan['tokens']:.2f} times as many without shared prompts"
+    more = "not even the largest row fits" if largest is None else f"up to {largest:,} fit"
+    seconds = ", ".join(f"{phase} {about_duration(value)}" for phase, value in (plan["seconds"] or {}).items())
+    kept = ", ".join(f"{name} {size(disk[name])}" for name in ("checkpoints", "adapter", "merged") if disk[name])
+    fits = "fits" if plan["fits"] else "does not fit"
+    return [
+        ("steps", f"{plan['optimizer_steps']:,} optimizer steps of {plan['batch_size']} rows, in {plan['dtype']}"),
+        ("fits", f"{fits} into {size(plan['at_hand'])} of {DEVICES[plan['device']]}"),
+        ("budget", f"{plan['budget']:,} tokens at a time; {more}"),
+        ("tokens", f"{about_count(plan['tokens'])} in all{shared}"),
+        ("work", f"{about_count(plan['flops'])} FLOPs of training"),
+        *([("time", seconds + _untimed(plan))] if seconds else []),
+        ("disk", f"{kept}; {size(disk['free'])} free"),
+    ]
 
 
 def _untimed(plan: Values) -> str:
     return f" without {', '.join(plan['untimed'])}" if plan["untimed"] else ""
-
-
-def _budget(plan: Values) -> str:
-    at_once, largest = f"{plan['budget']:,} tokens at a time", plan["largest_budget"]
-    return at_once + ("; not even the largest row fits" if largest is None else f"; up to {largest:,} fit")
 
 
 def change_title(plan: Values) -> str:

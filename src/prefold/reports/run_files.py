@@ -116,13 +116,11 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
         ) from None
 
 
-def _read_object(path: Path) -> Values | None:
-    values: Values | None = _read(path, _parse_object)
-    return values
+def _read_object(path: Path) -> Any:
+    return _read(path, lambda text: _cleaned_object(json.loads(text)))
 
 
-def _parse_object(text: str) -> Values:
-    value = json.loads(text)
+def _cleaned_object(value: Any) -> Values:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return {readable(key): cleaned(item) for key, item in value.items()}
@@ -139,15 +137,12 @@ def _parse_lines(text: str) -> list[Values]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(_cleaned_object(json.loads(line)))
         except ValueError as error:
             # A run that is still going, or was killed, may have half a line at the end.
             if number == len(lines):
                 break
             raise ValueError(f"line {number}: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number}: not an object")
-        rows.append(cleaned(row))
     return rows
 
 

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from prefold.reports.numbers import MINUS, change, count, counted, finite, interval
+from prefold.reports.numbers import change, count, counted, finite, interval
 from prefold.reports.run_files import Values, as_list, objects, section
 
 Outcome = Literal["better", "worse", "mixed", "unclear", "missing"]
@@ -69,7 +68,8 @@ class TaskTable(NamedTuple):
     reach: float
     flipped: list[tuple[str, Any, bool, list[Values]]]
     left_out: dict[str, Any]
-    remarks: list[str]
+    settings: Values
+    none_trained_on: bool
 
 
 def task_table(comparison: Values | None) -> TaskTable | None:
@@ -92,7 +92,8 @@ def task_table(comparison: Values | None) -> TaskTable | None:
             if (questions := objects(section(facts, "flipped").get(direction)))
         ],
         left_out=section(comparison, "left_out"),
-        remarks=_remarks(comparison),
+        settings=section(comparison, "settings"),
+        none_trained_on=none_trained_on(comparison),
     )
 
 
@@ -105,18 +106,6 @@ def _reach(rows: Iterable[Values]) -> float:
     ends = [(*interval(facts.get("ci")), finite(facts.get("difference"))) for facts in shares]
     largest = max((abs(end) for row in ends for end in row if end), default=0.0)
     return next((reach for reach in _REACHES if reach >= largest), 1.0)
-
-
-def _remarks(comparison: Values | None) -> list[str]:
-    """How the tasks were asked, as far as it is recorded, and whether the model knew the questions."""
-    settings = section(comparison, "settings")
-    remarks = [f"Asked by {settings['harness']}."] if settings.get("harness") else []
-    if "apply_chat_template" in settings:
-        remarks.append(f"Chat template {'applied' if settings['apply_chat_template'] else 'off'}, on both sides.")
-    if settings.get("limit"):
-        remarks.append(f"The first {count(settings['limit'])} questions of each task.")
-    remarks += ["None of the questions stands in the training data."] if none_trained_on(comparison) else []
-    return remarks + [f"{name}: {text}" for name, text in section(settings, "suites").items()]
 
 
 def none_trained_on(comparison: Values | None) -> bool:
@@ -163,22 +152,6 @@ def in_words(facts: Values) -> str:
     return "no difference shown" if outcome == "unclear" else outcome
 
 
-def smallest_shown(facts: Values) -> str:
-    """The smallest difference that could have been shown, where none was."""
-    if "detectable" not in facts or in_words(facts) != "no difference shown":
-        return ""
-    if facts["detectable"] is None:
-        return "too few to show any"
-    return f"could show {change(facts['detectable'], True).lstrip('+')} points or more" if are_shares(facts) else ""
-
-
-def flips(facts: Values) -> str:
-    fixed, broken = facts.get("fixed"), facts.get("broken")
-    if finite(fixed) is None or finite(broken) is None:
-        return ""
-    return f"+{count(fixed)} / {MINUS}{count(broken)} answers"
-
-
 def whisker(value: Any, ci: Any, reach: float | None = None) -> tuple[float, float, float] | None:
     """Where an interval begins and ends, and where its value is, in percent of the scale from `-reach` to `reach`;
     without `reach`, from 0 to 1."""
@@ -193,36 +166,6 @@ def whisker(value: Any, ci: Any, reach: float | None = None) -> tuple[float, flo
     return low, high, dot
 
 
-# ---- win rate ---------------------------------------------------------------------------------------------------
-
-COUNTS = {"prompts": "prompts", "wins": "better", "ties": "even", "losses": "worse"}
-LEFT_OUT = {
-    "no_verdict": "replies that name neither answer",
-    "refused": "refused by the endpoint",
-    "no_score": "without a score",
-}
-
-
 def judge_of(win_rate: Values) -> str:
     judge = section(win_rate, "judge")
     return str(judge.get("model") or judge.get("name") or "an unnamed judge")
-
-
-def win_rate_facts(win_rate: Values) -> list[tuple[str, str]]:
-    facts = [(label, count(win_rate[name])) for name, label in COUNTS.items() if finite(win_rate.get(name)) is not None]
-    left_out = section(win_rate, "left_out")
-    facts += [(label, count(left_out[name])) for name, label in LEFT_OUT.items() if finite(left_out.get(name))]
-    if lengths := section(win_rate, "characters"):
-        before, after = (_whole(lengths.get(when)) for when in ("before", "after"))
-        facts.append(("characters of an answer", f"{before} \u2192 {after}"))
-    cost = section(section(win_rate, "judge"), "cost")
-    if finite(cost.get("calls")) is not None:
-        facts.append(("calls of the judge", count(cost["calls"])))
-    tokens = sum(finite(cost.get(name)) or 0.0 for name in ("prompt_tokens", "completion_tokens"))
-    return facts + ([("tokens of the judge", count(tokens))] if tokens else [])
-
-
-def _whole(value: Any) -> str:
-    """Halves up, where formatting rounds them to even."""
-    number = finite(value)
-    return count(None if number is None else math.floor(number + 0.5))

@@ -20,7 +20,7 @@ NUMBERS = (
     *(numbers.duration, numbers.memory, numbers.score, numbers.change, numbers.written),
 )
 TEXTS = (
-    *(tasks.note, tasks.in_training_data, tasks.in_words, tasks.smallest_shown, tasks.flips, tasks.whisker),
+    *(tasks.note, tasks.in_training_data, tasks.in_words, tasks.whisker),
     *(tasks.outcome_of, tasks.are_shares, numbers.ends, numbers.counted, as_list, objects, section, turns),
 )
 

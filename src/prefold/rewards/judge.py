@@ -8,13 +8,13 @@ reasons that a judge may be asked for first, and its token probabilities, which 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 from prefold.data.preference import Message
-from prefold.generation.endpoint import Endpoint
+from prefold.generation.endpoint import Endpoint, Refused, in_parallel
 from prefold.generation.journal import Journal, key_of
 
 _QUESTION = """\
@@ -52,6 +52,23 @@ class Judge:
         folder = cache / "judge"
         folder.mkdir(parents=True, exist_ok=True)
         return cls(endpoint, Journal(folder / f"{key_of(endpoint.url, endpoint.model)}.jsonl"))
+
+    def all_shares(
+        self, groups: Sequence[tuple[Sequence[Message], Sequence[str]]], workers: int
+    ) -> Iterator[tuple[int, list[float] | NoVerdict | Refused]]:
+        """For each prompt with its completions, by its index and in any order: their `shares`, or why there are none.
+
+        Raises:
+            UserError: the endpoint fails.
+        """
+
+        def shares(index: int) -> list[float] | NoVerdict | Refused:
+            try:
+                return self.shares(*groups[index])
+            except (NoVerdict, Refused) as failure:
+                return failure
+
+        return in_parallel(shares, range(len(groups)), workers)
 
     def shares(self, prompt: Sequence[Message], completions: Sequence[str]) -> list[float]:
         """For each completion the share of the others that it was preferred to; a tie is one half.

@@ -92,11 +92,8 @@ def compare_with(names: Sequence[str], baseline: Sequence[TaskScores], settings:
 
 
 def require_models(names: Sequence[str]) -> None:
-    """Look at models without fetching or converting any.
-
-    Raises:
-        UserError: one of them is not there, is no model folder, or is a run without a merged model.
-    """
+    """Look at models without fetching or converting any. Raises UserError: one of them is not there, is no model
+    folder, or is a run without a merged model."""
     for name in names:
         model = _side(name).section.name
         path = Path(model).expanduser()
@@ -105,11 +102,8 @@ def require_models(names: Sequence[str]) -> None:
 
 
 def read_scores(path: Path) -> list[TaskScores]:
-    """What a run has written of its tasks; nothing where it was asked none.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """What a run has written of its tasks; nothing where it was asked none. Raises UserError: the file cannot be
+    read."""
     if not path.is_file():
         return []
     try:

@@ -56,11 +56,8 @@ class Run:
         return prepare(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
 
     def checked_data(self) -> Prepared:
-        """The data that the run began with.
-
-        Raises:
-            UserError: the data, or another file that the run reads, has changed since.
-        """
+        """The data that the run began with. Raises UserError: the data, or another file that the run reads, has changed
+        since."""
         require_unchanged(read_json(self.folder / "data.json"), self.as_read(self.prepared), self.recipe.output_dir)
         return self.prepared
 

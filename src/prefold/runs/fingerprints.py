@@ -46,10 +46,7 @@ def inputs_of(recipe: RecipeBase) -> dict[str, str]:
 
 def require_unchanged(began: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
     """Compare what `data.json` holds with what a check finds now. A reward may be mended under way, and that is said.
-
-    Raises:
-        UserError: something else differs; says what.
-    """
+    Raises UserError: something else differs; says what."""
     was, now = began["fingerprint"], current["fingerprint"]
     differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     changed = [name for name in differing if not name.startswith("reward file ")]

@@ -66,11 +66,8 @@ def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool) -> None:
 
 
 def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
-    """The stages whose outputs in a run folder a changed recipe would make differently.
-
-    Raises:
-        UserError: training has begun with other settings.
-    """
+    """The stages whose outputs in a run folder a changed recipe would make differently. Raises UserError: training has
+    begun with other settings."""
     if not (folder / "recipe.yaml").is_file():
         return []
     old = _by_dotted_path(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))

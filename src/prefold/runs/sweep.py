@@ -105,9 +105,6 @@ def sweep(recipe: str, overrides: Sequence[str] = (), *, output: str | None = No
     return comparison
 
 
-# ---- the grid ---------------------------------------------------------------------------------------------------
-
-
 def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
     """Values by the dotted paths of the fields that have several, and the other overrides.
 
@@ -141,11 +138,8 @@ def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[s
 def _points(
     recipe: str, swept: Mapping[str, list[Any]], fixed: Sequence[str], output: str | None
 ) -> tuple[list[Point], Path]:
-    """The runs in the order of the grid, the last field's values the fastest, and their folder.
-
-    Raises:
-        UserError: one of them cannot be a recipe.
-    """
+    """The runs in the order of the grid, the last field's values the fastest, and their folder. Raises UserError: one
+    of them cannot be a recipe."""
     grid = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
     folder = output or f"{load_recipe(recipe, [*fixed, *_overrides(grid[0])]).output_dir}-sweep"
     labels = _labels(list(swept))
@@ -189,15 +183,9 @@ def _in_a_name(value: Any) -> str:
     return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-# ---- before the first run starts --------------------------------------------------------------------------------
-
-
 def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
-    """The folder is new, or holds this sweep or a part of it: the best of many is told by how many there were.
-
-    Raises:
-        UserError: it holds something else, or runs with other settings.
-    """
+    """The folder is new, or holds this sweep or a part of it: the best of many is told by how many there were. Raises
+    UserError: it holds something else, or runs with other settings."""
     where, advice = without_home(str(folder)), "take another folder: `--output DIR`"
     if not (folder / FACTS).is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -244,9 +232,6 @@ def _measured_by(point: Point) -> tuple[Any, ...]:
         what = "nothing is held out to choose by"
         raise UserError(what, where="`data`", advice="set `eval_fraction`, or name `eval`")
     return (run.prepared.fingerprints["held_out"], *measured)
-
-
-# ---- running and comparing --------------------------------------------------------------------------------------
 
 
 def _failure_of(run: Run) -> str:

@@ -95,15 +95,23 @@ def head_computes(layer: nn.Module, score: Callable[[Tensor], T]) -> Iterator[li
 
     The model's `forward` gets a stand-in for the logits that carries no information.
     """
-    before, results = vars(layer).get("forward"), []
+    results: list[T] = []
 
     def forward(hidden: Tensor) -> Tensor:
         results.append(score(hidden))
         return hidden[..., :1].detach()
 
+    with computing_by(layer, forward):
+        yield results
+
+
+@contextmanager
+def computing_by(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """While open, a layer computes `forward`; its hooks stay."""
+    before = vars(layer).get("forward")
     layer.forward = forward
     try:
-        yield results
+        yield
     finally:
         del layer.forward
         if before is not None:

@@ -12,15 +12,22 @@ import pytest
 
 from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
-from prefold.evaluation.win_rate import LEAST_PROMPTS, Asked, length_controlled, measure_win_rate, open_judge, win_rate
+from prefold.evaluation.win_rate import (
+    LEAST_PROMPTS,
+    AnswerPair,
+    length_controlled,
+    measure_win_rate,
+    open_judge,
+    win_rate,
+)
 from prefold.generation.endpoint import Refused
 from prefold.recipe import Reward, dump_recipe, load_recipe
 from prefold.rewards.judge import NoVerdict
 
 
-def asked(*lengths: tuple[int, int]) -> list[Asked]:
+def asked(*lengths: tuple[int, int]) -> list[AnswerPair]:
     prompt = [Message(role="user", content="Why?")]
-    return [Asked(place, prompt, "b" * one, "a" * other) for place, (one, other) in enumerate(lengths)]
+    return [AnswerPair(place, prompt, "b" * one, "a" * other) for place, (one, other) in enumerate(lengths)]
 
 
 def samples(*answers: tuple[str, str]) -> list[dict[str, Any]]:
@@ -67,7 +74,7 @@ def test_a_reward_that_needs_a_column_is_refused_when_it_is_opened() -> None:
 def test_several_answers_to_a_prompt_are_one_observation() -> None:
     """Eight wins on one prompt are no evidence; on eight prompts they are."""
     prompt = [Message(role="user", content="Why?")]
-    together = [Asked(0, prompt, "b", "a")] * 8
+    together = [AnswerPair(0, prompt, "b", "a")] * 8
     found = win_rate(together, [1.0] * 8)
     assert (found["prompts"], found["comparisons"], found["p_value"]) == (1, 8, 1.0)
     apart = win_rate(asked(*[(1, 1)] * 8), [1.0] * 8)
