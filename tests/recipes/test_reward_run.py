@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from run_files import lines
 from tiny import tiny_llama
 from tiny_tokenizer import CHATML, LLAMA3, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -17,7 +18,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import prefold
 from prefold.data.preference import Message
 from prefold.errors import UserError
-from prefold.models import device as devices
 from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
 from prefold.reports.card import render_card
 from prefold.rewards.load import load_rewards
@@ -27,10 +27,6 @@ from prefold.training.loop import TrainingLoop
 MakeRecipe = Callable[..., RecipeBase]
 QUESTIONS = ["Say word 3", "Say word 50"]
 ANSWERS = ["WORD 3!", "word 50, maybe, and then some"]
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
@@ -86,10 +82,7 @@ def scores_as_reward(folder: Path) -> list[float | None]:
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward models are opened in the dtype of the device."""
-    chosen = devices.choose_dtype
-    monkeypatch.setattr(
-        devices, "choose_dtype", lambda setting, device: chosen("float32" if setting == "auto" else setting, device)
-    )
+    monkeypatch.setattr("prefold.rewards.reward_model.choose_dtype", lambda setting, device: torch.float32)
 
 
 @pytest.mark.parametrize(("lora", "attention"), [({"r": 4}, "trees"), ({"r": 4}, "sdpa"), ("none", "trees")])
@@ -230,7 +223,7 @@ def test_going_on_with_a_reward_model(recipe: MakeRecipe, tmp_path: Path) -> Non
     ("changes", "message"),
     [
         ({"rewards": [{"name": "length", "target": 5}]}, "`rewards` would be ignored by `method: reward`"),
-        ({"evaluate": {"prompts": 3}}, r"`evaluate.prompts` would be ignored by `method: reward`"),
+        ({"evaluate": {"prompts": 3}}, r"`evaluate.max_new_tokens` would be ignored by `method: reward`"),
         ({"reward": {"center_rewards_coefficient": -1.0}}, "center_rewards_coefficient must be greater than 0"),
         ({"reward": {"beta": 0.1}}, r"`reward\.beta` is not a field"),
         ({"method": "dpo", "reward": {}}, "a section `reward` beside `method: dpo` would be ignored"),
