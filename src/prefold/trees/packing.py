@@ -68,9 +68,9 @@ class PackedTrees:
     """Several trees as one row of `T` tokens, laid out in `nodes`, each of which stands before what continues it.
 
     `predictors` are indices into the row, `targets` token ids, one for each of the `S` tokens of completions;
-    `completion` is the completion of the row that each belongs to, `lengths` the tokens of each of `N` completions. Where
-    prompts are scored too, their `P` tokens from the second one on are the last of `predictors` and `targets`, and
-    `owner` is the tree that each of them belongs to.
+    `completion` is the completion of the row that each belongs to, `lengths` the tokens of each of `N` completions.
+    Where prompts are scored too, their `P` tokens from the second one on are the last of `predictors` and `targets`,
+    and `owner` is the tree that each of them belongs to.
     """
 
     trees: tuple[TokenTree, ...]
