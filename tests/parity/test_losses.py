@@ -48,7 +48,6 @@ from prefold.algorithms import (
     SigmoidNorm,
     SimPO,
 )
-from prefold.algorithms.kto import mismatched
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
 
@@ -466,8 +465,9 @@ def test_kto_mismatches_as_trl_does(tmp_path: Path) -> None:
     trainer = bare(KTOTrainer, calculate_KL=True, _tokenizer=tokenizer, desirable_weight=1.0, undesirable_weight=1.0)
     prepared = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, args, "train")
     trees = [TokenTree(tuple(row["prompt_ids"]), (tuple(row["completion_ids"]),)) for row in prepared]
-    assert [list(tree.completions[0]) for tree in mismatched(trees)] == prepared["KL_completion_ids"][:]
-    assert [tree.prompt for tree in mismatched(trees)] == [tree.prompt for tree in trees]
+    mismatched = KTO().further_trees(trees)["mismatched"]
+    assert [list(tree.completions[0]) for tree in mismatched] == prepared["KL_completion_ids"][:]
+    assert [tree.prompt for tree in mismatched] == [tree.prompt for tree in trees]
 
 
 # ---- RewardTrainer -----------------------------------------------------------------------------------------------
