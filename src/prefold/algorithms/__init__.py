@@ -6,7 +6,7 @@ To add one: a file here, a line in `ALGORITHMS`, a test in `tests/unit/algorithm
 
 from prefold.algorithms.aot import AOT, AOTUnpaired
 from prefold.algorithms.apo import APODown, APOZero
-from prefold.algorithms.base import NO_STATE, PAIRED, Algorithm, Draws, Extreme, LossOutput, Mean, Metric, State
+from prefold.algorithms.base import NO_STATE, PAIRED, Algorithm, Draws, Extreme, Kind, LossOutput, Mean, Metric, State
 from prefold.algorithms.bco import BCO
 from prefold.algorithms.cpo import CPO
 from prefold.algorithms.discopop import DiscoPOP
@@ -52,4 +52,37 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 }
 Mixed.of_pairs = {name: method for name, method in ALGORITHMS.items() if method.kind == PAIRED and method is not Mixed}
 
-__all__ = ["ALGORITHMS", "NO_STATE", "Algorithm", "Draws", "Extreme", "LossOutput", "Mean", "Metric", "State"]
+__all__ = [
+    "ALGORITHMS",
+    "AOT",
+    "BCO",
+    "CPO",
+    "DPO",
+    "EXO",
+    "GRPO",
+    "IPO",
+    "KTO",
+    "NCA",
+    "NO_STATE",
+    "ORPO",
+    "SFT",
+    "SPPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "Algorithm",
+    "BradleyTerry",
+    "DiscoPOP",
+    "Draws",
+    "Extreme",
+    "Hinge",
+    "Kind",
+    "LossOutput",
+    "Mean",
+    "Metric",
+    "Mixed",
+    "Robust",
+    "SigmoidNorm",
+    "SimPO",
+    "State",
+]

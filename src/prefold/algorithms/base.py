@@ -105,16 +105,15 @@ class Bound(NamedTuple):
 
 
 POSITIVE = Bound(lambda value: value > 0, "greater than 0")
-NOT_NEGATIVE = Bound(lambda value: value >= 0, "0 or more")
-UP_TO_HALF = Bound(lambda value: 0 <= value < 0.5, "at least 0 and less than 0.5")
 Positive = Annotated[float, POSITIVE]
-NotNegative = Annotated[float, NOT_NEGATIVE]
-Smoothing = Annotated[float, UP_TO_HALF]
+NotNegative = Annotated[float, Bound(lambda value: value >= 0, "0 or more")]
+Smoothing = Annotated[float, Bound(lambda share: 0 <= share < 0.5, "at least 0 and less than 0.5")]
 
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Settings of a method as fields; what it needs as class attributes, or as properties where a setting decides."""
+    """Settings of a method as fields, their bounds in their types; what it needs as class attributes, or as properties
+    where a setting decides."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
 

@@ -3,8 +3,8 @@
     losses: [{name: dpo, weight: 0.8, beta: 0.1}, {name: sft, weight: 0.2}]
 
 Each entry is the name of another method on pairs, its weight (unset: 1) and its settings; the loss of the step is the
-sum of weight * loss, each loss a mean of its own. Unset, the mixture is the paper's: DPO for the
-preference, BCO for the quality, supervised fine-tuning for the generation.
+sum of weight * loss, each loss a mean of its own. Unset, mixture and weights are the paper's: DPO for the preference,
+BCO for the quality, supervised fine-tuning for the generation.
 Left out: metrics of each part. Where several parts have a metric, it is that of the first.
 """
 
