@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from prefold.algorithms import ALGORITHMS, DPO, Algorithm
+from prefold.algorithms import ALGORITHMS, Algorithm
+from prefold.algorithms.dpo import DPO
 from prefold.algorithms.pairwise import ByDifference, Pairwise
 
 HEADING = """\

@@ -15,7 +15,7 @@ from test_packed_is_plain import Fault, leaking_sibling, position_off_by_one, wr
 from tiny import gradients, random_trees, with_lora
 from torch import Tensor, nn
 
-from prefold.algorithms import GRPO
+from prefold.algorithms.grpo import GRPO
 from prefold.trees.head import Statistics
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer

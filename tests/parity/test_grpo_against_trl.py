@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from prefold.algorithms import GRPO
+from prefold.algorithms.grpo import GRPO
 from prefold.data.examples import Example, Examples
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.generation.sampling import Completion

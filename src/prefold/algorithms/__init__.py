@@ -52,37 +52,4 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 }
 Mixed.of_pairs = {name: method for name, method in ALGORITHMS.items() if method.kind == PAIRED and method is not Mixed}
 
-__all__ = [
-    "ALGORITHMS",
-    "AOT",
-    "BCO",
-    "CPO",
-    "DPO",
-    "EXO",
-    "GRPO",
-    "IPO",
-    "KTO",
-    "NCA",
-    "NO_STATE",
-    "ORPO",
-    "SFT",
-    "SPPO",
-    "AOTUnpaired",
-    "APODown",
-    "APOZero",
-    "Algorithm",
-    "BradleyTerry",
-    "DiscoPOP",
-    "Draws",
-    "Extreme",
-    "Hinge",
-    "Kind",
-    "LossOutput",
-    "Mean",
-    "Metric",
-    "Mixed",
-    "Robust",
-    "SigmoidNorm",
-    "SimPO",
-    "State",
-]
+__all__ = ["ALGORITHMS", "NO_STATE", "Algorithm", "Draws", "Extreme", "Kind", "LossOutput", "Mean", "Metric", "State"]

@@ -19,19 +19,15 @@ _BLOCKS = ("data.train", "data.eval", "rewards", "mixed.losses")
 
 def nested(draft: Draft) -> dict[str, Any]:
     """The values of the recipe, in the order in which a recipe has its fields."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for section in section_fields(Recipe):
-        dotted = [field for field in draft.values if field == section or field.startswith(section + ".")]
+        if draft.values.get(section) is not None:
+            values[section] = draft.values[section]
         order = list(section_fields(Recipe, [section]))
-        for field in sorted(dotted, key=lambda one: order.index(_last(one)) if _last(one) in order else -1):
-            value = draft.values[field]
-            if value is None:
-                continue
-            if field == section:
-                found[section] = value
-            else:
-                found.setdefault(section, {})[_last(field)] = value
-    return found
+        own = {_last(field): value for field, value in draft.values.items() if field.startswith(f"{section}.")}
+        if own := {name: value for name, value in own.items() if value is not None}:
+            values[section] = {name: own[name] for name in sorted(own, key=lambda name: [*order, name].index(name))}
+    return values
 
 
 def recipe_text(draft: Draft, heading: list[str]) -> str:

@@ -68,7 +68,7 @@ class Where:
             UserError: for the first that was, with the nearest name.
         """
         for column in self._columns:
-            if column.found or not column.beside:
+            if column.seen or not column.beside:
                 continue
             beside = sorted(column.beside)
             advice = did_you_mean(column.parts[-1], beside)
@@ -102,12 +102,12 @@ class Where:
         """`a < b <= c` holds where each neighbouring two do."""
         values = [self._translate(node) for node in nodes]
         links = []
-        for place, op in enumerate(ops):
-            beside = nodes[place : place + 2]
+        for index, op in enumerate(ops):
+            beside = nodes[index : index + 2]
             compare = _NULL_TESTS.get(type(op)) if any(map(_is_null, beside)) else _COMPARISONS.get(type(op))
             if compare is None:
-                raise self._refused(nodes[place + 1])
-            links.append((compare, values[place], values[place + 1], " and ".join(map(ast.unparse, beside))))
+                raise self._refused(nodes[index + 1])
+            links.append((compare, values[index], values[index + 1], " and ".join(map(ast.unparse, beside))))
         return lambda row: all(compare(left(row), right(row), text) for compare, left, right, text in links)
 
     def _literal(self, node: ast.expr) -> Any:
@@ -148,7 +148,7 @@ class _Column:
     """Names and places that lead to a value; `beside` are the names that were there where one of them was not."""
 
     parts: tuple[str | int, ...]
-    found: bool = False
+    seen: bool = False
     beside: set[str] = field(default_factory=set)
 
     def __call__(self, row: Row) -> Any:
@@ -165,7 +165,7 @@ class _Column:
                 here = here[part]
             else:
                 raise Mismatch(f"`{self}`: {json_type(here)} has no `{part}`")
-        self.found = True
+        self.seen = True
         return here
 
     def __str__(self) -> str:
@@ -210,7 +210,7 @@ def _compared(compare: Callable[[Any, Any], bool], ordered: bool = False) -> Cal
 
 
 def _contained(wanted: bool) -> Callable[[Any, Any, str], bool]:
-    def found(left: Any, right: Any, text: str) -> bool:
+    def contained(left: Any, right: Any, text: str) -> bool:
         if left is None or right is None:
             return False
         if isinstance(right, list):
@@ -220,7 +220,7 @@ def _contained(wanted: bool) -> Callable[[Any, Any, str], bool]:
             return (left in right) is wanted
         raise Mismatch(f"{text}: {json_type(left)} cannot be in {json_type(right)}")
 
-    return found
+    return contained
 
 
 def _is_null(node: ast.expr) -> bool:

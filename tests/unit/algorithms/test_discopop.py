@@ -8,7 +8,7 @@ import pytest
 import torch
 from of_pairs import by_ratios, pairs_apart
 
-from prefold.algorithms import DiscoPOP
+from prefold.algorithms.discopop import DiscoPOP
 
 
 def test_numbers_by_hand() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from of_pairs import by_ratios, pairs_apart
 
-from prefold.algorithms import EXO
+from prefold.algorithms.exo import EXO
 
 
 def test_numbers_by_hand() -> None:

@@ -11,8 +11,8 @@ import torch
 from preference_batches import logprobs, metric_means, step_loss
 from torch import Tensor
 
-from prefold.algorithms import GRPO, LossOutput
-from prefold.algorithms.grpo import k3
+from prefold.algorithms import LossOutput
+from prefold.algorithms.grpo import GRPO, k3
 from prefold.trees.head import Statistics
 from prefold.trees.packing import TokenTree
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from preference_batches import logprobs, metric_means, step_loss
 
-from prefold.algorithms import KTO
+from prefold.algorithms.kto import KTO
 from prefold.trees.packing import TokenTree
 
 

@@ -86,8 +86,7 @@ def test_splitting_changes_nothing_unless_the_step_is_coupled(name: str) -> None
 
 
 def test_table_is_up_to_date() -> None:
-    page = runpy.run_path(str(DOCS / "table.py"))["page"]
-    assert (DOCS / "README.md").read_text(encoding="utf-8") == page(), (
+    assert (DOCS / "README.md").read_text(encoding="utf-8") == runpy.run_path(str(DOCS / "table.py"))["page"](), (
         "run: python docs/algorithms/table.py > docs/algorithms/README.md"
     )
 
