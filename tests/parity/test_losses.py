@@ -34,7 +34,7 @@ from prefold.algorithms.dpo import DPO
 from prefold.algorithms.exo import EXO
 from prefold.algorithms.hinge import Hinge
 from prefold.algorithms.ipo import IPO
-from prefold.algorithms.kto import KTO, mismatched
+from prefold.algorithms.kto import KTO
 from prefold.algorithms.mixed import Mixed
 from prefold.algorithms.nca import NCA
 from prefold.algorithms.orpo import ORPO
@@ -461,8 +461,9 @@ def test_kto_mismatches_as_trl_does(tmp_path: Path) -> None:
     trainer = bare(KTOTrainer, calculate_KL=True, _tokenizer=tokenizer, desirable_weight=1.0, undesirable_weight=1.0)
     prepared = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, args, "train")
     trees = [TokenTree(tuple(row["prompt_ids"]), (tuple(row["completion_ids"]),)) for row in prepared]
-    assert [list(tree.completions[0]) for tree in mismatched(trees)] == prepared["KL_completion_ids"][:]
-    assert [tree.prompt for tree in mismatched(trees)] == [tree.prompt for tree in trees]
+    mismatched = KTO().further_trees(trees)["mismatched"]
+    assert [list(tree.completions[0]) for tree in mismatched] == prepared["KL_completion_ids"][:]
+    assert [tree.prompt for tree in mismatched] == [tree.prompt for tree in trees]
 
 
 # ---- RewardTrainer -----------------------------------------------------------------------------------------------
