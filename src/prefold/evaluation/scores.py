@@ -77,11 +77,8 @@ class OpenTask:
 def scores_of(
     opened: OpenTask, samples: Sequence[Mapping[str, Any]], trained_on: Collection[str] | None = None
 ) -> TaskScores:
-    """Of one model on a task; `samples` are the harness's, one for each question and filter.
-
-    Args:
-        trained_on: questions that stand in the model's training data, as they are asked; None where it is not known.
-    """
+    """Of one model on a task. `samples` are the harness's, one for each question and filter; `trained_on` the questions
+    that stand in the model's training data, as they are asked, None where that is not known."""
     task, wanted = opened.task, opened.wanted
     metric = primary_metric(opened, {name: samples[0][name] for name in samples[0]["metrics"]})
     chosen = wanted.filter or next(sample["filter"] for sample in samples if metric in sample)
@@ -107,11 +104,8 @@ def scores_of(
 
 
 def primary_metric(opened: OpenTask, results: Mapping[str, Any]) -> str:
-    """The metric by which a task is judged, by the harness's results for one of its questions.
-
-    Raises:
-        UserError: no metric is of a single question.
-    """
+    """The metric by which a task is judged, by the harness's results for one of its questions. Raises UserError if no
+    metric is of a single question."""
     if opened.wanted.metric is not None:
         return opened.wanted.metric
     rolling = opened.task.OUTPUT_TYPE == "loglikelihood_rolling"

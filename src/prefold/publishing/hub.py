@@ -87,11 +87,7 @@ def push(section: Publish, items: Sequence[Item], message: str, before: dict[str
 
 
 def push_checkpoint(recipe: RecipeBase, checkpoint: Path) -> None:
-    """Push the weights of a checkpoint in one commit of a branch of their own.
-
-    Raises:
-        UserError, StageError: see `push`.
-    """
+    """Push the weights of a checkpoint in one commit of a branch of their own; errors are those of `push`."""
     assert recipe.publish
     section = recipe.publish.model_copy(update={"branch": CHECKPOINTS, "create_pr": False, "commit_message": None})
     with tempfile.TemporaryDirectory() as aside:
