@@ -98,7 +98,8 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return list(self.tokenizer.encode(string, **settings))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        ends: Any = {"add_generation_prompt": add_generation_prompt}
+        ends["continue_final_message"] = not add_generation_prompt
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ends))
         except jinja2.exceptions.TemplateError:  # some templates know no system message

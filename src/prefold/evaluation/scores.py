@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 from os.path import commonprefix
@@ -51,12 +51,9 @@ class TaskScores:
     contaminated: tuple[bool, ...] | None = None
     """Whether the question stands in what the model was trained on here; None where that data is not known."""
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskScores:
-        """From what `as_json` gave, written and read again."""
+        """From its `asdict`, written and read again."""
         fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
         return cls(**fields)
 

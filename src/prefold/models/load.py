@@ -83,7 +83,6 @@ def load_model(
     """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
     Args:
-        section: which model and how.
         dtype: instead of the section's.
         quantised: with weights in the 4 or 8 bits that the section asks for; without this they are whole.
         head_seed: given, the model scores conversations: a sequence classifier with one label, whose head, if the files

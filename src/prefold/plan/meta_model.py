@@ -144,8 +144,13 @@ class MetaModel:
             return adapted
 
     def base(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        """The whole model in a dtype, as it is merged and evaluated."""
-        config = with_layers(self.config, layers)
+        """The whole model in a dtype, as it is merged and evaluated; or of the first so many of its layers."""
+        config = copy.deepcopy(self.config)
+        if layers is not None:
+            text = config.get_text_config()
+            text.num_hidden_layers = layers
+            if vars(text).get("layer_types"):  # of some it is derived from their number
+                text.layer_types = text.layer_types[:layers]
         attention = plain_attention(self.recipe.model.attn_implementation, config)
         with quiet(), torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype, attn_implementation=attention)
@@ -196,17 +201,6 @@ def config_of(section: Model) -> Any:
     if section.chat_template and (tokens := len(tokenizer_of(section))) > text.vocab_size:
         text.vocab_size = -(-tokens // MULTIPLE) * MULTIPLE
     return config
-
-
-def with_layers(config: Any, layers: int | None) -> Any:
-    """A copy of a configuration with the first so many of its layers."""
-    copied = copy.deepcopy(config)
-    text = copied.get_text_config()
-    if layers is not None:
-        text.num_hidden_layers = layers
-        if vars(text).get("layer_types"):  # of some it is derived from their number
-            text.layer_types = text.layer_types[:layers]
-    return copied
 
 
 @contextmanager

@@ -101,13 +101,10 @@ def export_gguf(
     merged: Path, folder: Path, title: str, kinds: Sequence[str], texts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Write `folder` with one checked file for each kind, or nothing; what it holds already is kept if it is the same.
+    Gives for each file, called after the model's title, its name, kind, size and the difference that was measured.
 
     Args:
-        title: of the model; files are called after it.
         texts: conversations on which logits and ids are compared, their special tokens spelt out.
-
-    Returns:
-        For each file its name, kind, size and the difference that was measured.
 
     Raises:
         UserError: see `require_exportable`.
