@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,11 +66,6 @@ def _runs(hashes: Runs, length: int) -> Runs:
     return runs
 
 
-class Repeats(Protocol):
-    def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
-        """The row that a record repeats; a record that repeats none is remembered as `origin`."""
-
-
 class ExactRepeats:
     """Same messages, word for word."""
 
@@ -79,11 +73,9 @@ class ExactRepeats:
         self._rows: dict[str, RowId] = {}
 
     def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
-        key = messages_key(*parts)
-        if key in self._rows:
-            return self._rows[key]
-        self._rows[key] = origin
-        return None
+        """The row that a record repeats; a record that repeats none is remembered as `origin`."""
+        row = self._rows.setdefault(messages_key(*parts), origin)
+        return None if row is origin else row
 
 
 class NearRepeats:
@@ -125,7 +117,7 @@ def _similarity(first: Runs, second: Runs) -> float:
     return both / (len(first) + len(second) - both)
 
 
-REPEATS: dict[str, type[Repeats]] = {"drop_exact": ExactRepeats, "drop_near": NearRepeats}
+REPEATS: dict[str, type[ExactRepeats] | type[NearRepeats]] = {"drop_exact": ExactRepeats, "drop_near": NearRepeats}
 """By the policy `data.duplicates`."""
 
 

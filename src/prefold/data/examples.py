@@ -95,9 +95,9 @@ class Examples(Sequence[Example]):
         return _View(len(self), self._tree)
 
     @property
-    def lengths(self) -> Sequence[tuple[int, ...]]:
+    def lengths(self) -> list[tuple[int, ...]]:
         """Tokens of each tree's prompt and of its completions, without reading the tokens."""
-        return _View(len(self), self._lengths)
+        return list(map(tuple, self._column("lengths")))
 
     @property
     def records(self) -> Sequence[Record]:
@@ -117,7 +117,7 @@ class Examples(Sequence[Example]):
         """Equal for records whose prompt and answers are equal, and for nothing else."""
         return self._column("record_key")
 
-    def _column(self, name: str) -> list[bytes]:
+    def _column(self, name: str) -> list[Any]:
         values = [value for batch in self._batches for value in batch.column(name).to_pylist()]
         return [values[row] for row in self.order]
 
@@ -131,15 +131,14 @@ class Examples(Sequence[Example]):
         prompt, *completions = (tuple(ids[start:stop]) for start, stop in pairwise(accumulate(lengths, initial=0)))
         return TokenTree(prompt, tuple(completions))
 
-    def _lengths(self, index: int) -> tuple[int, ...]:
-        batch, row = self._at(index)
-        return tuple(_list(batch.column("lengths"), row))
-
     def _record(self, index: int) -> Record:
         batch, row = self._at(index)
         kind = _KINDS[batch.column("kind")[row].as_py()]
         fields = json.loads(batch.column("record")[row].as_py())
-        return kind(**{name: _restored(name, value) for name, value in fields.items()}, origin=self._origin(index))
+        for name, value in fields.items():
+            if isinstance(value, list) and name != "columns":
+                fields[name] = tuple(value)
+        return kind(**fields, origin=self._origin(index))
 
     def _origin(self, index: int) -> RowId:
         batch, row = self._at(index)
@@ -221,10 +220,6 @@ def _row(example: Example) -> dict[str, Any]:
 
 def _key(*parts: Sequence[Message]) -> bytes:
     return hashlib.blake2b(messages_key(*parts).encode(), digest_size=16).digest()
-
-
-def _restored(name: str, value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) and name != "columns" else value
 
 
 def prompts_of(examples: Iterable[Example]) -> list[Prompt]:
