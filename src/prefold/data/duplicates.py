@@ -90,7 +90,10 @@ class NearRepeats:
 
     def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
         shingles = [_shingles(part) for part in parts]
-        keys = self._keys(shingles)
+        minima = np.stack([(self._factors * part + self._offsets).min(axis=1) for part in shingles])
+        bands = minima.reshape(len(parts), _BANDS, _HASHES).swapaxes(0, 1)
+        # What a record must have in common with another one to be compared to it, one key a band.
+        keys = [bytes([number]) + band.tobytes() for number, band in enumerate(bands)]
         for index in sorted({index for key in keys for index in self._bands.get(key, ())}):
             row, others = self._seen[index]
             if all(_similarity(*both) >= NEAR for both in zip(shingles, others, strict=True)):
@@ -99,12 +102,6 @@ class NearRepeats:
             self._bands.setdefault(key, []).append(len(self._seen))
         self._seen.append((origin, shingles))
         return None
-
-    def _keys(self, shingles: Sequence[Runs]) -> list[bytes]:
-        """What a record must have in common with another one to be compared to it, one key a band."""
-        minima = np.stack([(self._factors * part + self._offsets).min(axis=1) for part in shingles])
-        bands = minima.reshape(len(shingles), _BANDS, _HASHES).swapaxes(0, 1)
-        return [bytes([number]) + band.tobytes() for number, band in enumerate(bands)]
 
 
 def _shingles(part: Sequence[Message]) -> Runs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -159,9 +159,6 @@ class _View(Sequence[Item]):
             return list(map(self._make, range(self._length)[index]))
         return self._make(range(self._length)[index])
 
-    def __iter__(self) -> Iterator[Item]:
-        return map(self._make, range(self._length))
-
 
 def _list(column: pa.ListArray, row: int) -> list[int]:
     start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
@@ -180,10 +177,6 @@ class ExampleWriter:
         self._path = path
         self._writer = pa.ipc.new_file(str(self._path), _SCHEMA)
         self._waiting: list[dict[str, Any]] = []
-        self._written = 0
-
-    def __len__(self) -> int:
-        return self._written + len(self._waiting)
 
     def append(self, example: Example) -> None:
         self._waiting.append(_row(example))
@@ -198,7 +191,6 @@ class ExampleWriter:
     def _flush(self) -> None:
         if self._waiting:
             self._writer.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=_SCHEMA))
-            self._written += len(self._waiting)
             self._waiting = []
 
 

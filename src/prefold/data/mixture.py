@@ -91,14 +91,6 @@ def load_split(
     return Prepared(train, held_out, report, fingerprints)
 
 
-_TAKEN: dict[Kind, tuple[Kind, ...]] = {
-    "pairs": ("pairs",),
-    # Each side of a pair is an answer with a label.
-    "unpaired": ("unpaired", "pairs"),
-    "prompts": ("prompts",),
-}
-
-
 def unpaired(example: Example) -> list[Example]:
     """The two answers of a pair by themselves, the chosen one as the desirable; any other example as it is."""
     record, tree = example.record, example.tree
@@ -163,13 +155,15 @@ class _Side:
         """Read and convert the rows of `sources`."""
         for source, selection in zip(sources, select_rows(sources, seed), strict=True):
             self._convert(source, selection)
-        if not len(self._examples):
+        if not any(count.rows_used for count in self.counts):
             raise _nothing_left(self.problems, f"data.{self._name}")
         return self._examples.finish()
 
     def _convert(self, source: Source, selection: Selection) -> None:
         head = list(_head(selection.rows))
-        shape = find_shape(head, selection.name, source.columns, kinds=_TAKEN[self._kind])
+        # Each side of a pair is an answer with a label.
+        kinds: list[Kind] = ["unpaired", "pairs"] if self._kind == "unpaired" else [self._kind]
+        shape = find_shape(head, selection.name, source.columns, kinds)
         used = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
