@@ -64,7 +64,8 @@ class Measuring(ABC):
         recipe = self.recipe
         model, tokenizer = load_start(section, dtype=measuring_dtype()), tokenizer_of(section)
         result, template = self.score(model, tokenizer, when), recipe.data.template
-        answers = answer(model, tokenizer, self.prompts, sampling(recipe), f"answers {when}", template=template)
+        sampling = Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)
+        answers = answer(model, tokenizer, self.prompts, sampling, f"answers {when}", template=template)
         del model
         free_memory()
         return result, answers
@@ -175,7 +176,3 @@ def held_out_sampling(recipe: RecipeBase) -> Sampling | None:
     """How a completion of each held-out prompt is drawn: as in training; None for methods that train on stored ones."""
     draws = recipe.algorithm.draws
     return replace(sampling_of(draws), num_answers=1) if draws else None
-
-
-def sampling(recipe: RecipeBase) -> Sampling:
-    return Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)
