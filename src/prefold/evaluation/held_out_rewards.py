@@ -19,11 +19,10 @@ def compare_rewards(before: Sequence[Group], after: Sequence[Group], seed: int =
     95 %, over prompts; null for a single one. The p-value is that of the paired permutation test: how often a mean
     difference as large comes about if before and after are exchanged at random within the prompts.
     """
-    means = ([_mean(group) for group in side] for side in (before, after))
-    known = [index for index, both in enumerate(zip(*means, strict=True)) if None not in both]
+    known = [both for both in zip(before, after, strict=True) if None not in map(_mean, both)]
     if not known:
         return {"prompts": 0}
-    first, second = ([side[index] for index in known] for side in (before, after))
+    first, second = zip(*known, strict=True)
     was, became = (np.array([_mean(group) for group in side], dtype=float) for side in (first, second))
     return {
         "prompts": len(known),
