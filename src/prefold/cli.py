@@ -19,8 +19,8 @@ import prefold
 from prefold.errors import StageError, UserError
 from prefold.files import storage_trouble, without_secrets
 from prefold.launch import launch, launched
-from prefold.recipe import Chat, Generate, Pairs, make_section
-from prefold.recipe.signature import meaning_of, with_fields
+from prefold.recipe import Chat, Generate, Pairs, builtin_recipes, first_comment, make_section, read_text
+from prefold.recipe.section import meaning_of, with_fields
 from prefold.terminal import console
 
 app = typer.Typer(
@@ -286,8 +286,6 @@ def recipes(
 ) -> None:
     """List the built-in recipes, print one to start from, or make one of another tool's file:
     `prefold recipes import FILE > mine.yaml`."""
-    from prefold.recipe import builtin_recipes, first_comment, read_text
-
     if name == "import" and file is None:
         raise UserError("no file to import", advice="`prefold recipes import FILE > mine.yaml`")
     if name == "import":

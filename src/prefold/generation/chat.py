@@ -7,7 +7,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from prefold.data.preference import Message
-from prefold.generation.answers import open_base, open_model
+from prefold.generation.answers import open_model
 from prefold.generation.engine import answer
 from prefold.generation.sampling import Sampling
 from prefold.recipe import Chat
@@ -33,7 +33,7 @@ class Speaker:
 
 def chat_loop(name: str, compare: bool, settings: Chat) -> None:
     console, sampling = Console(highlight=False), Sampling.of(settings)
-    speakers = [Speaker("before", *open_base(name), settings.system)] if compare else []
+    speakers = [Speaker("before", *open_model(name, base=True), settings.system)] if compare else []
     speakers.append(Speaker("after" if compare else "model", *open_model(name), settings.system))
     console.print(HELP, style="dim")
     while text := _line():

@@ -51,9 +51,15 @@ def import_recipe(file: str, method: str | None = None) -> Imported:
     write(draft, tool, file, method)
     _complete(draft, file)
     draft.finish()
-    values = nested(draft)
-    make_recipe(values, f"{file}, as a recipe")
-    return Imported(tool.name, recipe_text(draft, _heading(draft, file)), account(draft), tuple(draft.notes))
+    make_recipe(nested(draft), f"{file}, as a recipe")
+    method = draft.values["method"]
+    about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
+    heading = [
+        f"{about}, from {Path(file).name} of {draft.tool}.",
+        "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
+        "shows what will be trained on.",
+    ]
+    return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes))
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -94,13 +100,3 @@ def _complete(draft: Draft, file: str) -> None:
         draft.values["grpo.beta"] = 0.0
     if "data.max_prompt_length" in draft.values:
         draft.values.setdefault("data.overlong", "truncate_prompt")
-
-
-def _heading(draft: Draft, file: str) -> list[str]:
-    method = draft.values["method"]
-    about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
-    return [
-        f"{about}, from {Path(file).name} of {draft.tool}.",
-        "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
-        "shows what will be trained on.",
-    ]

@@ -35,8 +35,7 @@ class Draft:
         self._left = dict(given)
         for key, value in given.items():
             if value is None or value in ("", [], {}):
-                self._left.pop(key)
-                self.notes.append(Note("off", (key,)))
+                self.note("off", key)
 
     def section(self, key: str) -> None:
         """Put the keys of a section beside the others, as `section.key`."""

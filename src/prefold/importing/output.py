@@ -9,7 +9,7 @@ import yaml
 
 from prefold.importing.draft import Draft, Group, Note
 from prefold.recipe import Recipe
-from prefold.recipe.explain import section_fields
+from prefold.recipe.section import section_fields
 
 WIDTH = 80
 _COMMENT_WIDTH = 100
