@@ -50,9 +50,6 @@ ModelName = Annotated[
 Html = Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
-SHARED = ("run", "train")
-"""Commands for which several processes work together."""
-
 
 def flag(name: str, field: FieldInfo) -> Any:
     """The option of a command for a field of a section."""
@@ -75,7 +72,7 @@ def options(
 ) -> None:
     if debug:
         os.environ["PREFOLD_DEBUG"] = "1"
-    if launched() > 1 and context.invoked_subcommand not in SHARED:
+    if launched() > 1 and context.invoked_subcommand not in ("run", "train"):
         what = f"`prefold {context.invoked_subcommand}` uses one process, and {launched()} were started"
         raise UserError(what, advice="start it directly; `run` and `train` use several")
 
@@ -321,10 +318,6 @@ def fetch(
     print(prefold.fetch(model, revision))
 
 
-INTERRUPTED = (130, 143)
-"""What typer makes of Ctrl-C, and training of SIGTERM."""
-
-
 def main() -> NoReturn:
     """Run the command line; errors become one message on stderr and an exit code."""
     try:
@@ -336,7 +329,8 @@ def main() -> NoReturn:
     except ProcessesEnded:
         raise
     except SystemExit as stop:
-        if isinstance(stop.code, int) and stop.code in INTERRUPTED:
+        # What typer makes of Ctrl-C, and training of SIGTERM.
+        if isinstance(stop.code, int) and stop.code in (130, 143):
             fail("stopped; a run goes on from here when it is started again", stop.code)
         raise
     if launched() > 1:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import httpx2
@@ -244,17 +245,14 @@ def in_parallel(
 
     The threads are daemons: neither an error nor Ctrl-C waits for the answers that are under way.
     """
-    waiting: SimpleQueue[Item] = SimpleQueue()
+    waiting = deque(items)
     results: SimpleQueue[tuple[Item, Result] | BaseException] = SimpleQueue()
-    stopped = Event()
-    for item in items:
-        waiting.put(item)
 
     def work() -> None:
-        while not stopped.is_set():
+        while True:
             try:
-                item = waiting.get_nowait()
-            except Empty:
+                item = waiting.popleft()
+            except IndexError:
                 return
             try:
                 results.put((item, function(item)))
@@ -271,4 +269,4 @@ def in_parallel(
                 raise result
             yield result
     finally:
-        stopped.set()
+        waiting.clear()

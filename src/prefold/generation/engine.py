@@ -357,20 +357,21 @@ def answer(
     label: str = "answers",
     streamer: BaseStreamer | None = None,
     template: Template = "chat",
-    progress: bool = True,
 ) -> list[list[str]]:
     """`num_answers` answers to each conversation, in the order of `prompts`.
 
     Args:
-        streamer: for a single prompt with one answer, receives the tokens as they come.
-        progress: whether to draw a progress bar, named `label`.
+        label: of the progress bar.
+        streamer: for a single prompt with one answer, receives the tokens as they come, in place of the bar.
     """
-    ids = [render(prompt, tokenizer, template) for prompt in prompts]
-    if streamer is not None:
+    engine, ids = LocalEngine(model, tokenizer), [render(prompt, tokenizer, template) for prompt in prompts]
+    if streamer is None:
+        with progress_bar(label, len(prompts)) as advance:
+            answers = engine.sample(ids, sampling, advance=advance)
+    else:
         streamer.put(torch.tensor(ids))
-    on_token = None if streamer is None else lambda prompt, number, token: streamer.put(torch.tensor([token]))
-    with progress_bar(label, len(prompts)) if progress else nullcontext(lambda amount, text: None) as advance:
-        answers = LocalEngine(model, tokenizer).sample(ids, sampling, None, advance, on_token)
-    if streamer is not None:
+        answers = engine.sample(
+            ids, sampling, on_token=lambda prompt, number, token: streamer.put(torch.tensor([token]))
+        )
         streamer.end()
     return [[completion.text.strip() for completion in completions] for completions in answers]

@@ -88,13 +88,13 @@ def write_steps(draft: Draft) -> None:
     steps = draft.take("max_steps", -1)
     if isinstance(steps, int) and steps > 0:
         draft.carry("train.max_steps", steps, "max_steps")
-    elif "max_steps" in draft.given and draft.given["max_steps"] is not None:
+    elif draft.look("max_steps") is not None:
         draft.note("off", "max_steps")
     warmup, ratio = draft.take("warmup_steps", 0), draft.take("warmup_ratio", 0)
     key = "warmup_steps" if warmup else "warmup_ratio"
-    for other in {"warmup_steps", "warmup_ratio"} - {key}:
-        if draft.given.get(other) is not None:
-            draft.note("off", other)
+    other = "warmup_ratio" if warmup else "warmup_steps"
+    if draft.look(other) is not None:
+        draft.note("off", other)
     value = warmup or ratio
     if is_number(value) and 0 < value < 1:
         _write_share(draft, value, key)
@@ -176,8 +176,7 @@ def write_trackers(draft: Draft) -> None:
     if not draft.has("report_to"):
         return
     names = [name for name in listed(draft.take("report_to")) if name not in ("none", "all", False)]
-    known = [name for name in names if name in ("wandb", "tensorboard")]
-    if known:
+    if known := [name for name in names if name in ("wandb", "tensorboard")]:
         draft.carry("train.report_to", known, "report_to")
     elif not names:
         draft.note("off", "report_to")

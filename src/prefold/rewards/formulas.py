@@ -71,9 +71,16 @@ class Comparer:
         # -P: the modules beside it must not stand in for installed ones.
         command, pipe = [sys.executable, "-P", str(Path(__file__).with_name("formula_worker.py"))], subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
-        self._process, self._replies = process, SimpleQueue()
+        replies: SimpleQueue[str] = SimpleQueue()
+        self._process, self._replies = process, replies
+
+        def forward() -> None:
+            for line in process.stdout or ():
+                replies.put(line)
+            replies.put("")
+
         finalize(self, process.kill)
-        Thread(target=_forward, args=(process, self._replies), daemon=True).start()
+        Thread(target=forward, daemon=True).start()
         if self._reply(STARTING_SECONDS) is None:
             self._stop()
             raise StageError("math-verify cannot be started in a process of its own")
@@ -91,10 +98,3 @@ class Comparer:
             self._process.kill()
             self._process.wait()
             self._process = None
-
-
-def _forward(process: subprocess.Popen[str], replies: SimpleQueue[str]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        replies.put(line)
-    replies.put("")

@@ -47,7 +47,14 @@ class RewardModel:
         scores: list[float | None] = [None] * len(ids)
         fitting = [index for index, row in enumerate(ids) if len(row) <= longest]
         for batch in (fitting[start : start + AT_ONCE] for start in range(0, len(fitting), AT_ONCE)):
-            for index, logit in zip(batch, _logits(model, [ids[index] for index in batch]), strict=True):
+            # Decoders read the score at the last token that is not the pad token. Where that is the end token too, they
+            # would read it one token early; a token that is in no row is safe.
+            padding = next(token for token in count() if not any(token in ids[index] for index in batch))
+            model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
+            padded, mask = pad([ids[index] for index in batch], model.device, padding)
+            with torch.no_grad():
+                logits = model(input_ids=padded, attention_mask=mask).logits
+            for index, logit in zip(batch, logits[:, 0].float().tolist(), strict=True):
                 scores[index] = logit
         return scores
 
@@ -74,13 +81,3 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if model.config.num_labels != 1:
         raise UserError(f"has {model.config.num_labels} labels, not one", where=name, expected=_ONE_LOGIT)
     return model.to(device).eval(), tokenizer
-
-
-def _logits(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
-    # Decoders read the score at the last token that is not the pad token. Where that is the end token too, they would
-    # read it one token early; a token that is in no row is safe.
-    padding = next(token for token in count() if not any(token in row for row in rows))
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
-    ids, mask = pad(rows, model.device, padding)
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()  # type: ignore[no-any-return]
