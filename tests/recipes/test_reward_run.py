@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import prefold
 from prefold.data.preference import Message
 from prefold.errors import UserError
-from prefold.models import device as devices
 from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
 from prefold.reports.card import render_card
+from prefold.rewards import reward_model
 from prefold.rewards.load import load_rewards
 from prefold.rewards.scoring import score
 from prefold.training.loop import TrainingLoop
@@ -86,9 +86,11 @@ def scores_as_reward(folder: Path) -> list[float | None]:
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward models are opened in the dtype of the device."""
-    chosen = devices.choose_dtype
+    chosen = reward_model.choose_dtype
     monkeypatch.setattr(
-        devices, "choose_dtype", lambda setting, device: chosen("float32" if setting == "auto" else setting, device)
+        reward_model,
+        "choose_dtype",
+        lambda setting, device: chosen("float32" if setting == "auto" else setting, device),
     )
 
 
@@ -230,7 +232,7 @@ def test_going_on_with_a_reward_model(recipe: MakeRecipe, tmp_path: Path) -> Non
     ("changes", "message"),
     [
         ({"rewards": [{"name": "length", "target": 5}]}, "`rewards` would be ignored by `method: reward`"),
-        ({"evaluate": {"prompts": 3}}, r"`evaluate.prompts` would be ignored by `method: reward`"),
+        ({"evaluate": {"prompts": 3}}, r"`evaluate.max_new_tokens` would be ignored by `method: reward`"),
         ({"reward": {"center_rewards_coefficient": -1.0}}, "center_rewards_coefficient must be greater than 0"),
         ({"reward": {"beta": 0.1}}, r"`reward\.beta` is not a field"),
         ({"method": "dpo", "reward": {}}, "a section `reward` beside `method: dpo` would be ignored"),
