@@ -45,8 +45,6 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is in the run 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a hub id, a folder, a GGUF file or pypi:...")
 ]
-
-
 Html = Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

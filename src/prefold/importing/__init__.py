@@ -92,11 +92,7 @@ def _complete(draft: Draft, file: str) -> None:
         raise UserError("the file names no model", where=file, advice="add the key that names it, and import again")
     if "output_dir" not in draft.values:
         draft.carry("output_dir", f"runs/{Path(file).stem}", comment="prefold's choice: the file names none")
-    method = draft.values["method"]
-    if method == "grpo" and draft.values.get("lora") == "none" and draft.values.get("grpo.beta"):
-        draft.comments["grpo.beta"] = (
-            f"not {draft.values['grpo.beta']}: full fine-tuning keeps no reference; see `lora`"
-        )
-        draft.values["grpo.beta"] = 0.0
+    if draft.values.get("lora") == "none" and (beta := draft.values.get("grpo.beta")):
+        draft.carry("grpo.beta", 0.0, comment=f"not {beta}: full fine-tuning keeps no reference; see `lora`")
     if "data.max_prompt_length" in draft.values:
         draft.values.setdefault("data.overlong", "truncate_prompt")

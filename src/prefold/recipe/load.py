@@ -53,8 +53,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe", lines: dict[str, 
 def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm]) -> dict[str, Any]:
     """A copy of `values` in which silent fields have the method's vetted defaults."""
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    data = filled.get("data")
-    if isinstance(data, dict) and not data.get("eval"):
+    if isinstance(data := filled.get("data"), dict) and not data.get("eval"):
         data.setdefault("eval_fraction", EVAL_FRACTION)
     if filled.get(method) is None:
         filled[method] = {}

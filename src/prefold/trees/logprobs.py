@@ -2,7 +2,8 @@
 
 Two paths give the same numbers. Packed: one row of trees, each prompt encoded once, the head applied in chunks to the
 predictors alone. Plain: one padded row per prompt and completion through the model as it comes. Both score inside the
-model's own `forward`, where PEFT and distributed wrappers hook in.
+model's own `forward`, where PEFT and distributed wrappers hook in. A model whose head gives one number in place of
+logits scores whole conversations, by the same two paths.
 Data in: `PackedTrees`; data out: `TreeLogprobs`.
 """
 
