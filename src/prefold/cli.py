@@ -19,8 +19,8 @@ import prefold
 from prefold.errors import StageError, UserError
 from prefold.files import storage_trouble, without_secrets
 from prefold.launch import launch, launched
-from prefold.recipe import Chat, Generate, Pairs, make_section
-from prefold.recipe.signature import meaning_of, with_fields
+from prefold.recipe import Chat, Generate, Pairs, builtin_recipes, first_comment, make_section, read_text
+from prefold.recipe.section import meaning_of, with_fields
 from prefold.terminal import console
 
 app = typer.Typer(
@@ -45,13 +45,8 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is in the run 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a hub id, a folder, a GGUF file or pypi:...")
 ]
-
-
 Html = Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-SHARED = ("run", "train")
-"""Commands for which several processes work together."""
 
 
 def flag(name: str, field: FieldInfo) -> Any:
@@ -75,7 +70,7 @@ def options(
 ) -> None:
     if debug:
         os.environ["PREFOLD_DEBUG"] = "1"
-    if launched() > 1 and context.invoked_subcommand not in SHARED:
+    if launched() > 1 and context.invoked_subcommand not in ("run", "train"):
         what = f"`prefold {context.invoked_subcommand}` uses one process, and {launched()} were started"
         raise UserError(what, advice="start it directly; `run` and `train` use several")
 
@@ -286,8 +281,6 @@ def recipes(
 ) -> None:
     """List the built-in recipes, print one to start from, or make one of another tool's file:
     `prefold recipes import FILE > mine.yaml`."""
-    from prefold.recipe import builtin_recipes, first_comment, read_text
-
     if name == "import" and file is None:
         raise UserError("no file to import", advice="`prefold recipes import FILE > mine.yaml`")
     if name == "import":
@@ -323,10 +316,6 @@ def fetch(
     print(prefold.fetch(model, revision))
 
 
-INTERRUPTED = (130, 143)
-"""What typer makes of Ctrl-C, and training of SIGTERM."""
-
-
 def main() -> NoReturn:
     """Run the command line; errors become one message on stderr and an exit code."""
     try:
@@ -338,7 +327,8 @@ def main() -> NoReturn:
     except ProcessesEnded:
         raise
     except SystemExit as stop:
-        if isinstance(stop.code, int) and stop.code in INTERRUPTED:
+        # What typer makes of Ctrl-C, and training of SIGTERM.
+        if isinstance(stop.code, int) and stop.code in (130, 143):
             fail("stopped; a run goes on from here when it is started again", stop.code)
         raise
     if launched() > 1:

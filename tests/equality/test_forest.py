@@ -159,7 +159,7 @@ def test_rows_keep_to_the_budget_and_contexts_together() -> None:
     rows = split_texts(texts, 100)
     assert sorted(place for row in rows for place in row) == list(range(len(texts)))
     assert all(pack_forest([texts[place] for place in row]).tokens <= 100 for row in rows)
-    homes = [{texts[place].context for place in row} for row in rows]
+    homes = [{texts[place].tokens[: -texts[place].scored] for place in row} for row in rows]
     assert all(not one & other for place, one in enumerate(homes) for other in homes[:place])
     assert len(rows) == 10  # two questions of 46 tokens each
     assert [len(row) for row in split_texts(texts, 10)] == [4] * 20

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import gradients, with_lora
 from torch import nn
 
-from prefold.trees.fused_lora import fuse_lora
+from prefold.trees.fused_layers import fuse_lora
 
 
 def outcome(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

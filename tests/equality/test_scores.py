@@ -12,7 +12,7 @@ from tiny import random_trees, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from prefold.trees import scorer as scorers
+from prefold.trees import logprobs
 from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, choose_scorer
@@ -82,7 +82,7 @@ def test_only_last_tokens_meet_the_head(monkeypatch: pytest.MonkeyPatch) -> None
         met.append(len(states))
         return linear(states, weight, bias)
 
-    monkeypatch.setattr("prefold.trees.reward_head.linear", counted)
+    monkeypatch.setattr("prefold.trees.logprobs.linear", counted)
     trees = random_trees(3)
     Scorer(model, 64, "prefold_joined").score(trees)
     assert met == [sum(len(tree.completions) for tree in trees)]
@@ -98,13 +98,13 @@ def test_scores_under_autocast_are_float32() -> None:
 
 
 def test_a_difference_is_found_by_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = scorers.packed_scores
+    packed = logprobs.packed_scores
 
     def off(model: nn.Module, row: Any) -> Any:
         found = packed(model, row)
         found.tokens[0] += 0.01
         return found
 
-    monkeypatch.setattr(scorers, "packed_scores", off)
+    monkeypatch.setattr(logprobs, "packed_scores", off)
     scorer = choose_scorer(classifier("llama"), random_trees(3), 64)
     assert not scorer.packed and "packed scores differ from plain ones by 0.01" in scorer.reason

@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from tiny import gradients, random_trees
 from torch import nn
 
+from prefold.trees.fused_layers import fuse_trained_rows
 from prefold.trees.logprobs import packed_logprobs
 from prefold.trees.packing import pack
 from prefold.trees.scorer import Scorer, reference_model
 from prefold.trees.self_check import checked_backends
-from prefold.trees.trained_rows import fuse_trained_rows
 
 IDS = [3, 40, 96]
 

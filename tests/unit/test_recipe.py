@@ -21,7 +21,7 @@ from prefold.recipe import (
     make_recipe,
     parse_yaml,
 )
-from prefold.recipe.explain import all_fields
+from prefold.recipe.section import all_fields
 
 MINIMAL = """\
 method: dpo

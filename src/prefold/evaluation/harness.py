@@ -39,8 +39,8 @@ from prefold.generation.sampling import Sampling
 from prefold.terminal import progress_bar
 from prefold.trees.attention import unwrapped
 from prefold.trees.forest import Text
-from prefold.trees.identity import model_digest
 from prefold.trees.reader import Reader, choose_reader
+from prefold.trees.reference import model_digest
 
 VERSION = "1"
 """Part of the name of remembered responses; to be raised when the numbers that this engine gives change."""

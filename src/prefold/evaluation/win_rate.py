@@ -139,7 +139,7 @@ class _EndpointCompares:
 
     def facts(self) -> dict[str, Any]:
         endpoint = self.judge.endpoint
-        return {"kind": "endpoint", "name": endpoint.model, "cost": endpoint.usage.as_json()}
+        return {"kind": "endpoint", "name": endpoint.model, "cost": dict(endpoint.usage)}
 
     def outcomes(self, pairs: Sequence[AnswerPair]) -> Iterator[tuple[int, Outcome]]:
         groups = [(pair.prompt, [pair.after, pair.before]) for pair in pairs]

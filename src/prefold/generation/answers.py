@@ -19,7 +19,7 @@ from prefold.generation.sampling import Sampling
 from prefold.models.adapters import load_start
 from prefold.models.load import tokenizer_of
 from prefold.recipe import Generate, Model, RecipeBase, load_recipe, make_section
-from prefold.recipe.signature import with_fields
+from prefold.recipe.section import with_fields
 
 
 @with_fields(Generate)
@@ -83,20 +83,12 @@ def _prompt_of(line: str, where: str) -> str:
     return prompt
 
 
-def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by name, or the merged model of a run folder."""
-    return _load(model_named(name))
-
-
-def open_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a run started from."""
-    recipe = run_recipe(name)
-    if recipe is None:
+def open_model(name: str, base: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model by name, or the merged model of a run folder; with `base` the one that the run started from."""
+    recipe = run_recipe(name) if base else None
+    if base and recipe is None:
         raise UserError("`--compare` needs to know the base", where=name, expected="a run folder")
-    return _load(recipe.model)
-
-
-def _load(section: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    section = recipe.model if recipe else model_named(name)
     return load_start(section), tokenizer_of(section)
 
 

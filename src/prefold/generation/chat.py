@@ -7,12 +7,10 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from prefold.data.preference import Message
-from prefold.generation.answers import open_base, open_model
+from prefold.generation.answers import open_model
 from prefold.generation.engine import answer
 from prefold.generation.sampling import Sampling
 from prefold.recipe import Chat
-
-HELP = "An empty line or Ctrl-D ends; /new starts over."
 
 
 class Speaker:
@@ -27,15 +25,15 @@ class Speaker:
         """Answer on stdout as the tokens come."""
         self.messages.append(Message(role="user", content=text))
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        [[reply]] = answer(self.model, self.tokenizer, [self.messages], sampling, streamer=streamer, progress=False)
+        [[reply]] = answer(self.model, self.tokenizer, [self.messages], sampling, streamer=streamer)
         self.messages.append(Message(role="assistant", content=reply))
 
 
 def chat_loop(name: str, compare: bool, settings: Chat) -> None:
     console, sampling = Console(highlight=False), Sampling.of(settings)
-    speakers = [Speaker("before", *open_base(name), settings.system)] if compare else []
+    speakers = [Speaker("before", *open_model(name, base=True), settings.system)] if compare else []
     speakers.append(Speaker("after" if compare else "model", *open_model(name), settings.system))
-    console.print(HELP, style="dim")
+    console.print("An empty line or Ctrl-D ends; /new starts over.", style="dim")
     while text := _line():
         for speaker in speakers:
             if text == "/new":

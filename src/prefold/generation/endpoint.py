@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import httpx2
@@ -49,34 +51,14 @@ class _Passing(Exception):
         super().__init__(what)
 
 
-@dataclass
-class Usage:
-    """What was asked of an endpoint so far. Tokens are those that it tells of; few servers tell none."""
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    _lock: Lock = field(default_factory=Lock, repr=False)
-
-    def add(self, reply: Any) -> None:
-        usage = reply.get("usage") if isinstance(reply, dict) else None
-        usage = usage if isinstance(usage, dict) else {}
-        with self._lock:
-            self.calls += 1
-            self.prompt_tokens += _whole(usage.get("prompt_tokens"))
-            self.completion_tokens += _whole(usage.get("completion_tokens"))
-
-    def as_json(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("calls", "prompt_tokens", "completion_tokens")}
-
-
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+_COUNTED = ("calls", "prompt_tokens", "completion_tokens")
+_counting = Lock()
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One model at one address.
+    """One model at one address. `usage` counts what was asked of it so far; tokens are those that it tells of, and few
+    servers tell none.
 
     Args:
         url: the base, e.g. `http://localhost:8000/v1`, or the whole address of the chat completions.
@@ -89,7 +71,7 @@ class Endpoint:
     url: str
     model: str
     timeout: float = 300.0
-    usage: Usage = field(default_factory=Usage, repr=False, compare=False)
+    usage: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTED, 0), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -160,7 +142,12 @@ class Endpoint:
             reply = response.json()
         except ValueError:
             raise _Passing(f"its reply is not JSON: {self._safe(response.text)}") from None
-        self.usage.add(reply)
+        usage = reply.get("usage") if isinstance(reply, dict) else None
+        counts = {**(usage if isinstance(usage, dict) else {}), "calls": 1}
+        with _counting:
+            for name in _COUNTED:
+                count = counts.get(name)
+                self.usage[name] += count if isinstance(count, int) and count > 0 else 0
         try:
             choice = reply["choices"][0]
             content, finished = choice["message"]["content"], choice.get("finish_reason") != "length"
@@ -203,14 +190,11 @@ _ADVICE = {
 def _retry_after(response: httpx2.Response) -> float:
     """Seconds of the header Retry-After, which are a number or a date."""
     wait = response.headers.get("Retry-After", "")
-    try:
+    with suppress(ValueError):
         return float(wait)
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError):
         return (parsedate_to_datetime(wait) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
-        return 0.0
+    return 0.0
 
 
 @dataclass(frozen=True)
@@ -261,17 +245,14 @@ def in_parallel(
 
     The threads are daemons: neither an error nor Ctrl-C waits for the answers that are under way.
     """
-    waiting: SimpleQueue[Item] = SimpleQueue()
+    waiting = deque(items)
     results: SimpleQueue[tuple[Item, Result] | BaseException] = SimpleQueue()
-    stopped = Event()
-    for item in items:
-        waiting.put(item)
 
     def work() -> None:
-        while not stopped.is_set():
+        while True:
             try:
-                item = waiting.get_nowait()
-            except Empty:
+                item = waiting.popleft()
+            except IndexError:
                 return
             try:
                 results.put((item, function(item)))
@@ -288,4 +269,4 @@ def in_parallel(
                 raise result
             yield result
     finally:
-        stopped.set()
+        waiting.clear()

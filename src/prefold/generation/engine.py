@@ -64,8 +64,7 @@ class ModelState:
 
     @staticmethod
     def of(model: nn.Module) -> ModelState:
-        state: ModelState = vars(model).setdefault("generation_state", ModelState())
-        return state
+        return vars(model).setdefault("generation_state", ModelState())  # type: ignore[no-any-return]
 
 
 class LocalEngine:
@@ -173,7 +172,14 @@ class LocalEngine:
             logits = decode(self._model, [batch for batch, _ in under_way], newest, starts)
         with torch.no_grad():
             request.extend(sequences, logits)
-        return sequences, _without_finished(under_way)
+        left: UnderWay = []
+        for batch, of_batch in under_way:
+            unfinished = [i for i, sequence in enumerate(of_batch) if not sequence.over]
+            if len(unfinished) < len(of_batch):
+                batch.keep(unfinished)
+            if unfinished:
+                left.append((batch, [of_batch[i] for i in unfinished]))
+        return sequences, left
 
     def _admitted(self, waiting: deque[int], under_way: UnderWay, request: GenerationRequest, budget: int) -> list[int]:
         """The prompts that begin now: as many as fit once half of the budget is free, so that they are encoded at
@@ -197,17 +203,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends: Any = tokenizer.eos_token_id if own is None else own
     return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
-
-
-def _without_finished(under_way: UnderWay) -> UnderWay:
-    left: UnderWay = []
-    for batch, sequences in under_way:
-        unfinished = [i for i, sequence in enumerate(sequences) if not sequence.over]
-        if len(unfinished) < len(sequences):
-            batch.keep(unfinished)
-        if unfinished:
-            left.append((batch, [sequences[i] for i in unfinished]))
-    return left
 
 
 # ---- the model's passes -----------------------------------------------------------------------------------------
@@ -254,8 +249,7 @@ def _forward(
 ) -> Tensor:
     with using_attention(model, ATTENTION):
         output = model(input_ids=input_ids, position_ids=positions, use_cache=False, trees=cached, **kwargs)
-    logits: Tensor = output.logits[0]
-    return logits
+    return output.logits[0]  # type: ignore[no-any-return]
 
 
 def cache_tokens(model: PreTrainedModel) -> int:
@@ -303,8 +297,7 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
     def plain() -> Tensor:
         kept = torch.tensor([cut - 1, half - 1, cut, half, cut + 1, half + 1], device=model.device)
         tokens = torch.tensor([ids], device=model.device)
-        logprobs: Tensor = model(tokens, use_cache=False, logits_to_keep=kept).logits[0].log_softmax(-1)
-        return logprobs
+        return model(tokens, use_cache=False, logits_to_keep=kept).logits[0].log_softmax(-1)  # type: ignore[no-any-return]
 
     def shared() -> tuple[Tensor, int]:
         likeliest = plain().argmax(-1, keepdim=True)
@@ -364,20 +357,21 @@ def answer(
     label: str = "answers",
     streamer: BaseStreamer | None = None,
     template: Template = "chat",
-    progress: bool = True,
 ) -> list[list[str]]:
     """`num_answers` answers to each conversation, in the order of `prompts`.
 
     Args:
-        streamer: for a single prompt with one answer, receives the tokens as they come.
-        progress: whether to draw a progress bar, named `label`.
+        label: of the progress bar.
+        streamer: for a single prompt with one answer, receives the tokens as they come, in place of the bar.
     """
-    ids = [render(prompt, tokenizer, template) for prompt in prompts]
-    if streamer is not None:
+    engine, ids = LocalEngine(model, tokenizer), [render(prompt, tokenizer, template) for prompt in prompts]
+    if streamer is None:
+        with progress_bar(label, len(prompts)) as advance:
+            answers = engine.sample(ids, sampling, advance=advance)
+    else:
         streamer.put(torch.tensor(ids))
-    on_token = None if streamer is None else lambda prompt, number, token: streamer.put(torch.tensor([token]))
-    with progress_bar(label, len(prompts)) if progress else nullcontext(lambda amount, text: None) as advance:
-        answers = LocalEngine(model, tokenizer).sample(ids, sampling, None, advance, on_token)
-    if streamer is not None:
+        answers = engine.sample(
+            ids, sampling, on_token=lambda prompt, number, token: streamer.put(torch.tensor([token]))
+        )
         streamer.end()
     return [[completion.text.strip() for completion in completions] for completions in answers]

@@ -121,8 +121,7 @@ class LocalModel:
     def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
         if not texts:
             return []
-        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
 
 def files_of(folder: Path) -> list[tuple[str, int, int]]:

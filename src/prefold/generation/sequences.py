@@ -45,7 +45,7 @@ class PartialCompletion:
 
 
 class GenerationRequest:
-    """All completions of sequence call."""
+    """All completions of a call."""
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ Tokens are chosen as everywhere else: `generate` is handed the choice as the onl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any, cast
@@ -64,7 +63,9 @@ def _generate(model: PreTrainedModel, batch: Sequence[int], request: GenerationR
         return torch.tensor([sequence.over for sequence in sequences], device=input_ids.device)
 
     input_ids = torch.tensor([list(request.prompts[each.prompt]) for each in sequences], device=model.device)
-    with _no_defaults(model):
+    # Nothing of the model's own settings slips in.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
         cast(Any, model).generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -72,14 +73,6 @@ def _generate(model: PreTrainedModel, batch: Sequence[int], request: GenerationR
             logits_processor=[choose],
             stopping_criteria=[are_over],
         )
-    return sequences
-
-
-@contextmanager
-def _no_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Nothing of the model's own settings slips in."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
     finally:
         model.generation_config = own
+    return sequences

@@ -32,16 +32,12 @@ def fold_adapter(model: nn.Module) -> Iterator[None]:
     """
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     with ExitStack() as stack:
-        for layer in model.modules():
-            if type(layer) is Linear and _can_be_folded(layer, owners):
+        for layer in (module for module in model.modules() if type(module) is Linear):
+            weights = layer.get_base_layer().parameters()
+            plain = all(type(weight) is nn.Parameter and owners[id(weight)] == 1 for weight in weights)
+            if plain and not layer.lora_variant and not layer.disable_adapters and not layer.merged:
                 stack.enter_context(_folded(layer))
         yield
-
-
-def _can_be_folded(layer: Linear, owners: Counter[int]) -> bool:
-    weights = list(layer.get_base_layer().parameters())
-    plain = all(type(weight) is nn.Parameter and owners[id(weight)] == 1 for weight in weights)
-    return plain and not layer.lora_variant and not layer.disable_adapters and not layer.merged
 
 
 @contextmanager
@@ -69,18 +65,20 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     rows take half the time and steps of 64 four fifths. The originals stay where they are: memory holds both. Nothing
     happens where oneDNN is missing or memory is short.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module)]
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and module.weight.dtype in (torch.float32, torch.bfloat16)
+        and module.weight.device.type == "cpu"
+        and "forward" not in module.__dict__
+    ]
     size = sum(layer.weight.nbytes for layer in layers)
+    fits = torch.backends.mkldnn.is_available() and size <= SHARE * _free_memory()
     with ExitStack() as stack:
-        for layer in layers if size <= SHARE * _free_memory() else ():
+        for layer in layers if fits else ():
             stack.enter_context(computing_by(layer, _packed_forward(layer)))
         yield
-
-
-def _can_be_packed(layer: nn.Linear) -> bool:
-    weight = layer.weight
-    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-    return known and torch.backends.mkldnn.is_available() and "forward" not in layer.__dict__
 
 
 def _packed_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

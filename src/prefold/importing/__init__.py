@@ -51,9 +51,15 @@ def import_recipe(file: str, method: str | None = None) -> Imported:
     write(draft, tool, file, method)
     _complete(draft, file)
     draft.finish()
-    values = nested(draft)
-    make_recipe(values, f"{file}, as a recipe")
-    return Imported(tool.name, recipe_text(draft, _heading(draft, file)), account(draft), tuple(draft.notes))
+    make_recipe(nested(draft), f"{file}, as a recipe")
+    method = draft.values["method"]
+    about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
+    heading = [
+        f"{about}, from {Path(file).name} of {draft.tool}.",
+        "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
+        "shows what will be trained on.",
+    ]
+    return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes))
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -86,21 +92,7 @@ def _complete(draft: Draft, file: str) -> None:
         raise UserError("the file names no model", where=file, advice="add the key that names it, and import again")
     if "output_dir" not in draft.values:
         draft.carry("output_dir", f"runs/{Path(file).stem}", comment="prefold's choice: the file names none")
-    method = draft.values["method"]
-    if method == "grpo" and draft.values.get("lora") == "none" and draft.values.get("grpo.beta"):
-        draft.comments["grpo.beta"] = (
-            f"not {draft.values['grpo.beta']}: full fine-tuning keeps no reference; see `lora`"
-        )
-        draft.values["grpo.beta"] = 0.0
+    if draft.values.get("lora") == "none" and (beta := draft.values.get("grpo.beta")):
+        draft.carry("grpo.beta", 0.0, comment=f"not {beta}: full fine-tuning keeps no reference; see `lora`")
     if "data.max_prompt_length" in draft.values:
         draft.values.setdefault("data.overlong", "truncate_prompt")
-
-
-def _heading(draft: Draft, file: str) -> list[str]:
-    method = draft.values["method"]
-    about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
-    return [
-        f"{about}, from {Path(file).name} of {draft.tool}.",
-        "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
-        "shows what will be trained on.",
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
-from prefold.importing.losses import Loss, known_loss, write_dpo, write_grpo, write_losses, write_simpo
+from prefold.importing.losses import Loss, known_loss, supervised, write_dpo, write_grpo, write_losses, write_simpo
 from prefold.importing.sources import write_sources
 from prefold.importing.tables import COUNTED, Entry, read_tool, table_of
 from prefold.importing.write import Tool, has_held_out, samples, without_dropout, write_all_weights, write_quantised
@@ -36,12 +36,8 @@ def _wanted(draft: Draft, where: str, method: str | None) -> str:
         draft.note("renamed", "reward_model", text="method: reward")
         wanted = "reward"
     if wanted is None:
-        raise UserError(
-            "a file for supervised fine-tuning or pre-training: it has no `rl`",
-            where=where,
-            expected="one that aligns with preferences, which is what prefold does: rl: " + " | ".join(METHODS),
-            advice="with pairs, `method: orpo` does both at once; `method: sft` trains on their chosen answers",
-        )
+        what = "a file for supervised fine-tuning or pre-training: it has no `rl`"
+        raise supervised(what, where, ": rl: " + " | ".join(METHODS))
     if wanted not in (*METHODS, "reward"):
         known_loss(wanted, dict.fromkeys(METHODS, Loss("dpo")), "rl", where)
     if method not in (None, wanted):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefold.importing.tables import CONVERSIONS, Entry, NoCounterpartError, Table
+from prefold.importing.tables import CONVERSIONS, NoCounterpartError, Table
 
 Group = Literal["same", "renamed", "decided", "missing", "unknown", "off"]
 """What became of a key: a field of the same name, one of another name, decided by prefold itself, without a
@@ -35,8 +35,7 @@ class Draft:
         self._left = dict(given)
         for key, value in given.items():
             if value is None or value in ("", [], {}):
-                self._left.pop(key)
-                self.notes.append(Note("off", (key,)))
+                self.note("off", key)
 
     def section(self, key: str) -> None:
         """Put the keys of a section beside the others, as `section.key`."""
@@ -94,23 +93,17 @@ class Draft:
         """Take the keys that a table knows."""
         for key in [key for key in self._left if key in table]:
             entry, value = table[key], self._left[key]
-            if entry.kind == "field":
-                self._convert(key, value, entry)
-            elif value is False or value in (0, "none", "no"):
+            try:
+                converted = CONVERSIONS[entry.conversion](value) if entry.kind == "field" else None
+            except NoCounterpartError as reason:
+                self.note("missing", key, text=f"{value}: {reason}")
+                continue
+            if converted is not None:
+                self.carry(entry.text, converted, key)
+            elif entry.kind == "field" or value is False or value in (0, "none", "no"):
                 self.note("off", key)
             else:
                 self.note(entry.kind, key, text=entry.text)
-
-    def _convert(self, key: str, value: Any, entry: Entry) -> None:
-        try:
-            converted = CONVERSIONS[entry.conversion](value)
-        except NoCounterpartError as reason:
-            self.note("missing", key, text=f"{value}: {reason}")
-            return
-        if converted is None:
-            self.note("off", key)
-        else:
-            self.carry(entry.text, converted, key)
 
     def off(self, *keys: str) -> None:
         """Note those of the keys that nobody took as off."""

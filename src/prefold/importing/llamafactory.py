@@ -7,7 +7,7 @@ from typing import Any
 
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
-from prefold.importing.losses import Loss, add_supervised, known_loss, write_losses
+from prefold.importing.losses import Loss, add_supervised, known_loss, supervised, write_losses
 from prefold.importing.tables import Table, is_number, listed, read_tool, table_of
 from prefold.importing.write import Tool, without_dropout, write_all_weights, write_quantised
 from prefold.recipe import parse_yaml
@@ -37,12 +37,8 @@ def _write_losses(draft: Draft, where: str, method: str | None) -> None:
 def _stage(draft: Draft, where: str, method: str | None) -> str:
     stage = str(draft.take("stage", "sft"))
     if stage in ("pt", "sft"):
-        raise UserError(
-            f"a file for {'pre-training' if stage == 'pt' else 'supervised fine-tuning'}, `stage: {stage}`",
-            where=where,
-            expected="one that aligns with preferences, which is what prefold does: stage: " + " | ".join(STAGES),
-            advice="with pairs, `method: orpo` does both at once; `method: sft` trains on their chosen answers",
-        )
+        what = f"a file for {'pre-training' if stage == 'pt' else 'supervised fine-tuning'}, `stage: {stage}`"
+        raise supervised(what, where, ": stage: " + " | ".join(STAGES))
     if stage not in STAGES:
         hint = "GRPO does PPO's job without a value model: `prefold recipes smolgrpo`" if stage == "ppo" else ""
         raise UserError(
@@ -96,17 +92,15 @@ def _write_start(draft: Draft, table: Table) -> None:
 def _write_data(draft: Draft) -> None:
     counts = draft.take("max_samples")
     weights = listed(draft.take("interleave_probs")) if draft.has("interleave_probs") else []
-    for key, field in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
-        if not draft.has(key):
-            continue
+    fields = {"dataset": "data.train", "eval_dataset": "data.eval"}
+    for key in filter(draft.has, fields):
         names = listed(draft.take(key))
-        sources: list[dict[str, Any]] = [{"path": name} for name in names]
-        for source in sources if counts and not weights else []:
-            source["count"] = counts
+        count = {"count": counts} if counts and not weights else {}
+        sources: list[dict[str, Any]] = [{"path": name, **count} for name in names]
         for source, weight in zip(sources, weights, strict=False):
             source["weight"] = parse_yaml(weight, key) if isinstance(weight, str) else weight
         bare = [str(name) for name in names if "/" not in str(name) and not Path(str(name)).suffix]
-        draft.carry(field, sources, key, comment=f"{', '.join(bare)} {IN_INFO}" if bare else "")
+        draft.carry(fields[key], sources, key, comment=f"{', '.join(bare)} {IN_INFO}" if bare else "")
     if counts is not None and weights:
         draft.note("missing", "max_samples", text="a source has a `weight` or a `count`, not both")
     elif counts is not None:

@@ -33,6 +33,15 @@ THINKING = r"(?s)\A<think>(?!.*<think>).*?</think>"
 OWN_REWARDS = "a function takes `completions` as texts, and the rows' columns by their names"
 
 
+def supervised(what: str, where: str, choices: str = "") -> UserError:
+    return UserError(
+        what,
+        where=where,
+        expected=f"one that aligns with preferences, which is what prefold does{choices}",
+        advice="with pairs, `method: orpo` does both at once; `method: sft` trains on their chosen answers",
+    )
+
+
 def known_loss(name: Any, losses: Mapping[str, Loss], key: str, where: str) -> Loss:
     if isinstance(name, str) and name in losses:
         return losses[name]

@@ -9,7 +9,7 @@ import yaml
 
 from prefold.importing.draft import Draft, Group, Note
 from prefold.recipe import Recipe
-from prefold.recipe.explain import section_fields
+from prefold.recipe.section import section_fields
 
 WIDTH = 80
 _COMMENT_WIDTH = 100
@@ -85,7 +85,7 @@ def account(draft: Draft) -> str:
         outer = note.keys[0].partition(".")[0]
         return given.index(outer if outer in given else note.keys[0])
 
-    blocks: list[str] = []
+    blocks = []
     for group, title in _TITLES.items():
         by_text: dict[str, list[str]] = {}
         for note in sorted((note for note in draft.notes if note.group == group), key=in_file):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
-from prefold.importing.losses import Loss, known_loss, write_dpo, write_grpo, write_losses, write_simpo
+from prefold.importing.losses import Loss, known_loss, supervised, write_dpo, write_grpo, write_losses, write_simpo
 from prefold.importing.sources import write_sources
 from prefold.importing.tables import listed, read_tool, table_of
 from prefold.importing.write import Tool, samples, without_dropout, write_all_weights, write_quantised
@@ -44,12 +44,7 @@ def _command(draft: Draft, where: str, method: str | None) -> str:
         if any(map(draft.has, tells["keys"])) or losses & {*tells["losses"]} or is_classifier:
             if command != "sft":
                 return str(command)
-            raise UserError(
-                "a file for supervised fine-tuning",
-                where=where,
-                expected="one that aligns with preferences, which is what prefold does",
-                advice="with pairs, `method: orpo` does both at once; `method: sft` trains on their chosen answers",
-            )
+            raise supervised("a file for supervised fine-tuning", where)
     raise UserError(
         "TRL's command is not in the file, and its keys fit several",
         where=where,

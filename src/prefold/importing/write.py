@@ -88,13 +88,13 @@ def write_steps(draft: Draft) -> None:
     steps = draft.take("max_steps", -1)
     if isinstance(steps, int) and steps > 0:
         draft.carry("train.max_steps", steps, "max_steps")
-    elif "max_steps" in draft.given and draft.given["max_steps"] is not None:
+    elif draft.look("max_steps") is not None:
         draft.note("off", "max_steps")
     warmup, ratio = draft.take("warmup_steps", 0), draft.take("warmup_ratio", 0)
     key = "warmup_steps" if warmup else "warmup_ratio"
-    for other in {"warmup_steps", "warmup_ratio"} - {key}:
-        if draft.given.get(other) is not None:
-            draft.note("off", other)
+    other = "warmup_ratio" if warmup else "warmup_steps"
+    if draft.look(other) is not None:
+        draft.note("off", other)
     value = warmup or ratio
     if is_number(value) and 0 < value < 1:
         _write_share(draft, value, key)
@@ -115,16 +115,12 @@ def _write_share(draft: Draft, share: float, key: str) -> None:
 def write_evaluation(draft: Draft, logging_steps: int) -> None:
     """Measurements while training, from a strategy; `logging_steps`: the other tool's default."""
     held_out = has_held_out(draft)
-    for key in ("evaluation_strategy", "eval_strategy"):
-        if draft.has(key):
-            _measure(draft, key, held_out, logging_steps)
-    keys = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")
+    for key in filter(draft.has, ("evaluation_strategy", "eval_strategy")):
+        _measure(draft, key, held_out, logging_steps)
     if draft.has("eval_steps") and "train.eval_steps" not in draft.values:
         draft.note("missing", "eval_steps", text="nothing is measured while training")
     best = draft.look("metric_for_best_model") or draft.look("load_best_model_at_end")
-    for key in keys:
-        if not draft.has(key):
-            continue
+    for key in filter(draft.has, ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")):
         value = draft.take(key)
         # False says something of a metric; of a switch, that it is off.
         if not (best if key == "greater_is_better" else value):
@@ -133,7 +129,7 @@ def write_evaluation(draft: Draft, logging_steps: int) -> None:
             draft.carry(f"train.{key}", value.removeprefix("eval_") if isinstance(value, str) else value, key)
         else:
             draft.note("missing", key, text="set `train.eval_steps` first")
-    if "data.eval" not in draft.values and "data.eval_fraction" not in draft.values:
+    if not held_out:
         draft.carry("data.eval_fraction", 0.1, comment="prefold holds some rows out, to compare before and after")
 
 
@@ -156,8 +152,7 @@ def _measure(draft: Draft, key: str, held_out: bool, logging_steps: int) -> None
     elif not held_out:
         draft.note("missing", key, text="the file holds nothing out; with `data.eval`, set `train.eval_steps`")
     else:
-        keys = [key, *(["eval_steps"] if draft.has("eval_steps") else [])]
-        draft.carry("train.eval_steps", every, *keys)
+        draft.carry("train.eval_steps", every, key, *filter(draft.has, ["eval_steps"]))
 
 
 def write_dtype(draft: Draft, keys: Sequence[str]) -> None:
@@ -181,8 +176,7 @@ def write_trackers(draft: Draft) -> None:
     if not draft.has("report_to"):
         return
     names = [name for name in listed(draft.take("report_to")) if name not in ("none", "all", False)]
-    known = [name for name in names if name in ("wandb", "tensorboard")]
-    if known:
+    if known := [name for name in names if name in ("wandb", "tensorboard")]:
         draft.carry("train.report_to", known, "report_to")
     elif not names:
         draft.note("off", "report_to")

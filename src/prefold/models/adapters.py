@@ -21,10 +21,9 @@ from prefold.models.chat_format import vocabulary_rows
 from prefold.models.load import chat_tokens, load_model
 from prefold.models.messages import UNREADABLE, quiet
 from prefold.recipe import Lora, Model
-from prefold.trees.fused_lora import fuse_lora
+from prefold.trees.fused_layers import fuse_lora, fuse_trained_rows
 from prefold.trees.head import SCORE, score_layer
 from prefold.trees.scorer import freeze_reference
-from prefold.trees.trained_rows import fuse_trained_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -30,10 +30,10 @@ from prefold.models.load import load_model
 from prefold.models.messages import quiet
 from prefold.models.score_head import set_padding
 from prefold.recipe import Model, RecipeBase
+from prefold.trees.budget import pad
 from prefold.trees.head import score_layer
+from prefold.trees.logprobs import scores_of
 from prefold.trees.memory import free_memory
-from prefold.trees.padding import pad
-from prefold.trees.reward_head import scores_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest root-mean-square difference of the logits, as a share of their own root mean square, by the dtype merged

@@ -28,10 +28,9 @@ from prefold.generation.endpoint import Endpoint, RemoteModel
 from prefold.generation.journal import Journal
 from prefold.generation.samplers import LocalModel, Sampler, answers_of
 from prefold.generation.sampling import Sampling
-from prefold.pairing.candidates import Candidate, Candidates, best_pair
-from prefold.pairing.scores import judged, reward_identity, rewarded
+from prefold.pairing.scores import Candidate, Candidates, best_pair, judged, reward_identity, rewarded
 from prefold.recipe import Pairs, Source, make_section, parse_reward
-from prefold.recipe.signature import with_fields
+from prefold.recipe.section import with_fields
 from prefold.rewards.judge import Judge
 from prefold.rewards.load import load_rewards
 from prefold.rewards.scoring import column_names
@@ -126,12 +125,17 @@ def _listed(left_out: dict[str, int]) -> str:
 
 def _candidates(settings: Pairs, samplers: Sequence[Sampler], prompts: Sequence[Prompt]) -> list[Candidates]:
     """All models' answers to each prompt with their scores, or why there are none."""
-    judge = _judge(settings)
+    judge = None
+    if settings.judge_endpoint is not None and settings.judge_model is not None:
+        judge = Judge.at(Endpoint(settings.judge_endpoint, settings.judge_model, settings.timeout), cache_folder())
     specs = [] if judge else [parse_reward(text) for text in settings.reward]
     knows_ids = all(sampler.token_ids([]) is not None for sampler in samplers)
     known = ["prompts", "completions", *(["completion_ids"] if knows_ids else []), *column_names(prompts)]
     rewards, identity = load_rewards(specs, known), [reward_identity(spec) for spec in specs]
-    work = _open_work_file(settings)
+    path = settings.output.with_name(f"{settings.output.name}.work")
+    if settings.fresh:
+        path.unlink(missing_ok=True)
+    work = Journal(path)
     candidates = _answers(samplers, prompts, work)
     if judge:
         return judged(judge, prompts, candidates, work, settings.concurrency)
@@ -171,19 +175,6 @@ def _samplers(settings: Pairs) -> list[Sampler]:
         else RemoteModel(Endpoint(url, name, settings.timeout), sampling, settings.concurrency)
         for name, url in zip(settings.model, urls, strict=True)
     ]
-
-
-def _judge(settings: Pairs) -> Judge | None:
-    if settings.judge_endpoint is None or settings.judge_model is None:
-        return None
-    return Judge.at(Endpoint(settings.judge_endpoint, settings.judge_model, settings.timeout), cache_folder())
-
-
-def _open_work_file(settings: Pairs) -> Journal:
-    path = settings.output.with_name(f"{settings.output.name}.work")
-    if settings.fresh:
-        path.unlink(missing_ok=True)
-    return Journal(path)
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------
@@ -254,16 +245,10 @@ def _write(output: Path, pairs: Sequence[tuple[Prompt, tuple[Candidate, Candidat
                 row[side] = answer.text if as_text else [{"role": "assistant", "content": answer.text}]
             if with_scores:
                 row |= {"score_chosen": chosen.score, "score_rejected": rejected.score}
-            row |= {_column_name(name): _as_json(value) for name, value in prompt.columns.items()}
+            for name, value in prompt.columns.items():
+                # What would be read as part of the pair, or as its rating, gets another name.
+                taken = name in _READ_IN_PAIRS or "chosen" in name.lower() or "rejected" in name.lower()
+                # As JSON has it: dates and bytes as text, no NaN.
+                cell = json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None)
+                row[f"source_{name}" if taken else name] = cell
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _column_name(name: str) -> str:
-    """A column that would be read as part of the pair, or as its rating, gets another name."""
-    taken = name in _READ_IN_PAIRS or "chosen" in name.lower() or "rejected" in name.lower()
-    return f"source_{name}" if taken else name
-
-
-def _as_json(value: Any) -> Any:
-    """The value as JSON has it: dates and bytes as text, no NaN."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)

@@ -1,14 +1,14 @@
-"""Scores of the answers to prompts, by rewards or a judge.
+"""Scores of the answers to prompts, by rewards or a judge, and the two answers that are a pair.
 
-They are kept in the work file under a key of all that they depend on; only what is missing there is computed.
+Scores are kept in the work file under a key of all that they depend on; only what is missing there is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import islice
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from prefold.generation.endpoint import Refused
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.samplers import Sampler, files_of
 from prefold.models.fetch import fetch
-from prefold.pairing.candidates import Candidate, Candidates
 from prefold.recipe import RewardBase
 from prefold.rewards.judge import Judge, NoVerdict
 from prefold.rewards.scoring import LoadedReward, column_names, score, weighted
@@ -27,6 +26,20 @@ from prefold.terminal import progress_bar
 FAILURES_IN_A_ROW = 10
 """Prompts without a verdict after which nothing more is expected."""
 _SCORED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer to a prompt by one of the models; `score` is None where no reward says anything about it."""
+
+    text: str
+    model: int
+    score: float | None = None
+    finished: bool = True
+
+
+Candidates = list[Candidate] | str
+"""The answers to a prompt, or why there are none."""
 
 
 def rewarded(
@@ -46,19 +59,17 @@ def rewarded(
     columns = column_names(prompts)
     with_ids = bool(samplers) and any(reward.takes("completion_ids") for reward in rewards)
 
-    def totals(rows: Sequence[tuple[Prompt, Candidate]]) -> list[float | None]:
-        messages = [list(prompt.prompt) for prompt, _ in rows]
-        texts = [answer.text for _, answer in rows]
-        ids = [(samplers[one.model].token_ids([one.text]) or [[]])[0] for _, one in rows] if with_ids else None
-        cells = {name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns}
-        return weighted(rewards, score(rewards, messages, texts, ids, cells))
-
     def scores(missing: Sequence[int]) -> Iterator[tuple[int, list[float | None]]]:
         for start in range(0, len(missing), _SCORED_AT_ONCE):
             batch = missing[start : start + _SCORED_AT_ONCE]
-            remaining = iter(totals([(prompts[i], answer) for i in batch for answer in _answers_in(candidates[i])]))
+            rows = [(prompts[i], answer) for i in batch for answer in _answers_in(candidates[i])]
+            messages = [list(prompt.prompt) for prompt, _ in rows]
+            texts = [answer.text for _, answer in rows]
+            ids = [(samplers[one.model].token_ids([one.text]) or [[]])[0] for _, one in rows] if with_ids else None
+            cells = {name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns}
+            totals = iter(weighted(rewards, score(rewards, messages, texts, ids, cells)))
             for index in batch:
-                yield index, list(islice(remaining, len(candidates[index])))
+                yield index, list(islice(totals, len(candidates[index])))
 
     return _with_scores(prompts, candidates, work, identity, scores)
 
@@ -102,8 +113,7 @@ def judged(
                     "  to do: take a model that follows instructions (`--judge-model`)"
                 )
 
-    identity = judge.endpoint.url, judge.endpoint.model
-    return _with_scores(prompts, candidates, work, identity, scores)
+    return _with_scores(prompts, candidates, work, (judge.endpoint.url, judge.endpoint.model), scores)
 
 
 def _answers_in(candidates: Candidates) -> list[Candidate]:
@@ -138,3 +148,41 @@ def _with_scores(
         answers = zip(_answers_in(candidates[index]), work[key], strict=True) if key in work else ()
         result[index] = [replace(answer, score=value) for answer, value in answers] or "no_verdict"
     return result
+
+
+# ---- the pair ---------------------------------------------------------------------------------------------------
+
+
+def best_pair(
+    candidates: Candidates, min_margin: float, max_length_ratio: float | None
+) -> tuple[Candidate, Candidate] | str:
+    """(chosen, rejected): of the pairs within the limits the one with the largest margin; or why there is none.
+
+    Without limits that is the best against the worst. Among equals the first ones are taken. An answer that was cut off
+    is in no pair: training on it would teach to stop there.
+    """
+    if isinstance(candidates, str):
+        return candidates
+    with_score = [candidate for candidate in candidates if candidate.score is not None]
+    usable = [candidate for candidate in with_score if candidate.finished]
+    if len(usable) < 2 <= len(with_score):
+        return "cut_off"
+    pairs = [(better, worse, (better.score or 0.0) - (worse.score or 0.0)) for better, worse in permutations(usable, 2)]
+    ratio = max_length_ratio or float("inf")
+    for reason, holds in (
+        ("too_few_answers", lambda better, worse, margin: True),
+        ("identical", lambda better, worse, margin: better.text.strip() != worse.text.strip()),
+        ("equal_scores", lambda better, worse, margin: margin > 0),
+        ("small_margin", lambda better, worse, margin: margin >= min_margin),
+        ("length_ratio", lambda better, worse, margin: _length_ratio(better.text, worse.text) <= ratio),
+    ):
+        pairs = [pair for pair in pairs if holds(*pair)]
+        if not pairs:
+            return reason
+    better, worse, _ = max(pairs, key=lambda pair: pair[2])
+    return better, worse
+
+
+def _length_ratio(first: str, second: str) -> float:
+    shorter, longer = sorted((len(first), len(second)))
+    return longer / shorter

@@ -11,7 +11,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prefold.recipe.explain import make_section as make_section
 from prefold.recipe.pairs import Pairs as Pairs
 from prefold.recipe.rewards import EndpointJudge as EndpointJudge
 from prefold.recipe.rewards import Reward as Reward
@@ -19,6 +18,7 @@ from prefold.recipe.rewards import RewardBase as RewardBase
 from prefold.recipe.rewards import parse_reward as parse_reward
 from prefold.recipe.sampling import Chat as Chat
 from prefold.recipe.sampling import Generate as Generate
+from prefold.recipe.section import make_section as make_section
 from prefold.recipe.sections import Benchmark as Benchmark
 from prefold.recipe.sections import Data as Data
 from prefold.recipe.sections import Evaluate as Evaluate

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from prefold.algorithms import ALGORITHMS, Algorithm
 from prefold.errors import UserError
 from prefold.files import without_home
-from prefold.recipe.explain import describe
 from prefold.recipe.recipe import Recipe, RecipeBase
+from prefold.recipe.section import describe
 from prefold.recipe.text import field_lines, parse_yaml, read_text
 
 EVAL_FRACTION = 0.1
@@ -53,8 +53,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe", lines: dict[str, 
 def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm]) -> dict[str, Any]:
     """A copy of `values` in which silent fields have the method's vetted defaults."""
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    data = filled.get("data")
-    if isinstance(data, dict) and not data.get("eval"):
+    if isinstance(data := filled.get("data"), dict) and not data.get("eval"):
         data.setdefault("eval_fraction", EVAL_FRACTION)
     if filled.get(method) is None:
         filled[method] = {}
@@ -71,20 +70,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError("not an override", where=override, expected="section.field=value, e.g. `train.max_steps=10`")
     *parents, last = dotted.split(".")
-    here: Any = values
+    value, here = parse_yaml(text, override), values
     for part in parents:
-        here = here.setdefault(part, {}) if isinstance(here, dict) else _list_item(here, part, override)
-    value = parse_yaml(text, override)
-    if isinstance(here, dict):
-        here[last] = value
-    else:
-        _list_item(here, last, override)
-        here[int(last)] = value
+        here = here.setdefault(part, {}) if isinstance(here, dict) else here[_index(here, part, override)]
+    here[last if isinstance(here, dict) else _index(here, last, override)] = value
 
 
-def _list_item(here: Any, part: str, override: str) -> Any:
+def _index(here: Any, part: str, override: str) -> Any:
     if isinstance(here, list) and part.isdigit() and int(part) < len(here):
-        return here[int(part)]
+        return int(part)
     raise UserError(
         f"there is no `{part}` to set", where=override, expected="the path of a field that the recipe can have"
     )

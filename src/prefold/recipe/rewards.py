@@ -10,8 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, create_model, fi
 from pydantic.fields import FieldInfo
 
 from prefold.errors import UserError, did_you_mean
-from prefold.recipe.explain import make_section
-from prefold.recipe.section import Section
+from prefold.recipe.section import Section, make_section
 from prefold.recipe.text import parse_yaml
 
 # ---- built-in rewards -------------------------------------------------------------------------------------------

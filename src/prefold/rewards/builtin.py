@@ -15,26 +15,17 @@ RewardFunction = Callable[..., Sequence[float | None]]
 def length(wanted: settings.Length) -> RewardFunction:
     """-|target - length|: 0 for a completion of exactly that length, one less for each token (character) off it."""
 
-    def off(completions: Sequence[Sequence[Any]]) -> list[float]:
-        return [-float(abs(wanted.target - len(completion))) for completion in completions]
+    def in_tokens(completion_ids: Sequence[Sequence[Any]]) -> list[float]:
+        return [-float(abs(wanted.target - len(ids))) for ids in completion_ids]
 
-    def in_tokens(completion_ids: Sequence[Sequence[int]]) -> list[float]:
-        return off(completion_ids)
-
-    def in_characters(completions: Sequence[str]) -> list[float]:
-        return off(completions)
-
-    return in_tokens if wanted.unit == "tokens" else in_characters
+    # The rewards are given what they name.
+    return in_tokens if wanted.unit == "tokens" else lambda completions: in_tokens(completions)
 
 
 def regex(wanted: settings.Regex) -> RewardFunction:
     """1 where the pattern is found anywhere in the completion, else 0."""
     pattern = re.compile(wanted.pattern)
-
-    def matches(completions: Sequence[str]) -> list[float]:
-        return [float(pattern.search(completion) is not None) for completion in completions]
-
-    return matches
+    return lambda completions: [float(pattern.search(completion) is not None) for completion in completions]
 
 
 def repetition(wanted: settings.Repetition) -> RewardFunction:
@@ -45,10 +36,7 @@ def repetition(wanted: settings.Repetition) -> RewardFunction:
         runs = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
         return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
-    def of_all(completions: Sequence[str]) -> list[float]:
-        return [-repeated(completion.lower().split()) for completion in completions]
-
-    return of_all
+    return lambda completions: [-repeated(completion.lower().split()) for completion in completions]
 
 
 def exact_number(wanted: settings.ExactNumber) -> RewardFunction:

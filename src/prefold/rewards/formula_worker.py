@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 MOST_BYTES = 4 * 2**30
@@ -19,7 +20,10 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout = sys.stderr
     logging.disable()
-    _limit_memory()
+    with suppress(ImportError):  # on Windows
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     from math_verify import parse, verify
 
     def formulas(text: str, is_formula: bool) -> list[Any]:
@@ -40,14 +44,6 @@ def main() -> None:
     for line in sys.stdin:
         replies.write(json.dumps(compared(*json.loads(line))) + "\n")
         replies.flush()
-
-
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
 
 
 if __name__ == "__main__":

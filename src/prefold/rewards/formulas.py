@@ -60,24 +60,27 @@ class Comparer:
         assert process.stdin is not None
         process.stdin.write(json.dumps([answer, completion]) + "\n")
         process.stdin.flush()
-        reply = self._reply(seconds)
-        if reply is None:
+        if (reply := self._reply(seconds)) is None:
             self._stop()
             return 0.0
-        value: float | None = json.loads(reply)
-        return value
+        return json.loads(reply)  # type: ignore[no-any-return]
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
             return self._process
-        worker = Path(__file__).with_name("formula_worker.py")
         # -P: the modules beside it must not stand in for installed ones.
-        command = [sys.executable, "-P", str(worker)]
-        pipe = subprocess.PIPE
+        command, pipe = [sys.executable, "-P", str(Path(__file__).with_name("formula_worker.py"))], subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
-        self._process, self._replies = process, SimpleQueue()
+        replies: SimpleQueue[str] = SimpleQueue()
+        self._process, self._replies = process, replies
+
+        def forward() -> None:
+            for line in process.stdout or ():
+                replies.put(line)
+            replies.put("")
+
         finalize(self, process.kill)
-        Thread(target=_forward, args=(process, self._replies), daemon=True).start()
+        Thread(target=forward, daemon=True).start()
         if self._reply(STARTING_SECONDS) is None:
             self._stop()
             raise StageError("math-verify cannot be started in a process of its own")
@@ -95,10 +98,3 @@ class Comparer:
             self._process.kill()
             self._process.wait()
             self._process = None
-
-
-def _forward(process: subprocess.Popen[str], replies: SimpleQueue[str]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        replies.put(line)
-    replies.put("")

@@ -49,9 +49,8 @@ class Judge:
 
     @classmethod
     def at(cls, endpoint: Endpoint, cache: Path) -> Judge:
-        folder = cache / "judge"
-        folder.mkdir(parents=True, exist_ok=True)
-        return cls(endpoint, Journal(folder / f"{key_of(endpoint.url, endpoint.model)}.jsonl"))
+        (cache / "judge").mkdir(parents=True, exist_ok=True)
+        return cls(endpoint, Journal(cache / "judge" / f"{key_of(endpoint.url, endpoint.model)}.jsonl"))
 
     def all_shares(
         self, groups: Sequence[tuple[Sequence[Message], Sequence[str]]], workers: int
@@ -79,17 +78,13 @@ class Judge:
         """
         won = [0.0] * len(completions)
         for first, second in combinations(range(len(completions)), 2):
-            share = self._share(prompt, completions[first], completions[second])
+            one, other = completions[first], completions[second]
+            share = 0.5
+            if one != other:
+                share = ((self._verdict(prompt, one, other) == 1) + (self._verdict(prompt, other, one) == 2)) / 2
             won[first] += share
             won[second] += 1 - share
         return [count / (len(completions) - 1) for count in won]
-
-    def _share(self, prompt: Sequence[Message], first: str, second: str) -> float:
-        """1 where the first is better, 0 where the second is, 0.5 where the judge goes by their order."""
-        if first == second:
-            return 0.5
-        votes = self._verdict(prompt, first, second) == 1, self._verdict(prompt, second, first) == 2
-        return sum(votes) / 2
 
     def _verdict(self, prompt: Sequence[Message], first: str, second: str) -> int:
         conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -44,10 +44,9 @@ def load_rewards(specs: Sequence[RewardBase], known: Collection[str]) -> list[Lo
     rewards = []
     for spec in specs:
         if spec.file is None:
-            function = _FUNCTIONS[spec.name](BUILT_IN[spec.name](**spec.settings))
+            file, function = None, _FUNCTIONS[spec.name](BUILT_IN[spec.name](**spec.settings))
         else:
-            function = _function_in(spec.file, spec.name)
-        file = None if spec.file is None else without_home(spec.file)
+            file, function = without_home(spec.file), _function_in(spec.file, spec.name)
         rewards.append(LoadedReward(spec.name, function, spec.weight, file, spec.on_error))
         _check_arguments(rewards[-1], known)
     return rewards

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, partial
 from itertools import count
 
 import torch
@@ -19,7 +19,7 @@ from prefold.models.fetch import fetch
 from prefold.models.load import load_tokenizer
 from prefold.models.messages import UNREADABLE, quiet
 from prefold.recipe import rewards as settings
-from prefold.trees.padding import pad
+from prefold.trees.budget import pad
 
 AT_ONCE = 8
 """Conversations of a forward pass."""
@@ -33,14 +33,10 @@ class RewardModel:
     """
 
     def __init__(self, wanted: settings.RewardModel):
-        self._name = wanted.model
-
-    @cached_property
-    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return _load(self._name)
+        self._load = cache(partial(_load, wanted.model))
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float | None]:
-        model, tokenizer = self._loaded
+        model, tokenizer = self._load()
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         turns = [
             [*prompt, Message(role="assistant", content=completion)]
@@ -50,9 +46,15 @@ class RewardModel:
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         scores: list[float | None] = [None] * len(ids)
         fitting = [index for index, row in enumerate(ids) if len(row) <= longest]
-        for start in range(0, len(fitting), AT_ONCE):
-            batch = fitting[start : start + AT_ONCE]
-            for index, logit in zip(batch, _logits(model, [ids[index] for index in batch]), strict=True):
+        for batch in (fitting[start : start + AT_ONCE] for start in range(0, len(fitting), AT_ONCE)):
+            # Decoders read the score at the last token that is not the pad token. Where that is the end token too, they
+            # would read it one token early; a token that is in no row is safe.
+            padding = next(token for token in count() if not any(token in ids[index] for index in batch))
+            model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
+            padded, mask = pad([ids[index] for index in batch], model.device, padding)
+            with torch.no_grad():
+                logits = model(input_ids=padded, attention_mask=mask).logits
+            for index, logit in zip(batch, logits[:, 0].float().tolist(), strict=True):
                 scores[index] = logit
         return scores
 
@@ -79,15 +81,3 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if model.config.num_labels != 1:
         raise UserError(f"has {model.config.num_labels} labels, not one", where=name, expected=_ONE_LOGIT)
     return model.to(device).eval(), tokenizer
-
-
-def _logits(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
-    # Decoders read the score at the last token that is not the pad token. Where that is the end token too, they would
-    # read it one token early; a token that is in no row is safe.
-    padding = next(token for token in count() if not any(token in row for row in rows))
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
-    ids, mask = pad(rows, model.device, padding)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask).logits
-    values: list[float] = logits[:, 0].float().tolist()
-    return values

@@ -158,10 +158,28 @@ def weighted(rewards: Sequence[LoadedReward], scores: Sequence[Scores]) -> list[
 
 
 class _Refused(Exception):
-    """A reward failed, or returned what cannot be used; `message` is what to tell."""
+    """A reward failed, or returned what cannot be used; `message` shows the completion at `index`, as far as one is to
+    blame."""
 
-    def __init__(self, message: UserError | StageError):
-        self.message = message
+    def __init__(
+        self,
+        reward: LoadedReward,
+        what: str,
+        arguments: Mapping[str, Any],
+        index: int | None,
+        error: Exception | None = None,
+    ):
+        lines = [f"the reward `{reward.name}` {what}"]
+        if index is None:
+            lines.append(f"  for {len(arguments['completions'])} completions together, though for none of them alone")
+        elif index < len(arguments["completions"]):
+            lines.append(f"  prompt: {_shortened(arguments['prompts'][index][-1]['content'])}")
+            lines.append(f"  completion: {_shortened(arguments['completions'][index])}")
+        self.message: UserError | StageError = StageError("\n".join(lines))
+        if reward.file:
+            path = Path(reward.file).expanduser().absolute()
+            where = line_of(error, path, reward.file) if error else reward.file
+            self.message = UserError("\n".join(lines), where=where)
 
 
 def _scores(reward: LoadedReward, arguments: Mapping[str, Any]) -> Scores:
@@ -191,11 +209,11 @@ def _call(reward: LoadedReward, arguments: Mapping[str, Any]) -> list[float | No
     except (UserError, StageError):
         raise
     except Exception as error:
-        raise _refused(reward, f"failed: {summary_of(error)}", arguments, _failing(reward, arguments), error) from error
+        raise _Refused(reward, f"failed: {summary_of(error)}", arguments, _failing(reward, arguments), error) from error
     if isinstance(returned, str | bytes | dict | set) or not hasattr(returned, "__len__"):
-        raise _refused(reward, f"returned {_kind(returned)}, not a list", arguments, 0)
+        raise _Refused(reward, f"returned {_kind(returned)}, not a list", arguments, 0)
     if len(returned) != count:
-        raise _refused(reward, f"returned {len(returned)} values for {count} completions", arguments, 0)
+        raise _Refused(reward, f"returned {len(returned)} values for {count} completions", arguments, 0)
     return [_number(reward, value, arguments, index) for index, value in enumerate(returned)]
 
 
@@ -222,29 +240,8 @@ def _number(reward: LoadedReward, value: Any, arguments: Mapping[str, Any], inde
         number = math.nan
     if not math.isfinite(number):
         shown = value if isinstance(value, float | int) else _kind(value)
-        raise _refused(reward, f"returned {shown}, not a finite number or None", arguments, index)
+        raise _Refused(reward, f"returned {shown}, not a finite number or None", arguments, index)
     return number
-
-
-def _refused(
-    reward: LoadedReward,
-    what: str,
-    arguments: Mapping[str, Any],
-    index: int | None,
-    error: Exception | None = None,
-) -> _Refused:
-    """With the message that shows the completion at `index`, as far as one is to blame."""
-    lines = [f"the reward `{reward.name}` {what}"]
-    if index is None:
-        lines.append(f"  for {len(arguments['completions'])} completions together, though for none of them alone")
-    elif index < len(arguments["completions"]):
-        lines.append(f"  prompt: {_shortened(arguments['prompts'][index][-1]['content'])}")
-        lines.append(f"  completion: {_shortened(arguments['completions'][index])}")
-    message = "\n".join(lines)
-    if not reward.file:
-        return _Refused(StageError(message))
-    path = Path(reward.file).expanduser().absolute()
-    return _Refused(UserError(message, where=line_of(error, path, reward.file) if error else reward.file))
 
 
 def _shortened(text: str) -> str:

@@ -239,15 +239,12 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
         raise NotImplementedError("variable-length attention has no soft-cap")
     from torch.nn.attention.varlen import varlen_attn
 
-    plan = trees.once("variable length", gathered_keys)
+    indices, layout = trees.once("variable length", gathered_keys)
     out = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1).index_select(0, plan.keys),
-        value[0].transpose(0, 1).index_select(0, plan.keys),
-        plan.query_starts,
-        plan.key_starts,
-        plan.longest_query,
-        plan.longest_key,
+        key[0].transpose(0, 1).index_select(0, indices),
+        value[0].transpose(0, 1).index_select(0, indices),
+        *layout,
         scale=shape.scale,
         window_size=(-1 if shape.window is None else shape.window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -256,19 +253,9 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
     return out[None]
 
 
-class GatheredKeys(NamedTuple):
-    """Segments of queries in the order of the row, and the keys that each of them sees: `keys` are indices into the
-    row; `query_starts` and `key_starts` `[segments + 1]` say where the segments begin."""
-
-    keys: Tensor
-    query_starts: Tensor
-    key_starts: Tensor
-    longest_query: int
-    longest_key: int
-
-
-def gathered_keys(trees: PackedTrees) -> GatheredKeys:
-    """The layout of `variable_length`: a node sees what is above it and itself."""
+def gathered_keys(trees: PackedTrees) -> tuple[Tensor, tuple[Tensor, Tensor, int, int]]:
+    """The indices in the row of the keys that each node sees, those above it and its own; and where the queries and
+    the keys of the nodes begin, `[nodes + 1]` each, with the most that a node has of them."""
     seen = [index for node in trees.nodes for span in (*node.above, node.own) for index in range(*span)]
     queries = [stop - start for (start, stop), _, _ in trees.nodes]
     keys = [node.longest for node in trees.nodes]
@@ -278,7 +265,7 @@ def gathered_keys(trees: PackedTrees) -> GatheredKeys:
         return total.to(torch.int32).to(trees.input_ids.device)
 
     indices = torch.tensor(seen, device=trees.input_ids.device)
-    return GatheredKeys(indices, starts(queries), starts(keys), max(queries), max(keys))
+    return indices, (starts(queries), starts(keys), max(queries), max(keys))
 
 
 def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:

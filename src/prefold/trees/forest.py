@@ -39,11 +39,6 @@ class Text:
         """What the model reads: the last token is only predicted."""
         return self.tokens[:-1]
 
-    @property
-    def context(self) -> Ids:
-        """What is not scored."""
-        return self.tokens[: -self.scored]
-
 
 def pack_forest(texts: Sequence[Text], device: torch.device | str = "cpu") -> PackedTrees:
     """Lay texts out in one row; of the log-probs of its scored tokens, those of completion `i` are of text `i`."""
@@ -66,7 +61,7 @@ def split_texts(texts: Sequence[Text], max_tokens: int) -> list[list[int]]:
     rows: list[list[int]] = []
     size = 0
     last: Ids = ()
-    for _, same in groupby(order, key=lambda i: texts[i].context):
+    for _, same in groupby(order, key=lambda i: texts[i].tokens[: -texts[i].scored]):
         unit = list(same)
         added, end = _added(unit, texts, last)
         if not rows or size + added > max_tokens:
@@ -107,7 +102,7 @@ def _laid_out(texts: Sequence[Ids]) -> tuple[list[int], list[int], list[Node], l
     Sorted, texts that share a start are neighbours, and what several neighbours share is the least that two of them
     that stand side by side do.
     """
-    order = sorted(range(len(texts)), key=lambda i: texts[i])
+    order = sorted(range(len(texts)), key=texts.__getitem__)
     ordered = [texts[i] for i in order]
     common = [0, *(_shared(text, following) for text, following in pairwise(ordered))]
 

@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from prefold.trees.trained_rows import trained_rows
+from prefold.trees.fused_layers import trained_rows
 
 T = TypeVar("T")
 
@@ -59,10 +59,9 @@ def score_layer(model: nn.Module) -> nn.Module | None:
 
 def head_of(model: Any, temperature: float = 1.0) -> Head:
     """What the model does between its last hidden states and its logits, by the names of transformers' configs."""
-    layer, config = model.get_output_embeddings(), model.config
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
     linear = weights_of(layer)
     assert isinstance(linear, nn.Linear)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     rows = trained_rows(layer) if isinstance(layer, TrainableTokensWrapper) else None

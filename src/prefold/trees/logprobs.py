@@ -2,13 +2,15 @@
 
 Two paths give the same numbers. Packed: one row of trees, each prompt encoded once, the head applied in chunks to the
 predictors alone. Plain: one padded row per prompt and completion through the model as it comes. Both score inside the
-model's own `forward`, where PEFT and distributed wrappers hook in.
+model's own `forward`, where PEFT and distributed wrappers hook in. A model whose head gives one number in place of
+logits scores whole conversations, by the same two paths.
 Data in: `PackedTrees`; data out: `TreeLogprobs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -16,10 +18,19 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from prefold.trees.head import Statistics, distribution_statistics, head_computes, head_logprobs, head_of
+from prefold.trees.budget import padded_batches
+from prefold.trees.head import (
+    Statistics,
+    distribution_statistics,
+    head_computes,
+    head_logprobs,
+    head_of,
+    score_layer,
+    weights_of,
+)
 from prefold.trees.packing import PackedTrees
-from prefold.trees.padding import padded_batches
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,8 @@ def packed_logprobs(
     model: nn.Module, row: PackedTrees, statistics: bool = False, temperature: float = 1.0
 ) -> TreeLogprobs:
     """Score one packed row. The model's attention implementation must be one of the engine's."""
+    if score_layer(model) is not None:
+        return packed_scores(model, row)
     head = head_of(model, temperature)
     with head_computes(head.layer, lambda hidden: head_logprobs(hidden[0], head, row.targets, statistics)) as scored:
         model(
@@ -146,6 +159,8 @@ def plain_logprobs(
     """Score the same completions by themselves: rows of prompt + completion, padded on the right, `max_tokens` at a
     time, or with 0 one at a time for models in which a row depends on its neighbours."""
     rows = [tree.prompt + ids for tree in row.trees for ids in tree.completions]
+    if score_layer(model) is not None:
+        return _as_logprobs(scores_of(model, rows, row.input_ids.device, max_tokens))
     starts = [len(tree.prompt) for tree in row.trees for _ in tree.completions]
     tokens: list[Tensor] = [torch.empty(0)] * len(rows)
     distributions: list[tuple[Tensor, ...]] = [()] * len(rows)
@@ -189,3 +204,48 @@ def router_coefficient(model: Any) -> float:
     """What a mixture of experts multiplies its load-balancing loss with; 0 if its configuration asks for none."""
     config = getattr(model, "module", model).config.get_text_config()
     return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
+
+
+# ---- scores of whole conversations -----------------------------------------------------------------------------
+# The head meets the last tokens of completions alone, and is told where they are: a classifier of transformers finds
+# them by the pad token, which a conversation may end with.
+
+
+def packed_scores(model: nn.Module, row: PackedTrees) -> TreeLogprobs:
+    ends = [node.own[1] - 1 for node in row.nodes if node.above]
+    with _scoring(model, [0] * len(ends), ends) as scored:
+        model(input_ids=row.input_ids, position_ids=row.positions, use_cache=False, trees=row)
+    return _as_logprobs(scored.pop())
+
+
+def scores_of(model: nn.Module, rows: Sequence[Sequence[int]], device: torch.device, max_tokens: int = 0) -> Tensor:
+    """`[rows]`: scores of conversations by themselves, padded on the right, `max_tokens` at a time or else one."""
+    scores: list[Tensor] = [torch.empty(0)] * len(rows)
+    for batch, padded, mask in padded_batches(rows, max_tokens, device):
+        with _scoring(model, range(len(batch)), [len(rows[i]) - 1 for i in batch]) as scored:
+            model(input_ids=padded, attention_mask=mask, use_cache=False)
+        for i, score in zip(batch, scored.pop(), strict=True):
+            scores[i] = score
+    return torch.stack(scores)
+
+
+def _scoring(model: nn.Module, rows: Sequence[int], columns: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
+    """While open, the head computes the scores `[N]`, float32 or better, of the hidden states at these rows and
+    columns."""
+    layer = score_layer(model)
+    assert layer is not None
+
+    def score(hidden: Tensor) -> Tensor:
+        head = weights_of(layer)
+        assert isinstance(head, nn.Linear)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        bias = head.bias if head.bias is None else head.bias.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden[list(rows), list(columns)].to(dtype), head.weight.to(dtype), bias).squeeze(-1)
+
+    return head_computes(layer, score)
+
+
+def _as_logprobs(scores: Tensor) -> TreeLogprobs:
+    indices = torch.arange(len(scores), device=scores.device)
+    return TreeLogprobs(scores, indices, torch.ones_like(indices))

@@ -27,8 +27,7 @@ def arrange_allocations(kept: bool) -> None:
     and each page that is asked for anew costs a fault: up to a fifth of the time. Other C libraries and systems are
     left as they are.
     """
-    mallopt = _of_glibc("mallopt")
-    if mallopt is not None:
+    if mallopt := _of_glibc("mallopt"):
         mallopt(M_MMAP_MAX, 0 if kept else 2**16)
         mallopt(M_MMAP_THRESHOLD, 2**20)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if kept else 2**20)
@@ -76,8 +75,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Give back what finished models held, and what was kept of freed allocations."""
     gc.collect()
-    malloc_trim = _of_glibc("malloc_trim")
-    if malloc_trim is not None:
+    if malloc_trim := _of_glibc("malloc_trim"):
         malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from prefold import ranks
 from prefold.trees.attention import candidates, unwrapped, using_attention
-from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_length
-from prefold.trees.forest import WORTH_SHARING, Ids, Text, pack_forest, split_texts
+from prefold.trees.budget import attempt, from_all, lowered, pad, row_by_row, split_by_length
+from prefold.trees.forest import WORTH_SHARING, Text, pack_forest, split_texts
 from prefold.trees.logprobs import packed_logprobs
-from prefold.trees.padding import pad
 from prefold.trees.self_check import checked_backends, stretched_positions
 
 ROW_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -127,7 +126,11 @@ def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | Non
     stretched = stretched_positions(model, max(len(text.read) for text in texts))
     longest = max(texts, key=lambda text: len(text.tokens)).tokens
     window = getattr(base.config.get_text_config(), "sliding_window", None) or 0
-    checked = _nested(longest[-(CHECKED_TOKENS + (window if len(longest) > window else 0)) :])
+    ids = longest[-(CHECKED_TOKENS + (window if len(longest) > window else 0)) :]
+    # Texts that share starts of different lengths.
+    half, quarter = ids[: (len(ids) + 1) // 2], ids[: (len(ids) + 3) // 4]
+    nested = [ids, half + ids[-2:], half + ids[:2], quarter + ids[-3:]]
+    checked = [Text(row, min(len(row) - 1, WORTH_SHARING)) for row in nested]
     surest, *others = candidates(base.device, base.dtype)
     backends, reason = checked_backends(
         model,
@@ -141,10 +144,3 @@ def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | Non
         return Reader(model, budget, backends[-1])
     logger.warning("texts are read by themselves, what they share once for each (plain path): %s", reason)
     return Reader(model, budget, None, one_by_one=stretched is not None)
-
-
-def _nested(ids: Ids) -> list[Text]:
-    """Texts that share starts of different lengths, from the tokens of a real one."""
-    half, quarter = ids[: (len(ids) + 1) // 2], ids[: (len(ids) + 3) // 4]
-    rows = [ids, half + ids[-2:], half + ids[:2], quarter + ids[-3:]]
-    return [Text(row, min(len(row) - 1, WORTH_SHARING)) for row in rows]

@@ -9,18 +9,21 @@ their dtypes, the device, the attention path and the token ids.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prefold import ranks
 from prefold.files import new_file
 from prefold.terminal import Advance, progress_bar
-from prefold.trees.identity import model_digest
+from prefold.trees.attention import unwrapped
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, frozen_adapter, reference_model
 
@@ -87,3 +90,30 @@ def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
     if scorer.sharded:
         digest = hashlib.sha256("".join(ranks.gather(digest.hexdigest())).encode())
     return str(digest.hexdigest())[:32]
+
+
+def model_digest(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    state: Callable[[nn.Module], object] = lambda module: "",
+    salt: str = "",
+) -> Any:
+    """A digest, to which more may be added, of a model's configuration, tensors and the dtypes that it computes in.
+
+    Args:
+        tensors: with their names; of each its dtype, shape, kind of device and every byte counts, of a sharded one
+            those of this process.
+        state: what else counts of each module.
+        salt: what else decides the numbers.
+    """
+    digest: Any = hashlib.sha256(f"{salt} torch={torch.__version__}".encode())
+    settings = unwrapped(model).config.to_dict()
+    config = {name: value for name, value in settings.items() if name != "_name_or_path"}
+    digest.update(json.dumps(config, default=str, sort_keys=True).encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        digest.update(own.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for module in model.modules():
+        digest.update(f"{getattr(module, 'compute_dtype', '')}{state(module)}".encode())
+    return digest

@@ -18,10 +18,8 @@ from prefold import ranks
 from prefold.errors import StageError
 from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_budget
-from prefold.trees.head import score_layer
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
-from prefold.trees.packing import PackedTrees, TokenTree, pack
-from prefold.trees.reward_head import packed_scores, plain_scores
+from prefold.trees.packing import TokenTree, pack
 from prefold.trees.self_check import checked_backends, stretched_positions
 
 T = TypeVar("T")
@@ -70,10 +68,8 @@ class Scorer:
         row = pack(trees, next(self.model.parameters()).device, scores_prompt)
         if self.packed:
             with self.in_place():
-                return _score_packed(called, row, statistics, self.temperature)
+                return packed_logprobs(called, row, statistics, self.temperature)
         max_tokens = 0 if self.one_by_one else self.max_tokens
-        if score_layer(called) is not None:
-            return plain_scores(called, row, max_tokens)
         return plain_logprobs(called, row, max_tokens, statistics, self.temperature)
 
     def in_place(self) -> AbstractContextManager[None]:
@@ -156,14 +152,6 @@ class Scorer:
         self.max_tokens = lowered(self.max_tokens, sizes, single, partial(split_by_budget, sizes))
 
 
-def _score_packed(
-    model: nn.Module, row: PackedTrees, statistics: bool = False, temperature: float = 1.0
-) -> TreeLogprobs:
-    if score_layer(model) is not None:
-        return packed_scores(model, row)
-    return packed_logprobs(model, row, statistics, temperature)
-
-
 # ---- packed or plain --------------------------------------------------------------------------------------------
 
 
@@ -189,7 +177,7 @@ def choose_scorer(
     checked = Scorer(model, max(tree.plain_size for tree in trees), None)
     with reference_model(model):
         row = pack(trees, unwrapped(model).device)
-        backends, reason = checked_backends(model, row, _score_packed, lambda: checked.score(trees).tokens, stretched)
+        backends, reason = checked_backends(model, row, packed_logprobs, lambda: checked.score(trees).tokens, stretched)
     if backends:
         seconds = {name: _seconds(model, trees, name) for name in backends} if len(backends) > 1 else {}
         return Scorer(model, max_tokens, ranks.from_first(lambda: min(backends, key=lambda name: seconds.get(name, 0))))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from prefold.trees.attention import BACKENDS, Shape, candidates, unwrapped, using_attention
 from prefold.trees.head import head_obstacle, score_layer
@@ -38,8 +37,8 @@ def obstacle(model: nn.Module) -> str | None:
     base = unwrapped(model)
     if not base._can_set_attn_implementation():
         return "its attention cannot be replaced"
-    odd = sorted(set(getattr(_text_config(base), "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if odd:
+    layers = getattr(base.config.get_text_config(), "layer_types", None) or ()
+    if odd := sorted({*layers} - {"full_attention", "sliding_attention"}):
         return f"it has layers that carry a state or a mask of their own ({', '.join(odd)})"
     if router_coefficient(base):
         return "the auxiliary loss of its router counts the tokens of padded batches"
@@ -49,7 +48,7 @@ def obstacle(model: nn.Module) -> str | None:
 def stretched_positions(model: nn.Module, longest: int) -> str | None:
     """Why rows of `longest` tokens cannot share a batch: rotary frequencies that the longest position of a row
     decides."""
-    config = _text_config(unwrapped(model))
+    config = unwrapped(model).config.get_text_config()
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         kind = rope.get("rope_type", "default")
@@ -57,10 +56,6 @@ def stretched_positions(model: nn.Module, longest: int) -> str | None:
         if (kind == "longrope" or "dynamic" in kind) and longest > limit:
             return f"its {kind} positions change beyond {limit:,} tokens, and the longest row has {longest:,}"
     return None
-
-
-def _text_config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config()
 
 
 # ---- packed against plain ---------------------------------------------------------------------------------------
@@ -116,7 +111,7 @@ def difference(
             return f"its packed forward pass failed ({str(error).splitlines()[0]})"
         wanted = plain()
     base = unwrapped(model)
-    layers = _text_config(base).num_hidden_layers
+    layers = base.config.get_text_config().num_hidden_layers
     if calls != layers:
         return f"{calls} of its {layers} layers call the attention that packing replaces"
     largest = float((logprobs - wanted).abs().max())
@@ -133,7 +128,7 @@ def difference(
 def _attends_otherwise(model: nn.Module, row: PackedTrees, attention: str, surest: str) -> bool:
     """Whether a backend's attention, on random states of the model's shape, is not that of the surest."""
     base = unwrapped(model)
-    config = _text_config(base)
+    config = base.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     generator = torch.Generator(base.device).manual_seed(0)

@@ -13,7 +13,7 @@ from preference_batches import case, logprobs, random_batch, step_loss
 
 from prefold.algorithms import ALGORITHMS, Algorithm
 from prefold.recipe import Recipe, RecipeBase, make_recipe
-from prefold.recipe.explain import all_fields
+from prefold.recipe.section import all_fields
 from prefold.trees.logprobs import TreeLogprobs
 
 DOCS = Path(__file__).parents[3] / "docs" / "algorithms"

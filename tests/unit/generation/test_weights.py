@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from prefold.generation import weights
 from prefold.generation.weights import fold_adapter, packed_weights
-from prefold.trees.fused_lora import fuse_lora
+from prefold.trees.fused_layers import fuse_lora
 
 IDS = torch.tensor([[1, 5, 9, 13]])
 

@@ -29,8 +29,8 @@ from prefold.errors import StageError, UserError
 from prefold.generation import endpoint
 from prefold.generation import samplers as samples
 from prefold.generation.journal import Journal
-from prefold.pairing.candidates import Candidate, best_pair
 from prefold.pairing.make import make_pairs
+from prefold.pairing.scores import Candidate, best_pair
 from prefold.recipe import Pairs, Source, make_section, parse_reward
 
 LENGTH = "length:target=0,unit=characters"

@@ -1,7 +1,12 @@
-"""LoRA layers in one piece: y = x W' + b + s (x A') B', with the backward pass that frozen weights allow.
+"""Layers of PEFT with forward passes of their own, for training.
 
-PEFT computes the update beside the base layer and adds it, in six passes over memory and a gradient of the base product
-by autograd. Here the update is accumulated into the product itself, and nothing is saved but the input and `x A'`.
+LoRA in one piece: y = x W' + b + s (x A') B', with the backward pass that frozen weights allow. PEFT computes the
+update beside the base layer and adds it, in six passes over memory and a gradient of the base product by autograd. Here
+the update is accumulated into the product itself, and nothing is saved but the input and `x A'`.
+
+Single rows of the embeddings and of the head that are trained, in place of the frozen ones. PEFT copies the whole
+matrix in every pass, and its gradient is as large. Here the frozen matrix is left alone and the few rows are put where
+they belong: in the states of their tokens, in the columns of the logits.
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -22,7 +28,7 @@ def fuse_lora(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
     for layer in layers:
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(_lora_forward, layer)  # type: ignore[method-assign]
     return len(layers)
 
 
@@ -39,7 +45,7 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name, *others = layer.lora_A
     if args or kwargs or others or layer.disable_adapters or layer.merged or layer.active_adapters != [name]:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -77,3 +83,41 @@ class _FusedLora(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_inner, a).view(ctx.shape)
         return grad_x, None, None, grad_inner.T @ rows, (grad.T @ inner).mul_(ctx.scaling), None
+
+
+# ---- single trained rows ----------------------------------------------------------------------------------------
+
+
+def fuse_trained_rows(model: nn.Module) -> int:
+    """Give every layer with trained rows this forward pass; returns how many there are."""
+    layers = [module for module in model.modules() if type(module) is TrainableTokensWrapper]
+    for layer in layers:
+        layer.forward = MethodType(_rows_forward, layer)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def trained_rows(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Ids `[K]` and rows `[K, D]` of the active adapter; None while it is switched off or merged."""
+    tokens = layer.token_adapter
+    if layer.disable_adapters or tokens.disable_adapters or tokens.merged:
+        return None
+    [name] = layer.active_adapters
+    rows = tokens.trainable_tokens_delta[name]
+    return torch.tensor(tokens.token_indices[name], device=rows.device), rows
+
+
+def _rows_forward(layer: Any, inputs: Tensor) -> Tensor:
+    base, trained = layer.token_adapter.get_base_layer(), trained_rows(layer)
+    frozen: Tensor = base(inputs)
+    if trained is None:
+        return frozen
+    ids, rows = trained
+    if isinstance(base, nn.Embedding):
+        matches = inputs[..., None] == ids
+        own = embedding(matches.int().argmax(-1), rows).to(frozen.dtype)
+        scale = layer.token_adapter._get_embed_scale()
+        own = own if scale is None else own * scale.to(frozen.dtype)
+        return torch.where(matches.any(-1, keepdim=True), own, frozen)
+    bias = base.bias if base.bias is None else base.bias[ids]
+    own = linear(inputs, rows.to(inputs.dtype), bias)
+    return frozen.index_copy(-1, ids, own.to(frozen.dtype))
