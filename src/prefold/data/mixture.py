@@ -22,7 +22,7 @@ from prefold.data import findings
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
 from prefold.data.conversion import to_record
 from prefold.data.duplicates import REPEATS, Contamination, Match
-from prefold.data.examples import Example, Examples, ExampleWriter
+from prefold.data.examples import Example, Examples
 from prefold.data.findings import DataReport, SourceCount
 from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, Record, Unpaired
@@ -105,19 +105,14 @@ def unpaired(example: Example) -> list[Example]:
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """Split into (train, held out), about `fraction` of the examples held out, all those of a prompt on one side.
 
-    Which prompts are held out hangs on the seed and on the prompts themselves, not on the order of the rows.
-
-    Raises:
-        UserError: all examples have the same prompt.
+    Which prompts are held out hangs on the seed and on the prompts themselves, not on the order of the rows. Raises
+    UserError: all examples have the same prompt.
     """
     keys = examples.prompt_keys
     sizes = Counter(keys)
     if len(sizes) < 2:
-        raise UserError(
-            "all usable rows have the same prompt, so none can be held out",
-            where="`data.eval_fraction`",
-            advice="give held-out rows of their own in `data.eval`",
-        )
+        what, advice = "all usable rows have the same prompt", "give held-out rows of their own in `data.eval`"
+        raise UserError(f"{what}, so none can be held out", where="`data.eval_fraction`", advice=advice)
     drawn = sorted(sizes, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
     wanted = min(round(fraction * len(examples)), len(examples) - 1)
     chosen: set[bytes] = set()
@@ -145,21 +140,21 @@ class _Side:
         self._name, self._data, self._tokenizer, self._kind = name, data, tokenizer, kind
         self._contamination = contamination
         self._repeats = None if data.duplicates == "keep" else REPEATS[data.duplicates]()
-        self._examples = ExampleWriter(folder and folder / f"{name}.arrow")
+        self._path = folder and folder / f"{name}.arrow"
         self.problems: list[Problem] = []
         self.oddities: list[Problem] = []
         self.counts: list[SourceCount] = []
         self.matches: list[Match] = []
 
     def examples_of(self, sources: Sequence[Source], seed: int) -> Examples:
-        """Read and convert the rows of `sources`."""
-        for source, selection in zip(sources, select_rows(sources, seed), strict=True):
-            self._convert(source, selection)
-        if not any(count.rows_used for count in self.counts):
+        selections = zip(sources, select_rows(sources, seed), strict=True)
+        converted = chain.from_iterable(self._converted(source, selection) for source, selection in selections)
+        examples = Examples.of(converted, self._path)
+        if not examples:
             raise _nothing_left(self.problems, f"data.{self._name}")
-        return self._examples.finish()
+        return examples
 
-    def _convert(self, source: Source, selection: Selection) -> None:
+    def _converted(self, source: Source, selection: Selection) -> Iterator[Example]:
         head = list(_head(selection.rows))
         # Each side of a pair is an answer with a label.
         kinds: list[Kind] = ["unpaired", "pairs"] if self._kind == "unpaired" else [self._kind]
@@ -167,15 +162,16 @@ class _Side:
         used = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
-            used += self._take(batch, shape)
+            for example in self._usable(batch, shape):
+                used += 1
+                yield from unpaired(example) if self._kind == "unpaired" else [example]
         for problem in selection.problems:
             self._leave_out(problem)
         left_out = selection.rows_filtered, selection.rows_not_drawn
         self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out))
 
-    def _take(self, rows: Sequence[RawRow], shape: Shape) -> int:
-        """Make examples of rows, and say how many could be used. Tokenizing many at once keeps all cores busy."""
-        used = 0
+    def _usable(self, rows: Sequence[RawRow], shape: Shape) -> Iterator[Example]:
+        """Examples of the rows that make one. Tokenizing many at once keeps all cores busy."""
         results = [self._record(row, shape) for row in rows]
         records = [result for result in results if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self._tokenizer, self._data.template))
@@ -183,11 +179,8 @@ class _Side:
             example = result if isinstance(result, Problem) else self._example(result, next(tokenized))
             if isinstance(example, Problem):
                 self._leave_out(example)
-                continue
-            used += 1
-            for part in unpaired(example) if self._kind == "unpaired" else [example]:
-                self._examples.append(part)
-        return used
+            else:
+                yield example
 
     def _record(self, row: RawRow, shape: Shape) -> Record | Problem:
         record = to_record(row, shape, self._data.system)

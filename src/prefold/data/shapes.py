@@ -249,12 +249,9 @@ def _check_votes(shape: Shape, values: Sequence[dict[str, Any]], source: str) ->
     votes = [vote for value in values if (vote := as_vote(value.get(column))) is not None]
     # In a few rows there may be ties and no vote for the second by chance.
     if len(votes) >= _VOTES_TO_JUDGE and set(votes) == {0, 1}:
-        raise UserError(
-            f"`{short(column)}` holds 0 and 1 only: which output does 0 stand for?",
-            where=source,
-            expected="1: the first output is better, 2: the second, 0: a tie",
-            advice="write 1 and 2 instead of 0 and 1",
-        )
+        what = f"`{short(column)}` holds 0 and 1 only: which output does 0 stand for?"
+        expected = "1: the first output is better, 2: the second, 0: a tie"
+        raise UserError(what, where=source, expected=expected, advice="write 1 and 2 instead of 0 and 1")
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
@@ -265,18 +262,17 @@ def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
     )
     pair = {role: column for role, column in first.columns if (role, column) not in second.columns}
     example = ", ".join(f"{role}: {short(column)}" for role, column in pair.items())
-    return UserError(
-        f"its columns can be read in more than one way{ways}",
-        where=source,
-        advice=f"say which by `columns:`, such as {{{example}}}",
-    )
+    advice = f"say which by `columns:`, such as {{{example}}}"
+    return UserError(f"its columns can be read in more than one way{ways}", where=source, advice=advice)
 
 
 def _no_shape(
     values: Sequence[dict[str, Any]], source: str, named: Mapping[str, str], kinds: Sequence[Kind]
 ) -> UserError:
     columns = list(dict.fromkeys(name for value in values for name in value))
-    what = "no known shape" if len(kinds) == len(KINDS) else f"no known shape of {' or '.join(kinds)}"
+    of_kinds = "" if len(kinds) == len(KINDS) else f" of {' or '.join(kinds)}"
+    what = f"its columns are no known shape{of_kinds}: {_shown(columns)}" if columns else "its rows have no columns"
+    advice = "rename its columns, or say by `columns:` which is what"
     layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
     layouts = [layout for layout in layouts if named.keys() <= layout.roles] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
@@ -292,12 +288,7 @@ def _no_shape(
         expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {amiss}"
     else:
         expected = "one of" + "".join(f"\n    {layout.name}: {layout.meaning}" for layout in layouts)
-    return UserError(
-        f"its columns are {what}: {_shown(columns)}" if columns else "its rows have no columns",
-        where=source,
-        expected=expected,
-        advice="rename its columns, or say by `columns:` which is what",
-    )
+    return UserError(what, where=source, expected=expected, advice=advice)
 
 
 def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:

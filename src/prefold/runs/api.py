@@ -153,11 +153,9 @@ def _redo(name: str, run: Run) -> Path:
                 break
             if name != "report" and not stage.is_done(folder):
                 command = BY_COMMAND.get(stage.name, stage.name)
-                raise UserError(
-                    f"`{name}` needs what `{stage.name}` leaves, and it is not there",
-                    where=run.recipe.output_dir,
-                    advice=f"`prefold run` performs every stage in order, or `prefold {command}`",
-                )
+                what = f"`{name}` needs what `{stage.name}` leaves, and it is not there"
+                advice = f"`prefold run` performs every stage in order, or `prefold {command}`"
+                raise UserError(what, where=run.recipe.output_dir, advice=advice)
     return folder
 
 

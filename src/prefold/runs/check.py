@@ -65,11 +65,9 @@ class CheckReport:
         return replace(self, prepared=replace(self.prepared, report=report))
 
     def __repr__(self) -> str:
-        """As the command shows it in a terminal."""
         return as_text(partial(print_check, self.as_json()))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
         return framed(render_check("check", self.as_json()))
 
     def as_json(self) -> dict[str, Any]:

@@ -52,7 +52,6 @@ class Run:
 
     @cached_property
     def prepared(self) -> Prepared:
-        """The data as they are now."""
         recipe = self.recipe
         return prepare(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
 

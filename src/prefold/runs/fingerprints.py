@@ -59,11 +59,8 @@ def require_unchanged(began: Mapping[str, Any], current: Mapping[str, Any], wher
         return
     what = "the data is" if set(changed) <= set(DATA) else f"{' and '.join(changed)}: is"
     shown = "; ".join(f"{name} was {_shown(began, name)}, is {_shown(current, name)}" for name in changed[:SHOWN])
-    raise UserError(
-        f"{what} not what it was when this run began ({shown})",
-        where=where,
-        advice="restore the files, take another `output_dir`, or `--fresh` to start over",
-    )
+    advice = "restore the files, take another `output_dir`, or `--fresh` to start over"
+    raise UserError(f"{what} not what it was when this run began ({shown})", where=where, advice=advice)
 
 
 def _shown(facts: Mapping[str, Any], name: str) -> str:
