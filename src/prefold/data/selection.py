@@ -43,9 +43,8 @@ class Selection:
 def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
     """Apply `where`, `weight` and `count`. Sources that have neither of the last two are read as `rows` is asked for.
 
-    Raises:
-        UserError: a source cannot be read, `where` names a column that no row has or leaves none, or there are fewer
-            rows than are to be drawn.
+    Raises UserError: a source cannot be read, `where` names a column that no row has or leaves none, or there are fewer
+    rows than are to be drawn.
     """
     selections = [_filtered(source) for source in sources]
     # The rows of a source that can be read, all at once, to draw from.

@@ -86,9 +86,9 @@ def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> 
     method that samples; with the content of `tasks.json`, `compared.json` and `win_rate.json` under these names, where
     the recipe asks for them."""
     run = Run(_recipe(recipe, overrides))
-    names = [stage.name for stage in stages_of(run.recipe) if stage.name in ("evaluate", "compare", "judge")]
-    for name in names:
-        _redo(name, run)
+    for stage in stages_of(run.recipe):
+        if stage.name in ("evaluate", "compare", "judge"):
+            _redo(stage.name, run)
     folder, settings = run.folder / "evaluation", run.recipe.evaluate
     others = {"tasks": settings.tasks, "compared": settings.compare_with, "win_rate": settings.win_rate}
     results = {name: read_json(folder / f"{name}.json") for name, value in others.items() if value}
@@ -126,9 +126,6 @@ def _recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> Recipe
     if overrides:
         raise UserError("overrides are for a recipe by name", advice="give them to `prefold.load_recipe`")
     return recipe
-
-
-# ---- performing stages ------------------------------------------------------------------------------------------
 
 
 def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> Path:

@@ -83,10 +83,10 @@ def compare(
     return {"baseline": baseline, "models": compared, "runs": runs}
 
 
-def compare_with(names: Sequence[str], baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:
+def compare_with(baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:
     """The content of `evaluation/compared.json`: other models, asked what a run was asked, against its model before
     training."""
-    sides = [_side(name) for name in names]
+    sides = [_side(name) for name in settings.compare_with]
     scores = _measured(sides, settings)
     return {"models": {side.label: compare_tasks(baseline, scores[side.label]) for side in sides}}
 

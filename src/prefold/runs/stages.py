@@ -69,7 +69,7 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
 
 def _compare(run: Run) -> None:
     folder, settings = run.folder / "evaluation", run.recipe.evaluate
-    compared = compare_with(settings.compare_with, read_scores(folder / "scores_before.json"), settings)
+    compared = compare_with(read_scores(folder / "scores_before.json"), settings)
     write_json(folder / "compared.json", compared)
 
 
