@@ -35,7 +35,6 @@ from prefold.trees.packing import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBLEMS_SHOWN = 5
 _HEAD_ROWS = 1000
 """Rows that are enough to tell the shape of a source."""
 _TOKENIZED_AT_ONCE = 256
@@ -151,7 +150,7 @@ class _Side:
         if not examples:
             kinds = Counter(problem.kind for problem in self.problems)
             counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-            first = "".join(f"\n    {problem.origin}: {problem.message}" for problem in self.problems[:_PROBLEMS_SHOWN])
+            first = "".join(f"\n    {problem.origin}: {problem.message}" for problem in self.problems[:5])
             what = f"no usable row is left of {len(self.problems)}: {counts}{first}"
             only_overlong = set(kinds) == {"overlong"}
             advice = "raise `data.max_length`" if only_overlong else "mend the rows; the first ones are named above"

@@ -107,6 +107,8 @@ def _passing(rows: Iterable[RawRow], condition: Where | None, into: Selection) -
             yield row
         else:
             into.rows_filtered += 1
+    if not into.rows_in:
+        raise UserError("there are no rows in it", where=into.name, expected="at least one row")
     if condition:
         condition.require_known_columns(into.name)
     if condition and not passed:

@@ -257,11 +257,10 @@ def _check_votes(shape: Shape, values: Sequence[dict[str, Any]], source: str) ->
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
-    cells = {layout.name: layout.cells for layout in _LAYOUTS}
-    ways = "".join(
-        f"\n    {shape.name}: {_listed([column for role, column in shape.columns if role in cells[shape.layout]])}"
-        for shape in (first, second)
-    )
+    ways = ""
+    for shape in (first, second):
+        columns = [column for role, column in shape.columns if role not in ("system", "input")]
+        ways += f"\n    {shape.name}: {_listed(columns)}"
     pair = {role: column for role, column in first.columns if (role, column) not in second.columns}
     example = ", ".join(f"{role}: {short(column)}" for role, column in pair.items())
     advice = f"say which by `columns:`, such as {{{example}}}"

@@ -160,16 +160,12 @@ def _overrides(settings: Mapping[str, Any]) -> list[str]:
     return [f"{field}={json.dumps(value, ensure_ascii=False)}" for field, value in settings.items()]
 
 
-LONGEST = 40
-"""Characters of a value in the name of a folder."""
-
-
 def _in_a_name(value: Any) -> str:
-    """A value as part of a folder's name; different ones for different values."""
+    """A value as part of a folder's name, of some 40 characters at most; different ones for different values."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, float):
         text = re.sub(r"e([+-])0+", r"e\1", text)
-    safe = re.sub(r"[^\w.+-]+", "-", text)[:LONGEST].strip("-")
+    safe = re.sub(r"[^\w.+-]+", "-", text)[:40].strip("-")
     if safe == text:
         return safe
     return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
