@@ -1,7 +1,11 @@
-"""A byte-level tokenizer with any chat template."""
+"""A byte-level tokenizer with any chat template, and a tiny random model with it."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from tiny import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -49,3 +53,16 @@ def make_tokenizer(
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, backend.token_to_id(bos))])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=bos, chat_template=template)
+
+
+def save_chat_model(folder: Path, template: str = CHATML, ends: tuple[int, ...] = (), **changes: Any) -> Path:
+    """`ends`: tokens that end an answer too, so that random ones come to an end of their own."""
+    tokenizer = make_tokenizer(template, bos="<|im_start|>")
+    end = tokenizer.eos_token_id
+    settings = {"initializer_range": 0.05, "eos_token_id": end, "pad_token_id": end, "bos_token_id": None}
+    model = tiny_llama(vocab_size=len(tokenizer), **{**settings, **changes})
+    if ends:
+        model.generation_config.eos_token_id = [end, *ends]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -4,28 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_llama
-from tiny_tokenizer import CHATML, make_tokenizer
+from tiny_tokenizer import save_chat_model
 
 
 @pytest.fixture(scope="session")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random chat model with room for a benchmark's rows, whose tokens are bytes here."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = make_tokenizer(CHATML, bos="<|im_start|>")
-    end = tokenizer.eos_token_id
-    model = tiny_llama(
-        vocab_size=len(tokenizer),
-        initializer_range=0.05,
-        max_position_embeddings=8192,
-        num_hidden_layers=2,
-        eos_token_id=end,
-        pad_token_id=end,
-        bos_token_id=None,
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_chat_model(folder, max_position_embeddings=8192, num_hidden_layers=2)
 
 
 @pytest.fixture

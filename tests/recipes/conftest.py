@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_llama
-from tiny_tokenizer import CHATML, make_tokenizer
+from tiny_tokenizer import save_chat_model
 
 from prefold.algorithms import ALGORITHMS
 from prefold.recipe import RecipeBase, make_recipe
@@ -17,15 +16,7 @@ from prefold.recipe import RecipeBase, make_recipe
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = make_tokenizer(CHATML, bos="<|im_start|>")
-    end = tokenizer.eos_token_id
-    model = tiny_llama(
-        vocab_size=len(tokenizer), initializer_range=0.05, eos_token_id=end, pad_token_id=end, bos_token_id=None
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_chat_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(autouse=True)

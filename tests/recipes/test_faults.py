@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import lines
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -24,10 +25,6 @@ from prefold.recipe import RecipeBase, dump_recipe
 from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_bytes(found: Path, wanted: Path) -> None:

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import lines
 
 import prefold
 from prefold.recipe import load_recipe
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def stand_in(path: Path, rows: Sequence[dict[str, Any]]) -> str:

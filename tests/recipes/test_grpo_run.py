@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import lines
 from safetensors.torch import load_file
 from tiny_tokenizer import CHATML, make_tokenizer
 
@@ -21,10 +22,6 @@ from prefold.training.loop import TrainingLoop
 MakeRecipe = Callable[..., RecipeBase]
 SHORT = {"name": "length", "target": 3, "unit": "characters"}
 """Completions of a random model differ in this, if hardly ever in tokens: few of them end."""
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import lines
 
 import prefold
 from prefold.algorithms import LossOutput
@@ -23,10 +24,6 @@ from prefold.training.loop import TrainingLoop
 
 MakeRecipe = Callable[..., RecipeBase]
 RATE = 5e-3
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import lines
 from safetensors.torch import load_file
 from tiny import random_trees, tiny_llama
 
@@ -25,10 +26,6 @@ ERRORS = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
 ]
 ROOM = 230  # tokens: the three trees of the self-check fit, the four of a step do not
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def room_for(tokens: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import lines
 
 import prefold
 from prefold.algorithms import ALGORITHMS
@@ -20,10 +21,6 @@ MakeRecipe = Callable[..., RecipeBase]
 OFFLINE = [name for name, algorithm in ALGORITHMS.items() if not algorithm.kind.samples]
 COUPLED = ["aot", "aot_unpaired", "bco", "kto", "mixed"]
 EXACT = {"lora": {"r": 4, "lora_dropout": 0.0}}
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", OFFLINE)

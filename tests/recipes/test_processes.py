@@ -16,6 +16,7 @@ import pytest
 import torch
 from harness_tasks import write_tasks
 from processes import Pair, stopping_at
+from run_files import lines
 from safetensors.torch import load_file
 
 import prefold
@@ -56,10 +57,6 @@ def grpo(recipe: MakeRecipe, prompts: Path) -> MakeRecipe:
         )
 
     return make
-
-
-def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from base_model import base_tokenizer, save_base
 from peft import AutoPeftModelForCausalLM
+from run_files import lines
 from safetensors.torch import load_file
 from tiny import SHAPE
 from tiny_tokenizer import CHATML
@@ -26,10 +27,6 @@ pytest.importorskip("bitsandbytes")
 
 MakeRecipe = Callable[..., RecipeBase]
 FOUR = {"load_in_4bit": True}
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def merge_record(folder: Path) -> dict[str, Any]:

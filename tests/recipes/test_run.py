@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,10 +23,6 @@ from prefold.training.loop import TrainingLoop
 from prefold.trees.packing import TokenTree
 
 MakeRecipe = Callable[..., RecipeBase]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.usefixtures("exact_plan")

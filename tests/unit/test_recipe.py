@@ -185,7 +185,7 @@ def attributes_read() -> set[str]:
 
 
 def test_every_field_is_read_somewhere() -> None:
-    # `Guards.actions` and `data.mixture` read these by name, the card its tags from the run.
+    # The guards and `data.mixture` read these by name, the card its tags from the run.
     from prefold.training.guards import AT_THE_END, GUARDS
 
     passed_on = {*GUARDS, *AT_THE_END, "tags", "bad_rows"}

@@ -25,7 +25,6 @@ from prefold.evaluation.held_out_pairs import (
     by_pair,
     compare_pairs,
     match,
-    score_matched,
     score_pairs,
 )
 from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
@@ -101,7 +100,7 @@ class MatchedPairs(PairsByLogprobs):
         matches = match(self.held_out.prompt_keys, labels)
         if not matches:
             return None
-        return score_matched(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, matches, label)
+        return score_pairs(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, label, matches)
 
 
 class PromptsByRewards(Measuring):

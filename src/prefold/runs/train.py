@@ -125,7 +125,7 @@ def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder,
     facts = Facts(len(order), settings.learning_rate, settings.batch_size, scales_gradients=dtype == torch.float16)
     origins = prepared.train.origins
     return Guards(
-        recipe.guards.actions,
+        recipe.guards.model_dump(),
         facts,
         record,
         done,
