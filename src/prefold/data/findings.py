@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefold.data.duplicates import Match
@@ -187,23 +187,19 @@ def oddities_of(record: Record) -> Iterator[str]:
             yield "tied_rating"
 
 
-def about_rows(kind: str, rows: Sequence[RowId]) -> Finding:
-    """The finding of a kind that is counted row by row."""
-    message, advice = _ABOUT_ROWS[kind]
-    message = f"{_counted(len(rows), 'row')}{message}"
-    return _of_rows(kind, "note" if kind in _NOTES else "warning", rows, message, advice)
-
-
 def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
     """One finding per kind of problem."""
     rows: dict[str, list[RowId]] = {}
     for problem in problems:
         rows.setdefault(problem.kind, []).append(problem.origin)
-    findings = {kind: about_rows(kind, origins) for kind, origins in rows.items()}
-    if "overlong" in findings and data.overlong == "truncate_prompt":
-        advice = "raise `data.max_length`; these completions alone fill it"
-        findings["overlong"] = replace(findings["overlong"], advice=advice)
-    return list(findings.values())
+    findings = []
+    for kind, origins in rows.items():
+        what, advice = _ABOUT_ROWS[kind]
+        if kind == "overlong" and data.overlong == "truncate_prompt":
+            advice = "raise `data.max_length`; these completions alone fill it"
+        message = f"{_counted(len(origins), 'row')}{what}"
+        findings.append(_of_rows(kind, "note" if kind in _NOTES else "warning", origins, message, advice))
+    return findings
 
 
 def duplicate(examples: Examples) -> Finding | None:
