@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ def to_record(
             raise Unfit("broken_row", row.problem or "not a JSON object")
         if shape.layout not in _CONVERSIONS:
             raise Unfit("broken_row", "the shape of its source is not known")
-        record = _CONVERSIONS[shape.layout](_Cells(row.value, shape, dict(shape.columns)), row.origin)
+        record = _CONVERSIONS[shape.layout](_Cells(row.value, shape, dict(shape.columns), row.origin))
         return replace(record, prompt=tuple(with_system(system, list(record.prompt), where_system)))
     except Unfit as unfit:
         return Problem(unfit.kind, unfit.message, row.origin)
@@ -55,6 +55,7 @@ class _Cells:
     value: dict[str, Any]
     shape: Shape
     columns: dict[str, str]
+    origin: RowId
 
     def where(self, role: str) -> str:
         return f"`{short(self.columns.get(role, role))}`"
@@ -101,7 +102,7 @@ class _Cells:
         return with_system(self.find("system"), prompt, self.where("system"))
 
 
-def _pair(cells: _Cells, origin: RowId) -> Preference:
+def _pair(cells: _Cells) -> Preference:
     chosen, rejected = cells.need("chosen"), cells.need("rejected")
     where = (cells.where("chosen"), cells.where("rejected"))
     if _brings_its_prompt(cells, chosen, rejected):
@@ -113,7 +114,7 @@ def _pair(cells: _Cells, origin: RowId) -> Preference:
         prompt = cells.dialogue(role) if role == "messages" else cells.prompt()
         answers = [cells.answer("chosen"), cells.answer("rejected")]
         where_prompt = cells.where(role)
-    return _checked_pair(cells, prompt, (answers[0], answers[1]), (*where, where_prompt), origin)
+    return _checked_pair(cells, prompt, answers, (*where, where_prompt))
 
 
 def _brings_its_prompt(cells: _Cells, chosen: Any, rejected: Any) -> bool:
@@ -126,15 +127,8 @@ def _brings_its_prompt(cells: _Cells, chosen: Any, rejected: Any) -> bool:
     return not cells.has("prompt") or (is_dialogue(chosen) and is_dialogue(rejected))
 
 
-def _voted(cells: _Cells, origin: RowId) -> Preference:
-    first, second = ("output_1", "output_2") if _better(cells) == 1 else ("output_2", "output_1")
-    answers = (cells.answer(first), cells.answer(second))
-    where = (cells.where(first), cells.where(second), cells.where("prompt"))
-    return _checked_pair(cells, cells.prompt(), answers, where, origin)
-
-
-def _better(cells: _Cells) -> int:
-    """1 or 2, by the majority of the votes that were given."""
+def _voted(cells: _Cells) -> Preference:
+    """The better answer is that of the majority of the votes that were given."""
     names = vote_columns(cells.columns["vote"], cells.value)
     given = {name: cells.value[name] for name in names if cells.value.get(name) is not None}
     if not given:
@@ -146,15 +140,14 @@ def _better(cells: _Cells) -> int:
     for_first, for_second = (list(votes.values()).count(answer) for answer in (1, 2))
     if for_first == for_second:
         raise Unfit("tie", "the votes do not prefer one answer")
-    return 1 if for_first > for_second else 2
+    first, second = ("output_1", "output_2") if for_first > for_second else ("output_2", "output_1")
+    where = (cells.where(first), cells.where(second), cells.where("prompt"))
+    answers = [cells.answer(first), cells.answer(second)]
+    return _checked_pair(cells, cells.prompt(), answers, where)
 
 
 def _checked_pair(
-    cells: _Cells,
-    prompt: list[Message],
-    answers: tuple[list[Message], list[Message]],
-    where: tuple[str, str, str],
-    origin: RowId,
+    cells: _Cells, prompt: list[Message], answers: Sequence[list[Message]], where: tuple[str, str, str]
 ) -> Preference:
     """The pair; `where` names chosen, rejected and prompt."""
     prompt = cells.with_system(prompt)
@@ -165,10 +158,10 @@ def _checked_pair(
     check_answer(answers[1], where[1])
     check_prompt(prompt, where[2])
     chosen, rejected = map(tuple, answers)
-    return Preference(tuple(prompt), chosen, rejected, origin, ratings(cells.value))
+    return Preference(tuple(prompt), chosen, rejected, cells.origin, ratings(cells.value))
 
 
-def _unpaired(cells: _Cells, origin: RowId) -> Unpaired:
+def _unpaired(cells: _Cells) -> Unpaired:
     if (label := as_flag(cells.need("label"))) is None:
         shown = _value_text(cells.need("label"))
         raise Unfit("bad_label", f"{cells.where('label')} is {shown}, not true or false")
@@ -182,23 +175,23 @@ def _unpaired(cells: _Cells, origin: RowId) -> Unpaired:
     check_answer(completion, where)
     prompt = cells.with_system(prompt)
     check_prompt(prompt, where)
-    return Unpaired(tuple(prompt), tuple(completion), label, origin)
+    return Unpaired(tuple(prompt), tuple(completion), label, cells.origin)
 
 
-def _prompt(cells: _Cells, origin: RowId) -> Prompt:
+def _prompt(cells: _Cells) -> Prompt:
     role = "messages" if cells.shape.layout == "opening messages" else "prompt"
     prompt = cells.with_system(cells.dialogue(role) if role == "messages" else cells.prompt())
     check_prompt(prompt, cells.where(role))
-    return Prompt(tuple(prompt), cells.others(), origin)
+    return Prompt(tuple(prompt), cells.others(), cells.origin)
 
 
-def _sentences(cells: _Cells, origin: RowId) -> Prompt:
+def _sentences(cells: _Cells) -> Prompt:
     sentences, where = cells.need("sentences"), cells.where("sentences")
     if not isinstance(sentences, list):
         raise Unfit("not_text", f"{where} is {json_type(sentences)}, not a list of sentences")
     texts = [message("user", sentence, where, may_be_empty=True)["content"].strip() for sentence in sentences]
     prompt = cells.with_system([message("user", " ".join(text for text in texts if text), where)])
-    return Prompt(tuple(prompt), cells.others(), origin)
+    return Prompt(tuple(prompt), cells.others(), cells.origin)
 
 
 def _value_text(value: Any) -> str:
@@ -208,7 +201,7 @@ def _value_text(value: Any) -> str:
     return json_type(value)
 
 
-_CONVERSIONS: dict[str, Callable[[_Cells, RowId], Record]] = {
+_CONVERSIONS: dict[str, Callable[[_Cells], Record]] = {
     **dict.fromkeys(("text", "messages", "conversations", "turns"), _pair),
     "votes": _voted,
     **dict.fromkeys(("labelled text", "labelled messages"), _unpaired),

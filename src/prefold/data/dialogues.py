@@ -15,6 +15,8 @@ from prefold.data.preference import ROLES, Message, Unfit, Writing, message, mes
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+Parted = tuple[list[Message], list[Message], list[Message]]
+"""A prompt, which is the turns in common, and the two answers."""
 
 
 def string_writing(text: str) -> Writing:
@@ -59,13 +61,8 @@ def read_answer(value: Any, where: str, writing: Writing) -> list[Message]:
     return [message("assistant", value, where)]
 
 
-def part(
-    chosen: list[Message], rejected: list[Message], where: tuple[str, str]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Cut two dialogues where they part, or before: an answer begins with the assistant's own words.
-
-    Returns the prompt, which is the turns in common, and the two answers.
-    """
+def part(chosen: list[Message], rejected: list[Message], where: tuple[str, str]) -> Parted:
+    """Cut two dialogues where they part, or before: an answer begins with the assistant's own words."""
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     while common and chosen[common - 1]["role"] == "assistant":
         common -= 1
@@ -74,9 +71,7 @@ def part(
     return chosen[:common], chosen[common:], rejected[common:]
 
 
-def part_transcripts(
-    chosen: list[Message], rejected: list[Message], where: tuple[str, str]
-) -> tuple[list[Message], list[Message], list[Message]]:
+def part_transcripts(chosen: list[Message], rejected: list[Message], where: tuple[str, str]) -> Parted:
     """`part`, for dialogues that should differ in the assistant's last words only."""
     try:
         prompt, *answers = part(chosen, rejected, where)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -132,12 +133,11 @@ class Contamination:
 
     def __init__(self, texts: Iterable[tuple[str, RowId]]):
         self._origins: dict[int, RowId] = {}
-        of_texts = []
-        for text, origin in texts:
-            of_texts.append(_runs_of(text))
-            for run in of_texts[-1][1].tolist():
+        known = list(texts)
+        of_texts, self._known = _runs_of([text for text, _ in known])
+        for runs, (_, origin) in zip(of_texts, known, strict=True):
+            for run in runs.tolist():
                 self._origins.setdefault(run, origin)
-        self._known = _by_length(of_texts)
 
     def find(self, parts: Parts, origin: RowId) -> Match | None:
         """The first match of a record; None if it holds no benchmark text."""
@@ -150,24 +150,21 @@ class Contamination:
 
 def overlapping(texts: Sequence[str], records: Iterable[Parts]) -> list[bool]:
     """Of each text, whether a record holds `BENCHMARK_WORDS` words in a row of it, or all of a shorter one."""
-    of_texts = [_runs_of(text) for text in texts]
-    known = _by_length(of_texts)
+    of_texts, known = _runs_of(texts)
     held: set[int] = set()
     for message in chain.from_iterable(chain.from_iterable(records)):
         held.update(run for _, _, run in _hits(words_of(message["content"]), known))
-    return [not held.isdisjoint(runs.tolist()) for _, runs in of_texts]
+    return [not held.isdisjoint(runs.tolist()) for runs in of_texts]
 
 
-def _runs_of(text: str) -> tuple[int, Runs]:
-    """The runs of a benchmark text, and of how many words they are."""
-    hashes = _hashes(words_of(text))
-    return min(BENCHMARK_WORDS, len(hashes)), _runs(hashes, BENCHMARK_WORDS)
-
-
-def _by_length(of_texts: Sequence[tuple[int, Runs]]) -> dict[int, Runs]:
-    """Sorted runs by their number of words."""
-    lengths = sorted({length for length, _ in of_texts})
-    return {length: np.unique(np.concatenate([runs for own, runs in of_texts if own == length])) for length in lengths}
+def _runs_of(texts: Iterable[str]) -> tuple[list[Runs], dict[int, Runs]]:
+    """The runs of each benchmark text, and those of all, sorted, by their number of words."""
+    of_texts, by_length = [], defaultdict(list)
+    for text in texts:
+        hashes = _hashes(words_of(text))
+        of_texts.append(_runs(hashes, BENCHMARK_WORDS))
+        by_length[min(BENCHMARK_WORDS, len(hashes))].append(of_texts[-1])
+    return of_texts, {length: np.unique(np.concatenate(by_length[length])) for length in sorted(by_length)}
 
 
 def _hits(words: Sequence[str], known: Mapping[int, Runs]) -> Iterator[tuple[int, int, int]]:

@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -64,11 +64,17 @@ class Examples(Sequence[Example]):
         return cls(batches, np.arange(sum(batch.num_rows for batch in batches)), owner)
 
     @classmethod
-    def of(cls, examples: Iterable[Example]) -> Examples:
-        writer = ExampleWriter()
-        for example in examples:
-            writer.append(example)
-        return writer.finish()
+    def of(cls, examples: Iterable[Example], path: Path | None = None) -> Examples:
+        """Examples as they come, written to a file."""
+        folder = None
+        if path is None:
+            folder = tempfile.TemporaryDirectory(prefix="prefold-", ignore_cleanup_errors=True)
+            path = Path(folder.name) / "examples.arrow"
+        rows = map(_row, examples)
+        with pa.ipc.new_file(str(path), _SCHEMA) as writer:
+            while batch := list(islice(rows, _BATCH_ROWS)):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+        return cls.open(path, folder)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -164,34 +170,6 @@ def _list(column: pa.ListArray, row: int) -> list[int]:
     start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
     values: list[int] = column.values.to_numpy()[start:stop].tolist()
     return values
-
-
-class ExampleWriter:
-    """Takes examples one by one; `finish` gives them back as a mapped file."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._folder = None
-        if path is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="prefold-", ignore_cleanup_errors=True)
-            path = Path(self._folder.name) / "examples.arrow"
-        self._path = path
-        self._writer = pa.ipc.new_file(str(self._path), _SCHEMA)
-        self._waiting: list[dict[str, Any]] = []
-
-    def append(self, example: Example) -> None:
-        self._waiting.append(_row(example))
-        if len(self._waiting) == _BATCH_ROWS:
-            self._flush()
-
-    def finish(self) -> Examples:
-        self._flush()
-        self._writer.close()
-        return Examples.open(self._path, self._folder)
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=_SCHEMA))
-            self._waiting = []
 
 
 def _row(example: Example) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefold.data.duplicates import Match
@@ -187,27 +187,22 @@ def oddities_of(record: Record) -> Iterator[str]:
             yield "tied_rating"
 
 
-def about_rows(kind: str, rows: Sequence[RowId]) -> Finding:
-    """The finding of a kind that is counted row by row."""
-    message, advice = _ABOUT_ROWS[kind]
-    message = f"{_counted(len(rows), 'row')}{message}"
-    return _of_rows(kind, "note" if kind in _NOTES else "warning", rows, message, advice)
-
-
 def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
     """One finding per kind of problem."""
     rows: dict[str, list[RowId]] = {}
     for problem in problems:
         rows.setdefault(problem.kind, []).append(problem.origin)
-    findings = {kind: about_rows(kind, origins) for kind, origins in rows.items()}
-    if "overlong" in findings and data.overlong == "truncate_prompt":
-        advice = "raise `data.max_length`; these completions alone fill it"
-        findings["overlong"] = replace(findings["overlong"], advice=advice)
-    return list(findings.values())
+    findings = []
+    for kind, origins in rows.items():
+        what, advice = _ABOUT_ROWS[kind]
+        if kind == "overlong" and data.overlong == "truncate_prompt":
+            advice = "raise `data.max_length`; these completions alone fill it"
+        message = f"{_counted(len(origins), 'row')}{what}"
+        findings.append(_of_rows(kind, "note" if kind in _NOTES else "warning", origins, message, advice))
+    return findings
 
 
 def duplicate(examples: Examples) -> Finding | None:
-    """Records that were there before, word for word."""
     seen: set[bytes] = set()
     repeated = []
     for index, key in enumerate(examples.record_keys):
@@ -220,7 +215,6 @@ def duplicate(examples: Examples) -> Finding | None:
 
 
 def prompt_in_both_splits(train: Examples, held_out: Examples) -> Finding | None:
-    """Held-out rows whose prompt is trained on."""
     trained = set(train.prompt_keys)
     rows = [held_out.origins[index] for index, key in enumerate(held_out.prompt_keys) if key in trained]
     message = f"{_counted(len(rows), 'held-out row')} with a prompt that is also trained on"
@@ -229,7 +223,6 @@ def prompt_in_both_splits(train: Examples, held_out: Examples) -> Finding | None
 
 
 def small_held_out(held_out: Examples) -> Finding | None:
-    """Too few held-out pairs to tell a better model from a lucky one."""
     if len(held_out) >= FEW_HELD_OUT:
         return None
     message = f"only {_counted(len(held_out), 'held-out row')}: too few to tell progress from luck"
@@ -265,7 +258,6 @@ def facts_of(examples: Examples) -> list[PairFacts]:
 
 
 def contradiction(facts: Sequence[PairFacts], origins: Sequence[RowId]) -> Finding | None:
-    """Pairs that are there the other way round as well."""
     pairs = {fact.pair for fact in facts}
     rows = [origins[index] for index, fact in enumerate(facts) if fact.turned in pairs]
     message = f"{_counted(len(rows), 'pair')} contradict each other: the same two answers, both ways round"
@@ -323,7 +315,6 @@ def about_sets(train: Examples, held_out: Examples, tokenizer: PreTrainedTokeniz
 
 
 def one_label(labels: Sequence[bool]) -> Finding | None:
-    """Unpaired answers that are all desirable, or all undesirable."""
     if len(set(labels)) > 1:
         return None
     message = f"all answers are {'' if labels[0] else 'un'}desirable"
@@ -332,7 +323,6 @@ def one_label(labels: Sequence[bool]) -> Finding | None:
 
 
 def template_unused() -> Finding:
-    """Raw text is trained on though programs will talk to the model by its chat template."""
     message = "the model has a chat template, but `data.template: none` trains on bare text"
     advice = "programs will use the template; train on it, unless raw prompts are meant"
     return Finding("template_unused", "warning", 0, (), message, advice)

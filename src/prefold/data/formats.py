@@ -71,10 +71,14 @@ def read_file(file: Traversable, name: str) -> Iterator[RawRow]:
 def _json_lines(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     """A row's number is that of its line, so that an editor finds it."""
     # Split at \n only: text mode would also split at characters that JSON allows within a string.
-    for number, line in enumerate(stream, start=1):
-        content = _without_mark(line, name) if number == 1 else line
-        if content.strip():
-            yield _json_line(content, RowId(name, number))
+    for number, line in enumerate(_lines(stream, name), start=1):
+        if line.strip():
+            yield _json_line(line, RowId(name, number))
+
+
+def _lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
+    for index, line in enumerate(stream):
+        yield line if index else _without_mark(line, name)
 
 
 def _json_line(line: bytes, origin: RowId) -> RawRow:
@@ -123,62 +127,45 @@ def _json_list(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 def _csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     """Every value is text; the first record names the columns, and row 1 is the one below it."""
-    records = _records(_csv_lines(stream, name))
-    header = next(records, None)
-    if header is None:
-        return
-    columns, problem = _checked(header)
+    records = _records(line.decode("utf-8", "surrogateescape") for line in _lines(stream, name))
+    columns, problem = next(records, ([], None))
     if not problem and len(set(columns)) < len(columns):
         problem = "a column is named twice"
     if problem:
         raise UserError(f"its first line does not name the columns: {problem}", where=name)
-    for number, record in enumerate(records, start=1):
-        values, problem = _checked(record)
+    for number, (values, problem) in enumerate(records, start=1):
         if not problem and len(values) != len(columns):
             problem = f"{len(values)} values for {len(columns)} columns"
         value = None if problem else dict(zip(columns, values, strict=True))
         yield RawRow(RowId(name, number), value, problem)
 
 
-def _csv_lines(stream: IO[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
-        yield (_without_mark(line, name) if number == 1 else line).decode("utf-8", "surrogateescape")
-
-
-def _records(lines: Iterator[str]) -> Iterator[list[str] | csv.Error]:
-    """Records, or what is wrong with one. Reading goes on behind the first line of a record that cannot be read: an
-    open quote takes in all lines up to the next quote, and those may be good records."""
+def _records(lines: Iterator[str]) -> Iterator[tuple[list[str], str | None]]:
+    """The values of each record, and what is wrong with it. Reading goes on behind the first line of a record that
+    cannot be read: an open quote takes in all lines up to the next quote, and those may be good records."""
     again: deque[str] = deque()
-    while True:
+
+    def next_lines(taken: list[str]) -> Iterator[str]:
+        while (line := again.popleft() if again else next(lines, None)) is not None:
+            taken.append(line)
+            yield line
+
+    record: list[str] | None = []
+    while record is not None:
         taken: list[str] = []
-
-        def next_lines(taken: list[str] = taken) -> Iterator[str]:
-            while (line := again.popleft() if again else next(lines, None)) is not None:
-                taken.append(line)
-                yield line
-
         try:
-            record = next(csv.reader(next_lines(), strict=True), None)
+            record = next(csv.reader(next_lines(taken), strict=True), None)
         except csv.Error as error:
             again.extendleft(reversed(taken[1:]))
-            yield error
+            yield [], _CSV_PROBLEMS.get(str(error), f"not CSV: {error}")
             continue
-        if record is None:
-            return
-        if record:
-            yield record
-
-
-def _checked(record: list[str] | csv.Error) -> tuple[list[str], str | None]:
-    """The values of a record, and what is wrong with it."""
-    if isinstance(record, csv.Error):
-        return [], _CSV_PROBLEMS.get(str(record), f"not CSV: {record}")
-    text = "".join(record)
-    if "\0" in text:
-        return [], "it holds a NUL byte"
-    if not text.isascii() and any(ord(character) in _SURROGATES for character in text):
-        return [], "not UTF-8"
-    return record, None
+        text = "".join(record or ())
+        if "\0" in text:
+            yield [], "it holds a NUL byte"
+        elif not text.isascii() and any(ord(character) in _SURROGATES for character in text):
+            yield [], "not UTF-8"
+        elif record:
+            yield record, None
 
 
 _CSV_PROBLEMS = {

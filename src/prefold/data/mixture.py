@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from prefold.data import findings
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
 from prefold.data.conversion import to_record
 from prefold.data.duplicates import REPEATS, Contamination, Match
-from prefold.data.examples import Example, Examples, ExampleWriter
+from prefold.data.examples import Example, Examples
 from prefold.data.findings import DataReport, SourceCount
 from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, Record, Unpaired
@@ -35,7 +35,6 @@ from prefold.trees.packing import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBLEMS_SHOWN = 5
 _HEAD_ROWS = 1000
 """Rows that are enough to tell the shape of a source."""
 _TOKENIZED_AT_ONCE = 256
@@ -105,19 +104,15 @@ def unpaired(example: Example) -> list[Example]:
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """Split into (train, held out), about `fraction` of the examples held out, all those of a prompt on one side.
 
-    Which prompts are held out hangs on the seed and on the prompts themselves, not on the order of the rows.
-
-    Raises:
-        UserError: all examples have the same prompt.
+    Which prompts are held out hangs on the seed and on the prompts themselves, not on the order of the rows. Raises
+    UserError: all examples have the same prompt.
     """
     keys = examples.prompt_keys
     sizes = Counter(keys)
     if len(sizes) < 2:
-        raise UserError(
-            "all usable rows have the same prompt, so none can be held out",
-            where="`data.eval_fraction`",
-            advice="give held-out rows of their own in `data.eval`",
-        )
+        what = "all usable rows have the same prompt, so none can be held out"
+        advice = "give held-out rows of their own in `data.eval`"
+        raise UserError(what, where="`data.eval_fraction`", advice=advice)
     drawn = sorted(sizes, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
     wanted = min(round(fraction * len(examples)), len(examples) - 1)
     chosen: set[bytes] = set()
@@ -130,70 +125,71 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     return examples.select(np.flatnonzero(~held_out)), examples.select(np.flatnonzero(held_out))
 
 
+@dataclass
 class _Side:
     """Training or held-out data: what has come of its rows so far. `oddities` are of rows that are used."""
 
-    def __init__(
-        self,
-        name: str,
-        data: Data,
-        tokenizer: PreTrainedTokenizerBase,
-        kind: Kind,
-        contamination: Contamination | None,
-        folder: Path | None,
-    ):
-        self._name, self._data, self._tokenizer, self._kind = name, data, tokenizer, kind
-        self._contamination = contamination
-        self._repeats = None if data.duplicates == "keep" else REPEATS[data.duplicates]()
-        self._examples = ExampleWriter(folder and folder / f"{name}.arrow")
-        self.problems: list[Problem] = []
-        self.oddities: list[Problem] = []
-        self.counts: list[SourceCount] = []
-        self.matches: list[Match] = []
+    name: str
+    data: Data
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    contamination: Contamination | None
+    folder: Path | None
+    problems: list[Problem] = field(default_factory=list)
+    oddities: list[Problem] = field(default_factory=list)
+    counts: list[SourceCount] = field(default_factory=list)
+    matches: list[Match] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.repeats = None if self.data.duplicates == "keep" else REPEATS[self.data.duplicates]()
 
     def examples_of(self, sources: Sequence[Source], seed: int) -> Examples:
-        """Read and convert the rows of `sources`."""
-        for source, selection in zip(sources, select_rows(sources, seed), strict=True):
-            self._convert(source, selection)
-        if not any(count.rows_used for count in self.counts):
-            raise _nothing_left(self.problems, f"data.{self._name}")
-        return self._examples.finish()
+        selections = zip(sources, select_rows(sources, seed), strict=True)
+        converted = chain.from_iterable(self._converted(source, selection) for source, selection in selections)
+        examples = Examples.of(converted, self.folder and self.folder / f"{self.name}.arrow")
+        if not examples:
+            kinds = Counter(problem.kind for problem in self.problems)
+            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+            first = "".join(f"\n    {problem.origin}: {problem.message}" for problem in self.problems[:5])
+            what = f"no usable row is left of {len(self.problems)}: {counts}{first}"
+            only_overlong = set(kinds) == {"overlong"}
+            advice = "raise `data.max_length`" if only_overlong else "mend the rows; the first ones are named above"
+            raise UserError(what, where=f"`data.{self.name}`", advice=advice)
+        return examples
 
-    def _convert(self, source: Source, selection: Selection) -> None:
+    def _converted(self, source: Source, selection: Selection) -> Iterator[Example]:
         head = list(_head(selection.rows))
         # Each side of a pair is an answer with a label.
-        kinds: list[Kind] = ["unpaired", "pairs"] if self._kind == "unpaired" else [self._kind]
+        kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
         shape = find_shape(head, selection.name, source.columns, kinds)
         used = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
-            used += self._take(batch, shape)
+            for example in self._usable(batch, shape):
+                used += 1
+                yield from unpaired(example) if self.kind == "unpaired" else [example]
         for problem in selection.problems:
             self._leave_out(problem)
         left_out = selection.rows_filtered, selection.rows_not_drawn
         self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out))
 
-    def _take(self, rows: Sequence[RawRow], shape: Shape) -> int:
-        """Make examples of rows, and say how many could be used. Tokenizing many at once keeps all cores busy."""
-        used = 0
+    def _usable(self, rows: Sequence[RawRow], shape: Shape) -> Iterator[Example]:
+        """Examples of the rows that make one. Tokenizing many at once keeps all cores busy."""
         results = [self._record(row, shape) for row in rows]
         records = [result for result in results if not isinstance(result, Problem)]
-        tokenized = iter(tokenize_all(records, self._tokenizer, self._data.template))
+        tokenized = iter(tokenize_all(records, self.tokenizer, self.data.template))
         for result in results:
             example = result if isinstance(result, Problem) else self._example(result, next(tokenized))
             if isinstance(example, Problem):
                 self._leave_out(example)
-                continue
-            used += 1
-            for part in unpaired(example) if self._kind == "unpaired" else [example]:
-                self._examples.append(part)
-        return used
+            else:
+                yield example
 
     def _record(self, row: RawRow, shape: Shape) -> Record | Problem:
-        record = to_record(row, shape, self._data.system)
-        if isinstance(record, Problem) or not self._contamination:
+        record = to_record(row, shape, self.data.system)
+        if isinstance(record, Problem) or not self.contamination:
             return record
-        match = self._contamination.find((record.prompt, *record.answers), record.origin)
+        match = self.contamination.find((record.prompt, *record.answers), record.origin)
         if not match:
             return record
         self.matches.append(match)
@@ -202,11 +198,11 @@ class _Side:
     def _example(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
         if isinstance(tokenized, Problem):
             return tokenized
-        tree = fit(tokenized, self._data)
+        tree = fit(tokenized, self.data)
         if isinstance(tree, Problem):
             return tree
         # Last, so that a row is only left out for the sake of one that is used.
-        if self._repeats and (earlier := self._repeats.earlier((record.prompt, *record.answers), record.origin)):
+        if self.repeats and (earlier := self.repeats.earlier((record.prompt, *record.answers), record.origin)):
             return Problem("repeated", f"repeats {earlier}", record.origin)
         truncated = ("prompt_truncated",) if tree != tokenized.tree else ()
         kinds = (*tokenized.oddities, *truncated, *findings.oddities_of(record))
@@ -217,7 +213,7 @@ class _Side:
         """Count it, or stop where that is the policy."""
         name = "overlong" if problem.kind == "overlong" else "bad_rows"
         # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
-        if getattr(self._data, name) == "error" and problem.kind not in ("repeated", "contaminated", "tie"):
+        if getattr(self.data, name) == "error" and problem.kind not in ("repeated", "contaminated", "tie"):
             advice = f"mend the row, or set `data.{name}: drop`"
             raise UserError(problem.message, where=str(problem.origin), advice=advice)
         self.problems.append(problem)
@@ -229,13 +225,3 @@ def _head(rows: Iterator[RawRow]) -> Iterator[RawRow]:
     while readable < _HEAD_ROWS and (row := next(rows, None)) is not None:
         readable += row.value is not None
         yield row
-
-
-def _nothing_left(problems: Sequence[Problem], where: str) -> UserError:
-    kinds = Counter(problem.kind for problem in problems)
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    first = "".join(f"\n    {problem.origin}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
-    what = f"no usable row is left of {len(problems)}: {counts}{first}"
-    only_overlong = set(kinds) == {"overlong"}
-    advice = "raise `data.max_length`" if only_overlong else "mend the rows; the first ones are named above"
-    return UserError(what, where=f"`{where}`", advice=advice)

@@ -138,7 +138,12 @@ def _turn(item: Any, where: str, writing: Writing) -> Message:
         raise Unfit("bad_message", f"{where} is {json_type(item)}, not {{{speaker}, {words}}}")
     if speaker not in item:
         raise Unfit("bad_message", f"{where} has no `{speaker}`")
-    role = _role(item[speaker], where, writing)
+    known = _SHAREGPT_ROLES if writing == "ShareGPT" else dict(zip(ROLES, ROLES, strict=True))
+    name = item[speaker]
+    if name in _TOOL_ROLES:
+        raise Unfit("bad_message", f"{where} is a tool's turn (`{name}`); tool turns are not supported")
+    if not (isinstance(name, str) and name in known):
+        raise Unfit("bad_message", f"{where} has the role `{short(name)}`, not one of {', '.join(known)}")
     if item.get("tool_calls") or item.get("function_call"):
         raise Unfit("bad_message", f"{where} calls a tool; tool turns are not supported")
     if words not in item:
@@ -146,16 +151,7 @@ def _turn(item: Any, where: str, writing: Writing) -> Message:
     if item[words] is None:
         raise Unfit("null_field", f"{where}: `{words}` is null")
     # An empty system message has a meaning: it keeps the chat template from writing its default one.
-    return message(role, item[words], where, may_be_empty=role == "system")
-
-
-def _role(name: Any, where: str, writing: Writing) -> str:
-    known = _SHAREGPT_ROLES if writing == "ShareGPT" else dict(zip(ROLES, ROLES, strict=True))
-    if isinstance(name, str) and name in known:
-        return known[name]
-    if name in _TOOL_ROLES:
-        raise Unfit("bad_message", f"{where} is a tool's turn (`{name}`); tool turns are not supported")
-    raise Unfit("bad_message", f"{where} has the role `{short(name)}`, not one of {', '.join(known)}")
+    return message(known[name], item[words], where, may_be_empty=known[name] == "system")
 
 
 def with_system(system: Any, prompt: list[Message], where: str = "`system`") -> list[Message]:

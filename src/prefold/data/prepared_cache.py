@@ -57,7 +57,9 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kin
     try:
         with new_folder(folder) as aside:
             prepared = load_split(data, tokenizer, seed, kind, aside)
-            _write(prepared, aside)
+            np.save(aside / "train.npy", prepared.train.order)
+            np.save(aside / "held_out.npy", prepared.held_out.order)
+            (aside / "facts.json").write_bytes(_FACTS.dump_json((prepared.report, prepared.fingerprints)))
             if _sources(data) != sources:
                 raise OSError("a source has changed while it was read")
         _remove_old(folder)
@@ -74,12 +76,6 @@ def _opened(folder: Path, data: Data) -> Prepared:
     train, held_out = train.select(np.load(folder / "train.npy")), held_out.select(np.load(folder / "held_out.npy"))
     os.utime(folder)
     return Prepared(train, held_out, report, fingerprints)
-
-
-def _write(prepared: Prepared, folder: Path) -> None:
-    np.save(folder / "train.npy", prepared.train.order)
-    np.save(folder / "held_out.npy", prepared.held_out.order)
-    (folder / "facts.json").write_bytes(_FACTS.dump_json((prepared.report, prepared.fingerprints)))
 
 
 def _remove_old(newest: Path) -> None:

@@ -43,9 +43,8 @@ class Selection:
 def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
     """Apply `where`, `weight` and `count`. Sources that have neither of the last two are read as `rows` is asked for.
 
-    Raises:
-        UserError: a source cannot be read, `where` names a column that no row has or leaves none, or there are fewer
-            rows than are to be drawn.
+    Raises UserError: a source cannot be read, `where` names a column that no row has or leaves none, or there are fewer
+    rows than are to be drawn.
     """
     selections = [_filtered(source) for source in sources]
     # The rows of a source that can be read, all at once, to draw from.
@@ -74,22 +73,18 @@ def benchmark_texts(benchmark: Benchmark) -> Iterator[tuple[str, RowId]]:
     broken or has no such column, or something in it is not text."""
     selection, column = _filtered(benchmark), benchmark.column
     for row in selection.rows:
-        if problem := _text_problem(row, column):
+        text = (row.value or {}).get(column)
+        problem = None if isinstance(text, str | None) else f"it is {json_type(text)}"
+        if row.value is None:
+            problem = row.problem
+        elif column not in row.value:
+            near = did_you_mean(column, row.value)
+            problem = "there is no such column" + (f"; {near}" if near else "")
+        if problem:
             expected = "a text in every row of a benchmark"
             raise UserError(problem, where=f"{row.origin}, `{column}`", expected=expected)
-        text = row.value[column] if row.value else None
         if text and text.strip():
             yield text, row.origin
-
-
-def _text_problem(row: RawRow, column: str) -> str | None:
-    if row.value is None:
-        return row.problem
-    if column not in row.value:
-        near = did_you_mean(column, row.value)
-        return "there is no such column" + (f"; {near}" if near else "")
-    value = row.value[column]
-    return None if isinstance(value, str | None) else f"it is {json_type(value)}"
 
 
 def _filtered(source: Rows) -> Selection:
@@ -112,6 +107,8 @@ def _passing(rows: Iterable[RawRow], condition: Where | None, into: Selection) -
             yield row
         else:
             into.rows_filtered += 1
+    if not into.rows_in:
+        raise UserError("there are no rows in it", where=into.name, expected="at least one row")
     if condition:
         condition.require_known_columns(into.name)
     if condition and not passed:

@@ -25,13 +25,17 @@ _ROWS_LOOKED_AT = 20
 _VOTES_TO_JUDGE = 10
 
 
+Columns = tuple[tuple[str, str], ...]
+"""Pairs of (our role, the file's column)."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What a source's columns hold. `columns` are pairs of (our role, the file's column)."""
+    """What a source's columns hold."""
 
     layout: str
     kind: Kind
-    columns: tuple[tuple[str, str], ...] = ()
+    columns: Columns = ()
     writing: Writing = "plain"
 
     @property
@@ -162,7 +166,7 @@ def find_shape(
 
 def _fitting(value: dict[str, Any], kind: Kind, named: Mapping[str, str], forgiving: bool) -> list[Shape]:
     """The shapes that fit a row, at most one for the same columns."""
-    shapes: dict[tuple[tuple[str, str], ...], Shape] = {}
+    shapes: dict[Columns, Shape] = {}
     for layout in _LAYOUTS:
         if layout.kind == kind and named.keys() <= layout.roles:
             for columns in _assignments(layout, value, named):
@@ -171,9 +175,7 @@ def _fitting(value: dict[str, Any], kind: Kind, named: Mapping[str, str], forgiv
     return list(shapes.values())
 
 
-def _assignments(
-    layout: _Layout, value: dict[str, Any], named: Mapping[str, str]
-) -> Iterator[tuple[tuple[str, str], ...]]:
+def _assignments(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> Iterator[Columns]:
     """Every way to find the roles of a layout among a row's columns."""
     for chosen in itertools.product(*_choices(layout, value, named).values()):
         columns = dict(zip(layout.cells, chosen, strict=True))
@@ -192,7 +194,7 @@ def _choices(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -
     return {role: [name for name in columns if name in value] for role, columns in names.items()}
 
 
-def _fits(layout: _Layout, value: dict[str, Any], columns: tuple[tuple[str, str], ...], forgiving: bool) -> bool:
+def _fits(layout: _Layout, value: dict[str, Any], columns: Columns, forgiving: bool) -> bool:
     """Whether the cells have their forms; if forgiving, empty ones may be of any, but not all besides the prompt."""
     cells = {role: value[column] for role, column in columns if role in layout.cells}
     if not forgiving:
@@ -203,7 +205,7 @@ def _fits(layout: _Layout, value: dict[str, Any], columns: tuple[tuple[str, str]
     )
 
 
-def _writing(value: dict[str, Any], columns: tuple[tuple[str, str], ...]) -> Writing:
+def _writing(value: dict[str, Any], columns: Columns) -> Writing:
     """How turns are written in the cells that could be dialogues."""
     roles = dict(columns)
     for role in ("prompt", "messages", "chosen"):
@@ -249,55 +251,43 @@ def _check_votes(shape: Shape, values: Sequence[dict[str, Any]], source: str) ->
     votes = [vote for value in values if (vote := as_vote(value.get(column))) is not None]
     # In a few rows there may be ties and no vote for the second by chance.
     if len(votes) >= _VOTES_TO_JUDGE and set(votes) == {0, 1}:
-        raise UserError(
-            f"`{short(column)}` holds 0 and 1 only: which output does 0 stand for?",
-            where=source,
-            expected="1: the first output is better, 2: the second, 0: a tie",
-            advice="write 1 and 2 instead of 0 and 1",
-        )
+        what = f"`{short(column)}` holds 0 and 1 only: which output does 0 stand for?"
+        expected = "1: the first output is better, 2: the second, 0: a tie"
+        raise UserError(what, where=source, expected=expected, advice="write 1 and 2 instead of 0 and 1")
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
-    cells = {layout.name: layout.cells for layout in _LAYOUTS}
-    ways = "".join(
-        f"\n    {shape.name}: {_listed([column for role, column in shape.columns if role in cells[shape.layout]])}"
-        for shape in (first, second)
-    )
+    ways = ""
+    for shape in (first, second):
+        columns = [column for role, column in shape.columns if role not in ("system", "input")]
+        ways += f"\n    {shape.name}: {_listed(columns)}"
     pair = {role: column for role, column in first.columns if (role, column) not in second.columns}
     example = ", ".join(f"{role}: {short(column)}" for role, column in pair.items())
-    return UserError(
-        f"its columns can be read in more than one way{ways}",
-        where=source,
-        advice=f"say which by `columns:`, such as {{{example}}}",
-    )
+    advice = f"say which by `columns:`, such as {{{example}}}"
+    return UserError(f"its columns can be read in more than one way{ways}", where=source, advice=advice)
 
 
 def _no_shape(
     values: Sequence[dict[str, Any]], source: str, named: Mapping[str, str], kinds: Sequence[Kind]
 ) -> UserError:
     columns = list(dict.fromkeys(name for value in values for name in value))
-    what = "no known shape" if len(kinds) == len(KINDS) else f"no known shape of {' or '.join(kinds)}"
+    of_kinds = "" if len(kinds) == len(KINDS) else f" of {' or '.join(kinds)}"
+    what = f"its columns are no known shape{of_kinds}: {_shown(columns)}" if columns else "its rows have no columns"
+    advice = "rename its columns, or say by `columns:` which is what"
     layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
     layouts = [layout for layout in layouts if named.keys() <= layout.roles] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
-    present = {
-        layout.name: {role: names[0] for role, names in _choices(layout, merged, named).items() if names}
-        for layout in layouts
-    }
-    nearest = max(
-        layouts, key=lambda layout: (len(present[layout.name]) / len(layout.cells), len(present[layout.name]))
-    )
-    if present[nearest.name]:
-        amiss = _amiss(nearest, present[nearest.name], merged, named)
+    choices = [_choices(layout, merged, named) for layout in layouts]
+    present = [{role: names[0] for role, names in of_layout.items() if names} for of_layout in choices]
+    share = [(len(roles) / len(layout.cells), len(roles)) for layout, roles in zip(layouts, present, strict=True)]
+    best = share.index(max(share))
+    if present[best]:
+        nearest = layouts[best]
+        amiss = _amiss(nearest, present[best], merged, named)
         expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {amiss}"
     else:
         expected = "one of" + "".join(f"\n    {layout.name}: {layout.meaning}" for layout in layouts)
-    return UserError(
-        f"its columns are {what}: {_shown(columns)}" if columns else "its rows have no columns",
-        where=source,
-        expected=expected,
-        advice="rename its columns, or say by `columns:` which is what",
-    )
+    return UserError(what, where=source, expected=expected, advice=advice)
 
 
 def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:

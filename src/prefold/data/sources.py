@@ -41,10 +41,8 @@ def read_rows(source: Rows) -> Iterator[RawRow]:
     of its format; for what only reading can tell, while reading."""
     files = _named_files(source)
     if not files:
-        rows = _hub_rows(_load_from_hub(source), source)
-    else:
-        rows = chain.from_iterable(read_file(file, name) for name, file in files.items())
-    return _at_least_one(rows, source_name(source))
+        return _hub_rows(_load_from_hub(source), source)
+    return chain.from_iterable(read_file(file, name) for name, file in files.items())
 
 
 def identity_of(source: Rows) -> str | None:
@@ -80,14 +78,6 @@ def _require_no_hub_fields(source: Rows, what: str, names: tuple[str, ...]) -> N
         if given := getattr(source, name):
             what = f"{what} has no `{name}`, but `{name}: {given}` is given"
             raise UserError(what, where=source.path, advice=f"remove `{name}`")
-
-
-def _at_least_one(rows: Iterator[RawRow], name: str) -> Iterator[RawRow]:
-    row = None
-    for row in rows:
-        yield row
-    if row is None:
-        raise UserError("there are no rows in it", where=name, expected="at least one row")
 
 
 def _files(source: Rows) -> list[Path]:

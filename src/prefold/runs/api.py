@@ -86,9 +86,9 @@ def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> 
     method that samples; with the content of `tasks.json`, `compared.json` and `win_rate.json` under these names, where
     the recipe asks for them."""
     run = Run(_recipe(recipe, overrides))
-    names = [stage.name for stage in stages_of(run.recipe) if stage.name in ("evaluate", "compare", "judge")]
-    for name in names:
-        _redo(name, run)
+    for stage in stages_of(run.recipe):
+        if stage.name in ("evaluate", "compare", "judge"):
+            _redo(stage.name, run)
     folder, settings = run.folder / "evaluation", run.recipe.evaluate
     others = {"tasks": settings.tasks, "compared": settings.compare_with, "win_rate": settings.win_rate}
     results = {name: read_json(folder / f"{name}.json") for name, value in others.items() if value}
@@ -128,9 +128,6 @@ def _recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> Recipe
     return recipe
 
 
-# ---- performing stages ------------------------------------------------------------------------------------------
-
-
 def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> Path:
     """The stages that are not done, up to the one named; returns the run folder."""
     with open_run_folder(run.recipe, fresh) if ranks.is_first() else nullcontext(run.folder) as folder:
@@ -153,11 +150,9 @@ def _redo(name: str, run: Run) -> Path:
                 break
             if name != "report" and not stage.is_done(folder):
                 command = BY_COMMAND.get(stage.name, stage.name)
-                raise UserError(
-                    f"`{name}` needs what `{stage.name}` leaves, and it is not there",
-                    where=run.recipe.output_dir,
-                    advice=f"`prefold run` performs every stage in order, or `prefold {command}`",
-                )
+                what = f"`{name}` needs what `{stage.name}` leaves, and it is not there"
+                advice = f"`prefold run` performs every stage in order, or `prefold {command}`"
+                raise UserError(what, where=run.recipe.output_dir, advice=advice)
     return folder
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefold.data.examples import Example
+from prefold.data.examples import Example, Examples
 from prefold.data.findings import Finding, by_severity
 from prefold.data.mixture import Prepared
 from prefold.data.selection import shuffled
@@ -59,17 +58,10 @@ class CheckReport:
         if errors := self._errors():
             raise StageError(f"{what} cannot be trained: {errors[0]}; {advice}")
 
-    def with_findings(self, findings: Sequence[Finding]) -> CheckReport:
-        report = self.prepared.report
-        report = replace(report, findings=by_severity([*report.findings, *findings]))
-        return replace(self, prepared=replace(self.prepared, report=report))
-
     def __repr__(self) -> str:
-        """As the command shows it in a terminal."""
         return as_text(partial(print_check, self.as_json()))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
         return framed(render_check("check", self.as_json()))
 
     def as_json(self) -> dict[str, Any]:
@@ -104,19 +96,23 @@ def examine(
     order = order_of(recipe, len(prepared.train))
     train, held_out = prepared.train.lengths, prepared.held_out.lengths
     plan = make_plan(recipe, train, held_out, order, device_memory, measure)
-    report = CheckReport(prepared, run.tokenizer, plan).with_findings(plan.findings())
-    return _with_separation(recipe, report) if reference else report
+    findings, separated = [*prepared.report.findings, *plan.findings()], None
+    if reference:
+        separated, more = _separation(recipe, prepared.train)
+        findings += more
+    report = replace(prepared.report, findings=by_severity(findings))
+    return CheckReport(replace(prepared, report=report), run.tokenizer, plan, separated)
 
 
-def _with_separation(recipe: RecipeBase, report: CheckReport) -> CheckReport:
+def _separation(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], list[Finding]]:
+    """How far the model tells chosen from rejected already, and what of that is odd."""
     if recipe.algorithm.kind.data != "pairs":
         what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
         raise UserError(what, where=recipe.output_dir, advice="check without it")
-    train = report.prepared.train
     pairs = train.select(shuffled(len(train), recipe.train.seed)[:PAIRS_SCORED])
     model = load_start(recipe.model, dtype=measuring_dtype())
     scores = score_pairs(scorer_of(recipe, model, pairs), pairs.trees, "pairs under the model")
-    return replace(report.with_findings(separation_findings(scores, pairs.origins)), separation=separation(scores))
+    return separation(scores), separation_findings(scores, pairs.origins)
 
 
 def check(run: Run) -> None:

@@ -83,10 +83,10 @@ def compare(
     return {"baseline": baseline, "models": compared, "runs": runs}
 
 
-def compare_with(names: Sequence[str], baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:
+def compare_with(baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:
     """The content of `evaluation/compared.json`: other models, asked what a run was asked, against its model before
     training."""
-    sides = [_side(name) for name in names]
+    sides = [_side(name) for name in settings.compare_with]
     scores = _measured(sides, settings)
     return {"models": {side.label: compare_tasks(baseline, scores[side.label]) for side in sides}}
 
@@ -119,11 +119,8 @@ def _sides(names: Sequence[str]) -> list[Side]:
     if len(sides) == 1:
         [only] = sides
         if only.run is None:
-            raise UserError(
-                "there is nothing to compare it with",
-                where=only.label,
-                expected="a run folder, which is compared with its model before training; or two models or more",
-            )
+            expected = "a run folder, which is compared with its model before training; or two models or more"
+            raise UserError("there is nothing to compare it with", where=only.label, expected=expected)
         return [Side(only.name, f"{only.label}, before", only.run, "before"), only]
     if twice := next((side.label for index, side in enumerate(sides) if side in sides[:index]), None):
         raise UserError("is named twice", where=twice, expected="different models or run folders")
@@ -165,19 +162,13 @@ def _scores_of_runs(sides: Sequence[Side]) -> dict[str, list[TaskScores]]:
     if not any(scores.values()) and not models:
         return scores
     if silent := next((label for label, of_run in scores.items() if not of_run), None):
-        raise UserError(
-            "this run was asked no tasks",
-            where=silent,
-            advice="name tasks to ask all of them (`--tasks`), or add `evaluate.tasks` to its recipe and run it again",
-        )
+        advice = "name tasks to ask all of them (`--tasks`), or add `evaluate.tasks` to its recipe and run it again"
+        raise UserError("this run was asked no tasks", where=silent, advice=advice)
     if models:
         settings = next((side.run.evaluate for side in runs if side.run and side.run.evaluate.tasks), None)
         if settings is None:
-            raise UserError(
-                "nothing says what to ask the models",
-                where=models[0].label,
-                expected="--tasks, or a run folder whose recipe has `evaluate.tasks`",
-            )
+            expected = "--tasks, or a run folder whose recipe has `evaluate.tasks`"
+            raise UserError("nothing says what to ask the models", where=models[0].label, expected=expected)
         scores |= _measured(models, settings)
     return scores
 

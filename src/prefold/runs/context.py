@@ -31,9 +31,6 @@ from prefold.trees.memory import auto_max_tokens
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, choose_scorer
 
-STAND_IN = 32
-"""Tokens."""
-
 
 class Run:
     """A run, as its stages are handed it: tokenizer and data are read when a stage first needs them.
@@ -52,7 +49,6 @@ class Run:
 
     @cached_property
     def prepared(self) -> Prepared:
-        """The data as they are now."""
         recipe = self.recipe
         return prepare(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
 
@@ -101,9 +97,9 @@ def scorer_of(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) ->
     draws = recipe.algorithm.draws
     longest = max(prompt + max(completions, default=0) for prompt, *completions in examples.lengths)
     longest += draws.max_completion_length if draws else 0
-    # For the self-check, ends of prompts stand in where completions are yet to be sampled.
+    # For the self-check, the last 32 tokens of prompts stand in where completions are yet to be sampled.
     trees = sample_trees(examples)
-    stand_ins = tuple(tree.prompt[-STAND_IN:] for tree in trees)
+    stand_ins = tuple(tree.prompt[-32:] for tree in trees)
     checked = [tree if tree.completions else replace(tree, completions=stand_ins) for tree in trees]
     return choose_scorer(model, checked, budget, recipe.model.attn_implementation, longest)
 

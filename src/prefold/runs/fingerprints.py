@@ -26,7 +26,6 @@ PIECE, PIECES = 2**16, 256
 DATA = ("train", "held_out")
 WHOLE = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json")
 """What makes a model or an adapter. Its tokenizer shows in the data."""
-SHOWN = 5
 
 
 def inputs_of(recipe: RecipeBase) -> dict[str, str]:
@@ -58,12 +57,9 @@ def require_unchanged(began: Mapping[str, Any], current: Mapping[str, Any], wher
     if not changed:
         return
     what = "the data is" if set(changed) <= set(DATA) else f"{' and '.join(changed)}: is"
-    shown = "; ".join(f"{name} was {_shown(began, name)}, is {_shown(current, name)}" for name in changed[:SHOWN])
-    raise UserError(
-        f"{what} not what it was when this run began ({shown})",
-        where=where,
-        advice="restore the files, take another `output_dir`, or `--fresh` to start over",
-    )
+    shown = "; ".join(f"{name} was {_shown(began, name)}, is {_shown(current, name)}" for name in changed[:5])
+    advice = "restore the files, take another `output_dir`, or `--fresh` to start over"
+    raise UserError(f"{what} not what it was when this run began ({shown})", where=where, advice=advice)
 
 
 def _shown(facts: Mapping[str, Any], name: str) -> str:

@@ -86,11 +86,9 @@ def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
         has_checkpoints = any((folder / "checkpoints").glob("checkpoint-*"))
         if stage.name == "train" and (stage.is_done(folder) or has_checkpoints):
             shown = "; ".join(f"`{name}` was {old.get(name)!r}, is {new.get(name)!r}" for name in changed[:5])
-            raise UserError(
-                f"holds a run that was trained with other settings: {shown}",
-                where=recipe.output_dir,
-                advice="take another `output_dir`, or `--fresh` to remove that run and start over",
-            )
+            what = f"holds a run that was trained with other settings: {shown}"
+            advice = "take another `output_dir`, or `--fresh` to remove that run and start over"
+            raise UserError(what, where=recipe.output_dir, advice=advice)
     return outdated
 
 

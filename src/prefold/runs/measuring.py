@@ -71,8 +71,7 @@ class Measuring(ABC):
         return result, answers
 
     @abstractmethod
-    def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> Any:
-        """What held-out data say of a model."""
+    def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> Any: ...
 
     @abstractmethod
     def compare(self, before: Any, after: Any) -> Comparison: ...

@@ -68,14 +68,12 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
 
 
 def _compare(run: Run) -> None:
-    """Ask the models of `evaluate.compare_with` what this run was asked."""
     folder, settings = run.folder / "evaluation", run.recipe.evaluate
-    compared = compare_with(settings.compare_with, read_scores(folder / "scores_before.json"), settings)
+    compared = compare_with(read_scores(folder / "scores_before.json"), settings)
     write_json(folder / "compared.json", compared)
 
 
 def _judge(run: Run) -> None:
-    """Have the judge of `evaluate.win_rate` compare the answers before with those after."""
     win_rate = measure_win_rate(run.open_judge(), read_jsonl(run.folder / "samples.jsonl"))
     write_json(run.folder / "evaluation" / "win_rate.json", win_rate)
 

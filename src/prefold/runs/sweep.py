@@ -46,7 +46,6 @@ from prefold.terminal import say
 from prefold.trees.memory import free_memory
 
 FACTS = "sweep.json"
-EXAMPLE = "`train.learning_rate=1e-5,5e-5`"
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,8 @@ def sweep(recipe: str, overrides: Sequence[str] = (), *, output: str | None = No
 def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
     """Values by the dotted paths of the fields that have several, and the other overrides.
 
-    Commas part values; those within brackets or quotes belong to one value.
-
-    Raises:
-        UserError: no field has several values, or a field or a value is given twice.
+    Commas part values; those within brackets or quotes belong to one value. Raises UserError: no field has several
+    values, or a field or a value is given twice.
     """
     swept: dict[str, list[Any]] = {}
     fixed: list[str] = []
@@ -131,7 +128,8 @@ def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[s
         if twice := next((text for text in texts if texts.count(text) > 1), None):
             raise UserError(f"the value {twice} is given twice", where=override)
     if not swept:
-        raise UserError("no field has several values", expected=f"values with commas between them, e.g. {EXAMPLE}")
+        expected = "values with commas between them, e.g. `train.learning_rate=1e-5,5e-5`"
+        raise UserError("no field has several values", expected=expected)
     return swept, fixed
 
 
@@ -162,16 +160,12 @@ def _overrides(settings: Mapping[str, Any]) -> list[str]:
     return [f"{field}={json.dumps(value, ensure_ascii=False)}" for field, value in settings.items()]
 
 
-LONGEST = 40
-"""Characters of a value in the name of a folder."""
-
-
 def _in_a_name(value: Any) -> str:
-    """A value as part of a folder's name; different ones for different values."""
+    """A value as part of a folder's name, of some 40 characters at most; different ones for different values."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, float):
         text = re.sub(r"e([+-])0+", r"e\1", text)
-    safe = re.sub(r"[^\w.+-]+", "-", text)[:LONGEST].strip("-")
+    safe = re.sub(r"[^\w.+-]+", "-", text)[:40].strip("-")
     if safe == text:
         return safe
     return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
@@ -196,10 +190,7 @@ def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
 
 def _require_comparable(points: Sequence[Point]) -> None:
     """Read the data of every run that is not finished, and plan it, which finds modules that the model does not have.
-
-    Raises:
-        UserError: a run cannot be made, or they would not all be measured on the same held-out data in the same way.
-        StageError: the data of a run has errors.
+    Raises UserError: a run cannot be made, or they would not all be measured on the same held-out data in the same way.
     """
     measured_by = {point.name: _measured_by(point) for point in points}
     first = points[0].name

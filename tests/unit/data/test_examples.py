@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import pytest
 from data_samples import assistant, example, pair, user
 
-from prefold.data.examples import Example, Examples, ExampleWriter
+from prefold.data.examples import Example, Examples
 from prefold.data.preference import Preference, Prompt, RowId, Unpaired
 from prefold.trees.packing import TokenTree
 
@@ -57,17 +60,18 @@ def test_values_that_json_does_not_know_become_text() -> None:
     assert isinstance(record, Prompt) and record.columns == {"day": "2024-02-29"}
 
 
-def test_the_file_lives_as_long_as_its_examples() -> None:
-    writer = ExampleWriter()
-    writer.append(Example(pair(), TREE))
-    folder = Path(writer._folder.name)
-    del writer
-    assert not folder.exists()
-    writer = ExampleWriter()
-    writer.append(Example(pair(), TREE))
-    folder = Path(writer._folder.name)
-    part = writer.finish()[:1]
-    del writer
-    assert folder.exists() and part[0].tree == TREE
+def test_the_file_lives_as_long_as_its_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def broken() -> Iterator[Example]:
+        yield Example(pair(), TREE)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        Examples.of(broken())
+    gc.collect()
+    assert not any(tmp_path.iterdir())
+    part = Examples.of([Example(pair(), TREE)])[:1]
+    assert any(tmp_path.iterdir()) and part[0].tree == TREE
     del part
-    assert not folder.exists()
+    assert not any(tmp_path.iterdir())

@@ -206,7 +206,7 @@ def test_text_and_ratings_give_cause_for_findings() -> None:
 
 @pytest.mark.parametrize("kind", findings._ABOUT_ROWS)
 def test_every_message_fits_80_columns(kind: str) -> None:
-    found = findings.about_rows(kind, [RowId("pairs.jsonl", row) for row in range(1234)])
+    [found] = findings.about_problems([Problem(kind, "", RowId("pairs.jsonl", row)) for row in range(1234)], DATA)
     assert found.kind == kind and found.message.startswith("1234 rows")
     assert max(len(found.message), len(found.advice)) <= 76
 

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from prefold.data import sources
 from prefold.data.formats import RawRow
 from prefold.data.preference import RowId
+from prefold.data.selection import select_rows
 from prefold.data.sources import read_rows
 from prefold.errors import UserError
 from prefold.recipe import Source
@@ -254,8 +255,9 @@ def test_a_glob_is_the_files_that_match_in_order(tmp_path: Path, monkeypatch) ->
 
 def test_a_folder_without_any_row_is_empty(write: Write, tmp_path: Path) -> None:
     write("a.jsonl", "")
+    [selection] = select_rows([Source(path=str(tmp_path))], seed=0)
     with pytest.raises(UserError, match="there are no rows in it"):
-        rows_of(str(tmp_path))
+        list(selection.rows)
 
 
 # ---- Hub --------------------------------------------------------------------------------------------------------
