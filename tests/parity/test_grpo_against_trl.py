@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from prefold.algorithms import GRPO
-from prefold.algorithms.grpo import group_advantages
+from prefold.algorithms.grpo import GRPO
 from prefold.data.examples import Example, Examples
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.generation.sampling import Completion
@@ -137,7 +136,7 @@ def rollout(off_policy: bool, seed: int = 0, apart: float = 0.3) -> Rollout:
 
     tokens = 1.5 * torch.rand(count, generator=draw, dtype=torch.float64).log()
     statistics = Statistics(torch.rand(count, generator=draw, dtype=torch.float64), tokens, tokens > -1)
-    advantages = group_advantages(torch.randn(GROUPS, SIZE, generator=draw, dtype=torch.float64)).flatten()
+    advantages = GRPO().advantages(torch.randn(GROUPS, SIZE, generator=draw, dtype=torch.float64)).flatten()
     policy = logprobs(
         tokens.clone().requires_grad_(),
         lengths,
@@ -320,7 +319,7 @@ def test_advantages_and_metrics(functions: Sequence[Any], weights: Sequence[floa
         drawn = completions(seed)
         wanted, metrics = trl_advantages(functions, weights, drawn, {"scale_rewards": scale}, tmp_path)
         groups = our_groups(functions, weights, drawn)
-        found = group_advantages(rewards_of(groups), scale)
+        found = GRPO(scale_rewards=scale).advantages(rewards_of(groups))
         torch.testing.assert_close(found.flatten(), wanted.double(), rtol=1e-5, atol=1e-5)
         ours = {**reward_metrics(groups), **length_metrics([one for group in drawn for one in group])}
         if scale == "batch":  # TRL then asks whether the rewards of the whole batch are equal
@@ -455,7 +454,7 @@ def prefold_steps(
     iterations = settings.get("num_iterations", 1)
     algorithm, scorer = recipe.algorithm, Scorer(model, 50, "prefold_joined", temperature=TEMPERATURE)
     order = GivenOrder(len(examples), PROMPTS, STEPS // iterations * PROMPTS, 0, iterations)
-    record = StepRecord(folder, 0, lambda **news: None)
+    record = StepRecord(folder, 0, lambda amount, text: None)
     rewards = [LoadedReward("sum_of_words", sum_of_words)]
     source = SampledTrees(algorithm, scorer, examples, rewards, [], tokenizer, order, [], seed=0)
     guards = Guards({}, Facts(STEPS, RATE, PROMPTS), record, 0, str, int)

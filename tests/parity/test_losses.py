@@ -24,31 +24,26 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from prefold.algorithms import (
-    AOT,
-    BCO,
-    CPO,
-    DPO,
-    EXO,
-    IPO,
-    KTO,
-    NCA,
-    ORPO,
-    SFT,
-    SPPO,
-    Algorithm,
-    AOTUnpaired,
-    APODown,
-    APOZero,
-    BradleyTerry,
-    DiscoPOP,
-    Hinge,
-    Mixed,
-    Robust,
-    SigmoidNorm,
-    SimPO,
-)
-from prefold.algorithms.kto import mismatched
+from prefold.algorithms import Algorithm
+from prefold.algorithms.aot import AOT, AOTUnpaired
+from prefold.algorithms.apo import APODown, APOZero
+from prefold.algorithms.bco import BCO
+from prefold.algorithms.cpo import CPO
+from prefold.algorithms.discopop import DiscoPOP
+from prefold.algorithms.dpo import DPO
+from prefold.algorithms.exo import EXO
+from prefold.algorithms.hinge import Hinge
+from prefold.algorithms.ipo import IPO
+from prefold.algorithms.kto import KTO
+from prefold.algorithms.mixed import Mixed
+from prefold.algorithms.nca import NCA
+from prefold.algorithms.orpo import ORPO
+from prefold.algorithms.reward import BradleyTerry
+from prefold.algorithms.robust import Robust
+from prefold.algorithms.sft import SFT
+from prefold.algorithms.sigmoid_norm import SigmoidNorm
+from prefold.algorithms.simpo import SimPO
+from prefold.algorithms.sppo import SPPO
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
 
@@ -466,8 +461,9 @@ def test_kto_mismatches_as_trl_does(tmp_path: Path) -> None:
     trainer = bare(KTOTrainer, calculate_KL=True, _tokenizer=tokenizer, desirable_weight=1.0, undesirable_weight=1.0)
     prepared = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, args, "train")
     trees = [TokenTree(tuple(row["prompt_ids"]), (tuple(row["completion_ids"]),)) for row in prepared]
-    assert [list(tree.completions[0]) for tree in mismatched(trees)] == prepared["KL_completion_ids"][:]
-    assert [tree.prompt for tree in mismatched(trees)] == [tree.prompt for tree in trees]
+    mismatched = KTO().further_trees(trees)["mismatched"]
+    assert [list(tree.completions[0]) for tree in mismatched] == prepared["KL_completion_ids"][:]
+    assert [tree.prompt for tree in mismatched] == [tree.prompt for tree in trees]
 
 
 # ---- RewardTrainer -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from prefold.recipe import RecipeBase
 from prefold.training.loop import TrainingLoop
 
 PACKAGE = Path(prefold.__file__).parent
+PAGE = (Path(__file__).parents[2] / "docs" / "step.md").read_text(encoding="utf-8")
 
 
 def files_of_a_step(recipe: RecipeBase, monkeypatch: pytest.MonkeyPatch, after: int = 2) -> list[str]:
@@ -44,6 +45,7 @@ def test_of_dpo(recipe: Callable[..., RecipeBase], monkeypatch: pytest.MonkeyPat
     """The adapter as by default, without dropout: the engine's own pass through it counts."""
     files = files_of_a_step(recipe(train={"save_steps": 100}, lora={"lora_dropout": 0.0}), monkeypatch)
     assert len(files) <= 14, "\n".join(files)
+    assert [file for file in files if f"`{file}" not in PAGE] == []
 
 
 def test_of_grpo(recipe: Callable[..., RecipeBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,4 +62,5 @@ def test_of_grpo(recipe: Callable[..., RecipeBase], tmp_path: Path, monkeypatch:
         ),
         monkeypatch,
     )
-    assert len(files) <= 23, "\n".join(files)
+    assert len(files) <= 20, "\n".join(files)
+    assert [file for file in files if f"`{file}" not in PAGE] == []

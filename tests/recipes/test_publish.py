@@ -14,7 +14,6 @@ from upload_hub import TOKEN, UploadHub, uploads_to
 import prefold
 from prefold.cli import main
 from prefold.errors import StageError, UserError
-from prefold.publishing import publish as publishing
 from prefold.recipe import RecipeBase, dump_recipe
 
 MakeRecipe = Callable[..., RecipeBase]
@@ -115,7 +114,7 @@ def test_a_checkpoint_that_cannot_be_pushed_costs_nothing_else(
     def refuse(*args: object) -> None:
         raise StageError("the connection to the Hub broke")
 
-    monkeypatch.setattr(publishing, "push", refuse)
+    monkeypatch.setattr("prefold.publishing.hub.push", refuse)
     folder = prefold.train(recipe(publish={"hub_model_id": NAME, "checkpoints": True}))
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     said = " ".join(capfd.readouterr().err.split())

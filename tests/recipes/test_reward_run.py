@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_files import lines
 from tiny import tiny_llama
 from tiny_tokenizer import CHATML, LLAMA3, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -20,6 +19,7 @@ from prefold.data.preference import Message
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase, Reward, dump_recipe, make_recipe
 from prefold.reports.card import render_card
+from prefold.rewards import reward_model
 from prefold.rewards.load import load_rewards
 from prefold.rewards.scoring import score
 from prefold.training.loop import TrainingLoop
@@ -27,6 +27,10 @@ from prefold.training.loop import TrainingLoop
 MakeRecipe = Callable[..., RecipeBase]
 QUESTIONS = ["Say word 3", "Say word 50"]
 ANSWERS = ["WORD 3!", "word 50, maybe, and then some"]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
@@ -82,7 +86,12 @@ def scores_as_reward(folder: Path) -> list[float | None]:
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward models are opened in the dtype of the device."""
-    monkeypatch.setattr("prefold.rewards.reward_model.choose_dtype", lambda setting, device: torch.float32)
+    chosen = reward_model.choose_dtype
+    monkeypatch.setattr(
+        reward_model,
+        "choose_dtype",
+        lambda setting, device: chosen("float32" if setting == "auto" else setting, device),
+    )
 
 
 @pytest.mark.parametrize(("lora", "attention"), [({"r": 4}, "trees"), ({"r": 4}, "sdpa"), ("none", "trees")])

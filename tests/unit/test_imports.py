@@ -42,7 +42,7 @@ def files(*parts: str) -> list[Path]:
     return found
 
 
-STANDARD = {"__future__", "abc", "collections", "dataclasses", "typing", "math", "enum"}
+STANDARD = {"__future__", "abc", "collections", "dataclasses", "functools", "typing", "math", "enum"}
 
 
 @pytest.mark.parametrize("path", files("algorithms"), ids=lambda path: path.name)

@@ -1,7 +1,7 @@
 """Preference losses, one file each, and the registry that the recipe reads.
 
 To add one: a file here, a line in `ALGORITHMS`, a test in `tests/unit/algorithms`, its row in the table of
-`docs/algorithms` (`python -m prefold.algorithms.table`).
+`docs/algorithms/README.md` (`python docs/algorithms/table.py`).
 """
 
 from prefold.algorithms.aot import AOT, AOTUnpaired
@@ -52,37 +52,4 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 }
 Mixed.of_pairs = {name: method for name, method in ALGORITHMS.items() if method.kind == PAIRED and method is not Mixed}
 
-__all__ = [
-    "ALGORITHMS",
-    "AOT",
-    "BCO",
-    "CPO",
-    "DPO",
-    "EXO",
-    "GRPO",
-    "IPO",
-    "KTO",
-    "NCA",
-    "NO_STATE",
-    "ORPO",
-    "SFT",
-    "SPPO",
-    "AOTUnpaired",
-    "APODown",
-    "APOZero",
-    "Algorithm",
-    "BradleyTerry",
-    "DiscoPOP",
-    "Draws",
-    "Extreme",
-    "Hinge",
-    "Kind",
-    "LossOutput",
-    "Mean",
-    "Metric",
-    "Mixed",
-    "Robust",
-    "SigmoidNorm",
-    "SimPO",
-    "State",
-]
+__all__ = ["ALGORITHMS", "NO_STATE", "Algorithm", "Draws", "Extreme", "Kind", "LossOutput", "Mean", "Metric", "State"]

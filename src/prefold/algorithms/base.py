@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
+    from prefold.trees.logprobs import TreeLogprobs as TreeLogprobs
+    from prefold.trees.packing import TokenTree as TokenTree
+else:  # losses are read with a recipe, long before the engine
+    TreeLogprobs = TokenTree = Any
 
 State = Mapping[str, float]
 """What an algorithm carries from step to step: numbers by name, kept in the checkpoint."""
@@ -95,9 +97,23 @@ class Draws(NamedTuple):
     min_p: float
 
 
+class Bound(NamedTuple):
+    """What the values of a setting are held to, in the `Annotated` of its type; a value of None is free."""
+
+    holds: Callable[[float], bool]
+    text: str
+
+
+POSITIVE = Bound(lambda value: value > 0, "greater than 0")
+Positive = Annotated[float, POSITIVE]
+NotNegative = Annotated[float, Bound(lambda value: value >= 0, "0 or more")]
+Smoothing = Annotated[float, Bound(lambda share: 0 <= share < 0.5, "at least 0 and less than 0.5")]
+
+
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Settings of a method as fields; what it needs as class attributes, or as properties where a setting decides."""
+    """Settings of a method as fields, their bounds in their types; what it needs as class attributes, or as properties
+    where a setting decides."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
 
@@ -110,36 +126,29 @@ class Algorithm(ABC):
     """Vetted recipe values of this method by dotted field, used where the recipe is silent."""
     record_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of a record, a value for each of its completions, that the loss finds in `TreeLogprobs.extras`."""
+    needs_reference: ClassVar[bool] = False
+    """Whether the loss compares with the log-probs of the model before training."""
+    scores_prompt: ClassVar[bool] = False
+    """Whether the loss needs `TreeLogprobs.prompts`."""
+    needs_statistics: ClassVar[bool] = False
+    """Whether the loss needs `TreeLogprobs.statistics` of the policy."""
+    couples_step: ClassVar[bool] = False
+    """Whether the loss of one completion depends on the others of its step, so that all must come at once."""
+    iterations: ClassVar[int] = 1
+    """Optimizer steps in a row on the same trees."""
+    draws: ClassVar[Draws | None] = None
+    """How completions are sampled, by a method of a kind that `samples`."""
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss compares with the log-probs of the model before training."""
-        return False
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether the loss needs `TreeLogprobs.prompts`."""
-        return False
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether the loss needs `TreeLogprobs.statistics` of the policy."""
-        return False
-
-    @property
-    def couples_step(self) -> bool:
-        """Whether the loss of one completion depends on the others of its step, so that all must come at once."""
-        return False
-
-    @property
-    def iterations(self) -> int:
-        """Optimizer steps in a row on the same trees."""
-        return 1
-
-    @property
-    def draws(self) -> Draws | None:
-        """How completions are sampled, by a method of a kind that `samples`; None for the others."""
-        return None
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the setting, for a value that the type of the setting does not allow."""
+        hints = get_type_hints(type(self), include_extras=True)
+        for setting in fields(self):
+            value, hint = getattr(self, setting.name), hints[setting.name]
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{setting.name} must be one of {', '.join(get_args(hint))}, got {value}")
+            for bound in getattr(hint, "__metadata__", ()):
+                if value is not None and not bound.holds(value):
+                    raise ValueError(f"{setting.name} must be {bound.text}, got {value}")
 
     @property
     def reward_scale(self) -> float:
@@ -160,10 +169,10 @@ class Algorithm(ABC):
         their summed log-probs, without gradient, in the `extras` of policy and reference."""
         return {}
 
-    @abstractmethod
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         """How much of each unit the trees hold; known before any forward pass. A unit is named by what it counts, so
         two losses that share a name share the count."""
+        return {"pairs": len(trees)}
 
     @abstractmethod
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
@@ -175,17 +184,3 @@ class Algorithm(ABC):
             state: what the previous optimizer step returned, empty at the first. It is never changed in place, so a
                 step can be done again.
         """
-
-
-def require_positive(**settings: float) -> None:
-    """Raises ValueError, naming the setting, unless all of them are greater than 0."""
-    for name, value in settings.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be greater than 0, got {value}")
-
-
-def require_between(low: float, high: float, **settings: float) -> None:
-    """Raises ValueError, naming the setting, unless all of them are at least `low` and less than `high`."""
-    for name, value in settings.items():
-        if not low <= value < high:
-            raise ValueError(f"{name} must be at least {low} and less than {high}, got {value}")

@@ -9,55 +9,61 @@ Instead of the logistic loss it takes SLiC's hinge loss, or IPO's, of log-probs 
 Left out: AlphaPO's `alpha`; `simpo` is an algorithm of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State, require_between, require_positive
+from prefold.algorithms.base import (
+    NO_STATE,
+    Algorithm,
+    LossOutput,
+    NotNegative,
+    Positive,
+    Smoothing,
+    State,
+    TokenTree,
+    TreeLogprobs,
+)
 from prefold.algorithms.dpo import dpo_loss
 from prefold.algorithms.hinge import hinge_loss
 from prefold.algorithms.ipo import ipo_loss
-from prefold.algorithms.pairwise import chosen_tokens, pair_metrics, require_choice
-from prefold.algorithms.sft import chosen_nll
-
-if TYPE_CHECKING:
-    from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
-
-Contrast = Literal["sigmoid", "hinge", "ipo"]
+from prefold.algorithms.pairwise import pair_metrics
+from prefold.algorithms.sft import chosen_nll, chosen_tokens
 
 
 @dataclass(frozen=True)
 class CPO(Algorithm):
     """Contrastive Preference Optimization: DPO without a reference, and supervised fine-tuning beside it"""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Scale of the difference of the log-probs."""
-    cpo_alpha: float = 1.0
+    cpo_alpha: NotNegative = 1.0
     """Weight of the supervised loss on the chosen completions."""
-    loss_type: Contrast = "sigmoid"
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """Of the difference of the log-probs; `ipo`: per token."""
-    label_smoothing: float = 0.0
+    label_smoothing: Smoothing = 0.0
     """Of `sigmoid`: share of pairs believed to be the wrong way round, less than 0.5."""
 
-    paper: ClassVar[str] = "2401.08417"
-    oracle: ClassVar[str] = "`CPOTrainer`"
+    paper = "2401.08417"
+    oracle = "`CPOTrainer`"
 
     def __post_init__(self) -> None:
-        require_positive(beta=self.beta)
-        require_between(0, 0.5, label_smoothing=self.label_smoothing)
-        require_choice("loss_type", self.loss_type, get_args(Contrast))
-        if not self.cpo_alpha >= 0:
-            raise ValueError(f"cpo_alpha must be 0 or more, got {self.cpo_alpha}")
+        super().__post_init__()
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError("label_smoothing is used by `loss_type: sigmoid` only")
 
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         return {"pairs": len(trees), "chosen_tokens": chosen_tokens(trees)}
+
+    def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
+        logprobs = policy.means() if self.loss_type == "ipo" else policy.sums()
+        chosen, rejected = logprobs.view(-1, 2).unbind(1)
+        nll, metric = chosen_nll(policy)
+        metrics = pair_metrics(chosen, rejected, self.beta * chosen, self.beta * rejected)
+        losses = {"pairs": self.contrast(chosen - rejected).sum(), "chosen_tokens": self.cpo_alpha * nll}
+        return LossOutput(losses, {"nll_loss": metric, **metrics})
 
     def contrast(self, difference: Tensor) -> Tensor:
         """`[B]` losses of `[B]` differences of log-probs in nats."""
@@ -66,13 +72,3 @@ class CPO(Algorithm):
         if self.loss_type == "ipo":
             return ipo_loss(difference, beta=self.beta)
         return dpo_loss(difference, beta=self.beta, label_smoothing=self.label_smoothing)
-
-    def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
-        logprobs = policy.means() if self.loss_type == "ipo" else policy.sums()
-        chosen, rejected = logprobs.view(-1, 2).unbind(1)
-        total, tokens = chosen_nll(policy)
-        metrics = pair_metrics(chosen, rejected, self.beta * chosen, self.beta * rejected)
-        return LossOutput(
-            {"pairs": self.contrast(chosen - rejected).sum(), "chosen_tokens": self.cpo_alpha * total},
-            {"nll_loss": Mean(total.detach(), tokens), **metrics},
-        )

@@ -11,8 +11,6 @@ Constants cancel in the difference of two scores; here they are such that a rati
 the alpha divergence of a = 0.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -27,13 +25,7 @@ LARGEST_EXPONENT = 80.0
 
 
 def divergence_scores(log_ratios: Tensor, kind: Divergence, alpha: float) -> Tensor:
-    """Scores of completions.
-
-    Args:
-        log_ratios: any shape, log t in nats.
-        kind: of the divergence.
-        alpha: a of the alpha divergence; the other kinds do not use it.
-    """
+    """Scores of completions from log t in nats, any shape; `alpha`: a of the alpha divergence, else unused."""
     if kind == "js_divergence":
         return math.log(2) + logsigmoid(log_ratios)
     power = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha_divergence": alpha - 1.0}[kind]

@@ -13,26 +13,17 @@ note on DPO with noisy preferences")
 Left out: the partition function Z(x) of equation 5, which cancels in the difference; a separate reference model.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefold.algorithms.base import require_between
+from prefold.algorithms.base import Positive, Smoothing
 from prefold.algorithms.pairwise import ByDifference, Pairs
 
 
 def dpo_loss(difference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Losses of pairs (equation 7 of arXiv 2305.18290), any shape.
-
-    Args:
-        difference: log-ratio of policy and reference of the chosen completion minus that of the rejected one, in nats.
-        beta: weight of the KL constraint; larger stays closer to the reference.
-        label_smoothing: share of pairs believed to be the wrong way round.
-    """
+    """Losses from the log-ratio of the chosen completion minus that of the rejected one in nats, any shape."""
     margin = beta * difference
     losses = -logsigmoid(margin)
     if label_smoothing:
@@ -44,17 +35,13 @@ def dpo_loss(difference: Tensor, *, beta: float, label_smoothing: float = 0.0) -
 class DPO(ByDifference):
     """Direct Preference Optimization: classify which completion is the chosen one"""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """How strongly the policy is held to the reference: 0.01 (loose) to 0.5 (tight)."""
-    label_smoothing: float = 0.0
+    label_smoothing: Smoothing = 0.0
     """Share of pairs believed to be the wrong way round, less than 0.5 (conservative DPO)."""
 
-    paper: ClassVar[str] = "2305.18290"
-    oracle: ClassVar[str] = "`DPOTrainer`, `sigmoid`; label smoothing: `aot` on one pair"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_between(0, 0.5, label_smoothing=self.label_smoothing)
+    paper = "2305.18290"
+    oracle = "`DPOTrainer`, `sigmoid`; label smoothing: `aot` on one pair"
 
     def losses(self, pairs: Pairs) -> Tensor:
         return dpo_loss(self.difference(pairs), beta=self.beta, label_smoothing=self.label_smoothing)

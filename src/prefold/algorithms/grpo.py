@@ -29,57 +29,37 @@ of off-policy completions; a reference that follows the policy; normalising each
 largest of the clip ratios among TRL's metrics.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from prefold.algorithms.base import (
+    ADAPTER_DEFAULTS,
     NO_STATE,
+    POSITIVE,
     SAMPLED,
     Algorithm,
+    Bound,
     Draws,
-    Kind,
     LossOutput,
     Mean,
+    Positive,
     State,
-    require_between,
-    require_positive,
+    TokenTree,
+    TreeLogprobs,
 )
-from prefold.algorithms.pairwise import require_choice
-
-if TYPE_CHECKING:
-    from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
-
-ScaleRewards = Literal["group", "batch", "none"]
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
-Level = Literal["token", "sequence"]
 
 EPSILON = 0.2
 _SMALL = 1e-4
 """Added to a standard deviation, so that a group of equal rewards has advantages of 0."""
-
-
-def group_advantages(rewards: Tensor, scale_rewards: ScaleRewards = "group") -> Tensor:
-    """How much better each completion is than the others of its group.
-
-    Args:
-        rewards: `[B, G]`, NaN where no reward says anything; such a completion has an advantage of 0 and is left out of
-            means and deviations.
-        scale_rewards: by which standard deviation (of a sample) to divide: of the group, of the batch, or none.
-    """
-    centred = rewards - rewards.nanmean(1, keepdim=True)
-    if scale_rewards == "group":
-        centred = centred / (deviation(rewards) + _SMALL)
-    elif scale_rewards == "batch":
-        centred = centred / (deviation(rewards.view(1, -1)) + _SMALL)
-    return centred.nan_to_num(0.0)
+_PositiveInt = Annotated[int, POSITIVE]
+_FINITE = Bound(lambda value: 0 <= value < math.inf, "at least 0 and less than inf")
+_BELOW_1 = Bound(lambda share: 0 <= share < 1, "at least 0 and less than 1")
+_UP_TO_1 = Bound(lambda share: 0 < share <= 1, "greater than 0 and at most 1")
 
 
 def deviation(values: Tensor) -> Tensor:
@@ -88,17 +68,6 @@ def deviation(values: Tensor) -> Tensor:
     centred = values - values.nanmean(1, keepdim=True)
     known = values.isfinite().sum(1, keepdim=True)
     return (centred.square().nansum(1, keepdim=True) / (known - 1).clamp(min=0)).sqrt()
-
-
-def clipped_losses(ratios: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Losses of tokens (equation 3 of arXiv 2402.03300), `[S]`, from their ratios and the advantages of their
-    completions."""
-    return -torch.minimum(ratios * advantages, ratios.clamp(1 - low, 1 + high) * advantages)
-
-
-def cispo_losses(ratios: Tensor, advantages: Tensor, logprobs: Tensor, high: float) -> Tensor:
-    """Losses of tokens (equation 4 of arXiv 2506.13585), `[S]`: the ratio, bounded by `high`, is a mere weight."""
-    return -ratios.detach().clamp(max=high) * advantages * logprobs
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -114,79 +83,57 @@ class GRPO(Algorithm):
 
     num_generations: int = 8
     """G, the completions of a prompt."""
-    max_completion_length: int = 256
+    max_completion_length: _PositiveInt = 256
     """Tokens after which a completion is cut off."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the sampling."""
-    top_p: float = 1.0
+    top_p: Annotated[float, _UP_TO_1] = 1.0
     """Sample from the likeliest tokens that make up this share."""
-    top_k: int = 0
+    top_k: Annotated[int, _FINITE] = 0
     """Sample from so many likeliest tokens; 0: from all."""
-    min_p: float = 0.0
+    min_p: Annotated[float, _BELOW_1] = 0.0
     """Leave out tokens below this share of the likeliest one's probability."""
-    beta: float = 0.0
+    beta: Annotated[float, _FINITE] = 0.0
     """Weight of the KL divergence from the reference; at 0 none is computed. The paper's is 0.04."""
     use_bias_correction_kl: bool = True
     """Weigh the KL divergence by the ratio, so that its gradient is unbiased."""
-    loss_type: LossType = "dapo"
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"
     """What the losses of tokens are divided by; the paper's is `grpo`, which favours short completions."""
-    epsilon: float = EPSILON
+    epsilon: Positive = EPSILON
     """Ratios are clipped at 1 - epsilon, where the advantage is negative."""
-    epsilon_high: float | None = None
+    epsilon_high: Annotated[float | None, POSITIVE] = None
     """And at 1 + epsilon_high, where it is positive; unset: as epsilon. For `cispo` the largest ratio itself, e.g.
     5.0."""
-    importance_sampling_level: Level = "token"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     """`sequence`: one ratio per completion (GSPO)."""
-    scale_rewards: ScaleRewards = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     """By which standard deviation advantages are divided."""
-    num_iterations: int = 1
+    num_iterations: _PositiveInt = 1
     """Optimizer steps on each rollout. Checkpoints fall between rollouts: `train.max_steps` and `train.save_steps` are
     rounded up to a multiple of this."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
 
-    paper: ClassVar[str] = "2402.03300"
-    oracle: ClassVar[str] = "`GRPOTrainer`, every `loss_type` named here, and its advantages"
-    kind: ClassVar[Kind] = SAMPLED
+    paper = "2402.03300"
+    oracle = "`GRPOTrainer`, every `loss_type` named here, and its advantages"
+    kind = SAMPLED
     # A step is 8 prompts and 64 completions; the rate is the one that TRL's users settled on for LoRA.
-    defaults: ClassVar[dict[str, Any]] = {
-        "train.learning_rate": 2e-5,
-        "train.batch_size": 8,
-        "train.gradient_checkpointing": False,
-        "data.max_length": 1024,
-    }
-    needs_statistics: ClassVar[bool] = True
+    defaults = ADAPTER_DEFAULTS | {"train.learning_rate": 2e-5, "train.batch_size": 8}
+    needs_statistics = True
+    needs_reference = property(lambda self: self.beta > 0)
+    iterations = property(lambda self: self.num_iterations)
+    draws = property(lambda self: Draws(*(getattr(self, name) for name in Draws._fields)))
 
     def __post_init__(self) -> None:
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be 2 or more, got {self.num_generations}: one has no group")
-        require_positive(
-            max_completion_length=self.max_completion_length,
-            temperature=self.temperature,
-            epsilon=self.epsilon,
-            epsilon_high=1 if self.epsilon_high is None else self.epsilon_high,
-            num_iterations=self.num_iterations,
-        )
-        require_between(0, math.inf, beta=self.beta, top_k=self.top_k)
-        require_between(0, 1, min_p=self.min_p)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be greater than 0 and at most 1, got {self.top_p}")
-        for name, choices in _CHOICES.items():
-            require_choice(name, getattr(self, name), choices)
+        super().__post_init__()
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon != EPSILON):
             raise ValueError("cispo clips at `epsilon_high` alone, e.g. 5.0; set it, and no `epsilon`")
 
     @property
-    def needs_reference(self) -> bool:
-        return self.beta > 0
-
-    @property
-    def iterations(self) -> int:
-        return self.num_iterations
-
-    @property
-    def draws(self) -> Draws:
-        return Draws(*(getattr(self, name) for name in Draws._fields))
+    def high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
     def _divided_by(self) -> str:
@@ -199,7 +146,13 @@ class GRPO(Algorithm):
         return {self._divided_by: counts[self._divided_by]}
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        return group_advantages(rewards, self.scale_rewards)
+        """A completion of which no reward says anything has an advantage of 0, and is left out of means and deviations;
+        `scale_rewards` says of what the standard deviation (of a sample) is: the group, the batch, or none."""
+        centred = rewards - rewards.nanmean(1, keepdim=True)
+        if self.scale_rewards != "none":
+            sample = rewards if self.scale_rewards == "group" else rewards.view(1, -1)
+            centred = centred / (deviation(sample) + _SMALL)
+        return centred.nan_to_num(0.0)
 
     def trains_on(self, finished: bool) -> bool:
         return finished or not self.mask_truncated_completions
@@ -210,11 +163,7 @@ class GRPO(Algorithm):
         assert policy.statistics is not None
         tokens, advantages = policy.tokens, policy.extras["advantages"].to(policy.tokens)[policy.completion]
         ratios = self.ratios(policy)
-        if self.loss_type == "cispo":
-            assert self.epsilon_high is not None
-            losses = cispo_losses(ratios, advantages, tokens, self.epsilon_high)
-        else:
-            losses = clipped_losses(ratios, advantages, self.epsilon, self.high)
+        losses = self.token_losses(ratios, advantages, tokens)
         metrics = {"entropy": Mean(policy.statistics.entropy.sum(), len(tokens))}
         if self.beta:
             assert reference is not None
@@ -231,10 +180,6 @@ class GRPO(Algorithm):
         kept = {"old": tokens.detach()} if is_first and self.num_iterations > 1 else {}
         return LossOutput({self._divided_by: self.reduced(policy, losses)}, metrics, kept=kept)
 
-    @property
-    def high(self) -> float:
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
     def ratios(self, policy: TreeLogprobs) -> Tensor:
         """`[S]`: how much likelier each token, or its completion per token, is than when it was sampled."""
         # In the first step on a rollout the log-probs are the old ones, and only their gradient is wanted.
@@ -243,6 +188,13 @@ class GRPO(Algorithm):
         if self.importance_sampling_level == "sequence":
             logs = replace(policy, tokens=logs).means()[policy.completion]
         return logs.exp()
+
+    def token_losses(self, ratios: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
+        """`[S]`, from the ratios of tokens and the advantages of their completions."""
+        if self.loss_type == "cispo":  # equation 4 of arXiv 2506.13585
+            return -ratios.detach().clamp(max=self.high) * advantages * logprobs
+        # Equation 3 of arXiv 2402.03300.
+        return -torch.minimum(ratios * advantages, ratios.clamp(1 - self.epsilon, 1 + self.high) * advantages)
 
     def reduced(self, policy: TreeLogprobs, losses: Tensor) -> Tensor:
         """The losses of tokens as the sum that is to be divided by `units`."""
@@ -266,10 +218,3 @@ class GRPO(Algorithm):
         if self.importance_sampling_level == "sequence":
             values = replace(policy, tokens=values).means()
         return Mean(values.sum(), len(values))
-
-
-_CHOICES = {
-    "loss_type": get_args(LossType),
-    "importance_sampling_level": get_args(Level),
-    "scale_rewards": get_args(ScaleRewards),
-}

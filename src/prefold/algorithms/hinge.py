@@ -8,10 +8,7 @@ implicit rewards in place of log-probs, as in RSO (arXiv 2309.06657), and a marg
 Left out: SLiC's cross-entropy regulariser (`mixed` with `sft` adds one).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import relu
@@ -28,8 +25,8 @@ def hinge_loss(difference: Tensor, *, beta: float) -> Tensor:
 class Hinge(ByDifference):
     """SLiC: a margin of 1 between the implicit rewards, and no more"""
 
-    paper: ClassVar[str] = "2305.10425"
-    oracle: ClassVar[str] = "`DPOTrainer`, `hinge`"
+    paper = "2305.10425"
+    oracle = "`DPOTrainer`, `hinge`"
 
     def losses(self, pairs: Pairs) -> Tensor:
         return hinge_loss(self.difference(pairs), beta=self.beta)

@@ -10,10 +10,7 @@ with the square of the length. TRL has it from the paper's authors that their re
 Left out: summed log-ratios.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,8 +26,8 @@ def ipo_loss(difference: Tensor, *, beta: float) -> Tensor:
 class IPO(ByDifference):
     """Identity Preference Optimization: pull the difference to a finite target"""
 
-    paper: ClassVar[str] = "2310.12036"
-    oracle: ClassVar[str] = "`DPOTrainer`, `ipo`"
+    paper = "2310.12036"
+    oracle = "`DPOTrainer`, `ipo`"
 
     def losses(self, pairs: Pairs) -> Tensor:
         return ipo_loss(self.difference_per_token(pairs), beta=self.beta)

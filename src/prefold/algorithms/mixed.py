@@ -3,76 +3,55 @@
     losses: [{name: dpo, weight: 0.8, beta: 0.1}, {name: sft, weight: 0.2}]
 
 Each entry is the name of another method on pairs, its weight (unset: 1) and its settings; the loss of the step is the
-sum of weight * loss, each loss a mean of its own. Unset, the mixture is the paper's: DPO for the
-preference, BCO for the quality, supervised fine-tuning for the generation.
+sum of weight * loss, each loss a mean of its own. Unset, mixture and weights are the paper's: DPO for the preference,
+BCO for the quality, supervised fine-tuning for the generation.
 Left out: metrics of each part. Where several parts have a metric, it is that of the first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Metric, State
-
-if TYPE_CHECKING:
-    from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
+from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Metric, State, TokenTree, TreeLogprobs
 
 
-def mpo() -> list[dict[str, Any]]:
-    """The mixture and weights of arXiv 2411.10442."""
-    return [
-        {"name": "dpo", "weight": 0.8, "beta": 0.1},
-        {"name": "bco", "weight": 0.2, "beta": 0.1},
-        {"name": "sft", "weight": 1.0},
-    ]
+def of_any_part(need: str) -> Any:
+    return property(lambda mixed: any(getattr(part, need) for _, part in mixed.parts))
 
 
 @dataclass(frozen=True)
 class Mixed(Algorithm):
     """A weighted sum of other losses of pairs; Mixed Preference Optimization by default"""
 
-    losses: list[dict[str, Any]] = field(default_factory=mpo)
+    losses: list[dict[str, Any]] = field(
+        default_factory=lambda: [
+            {"name": "dpo", "weight": 0.8, "beta": 0.1},
+            {"name": "bco", "weight": 0.2, "beta": 0.1},
+            {"name": "sft", "weight": 1.0},
+        ]
+    )
     """The losses: `name` of another method on pairs, `weight`, and that method's settings."""
 
-    paper: ClassVar[str] = "2411.10442"
-    oracle: ClassVar[str] = "`DPOTrainer`, several `loss_type` with `loss_weights`"
+    paper = "2411.10442"
+    oracle = "`DPOTrainer`, several `loss_type` with `loss_weights`"
     of_pairs: ClassVar[Mapping[str, type[Algorithm]]] = {}
     """The methods that can be mixed, which the registry fills in."""
+    needs_reference = of_any_part("needs_reference")
+    scores_prompt = of_any_part("scores_prompt")
+    needs_statistics = of_any_part("needs_statistics")
+    couples_step = of_any_part("couples_step")
 
     def __post_init__(self) -> None:
-        if not self.losses:
+        if not self.parts:
             raise ValueError("losses must name at least one loss")
-        for entry in self.losses:
-            part_of(entry)
 
-    @property
+    @cached_property
     def parts(self) -> list[tuple[float, Algorithm]]:
         """The losses with their weights."""
         return [part_of(entry) for entry in self.losses]
-
-    def _any(self, need: str) -> bool:
-        return any(getattr(part, need) for _, part in self.parts)
-
-    @property
-    def needs_reference(self) -> bool:
-        return self._any("needs_reference")
-
-    @property
-    def scores_prompt(self) -> bool:
-        return self._any("scores_prompt")
-
-    @property
-    def needs_statistics(self) -> bool:
-        return self._any("needs_statistics")
-
-    @property
-    def couples_step(self) -> bool:
-        return self._any("couples_step")
 
     @property
     def reward_scale(self) -> float:
@@ -87,8 +66,8 @@ class Mixed(Algorithm):
         totals: dict[str, Tensor] = {}
         metrics: dict[str, Metric] = {}
         states: dict[str, float] = {}
-        for place, (weight, part) in enumerate(self.parts):
-            prefix = f"{place}."
+        for index, (weight, part) in enumerate(self.parts):
+            prefix = f"{index}."
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             output = part.loss(policy, reference if part.needs_reference else None, own)
             for unit, total in output.loss.items():

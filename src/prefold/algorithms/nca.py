@@ -8,32 +8,25 @@ It sets each reward by itself, so the log-prob of the chosen completion is kept 
 Left out: more than two completions with explicit rewards.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from prefold.algorithms.base import Positive
 from prefold.algorithms.pairwise import Pairs, Pairwise
-
-
-def nca_loss(chosen_ratios: Tensor, rejected_ratios: Tensor, *, beta: float) -> Tensor:
-    """Losses from log-ratios in nats, any shape."""
-    chosen, rejected = beta * chosen_ratios, beta * rejected_ratios
-    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 @dataclass(frozen=True)
 class NCA(Pairwise):
     """Noise Contrastive Alignment: each reward by itself, so that the chosen one does not fall"""
 
-    beta: float = 0.01  # alpha in appendix C of the paper
+    beta: Positive = 0.01  # alpha in appendix C of the paper
     """How strongly the policy is held to the reference."""
 
-    paper: ClassVar[str] = "2402.05369"
-    oracle: ClassVar[str] = "`DPOTrainer`, `nca_pair`"
+    paper = "2402.05369"
+    oracle = "`DPOTrainer`, `nca_pair`"
 
     def losses(self, pairs: Pairs) -> Tensor:
-        return nca_loss(pairs.chosen_ratios, pairs.rejected_ratios, beta=self.beta)
+        chosen, rejected = self.beta * pairs.chosen_ratios, self.beta * pairs.rejected_ratios
+        return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)

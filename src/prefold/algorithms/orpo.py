@@ -10,24 +10,17 @@ the first token of a conversation is predicted by nothing and not counted. beta 
 Left out: nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State, require_positive
-from prefold.algorithms.pairwise import chosen_tokens, means, pair_metrics
-from prefold.algorithms.sft import chosen_nll
-
-if TYPE_CHECKING:
-    from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
+from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Positive, State, TokenTree, TreeLogprobs
+from prefold.algorithms.pairwise import means, pair_metrics
+from prefold.algorithms.sft import chosen_nll, chosen_tokens
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -50,45 +43,27 @@ def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
 class ORPO(Algorithm):
     """Odds Ratio Preference Optimization: supervised fine-tuning that holds the rejected completions down"""
 
-    beta: float = 0.1  # TRL's
+    beta: Positive = 0.1  # TRL's
     """Weight of the odds ratio beside the supervised loss."""
     completion_only_loss: bool = False
     """Leave the prompts out of the supervised loss."""
 
-    paper: ClassVar[str] = "2403.07691"
-    oracle: ClassVar[str] = "`ORPOTrainer`"
-
-    def __post_init__(self) -> None:
-        require_positive(beta=self.beta)
-
-    @property
-    def scores_prompt(self) -> bool:
-        return not self.completion_only_loss
-
-    @property
-    def _tokens(self) -> str:
-        return "chosen_tokens" if self.completion_only_loss else "conversation_tokens"
+    paper = "2403.07691"
+    oracle = "`ORPOTrainer`"
+    scores_prompt = property(lambda self: not self.completion_only_loss)
+    _tokens = property(lambda self: "chosen_tokens" if self.completion_only_loss else "conversation_tokens")
 
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
-        prompts = 0 if self.completion_only_loss else sum(len(tree.prompt) - 1 for tree in trees)
-        return {"pairs": len(trees), self._tokens: prompts + chosen_tokens(trees)}
+        return {"pairs": len(trees), self._tokens: chosen_tokens(trees, self.scores_prompt)}
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
         chosen, rejected = policy.means().view(-1, 2).unbind(1)
         log_odds = log_odds_ratio(chosen, rejected)
         ratio = logsigmoid(log_odds)
-        nll, tokens = self.supervised(policy)
+        nll, metric = chosen_nll(policy, self.scores_prompt)
         metrics = {
-            "nll_loss": Mean(nll.detach(), tokens),
+            "nll_loss": metric,
             **means({"log_odds_ratio": ratio, "log_odds_chosen": log_odds}),
             **pair_metrics(chosen, rejected, self.beta * chosen, self.beta * rejected),
         }
         return LossOutput({"pairs": -self.beta * ratio.sum(), self._tokens: nll}, metrics)
-
-    def supervised(self, policy: TreeLogprobs) -> tuple[Tensor, int]:
-        """Negative log-prob of what the supervised loss is on, as a sum in nats, and its tokens."""
-        nll, tokens = chosen_nll(policy)
-        if self.completion_only_loss:
-            return nll, tokens
-        assert policy.prompts is not None and policy.prompt_lengths is not None
-        return nll - policy.prompts.sum(), tokens + int(policy.prompt_lengths.sum())

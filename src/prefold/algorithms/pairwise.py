@@ -4,22 +4,15 @@ A subclass of `Pairwise` gives the losses of pairs and nothing else. One of `ByD
 of the two completions' scores alone.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Mean, State, require_positive
+from prefold.algorithms.base import NO_STATE, Algorithm, Bound, LossOutput, Mean, Positive, State, TreeLogprobs
 from prefold.algorithms.divergence import Divergence, divergence_scores
-
-if TYPE_CHECKING:
-    from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
 
 
 @dataclass(frozen=True)
@@ -56,9 +49,9 @@ def discount_tails(logprobs: TreeLogprobs, ld_alpha: float) -> TreeLogprobs:
     """Every token behind the length of the shorter completion of its pair, times `ld_alpha` (arXiv 2409.06411)."""
     lengths, completion = logprobs.lengths, logprobs.completion
     first = lengths.cumsum(0) - lengths
-    place = torch.arange(len(completion), device=completion.device) - first[completion]
+    position = torch.arange(len(completion), device=completion.device) - first[completion]
     shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
-    tokens = torch.where(place < shared[completion], logprobs.tokens, ld_alpha * logprobs.tokens)
+    tokens = torch.where(position < shared[completion], logprobs.tokens, ld_alpha * logprobs.tokens)
     return replace(logprobs, tokens=tokens)
 
 
@@ -93,35 +86,31 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, chosen_rewards: Tensor, rejec
     )
 
 
-def pair_output(losses: Tensor, pairs: Pairs, beta: float) -> LossOutput:
-    """`[B]` losses as their sum, with the metrics of the pairs they belong to."""
-    metrics = pair_metrics(pairs.chosen, pairs.rejected, beta * pairs.chosen_ratios, beta * pairs.rejected_ratios)
-    return LossOutput({"pairs": losses.sum()}, metrics)
-
-
-def chosen_tokens(trees: Sequence[TokenTree]) -> int:
-    """Tokens of the chosen completions."""
-    return sum(len(tree.completions[0]) for tree in trees)
-
-
 @dataclass(frozen=True)
 class AgainstReference(Algorithm):
     """A loss of pairs whose log-probs are compared with those of a reference."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
-    ld_alpha: float | None = None
+    ld_alpha: Annotated[float | None, Bound(lambda share: 0 <= share <= 1, "from 0 to 1")] = None
     """Weight, 0 to 1, of the tokens behind the length of the pair's shorter completion (LD-DPO, arXiv 2409.06411);
     unset: all count the same."""
 
-    needs_reference: ClassVar[bool] = True
+    needs_reference = True
 
-    def __post_init__(self) -> None:
-        require_positive(beta=self.beta)
-        require_share(self.ld_alpha)
+    def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
+        pairs = compare(policy, reference, self.ld_alpha)
+        return self.output(self.losses(pairs), pairs, policy)
 
-    def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
-        return {"pairs": len(trees)}
+    def output(self, losses: Tensor, pairs: Pairs, policy: TreeLogprobs) -> LossOutput:
+        if self.needs_statistics:
+            losses = losses * pair_weights(policy)
+        rewards = self.beta * pairs.chosen_ratios, self.beta * pairs.rejected_ratios
+        return LossOutput({"pairs": losses.sum()}, pair_metrics(pairs.chosen, pairs.rejected, *rewards))
+
+    @abstractmethod
+    def losses(self, pairs: Pairs) -> Tensor:
+        """`[B]`."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +120,7 @@ class Pairwise(AgainstReference):
     use_weighting: bool = False
     """Weigh each pair by how likely the policy itself is to write it (WPO, arXiv 2406.11827)."""
 
-    @property
-    def needs_statistics(self) -> bool:
-        return self.use_weighting
-
-    def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
-        pairs = compare(policy, reference, self.ld_alpha)
-        return self.output(self.losses(pairs), pairs, policy)
-
-    def output(self, losses: Tensor, pairs: Pairs, policy: TreeLogprobs) -> LossOutput:
-        if self.use_weighting:
-            losses = losses * pair_weights(policy)
-        return pair_output(losses, pairs, self.beta)
-
-    @abstractmethod
-    def losses(self, pairs: Pairs) -> Tensor:
-        """`[B]`."""
+    needs_statistics = property(lambda self: self.use_weighting)
 
 
 @dataclass(frozen=True)
@@ -160,17 +134,15 @@ class ByDifference(Pairwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("f_divergence_type", self.f_divergence_type, get_args(Divergence))
         if self.f_alpha_divergence_coef != 0.5 and self.f_divergence_type != "alpha_divergence":
             raise ValueError("f_alpha_divergence_coef is used by `f_divergence_type: alpha_divergence` only")
 
     def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """`[B]`, `[B]`: of the chosen and the rejected completions; their log-ratios, by the reverse KL divergence."""
         kind, alpha = self.f_divergence_type, self.f_alpha_divergence_coef
-        ratios = (pairs.chosen_ratios, pairs.rejected_ratios)
-        if kind == "reverse_kl":
-            return ratios
-        return divergence_scores(ratios[0], kind, alpha), divergence_scores(ratios[1], kind, alpha)
+        return divergence_scores(pairs.chosen_ratios, kind, alpha), divergence_scores(
+            pairs.rejected_ratios, kind, alpha
+        )
 
     def difference(self, pairs: Pairs) -> Tensor:
         """`[B]`: score of the chosen minus score of the rejected completion."""
@@ -181,13 +153,3 @@ class ByDifference(Pairwise):
         """`[B]`: the same, each score divided by the length of its completion."""
         chosen, rejected = self.scores(pairs)
         return chosen / pairs.chosen_lengths - rejected / pairs.rejected_lengths
-
-
-def require_share(ld_alpha: float | None) -> None:
-    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
-        raise ValueError(f"ld_alpha must be from 0 to 1, got {ld_alpha}")
-
-
-def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value}")

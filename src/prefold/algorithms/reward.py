@@ -14,65 +14,44 @@ so that demonstrations have a mean of 0; centering stands in for that.
 Left out: margins given with the pairs (TRL's column `margin`); weighing the K (K - 1) / 2 pairs of one prompt together.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated
 
 import torch
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prefold.algorithms.base import (
     ADAPTER_DEFAULTS,
     NO_STATE,
+    POSITIVE,
     SCORING,
     Algorithm,
     Extreme,
-    Kind,
     LossOutput,
     State,
-    require_positive,
+    TreeLogprobs,
 )
 from prefold.algorithms.pairwise import means
-
-if TYPE_CHECKING:
-    from prefold.trees.logprobs import TreeLogprobs
-    from prefold.trees.packing import TokenTree
-
-
-def reward_loss(chosen: Tensor, rejected: Tensor, *, center_rewards_coefficient: float | None = None) -> Tensor:
-    """Losses of pairs from their scores, any shape (equation 1 of arXiv 2203.02155)."""
-    losses = -logsigmoid(chosen - rejected)
-    if center_rewards_coefficient is not None:
-        losses = losses + center_rewards_coefficient * (chosen + rejected).square()
-    return losses
 
 
 @dataclass(frozen=True)
 class BradleyTerry(Algorithm):
     """Reward model: a head that scores conversations, for GRPO, best-of-n and `prefold pairs`"""
 
-    center_rewards_coefficient: float | None = None
+    center_rewards_coefficient: Annotated[float | None, POSITIVE] = None
     """How strongly scores are held around zero: 0.01 is usual; unset: not at all."""
 
-    paper: ClassVar[str] = "2203.02155"
-    oracle: ClassVar[str] = "`RewardTrainer`"
-    kind: ClassVar[Kind] = SCORING
+    paper = "2203.02155"
+    oracle = "`RewardTrainer`"
+    kind = SCORING
     # That of TRL's reward trainer for LoRA. The head is new, and has further to go than weights that are adapted.
-    defaults: ClassVar[dict[str, Any]] = {**ADAPTER_DEFAULTS, "train.learning_rate": 1e-4}
-
-    def __post_init__(self) -> None:
-        if self.center_rewards_coefficient is not None:
-            require_positive(center_rewards_coefficient=self.center_rewards_coefficient)
-
-    def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
-        return {"pairs": len(trees)}
+    defaults = ADAPTER_DEFAULTS | {"train.learning_rate": 1e-4}
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
         chosen, rejected = policy.pairs()
-        losses = reward_loss(chosen, rejected, center_rewards_coefficient=self.center_rewards_coefficient)
+        losses = -logsigmoid(chosen - rejected)
+        if self.center_rewards_coefficient is not None:
+            losses = losses + self.center_rewards_coefficient * (chosen + rejected).square()
         scores = torch.cat([chosen, rejected]).detach()
         averages = means({"accuracy": (chosen > rejected).float(), "margin": chosen - rejected, "mean_reward": scores})
         extremes = {"min_reward": Extreme(scores.min(), min), "max_reward": Extreme(scores.max(), max)}

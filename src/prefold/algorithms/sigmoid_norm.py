@@ -7,13 +7,11 @@ The loss of DPO, of log-ratios per token:
 Left out: nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
+from prefold.algorithms.base import Positive
 from prefold.algorithms.dpo import dpo_loss
 from prefold.algorithms.pairwise import ByDifference, Pairs
 
@@ -22,11 +20,11 @@ from prefold.algorithms.pairwise import ByDifference, Pairs
 class SigmoidNorm(ByDifference):
     """DPO of log-ratios per token"""
 
-    beta: float = 5.0  # Tulu 3's; a log-ratio per token is about a hundredth of one per completion
+    beta: Positive = 5.0  # Tulu 3's; a log-ratio per token is about a hundredth of one per completion
     """How strongly the policy is held to the reference, per token."""
 
-    paper: ClassVar[str] = "2411.15124"
-    oracle: ClassVar[str] = "`DPOTrainer`, `sigmoid_norm`"
+    paper = "2411.15124"
+    oracle = "`DPOTrainer`, `sigmoid_norm`"
 
     def losses(self, pairs: Pairs) -> Tensor:
         return dpo_loss(self.difference_per_token(pairs), beta=self.beta)

@@ -8,30 +8,23 @@ The policy's log-ratios are pulled to eta * (P - 1/2), where P is the probabilit
 Left out: win probabilities from a preference model, and the rounds of self-play (one run is one round).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
+from prefold.algorithms.base import Positive
 from prefold.algorithms.pairwise import Pairs, Pairwise
-
-
-def sppo_loss(chosen_ratios: Tensor, rejected_ratios: Tensor, *, beta: float) -> Tensor:
-    """Losses from log-ratios in nats, any shape."""
-    return (chosen_ratios - 0.5 / beta) ** 2 + (rejected_ratios + 0.5 / beta) ** 2
 
 
 @dataclass(frozen=True)
 class SPPO(Pairwise):
     """Self-Play Preference Optimization: pull each log-ratio to a target of its own"""
 
-    beta: float = 1e-3  # eta = 1e3 in appendix C of the paper
+    beta: Positive = 1e-3  # eta = 1e3 in appendix C of the paper
     """How strongly the policy is held to the reference: the targets are plus and minus 1 / (2 beta) nats."""
 
-    paper: ClassVar[str] = "2405.00675"
-    oracle: ClassVar[str] = "`DPOTrainer`, `sppo_hard`"
+    paper = "2405.00675"
+    oracle = "`DPOTrainer`, `sppo_hard`"
 
     def losses(self, pairs: Pairs) -> Tensor:
-        return sppo_loss(pairs.chosen_ratios, pairs.rejected_ratios, beta=self.beta)
+        return (pairs.chosen_ratios - 0.5 / self.beta) ** 2 + (pairs.rejected_ratios + 0.5 / self.beta) ** 2

@@ -63,7 +63,7 @@ def tokenize_all(
     """
     written = [_written(record, tokenizer, template) for record in records]
     texts = [text for of_record in written if not isinstance(of_record, Problem) for text in of_record]
-    ids = iter(_encoded(texts, tokenizer, template))
+    ids = iter(encode(texts, tokenizer, template))
     special = {token for token, how in tokenizer.added_tokens_decoder.items() if how.special}
     special.update(tokenizer.all_special_ids)
     return [
@@ -76,10 +76,10 @@ def tokenize_all(
 
 def _written(record: Record, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str] | Problem:
     """The text of the prompt, and of the conversation with each of the answers."""
-    write = _raw_text if template == "none" else _chat_text
     try:
-        prompt = write(record.prompt, tokenizer, True)
-        return [prompt, *(write(record.prompt + answer, tokenizer, False) for answer in record.answers)]
+        prompt = _text(record.prompt, tokenizer, template, asks=True)
+        conversations = [record.prompt + answer for answer in record.answers]
+        return [prompt, *(_text(messages, tokenizer, template, asks=False) for messages in conversations)]
     except (TemplateError, TypeError) as error:
         return Problem("template_refused", f"the chat template refuses it: {error}", record.origin)
     except Unfit as unfit:
@@ -140,23 +140,21 @@ def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
 
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template = "chat") -> list[int]:
     """Token ids of a conversation up to where the model's answer begins."""
-    write = _raw_text if template == "none" else _chat_text
-    return _encoded([write(tuple(messages), tokenizer, True)], tokenizer, template)[0]
+    return encode([_text(messages, tokenizer, template, asks=True)], tokenizer, template)[0]
 
 
-def _chat_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, asks: bool) -> str:
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False))
-
-
-def _raw_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, asks: bool) -> str:
+def _text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template, asks: bool) -> str:
+    if template == "chat":
+        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        return cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False))
     roles = [message["role"] for message in messages]
     if roles != ["user", "assistant"][: 1 if asks else 2]:
         raise Unfit("template_refused", f"`data.template: none` takes one text and its answer, not {', '.join(roles)}")
     return "".join(message["content"] for message in messages)
 
 
-def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: Template) -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: Template = "chat") -> list[list[int]]:
+    """Ids of each text; with special tokens of the tokenizer's own only where no template writes any."""
     if not texts:
         return []
     # verbose=False: transformers' remark on long sequences; `fit` sees to those.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefold.data.dialogues import part, part_answer, part_transcripts, read_answer, read_dialogue, read_prompt
+from prefold.data.formats import RawRow
 from prefold.data.preference import (
     Message,
     Preference,
@@ -17,7 +18,6 @@ from prefold.data.preference import (
     Unfit,
     Unpaired,
     check_answer,
-    check_answers,
     check_prompt,
     message,
     messages,
@@ -25,37 +25,27 @@ from prefold.data.preference import (
     with_system,
 )
 from prefold.data.shapes import Shape, is_dialogue
-from prefold.data.votes import as_flag, as_vote, majority, ratings, vote_columns
+from prefold.data.votes import as_flag, as_vote, ratings, vote_columns
 from prefold.errors import json_type
 
-if TYPE_CHECKING:
-    from prefold.data.sources import RawRow
 
+def to_record(
+    row: RawRow, shape: Shape, system: str | None = None, where_system: str = "`data.system`"
+) -> Record | Problem:
+    """Convert a row; whatever is wrong with it comes back as the first `Problem` found, never as an exception.
 
-def to_record(row: RawRow, shape: Shape) -> Record | Problem:
-    """Convert a row; whatever is wrong with it comes back as the first `Problem` found, never as an exception."""
+    Args:
+        system: a system message for all rows, from the setting that `where_system` names.
+    """
     try:
         if row.value is None:
             raise Unfit("broken_row", row.problem or "not a JSON object")
         if shape.layout not in _CONVERSIONS:
             raise Unfit("broken_row", "the shape of its source is not known")
-        return _CONVERSIONS[shape.layout](_Cells(row.value, shape, dict(shape.columns)), row.origin)
+        record = _CONVERSIONS[shape.layout](_Cells(row.value, shape, dict(shape.columns)), row.origin)
+        return replace(record, prompt=tuple(with_system(system, list(record.prompt), where_system)))
     except Unfit as unfit:
         return Problem(unfit.kind, unfit.message, row.origin)
-
-
-def with_system_message(record: Record | Problem, system: str | None, where: str) -> Record | Problem:
-    """A record with a system message before its prompt; a `Problem` if the prompt brings another one.
-
-    Args:
-        where: the setting that the message comes from.
-    """
-    if system is None or isinstance(record, Problem):
-        return record
-    try:
-        return replace(record, prompt=tuple(with_system(system, list(record.prompt), where)))
-    except Unfit as unfit:
-        return Problem(unfit.kind, unfit.message, record.origin)
 
 
 @dataclass(frozen=True)
@@ -94,9 +84,9 @@ class _Cells:
     def answer(self, role: str) -> list[Message]:
         return read_answer(self.need(role), self.where(role), self.shape.writing)
 
-    def prompt(self, role: str = "prompt") -> list[Message]:
+    def prompt(self) -> list[Message]:
         """The prompt without the text of a system column."""
-        value, where = self.need(role), self.where(role)
+        value, where = self.need("prompt"), self.where("prompt")
         if isinstance(value, list):
             return messages(value, where, self.shape.writing)
         if not isinstance(value, str):
@@ -153,10 +143,10 @@ def _better(cells: _Cells) -> int:
     for name, vote in votes.items():
         if vote is None:
             raise Unfit("bad_label", f"`{short(name)}` is {_value_text(given[name])}, not 1 or 2 (0: a tie)")
-    better = majority(vote for vote in votes.values() if vote is not None)
-    if better == 0:
+    for_first, for_second = (list(votes.values()).count(answer) for answer in (1, 2))
+    if for_first == for_second:
         raise Unfit("tie", "the votes do not prefer one answer")
-    return better
+    return 1 if for_first > for_second else 2
 
 
 def _checked_pair(
@@ -168,7 +158,11 @@ def _checked_pair(
 ) -> Preference:
     """The pair; `where` names chosen, rejected and prompt."""
     prompt = cells.with_system(prompt)
-    check_answers(*answers, where[:2])
+    texts = [[turn["content"].strip() for turn in answer] for answer in answers]
+    if texts[0] == texts[1]:
+        raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
+    check_answer(answers[0], where[0])
+    check_answer(answers[1], where[1])
     check_prompt(prompt, where[2])
     chosen, rejected = map(tuple, answers)
     return Preference(tuple(prompt), chosen, rejected, origin, ratings(cells.value))

@@ -27,10 +27,7 @@ def string_writing(text: str) -> Writing:
 
 def holds_dialogue(text: str) -> bool:
     """Whether a string is written as a dialogue that somebody else than the assistant begins."""
-    start = text[:200].lstrip()
-    return start.startswith("Human:") or (
-        start.startswith(_TURN_START) and not start.startswith(_TURN_START + "assistant")
-    )
+    return string_writing(text) != "plain" and not text[:200].lstrip().startswith(f"{_TURN_START}assistant")
 
 
 def read_dialogue(value: Any, where: str, writing: Writing) -> list[Message]:

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,11 +66,6 @@ def _runs(hashes: Runs, length: int) -> Runs:
     return runs
 
 
-class Repeats(Protocol):
-    def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
-        """The row that a record repeats; a record that repeats none is remembered as `origin`."""
-
-
 class ExactRepeats:
     """Same messages, word for word."""
 
@@ -79,11 +73,9 @@ class ExactRepeats:
         self._rows: dict[str, RowId] = {}
 
     def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
-        key = messages_key(*parts)
-        if key in self._rows:
-            return self._rows[key]
-        self._rows[key] = origin
-        return None
+        """The row that a record repeats; a record that repeats none is remembered as `origin`."""
+        row = self._rows.setdefault(messages_key(*parts), origin)
+        return None if row is origin else row
 
 
 class NearRepeats:
@@ -98,7 +90,10 @@ class NearRepeats:
 
     def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
         shingles = [_shingles(part) for part in parts]
-        keys = self._keys(shingles)
+        minima = np.stack([(self._factors * part + self._offsets).min(axis=1) for part in shingles])
+        bands = minima.reshape(len(parts), _BANDS, _HASHES).swapaxes(0, 1)
+        # What a record must have in common with another one to be compared to it, one key a band.
+        keys = [bytes([number]) + band.tobytes() for number, band in enumerate(bands)]
         for index in sorted({index for key in keys for index in self._bands.get(key, ())}):
             row, others = self._seen[index]
             if all(_similarity(*both) >= NEAR for both in zip(shingles, others, strict=True)):
@@ -107,12 +102,6 @@ class NearRepeats:
             self._bands.setdefault(key, []).append(len(self._seen))
         self._seen.append((origin, shingles))
         return None
-
-    def _keys(self, shingles: Sequence[Runs]) -> list[bytes]:
-        """What a record must have in common with another one to be compared to it, one key a band."""
-        minima = np.stack([(self._factors * part + self._offsets).min(axis=1) for part in shingles])
-        bands = minima.reshape(len(shingles), _BANDS, _HASHES).swapaxes(0, 1)
-        return [bytes([number]) + band.tobytes() for number, band in enumerate(bands)]
 
 
 def _shingles(part: Sequence[Message]) -> Runs:
@@ -125,7 +114,7 @@ def _similarity(first: Runs, second: Runs) -> float:
     return both / (len(first) + len(second) - both)
 
 
-REPEATS: dict[str, type[Repeats]] = {"drop_exact": ExactRepeats, "drop_near": NearRepeats}
+REPEATS: dict[str, type[ExactRepeats] | type[NearRepeats]] = {"drop_exact": ExactRepeats, "drop_near": NearRepeats}
 """By the policy `data.duplicates`."""
 
 

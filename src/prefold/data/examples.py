@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -95,9 +95,9 @@ class Examples(Sequence[Example]):
         return _View(len(self), self._tree)
 
     @property
-    def lengths(self) -> Sequence[tuple[int, ...]]:
+    def lengths(self) -> list[tuple[int, ...]]:
         """Tokens of each tree's prompt and of its completions, without reading the tokens."""
-        return _View(len(self), self._lengths)
+        return list(map(tuple, self._column("lengths")))
 
     @property
     def records(self) -> Sequence[Record]:
@@ -117,7 +117,7 @@ class Examples(Sequence[Example]):
         """Equal for records whose prompt and answers are equal, and for nothing else."""
         return self._column("record_key")
 
-    def _column(self, name: str) -> list[bytes]:
+    def _column(self, name: str) -> list[Any]:
         values = [value for batch in self._batches for value in batch.column(name).to_pylist()]
         return [values[row] for row in self.order]
 
@@ -131,15 +131,14 @@ class Examples(Sequence[Example]):
         prompt, *completions = (tuple(ids[start:stop]) for start, stop in pairwise(accumulate(lengths, initial=0)))
         return TokenTree(prompt, tuple(completions))
 
-    def _lengths(self, index: int) -> tuple[int, ...]:
-        batch, row = self._at(index)
-        return tuple(_list(batch.column("lengths"), row))
-
     def _record(self, index: int) -> Record:
         batch, row = self._at(index)
         kind = _KINDS[batch.column("kind")[row].as_py()]
         fields = json.loads(batch.column("record")[row].as_py())
-        return kind(**{name: _restored(name, value) for name, value in fields.items()}, origin=self._origin(index))
+        for name, value in fields.items():
+            if isinstance(value, list) and name != "columns":
+                fields[name] = tuple(value)
+        return kind(**fields, origin=self._origin(index))
 
     def _origin(self, index: int) -> RowId:
         batch, row = self._at(index)
@@ -160,9 +159,6 @@ class _View(Sequence[Item]):
             return list(map(self._make, range(self._length)[index]))
         return self._make(range(self._length)[index])
 
-    def __iter__(self) -> Iterator[Item]:
-        return map(self._make, range(self._length))
-
 
 def _list(column: pa.ListArray, row: int) -> list[int]:
     start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
@@ -181,10 +177,6 @@ class ExampleWriter:
         self._path = path
         self._writer = pa.ipc.new_file(str(self._path), _SCHEMA)
         self._waiting: list[dict[str, Any]] = []
-        self._written = 0
-
-    def __len__(self) -> int:
-        return self._written + len(self._waiting)
 
     def append(self, example: Example) -> None:
         self._waiting.append(_row(example))
@@ -199,7 +191,6 @@ class ExampleWriter:
     def _flush(self) -> None:
         if self._waiting:
             self._writer.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=_SCHEMA))
-            self._written += len(self._waiting)
             self._waiting = []
 
 
@@ -221,10 +212,6 @@ def _row(example: Example) -> dict[str, Any]:
 
 def _key(*parts: Sequence[Message]) -> bytes:
     return hashlib.blake2b(messages_key(*parts).encode(), digest_size=16).digest()
-
-
-def _restored(name: str, value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) and name != "columns" else value
 
 
 def prompts_of(examples: Iterable[Example]) -> list[Prompt]:

@@ -345,7 +345,7 @@ def by_severity(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def count_tokens(examples: Examples) -> TokenCounts:
-    lengths = list(examples.lengths)
+    lengths = examples.lengths
     prompt, packed = sum(prompt for prompt, *_ in lengths), sum(map(sum, lengths))
     plain = packed + sum(prompt * (max(len(completions), 1) - 1) for prompt, *completions in lengths)
     longest = max((prompt + max(completions, default=0) for prompt, *completions in lengths), default=0)

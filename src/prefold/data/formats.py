@@ -57,7 +57,8 @@ def read_file(file: Traversable, name: str) -> Iterator[RawRow]:
     assert reader is not None, file.name
     try:
         with file.open("rb") as raw:
-            for row in reader(_decompressed(raw, file.name), name):
+            decompressed = _DECOMPRESSED.get(PurePath(file.name.lower()).suffix, lambda stream: stream)
+            for row in reader(decompressed(raw), name):
                 rows = row.origin.row
                 yield row
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -99,20 +100,9 @@ def _json_list(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     content = _without_mark(stream.read(), name)
     try:
         text = content.decode("utf-8")
+        values = json.loads(text) if text.strip() else []
     except UnicodeDecodeError as error:
         raise _not_utf8(f"at byte {error.start} (0x{content[error.start]:02x})", name) from None
-    values = _parsed(text, name) if text.strip() else []
-    if not isinstance(values, list):
-        advice = "put the rows in one list, or write a .jsonl file"
-        what, expected = f"the file holds {json_type(values)}", "a list of objects: [{...}, {...}]"
-        raise UserError(what, where=name, expected=expected, advice=advice)
-    for number, value in enumerate(values, start=1):
-        yield _object(value, RowId(name, number))
-
-
-def _parsed(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
     except json.JSONDecodeError as error:
         several_documents = error.msg == "Extra data"
         raise UserError(
@@ -123,6 +113,12 @@ def _parsed(text: str, name: str) -> Any:
         ) from None
     except (ValueError, RecursionError):
         raise UserError("JSON nested too deeply, or a number with too many digits", where=name) from None
+    if not isinstance(values, list):
+        advice = "put the rows in one list, or write a .jsonl file"
+        what, expected = f"the file holds {json_type(values)}", "a list of objects: [{...}, {...}]"
+        raise UserError(what, where=name, expected=expected, advice=advice)
+    for number, value in enumerate(values, start=1):
+        yield _object(value, RowId(name, number))
 
 
 def _csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
@@ -219,11 +215,6 @@ def _python_values(batch: Any) -> list[dict[str, Any] | Exception]:
         if batch.num_rows == 1:
             return [error]
         return [row for index in range(batch.num_rows) for row in _python_values(batch.slice(index, 1))]
-
-
-def _decompressed(raw: IO[bytes], file_name: str) -> IO[bytes]:
-    opener = _DECOMPRESSED.get(PurePath(file_name.lower()).suffix)
-    return opener(raw) if opener else raw
 
 
 def _zstd(raw: IO[bytes]) -> IO[bytes]:

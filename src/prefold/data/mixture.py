@@ -9,7 +9,7 @@ recipe, tokenizer and seed give the same examples in the same order.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -20,14 +20,14 @@ import numpy as np
 
 from prefold.data import findings
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
-from prefold.data.conversion import to_record, with_system_message
+from prefold.data.conversion import to_record
 from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples, ExampleWriter
 from prefold.data.findings import DataReport, SourceCount
-from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired
+from prefold.data.formats import RawRow
+from prefold.data.preference import Preference, Problem, Record, Unpaired
 from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
 from prefold.data.shapes import Kind, Shape, find_shape
-from prefold.data.sources import RawRow
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
 from prefold.trees.packing import TokenTree
@@ -76,9 +76,8 @@ def load_split(
         train = train.select(shuffled(len(train), seed))
     if data.eval_fraction:
         train, held_out = hold_out(train, data.eval_fraction, seed)
-    about = findings.about_problems(trained.problems + evaluated.problems, data)
-    for oddity in trained.oddities | evaluated.oddities:
-        about.append(findings.about_rows(oddity, trained.oddities[oddity] + evaluated.oddities[oddity]))
+    problems = trained.problems + evaluated.problems + trained.oddities + evaluated.oddities
+    about = findings.about_problems(problems, data)
     if data.template == "none" and tokenizer.chat_template:
         about.append(findings.template_unused())
     report = DataReport(
@@ -90,14 +89,6 @@ def load_split(
     )
     fingerprints = {"train": findings.fingerprint(train), "held_out": findings.fingerprint(held_out)}
     return Prepared(train, held_out, report, fingerprints)
-
-
-_TAKEN: dict[Kind, tuple[Kind, ...]] = {
-    "pairs": ("pairs",),
-    # Each side of a pair is an answer with a label.
-    "unpaired": ("unpaired", "pairs"),
-    "prompts": ("prompts",),
-}
 
 
 def unpaired(example: Example) -> list[Example]:
@@ -140,8 +131,7 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
 
 
 class _Side:
-    """Training or held-out data: what has come of its rows so far. `oddities` are rows that are used, by kind of
-    finding."""
+    """Training or held-out data: what has come of its rows so far. `oddities` are of rows that are used."""
 
     def __init__(
         self,
@@ -157,7 +147,7 @@ class _Side:
         self._repeats = None if data.duplicates == "keep" else REPEATS[data.duplicates]()
         self._examples = ExampleWriter(folder and folder / f"{name}.arrow")
         self.problems: list[Problem] = []
-        self.oddities: defaultdict[str, list[RowId]] = defaultdict(list)
+        self.oddities: list[Problem] = []
         self.counts: list[SourceCount] = []
         self.matches: list[Match] = []
 
@@ -165,13 +155,15 @@ class _Side:
         """Read and convert the rows of `sources`."""
         for source, selection in zip(sources, select_rows(sources, seed), strict=True):
             self._convert(source, selection)
-        if not len(self._examples):
+        if not any(count.rows_used for count in self.counts):
             raise _nothing_left(self.problems, f"data.{self._name}")
         return self._examples.finish()
 
     def _convert(self, source: Source, selection: Selection) -> None:
         head = list(_head(selection.rows))
-        shape = find_shape(head, selection.name, source.columns, kinds=_TAKEN[self._kind])
+        # Each side of a pair is an answer with a label.
+        kinds: list[Kind] = ["unpaired", "pairs"] if self._kind == "unpaired" else [self._kind]
+        shape = find_shape(head, selection.name, source.columns, kinds)
         used = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
@@ -198,15 +190,14 @@ class _Side:
         return used
 
     def _record(self, row: RawRow, shape: Shape) -> Record | Problem:
-        record = with_system_message(to_record(row, shape), self._data.system, "`data.system`")
+        record = to_record(row, shape, self._data.system)
         if isinstance(record, Problem) or not self._contamination:
             return record
         match = self._contamination.find((record.prompt, *record.answers), record.origin)
         if not match:
             return record
         self.matches.append(match)
-        source = f"{match.benchmark.source}, row {match.benchmark.row}"
-        return Problem("contaminated", f"holds words of {source}: {match.words}", record.origin)
+        return Problem("contaminated", f"holds words of {match.benchmark}: {match.words}", record.origin)
 
     def _example(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
         if isinstance(tokenized, Problem):
@@ -216,10 +207,10 @@ class _Side:
             return tree
         # Last, so that a row is only left out for the sake of one that is used.
         if self._repeats and (earlier := self._repeats.earlier((record.prompt, *record.answers), record.origin)):
-            return Problem("repeated", f"repeats {earlier.source}, row {earlier.row}", record.origin)
+            return Problem("repeated", f"repeats {earlier}", record.origin)
         truncated = ("prompt_truncated",) if tree != tokenized.tree else ()
-        for kind in (*tokenized.oddities, *truncated, *findings.oddities_of(record)):
-            self.oddities[kind].append(record.origin)
+        kinds = (*tokenized.oddities, *truncated, *findings.oddities_of(record))
+        self.oddities += [Problem(kind, "", record.origin) for kind in kinds]
         return Example(record, tree)
 
     def _leave_out(self, problem: Problem) -> None:
@@ -227,11 +218,8 @@ class _Side:
         name = "overlong" if problem.kind == "overlong" else "bad_rows"
         # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
         if getattr(self._data, name) == "error" and problem.kind not in ("repeated", "contaminated", "tie"):
-            raise UserError(
-                problem.message,
-                where=f"{problem.origin.source}, row {problem.origin.row}",
-                advice=f"mend the row, or set `data.{name}: drop`",
-            )
+            advice = f"mend the row, or set `data.{name}: drop`"
+            raise UserError(problem.message, where=str(problem.origin), advice=advice)
         self.problems.append(problem)
 
 
@@ -246,13 +234,8 @@ def _head(rows: Iterator[RawRow]) -> Iterator[RawRow]:
 def _nothing_left(problems: Sequence[Problem], where: str) -> UserError:
     kinds = Counter(problem.kind for problem in problems)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    first = "".join(
-        f"\n    {problem.origin.source}, row {problem.origin.row}: {problem.message}"
-        for problem in islice(problems, _PROBLEMS_SHOWN)
-    )
+    first = "".join(f"\n    {problem.origin}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
+    what = f"no usable row is left of {len(problems)}: {counts}{first}"
     only_overlong = set(kinds) == {"overlong"}
-    return UserError(
-        f"no usable row is left of {len(problems)}: {counts}{first}",
-        where=f"`{where}`",
-        advice="raise `data.max_length`" if only_overlong else "mend the rows; the first ones are named above",
-    )
+    advice = "raise `data.max_length`" if only_overlong else "mend the rows; the first ones are named above"
+    return UserError(what, where=f"`{where}`", advice=advice)

@@ -26,6 +26,9 @@ class RowId:
     source: str
     row: int
 
+    def __str__(self) -> str:
+        return f"{self.source}, row {self.row}"
+
 
 Messages = tuple[Message, ...]
 
@@ -85,7 +88,7 @@ def messages_key(*parts: Sequence[Message]) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a row cannot be trained on. `kind` is that of the finding that counts it."""
+    """Why a row cannot be used, or what is odd about one that is. `kind` is that of the finding that counts it."""
 
     kind: str
     message: str
@@ -172,15 +175,6 @@ def check_prompt(prompt: list[Message], where: str) -> None:
         raise Unfit("bad_message", f"there is no prompt before the answer in {where}")
     if prompt[-1]["role"] == "assistant":
         raise Unfit("bad_message", f"the last message of {where} is the assistant's")
-
-
-def check_answers(chosen: list[Message], rejected: list[Message], where: tuple[str, str]) -> None:
-    """Make sure that two answers differ and are the assistant's; `where` names their columns."""
-    texts = [[turn["content"].strip() for turn in answer] for answer in (chosen, rejected)]
-    if texts[0] == texts[1]:
-        raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
-    check_answer(chosen, where[0])
-    check_answer(rejected, where[1])
 
 
 def check_answer(answer: list[Message], where: str) -> None:

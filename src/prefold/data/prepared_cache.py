@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from importlib.metadata import version
@@ -39,12 +38,8 @@ LIMIT = 20 * 2**30
 """Bytes of all entries; beyond them, those go that were not used for longest."""
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What of `Prepared` is not examples."""
-
-    report: DataReport
-    fingerprints: dict[str, str]
+_FACTS = TypeAdapter(tuple[DataReport, dict[str, str]])
+"""What of `Prepared` is not examples: the report and the fingerprints."""
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind = "pairs") -> Prepared:
@@ -73,19 +68,18 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kin
 
 def _opened(folder: Path, data: Data) -> Prepared:
     """Raises OSError, ValueError or EOFError where there is no sound entry."""
-    facts = TypeAdapter(_Facts).validate_json((folder / "facts.json").read_bytes())
+    report, fingerprints = _FACTS.validate_json((folder / "facts.json").read_bytes())
     train = Examples.open(folder / "train.arrow")
     held_out = Examples.open(folder / "eval.arrow") if data.eval else train
     train, held_out = train.select(np.load(folder / "train.npy")), held_out.select(np.load(folder / "held_out.npy"))
     os.utime(folder)
-    return Prepared(train, held_out, facts.report, facts.fingerprints)
+    return Prepared(train, held_out, report, fingerprints)
 
 
 def _write(prepared: Prepared, folder: Path) -> None:
     np.save(folder / "train.npy", prepared.train.order)
     np.save(folder / "held_out.npy", prepared.held_out.order)
-    facts = _Facts(prepared.report, prepared.fingerprints)
-    (folder / "facts.json").write_bytes(TypeAdapter(_Facts).dump_json(facts))
+    (folder / "facts.json").write_bytes(_FACTS.dump_json((prepared.report, prepared.fingerprints)))
 
 
 def _remove_old(newest: Path) -> None:

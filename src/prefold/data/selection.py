@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
+from prefold.data.formats import RawRow
 from prefold.data.preference import Problem, RowId
-from prefold.data.sources import RawRow, read_rows, source_name
+from prefold.data.sources import read_rows, source_name
 from prefold.errors import UserError, did_you_mean, json_type
 from prefold.recipe import Benchmark, Rows, Source
 from prefold.recipe.where import Mismatch, Where
@@ -46,16 +48,24 @@ def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
             rows than are to be drawn.
     """
     selections = [_filtered(source) for source in sources]
-    pools: list[tuple[Source, _Pool]] = []
+    # The rows of a source that can be read, all at once, to draw from.
+    pools: list[tuple[Source, Selection, list[RawRow]]] = []
     for source, selection in zip(sources, selections, strict=True):
         if source.count and source.streaming:
             selection.rows = _first(selection.rows, selection.name, source.count)
         elif source.count or source.weight:
-            pools.append((source, _Pool(selection)))
+            rows = list(watched(selection.rows, selection.name))
+            selection.rows = iter([row for row in rows if row.value is None])
+            pools.append((source, selection, [row for row in rows if row.value is not None]))
     # The source that runs out first sets the scale: no row is repeated. The tolerance is that of the division.
-    scale = min((len(pool.good) / source.weight for source, pool in pools if source.weight), default=0.0)
-    for source, pool in pools:
-        pool.draw(source.count or math.floor(scale * (source.weight or 0) + 1e-6), seed)
+    scale = min((len(pool) / source.weight for source, _, pool in pools if source.weight), default=0.0)
+    for source, selection, pool in pools:
+        count = source.count or math.floor(scale * (source.weight or 0) + 1e-6)
+        if not 0 < count <= len(pool):
+            raise _too_few(selection.name, len(pool), count)
+        drawn = [pool[index] for index in shuffled(len(pool), seed)[:count]]
+        selection.rows = chain(selection.rows, drawn)
+        selection.rows_not_drawn = len(pool) - count
     return selections
 
 
@@ -65,11 +75,8 @@ def benchmark_texts(benchmark: Benchmark) -> Iterator[tuple[str, RowId]]:
     selection, column = _filtered(benchmark), benchmark.column
     for row in selection.rows:
         if problem := _text_problem(row, column):
-            raise UserError(
-                problem,
-                where=f"{row.origin.source}, row {row.origin.row}, `{column}`",
-                expected="a text in every row of a benchmark",
-            )
+            expected = "a text in every row of a benchmark"
+            raise UserError(problem, where=f"{row.origin}, `{column}`", expected=expected)
         text = row.value[column] if row.value else None
         if text and text.strip():
             yield text, row.origin
@@ -109,9 +116,8 @@ def _passing(rows: Iterable[RawRow], condition: Where | None, into: Selection) -
         condition.require_known_columns(into.name)
     if condition and not passed:
         failed = f"; it fails for {len(into.problems)}: {into.problems[0].message}" if into.problems else ""
-        raise UserError(
-            f"`where` leaves none of its {into.rows_in} rows{failed}", where=into.name, advice="mend the condition"
-        )
+        what = f"`where` leaves none of its {into.rows_in} rows{failed}"
+        raise UserError(what, where=into.name, advice="mend the condition")
 
 
 def _first(rows: Iterator[RawRow], name: str, count: int) -> Iterator[RawRow]:
@@ -124,30 +130,10 @@ def _first(rows: Iterator[RawRow], name: str, count: int) -> Iterator[RawRow]:
     raise _too_few(name, taken, count)
 
 
-class _Pool:
-    """All rows of a source at once, to draw from those that can be read."""
-
-    def __init__(self, selection: Selection):
-        rows = list(watched(selection.rows, selection.name))
-        self.good = [row for row in rows if row.value is not None]
-        self._broken = [row for row in rows if row.value is None]
-        self._selection = selection
-
-    def draw(self, count: int, seed: int) -> None:
-        if not 0 < count <= len(self.good):
-            raise _too_few(self._selection.name, len(self.good), count)
-        order = shuffled(len(self.good), seed)[:count]
-        self._selection.rows = iter(self._broken + [self.good[index] for index in order])
-        self._selection.rows_not_drawn = len(self.good) - count
-
-
 def _too_few(name: str, rows: int, count: int) -> UserError:
     if not count:
-        return UserError(
-            "no row of it would be used: the other sources with a `weight` are too small beside it",
-            where=name,
-            advice="raise its `weight`, or give `count`",
-        )
+        what = "no row of it would be used: the other sources with a `weight` are too small beside it"
+        return UserError(what, where=name, advice="raise its `weight`, or give `count`")
     return UserError(f"only {rows} rows to draw from, but `count: {count}`", where=name, advice="lower `count`")
 
 

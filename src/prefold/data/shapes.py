@@ -11,15 +11,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from prefold.data import dialogues
+from prefold.data.formats import RawRow
 from prefold.data.preference import Writing, short
 from prefold.data.votes import as_flag, as_vote, is_first_annotator
 from prefold.errors import UserError, did_you_mean, json_type
-
-if TYPE_CHECKING:
-    from prefold.data.sources import RawRow
 
 Kind = Literal["pairs", "unpaired", "prompts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -83,10 +81,6 @@ def _is_opening(value: Any) -> bool:
     return isinstance(value, list) and value != [] and bool(_speaker(value[-1])) and not _assistant_speaks(value[-1])
 
 
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or _is_opening(value)
-
-
 def _is_answer(value: Any) -> bool:
     return _is_bare_text(value) or _assistant_speaks(value[0] if isinstance(value, list) and value else value)
 
@@ -98,11 +92,9 @@ def is_dialogue(value: Any) -> bool:
     return _is_turn_list(value) and not _assistant_speaks(value[0])
 
 
-def _are_sentences(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(map(_is_string, value))
-
-
-_PROMPT, _OPENING, _SENTENCES = {"prompt": _is_prompt}, {"messages": _is_opening}, {"sentences": _are_sentences}
+_PROMPT = {"prompt": lambda value: _is_string(value) or _is_opening(value)}
+_OPENING = {"messages": _is_opening}
+_SENTENCES = {"sentences": lambda value: isinstance(value, list) and value != [] and all(map(_is_string, value))}
 _TEXTS = {"chosen": _is_bare_text, "rejected": _is_bare_text}
 _ANSWERS = {"chosen": _is_answer, "rejected": _is_answer}
 _DIALOGUES = {"chosen": is_dialogue, "rejected": is_dialogue}

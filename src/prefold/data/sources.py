@@ -10,7 +10,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -23,8 +23,6 @@ from prefold.data.preference import RowId
 from prefold.errors import UserError, did_you_mean
 from prefold.files import without_home, without_secrets
 from prefold.recipe import Rows
-
-__all__ = ["BUILTIN_PREFIX", "RawRow", "read_rows", "source_name"]
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_FOLDER: Traversable = resources.files("prefold.data") / "builtin"
@@ -42,7 +40,10 @@ def read_rows(source: Rows) -> Iterator[RawRow]:
     """Find the source now, read its rows as they are asked for. Raises UserError: there is no such source, or it is not
     of its format; for what only reading can tell, while reading."""
     files = _named_files(source)
-    rows = chain.from_iterable(read_file(file, name) for name, file in files.items()) if files else _hub_rows(source)
+    if not files:
+        rows = _hub_rows(_load_from_hub(source), source)
+    else:
+        rows = chain.from_iterable(read_file(file, name) for name, file in files.items())
     return _at_least_one(rows, source_name(source))
 
 
@@ -179,19 +180,15 @@ def _listed(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _hub_rows(source: Rows) -> Iterator[RawRow]:
-    """Download (or find in the cache) now, read as asked for; a row's number is its place in the split."""
-    loaded = _load_from_hub(source)
-
-    def rows() -> Iterator[RawRow]:
-        with _explained(source):
-            for number, value in enumerate(loaded, start=1):
-                yield RawRow(RowId(source_name(source), number), value)
-
-    return rows()
+def _hub_rows(loaded: Iterable[dict[str, Any]], source: Rows) -> Iterator[RawRow]:
+    """A row's number is its index in the split."""
+    with _explained(source):
+        for number, value in enumerate(loaded, start=1):
+            yield RawRow(RowId(source_name(source), number), value)
 
 
 def _load_from_hub(source: Rows) -> Any:
+    """Download, or find in the cache."""
     import datasets
 
     with _explained(source):

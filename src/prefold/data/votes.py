@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 _ANNOTATOR = re.compile(r"annotator_?\d+")
@@ -32,13 +31,6 @@ def as_flag(value: Any) -> bool | None:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     return None
-
-
-def majority(votes: Iterable[int]) -> int:
-    """The answer that more votes are for; 0 if they are even. Votes for a tie count for neither."""
-    votes = list(votes)
-    first, second = votes.count(1), votes.count(2)
-    return 0 if first == second else 1 if first > second else 2
 
 
 def is_first_annotator(column: str) -> bool:

@@ -19,11 +19,7 @@ COMPARED = 1000
 
 
 def questions_in(records: Sequence[Record], tasks: Sequence[OpenTask], limit: int | None) -> frozenset[str]:
-    """The questions, as they are asked, that stand in a record.
-
-    Args:
-        limit: the first so many questions of each task; None for all.
-    """
+    """The questions, as they are asked, that stand in a record: of the first `limit` of each task (None: of all)."""
     questions = [question for task in tasks for question in _questions(task, limit)]
     with progress_bar("questions in the training data", len(records)) as advance:
 
@@ -40,13 +36,8 @@ def _questions(opened: OpenTask, limit: int | None) -> list[tuple[str, str]]:
     """Each question as it is asked, and what of it is its own."""
     docs = opened.task.doc_iterator(limit=max(limit, COMPARED) if limit else None)
     texts = [text for _, doc in docs if (text := question_of(opened.task, doc)).strip()]
-    start, end = _in_common(texts[:COMPARED])
-    return [(text, text[start : len(text) - end].strip() or text) for text in texts[:limit]]
-
-
-def _in_common(texts: Sequence[str]) -> tuple[int, int]:
-    """Characters that all texts start with and end with: up to a colon or line, "What is" being part of a question, and
-    whole lines at the end."""
-    start, end = shared_start(texts), shared_start([text[::-1] for text in texts])[::-1]
-    line = end.find("\n")
-    return max(start.rfind(":"), start.rfind("\n")) + 1, len(end) - line if line >= 0 else 0
+    start, end = shared_start(texts[:COMPARED]), shared_start([text[::-1] for text in texts[:COMPARED]])[::-1]
+    # All have in common: up to a colon or line, "What is" being part of a question, and whole lines at the end.
+    begins, line = max(start.rfind(":"), start.rfind("\n")) + 1, end.find("\n")
+    behind = len(end) - line if line >= 0 else 0
+    return [(text, text[begins : len(text) - behind].strip() or text) for text in texts[:limit]]

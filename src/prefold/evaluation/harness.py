@@ -98,20 +98,13 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return list(self.tokenizer.encode(string, **settings))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        def rendered(messages: list[dict[str, str]]) -> str:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
-
+        ends: Any = {"add_generation_prompt": add_generation_prompt}
+        ends["continue_final_message"] = not add_generation_prompt
         try:
-            return rendered(chat_history)
+            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ends))
         except jinja2.exceptions.TemplateError:  # some templates know no system message
-            return rendered([message for message in chat_history if message["role"] != "system"])
+            others = [message for message in chat_history if message["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(others, tokenize=False, **ends))
 
     # ---- log-likelihoods ----
 
@@ -219,11 +212,8 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         given_temperature = kwargs.pop("temperature", None)
         sampled = bool(kwargs.pop("do_sample")) and given_temperature != 0
         temperature = float(given_temperature or 1.0) if sampled else 0.0
-        chosen: dict[str, Any] = {}
-        for name, default in DEFAULTS.items():
-            given = kwargs.pop(name, None)
-            given = getattr(own, name, None) if given is None else given
-            chosen[name] = default if given is None else given
+        given = {name: (kwargs.pop(name, None), getattr(own, name, None), DEFAULTS[name]) for name in DEFAULTS}
+        chosen: Any = {name: next(value for value in values if value is not None) for name, values in given.items()}
         if not sampled:
             chosen = {"repetition_penalty": chosen["repetition_penalty"]}
         most = int(kwargs.pop("max_gen_toks"))

@@ -33,17 +33,22 @@ class PairScores:
     means: Floats
 
 
-def score_pairs(scorer: Scorer, trees: Sequence[TokenTree], label: str) -> PairScores:
-    """Score trees of two completions each."""
-    return PairScores(*_score(scorer, trees, label))
-
-
-def score_matched(
-    scorer: Scorer, trees: Sequence[TokenTree], matches: Sequence[tuple[int, int]], label: str
+@torch.no_grad()
+def score_pairs(
+    scorer: Scorer, trees: Sequence[TokenTree], label: str, matches: Sequence[tuple[int, int]] | None = None
 ) -> PairScores:
-    """Score trees of one completion each, as the pairs that `matches` makes of them."""
-    sums, means = _score(scorer, trees, label)
-    indices = np.array(matches, dtype=int).reshape(-1, 2)
+    """Score trees of two completions each; or of one each, as the pairs that `matches` makes of them."""
+    scorer.model.eval()
+    shape = (len(trees), len(trees[0].completions))
+    sums, means = np.zeros(shape), np.zeros(shape)
+    with progress_bar(label, len(trees)) as advance:
+        for row, logprobs in scorer.scored(trees):
+            sums[row] = logprobs.sums().view(-1, shape[1]).double().cpu().numpy()
+            means[row] = logprobs.means().view(-1, shape[1]).double().cpu().numpy()
+            advance(len(row), "")
+    if matches is None:
+        return PairScores(sums, means)
+    indices = np.array(matches)
     return PairScores(sums[indices, 0], means[indices, 0])
 
 
@@ -63,20 +68,6 @@ def match(prompts: Sequence[bytes], labels: Sequence[bool]) -> list[tuple[int, i
         rest[0].extend(desirable[shared:])
         rest[1].extend(undesirable[shared:])
     return together + list(zip(sorted(rest[0]), sorted(rest[1]), strict=False))
-
-
-@torch.no_grad()
-def _score(scorer: Scorer, trees: Sequence[TokenTree], label: str) -> tuple[Floats, Floats]:
-    """`[n, completions]` sums and means of log-probs; every tree has as many completions."""
-    scorer.model.eval()
-    shape = (len(trees), len(trees[0].completions))
-    sums, means = np.zeros(shape), np.zeros(shape)
-    with progress_bar(label, len(trees)) as advance:
-        for row, logprobs in scorer.scored(trees):
-            sums[row] = logprobs.sums().view(-1, shape[1]).double().cpu().numpy()
-            means[row] = logprobs.means().view(-1, shape[1]).double().cpu().numpy()
-            advance(len(row), "")
-    return sums, means
 
 
 def compare_pairs(before: PairScores, after: PairScores, reward_scale: float) -> dict[str, Any]:

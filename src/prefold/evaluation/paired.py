@@ -81,11 +81,8 @@ class Estimate:
 
 
 def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = None) -> Estimate:
-    """The mean difference `after - before` of values `[n]`.
-
-    Args:
-        clusters: one for each question; those of one cluster belong together. Unset: each stands for itself.
-    """
+    """The mean difference `after - before` of values `[n]`. `clusters` has one for each question; those of one cluster
+    belong together (unset: each stands for itself)."""
     change = after - before
     sums, sizes = _by_cluster(change, clusters)
     units, verdicts = len(sums), are_shares(before, after) and bool(np.isin(change, _VERDICTS).all())
@@ -195,14 +192,8 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 def in_words(
     gain: float, p_adjusted: float, detectable: float | None, n: int, shares: bool = True, of: str = "question"
 ) -> str:
-    """The verdict on a comparison.
-
-    Args:
-        gain: the difference, above 0 where it is one for the better.
-        detectable: the smallest difference that could have been shown, if there is one.
-        n: how many were compared, and `of` what.
-        shares: whether the score is a share, whose differences are points.
-    """
+    """The verdict on a comparison of `n` questions (or others, `of`). `gain` is the difference, above 0 where it is one
+    for the better, `detectable` the smallest that could have been shown, if there is one; of `shares` in points."""
     if p_adjusted < LEVEL and gain:
         return "better" if gain > 0 else "worse"
     of_what = f"{n} {of}" if n == 1 else f"{n:,} {of}s"

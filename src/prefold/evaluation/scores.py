@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 from os.path import commonprefix
@@ -51,12 +51,9 @@ class TaskScores:
     contaminated: tuple[bool, ...] | None = None
     """Whether the question stands in what the model was trained on here; None where that data is not known."""
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskScores:
-        """From what `as_json` gave, written and read again."""
+        """From its `asdict`, written and read again."""
         fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
         return cls(**fields)
 
@@ -77,11 +74,8 @@ class OpenTask:
 def scores_of(
     opened: OpenTask, samples: Sequence[Mapping[str, Any]], trained_on: Collection[str] | None = None
 ) -> TaskScores:
-    """Of one model on a task; `samples` are the harness's, one for each question and filter.
-
-    Args:
-        trained_on: questions that stand in the model's training data, as they are asked; None where it is not known.
-    """
+    """Of one model on a task. `samples` are the harness's, one for each question and filter; `trained_on` the questions
+    that stand in the model's training data, as they are asked, None where that is not known."""
     task, wanted = opened.task, opened.wanted
     metric = primary_metric(opened, {name: samples[0][name] for name in samples[0]["metrics"]})
     chosen = wanted.filter or next(sample["filter"] for sample in samples if metric in sample)
@@ -107,11 +101,8 @@ def scores_of(
 
 
 def primary_metric(opened: OpenTask, results: Mapping[str, Any]) -> str:
-    """The metric by which a task is judged, by the harness's results for one of its questions.
-
-    Raises:
-        UserError: no metric is of a single question.
-    """
+    """The metric by which a task is judged, by the harness's results for one of its questions. Raises UserError if no
+    metric is of a single question."""
     if opened.wanted.metric is not None:
         return opened.wanted.metric
     rolling = opened.task.OUTPUT_TYPE == "loglikelihood_rolling"

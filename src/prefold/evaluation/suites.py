@@ -34,19 +34,9 @@ class Suite:
 
 
 _BIGBENCH = (
-    "causal_judgment",
-    "date_understanding",
-    "disambiguation_qa",
-    "geometric_shapes",
-    "logical_deduction",
-    "movie_recommendation",
-    "navigate",
-    "reasoning_about_colored_objects",
-    "ruin_names",
-    "salient_translation_error_detection",
-    "snarks",
-    "sports_understanding",
-    "temporal_sequences",
+    *("causal_judgment", "date_understanding", "disambiguation_qa", "geometric_shapes", "logical_deduction"),
+    *("movie_recommendation", "navigate", "reasoning_about_colored_objects", "ruin_names"),
+    *("salient_translation_error_detection", "snarks", "sports_understanding", "temporal_sequences"),
     "tracking_shuffled_objects",
 )
 _GPT4ALL = {

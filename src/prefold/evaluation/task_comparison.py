@@ -79,7 +79,10 @@ def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> 
         name: weighted_mean([task.difference for task in members], [1 / len(members)] * len(members))
         for name, members in several.items()
     }
-    adjusted = _adjusted(tasks, groups, means)
+    families = [{name: means[name].p_value() if name in means else tasks[name].p_value for name in groups}]
+    families += [{name: tasks[name].p_value for name in groups[group]} for group in means]
+    # Of each task and group the p-value after the correction, and how many were corrected together.
+    adjusted = {name: (p_value, len(family)) for family in families for name, p_value in holm(family).items()}
     result: dict[str, Any] = {
         "tasks": {name: _facts(task, *adjusted[name]) for name, task in tasks.items()},
         "groups": {
@@ -100,16 +103,10 @@ def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> 
 
 def _matched(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> tuple[dict[str, _Task], dict[str, str]]:
     first, second = _named(before), _named(after)
-    tasks: dict[str, _Task] = {}
     left_out = dict.fromkeys(sorted(first.keys() ^ second.keys()), "only one of the models was measured on it")
-    for name in first:
-        if name in second:
-            task = _paired(first[name], second[name])
-            if isinstance(task, str):
-                left_out[name] = task
-            else:
-                tasks[name] = task
-    return tasks, left_out
+    both = {name: _paired(task, second[name]) for name, task in first.items() if name in second}
+    left_out |= {name: reason for name, reason in both.items() if isinstance(reason, str)}
+    return {name: task for name, task in both.items() if not isinstance(task, str)}, left_out
 
 
 def _named(scores: Sequence[TaskScores]) -> dict[str, TaskScores]:
@@ -166,11 +163,7 @@ def _facts(task: _Task, p_adjusted: float, tests: int) -> dict[str, Any]:
     flips = {"fixed": gain > 0, "broken": gain < 0} if right_or_wrong else {}
     detectable, marks = task.difference.detectable(LEVEL / tests), task.contaminated
     return {
-        "metric": scores.metric,
-        "suite": scores.suite,
-        "group": scores.group,
-        "num_fewshot": scores.num_fewshot,
-        "version": scores.version,
+        **{name: getattr(scores, name) for name in ("metric", "suite", "group", "num_fewshot", "version")},
         "higher_is_better": scores.higher_is_better,
         "shares": task.shares,
         **_before_and_after(task.before, task.after, task.difference, task.p_value),
@@ -237,15 +230,6 @@ def _groups(tasks: dict[str, _Task]) -> dict[str, list[str]]:
         label = group if taken[group] == 1 else f"{group} ({suite or 'alone'})"
         groups[label if len(members) > 1 else members[0]] = members
     return groups
-
-
-def _adjusted(
-    tasks: dict[str, _Task], groups: dict[str, list[str]], means: dict[str, Estimate]
-) -> dict[str, tuple[float, int]]:
-    """For each task and group its p-value after the correction, and how many were corrected together."""
-    families = [{name: means[name].p_value() if name in means else tasks[name].p_value for name in groups}]
-    families += [{name: tasks[name].p_value for name in groups[group]} for group in means]
-    return {name: (p_value, len(family)) for family in families for name, p_value in holm(family).items()}
 
 
 def _group_facts(

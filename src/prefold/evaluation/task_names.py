@@ -6,7 +6,6 @@ matter are read.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefold.errors import UserError
+from prefold.errors import UserError, did_you_mean
 from prefold.evaluation.suites import SUITES
 from prefold.files import without_home
 
@@ -29,11 +28,7 @@ _NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*(?:\n[ \t]*- )?["']?
 
 
 def manager_of(names: Sequence[str], include_path: str | None) -> TaskManager:
-    """Knows these names and those that they refer to.
-
-    Raises:
-        UserError: a name is unknown, or there is no such folder.
-    """
+    """Knows these names and those that they refer to. Raises UserError: a name or the folder is not there."""
     own = [] if include_path is None else [Path(include_path).expanduser()]
     if own and not own[0].is_dir():
         where = f"evaluate.include_path: {without_home(str(own[0]))}"
@@ -45,10 +40,8 @@ def manager_of(names: Sequence[str], include_path: str | None) -> TaskManager:
         manager = _reading([*sorted(folders, reverse=True), *own])
     for name in names:
         if name not in manager.task_index:
-            everything = sorted({*SUITES, *manager.task_index, *_folders()})
-            near = [f"`{match}`" for match in difflib.get_close_matches(name, everything, n=3)]
-            hint = f"did you mean {' or '.join(near)}?" if near else "see docs/evaluation.md"
-            raise UserError(f"there is no task `{name}`", where=WHERE, advice=hint)
+            near = did_you_mean(name, sorted({*SUITES, *manager.task_index, *_folders()}), 3)
+            raise UserError(f"there is no task `{name}`", where=WHERE, advice=near or "see docs/evaluation.md")
     return manager
 
 

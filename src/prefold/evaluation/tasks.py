@@ -42,14 +42,9 @@ SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """The harness's own."""
 
 
-# ---- opening ----------------------------------------------------------------------------------------------------
-
-
 def open_tasks(settings: Evaluate, tokenizer: PreTrainedTokenizerBase | None = None) -> list[OpenTask]:
-    """The tasks that a recipe asks for, each proven by building its first question.
-
-    Args:
-        tokenizer: of the model that will be asked, to see that it has the chat template that is asked for.
+    """The tasks that a recipe asks for, each proven by building its first question; the tokenizer of the model that
+    will be asked, by having the chat template that is asked for.
 
     Raises:
         UserError: a name is unknown, or a task's data cannot be had.
@@ -109,11 +104,8 @@ def _told_apart(tasks: Sequence[OpenTask]) -> list[OpenTask]:
 
 
 def _prove(opened: OpenTask) -> None:
-    """Build the first question and judge an answer to it, by a model that knows nothing.
-
-    Raises:
-        UserError: the task cannot be asked here.
-    """
+    """Build the first question and judge an answer to it, by a model that knows nothing. Raises UserError if the task
+    cannot be asked here."""
     name, task = opened.name, opened.task
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError(f"the task `{name}` runs code that the model writes, which prefold does not", where=WHERE)
@@ -132,9 +124,6 @@ def _prove(opened: OpenTask) -> None:
     primary_metric(opened, results)
 
 
-# ---- asking -----------------------------------------------------------------------------------------------------
-
-
 def measure_model(
     section: Model,
     tasks: Sequence[OpenTask],
@@ -142,12 +131,8 @@ def measure_model(
     when: str,
     trained_on: Collection[str] | None = None,
 ) -> list[TaskScores]:
-    """Load a model, ask it, and let go of it.
-
-    Args:
-        when: what the progress bars say beside the name of the task, e.g. `before`.
-        trained_on: questions that stand in its training data; None where that is not known.
-    """
+    """Load a model, ask it, and let go of it. `when` is what the progress bars say beside the name of the task, e.g.
+    `before`; `trained_on` as in `scores_of`."""
     # On a CPU float32 costs little and keeps rounding out of the comparison.
     model = load_start(section, dtype="float32" if choose_device().type == "cpu" else None)
     scores = measure(model, tokenizer_of(section), tasks, settings, when, trained_on)

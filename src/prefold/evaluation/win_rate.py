@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from scipy.special import expit
@@ -53,14 +53,6 @@ Outcome = float | NoVerdict | Refused | None
 """1 where the answer after training is preferred, 0 where the one before is, 0.5 where they are even; or why the judge
 says nothing. None: a reward that has no number for one of them."""
 TokenIds = Callable[[Sequence[str]], list[list[int]]]
-
-
-class Compares(Protocol):
-    def facts(self) -> dict[str, Any]:
-        """Who judges, and what that took so far."""
-
-    def outcomes(self, pairs: Sequence[AnswerPair]) -> Iterator[tuple[int, Outcome]]:
-        """Indices of pairs with their outcomes, in any order."""
 
 
 def measure_win_rate(judge: Compares, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -109,15 +101,9 @@ def _shortened(reply: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
-# ---- judges -----------------------------------------------------------------------------------------------------
-
-
 def open_judge(spec: EndpointJudge | RewardBase, token_ids: TokenIds) -> Compares:
-    """The judge that a recipe names; a reward model or endpoint is first used when it judges.
-
-    Raises:
-        UserError: a reward cannot be loaded or needs what answers do not have; an address is none.
-    """
+    """The judge that a recipe names; a reward model or endpoint is first used when it judges. Raises UserError: a
+    reward cannot be loaded or needs what answers do not have; an address is none."""
     if isinstance(spec, EndpointJudge):
         endpoint = Endpoint(spec.endpoint, spec.model, spec.timeout)
         return _EndpointCompares(Judge.at(endpoint, cache_folder()), spec.concurrency)
@@ -127,6 +113,8 @@ def open_judge(spec: EndpointJudge | RewardBase, token_ids: TokenIds) -> Compare
 
 @dataclass(frozen=True)
 class _RewardCompares:
+    """`facts` say who judges, and what that took so far; `outcomes` are with the indices of their pairs."""
+
     reward: LoadedReward
     model: str | None
     token_ids: TokenIds
@@ -144,6 +132,8 @@ class _RewardCompares:
 
 @dataclass(frozen=True)
 class _EndpointCompares:
+    """The same; its outcomes come in any order."""
+
     judge: Judge
     workers: int
 
@@ -157,7 +147,7 @@ class _EndpointCompares:
             yield index, shares[0] if isinstance(shares, list) else shares
 
 
-# ---- what it comes to -------------------------------------------------------------------------------------------
+Compares = _RewardCompares | _EndpointCompares
 
 
 def win_rate(pairs: Sequence[AnswerPair], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -203,12 +193,8 @@ def _of_prompts(wins: Floats, lengths: Floats, prompts: Sequence[str]) -> dict[s
 
 
 def length_controlled(wins: Floats, longer: Floats) -> dict[str, Any] | None:
-    """The rate at equal lengths with its 95 % interval; None for fewer than `LEAST_PROMPTS`.
-
-    Args:
-        wins: `[n]`, shares from 0 to 1.
-        longer: `[n]`, characters that the answer after training has more.
-    """
+    """The rate at equal lengths with its 95 % interval; None for fewer than `LEAST_PROMPTS`. `wins` `[n]` are shares
+    from 0 to 1, `longer` `[n]` the characters that the answer after training has more."""
     if len(wins) < LEAST_PROMPTS:
         return None
     spread = float(longer.std())

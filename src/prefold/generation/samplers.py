@@ -109,7 +109,7 @@ class LocalModel:
             try:
                 rendered[index] = render(prompts[index].prompt, tokenizer)
             except (TemplateError, TypeError) as error:
-                where = f"{prompts[index].origin.source}, row {prompts[index].origin.row}"
+                where = str(prompts[index].origin)
                 yield index, UserError(f"the chat template refuses the prompt: {error}", where=where)
         # Random numbers by a prompt's own index, so that its answers stay the same where others have theirs already.
         indices, ids = list(rendered), list(rendered.values())

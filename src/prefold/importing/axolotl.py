@@ -7,14 +7,7 @@ from prefold.importing.draft import Draft
 from prefold.importing.losses import Loss, known_loss, write_dpo, write_grpo, write_losses, write_simpo
 from prefold.importing.sources import write_sources
 from prefold.importing.tables import COUNTED, Entry, read_tool, table_of
-from prefold.importing.write import (
-    Tool,
-    has_held_out,
-    samples,
-    without_dropout,
-    write_all_weights,
-    write_quantised,
-)
+from prefold.importing.write import Tool, has_held_out, samples, without_dropout, write_all_weights, write_quantised
 
 KEYS = read_tool("axolotl")
 METHODS = ("dpo", "ipo", "orpo", "kto", "simpo", "grpo")
@@ -33,7 +26,7 @@ def _write_losses(draft: Draft, where: str, method: str | None) -> None:
     elif wanted in ("dpo", "ipo"):
         write_dpo(draft, where, settings, "dpo_", default="ipo" if wanted == "ipo" else "sigmoid")
     else:
-        write_losses(draft, [Loss(wanted)], settings, [key for key in ("rl",) if draft.has(key)])
+        write_losses(draft, [Loss(wanted)], settings, [*filter(draft.has, ["rl"])])
 
 
 def _wanted(draft: Draft, where: str, method: str | None) -> str:
@@ -132,15 +125,4 @@ def _write_share_of_steps(draft: Draft, measured: bool) -> None:
         draft.carry("train.eval_steps", share, "evals_per_epoch", comment=comment)
 
 
-AXOLOTL = Tool(
-    KEYS,
-    _write_losses,
-    _write_model,
-    _write_data,
-    per_device=("micro_batch_size", 1),
-    dtypes=("bf16", "fp16", "bfloat16", "float16", "float32"),
-    epochs_key="num_epochs",
-    fraction_key="val_set_size",
-    push_key=None,
-    write_steps=_write_steps,
-)
+AXOLOTL = Tool(KEYS, _write_losses, _write_model, _write_data, _write_steps)

@@ -8,19 +8,13 @@ from typing import Any
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
 from prefold.importing.losses import Loss, add_supervised, known_loss, write_losses
-from prefold.importing.tables import is_number, listed, read_tool, table_of
+from prefold.importing.tables import Table, is_number, listed, read_tool, table_of
 from prefold.importing.write import Tool, without_dropout, write_all_weights, write_quantised
 from prefold.recipe import parse_yaml
 
 KEYS = read_tool("llamafactory")
 STAGES = {"dpo": "dpo", "kto": "kto", "rm": "reward"}
-LOSSES = {
-    "sigmoid": Loss("dpo"),
-    "hinge": Loss("hinge"),
-    "ipo": Loss("ipo"),
-    "orpo": Loss("orpo", {"completion_only_loss": True}),
-    "simpo": Loss("simpo"),
-}
+LOSSES = {name: Loss(**entry) for name, entry in KEYS["losses"].items()}
 IN_INFO = "of dataset_info.json: write the file or Hub data set that it stands for"
 
 
@@ -76,9 +70,7 @@ def _write_model(draft: Draft) -> None:
     elif "finetuning_type" in draft.given:
         draft.note("renamed", "finetuning_type", text="a section `lora`")
     if draft.has("adapter_name_or_path"):
-        _write_start(draft)
-        for key in filter(draft.has, table):
-            draft.note("decided", key, text="the adapter brings its own")
+        _write_start(draft, table)
         return
     draft.follow(table)
     draft.fill("lora.r", 8)
@@ -90,13 +82,15 @@ def _write_model(draft: Draft) -> None:
         without_dropout(draft, draft.tool)
 
 
-def _write_start(draft: Draft) -> None:
+def _write_start(draft: Draft, table: Table) -> None:
     """An adapter to go on from brings its own settings."""
-    names = listed(draft.take("adapter_name_or_path"))
-    draft.carry("model.adapter", names[0], "adapter_name_or_path", comment="it brings its own LoRA settings")
-    if len(names) > 1:
-        text = f"{', '.join(map(str, names[1:]))}: one adapter only; merge the others into the model first"
+    first, *others = listed(draft.take("adapter_name_or_path"))
+    draft.carry("model.adapter", first, "adapter_name_or_path", comment="it brings its own LoRA settings")
+    if others:
+        text = f"{', '.join(map(str, others))}: one adapter only; merge the others into the model first"
         draft.note("missing", "adapter_name_or_path", text=text)
+    for key in filter(draft.has, table):
+        draft.note("decided", key, text="the adapter brings its own")
 
 
 def _write_data(draft: Draft) -> None:
@@ -123,11 +117,4 @@ def _write_data(draft: Draft) -> None:
         draft.note("decided", "mix_strategy", text="no row is repeated: the largest mixture that keeps the weights")
 
 
-LLAMAFACTORY = Tool(
-    KEYS,
-    _write_losses,
-    _write_model,
-    _write_data,
-    per_device=("per_device_train_batch_size", 8),
-    dtypes=("bf16", "fp16", "pure_bf16", "infer_dtype"),
-)
+LLAMAFACTORY = Tool(KEYS, _write_losses, _write_model, _write_data)

@@ -24,27 +24,7 @@ class Loss:
         return setting in {known.name for known in fields(ALGORITHMS[self.method])}
 
 
-# The names that TRL gives to the losses of its DPO trainer. Until 1.0 it called `aot_unpaired` `aot_pair`.
-OF_PAIRS = {
-    "sigmoid": Loss("dpo"),
-    "sigmoid_norm": Loss("sigmoid_norm"),
-    "hinge": Loss("hinge"),
-    "ipo": Loss("ipo"),
-    "robust": Loss("robust", {"label_smoothing": 0.0}),
-    "exo_pair": Loss("exo"),
-    "nca_pair": Loss("nca"),
-    "bco_pair": Loss("bco", {"reward_shift": False}),
-    "sppo_hard": Loss("sppo"),
-    "aot": Loss("aot"),
-    "aot_unpaired": Loss("aot_unpaired"),
-    "aot_pair": Loss("aot_unpaired"),
-    "apo_zero": Loss("apo_zero"),
-    "apo_down": Loss("apo_down"),
-    "discopop": Loss("discopop"),
-    "sft": Loss("sft"),
-}
-
-
+OF_PAIRS = {name: Loss(**entry) for name, entry in read_tool("trl")["losses"].items()}
 GRPO_LOSSES = {name: Loss("grpo") for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")}
 # What TRL takes where the file is silent, as do the tools that train with it.
 _DEFAULTS = {"beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
@@ -110,7 +90,10 @@ def _settings_in(draft: Draft, losses: Sequence[Loss], settings: Mapping[str, st
             continue
         value = draft.take(key)
         owners = [loss.method for loss in losses if loss.has(name)]
-        if not owners or _idle(draft, losses, name, value):
+        idle = name == "f_alpha_divergence_coef" and draft.look("f_divergence_type") != "alpha_divergence"
+        # EXO needs some smoothing; where there is none TRL takes the paper's, as prefold does.
+        idle = idle or (name == "label_smoothing" and losses[0].method == "exo" and not value)
+        if idle or not owners:
             no_use = value is False or value in (0, "reverse_kl")
             used = f"`{losses[0].method}` has no such setting" if not owners else "it would change nothing here"
             draft.note("off" if no_use else "missing", key, text="" if no_use else used)
@@ -119,13 +102,6 @@ def _settings_in(draft: Draft, losses: Sequence[Loss], settings: Mapping[str, st
         if mixed:
             draft.note("renamed", key, text=f"`{name}` of {', '.join(owners)} in {mixed}")
     return given
-
-
-def _idle(draft: Draft, losses: Sequence[Loss], name: str, value: Any) -> bool:
-    if name == "f_alpha_divergence_coef":
-        return bool(draft.look("f_divergence_type") != "alpha_divergence")
-    # EXO needs some smoothing; where there is none TRL takes the paper's, as prefold does.
-    return name == "label_smoothing" and losses[0].method == "exo" and not value
 
 
 # ---- what TRL's trainers can be asked for -----------------------------------------------------------------------
@@ -167,9 +143,8 @@ def write_simpo(draft: Draft, settings: Mapping[str, str]) -> None:
 def write_grpo(draft: Draft, where: str, prefix: str = "") -> None:
     loss_key, rewards_key = f"{prefix}loss_type", f"{prefix}reward_funcs"
     known_loss(draft.look(loss_key, "dapo"), GRPO_LOSSES, loss_key, where)
-    keys = [key for key in ("rl",) if draft.has(key)]
     settings = {name: prefix + name for name in read_tool("trl")["settings"]["grpo"]}
-    write_losses(draft, [Loss("grpo")], settings, keys, _GRPO_DEFAULTS)
+    write_losses(draft, [Loss("grpo")], settings, [*filter(draft.has, ["rl"])], _GRPO_DEFAULTS)
     if draft.has(f"{prefix}scale_rewards"):
         value = draft.take(f"{prefix}scale_rewards")
         # It was a yes or no once.

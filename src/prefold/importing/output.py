@@ -19,19 +19,17 @@ _BLOCKS = ("data.train", "data.eval", "rewards", "mixed.losses")
 
 def nested(draft: Draft) -> dict[str, Any]:
     """The values of the recipe, in the order in which a recipe has its fields."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for section in section_fields(Recipe):
-        dotted = [field for field in draft.values if field == section or field.startswith(section + ".")]
-        order = list(section_fields(Recipe, [section]))
-        for field in sorted(dotted, key=lambda one: order.index(_last(one)) if _last(one) in order else -1):
-            value = draft.values[field]
-            if value is None:
-                continue
-            if field == section:
-                found[section] = value
-            else:
-                found.setdefault(section, {})[_last(field)] = value
-    return found
+        if draft.values.get(section) is not None:
+            values[section] = draft.values[section]
+        known = section_fields(Recipe, [section])
+        given = [field for field, value in draft.values.items() if value is not None]
+        own = [field.rpartition(".")[2] for field in given if field.startswith(f"{section}.")]
+        if own:
+            names = [*(name for name in known if name in own), *(name for name in own if name not in known)]
+            values[section] = {name: draft.values[f"{section}.{name}"] for name in names}
+    return values
 
 
 def recipe_text(draft: Draft, heading: list[str]) -> str:
@@ -48,7 +46,7 @@ def recipe_text(draft: Draft, heading: list[str]) -> str:
 
 
 def _field(dotted: str, value: Any, draft: Draft, indent: str) -> list[str]:
-    comment, name = draft.comments.get(dotted, ""), _last(dotted)
+    comment, name = draft.comments.get(dotted, ""), dotted.rpartition(".")[2]
     if dotted in _BLOCKS:
         lines = [f"{indent}{name}:", *(f"{indent}  - {_plain(entry)}" for entry in value)]
     else:
@@ -66,10 +64,6 @@ def _plain(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _last(dotted: str) -> str:
-    return dotted.rpartition(".")[2]
-
-
 # ---- what is said -----------------------------------------------------------------------------------------------
 
 _TITLES: dict[Group, str] = {
@@ -84,36 +78,28 @@ _TITLES: dict[Group, str] = {
 
 def account(draft: Draft) -> str:
     """What became of every key, by group, at most 80 columns wide."""
+    given = list(draft.given)
+
+    def in_file(note: Note) -> int:
+        """Where the note's first key is."""
+        outer = note.keys[0].partition(".")[0]
+        return given.index(outer if outer in given else note.keys[0])
+
     blocks: list[str] = []
     for group, title in _TITLES.items():
-        notes = sorted((note for note in draft.notes if note.group == group), key=lambda note: _place(draft, note))
-        if not notes:
-            continue
-        body = [_names([key for note in notes for key in note.keys])]
-        if any(note.text for note in notes):
-            by_text: dict[str, list[str]] = {}
-            for note in notes:
-                by_text.setdefault(note.text, []).extend(note.keys)
-            body = [_entry(keys, text) for text, keys in by_text.items()]
-        blocks.append("\n".join([*textwrap.wrap(title, WIDTH - 1), *body]))
+        by_text: dict[str, list[str]] = {}
+        for note in sorted((note for note in draft.notes if note.group == group), key=in_file):
+            by_text.setdefault(note.text, []).extend(note.keys)
+        if by_text:
+            entries = [_entry(keys, text) for text, keys in by_text.items()]
+            blocks.append("\n".join([*textwrap.wrap(title, WIDTH - 1), *entries]))
     if draft.silent:
         title = f"Written as {draft.tool}'s defaults, since the file says nothing of them"
-        blocks.append("\n".join([title, _names(draft.silent)]))
+        blocks.append(f"{title}\n{_entry(draft.silent)}")
     return "\n\n".join(blocks)
 
 
-def _place(draft: Draft, note: Note) -> int:
-    """Where in the file the note's first key is."""
-    given, key = list(draft.given), note.keys[0]
-    outer = key.partition(".")[0]
-    return given.index(outer if outer in given else key)
-
-
-def _names(names: list[str]) -> str:
-    return _wrapped(", ".join(dict.fromkeys(names)), "  ")
-
-
-def _entry(keys: list[str], text: str) -> str:
+def _entry(keys: list[str], text: str = "") -> str:
     names = ", ".join(dict.fromkeys(keys))
     if text and len(names) + len(text) + 6 < WIDTH:
         return f"  {names}: {text}"

@@ -128,14 +128,4 @@ def _write_rest(draft: Draft) -> None:
         draft.note("missing", key, text="completions are sampled by prefold's own engine")
 
 
-TRL = Tool(
-    KEYS,
-    _write_losses,
-    _write_model,
-    _write_data,
-    per_device=("per_device_train_batch_size", 8),
-    dtypes=("bf16", "fp16", "dtype", "torch_dtype"),
-    fraction_key="test_split_size",
-    logging_steps=10,
-    write_steps=_write_rest,
-)
+TRL = Tool(KEYS, _write_losses, _write_model, _write_data, _write_rest)

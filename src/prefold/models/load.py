@@ -33,11 +33,8 @@ VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekk
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; a missing pad token becomes the end token, in memory only.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
+    """The tokenizer of a model folder; a missing pad token becomes the end token, in memory only. Raises UserError if
+    there is none, or it cannot be read."""
     if not any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES):
         what = "the model folder has no tokenizer"
         raise UserError(what, where=folder.name, expected=f"a file like {', '.join(VOCABULARY_FILES)}")
@@ -86,7 +83,6 @@ def load_model(
     """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
     Args:
-        section: which model and how.
         dtype: instead of the section's.
         quantised: with weights in the 4 or 8 bits that the section asks for; without this they are whole.
         head_seed: given, the model scores conversations: a sequence classifier with one label, whose head, if the files
@@ -138,14 +134,8 @@ def load_model(
 
 
 def prepare_forward(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as every pass wants it: in eval mode, without dropout of its own, its residuals in float32."""
-    without_dropout(model)
-    widen_residuals(model)
-    return cast(PreTrainedModel, model.eval())
-
-
-def widen_residuals(model: nn.Module) -> None:
-    """Under autocast, keep the stream between the layers in float32, as it is beside float32 weights.
+    """A model as every pass wants it: in eval mode, without dropout of its own, and under autocast with the stream
+    between the layers in float32, as it is beside float32 weights.
 
     Rounding it in every layer is what moves log-probs most: over 600 tokens, by twice as much as the products do.
     """
@@ -153,9 +143,11 @@ def widen_residuals(model: nn.Module) -> None:
     def widened(module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
         return embedded.float() if torch.is_autocast_enabled(embedded.device.type) else embedded
 
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    without_dropout(model)
+    embeddings: Any = model.get_input_embeddings()
     if embeddings.weight.dtype in (torch.float16, torch.bfloat16):
         embeddings.register_forward_hook(widened)
+    return cast(PreTrainedModel, model.eval())
 
 
 def without_dropout(model: torch.nn.Module) -> None:

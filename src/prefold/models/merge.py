@@ -103,11 +103,8 @@ def save_and_check(
     adapter_effect: float | None = None,
     trained: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Save a model whole, load it back and compare it with `wanted` (unset: itself); see `merge_adapter`.
-
-    Args:
-        trained: logits of the quantised model that was trained, on the same rows.
-    """
+    """Save a model whole, load it back and compare it with `wanted` (unset: itself); see `merge_adapter`. `trained` are
+    the logits of the quantised model that was trained, on the same rows."""
     dtype, device, scores = model.dtype, model.device, score_layer(model) is not None
     wanted = Behaviour(logits_of(model, rows), _answers(model, prompts)) if wanted is None else wanted
     tolerance = tolerance_of(model) * (SCORE_ALLOWANCE if scores else 1)
@@ -140,11 +137,7 @@ def save_and_check(
 
 
 def merge_dtype(recipe: RecipeBase, dtype: torch.dtype) -> torch.dtype:
-    """What the merged model is saved in: what the recipe says, else what was computed in.
-
-    Args:
-        dtype: that `model.dtype` stands for.
-    """
+    """What the merged model is saved in: what the recipe says, else what was computed in; `model.dtype` is `dtype`."""
     setting, computed = recipe.merge.dtype, recipe.model.bnb_4bit_compute_dtype
     named = computed if setting == "auto" else setting
     return dtype if named in (None, "auto") else getattr(torch, named)

@@ -27,21 +27,13 @@ def _base(model: Model) -> dict[str, Any]:
     if model.name.startswith("pypi:"):
         package = PACKAGES[model.name.removeprefix("pypi:").replace(" ", "")]
         return {"hub_id": package.hub_id, "revision": None, "license": package.licence.lower()}
-    known = _card(fetch(model.name, model.revision))
+    try:
+        known = metadata_load(fetch(model.name, model.revision) / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):  # there is no card, or none that can be read
+        known = {}
     licence = {name: known[name] for name in LICENCE_FIELDS if isinstance(known.get(name), str)}
     return {"hub_id": model.name if _on_hub(model.name) else None, "revision": model.revision, **licence}
 
 
 def _on_hub(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
-
-
-def _card(folder: Path) -> dict[str, Any]:
-    """What the head of a model's card says; nothing where there is none, or none that can be read."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    try:
-        return metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}

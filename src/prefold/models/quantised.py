@@ -18,14 +18,8 @@ from prefold.recipe import Model
 
 
 def quantisation(section: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What the section asks for, in transformers' words; None if it asks for nothing.
-
-    Args:
-        dtype: that `auto` stands for.
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
+    """What the section asks for, in transformers' words; None if it asks for nothing. `dtype` is what `auto` stands
+    for. Raises UserError if bitsandbytes is not installed."""
     if not (section.load_in_4bit or section.load_in_8bit):
         return None
     if find_spec("bitsandbytes") is None:

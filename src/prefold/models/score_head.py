@@ -18,13 +18,8 @@ WEIGHT = f"{SCORE}.weight"
 
 
 def set_up_head(model: PreTrainedModel, report: dict[str, Any], seed: int, name: str) -> dict[str, Any]:
-    """Draw the weights of a head that no file held: small and random, the same for the same seed on every device.
-
-    Args:
-        report: what transformers says about loading.
-
-    Returns:
-        The report without what the change of heads explains.
+    """Draw the weights of a head that no file held: small and random, the same for the same seed on every device. Gives
+    transformers' report about loading back without what the change of heads explains.
 
     Raises:
         UserError: the model has no such head, or one for several labels.

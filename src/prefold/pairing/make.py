@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from prefold.data.conversion import to_record, with_system_message
+from prefold.data.conversion import to_record
 from prefold.data.dialogues import holds_dialogue
 from prefold.data.preference import Problem, Prompt
 from prefold.data.selection import select_rows
@@ -200,7 +200,7 @@ def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
     prompts: list[Prompt] = []
     problems: list[Problem] = []
     for row in chain(head, rows):
-        record = with_system_message(to_record(row, shape), settings.system, "--system")
+        record = to_record(row, shape, settings.system, "--system")
         if isinstance(record, Prompt):
             prompts.append(record)
         elif isinstance(record, Problem):
@@ -209,7 +209,7 @@ def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
             break
     problems += selection.problems
     if not prompts:
-        where = f"{problems[0].origin.source}, row {problems[0].origin.row}"
+        where = str(problems[0].origin)
         raise UserError(f"no row is a prompt; the first problem is: {problems[0].message}", where=where)
     return prompts, Counter(problem.kind for problem in problems)
 

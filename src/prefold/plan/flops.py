@@ -108,13 +108,11 @@ def _ending_early(trees: Sequence[Lengths], budget: int, size: Callable[[Lengths
 
 
 def training_flops(meta: MetaModel, tokens: Tokens, computed: int) -> float:
-    """Of the matrix products of all steps, forward and backward.
+    """Of the matrix products of all steps, forward and backward. `computed` tokens go through the layers: unique ones
+    on the tree engine, else plain ones.
 
     The backward pass has a product for the gradients of the inputs, and one for those of weights that are trained.
     Checkpointing computes the layers a second time. A frozen head has its gradient taken in the forward pass.
-
-    Args:
-        computed: tokens that go through the layers: unique ones on the tree engine, else plain ones.
     """
     sizes, again, whole = meta.sizes, int(meta.recipe.train.gradient_checkpointing), int(meta.trains_all)
     layers = 2.0 * computed * ((2 + again + whole) * sizes.linear + (3 + again) * sizes.adapter_products)

@@ -58,11 +58,7 @@ def _available_bytes() -> int:
 
 
 def bytes_of(text: str) -> int:
-    """`24GB`, `79.6GiB` in bytes.
-
-    Raises:
-        UserError: it is no amount of memory.
-    """
+    """`24GB`, `79.6GiB` in bytes. Raises UserError for what is no amount of memory."""
     number = text.strip().upper().rstrip("GIMB")
     try:
         size = int(float(number) * UNITS[text.strip().upper()[len(number) :]])

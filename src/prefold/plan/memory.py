@@ -58,20 +58,17 @@ class Memory:
         if draws := self.meta.recipe.algorithm.draws:
             phases["rollouts"] = self._sampling(draws)
         phases |= {"merge": self._merging(), "evaluate": self._evaluating()}
-        return {phase: {**parts, "allocator": self._allocator(parts)} for phase, parts in phases.items()}
-
-    def _allocator(self, parts: Parts) -> int:
-        # Weights are mapped from their files on a CPU, and allocated first and for good on a GPU.
-        comes_and_goes = sum(size for part, size in parts.items() if part not in ("process", "weights"))
-        return int(self.slack * comes_and_goes) + (BUFFERS if self.on_cpu else 0)
+        for parts in phases.values():
+            # Weights are mapped from their files on a CPU, and allocated first and for good on a GPU.
+            comes_and_goes = sum(size for part, size in parts.items() if part not in ("process", "weights"))
+            parts["allocator"] = int(self.slack * comes_and_goes) + (BUFFERS if self.on_cpu else 0)
+        return phases
 
     @property
     def slack(self) -> float:
         if self.on_cpu and self.meta.recipe.train.gradient_checkpointing:
             return 0.0
         return SLACK.get(self.machine.device, 0.0)
-
-    # ---- training ----
 
     @cached_property
     def optimizer(self) -> int:
@@ -95,25 +92,18 @@ class Memory:
     def _policy(self) -> Parts:
         """What is there as long as the policy is."""
         sizes, meta = self.sizes, self.meta
+        # Of weights that are sharded, those that are whole at a time: the layer at work, the next one and the
+        # vocabulary; with their gradients, where they are trained.
+        numbers = sizes.parameters - sizes.linear + 2 * sizes.linear // meta.layers
+        gathered = numbers * meta.weights_dtype.itemsize * (2 if meta.trains_all else 1)
         return {
             "process": self.machine.process,
             "weights": (sizes.trained_bytes if meta.trains_all else sizes.weights) // meta.shards,
-            "gathered": self._gathered(),
+            "gathered": 0 if meta.shards == 1 else gathered,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
             # Training that goes on with an adapter keeps a frozen copy of it.
             "reference": sizes.trained_bytes if meta.recipe.model.adapter else 0,
         }
-
-    def _gathered(self) -> int:
-        """Of weights that are sharded, those that are whole at a time: the layer at work, the next one and the
-        vocabulary; with their gradients, where they are trained."""
-        sizes, meta = self.sizes, self.meta
-        if meta.shards == 1:
-            return 0
-        numbers = sizes.parameters - sizes.linear + 2 * sizes.linear // meta.layers
-        return numbers * meta.weights_dtype.itemsize * (2 if meta.trains_all else 1)
-
-    # ---- the other phases ----
 
     def _checking(self) -> Parts:
         """A few trees on the plain path, all of whose logits are there at once, in float32: half-precision weights are
@@ -183,10 +173,8 @@ def number_of_prompts(recipe: RecipeBase) -> int:
 
 
 def state_bytes(meta: MetaModel) -> float:
-    """Bytes that the recipe's optimizer keeps for a trained number, by what it keeps after a step with a matrix.
-
-    Two float32 numbers where it cannot be had here.
-    """
+    """Bytes that the recipe's optimizer keeps for a trained number, by what it keeps after a step with a matrix; those
+    of two float32 numbers where it cannot be had here."""
     layer: Any = nn.Linear(PROBE, PROBE, bias=False)
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_arguments(meta.recipe, 1), layer)

@@ -129,8 +129,11 @@ class MetaModel:
         if self.trains_all:
             return base
         if self.is_quantised:
-            for layer in quantised_layers(base):
-                layer.__class__ = QuantisedLinear
+            # Those that bitsandbytes takes: every linear layer but the head.
+            head = base.get_output_embeddings()
+            for layer in base.modules():
+                if type(layer) is nn.Linear and layer is not head:
+                    layer.__class__ = QuantisedLinear
         with torch.device("meta"):
             if self._started_adapter is None:
                 lora = cast("Lora | None", self.recipe.lora)
@@ -141,8 +144,13 @@ class MetaModel:
             return adapted
 
     def base(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        """The whole model in a dtype, as it is merged and evaluated."""
-        config = with_layers(self.config, layers)
+        """The whole model in a dtype, as it is merged and evaluated; or of the first so many of its layers."""
+        config = copy.deepcopy(self.config)
+        if layers is not None:
+            text = config.get_text_config()
+            text.num_hidden_layers = layers
+            if vars(text).get("layer_types"):  # of some it is derived from their number
+                text.layer_types = text.layer_types[:layers]
         attention = plain_attention(self.recipe.model.attn_implementation, config)
         with quiet(), torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype, attn_implementation=attention)
@@ -186,30 +194,13 @@ def _met_by_a_token(weight: Tensor, text_config: Any) -> int:
 
 
 def config_of(section: Model) -> Any:
-    """The configuration of a model, its vocabulary grown if it is to learn a chat format. Needs no weights.
-
-    Raises:
-        UserError: there is no such model, or its configuration cannot be read.
-    """
+    """The configuration of a model, its vocabulary grown if it is to learn a chat format. Needs no weights. Raises
+    UserError: there is no such model, or its configuration cannot be read."""
     config = read_config(section, fetch(section.name, section.revision, weights=False))
     text = config.get_text_config()
     if section.chat_template and (tokens := len(tokenizer_of(section))) > text.vocab_size:
         text.vocab_size = -(-tokens // MULTIPLE) * MULTIPLE
     return config
-
-
-def with_layers(config: Any, layers: int | None) -> Any:
-    """A copy of a configuration with the first so many of its layers."""
-    copied = copy.deepcopy(config)
-    text = copied.get_text_config()
-    if layers is not None:
-        text.num_hidden_layers = layers
-        if vars(text).get("layer_types"):  # of some it is derived from their number
-            text.layer_types = text.layer_types[:layers]
-    return copied
-
-
-# ---- fake tensors -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -236,15 +227,6 @@ def move_to_cpu(model: nn.Module) -> None:
     for module in model.modules():
         for group in (module._parameters, module._buffers):
             group.update({name: on_cpu(tensor) for name, tensor in group.items() if tensor is not None})  # type: ignore[misc]
-
-
-# ---- quantised layers -------------------------------------------------------------------------------------------
-
-
-def quantised_layers(model: PreTrainedModel) -> list[nn.Linear]:
-    """Those that bitsandbytes takes: every linear layer but the head."""
-    head = model.get_output_embeddings()
-    return [layer for layer in model.modules() if type(layer) is nn.Linear and layer is not head]
 
 
 def quantised_bytes(weight: Tensor, section: Model) -> int:

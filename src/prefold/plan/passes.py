@@ -36,19 +36,13 @@ Row = tuple[Lengths, ...]
 
 
 def trees_of(row: Sequence[Lengths]) -> list[TokenTree]:
-    """Trees of these lengths."""
     return [TokenTree((0,) * prompt, tuple((0,) * length for length in rest)) for prompt, *rest in row]
 
 
 @lru_cache(maxsize=256)
 def training_pass(meta: MetaModel, row: Row, budget: int, attention: str | None) -> tuple[int, int]:
     """Bytes of activations and of the head while the log-probs of a row are computed and differentiated, on top of
-    weights and gradients.
-
-    Args:
-        budget: tokens of a micro-batch.
-        attention: name of the backend, None for the plain path.
-    """
+    weights and gradients. `budget` is tokens of a micro-batch, `attention` the backend, None for the plain path."""
     packed = pack(trees_of(row), scores_prompt=meta.recipe.algorithm.scores_prompt)
     try:
         kept, peak, head = _training_pass(meta, min(meta.layers, 2), packed, budget, attention)
@@ -141,13 +135,8 @@ def _without_contents(row: PackedTrees, mode: FakeTensorMode) -> PackedTrees:
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """While open, counts the bytes of every storage that an operation makes, until it is let go of.
-
-    What autograd saves for the backward pass counts like any other. What a kernel allocates inside is not seen.
-
-    Args:
-        resident: tensors that were there before and are not counted.
-    """
+    """While open, counts the bytes of every storage that an operation makes, until it is let go of; `resident` tensors
+    were there before. What autograd saves counts like any other; what a kernel allocates inside is not seen."""
 
     def __init__(self, resident: Iterable[Tensor] = ()):
         super().__init__()
@@ -169,9 +158,6 @@ class AllocatedBytes(TorchDispatchMode):
 
     def _release(self, address: int) -> None:
         self.now -= self._sizes.pop(address)
-
-
-# ---- attention of a GPU -----------------------------------------------------------------------------------------
 
 
 def _on_gpu(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:

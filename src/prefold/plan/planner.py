@@ -87,6 +87,11 @@ class Planner:
         recipe, meta, memory = self.recipe, self.meta, self.memory()
         phases = memory.phases()
         tokens = self.steps.tokens(recipe.algorithm.scores_prompt)
+        # Of training, the reference included; sampling not.
+        flops = training_flops(meta, tokens, self._computed(tokens))
+        if recipe.algorithm.needs_reference:
+            referenced = self._referenced()
+            flops += scoring_flops(meta, referenced, self._computed(referenced))
         return Plan(
             optimizer_steps=len(self.steps.order),
             batch_size=recipe.train.batch_size,
@@ -104,7 +109,7 @@ class Planner:
             memory=phases,
             tokens=self._computed(tokens),
             plain_tokens=tokens.plain,
-            flops=self._flops(tokens),
+            flops=flops,
             disk=self._disk(memory),
             untimed=[name for name in UNTIMED if getattr(recipe.evaluate, name)],
         )
@@ -158,8 +163,6 @@ class Planner:
             free=shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free,
         )
 
-    # ---- tokens and time ----
-
     def _computed(self, tokens: Tokens) -> int:
         return tokens.unique if self.packed else tokens.plain
 
@@ -169,14 +172,6 @@ class Planner:
         if algorithm.kind.samples:
             return Tokens(*(number // algorithm.iterations for number in self.steps.tokens(False)))
         return Tokens.of([*self.steps.trees, *(self.held_out if self.recipe.train.eval_steps else ())])
-
-    def _flops(self, tokens: Tokens) -> float:
-        """Of training, the reference included; sampling not."""
-        total = training_flops(self.meta, tokens, self._computed(tokens))
-        if self.recipe.algorithm.needs_reference:
-            referenced = self._referenced()
-            total += scoring_flops(self.meta, referenced, self._computed(referenced))
-        return total
 
     def seconds(self) -> dict[str, float]:
         """Of each phase, as measured on this machine; sampled completions at their full length. Loading and merging,
@@ -216,8 +211,6 @@ class Planner:
         seconds["evaluate"] = measured if algorithm.kind.scores else 2 * measured
         alone = ("evaluate",) if recipe.train.fsdp else ()
         return {phase: round(value / (1 if phase in alone else processes), 1) for phase, value in seconds.items()}
-
-    # ---- what to change ----
 
     def with_change(self, plan: Plan) -> Plan:
         """The plan with the fewest of the changes, in this order, that make it fit. What leaves the peak as it is,

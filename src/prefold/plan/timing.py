@@ -68,13 +68,13 @@ def measure(
     rows: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rates:
-    """Args:
-    trees: of the training set; a few of the middling ones are timed.
-    evaluated_in: dtype of the evaluation.
-    rows: that are written side by side.
-    """
+    """Of the training set's `trees` a few middling ones are timed; `rows` of completions are written side by side."""
     device = choose_device()
-    row = middling(trees, _affordable(meta, device.type))
+    affordable = 8 * TOKENS
+    if device.type == "cpu":
+        passes = 2.0 * (3 + 1 + 1) * (FEW + MORE) * (REPEATS + 1)
+        affordable = int(min(TOKENS, max(64, MOST_FLOPS / (passes * meta.sizes.linear / meta.layers))))
+    row = middling(trees, affordable)
     layers = [FEW, MORE] if meta.layers >= MORE else [meta.layers]
     rows = min(rows, ROWS.get(device.type, 64))
     training, reference, evaluation, decoding = list[float](), list[float](), list[float](), list[float]()
@@ -122,17 +122,6 @@ def middling(trees: Sequence[Lengths], tokens: int) -> list[Lengths]:
     return [tuple(max(1, int(share * length)) for length in tree) for tree in row]
 
 
-def _affordable(meta: MetaModel, device: str) -> int:
-    """Tokens of the row that is timed."""
-    if device != "cpu":
-        return 8 * TOKENS
-    passes = 2.0 * (3 + 1 + 1) * (FEW + MORE) * (REPEATS + 1)
-    return int(min(TOKENS, max(64, MOST_FLOPS / (passes * meta.sizes.linear / meta.layers))))
-
-
-# ---- what is timed ----------------------------------------------------------------------------------------------
-
-
 def with_random_weights(meta: MetaModel, model: nn.Module, device: torch.device) -> nn.Module:
     """A model of the meta device, on a real one; quantised if it is to be."""
     model.to_empty(device=device)
@@ -141,14 +130,9 @@ def with_random_weights(meta: MetaModel, model: nn.Module, device: torch.device)
     with torch.no_grad():
         for weight in model.parameters():
             weight.uniform_(-SPREAD, SPREAD)
-    layers = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, QuantisedLinear)
-    ]
-    for parent, name, layer in layers:
-        setattr(parent, name, _quantised(layer, meta).to(device))
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantisedLinear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, _quantised(layer, meta).to(device))
     if layers:
         prepare_quantised(cast(PreTrainedModel, model))
     return model

@@ -101,13 +101,10 @@ def export_gguf(
     merged: Path, folder: Path, title: str, kinds: Sequence[str], texts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Write `folder` with one checked file for each kind, or nothing; what it holds already is kept if it is the same.
+    Gives for each file, called after the model's title, its name, kind, size and the difference that was measured.
 
     Args:
-        title: of the model; files are called after it.
         texts: conversations on which logits and ids are compared, their special tokens spelt out.
-
-    Returns:
-        For each file its name, kind, size and the difference that was measured.
 
     Raises:
         UserError: see `require_exportable`.
@@ -211,7 +208,10 @@ def write_gguf(merged: Path, file: Path, kind: str, title: str) -> None:
         if divisors is not None:
             writer.add_tensor_info(FREQUENCIES, divisors.shape, divisors.dtype, divisors.nbytes)
         for tensor in tensors:
-            _announce(writer, tensor)
+            block, size = gguf.GGML_QUANT_SIZES[tensor.kind]
+            size *= math.prod(tensor.shape) // block
+            # The dtype of numpy says nothing beside `raw_dtype`.
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float16), size, raw_dtype=tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -221,14 +221,6 @@ def write_gguf(merged: Path, file: Path, kind: str, title: str) -> None:
             writer.write_tensor_data(tensor.load())
     finally:
         writer.close()
-
-
-def _announce(writer: GGUFWriter, tensor: Stored) -> None:
-    packed = tensor.kind == Kind.Q8_0
-    shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, tensor.kind) if packed else tensor.shape
-    stored = np.dtype({Kind.F32: np.float32, Kind.F16: np.float16, Kind.Q8_0: np.uint8}[tensor.kind])
-    size = math.prod(shape) * stored.itemsize
-    writer.add_tensor_info(tensor.name, shape, stored, size, raw_dtype=tensor.kind if packed else None)
 
 
 def _tensors(merged: Path, config: Any, kind: str) -> Iterator[Stored]:
@@ -261,12 +253,8 @@ def _heads(config: Any, name: str) -> int:
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The rows of queries or keys in llama.cpp's order: it rotates neighbouring rows of a head, transformers its two
-    halves.
-
-    Args:
-        weight: `[heads * head_dim, ...]`.
-    """
+    """The rows of queries or keys `[heads * head_dim, ...]` in llama.cpp's order: it rotates neighbouring rows of a
+    head, transformers its two halves."""
     rows = weight.shape[0]
     return weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 

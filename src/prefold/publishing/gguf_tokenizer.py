@@ -73,11 +73,7 @@ def _unknown(what: str, where: str) -> UserError:
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
-    """Describe a tokenizer in a file.
-
-    Args:
-        rows: of the embeddings; those without a token get one that never occurs.
-    """
+    """Describe a tokenizer in a file. Those `rows` of the embeddings without a token get one that never occurs."""
     vocabulary = read_vocabulary(tokenizer, where)
     if max(*vocabulary.pieces.values(), *vocabulary.special, 0) >= rows:
         what = f"cannot become GGUF: its tokenizer has tokens that its {rows} embeddings do not"

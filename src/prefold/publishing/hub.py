@@ -47,11 +47,8 @@ def require_token(hub_model_id: str) -> None:
 
 
 def push(section: Publish, items: Sequence[Item], message: str, before: dict[str, Any]) -> dict[str, Any]:
-    """Push the files in one commit, and say where they are.
-
-    Args:
-        message: of the commit, unless the section has one.
-        before: what an earlier push left: its pull request is gone on with while it is open.
+    """Push the files in one commit, with this message unless the section has one, and say where they are. The pull
+    request of an earlier push, which left `before`, is gone on with while it is open.
 
     Raises:
         UserError: the token may not write there, or the repository is public and must not be.
@@ -87,11 +84,7 @@ def push(section: Publish, items: Sequence[Item], message: str, before: dict[str
 
 
 def push_checkpoint(recipe: RecipeBase, checkpoint: Path) -> None:
-    """Push the weights of a checkpoint in one commit of a branch of their own.
-
-    Raises:
-        UserError, StageError: see `push`.
-    """
+    """Push the weights of a checkpoint in one commit of a branch of their own; errors are those of `push`."""
     assert recipe.publish
     section = recipe.publish.model_copy(update={"branch": CHECKPOINTS, "create_pr": False, "commit_message": None})
     with tempfile.TemporaryDirectory() as aside:

@@ -111,14 +111,8 @@ def compared_texts(run_folder: Path, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _copy(items: Sequence[Item], to: str, before: Sequence[str]) -> None:
-    """Put the files into a folder, which appears when it is whole.
-
-    Args:
-        before: names of what was published there earlier, which may be replaced.
-
-    Raises:
-        UserError: it holds other files, or cannot be written to.
-    """
+    """Put the files into a folder, which appears when it is whole. What was published there `before`, by name, may be
+    replaced. Raises UserError if it holds other files, or cannot be written to."""
     folder = Path(to).expanduser()
     _require_own(folder, to, {*before, *(item.name for item in items)})
     say(f"  to {without_home(to)}")

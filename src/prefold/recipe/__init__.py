@@ -11,77 +11,46 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prefold.recipe.explain import make_section
-from prefold.recipe.pairs import Pairs
-from prefold.recipe.rewards import EndpointJudge, Reward, RewardBase, WinRate, parse_reward
-from prefold.recipe.sampling import Chat, Generate
-from prefold.recipe.sections import (
-    Benchmark,
-    Data,
-    Evaluate,
-    Guards,
-    Lora,
-    Merge,
-    Model,
-    Publish,
-    Rows,
-    Source,
-    Train,
-)
-from prefold.recipe.text import builtin_recipes, first_comment, parse_yaml, read_text
+from prefold.recipe.explain import make_section as make_section
+from prefold.recipe.pairs import Pairs as Pairs
+from prefold.recipe.rewards import EndpointJudge as EndpointJudge
+from prefold.recipe.rewards import Reward as Reward
+from prefold.recipe.rewards import RewardBase as RewardBase
+from prefold.recipe.rewards import parse_reward as parse_reward
+from prefold.recipe.sampling import Chat as Chat
+from prefold.recipe.sampling import Generate as Generate
+from prefold.recipe.sections import Benchmark as Benchmark
+from prefold.recipe.sections import Data as Data
+from prefold.recipe.sections import Evaluate as Evaluate
+from prefold.recipe.sections import Guards as Guards
+from prefold.recipe.sections import Lora as Lora
+from prefold.recipe.sections import Model as Model
+from prefold.recipe.sections import Publish as Publish
+from prefold.recipe.sections import Rows as Rows
+from prefold.recipe.sections import Source as Source
+from prefold.recipe.text import builtin_recipes as builtin_recipes
+from prefold.recipe.text import first_comment as first_comment
+from prefold.recipe.text import parse_yaml as parse_yaml
+from prefold.recipe.text import read_text as read_text
 
 if TYPE_CHECKING:
-    from prefold.recipe.dump import as_dict, dump_recipe, json_schema
-    from prefold.recipe.load import load_recipe, make_recipe
-    from prefold.recipe.recipe import Recipe, RecipeBase
-
-__all__ = [
-    "Benchmark",
-    "Chat",
-    "Data",
-    "EndpointJudge",
-    "Evaluate",
-    "Generate",
-    "Guards",
-    "Lora",
-    "Merge",
-    "Model",
-    "Pairs",
-    "Publish",
-    "Recipe",
-    "RecipeBase",
-    "Reward",
-    "RewardBase",
-    "Rows",
-    "Source",
-    "Train",
-    "WinRate",
-    "as_dict",
-    "builtin_recipes",
-    "dump_recipe",
-    "first_comment",
-    "json_schema",
-    "load_recipe",
-    "make_recipe",
-    "make_section",
-    "parse_reward",
-    "parse_yaml",
-    "read_text",
-]
+    from prefold.recipe.load import as_dict as as_dict
+    from prefold.recipe.load import dump_recipe as dump_recipe
+    from prefold.recipe.load import json_schema as json_schema
+    from prefold.recipe.load import load_recipe as load_recipe
+    from prefold.recipe.load import make_recipe as make_recipe
+    from prefold.recipe.recipe import Recipe as Recipe
+    from prefold.recipe.recipe import RecipeBase as RecipeBase
 
 _WITH_ALGORITHMS = {
-    "Recipe": "recipe",
-    "RecipeBase": "recipe",
-    "as_dict": "dump",
-    "dump_recipe": "dump",
-    "json_schema": "dump",
-    "load_recipe": "load",
-    "make_recipe": "load",
+    "load": ("as_dict", "dump_recipe", "json_schema", "load_recipe", "make_recipe"),
+    "recipe": ("Recipe", "RecipeBase"),
 }
 """Imported when they are used: algorithms import torch, which takes seconds, and the commands' flags need none."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WITH_ALGORITHMS:
-        raise AttributeError(f"module `prefold.recipe` has no attribute `{name}`")
-    return getattr(import_module(f"prefold.recipe.{_WITH_ALGORITHMS[name]}"), name)
+    for module, names in _WITH_ALGORITHMS.items():
+        if name in names:
+            return getattr(import_module(f"prefold.recipe.{module}"), name)
+    raise AttributeError(f"module `prefold.recipe` has no attribute `{name}`")

@@ -30,6 +30,7 @@ HINTS = {
     "push_to_hub": "write `publish: {{hub_model_id: NAME/MODEL}}`",
     "hub_private_repo": "write `publish: {{private: true}}`",
 }
+_BATCH_FACTORS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 HINTS["gradient_accumulation_steps"] = HINTS["per_device_train_batch_size"]
 
 
@@ -68,9 +69,12 @@ def describe(
         return UserError(f"`{dotted}`: {message}" if dotted else message, where=where)
     # A field of several types has one finding for each of them.
     expected = dict.fromkeys(_expected(other["msg"]) for other in errors if _field_path(other) == path)
-    got = error["input"]
+    got = "empty" if error["input"] is None else repr(error["input"])
     return UserError(
-        f"`{dotted}` is {_shown(got)}", where=where, expected=" or ".join(expected), advice=_number_hint(got)
+        f"`{dotted}` is {got if len(got) <= 60 else got[:57] + '...'}",
+        where=where,
+        expected=" or ".join(expected),
+        advice=_number_hint(error["input"]),
     )
 
 
@@ -89,11 +93,6 @@ def _expected(message: str) -> str:
     return message.replace("array", "list")
 
 
-def _shown(value: Any) -> str:
-    text = "empty" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _number_hint(got: Any) -> str:
     try:
         float(got)
@@ -105,21 +104,16 @@ def _number_hint(got: Any) -> str:
 def _nearest(path: Sequence[str], section: type[Section], values: Mapping[str, Any]) -> str:
     name, known = path[-1], list(section_fields(section, path[:-1]))
     if name in HINTS:
-        return HINTS[name].format(product=_batch_size(values))
+        train = values.get("train")
+        factors = [train.get(factor) for factor in _BATCH_FACTORS] if isinstance(train, dict) else []
+        numbers = [factor for factor in factors if isinstance(factor, int)]
+        return HINTS[name].format(product=f", on one device `batch_size: {prod(numbers)}`" if numbers else "")
     if meant := did_you_mean(name, known):
         return meant
     elsewhere = [dotted for dotted in all_fields(section) if dotted.split(".")[-1] == name]
     if elsewhere:
         return f"it is a field of another section: `{elsewhere[0]}`"
     return "the fields here are: " + ", ".join(known)
-
-
-def _batch_size(values: Mapping[str, Any]) -> str:
-    train = values.get("train")
-    given = train if isinstance(train, dict) else {}
-    factors = [given.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
-    numbers = [factor for factor in factors if isinstance(factor, int)]
-    return f", on one device `batch_size: {prod(numbers)}`" if numbers else ""
 
 
 # ---- the fields of sections -------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
-"""From a recipe's text and overrides to a checked recipe."""
+"""From a recipe's text and overrides to a checked recipe, and back to text; and the schema of all recipes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from pydantic import ValidationError
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from prefold.algorithms import ALGORITHMS, Algorithm
 from prefold.errors import UserError
+from prefold.files import without_home
 from prefold.recipe.explain import describe
 from prefold.recipe.recipe import Recipe, RecipeBase
 from prefold.recipe.text import field_lines, parse_yaml, read_text
@@ -85,3 +88,43 @@ def _list_item(here: Any, part: str, override: str) -> Any:
     raise UserError(
         f"there is no `{part}` to set", where=override, expected="the path of a field that the recipe can have"
     )
+
+
+# ---- back to text -----------------------------------------------------------------------------------------------
+
+
+def as_dict(recipe: RecipeBase) -> dict[str, Any]:
+    """The resolved recipe as plain values, without sections that the method does not use and without the user's home
+    path."""
+    values = recipe.model_dump(mode="json")
+    values[recipe.method] = asdict(recipe.algorithm)
+    values["rewards"] = [reward.model_dump(mode="json", exclude_none=True) for reward in recipe.rewards]
+    if judged := recipe.evaluate.win_rate:
+        values["evaluate"]["win_rate"] = judged.model_dump(mode="json", exclude_none=True)
+    own = {recipe.method, "rewards" if recipe.rewards else "", "publish" if recipe.publish else ""}
+    idle = {*ALGORITHMS, "rewards", "publish"} - own
+    return {key: _homeless(value) for key, value in values.items() if key not in idle}
+
+
+def _homeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _homeless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_homeless(item) for item in value]
+    return without_home(value) if isinstance(value, str) else value
+
+
+def dump_recipe(recipe: RecipeBase) -> str:
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def json_schema() -> dict[str, Any]:
+    """Of a recipe, with what every setting of an algorithm means."""
+    schema: dict[str, Any] = Recipe.model_json_schema()
+    for algorithm in ALGORITHMS.values():
+        settings = schema["$defs"][algorithm.__name__]["properties"]
+        # pydantic reads the docstrings of a dataclass's own fields only.
+        for ancestor in filter(is_dataclass, algorithm.__mro__[1:]):
+            inherited = TypeAdapter(ancestor).json_schema().get("properties", {})
+            settings |= {name: {**meaning, **settings[name]} for name, meaning in inherited.items()}
+    return schema

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -13,13 +13,9 @@ from prefold.recipe.sampling import MaxNewTokens, Sampling, Temperature
 
 JUDGE = "judge"
 """Among rewards: a chat model decides."""
-
-
-def _texts(value: Any) -> list[str]:
-    return [str(text) for text in ([value] if isinstance(value, str | Path) else value)]
-
-
-Texts = Annotated[list[str], BeforeValidator(_texts)]
+Texts = Annotated[
+    list[str], BeforeValidator(lambda value: list(map(str, [value] if isinstance(value, str | Path) else value)))
+]
 
 
 class Pairs(Sampling):

@@ -90,7 +90,10 @@ class RewardBase(Section):
     def only_its_own_settings(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(name := values.get("name"), str):
             return values
-        own = {} if values.get("file") else _settings_of(name)
+        if not values.get("file") and name not in BUILT_IN:
+            hint = did_you_mean(name, BUILT_IN) or f"there are {', '.join(BUILT_IN)}"
+            raise ValueError(f"`{name}` is not a built-in reward ({hint}); a function of your own needs its `file`")
+        own = {} if values.get("file") else BUILT_IN[name].model_fields
         known = [*own, *RewardBase.model_fields]
         for key, value in values.items():
             # A resolved recipe holds the settings of all rewards, empty where they are not this one's.
@@ -101,13 +104,6 @@ class RewardBase(Section):
         if missing:
             raise ValueError(f"`{name}` needs `{missing[0]}`")
         return values
-
-
-def _settings_of(name: str) -> dict[str, FieldInfo]:
-    if name not in BUILT_IN:
-        hint = did_you_mean(name, BUILT_IN) or f"there are {', '.join(BUILT_IN)}"
-        raise ValueError(f"`{name}` is not a built-in reward ({hint}); a function of your own needs its `file`")
-    return BUILT_IN[name].model_fields
 
 
 def _optional(field: FieldInfo) -> Any:
@@ -143,13 +139,10 @@ def parse_reward(text: str) -> RewardBase:
         name, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"`{setting}` is not a setting", where=where, expected="NAME:SETTING=VALUE,...")
-        values[name] = value if _is_text(name) else parse_yaml(value, where)
+        kind = Reward.model_fields[name].annotation if name in Reward.model_fields else None
+        is_text = any(str in (part, *get_args(part)) for part in (kind, *get_args(kind)))
+        values[name] = value if is_text else parse_yaml(value, where)
     return make_section(Reward, values, where)
-
-
-def _is_text(setting: str) -> bool:
-    kind = Reward.model_fields[setting].annotation if setting in Reward.model_fields else None
-    return any(str in (part, *get_args(part)) for part in (kind, *get_args(kind)))
 
 
 # ---- judges -----------------------------------------------------------------------------------------------------

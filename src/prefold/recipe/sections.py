@@ -294,11 +294,6 @@ class Guards(Section):
     undertrained: Warns = "warn"
     """At the end, pairs are hardly told apart."""
 
-    @property
-    def actions(self) -> dict[str, str]:
-        """By the name of the guard."""
-        return dict(self.model_dump())
-
 
 class Merge(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

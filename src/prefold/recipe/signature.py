@@ -26,7 +26,9 @@ def with_fields(section: type[Section], annotate: Annotate | None = None) -> Cal
         *own, _ = inspect.signature(function, eval_str=True).parameters.values()
         inherited = getattr(section.__base__, "model_fields", {})
         names = [*(name for name in section.model_fields if name not in inherited), *inherited]
-        fields = {name: section.model_fields[name] for name in names if name not in [one.name for one in own]}
+        fields = {
+            name: section.model_fields[name] for name in names if name not in [parameter.name for parameter in own]
+        }
         added = [
             inspect.Parameter(
                 name,
@@ -36,8 +38,8 @@ def with_fields(section: type[Section], annotate: Annotate | None = None) -> Cal
             )
             for name, field in fields.items()
         ]
-        positional = [one for one in own if one.kind is not one.KEYWORD_ONLY]
-        after = [one for one in own if one.kind is one.KEYWORD_ONLY]
+        positional = [parameter for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY]
+        after = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
         function.__signature__ = inspect.Signature([*positional, *added, *after])  # type: ignore[attr-defined]
         function.__annotations__ |= {parameter.name: parameter.annotation for parameter in added}
         if annotate is None:

@@ -21,6 +21,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prefold.errors import UserError, did_you_mean, json_type
@@ -48,10 +49,9 @@ class Where:
         self._text = text.strip().replace("\n", " ")
         self._columns: list[_Column] = []
         try:
-            condition = self._translate(_parsed(self._text))
+            self._condition = self._translate(_parsed(self._text))
         except RecursionError:
             raise WhereError("nested too deeply") from None
-        self._condition = lambda row: _truth(condition(row), self._text)
 
     def __call__(self, row: Row) -> bool:
         """Whether to keep the row.
@@ -59,7 +59,7 @@ class Where:
         Raises:
             Mismatch: it cannot be evaluated for this row.
         """
-        return self._condition(row)
+        return _truth(self._condition(row), self._text)
 
     def require_known_columns(self, source: str) -> None:
         """After all rows were asked about: no column may have been missing in every one of them.
@@ -68,7 +68,7 @@ class Where:
             UserError: for the first that was, with the nearest name.
         """
         for column in self._columns:
-            if column.found or not column.beside:
+            if column.seen or not column.beside:
                 continue
             beside = sorted(column.beside)
             advice = did_you_mean(column.parts[-1], beside)
@@ -85,8 +85,8 @@ class Where:
                 value = self._literal(node)
                 return lambda row: value
             case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
-                function, inner = _FUNCTIONS[name], self._translate(argument)
-                return lambda row: function(inner(row), ast.unparse(argument))
+                inner = self._translate(argument)
+                return lambda row: _called(name, inner(row), ast.unparse(argument))
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 inner = self._translate(operand)
                 return lambda row: not _truth(inner(row), ast.unparse(operand))
@@ -102,13 +102,14 @@ class Where:
         """`a < b <= c` holds where each neighbouring two do."""
         values = [self._translate(node) for node in nodes]
         links = []
-        for place, op in enumerate(ops):
-            beside = nodes[place : place + 2]
-            compare = _NULL_TESTS.get(type(op)) if any(map(_is_null, beside)) else _COMPARISONS.get(type(op))
-            if compare is None:
-                raise self._refused(nodes[place + 1])
-            links.append((compare, values[place], values[place + 1], " and ".join(map(ast.unparse, beside))))
-        return lambda row: all(compare(left(row), right(row), text) for compare, left, right, text in links)
+        for index, op in enumerate(map(type, ops)):
+            beside = nodes[index : index + 2]
+            of_null = any(ast.unparse(node) in ("None", "null") for node in beside)
+            if op not in _NULL_TESTS and (of_null or op in (ast.Is, ast.IsNot)):
+                raise self._refused(nodes[index + 1])
+            compare = _NULL_TESTS[op] if of_null else partial(_compared, op, " and ".join(map(ast.unparse, beside)))
+            links.append((compare, values[index], values[index + 1]))
+        return lambda row: all(compare(left(row), right(row)) for compare, left, right in links)
 
     def _literal(self, node: ast.expr) -> Any:
         match node:
@@ -148,7 +149,7 @@ class _Column:
     """Names and places that lead to a value; `beside` are the names that were there where one of them was not."""
 
     parts: tuple[str | int, ...]
-    found: bool = False
+    seen: bool = False
     beside: set[str] = field(default_factory=set)
 
     def __call__(self, row: Row) -> Any:
@@ -165,7 +166,7 @@ class _Column:
                 here = here[part]
             else:
                 raise Mismatch(f"`{self}`: {json_type(here)} has no `{part}`")
-        self.found = True
+        self.seen = True
         return here
 
     def __str__(self) -> str:
@@ -196,69 +197,48 @@ def _truth(value: Any, text: str) -> bool:
     raise Mismatch(f"`{text}` is {json_type(value)}, not true or false")
 
 
-def _compared(compare: Callable[[Any, Any], bool], ordered: bool = False) -> Callable[[Any, Any, str], bool]:
-    def values_compared(left: Any, right: Any, text: str) -> bool:
-        if left is None or right is None:
-            return False
-        if json_type(left) != json_type(right):
-            raise Mismatch(f"{text}: {json_type(left)} beside {json_type(right)}")
-        if ordered and json_type(left) not in ("a number", "a string"):
-            raise Mismatch(f"{text}: {json_type(left)} has no order")
-        return bool(compare(left, right))
-
-    return values_compared
-
-
-def _contained(wanted: bool) -> Callable[[Any, Any, str], bool]:
-    def found(left: Any, right: Any, text: str) -> bool:
-        if left is None or right is None:
-            return False
-        if isinstance(right, list):
-            # Python holds true for 1.
-            return any(json_type(left) == json_type(item) and left == item for item in right) is wanted
-        if isinstance(left, str) and isinstance(right, str):
-            return (left in right) is wanted
-        raise Mismatch(f"{text}: {json_type(left)} cannot be in {json_type(right)}")
-
-    return found
+def _compared(op: type[ast.cmpop], text: str, left: Any, right: Any) -> bool:
+    if left is None or right is None:
+        return False
+    if op in (ast.In, ast.NotIn):
+        return _contains(right, left, text) is (op is ast.In)
+    if json_type(left) != json_type(right):
+        raise Mismatch(f"{text}: {json_type(left)} beside {json_type(right)}")
+    if op not in _NULL_TESTS and json_type(left) not in ("a number", "a string"):
+        raise Mismatch(f"{text}: {json_type(left)} has no order")
+    return bool(_COMPARISONS[op](left, right))
 
 
-def _is_null(node: ast.expr) -> bool:
-    return (isinstance(node, ast.Constant) and node.value is None) or (isinstance(node, ast.Name) and node.id == "null")
+def _contains(values: Any, value: Any, text: str) -> bool:
+    if isinstance(values, list):
+        # Python holds true for 1.
+        return any(json_type(value) == json_type(item) and value == item for item in values)
+    if isinstance(value, str) and isinstance(values, str):
+        return value in values
+    raise Mismatch(f"{text}: {json_type(value)} cannot be in {json_type(values)}")
 
 
-def _length(value: Any, text: str) -> int | None:
-    if value is None or isinstance(value, str | list | dict):
-        return None if value is None else len(value)
-    raise Mismatch(f"len({text}): {json_type(value)} has no length")
-
-
-def _lower(value: Any, text: str) -> str | None:
-    if value is None or isinstance(value, str):
-        return None if value is None else value.lower()
-    raise Mismatch(f"lower({text}): {json_type(value)} is not text")
-
-
-def _number(value: Any, text: str) -> float | None:
+def _called(name: str, value: Any, text: str) -> Any:
+    function, complaint = _FUNCTIONS[name]
     try:
-        return None if value is None else float(value)
+        return None if value is None else function(value)
     except (TypeError, ValueError, OverflowError):
-        raise Mismatch(f"number({text}): {json_type(value)} that is no number") from None
+        raise Mismatch(f"{name}({text}): {json_type(value)} {complaint}") from None
 
 
 _WORDS = {"true": True, "false": False, "null": None}
-_FUNCTIONS: dict[str, Callable[[Any, str], Any]] = {"len": _length, "lower": _lower, "number": _number}
-_COMPARISONS = {
-    ast.Eq: _compared(operator.eq),
-    ast.NotEq: _compared(operator.ne),
-    ast.Lt: _compared(operator.lt, ordered=True),
-    ast.LtE: _compared(operator.le, ordered=True),
-    ast.Gt: _compared(operator.gt, ordered=True),
-    ast.GtE: _compared(operator.ge, ordered=True),
-    ast.In: _contained(True),
-    ast.NotIn: _contained(False),
+_FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "len": (len, "has no length"),
+    "lower": (str.lower, "is not text"),
+    "number": (float, "that is no number"),
 }
-_NULL_TESTS: dict[type[ast.cmpop], Callable[[Any, Any, str], bool]] = {
-    ast.Eq: lambda left, right, text: left is right,
-    ast.NotEq: lambda left, right, text: left is not right,
+"""With what is said of values that they do not take."""
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
 }
+_NULL_TESTS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {ast.Eq: operator.is_, ast.NotEq: operator.is_not}

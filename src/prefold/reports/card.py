@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -20,7 +20,7 @@ from markupsafe import Markup
 from prefold.files import read_json, write_text
 from prefold.reports.held_out import columns_of, rows_of
 from prefold.reports.numbers import finite
-from prefold.reports.run_files import RunRecord, Values, read_run, section
+from prefold.reports.run_files import RunRecord, Values, map_texts, read_run, section
 from prefold.reports.tasks import averages, none_trained_on, tasks_of
 from prefold.reports.templates import card_template
 from prefold.reports.verdict import overall
@@ -31,25 +31,13 @@ Part = Literal["merged", "adapter", "gguf"]
 
 LIBRARIES: dict[Part, str] = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
 TAGS = ("prefold", "preference-optimization")
-SETTINGS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "batch_size",
-    "num_train_epochs",
-    "max_steps",
-    "optim",
-)
+TRAIN = ("learning_rate", "lr_scheduler_type", "warmup_steps", "batch_size", "num_train_epochs", "max_steps", "optim")
 LORA = ("r", "lora_alpha", "lora_dropout")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
 
 
 def write_card(run_folder: Path) -> Path:
-    """Write the card of a run's merged model beside it, and return its path.
-
-    Raises:
-        UserError: the folder holds no recipe, or one of its files cannot be read.
-    """
+    """Write the card of a run's merged model beside it, and return its path. Raises UserError: see `read_run`."""
     path = run_folder / "merged" / CARD
     write_text(path, render_card(run_folder))
     return path
@@ -58,7 +46,8 @@ def write_card(run_folder: Path) -> Path:
 def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
     """The card of a repository that holds these parts of a run."""
     run = read_run(run_folder)
-    recipe, base = portable(run.recipe), _base(run)
+    recipe, base = map_texts(run.recipe, last_part), _base(run)
+    gguf = run_folder / "gguf" / "checks.json"
     tasks, average = (_measured(facts) for facts in (tasks_of(run.tasks), averages(run.tasks)))
     body = card_template("card.md.j2", literal, last_part)(
         run=run,
@@ -76,7 +65,7 @@ def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
         none_trained_on=none_trained_on(run.tasks),
         settings=_settings(recipe),
         data=run.data or {},
-        checks=_gguf_checks(run_folder) if "gguf" in parts else [],
+        checks=read_json(gguf) if "gguf" in parts and gguf.is_file() else [],
         recipe=fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100), "yaml"),
         versions=_versions(run),
     )
@@ -114,21 +103,9 @@ def fenced(text: str, language: str = "") -> Markup:
     return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 
 
-def portable(value: Any) -> Any:
-    """A copy of plain values in which every path of this machine is cut to its last part."""
-    if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [portable(item) for item in value]
-    return last_part(value) if isinstance(value, str) else value
-
-
 def last_part(text: str) -> str:
     """`text`, or what stands behind the last slash if it begins as a path of this machine does."""
     return text.rstrip("/").rpartition("/")[2] or "folder" if re.match(r"~?/|~[\w-]*/|\.\.?/", text) else text
-
-
-# ---- the head ---------------------------------------------------------------------------------------------------
 
 
 def _head(run: RunRecord, parts: Sequence[Part], tasks: dict[str, Values]) -> str:
@@ -155,19 +132,9 @@ def _head(run: RunRecord, parts: Sequence[Part], tasks: dict[str, Values]) -> st
         eval_results=results or None,
         model_name=_title(run) if results else None,
     )
-    return yaml.safe_dump(_without_nothing(data.to_dict()), sort_keys=False, allow_unicode=True)
-
-
-def _without_nothing(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nothing(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nothing(item) for item in value]
     # A line break could end the head, or begin another key.
-    return " ".join(value.split()) if isinstance(value, str) else value
-
-
-# ---- what is said -----------------------------------------------------------------------------------------------
+    values = map_texts(data.to_dict(), lambda text: " ".join(text.split()))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _title(run: RunRecord) -> str:
@@ -198,18 +165,13 @@ def _settings(recipe: Values) -> dict[str, str]:
     if recipe.get("lora") == "none":
         shown["lora"] = "none: every weight was trained"
     shown |= {f"lora.{name}": section(recipe, "lora").get(name) for name in LORA}
-    shown |= {f"train.{name}": train.get(name) for name in SETTINGS}
+    shown |= {f"train.{name}": train.get(name) for name in TRAIN}
     shown |= {f"model.{name}": True for name in ("load_in_4bit", "load_in_8bit") if model.get(name)}
     return {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for name, value in shown.items()
         if value is not None
     }
-
-
-def _gguf_checks(run_folder: Path) -> list[Values]:
-    path = run_folder / "gguf" / "checks.json"
-    return cast("list[Values]", read_json(path)) if path.is_file() else []
 
 
 def _versions(run: RunRecord) -> Values:

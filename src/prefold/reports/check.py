@@ -27,7 +27,11 @@ def print_check(facts: Values, console: Console | None = None) -> None:
     if "separation" in facts:
         _print_separation(console, facts["separation"])
     for finding in facts["findings"]:
-        _print_finding(console, finding)
+        severity = Text(finding["severity"], style=SEVERITY_STYLE[finding["severity"]])
+        console.print(severity.append(f"  {finding['message']}", style="default"))
+        if finding["rows"]:
+            console.print(indented(Text(rows_of(finding, ROWS_NAMED), style="dim"), 9))
+        console.print(indented(Text(finding["advice"], style="dim"), 9, 1))
     console.print(Text("The first row; what is trained on is underlined.", style="bold"))
     _print_example(console, facts["examples"][0])
     ok = facts["ok"]
@@ -51,14 +55,6 @@ def _tokens(tokens: dict[str, Values]) -> Table:
         numbers = [f"{counts[name]:,}" for name in ("trees", "prompt", "completions", "longest")]
         table.add_row(split.replace("_", "-"), *numbers, f"{counts['shared_share']:.0%}")
     return table
-
-
-def _print_finding(console: Console, finding: Values) -> None:
-    style = SEVERITY_STYLE[finding["severity"]]
-    console.print(Text(finding["severity"], style=style).append(f"  {finding['message']}", style="default"))
-    if finding["rows"]:
-        console.print(indented(Text(rows_of(finding, ROWS_NAMED), style="dim"), 9))
-    console.print(indented(Text(finding["advice"], style="dim"), 9, 1))
 
 
 def _print_separation(console: Console, separation: Values) -> None:

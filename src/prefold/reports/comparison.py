@@ -16,11 +16,7 @@ from prefold.reports.verdict import Line, Verdict, verdict_on_tasks
 
 
 def write_comparison(path: Path, comparison: Values) -> None:
-    """What `prefold.runs.comparison.compare` found as a page of its own.
-
-    Raises:
-        UserError: the page cannot be written there.
-    """
+    """The result of `prefold compare` as a page of its own. Raises UserError if it cannot be written there."""
     comparison = cleaned(comparison)
     text = page_template("compare.html.j2")(
         baseline=comparison["baseline"],

@@ -169,18 +169,14 @@ def _plot(kind: CurveKind, target: str, steps: list[float], values: dict[str, li
         drawn = plot.line("step", f"{line.metric}~", line_width=2.25, line_join="round", line_cap="round", **style)
         if len(steps) < SMOOTH_FROM:
             plot.scatter("step", line.metric, size=4, **style)
-    hover = HoverTool(mode="vline", renderers=[drawn], tooltips=_tooltip(kind), line_policy="nearest", show_arrow=False)
-    plot.add_tools(hover)
+    numeral = "0 %" if kind.is_share else "0.000"
+    rows = [("step", "@step{0}"), *((line.label, f"@{{{line.metric}}}{{{numeral}}}") for line in kind.lines)]
+    shown = "".join(f'<div><span style="opacity: 0.65">{label}</span> {value}</div>' for label, value in rows)
+    plot.add_tools(HoverTool(mode="vline", renderers=[drawn], tooltips=shown, line_policy="nearest", show_arrow=False))
     if kind.level is not None:
         plot.hspan(y=[kind.level], line_dash=[5, 5], line_color="#8a8a8a", line_width=1)
     _quiet_axes(plot, kind)
     return json_item(plot, target)  # type: ignore[arg-type]
-
-
-def _tooltip(kind: CurveKind) -> str:
-    numeral = "0 %" if kind.is_share else "0.000"
-    rows = [("step", "@step{0}"), *((line.label, f"@{{{line.metric}}}{{{numeral}}}") for line in kind.lines)]
-    return "".join(f'<div><span style="opacity: 0.65">{label}</span> {value}</div>' for label, value in rows)
 
 
 def _quiet_axes(plot: figure, kind: CurveKind) -> None:

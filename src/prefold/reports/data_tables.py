@@ -32,7 +32,8 @@ def data_tables(data: Values) -> Values:
     """`counted` and `tokens` are labels by what is counted, of `sources` and of `splits`."""
     sources, tokens = objects(data.get("sources")), section(data, "tokens")
     splits = {name: section(tokens, name) for name in tokens if section(tokens, name)}
-    findings = map(_finding, objects(data.get("findings")))
+    empty = dict.fromkeys(("severity", "kind", "count", "message", "advice"), "")
+    findings = [{**empty, **finding, "rows": rows_of(finding)} for finding in objects(data.get("findings"))]
     sampled = all(counts.get("completions") == 0 for counts in splits.values())
     return {
         "sources": sources,
@@ -64,10 +65,6 @@ def example(shown: Values) -> tuple[str, str, list[tuple[str, str, Any]]]:
     labels = ("chosen", "rejected") if len(texts) == 2 else ("completion",)
     completions = zip(labels, map(str, texts), as_list(shown.get("tokens"))[1:], strict=False)
     return f"{row.get('source', '')}, row {row.get('row', '')}", str(shown.get("prompt", "")), list(completions)
-
-
-def _finding(finding: Values) -> Values:
-    return dict.fromkeys(("severity", "kind", "count", "message", "advice"), "") | finding | {"rows": rows_of(finding)}
 
 
 def rows_of(finding: Values, most: int = 8) -> str:

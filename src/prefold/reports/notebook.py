@@ -30,10 +30,7 @@ class Shown:
 def show(run: str | Path) -> Shown:
     """The report of a run folder, to be shown by a notebook: verdict, before and after, curves, answers side by side.
 
-    It is made from what the run has written so far, and leaves nothing behind.
-
-    Raises:
-        UserError: the folder holds no recipe, or one of its files cannot be read.
+    It is made from what the run has written so far, and leaves nothing behind. Raises UserError: see `read_run`.
     """
     folder = Path(run).expanduser()
     return Shown(as_text(lambda console: console.print(summary(folder))), render(read_run(folder)))

@@ -54,16 +54,11 @@ def percent(share: Any, digits: int = 0) -> str:
 
 def points(share: Any, digits: int = 0) -> str:
     """A difference of two shares, in percentage points, with its sign."""
-    return _write(share, lambda value: f"{_rounded(100 * value, digits):+.{digits}f}")
+    return _write(share, lambda value: f"{100 * value:+z.{digits}f}")
 
 
 def signed(value: Any) -> str:
-    return _write(value, lambda number: f"{_rounded(number, 2):+.2f}")
-
-
-def _rounded(value: float, digits: int) -> float:
-    # Adding 0.0 turns -0.0, which would be shown as "-0", into 0.0.
-    return round(value, digits) + 0.0
+    return _write(value, lambda number: f"{number:+z.2f}")
 
 
 def decimal(value: Any) -> str:

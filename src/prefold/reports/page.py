@@ -35,22 +35,15 @@ REPORT = "report.html"
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into the run folder from what the run has written so far, and return its path.
-
-    Raises:
-        UserError: the folder holds no recipe, or one of its files cannot be read.
-    """
+    """Write `report.html` into the run folder from what the run has written so far, and return its path. Raises
+    UserError: see `read_run`."""
     path = run_folder / REPORT
     write_text(path, render(read_run(run_folder)))
     return path
 
 
 def write_check(path: Path, recipe: str, facts: Values) -> None:
-    """What `prefold check` found as a page of its own.
-
-    Raises:
-        UserError: the page cannot be written there.
-    """
+    """What `prefold check` found as a page of its own. Raises UserError if it cannot be written there."""
     write_page(path, render_check(recipe, facts))
 
 
@@ -107,9 +100,6 @@ def render(run: RunRecord) -> str:
     )
 
 
-# ---- scripts ----------------------------------------------------------------------------------------------------
-
-
 def script_safe(script: str) -> Markup:
     """Code that cannot close its own element. Code holds `</` and `<!--` in strings and regular expressions only."""
     return Markup(script.replace("</", "<\\/").replace("<!--", "<\\!--"))
@@ -123,9 +113,6 @@ def script_safe_json(value: Any) -> Markup:
 
 def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-# ---- answers ----------------------------------------------------------------------------------------------------
 
 
 def exchanges(samples: Sequence[Values]) -> list[tuple[list[tuple[str, str]], list[tuple[Any, Any]]]]:
@@ -145,9 +132,6 @@ def shared_system(samples: Sequence[Values]) -> str:
     firsts = {tuple(turns(sample.get("prompt"))[:1]) for sample in samples}
     first = firsts.pop() if len(firsts) == 1 else ()
     return first[0][1] if first and first[0][0] == "system" else ""
-
-
-# ---- tables -----------------------------------------------------------------------------------------------------
 
 
 def metric_rows(metrics: Sequence[Values]) -> dict[str, tuple[float | None, ...]]:

@@ -66,11 +66,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read what a run has written so far.
-
-    Raises:
-        UserError: `folder` holds no recipe, or one of its files cannot be read.
-    """
+    """Read what a run has written so far. Raises UserError: it holds no recipe, or one of its files cannot be read."""
     recipe_text = _read(folder / "recipe.yaml", readable)
     if recipe_text is None:
         raise UserError(
@@ -120,10 +116,10 @@ def _read_object(path: Path) -> Any:
     return _read(path, lambda text: _cleaned_object(json.loads(text)))
 
 
-def _cleaned_object(value: Any) -> Values:
+def _cleaned_object(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    return {readable(key): cleaned(item) for key, item in value.items()}
+    return cleaned(value)
 
 
 def _read_lines(path: Path) -> list[Values]:
@@ -159,11 +155,16 @@ def _excerpt(text: str) -> str:
 
 def cleaned(value: Any) -> Any:
     """A copy of plain values in which every text, keys included, is `readable`."""
+    return map_texts(value, readable)
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of plain values with every text, keys included, changed."""
     if isinstance(value, dict):
-        return {readable(str(key)): cleaned(item) for key, item in value.items()}
+        return {change(str(key)): map_texts(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [cleaned(item) for item in value]
-    return readable(value) if isinstance(value, str) else value
+        return [map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421}

@@ -18,11 +18,7 @@ from prefold.reports.verdict import overall
 
 
 def summary(run_folder: Path) -> RenderableType:
-    """Something for rich to print.
-
-    Raises:
-        UserError: the folder holds no recipe, or one of its files cannot be read.
-    """
+    """Something for rich to print. Raises UserError: see `read_run`."""
     run = read_run(run_folder)
     verdict = overall(run)
     lines: list[RenderableType] = [plain(verdict.headline, STYLES[verdict.outcome])]

@@ -25,9 +25,6 @@ def are_shares(facts: Values) -> bool:
     return facts.get("shares") is not False
 
 
-# ---- what counts once -------------------------------------------------------------------------------------------
-
-
 def tasks_of(comparison: Values | None, kind: str = "tasks") -> dict[str, Values]:
     """Facts by name; `kind` may be `groups` or `suites` as well."""
     return {name: facts for name, facts in section(comparison, kind).items() if isinstance(facts, dict)}
@@ -52,9 +49,6 @@ def averages(comparison: Values | None) -> dict[str, Values]:
     every = {f"Average, {name}": facts for name, facts in tasks_of(comparison, "suites").items()}
     every |= {"Average": section(comparison, "average")}
     return {name: facts for name, facts in every.items() if (finite(facts.get("tasks")) or 0) > 1}
-
-
-# ---- tables -----------------------------------------------------------------------------------------------------
 
 
 class TaskTable(NamedTuple):
@@ -84,7 +78,7 @@ def task_table(comparison: Values | None) -> TaskTable | None:
             name: {task: tasks[task] for task in members_of(group) if task in tasks}
             for name, group in tasks_of(comparison, "groups").items()
         },
-        reach=_reach([*tasks.values(), *rows.values(), *means.values()]),
+        reach=_reach((*tasks.values(), *rows.values(), *means.values())),
         flipped=[
             (name, facts.get(direction), direction == "fixed", questions)
             for name, facts in tasks.items()
@@ -120,9 +114,6 @@ def score_table(comparisons: dict[str, Values]) -> dict[str, list[Values | None]
     # Averages go last, whichever model has them.
     names = sorted(dict.fromkeys(name for model in models for name in model), key=lambda name: name[:7] == "Average")
     return {name: [model.get(name) for model in models] for name in names}
-
-
-# ---- beside a score ---------------------------------------------------------------------------------------------
 
 
 def note(facts: Values) -> str:

@@ -27,31 +27,24 @@ TEXTS = (
 
 def page_template(name: str) -> Callable[..., str]:
     """What renders a page."""
-    environment = Environment(autoescape=True, **_SETTINGS)
-    environment.filters |= {write.__name__: _in_span(write) for write in NUMBERS}
-    return _with_texts(environment).get_template(name).render
+    return _template(name, {write.__name__: _in_span(write) for write in NUMBERS}, autoescape=True)
 
 
 def card_template(name: str, finalize: Callable[[Any], Any], *filters: Callable[..., Any]) -> Callable[..., str]:
     """What renders a card, every value through `finalize`, with filters of its own."""
-    environment = Environment(autoescape=False, finalize=finalize, keep_trailing_newline=True, **_SETTINGS)
-    environment.filters |= {function.__name__: function for function in (*NUMBERS, *filters)}
-    return _with_texts(environment).get_template(name).render
+    own = {function.__name__: function for function in (*NUMBERS, *filters)}
+    return _template(name, own, autoescape=False, finalize=finalize, keep_trailing_newline=True)
 
 
-_SETTINGS: dict[str, Any] = {
-    "loader": FileSystemLoader(Path(__file__).parent),
-    "undefined": StrictUndefined,
-    "trim_blocks": True,
-    "lstrip_blocks": True,
-}
-
-
-def _with_texts(environment: Environment) -> Environment:
-    environment.filters |= {function.__name__: function for function in TEXTS}
+def _template(name: str, filters: dict[str, Any], **settings: Any) -> Callable[..., str]:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **settings
+    )
+    environment.filters |= filters | {function.__name__: function for function in TEXTS}
     environment.globals |= {write.__name__: write for write in NUMBERS}
     environment.tests["finite"] = lambda value: numbers.finite(value) is not None
-    return environment
+    return environment.get_template(name).render
 
 
 def _in_span(write: Callable[..., str]) -> Callable[..., Markup]:

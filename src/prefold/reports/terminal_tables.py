@@ -11,7 +11,6 @@ from rich.text import Text
 
 from prefold.reports.held_out import Row
 from prefold.reports.numbers import NARROW_SPACE, change, ends, score
-from prefold.reports.run_files import Values
 from prefold.reports.tasks import Outcome, TaskTable, are_shares, in_training_data, in_words, note, outcome_of
 
 STYLES: dict[Outcome, str] = {
@@ -58,18 +57,14 @@ def tasks_table(tasks: TaskTable, first: str = "before", second: str = "after", 
     table = grid(heading, first, second, "change", whole=True)
     table.add_column("", overflow="fold")
     for name, facts in (*tasks.rows.items(), *tasks.averages.items()):
-        table.add_row(*_task_row(name, facts))
+        shares = are_shares(facts)
+        table.add_row(
+            _above(name, note(facts), in_training_data(facts)),
+            *(plain(score(facts.get(when), shares)) for when in ("before", "after")),
+            _above(change(facts.get("difference"), shares), ends(facts.get("ci"), change, shares)),
+            coloured(in_words(facts), outcome_of(facts)),
+        )
     return table
-
-
-def _task_row(name: str, facts: Values) -> list[Text]:
-    shares = are_shares(facts)
-    return [
-        _above(name, note(facts), in_training_data(facts)),
-        *(plain(score(facts.get(when), shares)) for when in ("before", "after")),
-        _above(change(facts.get("difference"), shares), ends(facts.get("ci"), change, shares)),
-        coloured(in_words(facts), outcome_of(facts)),
-    ]
 
 
 def _above(text: str, *below: str) -> Text:

@@ -102,7 +102,7 @@ def examine(
     recipe, prepared = run.recipe, run.prepared
     run.require_openable()
     order = order_of(recipe, len(prepared.train))
-    train, held_out = list(prepared.train.lengths), list(prepared.held_out.lengths)
+    train, held_out = prepared.train.lengths, prepared.held_out.lengths
     plan = make_plan(recipe, train, held_out, order, device_memory, measure)
     report = CheckReport(prepared, run.tokenizer, plan).with_findings(plan.findings())
     return _with_separation(recipe, report) if reference else report

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from prefold.data.chat import encode
 from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
 from prefold.data.prepared_cache import prepare
@@ -81,13 +82,7 @@ class Run:
 
     def open_judge(self) -> Compares:
         assert self.recipe.evaluate.win_rate is not None
-        tokenizer = self.tokenizer
-
-        def token_ids(texts: Sequence[str]) -> list[list[int]]:
-            ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-            return ids
-
-        return open_judge(self.recipe.evaluate.win_rate.judge, token_ids)
+        return open_judge(self.recipe.evaluate.win_rate.judge, partial(encode, tokenizer=self.tokenizer))
 
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,24 +18,18 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """What the run was computed with."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     device = choose_device()
+    processor = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
     return {
         "prefold": version("prefold"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device.type,
-        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else str(processor),
         "cpu_threads": torch.get_num_threads(),
         "packages": versions,
     }
-
-
-def _cpu_name() -> str:
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())

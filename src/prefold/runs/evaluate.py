@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from prefold import ranks
@@ -65,6 +66,6 @@ def _evaluate_tasks(run: Run, tasks: Sequence[OpenTask]) -> None:
     before = measure_model(run.recipe.model, tasks, settings, "before")
     after = measure_model(run.recipe.model.whole(run.folder / "merged"), tasks, settings, "after", trained_on)
     if ranks.is_first():
-        write_json(folder / "scores_before.json", [scores.as_json() for scores in before])
-        write_json(folder / "scores_after.json", [scores.as_json() for scores in after])
+        write_json(folder / "scores_before.json", list(map(asdict, before)))
+        write_json(folder / "scores_after.json", list(map(asdict, after)))
         write_json(folder / "tasks.json", {**compare_tasks(before, after), "settings": recorded_settings(settings)})

@@ -75,7 +75,9 @@ def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
     changed = sorted(
         name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name != "output_dir"
     )
-    sections = {_section_of(name) for name in changed}
+    # Who judges, or is asked beside them, is no part of the evaluation of the run's own models.
+    apart = ("evaluate.compare_with", "evaluate.win_rate")
+    sections = {name.split(".")[1 if name.startswith(apart) else 0] for name in changed}
     outdated: list[Stage] = []
     for stage in stages_of(recipe):
         if not (outdated or sections.intersection(stage.sections)):
@@ -90,13 +92,6 @@ def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
                 advice="take another `output_dir`, or `--fresh` to remove that run and start over",
             )
     return outdated
-
-
-def _section_of(name: str) -> str:
-    """The part of the recipe that a field belongs to. Who judges, or is asked beside them, is no part of the evaluation
-    of the run's own models."""
-    first, *rest = name.split(".")
-    return rest[0] if first == "evaluate" and rest[:1] and rest[0] in ("compare_with", "win_rate") else first
 
 
 def _by_dotted_path(values: Any, path: str = "") -> dict[str, Any]:

@@ -25,7 +25,6 @@ from prefold.evaluation.held_out_pairs import (
     by_pair,
     compare_pairs,
     match,
-    score_matched,
     score_pairs,
 )
 from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
@@ -65,7 +64,8 @@ class Measuring(ABC):
         recipe = self.recipe
         model, tokenizer = load_start(section, dtype=measuring_dtype()), tokenizer_of(section)
         result, template = self.score(model, tokenizer, when), recipe.data.template
-        answers = answer(model, tokenizer, self.prompts, sampling(recipe), f"answers {when}", template=template)
+        sampling = Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)
+        answers = answer(model, tokenizer, self.prompts, sampling, f"answers {when}", template=template)
         del model
         free_memory()
         return result, answers
@@ -101,7 +101,7 @@ class MatchedPairs(PairsByLogprobs):
         matches = match(self.held_out.prompt_keys, labels)
         if not matches:
             return None
-        return score_matched(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, matches, label)
+        return score_pairs(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, label, matches)
 
 
 class PromptsByRewards(Measuring):
@@ -176,7 +176,3 @@ def held_out_sampling(recipe: RecipeBase) -> Sampling | None:
     """How a completion of each held-out prompt is drawn: as in training; None for methods that train on stored ones."""
     draws = recipe.algorithm.draws
     return replace(sampling_of(draws), num_answers=1) if draws else None
-
-
-def sampling(recipe: RecipeBase) -> Sampling:
-    return Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)

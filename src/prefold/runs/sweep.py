@@ -142,30 +142,24 @@ def _points(
     of them cannot be a recipe."""
     grid = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
     folder = output or f"{load_recipe(recipe, [*fixed, *_overrides(grid[0])]).output_dir}-sweep"
-    labels = _labels(list(swept))
+    # Short names: the last part of a path, where only one field has it.
+    lasts = [field.rpartition(".")[2] for field in swept]
+    labels = {field: last if lasts.count(last) == 1 else field for field, last in zip(swept, lasts, strict=True)}
     points = []
     for settings in grid:
         name = ",".join(f"{labels[field]}={_in_a_name(value)}" for field, value in settings.items())
         own = _overrides({**settings, "output_dir": f"{folder}/{name}"})
         points.append(Point(name, settings, load_recipe(recipe, [*fixed, *own])))
     if points[0].recipe.publish is not None:
-        raise UserError(
-            "every run of the sweep would be published to the same place",
-            where="`publish`",
-            advice="add `publish=null`, and publish the best run at the end: `prefold publish RUN publish.to=...`",
-        )
+        what = "every run of the sweep would be published to the same place"
+        advice = "add `publish=null`, and publish the best run at the end: `prefold publish RUN publish.to=...`"
+        raise UserError(what, where="`publish`", advice=advice)
     return points, Path(folder).expanduser()
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
     # JSON is YAML too.
     return [f"{field}={json.dumps(value, ensure_ascii=False)}" for field, value in settings.items()]
-
-
-def _labels(fields: Sequence[str]) -> dict[str, str]:
-    """Short names: the last part of a path, where only one field has it."""
-    lasts = [field.rpartition(".")[2] for field in fields]
-    return {field: last if lasts.count(last) == 1 else field for field, last in zip(fields, lasts, strict=True)}
 
 
 LONGEST = 40

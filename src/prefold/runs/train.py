@@ -25,7 +25,7 @@ from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
 from prefold.runs.context import Run, head_seed_of, loaded_rewards, order_of, scorer_of
 from prefold.runs.fingerprints import row_list
-from prefold.terminal import say, updated_bar
+from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
 from prefold.training.checkpoints import last_checkpoint, step_of
 from prefold.training.guards import Facts, Guards, RolledBack
@@ -64,8 +64,8 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     free_memory()  # of the self-check and the reference
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))
-    with _trackers(recipe), updated_bar("train", len(order), done) as update:
-        record = StepRecord(folder, done, update)
+    with _trackers(recipe), progress_bar("train", len(order), done) as advance:
+        record = StepRecord(folder, done, advance)
         loop = TrainingLoop(
             algorithm,
             scorer,
@@ -125,7 +125,7 @@ def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder,
     facts = Facts(len(order), settings.learning_rate, settings.batch_size, scales_gradients=dtype == torch.float16)
     origins = prepared.train.origins
     return Guards(
-        recipe.guards.actions,
+        recipe.guards.model_dump(),
         facts,
         record,
         done,

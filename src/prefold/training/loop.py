@@ -42,13 +42,13 @@ from transformers.trainer_utils import rotate_checkpoints
 from prefold import ranks
 from prefold.algorithms import NO_STATE, Algorithm, Extreme, LossOutput, Mean, Metric, State
 from prefold.errors import UserError, did_you_mean
-from prefold.files import new_folder
+from prefold.files import new_folder, remove_left_over
 from prefold.training.checkpoints import TRAINER_STATE, read_manifest, write_manifest
 from prefold.training.guards import Guards
 from prefold.training.interrupt import Interruption
 from prefold.training.optimizer import optimizer_and_schedule
 from prefold.training.record import StepRecord
-from prefold.training.saved_state import load_states, load_weights, save_states, save_weights
+from prefold.training.saved_state import load_states, load_weights, reshard, save_states, save_weights
 from prefold.trees.attention import unwrapped
 from prefold.trees.logprobs import TreeLogprobs, concatenated
 from prefold.trees.packing import TokenTree
@@ -401,8 +401,11 @@ class TrainingLoop:
     def _begin(self, checkpoint: Path | None) -> None:
         """Set up what steps need, as it was at a checkpoint if there is one."""
         self.require_metric()
+        if ranks.is_first():
+            remove_left_over(self.checkpoints)
         if self.args.activation_checkpointing:
             unwrapped(self.model).activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        reshard(self.model)  # after passes without gradients
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         ranks.copy_from_first(self.model)

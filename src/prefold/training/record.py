@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from prefold import ranks
 from prefold.files import flush_to_disk, read_jsonl, write_text
+from prefold.terminal import Advance
 
 
 def peak_memory_mb() -> int:
@@ -31,7 +32,7 @@ class StepRecord:
     run's. `history` holds the lines of `metrics.jsonl`. Of several processes the first one writes.
     """
 
-    def __init__(self, run_folder: Path, resumed_step: int, update_bar: Callable[..., None]):
+    def __init__(self, run_folder: Path, resumed_step: int, update_bar: Advance):
         self.update_bar = update_bar
         self.metrics, self.timing = run_folder / "metrics.jsonl", run_folder / "timing.jsonl"
         self.rollouts = run_folder / "rollouts.jsonl"
@@ -48,7 +49,7 @@ class StepRecord:
         shown = {"loss": "loss", "reward": "reward", "rewards/margins": "margin", "rewards/accuracies": "acc"}
         shown |= {"margin": "margin", "accuracy": "acc"}
         text = " ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics)
-        self.update_bar(advance=1, text=text)
+        self.update_bar(1, text)
 
     def rollout(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
         for group in groups:

@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prefold.trees.head import Statistics, distribution_statistics, head_computes, head_logprobs, head_of
@@ -23,9 +24,9 @@ from prefold.trees.padding import padded_batches
 
 @dataclass(frozen=True)
 class TreeLogprobs:
-    """Log-probs in nats: `tokens` `[S]` of every scored token, float32 or better; `completion` `[S]`, the completion of
-    the batch that it belongs to; `lengths` `[N]`, tokens per completion. Where they were asked for: `statistics` of the
-    scored positions, and `prompts`, for each tree the summed log-prob of its prompt from the second token on, of
+    """Log-probs in nats: `tokens` of every scored token, float32 or better; `completion`, the completion of the batch
+    that it belongs to; `lengths`, tokens per completion. Where they were asked for: `statistics` of the scored
+    positions, and `prompts`, for each tree the summed log-prob of its prompt from the second token on, of
     `prompt_lengths` tokens.
 
     `extras`, by name: what a method alone needs of the completions beside their log-probs. Nothing here reads it.
@@ -33,13 +34,13 @@ class TreeLogprobs:
     A model that scores conversations has scores in their place, one to each completion, as if it had one token.
     """
 
-    tokens: Tensor
-    completion: Tensor
-    lengths: Tensor
+    tokens: Float[Tensor, " S"]
+    completion: Int[Tensor, " S"]
+    lengths: Int[Tensor, " N"]
     statistics: Statistics | None = None
-    auxiliary: Tensor | None = None
-    prompts: Tensor | None = None
-    prompt_lengths: Tensor | None = None
+    auxiliary: Float[Tensor, ""] | None = None
+    prompts: Float[Tensor, " trees"] | None = None
+    prompt_lengths: Int[Tensor, " trees"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sums(self) -> Tensor:

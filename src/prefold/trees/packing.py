@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -66,21 +67,21 @@ class Node(NamedTuple):
 class PackedTrees:
     """Several trees as one row of `T` tokens, laid out in `nodes`, each of which stands before what continues it.
 
-    `input_ids` and `positions` are `[1, T]`; `predictors` (indices into the row), `targets` (token ids) and
-    `completion` (which completion of the row a scored token belongs to) are `[S]`, one entry per scored token;
-    `lengths` is `[N]`, the tokens of each completion. Where prompts are scored too, their tokens from the second one on
-    are the last of `predictors` and `targets`, and `owner` `[P]` is the tree that each of them belongs to.
+    `predictors` are indices into the row, `targets` token ids, one for each of the `S` tokens of completions;
+    `completion` is the completion of the row that each belongs to, `lengths` the tokens of each of `N` completions.
+    Where prompts are scored too, their `P` tokens from the second one on are the last of `predictors` and `targets`,
+    and `owner` is the tree that each of them belongs to.
     """
 
     trees: tuple[TokenTree, ...]
     nodes: tuple[Node, ...]
-    input_ids: Tensor
-    positions: Tensor
-    predictors: Tensor
-    targets: Tensor
-    completion: Tensor
-    lengths: Tensor
-    owner: Tensor | None = None
+    input_ids: Int[Tensor, "1 T"]
+    positions: Int[Tensor, "1 T"]
+    predictors: Int[Tensor, " predicted"]
+    targets: Int[Tensor, " predicted"]
+    completion: Int[Tensor, " S"]
+    lengths: Int[Tensor, " N"]
+    owner: Int[Tensor, " P"] | None = None
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What the attention derives from the layout once and uses in every layer."""
 

@@ -9,6 +9,7 @@ from preference_batches import logprobs
 from torch import Tensor
 
 from prefold.algorithms import Algorithm, LossOutput
+from prefold.algorithms.pairwise import Pairs
 from prefold.trees.logprobs import TreeLogprobs
 
 
@@ -26,3 +27,9 @@ def by_ratios(algorithm: Algorithm, *ratios: float, lengths: Sequence[int] | Non
     output = algorithm.loss(policy, scored([-10.0] * len(ratios), lengths))
     (gradient,) = torch.autograd.grad(torch.stack(list(output.loss.values())).sum(), policy.tokens)
     return output, gradient[policy.lengths.cumsum(0) - policy.lengths]
+
+
+def pairs_apart(difference: Tensor) -> Pairs:
+    """Pairs of one token each whose log-ratios differ by this; the rejected completion is as likely as before."""
+    same, one_token = torch.zeros_like(difference), torch.ones_like(difference)
+    return Pairs(difference, same, same, same, one_token, one_token)

@@ -7,7 +7,8 @@ import math
 import pytest
 from of_pairs import by_ratios, scored
 
-from prefold.algorithms import AOT, DPO, AOTUnpaired
+from prefold.algorithms.aot import AOT, AOTUnpaired
+from prefold.algorithms.dpo import DPO
 
 
 def softplus(value: float) -> float:

@@ -7,7 +7,7 @@ import math
 import pytest
 from of_pairs import by_ratios
 
-from prefold.algorithms import APODown, APOZero
+from prefold.algorithms.apo import APODown, APOZero
 
 
 def sigmoid(value: float) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from of_pairs import by_ratios, scored
 
-from prefold.algorithms import BCO
+from prefold.algorithms.bco import BCO
 
 
 def softplus(value: float) -> float:

@@ -8,7 +8,7 @@ import pytest
 from of_pairs import scored
 from preference_batches import metric_means, step_loss
 
-from prefold.algorithms import CPO
+from prefold.algorithms.cpo import CPO
 from prefold.trees.packing import TokenTree
 
 TREES = [TokenTree((1,), ((2, 2), (2, 2, 2)))]

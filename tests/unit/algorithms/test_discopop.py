@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from of_pairs import by_ratios
+from of_pairs import by_ratios, pairs_apart
 
-from prefold.algorithms import DiscoPOP
-from prefold.algorithms.discopop import discopop_loss
+from prefold.algorithms.discopop import DiscoPOP
 
 
 def test_numbers_by_hand() -> None:
@@ -23,13 +22,13 @@ def test_numbers_by_hand() -> None:
 def test_not_convex() -> None:
     """The paper's figure: near z = 0 the exponential takes over and the loss rises for a while, then falls."""
     margins = torch.tensor([-0.5, -0.1, 0.05, 1.0], dtype=torch.float64)
-    before, dip, top, after = discopop_loss(margins, beta=1.0, tau=0.05).tolist()
+    before, dip, top, after = DiscoPOP(beta=1.0, discopop_tau=0.05).losses(pairs_apart(margins)).tolist()
     assert before > dip < top > after
 
 
 def test_extremes_stay_finite() -> None:
     difference = torch.tensor([-1e4, -1e2, 1e2, 1e4], requires_grad=True)
-    losses = discopop_loss(difference, beta=1.0, tau=0.05)
+    losses = DiscoPOP(beta=1.0, discopop_tau=0.05).losses(pairs_apart(difference))
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([1e4, 1e2, 0.0, 0.0])
     assert difference.grad is not None and difference.grad.tolist() == pytest.approx([-1.0, -1.0, 0.0, 0.0])

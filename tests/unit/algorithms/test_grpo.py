@@ -11,8 +11,8 @@ import torch
 from preference_batches import logprobs, metric_means, step_loss
 from torch import Tensor
 
-from prefold.algorithms import GRPO, LossOutput
-from prefold.algorithms.grpo import cispo_losses, clipped_losses, group_advantages, k3
+from prefold.algorithms import LossOutput
+from prefold.algorithms.grpo import GRPO, k3
 from prefold.trees.head import Statistics
 from prefold.trees.packing import TokenTree
 
@@ -30,13 +30,13 @@ def test_advantages_by_hand() -> None:
     """1, 2, 3, 6: mean 3, squares 4 + 1 + 0 + 9, over 3: deviation sqrt(14 / 3). The second group is all equal."""
     rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]], dtype=torch.float64)
     of_group = math.sqrt(14 / 3) + 1e-4
-    found = group_advantages(rewards)
+    found = GRPO().advantages(rewards)
     assert found[0].tolist() == pytest.approx([-2 / of_group, -1 / of_group, 0.0, 3 / of_group])
     assert found[1].tolist() == [0.0] * 4
-    assert group_advantages(rewards, "none")[0].tolist() == [-2.0, -1.0, 0.0, 3.0]
+    assert GRPO(scale_rewards="none").advantages(rewards)[0].tolist() == [-2.0, -1.0, 0.0, 3.0]
     # All eight: mean 4, squares 9 + 4 + 1 + 4 + 4 * 1, over 7.
     of_batch = math.sqrt(22 / 7) + 1e-4
-    assert group_advantages(rewards, "batch")[0].tolist() == pytest.approx(
+    assert GRPO(scale_rewards="batch").advantages(rewards)[0].tolist() == pytest.approx(
         [-2 / of_batch, -1 / of_batch, 0.0, 3 / of_batch]
     )
 
@@ -45,7 +45,7 @@ def test_what_no_reward_speaks_of_has_no_advantage() -> None:
     """1 and 3 are compared with each other; alone, or of none at all, there is nothing to compare."""
     rewards = torch.tensor([[1.0, NAN, 3.0], [NAN, 2.0, NAN], [NAN, NAN, NAN]], dtype=torch.float64)
     for scale, size in (("group", 1 / (math.sqrt(2) + 1e-4)), ("none", 1.0)):
-        found = group_advantages(rewards, scale)  # type: ignore[arg-type]
+        found = GRPO(scale_rewards=scale).advantages(rewards)  # type: ignore[arg-type]
         assert found[0].tolist() == pytest.approx([-size, 0.0, size])
         assert found[1:].tolist() == [[0.0] * 3] * 2
 
@@ -56,7 +56,8 @@ def test_what_no_reward_speaks_of_has_no_advantage() -> None:
 def test_clipping_by_hand() -> None:
     """A ratio is only held where going on would pay: above for a positive advantage, below for a negative one."""
     ratios = numbers(1.5, 0.5, 1.5, 0.5, 1.1, gradient=True)
-    losses = clipped_losses(ratios, numbers(1, 1, -1, -1, -2), 0.2, 0.3)
+    clipped = GRPO(epsilon=0.2, epsilon_high=0.3)
+    losses = clipped.token_losses(ratios, numbers(1, 1, -1, -1, -2), numbers(-1, -1, -1, -1, -1))
     assert losses.tolist() == pytest.approx([-1.3, -0.5, 1.5, 0.8, 2.2])
     (slopes,) = torch.autograd.grad(losses.sum(), ratios)
     assert slopes.tolist() == [0.0, -1.0, 1.0, 0.0, 2.0]
@@ -65,7 +66,7 @@ def test_clipping_by_hand() -> None:
 def test_cispo_by_hand() -> None:
     """A ratio of 2 weighs 1.5 and still has a gradient; one of 0.5 weighs 0.5."""
     ratios, tokens = numbers(2, 0.5, gradient=True), numbers(-2, -3, gradient=True)
-    losses = cispo_losses(ratios, numbers(1, -1), tokens, 1.5)
+    losses = GRPO(loss_type="cispo", epsilon_high=1.5).token_losses(ratios, numbers(1, -1), tokens)
     assert losses.tolist() == [3.0, -1.5]
     (slopes,) = torch.autograd.grad(losses.sum(), tokens)
     assert slopes.tolist() == [-1.5, 0.5]

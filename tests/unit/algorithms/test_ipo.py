@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from of_pairs import by_ratios
 
-from prefold.algorithms import IPO
+from prefold.algorithms.ipo import IPO
 
 
 def test_numbers_by_hand() -> None:

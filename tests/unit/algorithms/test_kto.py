@@ -8,8 +8,7 @@ import pytest
 import torch
 from preference_batches import logprobs, metric_means, step_loss
 
-from prefold.algorithms import KTO
-from prefold.algorithms.kto import kto_loss, mismatched
+from prefold.algorithms.kto import KTO
 from prefold.trees.packing import TokenTree
 
 
@@ -17,45 +16,51 @@ def sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-def loss_of(ratios: list[float], labels: list[bool], others: list[float], **weights: float) -> tuple[torch.Tensor, ...]:
-    """Losses, rewards and divergence for log-ratios against a reference of 0, with beta 0.5, and the gradient."""
-    policy = torch.tensor(ratios, dtype=torch.float64, requires_grad=True)
+def loss_of(
+    ratios: list[float], labels: list[bool], others: list[float], **weights: float
+) -> tuple[float, dict[str, float], list[float]]:
+    """Sum of the losses, metrics and gradient for log-ratios against a reference of 0, with beta 0.5."""
+    tokens = torch.tensor(ratios, dtype=torch.float64, requires_grad=True)
     away = torch.tensor(others, dtype=torch.float64, requires_grad=True)
-    zeros = torch.zeros(len(others), dtype=torch.float64)
-    found = kto_loss(policy, torch.zeros_like(policy), torch.tensor(labels), away, zeros, beta=0.5, **weights)
-    (gradient,) = torch.autograd.grad(found[0].sum(), policy)
-    assert not found[2].requires_grad
-    return *found, gradient
+    lengths = [1] * len(ratios)
+    policy = logprobs(tokens, lengths, extras={"label": torch.tensor(labels), "mismatched": away})
+    reference = logprobs(torch.zeros_like(tokens), lengths, extras={"mismatched": torch.zeros_like(away)})
+    output = KTO(beta=0.5, **weights).loss(policy, reference)
+    loss = output.loss["completions"]
+    gradient, no_gradient = torch.autograd.grad(loss, [tokens, away], allow_unused=True)
+    assert no_gradient is None
+    return loss.item(), metric_means(output), gradient.tolist()
 
 
 def test_numbers_by_hand() -> None:
     """Mismatched ratios 3 and -1: divergence 1. Desirable, ratio 3: 1 - s(0.5 * 2). Undesirable, ratio -1: 1 - s(0.5 *
     2) as well; twice the weight."""
-    losses, rewards, kl, gradient = loss_of([3.0, -1.0], [True, False], [3.0, -1.0], undesirable_weight=2.0)
-    assert kl.item() == pytest.approx(1.0)
-    assert losses.tolist() == pytest.approx([1 - sigmoid(1), 2 * (1 - sigmoid(1))])
-    assert rewards.tolist() == [1.5, -0.5]
+    loss, metrics, gradient = loss_of([3.0, -1.0], [True, False], [3.0, -1.0], undesirable_weight=2.0)
+    assert metrics["kl"] == pytest.approx(1.0)
+    assert loss == pytest.approx(3 * (1 - sigmoid(1)))
+    assert (metrics["rewards/chosen"], metrics["rewards/rejected"]) == (1.5, -0.5)
     slope = 0.5 * sigmoid(1) * sigmoid(-1)
-    assert gradient.tolist() == pytest.approx([-slope, 2 * slope])
+    assert gradient == pytest.approx([-slope, 2 * slope])
 
 
 def test_divergence_is_not_negative() -> None:
-    losses, _, kl, _ = loss_of([0.0, 0.0], [True, False], [-3.0, 1.0])
-    assert kl.item() == 0.0
-    assert losses.tolist() == [0.5, 0.5]
+    for label in (True, False):
+        loss, metrics, _ = loss_of([0.0], [label], [-3.0, 1.0])
+        assert metrics["kl"] == 0.0 and loss == 0.5
 
 
 def test_extremes() -> None:
     """Far from the reference point the loss is 0 or its weight, and has no gradient."""
-    losses, _, _, gradient = loss_of([1e4, -1e4, 1e4, -1e4], [True, True, False, False], [0.0], desirable_weight=1.5)
-    assert losses.tolist() == [0.0, 1.5, 1.0, 0.0]
-    assert gradient.tolist() == [0.0] * 4
+    for ratio, label, weight in ((1e4, True, 0.0), (-1e4, True, 1.5), (1e4, False, 1.0), (-1e4, False, 0.0)):
+        loss, _, gradient = loss_of([ratio], [label], [0.0], desirable_weight=1.5)
+        assert loss == weight and gradient == [0.0]
 
 
 def test_mismatched() -> None:
-    trees = [TokenTree((place,), ((10 + place,),)) for place in range(3)]
-    assert [(tree.prompt[0], tree.completions[0][0]) for tree in mismatched(trees)] == [(0, 12), (1, 10), (2, 11)]
-    assert mismatched(trees[:1]) == trees[:1]
+    trees = [TokenTree((i,), ((10 + i,),)) for i in range(3)]
+    mismatched = KTO().further_trees(trees)["mismatched"]
+    assert [(tree.prompt[0], tree.completions[0][0]) for tree in mismatched] == [(0, 12), (1, 10), (2, 11)]
+    assert KTO().further_trees(trees[:1]) == {"mismatched": trees[:1]}
 
 
 def test_metrics() -> None:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from preference_batches import case, step_loss
 
-from prefold.algorithms import BCO, DPO, NCA, ORPO, SFT, Algorithm, Mixed
+from prefold.algorithms import Algorithm
+from prefold.algorithms.bco import BCO
+from prefold.algorithms.dpo import DPO
+from prefold.algorithms.mixed import Mixed
+from prefold.algorithms.nca import NCA
+from prefold.algorithms.orpo import ORPO
+from prefold.algorithms.sft import SFT
 
 
 def value_and_gradient(algorithm: Algorithm) -> tuple[float, torch.Tensor]:

@@ -7,7 +7,7 @@ import math
 import pytest
 from of_pairs import by_ratios
 
-from prefold.algorithms import NCA
+from prefold.algorithms.nca import NCA
 
 
 def test_numbers_by_hand() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from preference_batches import logprobs, metric_means, step_loss
 
-from prefold.algorithms import ORPO
-from prefold.algorithms.orpo import log1mexp, log_odds_ratio
+from prefold.algorithms.orpo import ORPO, log1mexp, log_odds_ratio
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from preference_batches import case, logprobs
 
-from prefold.algorithms import DPO, IPO, Hinge
 from prefold.algorithms.divergence import divergence_scores
+from prefold.algorithms.dpo import DPO
+from prefold.algorithms.hinge import Hinge
+from prefold.algorithms.ipo import IPO
 from prefold.algorithms.pairwise import discount_tails, pair_weights
 from prefold.trees.head import Statistics
 

@@ -9,7 +9,7 @@ import torch
 from of_pairs import scored
 from preference_batches import metric_means
 
-from prefold.algorithms import BradleyTerry
+from prefold.algorithms.reward import BradleyTerry
 from prefold.training.loop import value_of
 
 

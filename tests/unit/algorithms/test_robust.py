@@ -7,7 +7,8 @@ import math
 import pytest
 from of_pairs import by_ratios
 
-from prefold.algorithms import DPO, Robust
+from prefold.algorithms.dpo import DPO
+from prefold.algorithms.robust import Robust
 
 
 def test_numbers_by_hand() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from preference_batches import logprobs, metric_means, step_loss
 
-from prefold.algorithms import SFT
+from prefold.algorithms.sft import SFT
 from prefold.trees.packing import TokenTree
 
 

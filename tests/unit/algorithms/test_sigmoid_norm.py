@@ -7,7 +7,7 @@ import math
 import pytest
 from of_pairs import by_ratios
 
-from prefold.algorithms import SigmoidNorm
+from prefold.algorithms.sigmoid_norm import SigmoidNorm
 
 
 def test_numbers_by_hand() -> None:

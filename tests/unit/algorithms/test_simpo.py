@@ -9,7 +9,7 @@ import torch
 from of_pairs import scored
 from preference_batches import metric_means
 
-from prefold.algorithms import SimPO
+from prefold.algorithms.simpo import SimPO
 
 
 def test_numbers_by_hand() -> None:

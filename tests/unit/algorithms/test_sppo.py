@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from of_pairs import by_ratios
 
-from prefold.algorithms import SPPO
+from prefold.algorithms.sppo import SPPO
 
 
 def test_numbers_by_hand() -> None:

@@ -14,7 +14,6 @@ from prefold.data.duplicates import (
     Match,
     NearRepeats,
     Parts,
-    Repeats,
     overlapping,
     words_of,
 )
@@ -38,7 +37,7 @@ def parts(prompt: str = "Why?", chosen: str = "So.", rejected: str = "No.") -> P
     return [user(prompt)], [assistant(chosen)], [assistant(rejected)]
 
 
-def rows_repeated(repeats: Repeats, records: Sequence[Parts]) -> list[int | None]:
+def rows_repeated(repeats: ExactRepeats | NearRepeats, records: Sequence[Parts]) -> list[int | None]:
     found = [repeats.earlier(record, RowId("pairs.jsonl", row)) for row, record in enumerate(records, start=1)]
     return [row and row.row for row in found]
 

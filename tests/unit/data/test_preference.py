@@ -8,9 +8,9 @@ import pytest
 from data_samples import assistant, system, user
 
 from prefold.data.conversion import to_record
+from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, RowId, messages_key, short
 from prefold.data.shapes import find_shape
-from prefold.data.sources import RawRow
 
 ORIGIN = RowId("pairs.jsonl", 7)
 TEXT = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}

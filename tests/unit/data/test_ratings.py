@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from prefold.data.conversion import to_record
+from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, RowId
 from prefold.data.shapes import find_shape
-from prefold.data.sources import RawRow
 from prefold.data.votes import ratings
 
 

@@ -11,9 +11,9 @@ import pytest
 from data_samples import assistant, system, user
 
 from prefold.data.conversion import to_record
+from prefold.data.formats import RawRow
 from prefold.data.preference import Message, Preference, Problem, Prompt, RowId, Unpaired
 from prefold.data.shapes import KINDS, Kind, Shape, find_shape
-from prefold.data.sources import RawRow
 from prefold.errors import UserError
 
 ORIGIN = RowId("rows.jsonl", 3)

@@ -17,8 +17,9 @@ import pytest
 from pyarrow import parquet
 
 from prefold.data import sources
+from prefold.data.formats import RawRow
 from prefold.data.preference import RowId
-from prefold.data.sources import RawRow, read_rows
+from prefold.data.sources import read_rows
 from prefold.errors import UserError
 from prefold.recipe import Source
 

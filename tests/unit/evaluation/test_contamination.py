@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,6 @@ def test_marks_follow_their_questions() -> None:
 
 def test_marks_are_written_and_read_again() -> None:
     one = scores([0, 1], contaminated=(True, False))
-    assert TaskScores.from_json(json.loads(json.dumps(one.as_json()))) == one
-    earlier = {name: value for name, value in one.as_json().items() if name != "contaminated"}
+    assert TaskScores.from_json(json.loads(json.dumps(asdict(one)))) == one
+    earlier = {name: value for name, value in asdict(one).items() if name != "contaminated"}
     assert TaskScores.from_json(earlier).contaminated is None

@@ -8,6 +8,7 @@ import os
 import random
 import re
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -99,7 +100,7 @@ def test_the_answer_is_the_one_that_the_metric_counts(folder: Path) -> None:
 
 def test_scores_are_written_and_read_again(folder: Path) -> None:
     [one] = scores(settings(folder, "tiny_sums", limit=2))
-    assert TaskScores.from_json(json.loads(json.dumps(one.as_json()))) == one
+    assert TaskScores.from_json(json.loads(json.dumps(asdict(one)))) == one
     assert len(one.values) == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +291,7 @@ def runs(tmp_path: Path, facts: dict[str, Any]) -> list[str]:
         written = {"scores_before": before, "scores_after": one}
         folder = write_run(tmp_path / name, **facts | {"tasks": compare_tasks(before, one)})
         for stem, side in written.items():
-            (folder / "evaluation" / f"{stem}.json").write_text(json.dumps([record.as_json() for record in side]))
+            (folder / "evaluation" / f"{stem}.json").write_text(json.dumps([asdict(record) for record in side]))
         folders.append(str(folder))
     return folders
 

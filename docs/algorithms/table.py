@@ -1,17 +1,18 @@
-"""The table of all methods, from the registry: `python -m prefold.algorithms.table > docs/algorithms/README.md`."""
+"""The table of all methods, from the registry: `python docs/algorithms/table.py > docs/algorithms/README.md`."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
-from prefold.algorithms import ALGORITHMS, DPO, Algorithm
+from prefold.algorithms import ALGORITHMS, Algorithm
+from prefold.algorithms.dpo import DPO
 from prefold.algorithms.pairwise import ByDifference, Pairwise
 
 HEADING = """\
 # Methods
 
-Written by `python -m prefold.algorithms.table` from `src/prefold/algorithms/`; a test holds it to the code.
+Written by `python docs/algorithms/table.py` from `src/prefold/algorithms/`; a test holds it to the code.
 
 `method: NAME` chooses one. Its settings stand in the section `NAME`, with these defaults where the recipe is silent.
 The learning rate is that for LoRA; full fine-tuning wants about a hundredth. "Held against" is what the tests compare

@@ -1,3 +1,0 @@
-from chat_server import chat_server, own_surroundings
-
-__all__ = ["chat_server", "own_surroundings"]
