@@ -63,7 +63,7 @@ def pairs(connection: Connection, workload: Workload) -> None:
         model = add_lora(load_model(recipe.model), Lora(**lora_settings()), seed=0)
         scorer = choose_scorer(model, trees[:2], auto_max_tokens(unwrapped(model), workload.gradient_checkpointing))
         order = GivenOrder(len(trees), workload.batch, len(trees), seed=0)
-        record = StepRecord(Path(folder), 0, lambda **news: None)
+        record = StepRecord(Path(folder), 0, lambda *shown, **named: None)
         arguments = training_arguments(recipe, workload.steps + 1)
         guards = Guards({}, Facts(len(order), recipe.train.learning_rate, workload.batch), record, 0, str, int)
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -63,8 +65,14 @@ class Pair:
 def serve(line: Connection) -> None:
     ranks.join()
     torch.set_num_threads(1)
+    modules = 0
     while True:
         job, args, settings, cache = line.recv()
+        if len(sys.modules) > modules + 50:
+            # As in conftest.py: a run collects garbage several times.
+            gc.collect()
+            gc.freeze()
+            modules = len(sys.modules)
         os.environ["PREFOLD_CACHE"] = cache
         try:
             line.send(JOBS[job](*args, **settings))
