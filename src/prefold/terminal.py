@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import StringIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,8 +20,8 @@ console = Console(
     stderr=not IN_NOTEBOOK, force_jupyter=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0"
 )
 
-Advance = Callable[[int, str], None]
-"""Moves a bar on by so many items and shows a short text beside it."""
+Advance = Callable[..., None]
+"""Moves a bar on, in rich's words: `advance` is so many items, `text` what is shown beside it."""
 BETWEEN_UPDATES = 0.5
 """Seconds between two states of a bar in a notebook."""
 
@@ -39,16 +41,16 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advanc
     task = progress.add_task(description, total=total, completed=done, text="")
     if not IN_NOTEBOOK:
         with progress:
-            yield lambda amount, text: progress.update(task, advance=amount, text=text)
+            yield partial(progress.update, task)
         return
     # One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has.
     from IPython.display import display
 
     shown, last = display(progress, display_id=True), time.monotonic()
 
-    def advance(amount: int, text: str) -> None:
+    def advance(**changes: Any) -> None:
         nonlocal last
-        progress.update(task, advance=amount, text=text)
+        progress.update(task, **changes)
         if time.monotonic() - last >= BETWEEN_UPDATES:
             shown.update(progress)
             last = time.monotonic()

@@ -454,7 +454,7 @@ def prefold_steps(
     iterations = settings.get("num_iterations", 1)
     algorithm, scorer = recipe.algorithm, Scorer(model, 50, "prefold_joined", temperature=TEMPERATURE)
     order = GivenOrder(len(examples), PROMPTS, STEPS // iterations * PROMPTS, 0, iterations)
-    record = StepRecord(folder, 0, lambda amount, text: None)
+    record = StepRecord(folder, 0, lambda **changes: None)
     rewards = [LoadedReward("sum_of_words", sum_of_words)]
     source = SampledTrees(algorithm, scorer, examples, rewards, [], tokenizer, order, [], seed=0)
     guards = Guards({}, Facts(STEPS, RATE, PROMPTS), record, 0, str, int)

@@ -117,7 +117,7 @@ def prefold_steps(
     )
     scorer = Scorer(model, max_tokens, "prefold_joined")
     reference = reference_logprobs(scorer, trees, folder) if recipe.algorithm.needs_reference else None
-    record = StepRecord(folder, 0, lambda amount, text: None)
+    record = StepRecord(folder, 0, lambda **changes: None)
     order = GivenOrder(len(trees), BATCH, STEPS * BATCH, seed=0)
     args = training_arguments(recipe, STEPS)
     guards = Guards({}, Facts(STEPS, RATE, BATCH), record, 0, str, int)

@@ -169,10 +169,10 @@ class Algorithm(ABC):
         their summed log-probs, without gradient, in the `extras` of policy and reference."""
         return {}
 
+    @abstractmethod
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         """How much of each unit the trees hold; known before any forward pass. A unit is named by what it counts, so
         two losses that share a name share the count."""
-        return {"pairs": len(trees)}
 
     @abstractmethod
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:

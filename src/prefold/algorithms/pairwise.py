@@ -5,13 +5,24 @@ of the two completions' scores alone.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from prefold.algorithms.base import NO_STATE, Algorithm, Bound, LossOutput, Mean, Positive, State, TreeLogprobs
+from prefold.algorithms.base import (
+    NO_STATE,
+    Algorithm,
+    Bound,
+    LossOutput,
+    Mean,
+    Positive,
+    State,
+    TokenTree,
+    TreeLogprobs,
+)
 from prefold.algorithms.divergence import Divergence, divergence_scores
 
 
@@ -87,7 +98,15 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, chosen_rewards: Tensor, rejec
 
 
 @dataclass(frozen=True)
-class AgainstReference(Algorithm):
+class PerPair(Algorithm):
+    """A loss that is a mean over pairs."""
+
+    def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
+        return {"pairs": len(trees)}
+
+
+@dataclass(frozen=True)
+class AgainstReference(PerPair):
     """A loss of pairs whose log-probs are compared with those of a reference."""
 
     beta: Positive = 0.1
@@ -139,10 +158,11 @@ class ByDifference(Pairwise):
 
     def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """`[B]`, `[B]`: of the chosen and the rejected completions; their log-ratios, by the reverse KL divergence."""
-        kind, alpha = self.f_divergence_type, self.f_alpha_divergence_coef
-        return divergence_scores(pairs.chosen_ratios, kind, alpha), divergence_scores(
-            pairs.rejected_ratios, kind, alpha
-        )
+        kind, ratios = self.f_divergence_type, (pairs.chosen_ratios, pairs.rejected_ratios)
+        if kind == "reverse_kl":
+            return ratios
+        chosen, rejected = (divergence_scores(ratio, kind, self.f_alpha_divergence_coef) for ratio in ratios)
+        return chosen, rejected
 
     def difference(self, pairs: Pairs) -> Tensor:
         """`[B]`: score of the chosen minus score of the rejected completion."""

@@ -25,17 +25,16 @@ from prefold.algorithms.base import (
     NO_STATE,
     POSITIVE,
     SCORING,
-    Algorithm,
     Extreme,
     LossOutput,
     State,
     TreeLogprobs,
 )
-from prefold.algorithms.pairwise import means
+from prefold.algorithms.pairwise import PerPair, means
 
 
 @dataclass(frozen=True)
-class BradleyTerry(Algorithm):
+class BradleyTerry(PerPair):
     """Reward model: a head that scores conversations, for GRPO, best-of-n and `prefold pairs`"""
 
     center_rewards_coefficient: Annotated[float | None, POSITIVE] = None

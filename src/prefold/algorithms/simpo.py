@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from torch.nn.functional import logsigmoid
 
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, NotNegative, Positive, State, TreeLogprobs
-from prefold.algorithms.pairwise import pair_metrics
+from prefold.algorithms.base import NO_STATE, LossOutput, NotNegative, Positive, State, TreeLogprobs
+from prefold.algorithms.pairwise import PerPair, pair_metrics
 
 
 @dataclass(frozen=True)
-class SimPO(Algorithm):
+class SimPO(PerPair):
     """Simple Preference Optimization: log-probs per token as rewards, with a margin, without a reference"""
 
     # The authors': beta from 2.0, gamma / beta about a half. TRL's 0.1 and 0.5 suit losses of summed log-probs.

@@ -26,7 +26,7 @@ def questions_in(records: Sequence[Record], tasks: Sequence[OpenTask], limit: in
         def parts() -> Iterator[Parts]:
             for record in records:
                 yield (record.prompt, *record.answers)
-                advance(1, "")
+                advance(advance=1)
 
         contained = overlapping([own for _, own in questions], parts())
     return frozenset(text for (text, _), is_contained in zip(questions, contained, strict=True) if is_contained)

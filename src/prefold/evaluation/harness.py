@@ -163,7 +163,7 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             for row, likelihoods in self._reader.read(scored):
                 for number, likelihood in zip(row, likelihoods, strict=True):
                     answers[indices[number]] = likelihood
-                advance(len(row), "")
+                advance(advance=len(row))
         return answers
 
     # ---- completions ----

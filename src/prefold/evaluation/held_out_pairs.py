@@ -45,7 +45,7 @@ def score_pairs(
         for row, logprobs in scorer.scored(trees):
             sums[row] = logprobs.sums().view(-1, shape[1]).double().cpu().numpy()
             means[row] = logprobs.means().view(-1, shape[1]).double().cpu().numpy()
-            advance(len(row), "")
+            advance(advance=len(row))
     if matches is None:
         return PairScores(sums, means)
     indices = np.array(matches)

@@ -79,7 +79,7 @@ def measure_win_rate(judge: Compares, samples: Sequence[Mapping[str, Any]]) -> d
             in_a_row = 0 if isinstance(outcome, float) else in_a_row + 1
             if isinstance(outcome, NoVerdict | Refused) and in_a_row == FAILURES_IN_A_ROW:
                 raise _nothing_said(outcome, f"{in_a_row} pairs of answers in a row")
-            advance(1, "")
+            advance(advance=1)
     outcomes = [by_index[index] for index in range(len(pairs))]
     if outcomes and not any(isinstance(outcome, float) for outcome in outcomes):
         raise _nothing_said(outcomes[-1], f"any of {len(outcomes)} pairs of answers")

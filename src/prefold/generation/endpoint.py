@@ -25,7 +25,8 @@ import httpx2
 from prefold.data.preference import Message, Prompt
 from prefold.errors import UserError
 from prefold.generation.samplers import Answer, Answers
-from prefold.generation.sampling import Sampling, seed_of
+from prefold.generation.sampling import Sampling
+from prefold.generation.sequences import seed_of
 
 KEY = "OPENAI_API_KEY"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)

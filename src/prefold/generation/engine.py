@@ -84,7 +84,7 @@ class LocalEngine:
         prompts: Sequence[Sequence[int]],
         settings: Sampling,
         numbers: Sequence[int] | None = None,
-        advance: Advance = lambda amount, text: None,
+        advance: Advance = lambda **changes: None,
         on_token: OnToken | None = None,
     ) -> list[list[Completion]]:
         """`num_answers` completions of each prompt, given as token ids, in the order of `prompts`. Several processes
@@ -98,9 +98,9 @@ class LocalEngine:
         own, completions = ranks.share([len(prompt) for prompt in prompts]), {}
         for i, group in self.stream([prompts[i] for i in own], settings, [numbers[i] for i in own], on_token):
             completions[own[i]] = group
-            advance(1, "")
+            advance(advance=1)
         completions = ranks.merged(completions)
-        advance(len(prompts) - len(own), "")
+        advance(advance=len(prompts) - len(own))
         return [completions[i] for i in range(len(prompts))]
 
     def stream(
@@ -336,7 +336,7 @@ def sample(
     prompts: Sequence[tuple[int, ...]],
     sampling: Sampling,
     seeds: Sequence[int],
-    advance: Advance = lambda amount, text: None,
+    advance: Advance = lambda **changes: None,
 ) -> list[list[Completion]]:
     """A group of completions of each prompt, adapters folded in meanwhile where that is exact to undo. It depends on
     the model, the prompt and the group's seed, and on nothing else that is sampled.

@@ -77,7 +77,7 @@ def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> li
                 continue
             refusals.clear()
             work.add(keys[index], answers)
-            advance(1, "")
+            advance(advance=1)
     if refusals and not any(key in work for key in keys):
         raise refusals[-1]
     return [[Answer(*answer) for answer in work[key]] if key in work else None for key in keys]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 from prefold.recipe import sampling as settings
@@ -52,9 +50,3 @@ class Completion:
     finished: bool
     logprobs: tuple[float, ...] = ()
     model_logprobs: tuple[float, ...] | None = None
-
-
-def seed_of(*parts: int) -> int:
-    """A seed below 2^31 for a part of the work."""
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
-    return int.from_bytes(digest[:4]) >> 1

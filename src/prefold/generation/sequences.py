@@ -6,6 +6,8 @@ distribution at one number of a completion's own stream, so it does not depend o
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -132,6 +134,12 @@ class Chosen(NamedTuple):
     tokens: Tensor
     logprobs: Tensor
     model_logprobs: Tensor | None
+
+
+def seed_of(*parts: int) -> int:
+    """A seed below 2^31 for a part of the work."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:4]) >> 1
 
 
 def stream_of(seed: int, prompt: int, completion: int, length: int) -> list[float]:

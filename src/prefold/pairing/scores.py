@@ -142,7 +142,7 @@ def _with_scores(
     with progress_bar("scores", len(keys), len(keys) - len(missing)) as advance:
         for index, scores in compute(missing) if missing else ():
             work.add(keys[index], scores)
-            advance(1, "")
+            advance(advance=1)
     result: list[Candidates] = list(candidates)
     for index, key in keys.items():
         answers = zip(_answers_in(candidates[index]), work[key], strict=True) if key in work else ()

@@ -126,7 +126,7 @@ def _copy(items: Sequence[Item], to: str, before: Sequence[str]) -> None:
                     target.write_bytes(item.source)
                 else:
                     shutil.copyfile(item.source, target)
-                advance(1, item.name)
+                advance(advance=1, text=item.name)
     except OSError as error:
         advice = "free some space, or choose another `publish.to`"
         raise UserError(f"cannot be written to ({error.strerror})", where=to, advice=advice) from None

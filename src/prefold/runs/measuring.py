@@ -29,7 +29,8 @@ from prefold.evaluation.held_out_pairs import (
 )
 from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
 from prefold.generation.engine import answer, sample
-from prefold.generation.sampling import Sampling, seed_of
+from prefold.generation.sampling import Sampling
+from prefold.generation.sequences import seed_of
 from prefold.models.adapters import load_start
 from prefold.models.device import choose_device
 from prefold.models.load import load_model, tokenizer_of

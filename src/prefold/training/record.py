@@ -49,7 +49,7 @@ class StepRecord:
         shown = {"loss": "loss", "reward": "reward", "rewards/margins": "margin", "rewards/accuracies": "acc"}
         shown |= {"margin": "margin", "accuracy": "acc"}
         text = " ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics)
-        self.update_bar(1, text)
+        self.update_bar(advance=1, text=text)
 
     def rollout(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
         for group in groups:

@@ -21,7 +21,8 @@ from prefold import ranks
 from prefold.algorithms import Algorithm, Draws
 from prefold.data.examples import Examples, prompts_of
 from prefold.generation.engine import require_end_token, sample
-from prefold.generation.sampling import Completion, Sampling, seed_of
+from prefold.generation.sampling import Completion, Sampling
+from prefold.generation.sequences import seed_of
 from prefold.rewards.scoring import Group, LoadedReward, scored_groups
 from prefold.training.loop import StepOrder, StepTrees, TreeSet
 from prefold.trees.attention import unwrapped, using_attention

@@ -61,7 +61,7 @@ def compute_reference(
     scorer: Scorer,
     trees: Sequence[TokenTree],
     dtype: torch.dtype = torch.float32,
-    advance: Advance = lambda amount, text: None,
+    advance: Advance = lambda **changes: None,
 ) -> list[Tensor]:
     """`reference_logprobs` without its cache."""
     reference: list[Tensor] = [torch.empty(0)] * len(trees)
@@ -72,7 +72,7 @@ def compute_reference(
             lengths = [sum(map(len, trees[i].completions)) for i in row]
             for i, part in zip(row, logprobs.tokens.float().cpu().split(lengths), strict=True):
                 reference[i] = part
-            advance(len(row), "")
+            advance(advance=len(row))
     return reference
 
 
