@@ -1,10 +1,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import transformers
 from tiny_tokenizer import save_chat_model
+
+from prefold.terminal import console
+
+
+@pytest.fixture(autouse=True)
+def talking_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A benchmark silences the process that it runs in; here other tests follow."""
+    monkeypatch.setattr(console, "quiet", console.quiet)
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")
