@@ -77,6 +77,8 @@ def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
         thread = Thread(target=perform)
         thread.start()
+        # Until it is ready: transformers' loading patches its classes meanwhile, which two threads cannot do at a time.
+        assert self.connection.poll(120)
         yield self
         self.connection.close()
         thread.join()

@@ -97,7 +97,7 @@ def pairs_of(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"Say {i}", "chosen": f"WORD {i}!", "rejected": f"word {i}, maybe"} for i in range(count)]
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("orpo", marks=pytest.mark.slow)])
 def test_pairs(name: str, tiny_model: Path, tmp_path: Path) -> None:
     if name == "orpo":
         pytest.importorskip("bitsandbytes")

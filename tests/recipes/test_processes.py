@@ -357,6 +357,7 @@ def test_one_that_fails_ends_all_with_one_message(
     assert err.count("prefold:") == 1 and "Traceback" not in err and out == ""
 
 
+@pytest.mark.slow
 def test_a_wrong_recipe_is_one_message(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from prefold.launch import launch
 

@@ -105,7 +105,12 @@ def test_defects_are_those_that_a_plain_script_counts(name: str, recipe: Callabl
     assert twice.get("duplicate", 0) == wanted.get("duplicate", 0)
 
 
-@pytest.mark.parametrize("name", FILES)
+LONG = ("pairs/llmbar.jsonl", "pairs/ultrafeedback.jsonl", "pairs/unpaired_en.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in FILES]
+)
 def test_two_steps_by_path_alone(name: str, recipe: Callable[..., RecipeBase]) -> None:
     data = {"train": [{"path": str(DATA / name)}], "max_length": 1500}
     method, train = FILES[name][0], {"max_steps": 2, "batch_size": 2}
