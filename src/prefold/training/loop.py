@@ -269,7 +269,7 @@ class TrainingLoop:
             part = per_unit(output, units) + auxiliary(policy, len(row) / units[TREES])
             self.accelerator.backward(part)
             loss += part.detach()
-            outputs.append(output)
+            outputs.append(replace(output, loss={}))  # which would keep the graph of the row
         return loss, outputs
 
     def coupled(self, data: TreeSet, rows: list[list[int]], units: Mapping[str, int]) -> Gradients:
