@@ -50,27 +50,19 @@ class Scorer:
     def packed(self) -> bool:
         return self.attention is not None
 
-    def score(
-        self,
-        trees: Sequence[TokenTree],
-        model: nn.Module | None = None,
-        statistics: bool = False,
-        scores_prompt: bool = False,
-    ) -> TreeLogprobs:
+    def score(self, trees: Sequence[TokenTree], statistics: bool = False, scores_prompt: bool = False) -> TreeLogprobs:
         """Log-probs of the trees' completions, all in one row when packed.
 
         Args:
-            model: the wrapped model to call instead of `self.model` (DDP, FSDP, autocast).
             statistics: with entropy, squares and top-1 of every scored position.
             scores_prompt: with the log-probs of the prompts as well.
         """
-        called = self.model if model is None else model
         row = pack(trees, next(self.model.parameters()).device, scores_prompt)
         if self.packed:
             with self.in_place():
-                return packed_logprobs(called, row, statistics, self.temperature)
+                return packed_logprobs(self.model, row, statistics, self.temperature)
         max_tokens = 0 if self.one_by_one else self.max_tokens
-        return plain_logprobs(called, row, max_tokens, statistics, self.temperature)
+        return plain_logprobs(self.model, row, max_tokens, statistics, self.temperature)
 
     def in_place(self) -> AbstractContextManager[None]:
         """Keeps the attention in place for a backward pass too, where gradient checkpointing runs the layers again."""
@@ -115,7 +107,7 @@ class Scorer:
         """
 
         def score(row: list[int]) -> TreeLogprobs | None:
-            return self.attempt(partial(self.score, [trees[i] for i in row], None, statistics, scores_prompt))
+            return self.attempt(partial(self.score, [trees[i] for i in row], statistics, scores_prompt))
 
         def smaller(row: list[int], left: list[int]) -> list[list[int]]:
             self.lower_budget([trees[i] for i in row])
@@ -123,7 +115,7 @@ class Scorer:
 
         rows = self.rows(trees, self.share(trees))
         for _ in range(self.behind(rows)):
-            self.score([PADDING], None, statistics, scores_prompt)
+            self.score([PADDING], statistics, scores_prompt)
         yield from from_all(row_by_row(rows, score, smaller))
 
     def attempt(self, perform: Callable[[], T], together: bool = False) -> T | None:
