@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from prefold.errors import json_type
 
-
-class Message(TypedDict):
-    role: str
-    content: str
+Message = dict[str, Any]
+"""`role`, `content` (text), and what else the file gives to a turn, such as `reasoning_content` and `tool_calls`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Preference:
     rejected: Messages
     origin: RowId
     ratings: tuple[float, float] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the row gives to the chat template beside its messages: `tools`, and its `chat_template_kwargs`."""
 
     @property
     def answers(self) -> tuple[Messages, ...]:
@@ -59,6 +59,7 @@ class Unpaired:
     completion: Messages
     label: bool
     origin: RowId
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def answers(self) -> tuple[Messages, ...]:
@@ -72,6 +73,7 @@ class Prompt:
     prompt: Messages
     columns: dict[str, Any]
     origin: RowId
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def answers(self) -> tuple[Messages, ...]:

@@ -42,7 +42,7 @@ class RewardModel:
             [*prompt, Message(role="assistant", content=completion)]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        texts: list[str] = [tokenizer.apply_chat_template(one, tokenize=False) for one in turns]  # type: ignore[misc, arg-type]
+        texts: list[str] = [tokenizer.apply_chat_template(one, tokenize=False) for one in turns]  # type: ignore[misc]
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         scores: list[float | None] = [None] * len(ids)
         fitting = [index for index, row in enumerate(ids) if len(row) <= longest]

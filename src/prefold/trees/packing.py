@@ -21,13 +21,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+Span = tuple[int, int]
+"""Start (inclusive) and stop (exclusive) of neighbouring tokens."""
+
 
 @dataclass(frozen=True)
 class TokenTree:
-    """One prompt and the completions that hang from it, as token ids. None of them is empty."""
+    """One prompt and the completions that hang from it, as token ids. None of them is empty.
+
+    `context`: for each completion the spans of its tokens that are read and not scored, such as what a tool returned;
+    empty where every token of every completion is scored.
+    """
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
+    context: tuple[tuple[Span, ...], ...] = ()
 
     @property
     def size(self) -> int:
@@ -43,10 +51,6 @@ class TokenTree:
     def plain_size(self) -> int:
         """Tokens of the tree when every completion brings its own copy of the prompt."""
         return self.size + len(self.prompt) * (max(len(self.completions), 1) - 1)
-
-
-Span = tuple[int, int]
-"""Start (inclusive) and stop (exclusive) of neighbouring tokens in a row."""
 
 
 class Node(NamedTuple):
