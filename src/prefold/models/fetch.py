@@ -55,7 +55,7 @@ OPEN_MIRRORS = {
 }
 """Gated models and where the same weights lie open."""
 
-WEIGHTS = "*.safetensors"
+WEIGHTS, WHOLE, INDEX = "*.safetensors", "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = [WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 OTHER_FORMATS = ["consolidated*.safetensors", "*/*.safetensors"]
 """The same weights once more, in layouts that transformers does not read."""
@@ -109,19 +109,29 @@ def _checked_folder(folder: Path, name: str, weights: bool = True) -> Path:
 
 def _require_shards(folder: Path, name: str) -> None:
     """All files that the index of a sharded model lists are there."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file() or (folder / "model.safetensors").is_file():
+    if not (folder / INDEX).is_file() or (folder / WHOLE).is_file():
         return
     try:
-        shards = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = _shards(folder)
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index.name} cannot be read", where=name, expected="a `weight_map` in JSON") from None
+        raise UserError(f"{INDEX} cannot be read", where=name, expected="a `weight_map` in JSON") from None
     if outside := sorted(shard for shard in shards if Path(shard).name != shard):
-        raise UserError(f"{index.name} names files outside the folder, e.g. {outside[0]}", where=name)
+        raise UserError(f"{INDEX} names files outside the folder, e.g. {outside[0]}", where=name)
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         what = f"{len(missing)} of {len(shards)} weight files are missing, e.g. {missing[0]}"
         raise UserError(what, where=name, advice="bring the rest; the copy or download may have been cut short")
+
+
+def _shards(folder: Path) -> set[str]:
+    return set(map(str, json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights of a checked folder from; none where they have not been fetched."""
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    return [folder / shard for shard in sorted(_shards(folder))] if (folder / INDEX).is_file() else []
 
 
 # ---- the cache --------------------------------------------------------------------------------------------------
