@@ -100,7 +100,10 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int
                 raise UserError(what, where="`lora.target_modules`", advice=advice) from None
             if "target" in str(error).lower():
                 raise _no_target(model, f"{lora.target_modules!r} cannot be adapted: {first_line(error)}") from None
-            raise
+            if "lora_dropout" in str(error):  # stacked weights have no input of their own to drop from
+                what = f"there is no dropout for LoRA on the experts of a {model.config.model_type} model"
+                raise UserError(what, where="`lora.lora_dropout`", expected="0") from None
+            raise UserError(f"cannot be put on the model: {first_line(error)}", where="`lora`") from None
     ready_to_train(adapted)
     return adapted
 

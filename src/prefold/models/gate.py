@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -136,15 +136,18 @@ def _method(quantised: Any) -> str:
 # ---- vocabulary and positions -----------------------------------------------------------------------------------
 
 
-def require_known_tokens(rows: int, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:
-    """The special tokens, and those that a conversation is written with, are among the `rows` of the embeddings.
+def require_known_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:
+    """The special tokens, and those that a conversation is written with, are among the rows of the embeddings.
 
     Raises:
         UserError: names the first that is not.
     """
+    rows, defaults = config.get_text_config().vocab_size, type(config)()
     named: dict[str, Any] = {f"{token}_token": getattr(tokenizer, f"{token}_token_id") for token in SPECIAL}
     for file in ("config.json", "generation_config.json"):
-        named |= {f"`{key}` of {file}": value for key, value in _special_ids(folder / file).items()}
+        # What the family's configuration has anyway nobody has chosen for this vocabulary.
+        special = _special_ids(folder / file).items()
+        named |= {f"`{key}` of {file}": value for key, value in special if value != getattr(defaults, key, None)}
     named["chat template"] = _of_a_conversation(tokenizer)
     for what, ids in named.items():
         for token in ids if isinstance(ids, list) else [ids]:
@@ -154,7 +157,8 @@ def require_known_tokens(rows: int, tokenizer: PreTrainedTokenizerBase, folder: 
 
 def beyond_rows(token: int, tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> UserError:
     text = tokenizer.convert_ids_to_tokens(token)
-    what = f"the token {text!r} has the id {token:,}, and the model's embeddings have {rows:,} rows"
+    named = f"the token {text!r}" if text else "a token"
+    what = f"{named} has the id {token:,}, and the model's embeddings have {rows:,} rows"
     advice = "take the tokenizer that the model was saved with, or save the model with its embeddings resized"
     return UserError(what, where=where, expected=f"ids below {rows:,}", advice=advice)
 
@@ -195,6 +199,19 @@ def require_positions(model: nn.Module, length: int, where: str, advice: str) ->
     if known is not None and length > known:
         what = f"{length:,} tokens in a row, and the model's table of positions has {known:,} rows"
         raise UserError(what, where=where, expected=f"{known:,} tokens at most", advice=advice)
+
+
+def require_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> None:
+    """Raises UserError: a prompt holds a token that the model has no row for, or no room is left for its answer."""
+    rows = model.config.get_text_config().vocab_size
+    for number, prompt in enumerate(prompts, 1):
+        if max(prompt, default=0) >= rows:
+            raise beyond_rows(max(prompt), tokenizer, rows, f"prompt {number}")
+    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+    where = f"prompt {longest + 1} and {new_tokens:,} new tokens"
+    require_positions(model, len(prompts[longest]) + new_tokens, where, "shorten the prompt, or ask for fewer tokens")
 
 
 def rotary_positions(config: Any) -> int | None:

@@ -108,7 +108,7 @@ def load_model(
     config = read_config(section, folder, **({} if head_seed is None else {"num_labels": 1}))
     require_usable(config, folder, section.name, scores=head_seed is not None)
     if _has_tokenizer(folder) and not section.chat_template:
-        require_known_tokens(config.get_text_config().vocab_size, load_tokenizer(folder), folder, section.name)
+        require_known_tokens(config, load_tokenizer(folder), folder, section.name)
     settings: dict[str, Any] = {
         "config": config,
         "dtype": chosen,
@@ -135,6 +135,11 @@ def load_model(
     # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
     model.name_or_path = model.config.name_or_path = without_home(section.name)
     return prepare_forward(model)
+
+
+def require_model(section: Model, head_seed: int | None = None) -> None:
+    """Raises UserError: the model cannot be used, as far as that can be known without reading its weights."""
+    load_model(section, head_seed=head_seed, contents=False)
 
 
 def _on_hub(section: Model) -> bool:

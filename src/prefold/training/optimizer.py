@@ -49,7 +49,7 @@ def require_optimizer(args: TrainingArguments) -> None:
         what = f"would be ignored: `{schedule.value}` has no settings"
         raise UserError(what, where="`train.lr_scheduler_kwargs`", advice="remove them, or take another schedule")
     with _explained_schedule():
-        get_scheduler(schedule, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps, given).step()
+        get_scheduler(schedule, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps, given)
 
 
 @contextmanager
