@@ -463,6 +463,13 @@ def test_a_decoder_of_a_family_of_encoders(recipe: MakeRecipe, tmp_path: Path) -
     assert prefold.check(recipe(model={"name": str(tmp_path / "base")})).ok
 
 
+def test_masks_that_older_files_hold(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """In 8 bits, and no sign of quantised weights; transformers leaves them out."""
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 128, 128, dtype=torch.uint8)}
+    real("gpt2", weights(lambda tensors: tensors.update(mask)), n_positions=128)(tmp_path / "base")
+    assert prefold.check(recipe(model={"name": str(tmp_path / "base")}, evaluate={"max_new_tokens": 2})).ok
+
+
 def test_a_token_without_a_row_that_nothing_holds(recipe: MakeRecipe, tmp_path: Path) -> None:
     token_in_data(save_chat_model(tmp_path / "base"))
     assert prefold.check(recipe(model={"name": str(tmp_path / "base")})).ok

@@ -14,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx2
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # public, but not marked so
 from safetensors import SafetensorError
 
@@ -99,12 +99,16 @@ def _checked_folder(folder: Path, name: str, weights: bool = True) -> Path:
     if not weights:
         return folder
     if not any(folder.glob("*.safetensors")):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        what = "holds pickled weights only, which can run code when read" if pickled else "holds no *.safetensors"
-        advice = "convert them with `save_pretrained`, or take another copy of the model"
-        raise UserError(what, where=name, expected="weights as safetensors", advice=advice)
+        raise _without_safetensors(name, [file.name for file in folder.iterdir()])
     _require_shards(folder, name)
     return folder
+
+
+def _without_safetensors(name: str, files: Iterable[str]) -> UserError:
+    pickled = any(file.endswith((".bin", ".pt")) for file in files)
+    what = "holds pickled weights only, which can run code when read" if pickled else "holds no *.safetensors"
+    advice = "convert them with `save_pretrained`, or take another copy of the model"
+    return UserError(what, where=name, expected="weights as safetensors", advice=advice)
 
 
 def _require_shards(folder: Path, name: str) -> None:
@@ -128,10 +132,11 @@ def _shards(folder: Path) -> set[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads the weights of a checked folder from; none where they have not been fetched."""
+    """The files that transformers reads the weights of a folder from; none where they have not all been fetched."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
-    return [folder / shard for shard in sorted(_shards(folder))] if (folder / INDEX).is_file() else []
+    files = [folder / shard for shard in sorted(_shards(folder))] if (folder / INDEX).is_file() else []
+    return files if all(file.is_file() for file in files) else []
 
 
 # ---- the cache --------------------------------------------------------------------------------------------------
@@ -245,6 +250,16 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     except (httpx2.HTTPError, OSError) as error:
         raise _unreachable(name, error) from None
     return _checked_folder(Path(folder), name, weights)
+
+
+def require_safetensors_on_hub(name: str, revision: str | None) -> None:
+    """Raises UserError: the Hub lists weights of a model that has not been downloaded, and none as safetensors."""
+    try:
+        files = [file for file in HfApi().list_repo_files(name, revision=revision) if "/" not in file]
+    except (httpx2.HTTPError, OSError):  # fetching it will say what is in the way
+        return
+    if files and not any(file.endswith(".safetensors") for file in files):
+        raise _without_safetensors(name, files)
 
 
 def _unreachable(name: str, error: Exception) -> UserError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,12 @@ def require_usable(config: Any, folder: Path, name: str, scores: bool = False) -
         UserError: it is of a kind that cannot be trained or asked here, its weights are stored quantised, or one of its
             files is cut off.
     """
-    tensors = [entry for file in weight_files(folder) for entry in _tensors_of(file, name)]
-    for what, expected, advice in _obstacles(config, folder, tensors, scores):
+    types = [kind for file in weight_files(folder) for kind in _types_of_weights(file, name)]
+    for what, expected, advice in _obstacles(config, folder, types, scores):
         raise UserError(what, where=name, expected=expected, advice=advice)
 
 
-def _obstacles(
-    config: Any, folder: Path, tensors: list[dict[str, Any]], scores: bool
-) -> Iterator[tuple[str, str, str]]:
+def _obstacles(config: Any, folder: Path, types: Sequence[str], scores: bool) -> Iterator[tuple[str, str, str]]:
     """What is wrong, what was expected, what to do; the surest first."""
     kind, classes = config.model_type, getattr(config, "architectures", None) or [""]
     if config.is_encoder_decoder:
@@ -70,7 +68,7 @@ def _obstacles(
         yield what, "a model of text alone", "take the text model of its family, or save its text part as a model"
     if (kind in ENCODERS and not getattr(config, "is_decoder", False)) or kind in NEVER_CAUSAL or _looks_ahead(config):
         yield f"is no causal language model ({kind}): every token sees those after it", CAUSAL, ""
-    quantised = getattr(config, "quantization_config", None) or _stored_quantised(tensors)
+    quantised = getattr(config, "quantization_config", None) or next(filter(STORED_QUANTISED.match, types), "")
     if quantised:
         what = f"its weights are stored quantised ({_method(quantised)}), and an adapter cannot be merged into them"
         advice = "name that one; `model.load_in_4bit: true` quantises it for training"
@@ -80,7 +78,7 @@ def _obstacles(
         yield HEADS[end], "a model with a score head" if scores else CAUSAL, ""
     if (folder / "modules.json").is_file() and not scores:
         yield "is a model for embeddings of texts (sentence-transformers): it writes none", CAUSAL, ""
-    if not scores and re.search("(?<!LMHead)Model$", classes[0]):
+    if not scores and re.search("(?<!Head)(?<!Heads)Model$", classes[0]):
         yield f"has no head that writes tokens ({classes[0]})", CAUSAL, "take the model with its head"
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if scores else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known:
@@ -95,34 +93,26 @@ def _is_other_part(config: Any, part: str) -> bool:
 def _looks_ahead(config: Any) -> bool:
     """What families whose layers can be had both ways say of theirs."""
     text = config.get_text_config()
-    return getattr(text, "is_causal", None) is False or getattr(text, "use_bidirectional_attention", None) in (
-        True,
-        "all",
-    )
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    return both_ways in (True, "all") or getattr(text, "is_causal", None) is False
 
 
-def _stored_quantised(entries: Iterable[dict[str, Any]]) -> str:
-    """The type of numbers that tells, where the configuration does not; "" where all are floating-point ones."""
-    types = {str(entry["dtype"]) for entry in entries}
-    return min((kind for kind in types if STORED_QUANTISED.match(kind)), default="")
-
-
-def _tensors_of(file: Path, name: str) -> list[dict[str, Any]]:
-    """`dtype`, `shape` and `data_offsets` of each tensor in a file of safetensors. Raises UserError: it is cut off, or
-    none."""
+def _types_of_weights(file: Path, name: str) -> list[str]:
+    """The types of numbers in a file of safetensors, of each weight. Raises UserError: it is cut off, or none."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         try:
             header = json.loads(opened.read(min(length, size)))
-            entries = [entry for tensor, entry in header.items() if tensor != "__metadata__"]
-            wanted = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+            tensors = {tensor: entry for tensor, entry in header.items() if tensor != "__metadata__"}
+            wanted = 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
             what = f"{file.name} has {size:,} bytes, its header calls for {wanted:,}"
         except (ValueError, LookupError, TypeError, AttributeError):
             wanted, what = None, f"{file.name} is no file of safetensors, or its header is cut off"
     if wanted != size:
         raise UserError(what, where=name, advice="bring it again; the copy or download may have been cut short")
-    return entries
+    # Masks and positions, which older files hold as well, are no weights.
+    return [str(entry["dtype"]) for tensor, entry in tensors.items() if "weight" in tensor]
 
 
 def _method(quantised: Any) -> str:
@@ -142,12 +132,12 @@ def require_known_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, folder
     Raises:
         UserError: names the first that is not.
     """
-    rows, defaults = config.get_text_config().vocab_size, type(config)()
+    rows = config.get_text_config().vocab_size
     named: dict[str, Any] = {f"{token}_token": getattr(tokenizer, f"{token}_token_id") for token in SPECIAL}
     for file in ("config.json", "generation_config.json"):
         # What the family's configuration has anyway nobody has chosen for this vocabulary.
         special = _special_ids(folder / file).items()
-        named |= {f"`{key}` of {file}": value for key, value in special if value != getattr(defaults, key, None)}
+        named |= {f"`{key}` of {file}": value for key, value in special if value != getattr(type(config), key, None)}
     named["chat template"] = _of_a_conversation(tokenizer)
     for what, ids in named.items():
         for token in ids if isinstance(ids, list) else [ids]:

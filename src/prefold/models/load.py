@@ -22,7 +22,7 @@ from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.models.chat_format import fit_vocabulary, set_chat_format
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.fetch import fetch, is_hub_id, weight_files
+from prefold.models.fetch import fetch, is_hub_id, require_safetensors_on_hub, weight_files
 from prefold.models.gate import require_known_tokens, require_usable
 from prefold.models.messages import UNREADABLE, quiet, unreadable
 from prefold.models.quantised import prepare_quantised, quantisation
@@ -31,6 +31,10 @@ from prefold.recipe import Model
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
 """Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
+
+
+NOTHING_AMISS: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+"""transformers' report about a model whose tensors are all there."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -120,9 +124,12 @@ def load_model(
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }
+        model, report = _from_files(kind, folder, section.name, settings)
+    elif weight_files(folder):
+        model, report = _from_files(kind, folder, section.name, {**settings, "device_map": {"": "meta"}})
     else:
-        settings["device_map"] = {"": "meta"}
-    model, report = _from_files(kind, folder, section.name, settings)
+        require_safetensors_on_hub(section.name, section.revision)
+        model, report = _from_configuration(kind, section.name, settings), NOTHING_AMISS
     if head_seed is not None:
         report = set_up_head(model, report, head_seed, section.name)
     _require_complete(report, section.name)
@@ -147,13 +154,9 @@ def _on_hub(section: Model) -> bool:
 
 
 def _from_files(kind: Any, folder: Path, name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A model with transformers' report about its tensors; an empty one where its weights have not been fetched."""
+    """A model with transformers' report about its tensors."""
     try:
         with quiet():
-            if not weight_files(folder):
-                with torch.device("meta"):
-                    settings.pop("device_map")
-                    return kind.from_config(**settings), {"missing_keys": [], "mismatched_keys": []}
             return kind.from_pretrained(  # type: ignore[no-any-return]
                 folder,
                 **settings,
@@ -163,6 +166,15 @@ def _from_files(kind: Any, folder: Path, name: str, settings: dict[str, Any]) ->
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+    except (*UNREADABLE, AssertionError) as error:
+        raise unreadable("cannot be loaded", error, name) from None
+
+
+def _from_configuration(kind: Any, name: str, settings: dict[str, Any]) -> Any:
+    """A model without contents, on the meta device."""
+    try:
+        with quiet(), torch.device("meta"):
+            return kind.from_config(**settings)
     except (*UNREADABLE, AssertionError) as error:
         raise unreadable("cannot be loaded", error, name) from None
 
