@@ -142,6 +142,8 @@ class _Side:
 
     def __post_init__(self) -> None:
         self.repeats = None if self.data.duplicates == "keep" else REPEATS[self.data.duplicates]()
+        chat = self.data.template == "chat"
+        self.by_template = findings.system_texts_of(self.tokenizer) if chat else ("", "")
 
     def examples_of(self, sources: Sequence[Source], seed: int) -> Examples:
         selections = zip(sources, select_rows(sources, seed), strict=True)
@@ -205,8 +207,8 @@ class _Side:
         if self.repeats and (earlier := self.repeats.earlier((record.prompt, *record.answers), record.origin)):
             return Problem("repeated", f"repeats {earlier}", record.origin)
         truncated = ("prompt_truncated",) if tree != tokenized.tree else ()
-        kinds = (*tokenized.oddities, *truncated, *findings.oddities_of(record))
-        self.oddities += [Problem(kind, "", record.origin) for kind in kinds]
+        self.oddities += [Problem(kind, "", record.origin) for kind in (*tokenized.oddities, *truncated)]
+        self.oddities += findings.oddities_of(record, self.data.template, self.by_template)
         return Example(record, tree)
 
     def _leave_out(self, problem: Problem) -> None:
