@@ -28,6 +28,7 @@ from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, Record, Unpaired
 from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
 from prefold.data.shapes import Kind, Shape, find_shape
+from prefold.data.sources import source_name
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
 from prefold.trees.packing import TokenTree
@@ -161,9 +162,7 @@ class _Side:
 
     def _converted(self, source: Source, selection: Selection) -> Iterator[Example]:
         head = list(_head(selection.rows))
-        # Each side of a pair is an answer with a label.
-        kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
-        shape = find_shape(head, selection.name, source.columns, kinds)
+        shape = self._shape(head, source)
         used = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
@@ -174,6 +173,11 @@ class _Side:
             self._leave_out(problem)
         left_out = selection.rows_filtered, selection.rows_not_drawn
         self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out))
+
+    def _shape(self, head: Sequence[RawRow], source: Source) -> Shape:
+        # Each side of a pair is an answer with a label.
+        kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
+        return find_shape(head, source_name(source), source.columns, kinds)
 
     def _usable(self, rows: Sequence[RawRow], shape: Shape) -> Iterator[Example]:
         """Examples of the rows that make one. Tokenizing many at once keeps all cores busy."""

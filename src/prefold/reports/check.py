@@ -26,16 +26,20 @@ def print_check(facts: Values, console: Console | None = None) -> None:
     print_plan(console, facts["plan"])
     if "separation" in facts:
         _print_separation(console, facts["separation"])
-    for finding in facts["findings"]:
+    print_findings(console, facts["findings"])
+    console.print(Text("The first row; what is trained on is underlined.", style="bold"))
+    _print_example(console, facts["examples"][0])
+    ok = facts["ok"]
+    console.print(Text("ok" if ok else "not ok: training cannot go on", style="green" if ok else "bold red"))
+
+
+def print_findings(console: Console, findings: Sequence[Values]) -> None:
+    for finding in findings:
         severity = Text(finding["severity"], style=SEVERITY_STYLE[finding["severity"]])
         console.print(severity.append(f"  {finding['message']}", style="default"))
         if finding["rows"]:
             console.print(indented(Text(rows_of(finding, ROWS_NAMED), style="dim"), 9))
         console.print(indented(Text(finding["advice"], style="dim"), 9, 1))
-    console.print(Text("The first row; what is trained on is underlined.", style="bold"))
-    _print_example(console, facts["examples"][0])
-    ok = facts["ok"]
-    console.print(Text("ok" if ok else "not ok: training cannot go on", style="green" if ok else "bold red"))
 
 
 def _sources(sources: Sequence[Values]) -> Table:

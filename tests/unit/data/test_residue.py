@@ -138,7 +138,8 @@ def test_a_system_text_that_is_there_twice(prompt: list[dict[str, str]], twice: 
 
 ALWAYS = (
     "<|im_start|>system\nThe date is unknown.\n\n"
-    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}<|im_end|>\n{% for message in messages if message.role != 'system' %}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}<|im_end|>\n"
+    "{% for message in messages if message.role != 'system' %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
 )
 
