@@ -253,7 +253,7 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
     for problem in problems:
         rows.setdefault(problem.kind, []).append(problem.origin)
         if problem.kind in _SEEN:
-            markers.setdefault(problem.kind, Counter()).update(set(_MARKER.findall(problem.message)))
+            markers.setdefault(problem.kind, Counter()).update(dict.fromkeys(_MARKER.findall(problem.message), 1))
     findings = []
     for kind, origins in rows.items():
         what, advice = _ABOUT_ROWS[kind]
