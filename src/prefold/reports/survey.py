@@ -20,7 +20,7 @@ def print_survey(facts: Values, console: Console | None = None) -> None:
     """Args: facts: the content of `Survey.as_json`. console: unset: stdout."""
     console = console or Console(highlight=False)
     if facts["refused"]:
-        _print_columns(console, facts["columns"])
+        _print_columns(console, facts["columns"], "")
         return
     console.print(Text(f"{facts['source']}: recognised as {facts['recognised_as']}", style="bold"))
     filtered = f", {facts['rows_filtered']:,} filtered" if facts["rows_filtered"] else ""
@@ -52,7 +52,7 @@ def print_survey(facts: Values, console: Console | None = None) -> None:
     console.print(Text(facts["section"].rstrip()), soft_wrap=True)
 
 
-def _print_columns(console: Console, columns: dict[str, Values]) -> None:
+def _print_columns(console: Console, columns: dict[str, Values], without_role: str = "not used") -> None:
     table = grid("column", "holds", "read as", "example")
     for column in table.columns:
         column.justify = "left"
@@ -61,7 +61,7 @@ def _print_columns(console: Console, columns: dict[str, Values]) -> None:
         holds = ", ".join(
             kind if number == total else f"{kind} {number / total:.0%}" for kind, number in facts["holds"].items()
         )
-        role = plain(facts["role"]) if facts["role"] else plain("not used", "dim")
+        role = plain(facts["role"]) if facts["role"] else plain(without_role, "dim")
         table.add_row(
             plain(shown_cell(name)), plain(holds), role, plain(shown_cell(facts["example"], LONGEST_EXAMPLE), "dim")
         )
