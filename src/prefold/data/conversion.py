@@ -1,4 +1,4 @@
-"""One row in a known shape -> a record, or the first thing that is wrong with it."""
+"""One row in a known shape -> its records (a ranking gives several), or the first thing that is wrong with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prefold.data import rankings
 from prefold.data.dialogues import part, part_answer, part_transcripts, read_answer, read_dialogue, read_prompt
 from prefold.data.formats import RawRow
 from prefold.data.preference import (
@@ -29,23 +30,39 @@ from prefold.data.votes import as_flag, as_vote, ratings, vote_columns
 from prefold.errors import json_type
 
 
-def to_record(
-    row: RawRow, shape: Shape, system: str | None = None, where_system: str = "`data.system`"
-) -> Record | Problem:
-    """Convert a row; whatever is wrong with it comes back as the first `Problem` found, never as an exception.
+def to_records(
+    row: RawRow,
+    shape: Shape,
+    system: str | None = None,
+    where_system: str = "`data.system`",
+    rule: rankings.Rule = rankings.BY_DEFAULT,
+) -> list[Record | Problem]:
+    """Convert a row; whatever is wrong with it comes back as the first `Problem` found, never as an exception. A
+    ranking gives a record or problem for each pair, and a problem for each answer that cannot be used; any other row
+    gives one.
 
     Args:
         system: a system message for all rows, from the setting that `where_system` names.
+        rule: for rankings.
     """
     try:
         if row.value is None:
             raise Unfit("broken_row", row.problem or "not a JSON object")
-        if shape.layout not in _CONVERSIONS:
+        cells = _Cells(row.value, shape, dict(shape.columns), row.origin)
+        if shape.layout in rankings.LAYOUTS:
+            made = _of_rankings(cells, rule)
+        elif shape.layout in _CONVERSIONS:
+            made = [_CONVERSIONS[shape.layout](cells)]
+        else:
             raise Unfit("broken_row", "the shape of its source is not known")
-        record = _CONVERSIONS[shape.layout](_Cells(row.value, shape, dict(shape.columns), row.origin))
-        return replace(record, prompt=tuple(with_system(system, list(record.prompt), where_system)))
+        return [
+            result
+            if isinstance(result, Problem)
+            else replace(result, prompt=tuple(with_system(system, list(result.prompt), where_system)))
+            for result in made
+        ]
     except Unfit as unfit:
-        return Problem(unfit.kind, unfit.message, row.origin)
+        return [Problem(unfit.kind, unfit.message, row.origin)]
 
 
 @dataclass(frozen=True)
@@ -192,6 +209,41 @@ def _sentences(cells: _Cells) -> Prompt:
     texts = [message("user", sentence, where, may_be_empty=True)["content"].strip() for sentence in sentences]
     prompt = cells.with_system([message("user", " ".join(text for text in texts if text), where)])
     return Prompt(tuple(prompt), cells.others(), cells.origin)
+
+
+def _of_rankings(cells: _Cells, rule: rankings.Rule) -> list[Record | Problem]:
+    layout, made = cells.shape.layout, list[Record | Problem]()
+    for ranking in rankings.read(layout, cells.value, cells.columns, cells.shape.writing):
+        prompt = cells.prompt() if ranking.prompt is None else ranking.prompt
+        where = f"the prompt of {ranking.where}" if ranking.prompt else cells.where("prompt")
+        if cells.shape.kind == "prompts":
+            prompt = cells.with_system(prompt)
+            check_prompt(prompt, where)
+            made.append(Prompt(tuple(prompt), cells.others(), cells.origin))
+            continue
+        problems = list(ranking.unfit)
+        pairs = list[Preference]()
+        try:
+            couples = rankings.pairs(ranking, rule, layout in rankings.EACH_WITH_EACH)
+        except Unfit as unfit:
+            couples, problems = [], [*problems, unfit][:1]
+        for better, worse in couples:
+            try:
+                pair = _checked_pair(cells, prompt, (better.turns, worse.turns), (better.where, worse.where, where))
+                levels = (better.level, worse.level) if layout in rankings.RATED else None
+                pairs.append(replace(pair, ratings=levels))
+            except Unfit as unfit:
+                problems.append(unfit)
+        made += _unpaired_of(pairs) if rule.unpaired else pairs
+        made += [Problem(unfit.kind, unfit.message, cells.origin) for unfit in problems]
+    return made
+
+
+def _unpaired_of(pairs: Sequence[Preference]) -> list[Record]:
+    """Each answer of the pairs once."""
+    sides = [(pair, answer, label) for pair in pairs for answer, label in zip(pair.answers, (True, False), strict=True)]
+    records = [Unpaired(pair.prompt, answer, label, pair.origin) for pair, answer, label in sides]
+    return [record for number, record in enumerate(records) if record not in records[:number]]
 
 
 def _value_text(value: Any) -> str:

@@ -47,8 +47,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class SourceCount:
-    """A source by its name; `rows_used` became examples, `rows_filtered` were left out by `where`, `rows_not_drawn` by
-    `weight` or `count`. The others of `rows_in` are problems, counted in the findings."""
+    """A source by its name; `rows_used` became `examples`, `rows_filtered` were left out by `where`, `rows_not_drawn`
+    by `weight` or `count`. The others of `rows_in` are problems, counted in the findings."""
 
     path: str
     shape: str
@@ -56,6 +56,7 @@ class SourceCount:
     rows_used: int
     rows_filtered: int = 0
     rows_not_drawn: int = 0
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class DataReport:
         }
 
 
-_NOTES = ("tie", "repeated", "control_character", "tied_rating")
+_NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating")
 # kind -> what is said behind the number of rows, and advice
 _ABOUT_ROWS = {
     "broken_row": (" left out: cannot be read", "write one JSON object per row"),
@@ -123,6 +124,7 @@ _ABOUT_ROWS = {
         "a pair compares answers to one prompt; mend the rows or leave them",
     ),
     "tie": (" left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
+    "small_margin": (" left out: no two ratings far enough apart", "this is what `min_margin` asks for"),
     "bad_label": (" left out: a label says nothing that is understood", "votes are 1 or 2, labels true or false"),
     "repeated": (" left out: they repeat earlier ones", "this is what `data.duplicates` asks for"),
     "contaminated": (
@@ -200,6 +202,21 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
         message = f"{_counted(len(origins), 'row')}{what}"
         findings.append(_of_rows(kind, "note" if kind in _NOTES else "warning", origins, message, advice))
     return findings
+
+
+def left_out_in_part(problems: Sequence[Problem]) -> list[Finding]:
+    """What is left out of rows that are used all the same: single answers of a ranking, or pairs of it."""
+    if not problems:
+        return []
+    kinds = Counter(problem.kind for problem in problems).most_common()
+    causes = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    message = (
+        f"{_counted(len(problems), 'answer or pair', 'answers or pairs')} left out of rows used otherwise: {causes}"
+    )
+    severity: Severity = "note" if {kind for kind, _ in kinds} <= {*_NOTES} else "warning"
+    origins = list(dict.fromkeys(problem.origin for problem in problems))
+    advice = "`data.bad_rows: error` and `data.overlong: error` stop at the first and show it"
+    return [Finding("left_out_in_part", severity, len(problems), tuple(origins[:ROWS_SHOWN]), message, advice)]
 
 
 def duplicate(examples: Examples) -> Finding | None:
@@ -354,8 +371,8 @@ def _of_rows(kind: str, severity: Severity, rows: Sequence[RowId], message: str,
     return Finding(kind, severity, len(rows), tuple(rows[:ROWS_SHOWN]), message, advice)
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def _counted(count: int, noun: str, plural: str = "") -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
 def _percent(count: int, number: int) -> str:

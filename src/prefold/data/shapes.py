@@ -10,10 +10,10 @@ import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from prefold.data import dialogues
+from prefold.data import dialogues, rankings
 from prefold.data.formats import RawRow
 from prefold.data.preference import Writing, short
 from prefold.data.votes import as_flag, as_vote, is_first_annotator
@@ -118,6 +118,37 @@ _LAYOUTS = (
     _Layout("sentences", "prompts", _SENTENCES, "`source`: a list of sentences, and columns for rewards"),
     _Layout("opening messages", "prompts", _OPENING, "`messages`: a list that waits for an answer"),
 )
+_LIST = {"answers": rankings.is_list_of_answers}
+_SIDES = dict.fromkeys(("chosen", "rejected"), lambda value: _is_answer(value) or rankings.is_list_of_answers(value))
+_ITEMS = {"answers": rankings.is_list_of_objects}
+_CHOICE = {
+    "answers": lambda value: rankings.is_list_of_objects(value) or rankings.is_list_of_answers(value),
+    "choice": rankings.is_index,
+}
+_NUMBERS = rankings.is_list_of_numbers
+_TWO_CONVERSATIONS = {"conversation_a": is_dialogue, "conversation_b": is_dialogue, "winner": rankings.is_winner}
+_TURN_LISTS = dict.fromkeys(("prompt", "response_a", "response_b"), rankings.is_list_of_texts)
+_FLAGS = dict.fromkeys(("winner_a", "winner_b"), lambda value: as_flag(value) is not None)
+# Come into question where no other layout fits: what is chosen already is not chosen again.
+_RANKINGS = (
+    _Layout(
+        "rated answers", "pairs", _PROMPT | _ITEMS, "`answers`: list of {answer, rank or rating}", rankings.ITEM_ROLES
+    ),
+    _Layout("rated completions", "pairs", {"context": _is_opening} | _ITEMS, "`context`: list; `completions`"),
+    _Layout("answers and ratings", "pairs", _PROMPT | _LIST | {"rating": _NUMBERS}, "lists `responses`, `scores`"),
+    _Layout("answers and ranks", "pairs", _PROMPT | _LIST | {"rank": _NUMBERS}, "lists `responses`, `ranks`"),
+    _Layout("best first", "pairs", _PROMPT | {"better_worse": rankings.is_pair_of_texts}, "`output`: [better, worse]"),
+    _Layout("best first", "pairs", _PROMPT | {"best_first": rankings.is_list_of_answers}, "`best_first`: list"),
+    _Layout("lists of chosen and rejected", "pairs", _PROMPT | _SIDES, "one a text, one a list"),
+    _Layout("answers and choice", "pairs", _PROMPT | _CHOICE, "`answers`, `choice`: an index", ("answer",)),
+    _Layout("summaries and choice", "pairs", {"post": rankings.is_post} | _CHOICE, "`info`, `summaries`, `choice`"),
+    _Layout("two conversations", "pairs", _TWO_CONVERSATIONS, "`conversation_a`, `conversation_b`, `winner`"),
+    _Layout("two lists of turns", "pairs", _TURN_LISTS | _FLAGS, "`response_a`, `winner_model_a`, ..."),
+    _Layout("tree", "pairs", {"tree": rankings.is_tree}, "`prompt`: {text, replies: [{text, rank, replies}]}"),
+)
+_RANKINGS += tuple(
+    replace(layout, kind="prompts") for layout in _RANKINGS if layout.cells.get("prompt") is not _PROMPT["prompt"]
+)
 # Role -> columns that are taken for it by themselves; the first is what messages call it.
 _KNOWN_COLUMNS = {
     "prompt": ("prompt", "question", "instruction", "input"),
@@ -130,6 +161,32 @@ _KNOWN_COLUMNS = {
     "vote": ("label", "preference", "annotator1", "annotator_1"),
     "completion": ("completion", "response", "output"),
     "label": ("label", "kto_tag"),
+    "answers": (
+        "answers",
+        "completions",
+        "responses",
+        "generations",
+        "candidates",
+        "candidates_completions",
+        "summaries",
+        "all_generated_responses",
+    ),
+    "answer": ("answer",),
+    "rating": ("ratings", "scores", "rewards", "rating", "all_rm_scores"),
+    "rank": ("ranks", "rank"),
+    "better_worse": ("output",),
+    "best_first": ("best_first",),
+    "choice": ("choice",),
+    "context": ("context",),
+    "post": ("info",),
+    "conversation_a": ("conversation_a",),
+    "conversation_b": ("conversation_b",),
+    "winner": ("winner",),
+    "response_a": ("response_a",),
+    "response_b": ("response_b",),
+    "winner_a": ("winner_model_a",),
+    "winner_b": ("winner_model_b",),
+    "tree": ("prompt",),
 }
 ROLES = (*_KNOWN_COLUMNS, "system", "input")
 
@@ -160,14 +217,18 @@ def find_shape(
         if any(fitting):
             shape = _most_frequent(fitting, source)
             _check_votes(shape, values, source)
+            rankings.require_sure(shape.layout, dict(shape.columns), shape.writing, values, source)
             return shape
+    rankings.require_whole_rows([column for value in first for column in value], source)
     raise _no_shape(first, source, named, kinds)
 
 
 def _fitting(value: dict[str, Any], kind: Kind, named: Mapping[str, str], forgiving: bool) -> list[Shape]:
     """The shapes that fit a row, at most one for the same columns."""
     shapes: dict[Columns, Shape] = {}
-    for layout in _LAYOUTS:
+    for layout in (*_LAYOUTS, *_RANKINGS):
+        if shapes and layout in _RANKINGS:
+            break
         if layout.kind == kind and named.keys() <= layout.roles:
             for columns in _assignments(layout, value, named):
                 if _fits(layout, value, columns, forgiving):
@@ -183,6 +244,7 @@ def _assignments(layout: _Layout, value: dict[str, Any], named: Mapping[str, str
         # `input` is more of an instruction; beside another prompt it may be anything.
         if columns.get("prompt") == "instruction" or "input" in named:
             extra["input"] = named.get("input", "input")
+        extra |= {role: named[role] for role in rankings.ITEM_ROLES if role in named and role in layout.aside}
         yield tuple((columns | extra).items())
 
 
@@ -208,7 +270,7 @@ def _fits(layout: _Layout, value: dict[str, Any], columns: Columns, forgiving: b
 def _writing(value: dict[str, Any], columns: Columns) -> Writing:
     """How turns are written in the cells that could be dialogues."""
     roles = dict(columns)
-    for role in ("prompt", "messages", "chosen"):
+    for role in ("prompt", "messages", "chosen", "conversation_a", "context"):
         cell = value.get(roles.get(role, ""))
         first = cell[0] if isinstance(cell, list) and cell else cell
         if isinstance(first, dict) and "from" in first and "role" not in first:
@@ -237,7 +299,7 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
             raise UserError(what, where=where, expected=expected, advice=advice)
     present = dict.fromkeys(column for value in values for column in value)
     for role, column in named.items():
-        if values and column not in present:
+        if values and column not in present and role not in rankings.ITEM_ROLES:
             what = f"`{role}: {short(column)}`, but there is no such column"
             advice = did_you_mean(column, map(short, present))
             raise UserError(what, where=where, expected=_shown(present), advice=advice)
@@ -274,11 +336,16 @@ def _no_shape(
     of_kinds = "" if len(kinds) == len(KINDS) else f" of {' or '.join(kinds)}"
     what = f"its columns are no known shape{of_kinds}: {_shown(columns)}" if columns else "its rows have no columns"
     advice = "rename its columns, or say by `columns:` which is what"
-    layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
+    layouts = [layout for layout in (*_LAYOUTS, *_RANKINGS) if layout.kind in kinds]
     layouts = [layout for layout in layouts if named.keys() <= layout.roles] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
     choices = [_choices(layout, merged, named) for layout in layouts]
     present = [{role: names[0] for role, names in of_layout.items() if names} for of_layout in choices]
+    # A prompt alone is near to no ranking.
+    present = [
+        {} if layout in _RANKINGS and not roles.keys() - {"prompt", "tree"} else roles
+        for layout, roles in zip(layouts, present, strict=True)
+    ]
     share = [(len(roles) / len(layout.cells), len(roles)) for layout, roles in zip(layouts, present, strict=True)]
     best = share.index(max(share))
     if present[best]:

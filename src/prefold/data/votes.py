@@ -18,7 +18,7 @@ _LONGEST_NUMBER = 24
 def as_vote(value: Any) -> int | None:
     """1 or 2 for the better answer, 0 for a tie, None for what is no vote."""
     # bool is an int to Python, but `true` says nothing about which of two.
-    number = _as_number(value)
+    number = as_number(value)
     if number in (0, 1.5):
         return 0
     return None if number is None or not 1 <= number <= 2 else 1 if number < 1.5 else 2
@@ -56,12 +56,13 @@ def ratings(value: dict[str, Any]) -> tuple[float, float] | None:
     for cells in (value, *nested):
         for name, cell in cells.items():
             match = _RATING.fullmatch(str(name).lower().replace("-", "_"))
-            if match and (number := _as_number(cell)) is not None:
+            if match and (number := as_number(cell)) is not None:
                 rated.setdefault(match[1] or match[2], number)
     return (rated["chosen"], rated["rejected"]) if len(rated) == 2 else None
 
 
-def _as_number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """A finite number, also from a string that holds one; None for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number and not (isinstance(value, str) and len(value) <= _LONGEST_NUMBER):
         return None

@@ -123,6 +123,12 @@ class Source(Rows):
     these proportions without repeating a row; the rows are drawn by `train.seed`."""
     count: int | None = Field(None, gt=0)
     """Number of rows, drawn by `train.seed`."""
+    pairs_from: Literal["best_worst", "adjacent", "all"] | None = None
+    """Which pairs are made of rows that rank several answers: the best against the worst (`best_worst`; of equal
+    ones, the first), each against the next one in the order (`adjacent`), or every two (`all`). Equal ratings make no
+    pair. Unset: `best_worst`; where a row has lists of chosen and of rejected answers, each against each."""
+    min_margin: float | None = Field(None, gt=0)
+    """Pairs of a ranking whose ratings differ by less are not made; ranks count as ratings, 1 from each to the next."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:

@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from data_samples import assistant, system, user
+from data_samples import assistant, system, to_record, user
 
-from prefold.data.conversion import to_record
 from prefold.data.formats import RawRow
 from prefold.data.preference import Message, Preference, Problem, Prompt, RowId, Unpaired
 from prefold.data.shapes import KINDS, Kind, Shape, find_shape
