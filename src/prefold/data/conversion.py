@@ -213,7 +213,8 @@ def _sentences(cells: _Cells) -> Prompt:
 
 def _of_rankings(cells: _Cells, rule: rankings.Rule) -> list[Record | Problem]:
     layout, made = cells.shape.layout, list[Record | Problem]()
-    for ranking in rankings.read(layout, cells.value, cells.columns, cells.shape.writing):
+    given = {role: cells.need(role) for role in rankings.LAYOUTS[layout][1]}
+    for ranking in rankings.read(layout, rankings.Row(given, cells.columns, cells.shape.writing)):
         prompt = cells.prompt() if ranking.prompt is None else ranking.prompt
         where = f"the prompt of {ranking.where}" if ranking.prompt else cells.where("prompt")
         if cells.shape.kind == "prompts":

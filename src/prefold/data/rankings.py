@@ -1,5 +1,4 @@
-"""Rows that order several answers: lists with ratings or ranks, lists with the best first, trees, and conversations
-with a winner -> rankings -> pairs by a stated rule.
+"""Rows that order several answers, by ratings, by ranks, or the best first; lists and trees -> rankings -> pairs.
 
 A row holds a ranking, or several of them (a tree). `shapes` knows the columns of these layouts, `conversion` makes
 records.
@@ -8,13 +7,13 @@ records.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any, Literal
 
-from prefold.data.dialogues import part, read_answer
-from prefold.data.preference import Message, Unfit, Writing, message, messages, short
-from prefold.data.votes import as_flag, as_number
+from prefold.data.dialogues import read_answer
+from prefold.data.preference import Message, Unfit, Writing, message, short
+from prefold.data.votes import as_number
 from prefold.errors import UserError, json_type
 from prefold.recipe import Source
 
@@ -22,13 +21,12 @@ PairsFrom = Literal["best_worst", "adjacent", "all"]
 ITEM_ROLES = ("answer", "rating", "rank")
 """Roles that `columns` may give to a key, or to a path of keys, inside the objects of a list of answers."""
 _ANSWER_KEYS = ("answer", "response", "completion", "text", "output", "generation", "content")
-# Keys that are taken for a rating or a rank by themselves, those before others where a row has several. Other numbers
-# may be lowest at the best answer (a toxicity score), so they have to be named.
-_RATING_KEYS = ("overall_score", "overall_rating", "score", "rating", "reward", "pm_score", "rm_score", "reward_score")
-_RATING_KEYS += ("fine-grained_score", "fine_grained_score")
-_RANK_KEYS = ("rank", "ranking")
+# Keys that are taken for a rating (highest best) or a rank (lowest best) by themselves, the first before others. Other
+# numbers may be lowest at the best answer, a toxicity score for one, so they have to be named.
+_RATINGS = ("overall_score", "overall_rating", "score", "rating", "reward", "pm_score", "rm_score", "reward_score")
+_RATINGS += ("fine-grained_score", "fine_grained_score")
+_KNOWN_KEYS = dict.fromkeys(_RATINGS, False) | dict.fromkeys(("rank", "ranking"), True)
 _WORDS = {"chosen": 1.0, "rejected": 0.0}
-_WINNERS = {"model_a": 1, "model_b": 2, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
 _TREE_ROLES = {"prompter": "user", "user": "user", "assistant": "assistant", "system": "system"}
 _ROUNDING = 1e-9
 
@@ -93,9 +91,28 @@ def rule_of(source: Source, layout: str, name: str, kind: str) -> Rule:
     return Rule(source.pairs_from, source.min_margin, kind == "unpaired")
 
 
-def read(layout: str, value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
+@dataclass(frozen=True)
+class Row:
+    """The cells of a row by role, and the names of their columns."""
+
+    cells: Mapping[str, Any]
+    columns: Mapping[str, str]
+    writing: Writing
+
+    def where(self, role: str) -> str:
+        return f"`{short(self.columns[role])}`"
+
+    def list(self, role: str) -> list[Any]:
+        if not isinstance(cell := self.cells.get(role), list):
+            raise Unfit("bad_message", f"{self.where(role)} is {json_type(cell)}, not a list")
+        if not cell:
+            raise Unfit("empty_text", f"{self.where(role)} has no answers")
+        return cell
+
+
+def read(layout: str, row: Row) -> list[Ranking]:
     """The rankings of a row. Raises Unfit: it has none, or it is not sure which answer is better."""
-    return LAYOUTS[layout](value, columns, writing)
+    return LAYOUTS[layout][0](row)
 
 
 def require_sure(
@@ -104,11 +121,14 @@ def require_sure(
     """Raises UserError: by the first rows of a ranking it is not sure which answers are better."""
     if layout not in LAYOUTS:
         return
+    reader, roles = LAYOUTS[layout]
     unsure: list[_Unsure] = []
     are_read = False
     for value in values:
         try:
-            are_read = bool(LAYOUTS[layout](value, columns, writing)) or are_read
+            are_read = (
+                bool(reader(Row({role: value.get(columns[role]) for role in roles}, columns, writing))) or are_read
+            )
         except _Unsure as problem:
             unsure.append(problem)
         except Unfit:
@@ -179,10 +199,6 @@ def is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def is_winner(value: Any) -> bool:
-    return isinstance(value, str) and value in _WINNERS
-
-
 def is_list_of_texts(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(item is None or isinstance(item, str) for item in value)
 
@@ -216,70 +232,52 @@ def _at(item: Any, path: str) -> Any:
     return _at(item.get(key), rest) if rest and isinstance(item, dict) else None
 
 
-def _list(value: dict[str, Any], column: str) -> list[Any]:
-    if not isinstance(cell := value.get(column), list):
-        kind = "missing_field" if column not in value else "null_field" if cell is None else "bad_message"
-        raise Unfit(kind, f"`{short(column)}` is {json_type(cell)}, not a list")
-    if not cell:
-        raise Unfit("empty_text", f"`{short(column)}` has no answers")
-    return cell
-
-
 # ---- layouts ----------------------------------------------------------------------------------------------------
 
 
-def _objects(value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
+def _objects(row: Row) -> list[Ranking]:
     """A list of objects, each with an answer and its rating or rank."""
-    items, where = _list(value, columns["answers"]), f"`{short(columns['answers'])}`"
+    items, where = row.list("answers"), row.where("answers")
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
             raise Unfit("bad_message", f"{where}, answer {number} is {json_type(item)}, not an object")
     present = [key for key in _ANSWER_KEYS if any(key in item for item in items)]
-    if "answer" not in columns and len(present) != 1:
-        names = ", ".join(f"`{key}`" for key in present) or "none of " + ", ".join(f"`{key}`" for key in _ANSWER_KEYS)
+    if "answer" not in row.columns and len(present) != 1:
+        names = _listed(present) if present else f"none of {_listed(_ANSWER_KEYS)}"
         advice = f"say which holds the text: `columns: {{answer: {present[-1] if present else '...'}}}`"
         raise _Unsure("bad_label" if present else "missing_field", f"the answers in {where} have {names}", advice)
-    key = columns.get("answer") or present[0]
-    answers = [_at(item, key) for item in items]
-    return [_ranking(answers, _levels_of(items, columns, where), where, writing, _prompt_of(value, columns))]
+    key = row.columns.get("answer") or present[0]
+    return [_ranking([_at(item, key) for item in items], _levels_of(items, row), where, row.writing)]
 
 
-def _prompt_of(value: dict[str, Any], columns: Mapping[str, str]) -> list[Message] | None:
-    if "context" not in columns:
-        return None
-    return messages(value.get(columns["context"]), f"`{short(columns['context'])}`")
-
-
-def _levels_of(items: Sequence[dict[str, Any]], columns: Mapping[str, str], where: str) -> list[float | None]:
+def _levels_of(items: Sequence[dict[str, Any]], row: Row) -> list[float | None]:
     """The level of each answer. Raises Unfit: nothing known says it, or two things that contradict each other."""
-    named = {columns[role]: role == "rank" for role in ("rating", "rank") if role in columns}
-    known = dict.fromkeys(_RATING_KEYS, False) | dict.fromkeys(_RANK_KEYS, True)
-    levels: dict[str, list[float | None]] = {}
-    for key, lowest_best in (named or known).items():
+    named = {row.columns[role]: role == "rank" for role in ("rating", "rank") if role in row.columns}
+    where, levels = row.where("answers"), dict[str, list[float | None]]()
+    for key, lowest_best in (named or _KNOWN_KEYS).items():
         numbers = [as_number(_at(item, key)) for item in items]
         if any(number is not None for number in numbers):
             levels[key] = [_rank_level(number) if lowest_best else number for number in numbers]
         elif any(_at(item, key) is not None for item in items):
             raise Unfit("bad_label", f"{where}: `{short(key)}` holds no numbers")
     if not levels:
-        numbers = [
-            key
-            for key in dict.fromkeys(key for item in items for key in item)
-            if as_number(items[0].get(key)) is not None
-        ]
-        what = f"the answers in {where} have no rating or rank that is known by its name"
-        what += f", but numbers in {', '.join(f'`{short(key)}`' for key in numbers)}" if numbers else ""
-        key = short(numbers[0]) if numbers else "..."
-        advice = (
-            f"say by `columns:` which decides: `{{rating: {key}}}` (highest is best), `{{rank: {key}}}` (lowest is)"
-        )
-        raise _Unsure("missing_field", what, advice)
+        raise _no_level(items, where)
     (first, decisive), *others = levels.items()
     for key, other in others:
         if _contradict(decisive, other):
             what = f"`{short(first)}` and `{short(key)}` order the answers in {where} differently"
             raise _Unsure("bad_label", what, f"say which decides: `columns: {{rating: {short(first)}}}`")
     return decisive
+
+
+def _no_level(items: Sequence[dict[str, Any]], where: str) -> _Unsure:
+    keys = dict.fromkeys(key for item in items for key in item)
+    numbers = [key for key in keys if as_number(items[0].get(key)) is not None]
+    what = f"the answers in {where} have no rating or rank that is known by its name"
+    what += f", but numbers in {_listed(numbers)}" if numbers else ""
+    key = short(numbers[0]) if numbers else "..."
+    advice = f"say by `columns:` which decides: `{{rating: {key}}}` (highest is best) or `{{rank: {key}}}` (lowest is)"
+    return _Unsure("missing_field", what, advice)
 
 
 def _rank_level(rank: float | None) -> float | None:
@@ -291,14 +289,8 @@ def _contradict(first: Sequence[float | None], second: Sequence[float | None]) -
     return any((a - c) * (b - d) < 0 for (a, b), (c, d) in combinations(both, 2))
 
 
-def _ranking(
-    answers: Sequence[Any],
-    levels: Sequence[float | None],
-    where: str,
-    writing: Writing,
-    prompt: list[Message] | None = None,
-) -> Ranking:
-    ranking = Ranking([], where, prompt)
+def _ranking(answers: Sequence[Any], levels: Sequence[float | None], where: str, writing: Writing) -> Ranking:
+    ranking = Ranking([], where)
     for number, (answer, level) in enumerate(zip(answers, levels, strict=True), start=1):
         where_answer = f"{where}, answer {number}"
         try:
@@ -310,60 +302,53 @@ def _ranking(
     return ranking
 
 
-def _lists(value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
+def _lists(row: Row) -> list[Ranking]:
     """A list of answers, and a list of their ratings or ranks."""
-    role = "rank" if "rank" in columns else "rating"
-    answers, numbers = _list(value, columns["answers"]), _list(value, columns[role])
-    where = f"`{short(columns['answers'])}`"
+    role = "rank" if "rank" in row.columns else "rating"
+    answers, numbers, where = row.list("answers"), row.list(role), row.where("answers")
     if len(answers) != len(numbers):
-        what = f"{where} has {len(answers)} answers, `{short(columns[role])}` {len(numbers)}"
-        raise Unfit("missing_field", what)
+        raise Unfit("missing_field", f"{where} has {len(answers)} answers, {row.where(role)} {len(numbers)}")
     levels = [_level(number) for number in numbers]
     if all(level is None for level in levels):
-        raise Unfit("bad_label", f"`{short(columns[role])}` holds no numbers")
-    if role == "rank":
-        levels = [_rank_level(level) for level in levels]
-    return [_ranking(answers, levels, where, writing)]
+        raise Unfit("bad_label", f"{row.where(role)} holds no numbers")
+    levels = list(map(_rank_level, levels)) if role == "rank" else levels
+    return [_ranking(answers, levels, where, row.writing)]
 
 
-def _best_first(value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
-    column = columns.get("best_first") or columns["better_worse"]
-    answers = _list(value, column)
-    return [_ranking(answers, [0.0 - number for number in range(len(answers))], f"`{short(column)}`", writing)]
+def _best_first(row: Row) -> list[Ranking]:
+    role = "best_first" if "best_first" in row.columns else "better_worse"
+    answers = row.list(role)
+    return [_ranking(answers, [0.0 - number for number in range(len(answers))], row.where(role), row.writing)]
 
 
-def _chosen_and_rejected(value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
+def _chosen_and_rejected(row: Row) -> list[Ranking]:
     """A text or a list of them as chosen, and as rejected."""
     sides = []
     for role, level in (("chosen", 1.0), ("rejected", 0.0)):
-        cell, where = value.get(columns[role]), f"`{short(columns[role])}`"
-        answers = _list(value, columns[role]) if is_list_of_answers(cell) or cell in (None, []) else [cell]
-        sides.append(_ranking(answers, [level] * len(answers), where, writing))
-    chosen, rejected = sides
-    for side in sides:
+        cell = row.cells[role]
+        answers = row.list(role) if cell == [] or is_list_of_answers(cell) else [cell]
+        side = _ranking(answers, [level] * len(answers), row.where(role), row.writing)
         if not side.answers:
             raise side.unfit[0]
+        sides.append(side)
+    chosen, rejected = sides
     where = f"{chosen.where} and {rejected.where}"
     return [Ranking(chosen.answers + rejected.answers, where, None, chosen.unfit + rejected.unfit)]
 
 
-def _choice(value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
+def _choice(row: Row) -> list[Ranking]:
     """A list of answers, and the index of the better one, from 0."""
-    answers, where, choice = (
-        _list(value, columns["answers"]),
-        f"`{short(columns['answers'])}`",
-        value.get(columns["choice"]),
-    )
+    answers, where, choice = row.list("answers"), row.where("answers"), row.cells["choice"]
     if not is_index(choice) or choice >= len(answers):
-        raise Unfit("bad_label", f"`{short(columns['choice'])}` is no index into {where}, counted from 0")
-    texts = [_at(answer, columns.get("answer", "text")) if isinstance(answer, dict) else answer for answer in answers]
-    prompt = None
-    if "post" in columns:
-        post = value.get(columns["post"])
-        text = next((post[key] for key in ("post", "article") if isinstance(post, dict) and post.get(key)), None)
-        prompt = [message("user", text, f"`{short(columns['post'])}`")]
-    levels = [float(number == choice) for number in range(len(answers))]
-    return [_ranking(texts, levels, where, writing, prompt)]
+        raise Unfit("bad_label", f"{row.where('choice')} is no index into {where}, counted from 0")
+    key = row.columns.get("answer", "text")
+    texts = [_at(answer, key) if isinstance(answer, dict) else answer for answer in answers]
+    ranking = _ranking(texts, [float(number == choice) for number in range(len(answers))], where, row.writing)
+    if "post" not in row.columns:
+        return [ranking]
+    post = row.cells["post"]
+    text = next((post[key] for key in ("post", "article") if isinstance(post, dict) and post.get(key)), None)
+    return [replace(ranking, prompt=[message("user", text, row.where("post"))])]
 
 
 def _require_counting_from_0(columns: Mapping[str, str], values: Sequence[dict[str, Any]], source: str) -> None:
@@ -374,66 +359,22 @@ def _require_counting_from_0(columns: Mapping[str, str], values: Sequence[dict[s
         what = (
             f"`{short(column)}` holds {max(beyond)}, beyond its answers" if beyond else f"`{short(column)}` holds no 0"
         )
-        expected = "the index of the better answer, the first one being 0; rows with a 0 show that it counts from there"
+        expected = "the index of the better answer, the first one being 0"
         raise UserError(f"{what}: where does it count from?", where=source, expected=expected, advice="count from 0")
 
 
-def _conversations(value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
-    """Two conversations of the same user, and the winner."""
-    names = [columns["conversation_a"], columns["conversation_b"]]
-    first, second = (messages(_list(value, name), f"`{short(name)}`", writing) for name in names)
-    winner = value.get(columns["winner"])
-    if not is_winner(winner):
-        shown = f"`{short(winner)}`" if isinstance(winner, str) else json_type(winner)
-        raise Unfit("bad_label", f"`{short(columns['winner'])}` is {shown}, not one of {', '.join(_WINNERS)}")
-    return [_contest(first, second, (names[0], names[1]), _WINNERS[winner])]
-
-
-def _lists_of_turns(value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
-    """A list of the user's turns, one of each model's answers, and flags for the winner."""
-    names = [columns[role] for role in ("prompt", "response_a", "response_b")]
-    prompts, *sides = (_list(value, name) for name in names)
-    if {len(side) for side in sides} != {len(prompts)}:
-        raise Unfit("bad_message", f"{', '.join(f'`{short(name)}`' for name in names)} are lists of different lengths")
-    conversations = [
-        [
-            turn
-            for number, (prompt, answer) in enumerate(zip(prompts, side, strict=True), start=1)
-            for turn in (
-                message("user", prompt, f"`{short(names[0])}`, turn {number}"),
-                message("assistant", answer, f"`{short(name)}`, turn {number}"),
-            )
-        ]
-        for side, name in zip(sides, names[1:], strict=True)
-    ]
-    flags = [as_flag(value.get(columns[role])) for role in ("winner_a", "winner_b")]
-    if None in flags or flags == [True, True]:
-        raise Unfit("bad_label", f"`{short(columns['winner_a'])}` and `{short(columns['winner_b'])}` name no winner")
-    return [_contest(*conversations, (names[1], names[2]), 1 if flags[0] else 2 if flags[1] else 0)]
-
-
-def _contest(first: list[Message], second: list[Message], names: tuple[str, str], winner: int) -> Ranking:
-    where = (f"`{short(names[0])}`", f"`{short(names[1])}`")
-    asked = [[turn for turn in side if turn["role"] == "user"] for side in (first, second)]
-    if asked[0] != asked[1]:
-        raise Unfit("prompts_differ", f"the user's turns in {where[0]} and {where[1]} differ")
-    prompt, *answers = part(first, second, where)
-    levels = (float(winner == 1), float(winner == 2))
-    both = [Answer(*sides) for sides in zip(answers, levels, where, strict=True)]
-    return Ranking(both, " and ".join(where), prompt)
-
-
-def _tree(value: dict[str, Any], columns: Mapping[str, str], writing: Writing) -> list[Ranking]:
+def _tree(row: Row) -> list[Ranking]:
     """Every set of replies of the assistant that are ranked, after the messages that lead to them. Deleted messages
     are not read."""
-    where = f"`{short(columns['tree'])}`"
+    where = row.where("tree")
     rankings = []
-    for path, replies in _branches(value.get(columns["tree"]), where):
+    for path, replies in _branches(row.cells["tree"], where):
         ranked = [reply for reply in replies if reply.get("rank") is not None and reply.get("role") == "assistant"]
         if len(ranked) > 1 and path[-1]["role"] == "user":
+            texts = [reply.get("text") for reply in ranked]
             levels = [_rank_level(as_number(reply["rank"])) for reply in ranked]
             where_replies = f"{where}, the replies to `{short(path[-1]['content'])}`"
-            rankings.append(_ranking([reply.get("text") for reply in ranked], levels, where_replies, writing, path))
+            rankings.append(replace(_ranking(texts, levels, where_replies, "plain"), prompt=path))
     if not rankings:
         raise Unfit("missing_field", f"{where} has no two ranked replies to a message")
     return rankings
@@ -455,21 +396,23 @@ def _branches(root: Any, where: str) -> Iterator[tuple[list[Message], list[dict[
         pending += [(path, reply) for reply in reversed(replies) if reply.get("replies")]
 
 
-_Reader = Callable[[dict[str, Any], Mapping[str, str], Writing], list[Ranking]]
-LAYOUTS: dict[str, _Reader] = {
-    "rated answers": _objects,
-    "rated completions": _objects,
-    "answers and ratings": _lists,
-    "answers and ranks": _lists,
-    "best first": _best_first,
-    "lists of chosen and rejected": _chosen_and_rejected,
-    "answers and choice": _choice,
-    "summaries and choice": _choice,
-    "two conversations": _conversations,
-    "two lists of turns": _lists_of_turns,
-    "tree": _tree,
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{short(name)}`" for name in names)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Row], list[Ranking]], tuple[str, ...]]] = {
+    "rated answers": (_objects, ("answers",)),
+    "answers and ratings": (_lists, ("answers", "rating")),
+    "answers and ranks": (_lists, ("answers", "rank")),
+    "better and worse": (_best_first, ("better_worse",)),
+    "best first": (_best_first, ("best_first",)),
+    "lists of chosen and rejected": (_chosen_and_rejected, ("chosen", "rejected")),
+    "answers and choice": (_choice, ("answers", "choice")),
+    "summaries and choice": (_choice, ("answers", "choice", "post")),
+    "tree": (_tree, ("tree",)),
 }
-RATED = ("rated answers", "rated completions", "answers and ratings", "answers and ranks", "tree")
+"""Layout -> its reader, and the roles of the cells that it needs beside the prompt."""
+RATED = ("rated answers", "answers and ratings", "answers and ranks", "tree")
 """Layouts whose levels are numbers of the row; in the others they are an order alone."""
 EACH_WITH_EACH = ("lists of chosen and rejected",)
 # Columns that tell a layout which needs more than a row, and what to do.

@@ -126,29 +126,27 @@ _CHOICE = {
     "choice": rankings.is_index,
 }
 _NUMBERS = rankings.is_list_of_numbers
-_TWO_CONVERSATIONS = {"conversation_a": is_dialogue, "conversation_b": is_dialogue, "winner": rankings.is_winner}
-_TURN_LISTS = dict.fromkeys(("prompt", "response_a", "response_b"), rankings.is_list_of_texts)
-_FLAGS = dict.fromkeys(("winner_a", "winner_b"), lambda value: as_flag(value) is not None)
 # Come into question where no other layout fits: what is chosen already is not chosen again.
 _RANKINGS = (
     _Layout(
-        "rated answers", "pairs", _PROMPT | _ITEMS, "`answers`: list of {answer, rank or rating}", rankings.ITEM_ROLES
+        "rated answers",
+        "pairs",
+        _PROMPT | _ITEMS,
+        "`answers`: [{answer, rating | rank}]; or with a list `scores`",
+        rankings.ITEM_ROLES,
     ),
-    _Layout("rated completions", "pairs", {"context": _is_opening} | _ITEMS, "`context`: list; `completions`"),
     _Layout("answers and ratings", "pairs", _PROMPT | _LIST | {"rating": _NUMBERS}, "lists `responses`, `scores`"),
     _Layout("answers and ranks", "pairs", _PROMPT | _LIST | {"rank": _NUMBERS}, "lists `responses`, `ranks`"),
-    _Layout("best first", "pairs", _PROMPT | {"better_worse": rankings.is_pair_of_texts}, "`output`: [better, worse]"),
+    _Layout(
+        "better and worse", "pairs", _PROMPT | {"better_worse": rankings.is_pair_of_texts}, "`output`: [better, worse]"
+    ),
     _Layout("best first", "pairs", _PROMPT | {"best_first": rankings.is_list_of_answers}, "`best_first`: list"),
     _Layout("lists of chosen and rejected", "pairs", _PROMPT | _SIDES, "one a text, one a list"),
     _Layout("answers and choice", "pairs", _PROMPT | _CHOICE, "`answers`, `choice`: an index", ("answer",)),
     _Layout("summaries and choice", "pairs", {"post": rankings.is_post} | _CHOICE, "`info`, `summaries`, `choice`"),
-    _Layout("two conversations", "pairs", _TWO_CONVERSATIONS, "`conversation_a`, `conversation_b`, `winner`"),
-    _Layout("two lists of turns", "pairs", _TURN_LISTS | _FLAGS, "`response_a`, `winner_model_a`, ..."),
     _Layout("tree", "pairs", {"tree": rankings.is_tree}, "`prompt`: {text, replies: [{text, rank, replies}]}"),
 )
-_RANKINGS += tuple(
-    replace(layout, kind="prompts") for layout in _RANKINGS if layout.cells.get("prompt") is not _PROMPT["prompt"]
-)
+_RANKINGS += tuple(replace(layout, kind="prompts") for layout in _RANKINGS if "prompt" not in layout.cells)
 # Role -> columns that are taken for it by themselves; the first is what messages call it.
 _KNOWN_COLUMNS = {
     "prompt": ("prompt", "question", "instruction", "input"),
@@ -177,15 +175,7 @@ _KNOWN_COLUMNS = {
     "better_worse": ("output",),
     "best_first": ("best_first",),
     "choice": ("choice",),
-    "context": ("context",),
     "post": ("info",),
-    "conversation_a": ("conversation_a",),
-    "conversation_b": ("conversation_b",),
-    "winner": ("winner",),
-    "response_a": ("response_a",),
-    "response_b": ("response_b",),
-    "winner_a": ("winner_model_a",),
-    "winner_b": ("winner_model_b",),
     "tree": ("prompt",),
 }
 ROLES = (*_KNOWN_COLUMNS, "system", "input")
@@ -270,7 +260,7 @@ def _fits(layout: _Layout, value: dict[str, Any], columns: Columns, forgiving: b
 def _writing(value: dict[str, Any], columns: Columns) -> Writing:
     """How turns are written in the cells that could be dialogues."""
     roles = dict(columns)
-    for role in ("prompt", "messages", "chosen", "conversation_a", "context"):
+    for role in ("prompt", "messages", "chosen"):
         cell = value.get(roles.get(role, ""))
         first = cell[0] if isinstance(cell, list) and cell else cell
         if isinstance(first, dict) and "from" in first and "role" not in first:
