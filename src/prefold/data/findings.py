@@ -56,6 +56,8 @@ class SourceCount:
     rows_used: int
     rows_filtered: int = 0
     rows_not_drawn: int = 0
+    unused: tuple[str, ...] = ()
+    """Columns that nothing is made of."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ _ABOUT_ROWS = {
         " left out: messages that make no pair",
         "messages are {role, content}; a prompt ends before the assistant answers",
     ),
+    "media": (" left out: images, video or sound beside the text", "only text is trained on; remove the rows"),
     "identical": (" left out: chosen and rejected are the same", "remove the rows"),
     "template_refused": (
         " left out: the model's chat template refuses them",

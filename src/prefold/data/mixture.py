@@ -161,7 +161,7 @@ class _Side:
         head = list(_head(selection.rows))
         # Each side of a pair is an answer with a label.
         kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
-        shape = find_shape(head, selection.name, source.columns, kinds)
+        shape = find_shape(head, selection.name, source.columns, kinds, source.values)
         used = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
@@ -171,7 +171,7 @@ class _Side:
         for problem in selection.problems:
             self._leave_out(problem)
         left_out = selection.rows_filtered, selection.rows_not_drawn
-        self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out))
+        self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out, shape.unused))
 
     def _usable(self, rows: Sequence[RawRow], shape: Shape) -> Iterator[Example]:
         """Examples of the rows that make one. Tokenizing many at once keeps all cores busy."""
