@@ -70,7 +70,10 @@ def read_written(text: str) -> Any:
 
 
 def is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role", value.get("from")), str)
+    if not isinstance(value, dict):
+        return False
+    speaks = isinstance(value.get("role"), str) and ("content" in value or "tool_calls" in value)
+    return speaks or (isinstance(value.get("from"), str) and "value" in value)
 
 
 def is_turns(value: Any) -> bool:
@@ -87,10 +90,10 @@ def is_texts(value: Any) -> bool:
 def written(cells: Sequence[Any], is_meant: Callable[[Any], bool]) -> list[Any]:
     """The cells that are texts, read; MISSING for those that are not what is meant."""
     texts = [cell for cell in cells if isinstance(cell, str) and cell.strip()]
-    # Nothing else begins like that, so most columns cost a glance.
-    if not any(text[:_START].lstrip()[:1] in ("[", "{") for text in texts):
-        return []
-    return [value if is_meant(value := read_written(text)) else MISSING for text in texts]
+    # Nothing else begins like that, so most cells cost a glance.
+    begins = [text[:_START].lstrip()[:1] in ("[", "{") for text in texts]
+    read = [read_written(text) if likely else MISSING for text, likely in zip(texts, begins, strict=True)]
+    return [value if is_meant(value) else MISSING for value in read] if any(begins) else []
 
 
 def begins_as_turns(text: Any) -> bool:

@@ -192,6 +192,9 @@ def _voted(cells: _Cells) -> Preference:
     if for_first == for_second:
         raise Unfit("tie", "the votes do not prefer one answer")
     order = ("output_1", "output_2") if for_first > for_second else ("output_2", "output_1")
+    scores = [as_number(cells.find(role.replace("output", "score"))) for role in order]
+    if None not in scores:
+        return _of_two(cells, order, (scores[0] or 0.0, scores[1] or 0.0))
     margins = [margin for cell in given.values() if (margin := margin_of(cell, values)) is not None]
     return _of_two(cells, order, (margins[0], 0.0) if len(margins) == 1 else None)
 

@@ -32,12 +32,13 @@ from prefold.data.cells import (
 from prefold.data.formats import RawRow
 from prefold.data.preference import Writing, short
 from prefold.data.votes import is_rating, is_scalar, require_decided, scale_of_labels, scale_of_votes, vote_columns
-from prefold.errors import UserError, did_you_mean, json_type
+from prefold.errors import UserError, counted, did_you_mean, json_type
 from prefold.recipe.values import Values, as_number
 
 Kind = Literal["pairs", "unpaired", "prompts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _ROWS_LOOKED_AT = 20
+_REPEATED_CHARACTERS = 16
 
 
 Columns = tuple[tuple[str, str], ...]
@@ -290,9 +291,9 @@ def _with_lists_read(
         if lists and fit == len(lists):
             parsed.add(name)
         elif cut := sum(map(begins_as_turns, of_column)) - fit if lists else 0:
-            mixed[name] = f"lists of messages as text in {fit} rows, and in {cut} such that cannot be read"
+            mixed[name] = f"text that begins as a list of messages and cannot be read as one: {counted(cut, 'row')}"
         elif fit:
-            mixed[name] = f"lists of messages as text in {fit} rows, and other text in {len(lists) - fit}"
+            mixed[name] = f"lists of messages as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
     # A list of strings may be an answer like any other; prompts beside as many answers of each side are none.
     texts = {name for name, of_column in cells.items() if (it := written(of_column, is_texts)) and MISSING not in it}
     for outputs in _FAMILIES:
@@ -323,6 +324,10 @@ def _completed(
 ) -> Shape:
     """The shape with all that takes more than a few rows to see."""
     columns = dict(shape.columns)
+    present = dict.fromkeys(itertools.chain.from_iterable(given))
+    scored = next(((first, second) for first, second in _SCORED[:-1] if {first, second} <= present.keys()), None)
+    if "vote" in columns and scored:
+        columns |= dict(zip(("score_1", "score_2"), scored, strict=True))
     for role, names in _EXTRA_COLUMNS.items():
         if role == "history" and ("prompt" not in columns or columns["prompt"] == "history"):
             continue
@@ -330,7 +335,6 @@ def _completed(
         columns |= {role: column} if column else {}
     complete = replace(shape, columns=tuple(columns.items()), values=_meaning(columns, read, values, source))
     repeats = shape.layout == "text" and shape.writing == "plain" and _all_repeat_prompt(columns, given)
-    present = dict.fromkeys(itertools.chain.from_iterable(given))
     used = {column if column in present else column.split(".")[0] for column in columns.values()}
     return replace(
         complete,
@@ -371,13 +375,15 @@ def _all_repeat_prompt(columns: Mapping[str, str], rows: Sequence[dict[str, Any]
     """Whether both answers of each row begin with the text of its prompt; rows with an empty cell do not count."""
     texts = [[cell_at(row, columns[role]) for role in ("prompt", "chosen", "rejected")] for row in rows]
     full = [cells for cells in texts if all(isinstance(cell, str) and cell.strip() for cell in cells)]
-    return bool(full) and all(answer.startswith(prompt) for prompt, *answers in full for answer in answers)
+    # A few short prompts may begin their answers by chance.
+    is_much = sum(len(prompt) for prompt, *_ in full) >= _REPEATED_CHARACTERS
+    return is_much and all(answer.startswith(prompt) for prompt, *answers in full for answer in answers)
 
 
 def _unused(shape: Shape, used: set[str], rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """The columns with something in them that no role has, that give no rating and are not known to the layout."""
     layout = next(layout for layout in _LAYOUTS if layout.name == shape.layout)
-    known = {name for role in layout.aside for name in _KNOWN_COLUMNS[role]} | {*used, *_MEDIA}
+    known = {name for role in layout.aside for name in _KNOWN_COLUMNS[role]} | {*used, *_MEDIA, "winner_tie"}
     filled = {name: cell for row in rows for name, cell in row.items() if name not in known and not is_empty(cell)}
     votes = vote_columns(dict(shape.columns).get("vote", ""), filled)
     return tuple(name for name, cell in filled.items() if not is_rating(name, cell) and name not in votes)
@@ -432,8 +438,8 @@ def _choices(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -
             names["prompt"].remove("input")
         strong = [name for name in names["prompt"] if name not in _WEAK_PROMPTS]
         # Beside a prompt for rewards, `context` and `history` may be anything.
-        weak = [] if any(name in value for name in strong) else _WEAK_PROMPTS[: 1 if layout.kind == "prompts" else None]
-        names["prompt"] = [*strong, *weak]
+        weak = [name for name in _WEAK_PROMPTS[: 1 if layout.kind == "prompts" else None] if name in value]
+        names["prompt"] = strong if any(has_cell(value, name) for name in strong) else weak[:1]
     return {role: [name for name in columns if has_cell(value, name)] for role, columns in names.items()}
 
 

@@ -7,6 +7,7 @@ and for labels true and false. Anything else is said by `values:` of the source.
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections import Counter
@@ -148,24 +149,22 @@ def _order(outputs: tuple[str, str]) -> str:
 def _unclear(known: Sequence[Any], column: str, question: str, source: str, sides: tuple[str, str]) -> UserError:
     numbers = [number for cell in known if (number := as_number(cell)) is not None]
     if numbers and min(numbers) < 0 < max(numbers):
-        example = f'{sides[0]}: "< 0", {sides[1]}: "> 0"' + (", tie: 0" if 0 in numbers else "")
+        example = (['"< 0"', '"> 0"'] if sides[0] == "first" else ['"> 0"', '"< 0"']) + ["0"] * (0 in numbers)
     elif len(set(numbers)) > 2:
-        example = f'{sides[0]}: ">= {max(numbers):g}", {sides[1]}: "<= {min(numbers):g}"'
+        example = [f'">= {max(numbers):g}"', f'"<= {min(numbers):g}"']
     else:
-        example = ", ".join(f"{side}: {value}" for side, value in zip(sides, _two_values(known), strict=True))
+        seen = [short(json.dumps(cell, ensure_ascii=False)) for cell in dict.fromkeys(known)]
+        example = [*sorted(seen[:2]), "ANOTHER"][:2]
+    line = ", ".join(f"{name}: {value}" for name, value in zip((*sides, "tie"), example, strict=False))
     what = f"`{short(column)}` holds {_counts(known)}\n    which does not say for sure {question}"
-    advice = f"say it beside `path`, such as (or the other way round)\n    values: {{{example}}}"
+    advice = f"say it beside `path`, such as (or the other way round)\n    values: {{{line}}}"
     return UserError(what, where=source, advice=advice)
-
-
-def _two_values(cells: Sequence[Any]) -> list[str]:
-    values = [short(str(value)) for value in dict.fromkeys(cells)]
-    return [*sorted(values[:2]), "ANOTHER"][:2]
 
 
 def _counts(cells: Sequence[Any]) -> str:
     counted = Counter(short(str(cell)) for cell in cells)
-    shown = [f"{value} ({count}{' rows' if not at else ''})" for at, (value, count) in enumerate(counted.most_common(6))]
+    shown = [f"{value} ({count})" for value, count in counted.most_common(6)]
+    shown[0] = shown[0][:-1] + (" row)" if counted.most_common(1)[0][1] == 1 else " rows)")
     lines = textwrap.wrap(", ".join(shown) + (", ..." if len(counted) > 6 else ""), 60)
     return "\n    ".join(lines)
 
