@@ -28,6 +28,8 @@ ROWS_SHOWN = 20
 FEW_HELD_OUT = 50
 _BIASED_SHARE = 0.65
 _OPENING_TOKENS = 3
+_SHORT_PROMPT = 15
+"""Characters of a prompt that an answer may begin with by chance."""
 _OPENING_DIFFERENCE = 0.2
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
 _RESIDUE = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</s>|<</?SYS>>|</?(?:start|end)_of_turn>")
@@ -56,6 +58,8 @@ class SourceCount:
     rows_used: int
     rows_filtered: int = 0
     rows_not_drawn: int = 0
+    unused: tuple[str, ...] = ()
+    """Columns that nothing is made of."""
     examples: int = 0
 
 
@@ -114,6 +118,7 @@ _ABOUT_ROWS = {
         " left out: messages that make no pair",
         "messages are {role, content}; a prompt ends before the assistant answers",
     ),
+    "media": (" left out: images, video or sound beside the text", "only text is trained on; remove the rows"),
     "identical": (" left out: chosen and rejected are the same", "remove the rows"),
     "template_refused": (
         " left out: the model's chat template refuses them",
@@ -163,6 +168,10 @@ _ABOUT_ROWS = {
         ": control or replacement characters in the text",
         "the model learns to write them; look at how the text was decoded",
     ),
+    "prompt_in_answer": (
+        ": an answer begins with the text of its prompt",
+        "the model learns to repeat what it is asked; cut the prompt from the answers",
+    ),
     "flipped_rating": (
         ": the row rates rejected above chosen",
         "the label is likely flipped; check, or filter by `where`",
@@ -181,6 +190,9 @@ def oddities_of(record: Record) -> Iterator[str]:
         yield "control_character"
     if any(map(_RESIDUE.search, texts)):
         yield "template_residue"
+    asked = record.prompt[-1]["content"]
+    if len(asked) > _SHORT_PROMPT and any(answer[0]["content"].startswith(asked) for answer in record.answers):
+        yield "prompt_in_answer"
     if isinstance(record, Preference) and record.ratings:
         chosen, rejected = record.ratings
         if chosen < rejected:

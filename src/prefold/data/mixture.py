@@ -164,7 +164,7 @@ class _Side:
         head = list(_head(selection.rows))
         # Each side of a pair is an answer with a label.
         kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
-        shape = find_shape(head, selection.name, source.columns, kinds)
+        shape = find_shape(head, selection.name, source.columns, kinds, source.values)
         rule = rankings.rule_of(source, shape.layout, selection.name, self.kind)
         used = made = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
@@ -178,7 +178,8 @@ class _Side:
         for problem in selection.problems:
             self._leave_out([problem])
         left_out = selection.rows_filtered, selection.rows_not_drawn
-        self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out, made))
+        counts = SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out, shape.unused, made)
+        self.counts.append(counts)
 
     def _usable(self, rows: Sequence[RawRow], shape: Shape, rule: rankings.Rule) -> Iterator[list[Example]]:
         """The examples of each row that makes any. Tokenizing many at once keeps all cores busy."""

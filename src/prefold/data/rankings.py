@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any, Literal
 
+from prefold.data.cells import MISSING, cell_at
 from prefold.data.dialogues import read_answer
 from prefold.data.preference import Message, Unfit, Writing, message, short
-from prefold.data.votes import as_number
 from prefold.errors import UserError, json_type
 from prefold.recipe import Source
+from prefold.recipe.values import Values, as_number
 
 PairsFrom = Literal["best_worst", "adjacent", "all"]
 ITEM_ROLES = ("answer", "rating", "rank")
@@ -33,12 +34,13 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Rule:
-    """What is made of a ranking: see `Source.pairs_from` and `Source.min_margin`; or unpaired answers, of the answers
-    that would make a pair."""
+    """What is made of a ranking: pairs (see `Source.pairs_from` and `Source.min_margin`), or unpaired answers: those of
+    the pairs, or those whose rating has one of the `values`."""
 
     pairs_from: PairsFrom | None = None
     min_margin: float | None = None
     unpaired: bool = False
+    values: Values | None = None
 
 
 BY_DEFAULT = Rule()
@@ -46,9 +48,11 @@ BY_DEFAULT = Rule()
 
 @dataclass(frozen=True)
 class Answer:
-    """`level` orders the answers, the best highest: a rating, or a rank below 0."""
+    """`given` is the number that the file has; `level` orders the answers, the best highest: a rating, or minus a
+    rank."""
 
     turns: list[Message]
+    given: float
     level: float
     where: str
 
@@ -73,22 +77,27 @@ class _Unsure(Unfit):
 
 def rule_of(source: Source, layout: str, name: str, kind: str) -> Rule:
     """What the recipe asks to be made of a source's rankings. Raises UserError: the source is no ranking, has no
-    ratings for a margin, or makes no pairs of that kind."""
-    given = {"pairs_from": source.pairs_from, "min_margin": source.min_margin}
-    for setting, value in given.items():
-        where = f"{name}, `{setting}: {value}`"
-        if value is not None and kind == "prompts":
-            raise UserError("no pairs are made where the method needs prompts alone", where=where, advice="remove it")
-        if value is not None and layout not in LAYOUTS:
-            advice = "remove it, or name the list of answers: `columns: {answers: ...}`"
-            raise UserError(f"its rows are {layout}, and no ranking to make pairs of", where=where, advice=advice)
-    if source.min_margin is not None and layout not in RATED:
-        what = f"its rows are {layout}, without ratings that could differ by less"
-        raise UserError(what, where=f"{name}, `min_margin`", advice="remove it")
-    if kind == "unpaired" and source.pairs_from not in (None, "best_worst"):
-        what = "the method takes unpaired answers: the best of a row as desirable, the worst as undesirable"
-        raise UserError(what, where=f"{name}, `pairs_from: {source.pairs_from}`", advice="remove it")
-    return Rule(source.pairs_from, source.min_margin, kind == "unpaired")
+    ratings for a margin, or nothing of that kind is made of it."""
+    refused = {}
+    if kind == "prompts":
+        refused = dict.fromkeys(("pairs_from", "min_margin"), "the method needs prompts alone")
+    elif layout not in LAYOUTS:
+        refused = dict.fromkeys(("pairs_from", "min_margin"), f"its rows are {layout}: no ranking to make pairs of")
+    elif kind == "pairs":
+        refused = {"values": "the method needs pairs, which ratings alone decide"}
+    elif source.values is not None:
+        refused = dict.fromkeys(("pairs_from", "min_margin"), "`values` decides which answers are wanted")
+    elif source.pairs_from != "best_worst":
+        refused = {"pairs_from": "the method takes single answers: the best of a row as wanted, the worst as unwanted"}
+    if layout in LAYOUTS and not LAYOUTS[layout].is_rated:
+        refused["min_margin"] = f"its rows are {layout}, without ratings that could differ by less"
+    for setting, what in refused.items():
+        if (value := getattr(source, setting)) is not None:
+            advice = f"remove `{setting}`"
+            if kind != "prompts" and layout not in LAYOUTS:
+                advice += ", or name a list of answers: `columns: {answers: ...}`"
+            raise UserError(what, where=f"{name}, `{setting}: {value}`", advice=advice)
+    return Rule(source.pairs_from, source.min_margin, kind == "unpaired", source.values if layout in LAYOUTS else None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Row:
         return f"`{short(self.columns[role])}`"
 
     def list(self, role: str) -> list[Any]:
-        if not isinstance(cell := self.cells.get(role), list):
+        if not isinstance(cell := self.cells[role], list):
             raise Unfit("bad_message", f"{self.where(role)} is {json_type(cell)}, not a list")
         if not cell:
             raise Unfit("empty_text", f"{self.where(role)} has no answers")
@@ -112,7 +121,7 @@ class Row:
 
 def read(layout: str, row: Row) -> list[Ranking]:
     """The rankings of a row. Raises Unfit: it has none, or it is not sure which answer is better."""
-    return LAYOUTS[layout][0](row)
+    return LAYOUTS[layout].read(row)
 
 
 def require_sure(
@@ -121,14 +130,12 @@ def require_sure(
     """Raises UserError: by the first rows of a ranking it is not sure which answers are better."""
     if layout not in LAYOUTS:
         return
-    reader, roles = LAYOUTS[layout]
     unsure: list[_Unsure] = []
     are_read = False
     for value in values:
+        cells = {role: _at(value, columns[role]) for role in LAYOUTS[layout].roles}
         try:
-            are_read = (
-                bool(reader(Row({role: value.get(columns[role]) for role in roles}, columns, writing))) or are_read
-            )
+            are_read = bool(LAYOUTS[layout].read(Row(cells, columns, writing))) or are_read
         except _Unsure as problem:
             unsure.append(problem)
         except Unfit:
@@ -141,15 +148,8 @@ def require_sure(
         _require_counting_from_0(columns, values, source)
 
 
-def pairs(ranking: Ranking, rule: Rule, each_with_each: bool = False) -> list[tuple[Answer, Answer]]:
-    """(better, worse), the best first. Equal levels make no pair.
-
-    Args:
-        each_with_each: what an unset rule means, instead of the best against the worst.
-
-    Raises:
-        Unfit: there is none.
-    """
+def pairs(ranking: Ranking, rule: Rule, layout: str) -> list[tuple[Answer, Answer]]:
+    """(better, worse), the best first. Equal levels make no pair. Raises Unfit: there is none."""
     ordered = sorted(ranking.answers, key=lambda answer: -answer.level)
     if len(ordered) < 2:
         raise next(iter(ranking.unfit), Unfit("missing_field", f"{ranking.where} has fewer than two ranked answers"))
@@ -158,7 +158,7 @@ def pairs(ranking: Ranking, rule: Rule, each_with_each: bool = False) -> list[tu
         "best_worst": [(ordered[0], worst)],
         "adjacent": list(pairwise(ordered)),
         "all": list(combinations(ordered, 2)),
-    }[rule.pairs_from or ("all" if each_with_each else "best_worst")]
+    }[rule.pairs_from or LAYOUTS[layout].pairs_from]
     unequal = [(better, other) for better, other in couples if better.level > other.level]
     if not unequal:
         raise Unfit("tie", f"the answers in {ranking.where} are ranked alike")
@@ -182,25 +182,17 @@ def is_list_of_answers(value: Any) -> bool:
     return isinstance(value, list) and any(map(_is_answer, value)) and all(x is None or _is_answer(x) for x in value)
 
 
-def is_pair_of_texts(value: Any) -> bool:
-    return is_list_of_texts(value) and len(value) == 2
-
-
 def is_list_of_numbers(value: Any) -> bool:
     """Numbers or `chosen` and `rejected`; some may be null, but not all."""
     return (
         isinstance(value, list)
         and any(item is not None for item in value)
-        and all(item is None or _level(item) is not None for item in value)
+        and all(item is None or _number(item) is not None for item in value)
     )
 
 
 def is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(item is None or isinstance(item, str) for item in value)
 
 
 def is_post(value: Any) -> bool:
@@ -220,16 +212,18 @@ def _is_answer(value: Any) -> bool:
     return isinstance(value, str) or turns
 
 
-def _level(value: Any) -> float | None:
+def _number(value: Any) -> float | None:
     return _WORDS[value] if isinstance(value, str) and value in _WORDS else as_number(value)
 
 
+def is_part_of_ranking(value: Any) -> bool:
+    return is_list_of_objects(value) or is_list_of_answers(value) or is_list_of_numbers(value) or is_tree(value)
+
+
 def _at(item: Any, path: str) -> Any:
-    """What lies in an object at a key, or at a path such as `annotations.helpfulness`; None where there is nothing."""
-    if isinstance(item, dict) and path in item:
-        return item[path]
-    key, _, rest = path.partition(".")
-    return _at(item.get(key), rest) if rest and isinstance(item, dict) else None
+    """What is at a key or path, None where there is nothing."""
+    cell = cell_at(item, path) if isinstance(item, dict) else MISSING
+    return None if cell is MISSING else cell
 
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
@@ -247,30 +241,32 @@ def _objects(row: Row) -> list[Ranking]:
         advice = f"say which holds the text: `columns: {{answer: {present[-1] if present else '...'}}}`"
         raise _Unsure("bad_label" if present else "missing_field", f"the answers in {where} have {names}", advice)
     key = row.columns.get("answer") or present[0]
-    return [_ranking([_at(item, key) for item in items], _levels_of(items, row), where, row.writing)]
+    return [_ranking([_at(item, key) for item in items], *_numbers_of(items, row), where, row.writing)]
 
 
-def _levels_of(items: Sequence[dict[str, Any]], row: Row) -> list[float | None]:
-    """The level of each answer. Raises Unfit: nothing known says it, or two things that contradict each other."""
+def _numbers_of(items: Sequence[dict[str, Any]], row: Row) -> tuple[list[float | None], bool]:
+    """The rating or rank of each answer, and whether they are ranks. Raises Unfit: nothing known says it, or two things
+    that contradict each other."""
     named = {row.columns[role]: role == "rank" for role in ("rating", "rank") if role in row.columns}
-    where, levels = row.where("answers"), dict[str, list[float | None]]()
-    for key, lowest_best in (named or _KNOWN_KEYS).items():
-        numbers = [as_number(_at(item, key)) for item in items]
-        if any(number is not None for number in numbers):
-            levels[key] = [_rank_level(number) if lowest_best else number for number in numbers]
-        elif any(_at(item, key) is not None for item in items):
-            raise Unfit("bad_label", f"{where}: `{short(key)}` holds no numbers")
-    if not levels:
-        raise _no_level(items, where)
-    (first, decisive), *others = levels.items()
+    where, numbers = row.where("answers"), dict[str, list[float | None]]()
+    for key in named or _KNOWN_KEYS:
+        numbers[key] = [as_number(_at(item, key)) for item in items]
+        if all(number is None for number in numbers[key]):
+            if any(_at(item, key) is not None for item in items):
+                raise Unfit("bad_label", f"{where}: `{short(key)}` holds no numbers")
+            del numbers[key]
+    if not numbers:
+        raise _no_number(items, where)
+    by_rank = named or _KNOWN_KEYS
+    (first, decisive), *others = numbers.items()
     for key, other in others:
-        if _contradict(decisive, other):
+        if _contradict(decisive, other, by_rank[first] != by_rank[key]):
             what = f"`{short(first)}` and `{short(key)}` order the answers in {where} differently"
             raise _Unsure("bad_label", what, f"say which decides: `columns: {{rating: {short(first)}}}`")
-    return decisive
+    return decisive, by_rank[first]
 
 
-def _no_level(items: Sequence[dict[str, Any]], where: str) -> _Unsure:
+def _no_number(items: Sequence[dict[str, Any]], where: str) -> _Unsure:
     keys = dict.fromkeys(key for item in items for key in item)
     numbers = [key for key in keys if as_number(items[0].get(key)) is not None]
     what = f"the answers in {where} have no rating or rank that is known by its name"
@@ -280,23 +276,23 @@ def _no_level(items: Sequence[dict[str, Any]], where: str) -> _Unsure:
     return _Unsure("missing_field", what, advice)
 
 
-def _rank_level(rank: float | None) -> float | None:
-    return None if rank is None or rank < 0 else 0.0 - rank
-
-
-def _contradict(first: Sequence[float | None], second: Sequence[float | None]) -> bool:
-    both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+def _contradict(first: Sequence[float | None], second: Sequence[float | None], is_turned: bool) -> bool:
+    both = [(a, -b if is_turned else b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     return any((a - c) * (b - d) < 0 for (a, b), (c, d) in combinations(both, 2))
 
 
-def _ranking(answers: Sequence[Any], levels: Sequence[float | None], where: str, writing: Writing) -> Ranking:
+def _ranking(
+    answers: Sequence[Any], numbers: Sequence[float | None], by_rank: bool, where: str, writing: Writing
+) -> Ranking:
+    """The answers that can be read and have a rating; a rank is 0 or more, and the lowest is best."""
     ranking = Ranking([], where)
-    for number, (answer, level) in enumerate(zip(answers, levels, strict=True), start=1):
-        where_answer = f"{where}, answer {number}"
+    for place, (answer, number) in enumerate(zip(answers, numbers, strict=True), start=1):
+        where_answer = f"{where}, answer {place}"
         try:
-            if level is None:
-                raise Unfit("bad_label", f"{where_answer} has no rating or rank")
-            ranking.answers.append(Answer(read_answer(answer, where_answer, writing), level, where_answer))
+            if number is None or (by_rank and number < 0):
+                raise Unfit("bad_label", f"{where_answer} has no {'rank' if by_rank else 'rating'}")
+            turns = read_answer(answer, where_answer, writing)
+            ranking.answers.append(Answer(turns, number, 0.0 - number if by_rank else number, where_answer))
         except Unfit as unfit:
             ranking.unfit.append(unfit)
     return ranking
@@ -308,17 +304,16 @@ def _lists(row: Row) -> list[Ranking]:
     answers, numbers, where = row.list("answers"), row.list(role), row.where("answers")
     if len(answers) != len(numbers):
         raise Unfit("missing_field", f"{where} has {len(answers)} answers, {row.where(role)} {len(numbers)}")
-    levels = [_level(number) for number in numbers]
+    levels = list(map(_number, numbers))
     if all(level is None for level in levels):
         raise Unfit("bad_label", f"{row.where(role)} holds no numbers")
-    levels = list(map(_rank_level, levels)) if role == "rank" else levels
-    return [_ranking(answers, levels, where, row.writing)]
+    return [_ranking(answers, levels, role == "rank", where, row.writing)]
 
 
 def _best_first(row: Row) -> list[Ranking]:
     role = "best_first" if "best_first" in row.columns else "better_worse"
     answers = row.list(role)
-    return [_ranking(answers, [0.0 - number for number in range(len(answers))], row.where(role), row.writing)]
+    return [_ranking(answers, range(len(answers)), True, row.where(role), row.writing)]
 
 
 def _chosen_and_rejected(row: Row) -> list[Ranking]:
@@ -327,7 +322,7 @@ def _chosen_and_rejected(row: Row) -> list[Ranking]:
     for role, level in (("chosen", 1.0), ("rejected", 0.0)):
         cell = row.cells[role]
         answers = row.list(role) if cell == [] or is_list_of_answers(cell) else [cell]
-        side = _ranking(answers, [level] * len(answers), row.where(role), row.writing)
+        side = _ranking(answers, [level] * len(answers), False, row.where(role), row.writing)
         if not side.answers:
             raise side.unfit[0]
         sides.append(side)
@@ -343,7 +338,7 @@ def _choice(row: Row) -> list[Ranking]:
         raise Unfit("bad_label", f"{row.where('choice')} is no index into {where}, counted from 0")
     key = row.columns.get("answer", "text")
     texts = [_at(answer, key) if isinstance(answer, dict) else answer for answer in answers]
-    ranking = _ranking(texts, [float(number == choice) for number in range(len(answers))], where, row.writing)
+    ranking = _ranking(texts, [place == choice for place in range(len(answers))], False, where, row.writing)
     if "post" not in row.columns:
         return [ranking]
     post = row.cells["post"]
@@ -352,13 +347,13 @@ def _choice(row: Row) -> list[Ranking]:
 
 
 def _require_counting_from_0(columns: Mapping[str, str], values: Sequence[dict[str, Any]], source: str) -> None:
-    column = columns["choice"]
-    given = [(value[column], value.get(columns["answers"])) for value in values if is_index(value.get(column))]
-    beyond = [choice for choice, answers in given if isinstance(answers, list) and choice >= len(answers)]
-    if beyond or not any(choice == 0 for choice, _ in given):
-        what = (
-            f"`{short(column)}` holds {max(beyond)}, beyond its answers" if beyond else f"`{short(column)}` holds no 0"
-        )
+    rows = [[_at(value, columns[role]) for role in ("choice", "answers")] for value in values]
+    beyond = [
+        choice for choice, answers in rows if is_index(choice) and isinstance(answers, list) and choice >= len(answers)
+    ]
+    if beyond or all(choice != 0 for choice, _ in rows):
+        where = f"`{short(columns['choice'])}`"
+        what = f"{where} holds {max(beyond)}, beyond its answers" if beyond else f"{where} holds no 0"
         expected = "the index of the better answer, the first one being 0"
         raise UserError(f"{what}: where does it count from?", where=source, expected=expected, advice="count from 0")
 
@@ -372,9 +367,9 @@ def _tree(row: Row) -> list[Ranking]:
         ranked = [reply for reply in replies if reply.get("rank") is not None and reply.get("role") == "assistant"]
         if len(ranked) > 1 and path[-1]["role"] == "user":
             texts = [reply.get("text") for reply in ranked]
-            levels = [_rank_level(as_number(reply["rank"])) for reply in ranked]
+            ranks = [as_number(reply["rank"]) for reply in ranked]
             where_replies = f"{where}, the replies to `{short(path[-1]['content'])}`"
-            rankings.append(replace(_ranking(texts, levels, where_replies, "plain"), prompt=path))
+            rankings.append(replace(_ranking(texts, ranks, True, where_replies, "plain"), prompt=path))
     if not rankings:
         raise Unfit("missing_field", f"{where} has no two ranked replies to a message")
     return rankings
@@ -400,21 +395,30 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"`{short(name)}`" for name in names)
 
 
-LAYOUTS: dict[str, tuple[Callable[[Row], list[Ranking]], tuple[str, ...]]] = {
-    "rated answers": (_objects, ("answers",)),
-    "answers and ratings": (_lists, ("answers", "rating")),
-    "answers and ranks": (_lists, ("answers", "rank")),
-    "better and worse": (_best_first, ("better_worse",)),
-    "best first": (_best_first, ("best_first",)),
-    "lists of chosen and rejected": (_chosen_and_rejected, ("chosen", "rejected")),
-    "answers and choice": (_choice, ("answers", "choice")),
-    "summaries and choice": (_choice, ("answers", "choice", "post")),
-    "tree": (_tree, ("tree",)),
+@dataclass(frozen=True)
+class _Layout:
+    """`roles`: of the cells that it needs beside the prompt; `is_rated`: the numbers that order the answers are the
+    row's, not an order alone; `pairs_from`: where the recipe says nothing."""
+
+    read: Callable[[Row], list[Ranking]]
+    roles: tuple[str, ...]
+    is_rated: bool = False
+    pairs_from: PairsFrom = "best_worst"
+
+
+LAYOUTS = {
+    "rated answers": _Layout(_objects, ("answers",), True),
+    "answers and ratings": _Layout(_lists, ("answers", "rating"), True),
+    "answers and ranks": _Layout(_lists, ("answers", "rank"), True),
+    "better and worse": _Layout(_best_first, ("better_worse",)),
+    "best first": _Layout(_best_first, ("best_first",)),
+    "lists of chosen and rejected": _Layout(_chosen_and_rejected, ("chosen", "rejected"), False, "all"),
+    "answers and choice": _Layout(_choice, ("answers", "choice")),
+    "summaries and choice": _Layout(_choice, ("answers", "choice", "post")),
+    "tree": _Layout(_tree, ("tree",), True),
 }
-"""Layout -> its reader, and the roles of the cells that it needs beside the prompt."""
-RATED = ("rated answers", "answers and ratings", "answers and ranks", "tree")
-"""Layouts whose levels are numbers of the row; in the others they are an order alone."""
-EACH_WITH_EACH = ("lists of chosen and rejected",)
+READ_FROM_TEXT = ("answers", "rating", "rank", "best_first")
+"""Roles whose lists may be written as text, as .csv files have them."""
 # Columns that tell a layout which needs more than a row, and what to do.
 _OTHER = {
     ("message_id", "parent_id", "text", "role"): (

@@ -11,6 +11,7 @@ from prefold.errors import did_you_mean
 from prefold.recipe.rewards import WinRate
 from prefold.recipe.sampling import MaxNewTokens, Sampling
 from prefold.recipe.section import Section
+from prefold.recipe.values import Values
 from prefold.recipe.where import Where
 
 
@@ -117,7 +118,9 @@ class Rows(Section):
 
 class Source(Rows):
     columns: dict[str, str] | None = None
-    """Columns that have other names than those of a known shape: `{prompt: question}`."""
+    """Columns that have other names than those of a known shape, or a path into one: `{prompt: input.question}`."""
+    values: Values | None = None
+    """What the values of the vote or label column mean: `{first: "< 0", second: "> 0", tie: 0}`."""
     weight: float | None = Field(None, gt=0)
     """Share of the rows, relative to the other sources that have a weight. The mixture is the largest one that keeps
     these proportions without repeating a row; the rows are drawn by `train.seed`."""

@@ -80,6 +80,24 @@ def tree(text: str, *replies: dict[str, Any]) -> dict[str, Any]:
     return {"message_tree_id": "m", "tree_state": "ready", "prompt": reply(text, "prompter", None, *replies)}
 
 
+def arena(first: list[Message], second: list[Message], winner: str) -> dict[str, Any]:
+    models = {"question_id": "q", "model_a": "vicuna", "model_b": "koala", "judge": "arena_user", "language": "English"}
+    return {**models, "winner": winner, "conversation_a": first, "conversation_b": second, "turn": len(first) // 2}
+
+
+def arena_lists(prompt: list[str], first: list[Any], second: list[Any], *winner: int) -> dict[str, Any]:
+    flags = dict(zip(("winner_model_a", "winner_model_b", "winner_tie"), winner, strict=True))
+    return {
+        "id": 3,
+        "model_a": "x",
+        "model_b": "y",
+        "prompt": prompt,
+        "response_a": first,
+        "response_b": second,
+        **flags,
+    }
+
+
 TURNS = [user("Hi"), assistant("Hello"), user("Why?")]
 CASES = [
     Case(
@@ -158,7 +176,6 @@ CASES = [
             (TURNS, "So.", "No.", (0.0, -2.0)),
             ("How?", "By car.", "By bus.", (0.0, -1.0)),
         ],
-        {"prompt": "context"},
     ),
     Case(
         "responses and scores",
@@ -341,6 +358,34 @@ CASES = [
             ([user("Why?"), assistant("So."), user("And?")], "X.", "Y.", (0.0, -1.0)),
             ("How?", "1.", "2.", (-1.0, -2.0)),
             ("Who?", "Bob.", "Ann.", (0.0, -1.0)),
+        ],
+    ),
+    Case(
+        "Chatbot Arena",
+        "two conversations",
+        [
+            arena([user("Why?"), assistant("So.")], [user("Why?"), assistant("No.")], "model_a"),
+            arena([user("How?"), assistant("By car.")], [user("How?"), assistant("By bus.")], "model_b"),
+            arena([*TURNS, assistant("So.")], [*TURNS, assistant("No.")], "model_b"),
+        ],
+        [
+            ("Why?", "So.", "No.", None),
+            ("How?", "By bus.", "By car.", None),
+            (TURNS, "No.", "So.", None),
+        ],
+    ),
+    Case(
+        "lmsys-arena-human-preference-55k",
+        "parallel lists, scores",
+        [
+            arena_lists(["Why?"], ["So."], ["No."], 1, 0, 0),
+            arena_lists(["Hi", "Why?"], ["Hello", "So."], ["Hello", "No."], 0, 1, 0),
+            arena_lists(["How?"], ["By car."], ["By bus."], 0, 1, 0),
+        ],
+        [
+            ("Why?", "So.", "No.", None),
+            (TURNS, "No.", "So.", None),
+            ("How?", "By bus.", "By car.", None),
         ],
     ),
 ]

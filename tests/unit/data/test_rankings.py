@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from data_samples import assistant, text_rows, user
-from ranking_layouts import CASES, Case, nectar, nemo, reply, stack_exchange, summaries, tree, ultrafeedback
+from ranking_layouts import CASES, Case, arena, nectar, nemo, reply, stack_exchange, summaries, tree, ultrafeedback
 from transformers import PreTrainedTokenizerFast
 
 from prefold.data.conversion import to_records
@@ -230,6 +230,24 @@ def test_part_of_a_tree_is_used_where_another_part_cannot_be() -> None:
     assert texts(records(row)) == [("a", "b"), "tie"]
 
 
+@pytest.mark.parametrize("winner", ["tie", "tie (bothbad)", "both_bad"])
+def test_a_contest_without_a_winner_is_a_tie(winner: str) -> None:
+    both = ([user("Why?"), assistant("a")], [user("Why?"), assistant("b")])
+    assert texts(records(arena(*both, "model_a"), arena(*both, winner))) == [("a", "b"), "tie"]
+
+
+def test_contests_that_cannot_be_used() -> None:
+    both = ([user("Why?"), assistant("a")], [user("Why?"), assistant("b")])
+    others = [
+        arena(both[0], [user("How?"), assistant("b")], "model_a"),
+        arena(both[0], both[0], "model_a"),
+        arena(both[0], [], "model_a"),
+    ]
+    assert "`winner` holds model_a (1 row), vicuna (1)" in refused(arena(*both, "model_a"), arena(*both, "vicuna"))
+    expected = [("a", "b"), "bad_message", "identical", "empty_text"]
+    assert texts(records(arena(*both, "model_a"), *others)) == expected
+
+
 def test_a_choice_beyond_the_answers_of_a_later_row_is_left_out() -> None:
     rows = [summaries("Post.", number % 2, "a", "b") for number in range(1100)]
     shape = find_shape([RawRow(RowId("rows.jsonl", 1), row) for row in rows], "rows.jsonl", None, ("pairs",))
@@ -319,10 +337,10 @@ def test_what_is_not_sure_is_refused(row: dict[str, Any], expected: list[str]) -
 @pytest.mark.parametrize(
     "settings, kind, rows, expected",
     [
-        ({"pairs_from": "all"}, "pairs", text_rows(2), "its rows are text, and no ranking"),
-        ({"min_margin": 1}, "pairs", text_rows(2), "its rows are text, and no ranking"),
-        ({"pairs_from": "all"}, "unpaired", [FOUR, FOUR], "the method takes unpaired answers"),
-        ({"pairs_from": "adjacent"}, "unpaired", [FOUR, FOUR], "the method takes unpaired answers"),
+        ({"pairs_from": "all"}, "pairs", text_rows(2), "its rows are text: no ranking"),
+        ({"min_margin": 1}, "pairs", text_rows(2), "its rows are text: no ranking"),
+        ({"pairs_from": "all"}, "unpaired", [FOUR, FOUR], "the method takes single answers"),
+        ({"pairs_from": "adjacent"}, "unpaired", [FOUR, FOUR], "the method takes single answers"),
         ({"pairs_from": "all"}, "prompts", [FOUR, FOUR], "needs prompts alone"),
         ({"min_margin": 1}, "pairs", [{"prompt": "Why?", "output": ["a", "b"]}], "without ratings"),
     ],
@@ -418,9 +436,7 @@ def test_a_source_of_pairs_needs_no_rule() -> None:
 
 def test_nemo_takes_several_ranks_and_stack_exchange_its_scores() -> None:
     """All pairs of three ranked completions, and of three scored answers."""
-    assert texts(
-        records(nemo([user("Why?")], ("a", 0), ("b", 1), ("c", 2)), rule=Rule("all"), columns={"prompt": "context"})
-    ) == [
+    assert texts(records(nemo([user("Why?")], ("a", 0), ("b", 1), ("c", 2)), rule=Rule("all"))) == [
         ("a", "b"),
         ("a", "c"),
         ("b", "c"),
