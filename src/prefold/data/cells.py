@@ -58,12 +58,14 @@ def _list(value: Any) -> list[Any]:
 
 
 def read_written(text: str) -> Any:
-    """What a cell that holds JSON or a printed Python value says; MISSING if it is neither."""
+    """What a cell that holds a list, an object or null as JSON or printed by Python says; MISSING if it is neither."""
+    if not (text := text.strip()).startswith(("[", "{")) and text not in ("null", "None"):
+        return MISSING
     for read in (json.loads, ast.literal_eval):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return read(text.strip())
+                return read(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return MISSING
@@ -90,15 +92,15 @@ def is_texts(value: Any) -> bool:
 def written(cells: Sequence[Any], is_meant: Callable[[Any], bool]) -> list[Any]:
     """The cells that are texts, read; MISSING for those that are not what is meant."""
     texts = [cell for cell in cells if isinstance(cell, str) and cell.strip()]
-    # Nothing else begins like that, so most cells cost a glance.
-    begins = [text[:_START].lstrip()[:1] in ("[", "{") for text in texts]
-    read = [read_written(text) if likely else MISSING for text, likely in zip(texts, begins, strict=True)]
-    return [value if is_meant(value) else MISSING for value in read] if any(begins) else []
+    # Nothing else begins like that, so most columns cost a glance.
+    begins = any(text[:_START].lstrip().startswith(("[", "{")) for text in texts)
+    return [value if is_meant(value) else MISSING for value in map(read_written, texts)] if begins else []
 
 
-def begins_as_turns(text: Any) -> bool:
-    is_list = isinstance(text, str) and _LIST_OF_TURNS.match(text[:_START])
-    return bool(is_list and _KEY_OF_TURN.search(text[:_START]))
+def is_cut_off(text: Any) -> bool:
+    """Whether a text begins as a list of messages and cannot be read."""
+    is_list = isinstance(text, str) and _LIST_OF_TURNS.match(text[:_START]) and _KEY_OF_TURN.search(text[:_START])
+    return bool(is_list) and read_written(text) is MISSING
 
 
 def need_list(text: str, where: str) -> Any:
@@ -134,7 +136,9 @@ def is_history(cell: Any) -> bool:
 
 
 def read_if_text(cell: Any) -> Any:
-    return read_written(cell) if isinstance(cell, str) else cell
+    """A cell, or what its text says where it says something."""
+    value = read_written(cell) if isinstance(cell, str) else cell
+    return cell if value is MISSING else value
 
 
 def template_kwargs(tools: Any, kwargs: Any, where: tuple[str, str]) -> dict[str, Any]:

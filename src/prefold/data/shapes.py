@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 from prefold.data import dialogues, rankings
 from prefold.data.cells import (
     MISSING,
-    begins_as_turns,
     cell_at,
     has_cell,
+    is_cut_off,
     is_empty,
     is_history,
     is_kwargs,
@@ -26,6 +26,7 @@ from prefold.data.cells import (
     is_tools,
     is_turns,
     missing_part,
+    read_if_text,
     read_written,
     written,
 )
@@ -357,7 +358,7 @@ def _with_lists_read(
         fit = sum(value is not MISSING for value in lists)
         if lists and fit == len(lists):
             parsed.add(name)
-        elif cut := sum(map(begins_as_turns, of_column)) - fit if lists else 0:
+        elif cut := sum(map(is_cut_off, of_column)) if lists else 0:
             mixed[name] = f"text that begins as a list of messages and cannot be read as one: {counted(cut, 'row')}"
         elif fit:
             mixed[name] = f"lists of messages as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
@@ -423,7 +424,7 @@ def _completed(
 
 def _extra_column(role: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
     """The column of an extra role: the first that has cells of its form; none where its cells are of others."""
-    filled = {name: [cell for row in rows if not is_empty(cell := cell_at(row, name))] for name in names}
+    filled = {name: [cell for row in rows if not is_empty(read_if_text(cell := cell_at(row, name)))] for name in names}
     fitting = [name for name in names if any(map(_EXTRA_FORMS[role], filled[name]))]
     return fitting[0] if fitting else names[0] if not filled[names[0]] else None
 
