@@ -15,7 +15,7 @@ Pair = tuple[list[Message] | str, list[Message] | str, list[Message] | str, tupl
 
 @dataclass(frozen=True)
 class Case:
-    """`pairs` are those of all rows in order, made by the rule that is meant where none is given."""
+    """A layout by its name in the table of docs/data.md; `pairs` of all rows in order, by the rule where none is given."""
 
     name: str
     layout: str
@@ -115,7 +115,7 @@ CASES = [
         ],
     ),
     Case(
-        "UltraFeedback by an annotation",
+        "UltraFeedback",
         "rated answers",
         [ultrafeedback("Why?", ("So.", 2.0), ("No.", 4.0))] * 3,
         [("Why?", "No.", "So.", (4.0, 2.0))] * 3,
@@ -136,21 +136,21 @@ CASES = [
         ],
     ),
     Case(
-        "answers under names of one's own",
+        "objects of any names",
         "rated answers",
         [{"q": "Why?", "options": [{"body": {"md": "So."}, "votes": 3}, {"body": {"md": "No."}, "votes": -1}]}] * 3,
         [("Why?", "So.", "No.", (3.0, -1.0))] * 3,
         {"prompt": "q", "answers": "options", "answer": "body.md", "rating": "votes"},
     ),
     Case(
-        "a rank under a name of one's own",
+        "objects of any names",
         "rated answers",
         [{"prompt": "Why?", "answers": [{"text": "So.", "position": 2}, {"text": "No.", "position": 1}]}] * 3,
         [("Why?", "No.", "So.", (-1.0, -2.0))] * 3,
         {"rank": "position"},
     ),
     Case(
-        "stack-exchange-preferences",
+        "Stack Exchange preferences",
         "rated answers",
         [
             stack_exchange("Why?", ("So.", 4), ("No.", 1)),
@@ -178,7 +178,7 @@ CASES = [
         ],
     ),
     Case(
-        "responses and scores",
+        "answers and ratings",
         "answers and ratings",
         [
             {"prompt": "Why?", "responses": ["No.", "So."], "scores": [0.1, 0.9]},
@@ -192,20 +192,20 @@ CASES = [
         ],
     ),
     Case(
-        "responses and rewards, messages",
+        "answers and ratings",
         "answers and ratings",
         [{"prompt": TURNS, "responses": [[assistant("No.")], [assistant("So.")]], "rewards": [0, 1]}] * 3,
         [(TURNS, "So.", "No.", (1.0, 0.0))] * 3,
     ),
     Case(
-        "all_generated_responses and all_rm_scores",
+        "answers and ratings",
         "answers and ratings",
         [{"prompt_id": "p", "prompt": "Why?", "all_generated_responses": ["No.", "So."], "all_rm_scores": [0.1, 0.2]}]
         * 3,
         [("Why?", "So.", "No.", (0.2, 0.1))] * 3,
     ),
     Case(
-        "all_generated_responses where a pair is chosen already",
+        "answers and ratings",
         "text",
         [
             {
@@ -220,7 +220,7 @@ CASES = [
         [("Why?", "A", "B", None)] * 3,
     ),
     Case(
-        "the same, the lists asked for",
+        "answers and ratings",
         "answers and ratings",
         [
             {
@@ -236,20 +236,20 @@ CASES = [
         {"answers": "all_generated_responses"},
     ),
     Case(
-        "distilabel's UltraFeedback task",
+        "answers and ratings",
         "answers and ratings",
         [{"instruction": "Why?", "generations": ["No.", "So."], "ratings": [2, 5], "rationales": ["a", "b"]}] * 3,
         [("Why?", "So.", "No.", (5.0, 2.0))] * 3,
     ),
     Case(
-        "distilabel's order",
+        "answers and ratings",
         "answers and ratings",
         [{"instruction": "Why?", "generations": ["No.", "So."], "order": ["rejected", "chosen"]}] * 3,
         [("Why?", "So.", "No.", (1.0, 0.0))] * 3,
         {"rating": "order"},
     ),
     Case(
-        "PairRM",
+        "answers and ranks",
         "answers and ranks",
         [
             {
@@ -263,13 +263,13 @@ CASES = [
         [("Hello?", "good", "bad", (-1.0, -3.0))] * 3,
     ),
     Case(
-        "OpenHermesPreferences without its pairs",
+        "answers and ranks",
         "answers and ranks",
         [{"prompt": "Why?", "candidates_completions": ["So.", "No."], "ranks": [2, 1], "rank_str": "B>A"}] * 3,
         [("Why?", "No.", "So.", (-1.0, -2.0))] * 3,
     ),
     Case(
-        "output: better, worse",
+        "better and worse",
         "better and worse",
         [
             {"instruction": "Explain.", "input": "Why?", "output": ["So.", "No."]},
@@ -283,14 +283,14 @@ CASES = [
         ],
     ),
     Case(
-        "answers in their order",
+        "best first",
         "best first",
         [{"prompt": "Why?", "ranked": ["So.", "Well.", "No."]}] * 3,
         [("Why?", "So.", "No.", None)] * 3,
         {"best_first": "ranked"},
     ),
     Case(
-        "several rejected",
+        "several chosen or rejected",
         "lists of chosen and rejected",
         [
             {"prompt": "Why?", "chosen": "So.", "rejected": ["No.", "Never."]},
@@ -320,7 +320,7 @@ CASES = [
         ],
     ),
     Case(
-        "answers and the index of the better one",
+        "answers and choice",
         "answers and choice",
         [
             {"prompt": "Why?", "responses": ["So.", "No."], "choice": 0},
@@ -334,7 +334,7 @@ CASES = [
         ],
     ),
     Case(
-        "trees of OpenAssistant",
+        "OpenAssistant trees",
         "tree",
         [
             tree(
@@ -375,7 +375,7 @@ CASES = [
         ],
     ),
     Case(
-        "lmsys-arena-human-preference-55k",
+        "LMSYS arena",
         "parallel lists, scores",
         [
             arena_lists(["Why?"], ["So."], ["No."], 1, 0, 0),

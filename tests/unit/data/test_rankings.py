@@ -83,7 +83,8 @@ def test_layouts(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_prompts_of_rankings(case: Case) -> None:
     """A method that needs prompts alone takes those of rankings."""
-    named = {"Nectar": "prompt", "PairRM": "input"}.get(case.name) or case.columns.get("prompt")
+    named = "input" if "input" in case.rows[0] and "instruction" not in case.rows[0] else case.columns.get("prompt")
+    named = "prompt" if case.name == "Nectar" else named  # its `source` is a list of texts as well
     made = records(*case.rows, columns={"prompt": named} if named else None, kinds=("prompts",))
     prompts = [(user(prompt),) if isinstance(prompt, str) else tuple(prompt) for prompt, *_ in case.pairs]
     # A row of several pairs has its prompt once.
