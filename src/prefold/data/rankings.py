@@ -92,11 +92,11 @@ def rule_of(source: Source, layout: str, name: str, kind: str) -> Rule:
     if layout in LAYOUTS and not LAYOUTS[layout].is_rated:
         refused["min_margin"] = f"its rows are {layout}, without ratings that could differ by less"
     for setting, what in refused.items():
-        if (value := getattr(source, setting)) is not None:
+        if getattr(source, setting) is not None:
             advice = f"remove `{setting}`"
             if kind != "prompts" and layout not in LAYOUTS:
                 advice += ", or name a list of answers: `columns: {answers: ...}`"
-            raise UserError(what, where=f"{name}, `{setting}: {value}`", advice=advice)
+            raise UserError(what, where=f"{name}, `{setting}`", advice=advice)
     return Rule(source.pairs_from, source.min_margin, kind == "unpaired", source.values if layout in LAYOUTS else None)
 
 
@@ -111,7 +111,7 @@ class Row:
     def where(self, role: str) -> str:
         return f"`{short(self.columns[role])}`"
 
-    def list(self, role: str) -> list[Any]:
+    def items(self, role: str) -> list[Any]:
         if not isinstance(cell := self.cells[role], list):
             raise Unfit("bad_message", f"{self.where(role)} is {json_type(cell)}, not a list")
         if not cell:
@@ -231,7 +231,7 @@ def _at(item: Any, path: str) -> Any:
 
 def _objects(row: Row) -> list[Ranking]:
     """A list of objects, each with an answer and its rating or rank."""
-    items, where = row.list("answers"), row.where("answers")
+    items, where = row.items("answers"), row.where("answers")
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
             raise Unfit("bad_message", f"{where}, answer {number} is {json_type(item)}, not an object")
@@ -256,7 +256,7 @@ def _numbers_of(items: Sequence[dict[str, Any]], row: Row) -> tuple[list[float |
                 raise Unfit("bad_label", f"{where}: `{short(key)}` holds no numbers")
             del numbers[key]
     if not numbers:
-        raise _no_number(items, where)
+        raise _no_number(items, where, list(named))
     by_rank = named or _KNOWN_KEYS
     (first, decisive), *others = numbers.items()
     for key, other in others:
@@ -266,10 +266,10 @@ def _numbers_of(items: Sequence[dict[str, Any]], row: Row) -> tuple[list[float |
     return decisive, by_rank[first]
 
 
-def _no_number(items: Sequence[dict[str, Any]], where: str) -> _Unsure:
-    keys = dict.fromkeys(key for item in items for key in item)
-    numbers = [key for key in keys if as_number(items[0].get(key)) is not None]
-    what = f"the answers in {where} have no rating or rank that is known by its name"
+def _no_number(items: Sequence[dict[str, Any]], where: str, named: Sequence[str]) -> _Unsure:
+    keys = dict.fromkeys(key for item in items for key in item if key not in _ANSWER_KEYS)
+    numbers = [key for key in keys if any(as_number(item.get(key)) is not None for item in items)]
+    what = f"the answers in {where} have no {_listed(named) or 'rating or rank that is known by its name'}"
     what += f", but numbers in {_listed(numbers)}" if numbers else ""
     key = short(numbers[0]) if numbers else "..."
     advice = f"say by `columns:` which decides: `{{rating: {key}}}` (highest is best) or `{{rank: {key}}}` (lowest is)"
@@ -301,7 +301,7 @@ def _ranking(
 def _lists(row: Row) -> list[Ranking]:
     """A list of answers, and a list of their ratings or ranks."""
     role = "rank" if "rank" in row.columns else "rating"
-    answers, numbers, where = row.list("answers"), row.list(role), row.where("answers")
+    answers, numbers, where = row.items("answers"), row.items(role), row.where("answers")
     if len(answers) != len(numbers):
         raise Unfit("missing_field", f"{where} has {len(answers)} answers, {row.where(role)} {len(numbers)}")
     levels = list(map(_number, numbers))
@@ -312,7 +312,7 @@ def _lists(row: Row) -> list[Ranking]:
 
 def _best_first(row: Row) -> list[Ranking]:
     role = "best_first" if "best_first" in row.columns else "better_worse"
-    answers = row.list(role)
+    answers = row.items(role)
     return [_ranking(answers, range(len(answers)), True, row.where(role), row.writing)]
 
 
@@ -321,7 +321,7 @@ def _chosen_and_rejected(row: Row) -> list[Ranking]:
     sides = []
     for role, level in (("chosen", 1.0), ("rejected", 0.0)):
         cell = row.cells[role]
-        answers = row.list(role) if cell == [] or is_list_of_answers(cell) else [cell]
+        answers = row.items(role) if cell == [] or is_list_of_answers(cell) else [cell]
         side = _ranking(answers, [level] * len(answers), False, row.where(role), row.writing)
         if not side.answers:
             raise side.unfit[0]
@@ -333,7 +333,7 @@ def _chosen_and_rejected(row: Row) -> list[Ranking]:
 
 def _choice(row: Row) -> list[Ranking]:
     """A list of answers, and the index of the better one, from 0."""
-    answers, where, choice = row.list("answers"), row.where("answers"), row.cells["choice"]
+    answers, where, choice = row.items("answers"), row.where("answers"), row.cells["choice"]
     if not is_index(choice) or choice >= len(answers):
         raise Unfit("bad_label", f"{row.where('choice')} is no index into {where}, counted from 0")
     key = row.columns.get("answer", "text")
@@ -380,13 +380,13 @@ def _branches(root: Any, where: str) -> Iterator[tuple[list[Message], list[dict[
     pending: list[tuple[list[Message], Any]] = [([], root)]
     while pending:
         before, node = pending.pop()
-        if not isinstance(node, dict) or not isinstance(node.get("replies") or [], list):
+        replies = node.get("replies") or [] if isinstance(node, dict) else None
+        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise Unfit("bad_message", f"{where} has a message that is not {{role, text, replies}}")
-        if (role := _TREE_ROLES.get(node.get("role", "user"))) is None:
+        if (role := _TREE_ROLES.get(str(node.get("role", "user")))) is None:
             raise Unfit("bad_message", f"{where} has a message of the role `{short(node['role'])}`")
         path = [*before, message(role, node.get("text"), f"a message in {where}")]
-        replies = [reply for reply in node.get("replies") or [] if isinstance(reply, dict) and not reply.get("deleted")]
-        if replies:
+        if replies := [reply for reply in replies if not reply.get("deleted")]:
             yield path, replies
         pending += [(path, reply) for reply in reversed(replies) if reply.get("replies")]
 

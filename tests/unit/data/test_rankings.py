@@ -17,7 +17,7 @@ from prefold.data.preference import Preference, Problem, Prompt, Record, RowId, 
 from prefold.data.rankings import BY_DEFAULT, Rule, rule_of
 from prefold.data.shapes import KINDS, Kind, find_shape
 from prefold.errors import UserError
-from prefold.recipe import Benchmark, Data, Source
+from prefold.recipe import Benchmark, Data, Source, Values
 
 Write = Callable[..., str]
 
@@ -209,6 +209,8 @@ def test_rows_of_lists(row: dict[str, Any], expected: list[Any]) -> None:
         ),
         (tree(" ", reply("a", "assistant", 0), reply("b", "assistant", 1)), ["empty_text"]),
         (tree("Why?", reply("a", "narrator", 0, reply("x", "prompter", 0))), ["bad_message"]),
+        (tree("Why?", reply("a", [], 0, reply("x", "prompter", 0))), ["bad_message"]),  # type: ignore[arg-type]
+        (tree("Why?", reply("a", "assistant", 0), reply("b", "assistant", 1), None), ["bad_message"]),  # type: ignore[arg-type]
         ({"prompt": "Why?"}, ["bad_message"]),
         ({"prompt": {"text": "Why?", "replies": [1, {"replies": 5}]}}, ["bad_message"]),
     ],
@@ -274,6 +276,37 @@ def test_two_scores_that_order_answers_differently_are_refused() -> None:
     assert "`columns: {rating: overall_score}`" in message
     assert texts(records(*rows, columns={"rating": "fine-grained_score"})) == [("0", "1")] * 2
     assert texts(records(*rows, columns={"rating": "overall_score"})) == [("0", "1"), ("1", "0")]
+
+
+def test_a_named_rating_that_is_not_there_is_refused() -> None:
+    message = refused(with_two_scores((3.0, 7.0), (2.0, 5.0)), columns={"rating": "helpfulness"})
+    assert "the answers in `completions` have no `helpfulness`, but numbers in `fine-grained_score`" in message
+
+
+def test_ratings_of_a_csv_file_are_read_from_text() -> None:
+    row = {"prompt": "Why?", "responses": '["a", "b"]', "scores": "[1, 2]"}
+    assert texts(records(row, row)) == [("b", "a")] * 2
+    message = refused(row, {**row, "responses": "[a, b"})
+    assert "`responses` holds lists as text in 1 row, and other text in 1" in message
+
+
+def test_each_answer_by_its_own_rating() -> None:
+    """With `values` each answer is wanted or not by the number that the file has, a rank as well as a rating."""
+    rule = Rule(unpaired=True, values=Values(desirable=">= 4", undesirable="<= 2"))
+    assert texts(records(FOUR, rule=rule)) == [("a", False), ("b", True), ("c", False), ("d", True)]
+    assert texts(records({**FOUR, "scores": [3, 3, 3, 3]}, rule=rule)) == ["tie"]
+    ranked = Rule(unpaired=True, values=Values(desirable=1, undesirable=">= 3"))
+    assert texts(records(nectar("Why?", ("c", 3), ("a", 1), ("b", 2)), rule=ranked)) == [("c", False), ("a", True)]
+
+
+def test_values_of_a_source_reach_its_answers(write: Write, chatml: PreTrainedTokenizerFast) -> None:
+    path = write("rows.jsonl", [FOUR, {**FOUR, "prompt": "How?", "scores": [3, 3, 3, 3]}])
+    data = Data(train=[Source(path=path, values=Values(desirable=">= 4", undesirable="<= 2"))])
+    prepared = load_split(data, chatml, seed=1, kind="unpaired")
+    assert texts(list(prepared.train.records)) == [("a", False), ("b", True), ("c", False), ("d", True)]
+    assert found(prepared)["tie"] == ("note", 1, [2])
+    with pytest.raises(UserError, match="`values`: the method needs pairs"):
+        load_split(data, chatml, seed=1)
 
 
 def test_two_scores_that_agree_are_one_ranking() -> None:
