@@ -195,7 +195,15 @@ _SCORED = [
 _KNOWN_COLUMNS = {
     "prompt": ("prompt", "question", "instruction", "input", "question.full_text", "query", "context", "history"),
     "chosen": (
-        *("chosen", "chosen_response", "chosen_answer", "chosen_completion", "chosen_messages", "chatgpt", "response_j"),
+        *(
+            "chosen",
+            "chosen_response",
+            "chosen_answer",
+            "chosen_completion",
+            "chosen_messages",
+            "chatgpt",
+            "response_j",
+        ),
         *("accepted", "accepted_response", "preferred", "preferred_response", "preferred_output", "preferred_answer"),
         *("preferred_completion", "better_response", "y_w", "positive"),
     ),
@@ -230,6 +238,10 @@ _WEAK_PROMPTS = ("query", "context", "history")
 _TOGETHER = (("output_1", "output_2"), ("score_1", "score_2"))
 """Roles whose columns are of one family."""
 ROLES = (*_KNOWN_COLUMNS, *_EXTRA_COLUMNS, "input")
+READ_IN_PAIRS = {"input", *_MEDIA, *itertools.chain.from_iterable(_EXTRA_COLUMNS.values())}.union(
+    *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1"))
+)
+"""Columns that a row of `prompt`, `chosen` and `rejected` cannot have beside them without being read otherwise."""
 
 
 def find_shape(
