@@ -284,6 +284,10 @@ _WEAK_PROMPTS = ("query", "context", "history")
 _TOGETHER = (("output_1", "output_2"), ("score_1", "score_2"))
 """Roles whose columns are of one family."""
 ROLES = (*_KNOWN_COLUMNS, *_EXTRA_COLUMNS, "input")
+READ_IN_PAIRS = {"input", *_MEDIA, *itertools.chain.from_iterable(_EXTRA_COLUMNS.values())}.union(
+    *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1"))
+)
+"""Columns that a row of `prompt`, `chosen` and `rejected` cannot have beside them without being read otherwise."""
 
 
 def find_shape(

@@ -1,7 +1,7 @@
 """`values:` of a source: what the cells of its vote or label column mean.
 
-A meaning is given by a value, a list of values, or a condition in text: `-1`, `[A, model_a]`, `"< 0"`. Numbers are equal
-to the texts that .csv files make of them, and texts are compared without regard to case.
+A meaning is given by a value, a list of values, or a condition in text: `-1`, `[A, model_a]`, `"< 0"`. Numbers are
+equal to the texts that .csv files make of them, and texts are compared without regard to case.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Values(Section):
         return [name for name, value in self._named() if _is_named(value, cell)]
 
     def _named(self) -> list[tuple[str, Value]]:
-        given = {name: getattr(self, name) for name in type(self).model_fields}
-        return [(name, value) for name, it in given.items() for value in (it if isinstance(it, list) else [it])]
+        given = (("first", self.first), ("second", self.second), ("tie", self.tie))
+        given += (("desirable", self.desirable), ("undesirable", self.undesirable))
+        return [(name, value) for name, it in given for value in (it if isinstance(it, list) else [it])]
 
     def _points(self) -> list[float]:
         """Numbers of which one lies in each range that the values tell apart."""

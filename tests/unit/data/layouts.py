@@ -1,8 +1,7 @@
 """Layouts that preference data come in: for each a way to write a row, and what must be read from it.
 
-A case has the name of its row in the table of docs/data.md. Three rows are written of it, of which `row` gets the number
-0, 1 or 2. Where votes decide, the middle row prefers the second answer, so that a scale that is read the wrong way round
-shows.
+A case has the name of its row in the table of docs/data.md. Three rows are written of it; `row` gets their number, 0, 1
+or 2. Where votes decide, the middle row prefers the second answer, so that a scale read the wrong way round shows.
 """
 
 from __future__ import annotations
@@ -148,7 +147,10 @@ CASES = [
         facts=lambda n: (8.0, 7.0),
         unused=("messages",),
     ),
-    Case("conversations", lambda n: {"chosen": [human(question(n)), gpt(good(n))], "rejected": [human(question(n)), gpt(bad(n))]}),
+    Case(
+        "conversations",
+        lambda n: {"chosen": [human(question(n)), gpt(good(n))], "rejected": [human(question(n)), gpt(bad(n))]},
+    ),
     Case(
         "conversations",
         lambda n: {
@@ -158,7 +160,10 @@ CASES = [
         },
         lambda n: [system(BRIEF), *after_earlier(n)],
     ),
-    Case("turns", lambda n: {"messages": [user(question(n))], "chosen": assistant(good(n)), "rejected": assistant(bad(n))}),
+    Case(
+        "turns",
+        lambda n: {"messages": [user(question(n))], "chosen": assistant(good(n)), "rejected": assistant(bad(n))},
+    ),
     Case("turns", lambda n: {"conversations": [human(question(n))], **pair(n)}, shape="turns, ShareGPT"),
     Case("ChatML", lambda n: talks(n, chatml), shape="conversations, ChatML"),
     Case(
@@ -190,7 +195,10 @@ CASES = [
     Case("votes", lambda n: {**asked(n, "instruction"), **two(n, "output_1", "output_2"), "label": either(n, 1, 2)}),
     Case("votes", lambda n: {**asked(n), **two(n, "response1", "response2"), "preference": either(n, "1", "2")}),
     Case("votes", lambda n: {**asked(n), **two(n, "response_a", "response_b"), "winner": either(n, "A", "B")}),
-    Case("votes", lambda n: {**asked(n), **two(n, "answer_a", "answer_b"), "preferred": either(n, "answer_a", "answer_b")}),
+    Case(
+        "votes",
+        lambda n: {**asked(n), **two(n, "answer_a", "answer_b"), "preferred": either(n, "answer_a", "answer_b")},
+    ),
     Case(
         "votes",
         lambda n: {**asked(n), **two(n, "response_0", "response_1"), "better": either(n, "response_0", "response_1")},
@@ -221,7 +229,12 @@ CASES = [
     ),
     Case(
         "scores",
-        lambda n: {**asked(n), **two(n, "answer_1", "answer_2"), "score_1": either(n, 7, 2), "score_2": either(n, 2, 7)},
+        lambda n: {
+            **asked(n),
+            **two(n, "answer_1", "answer_2"),
+            "score_1": either(n, 7, 2),
+            "score_2": either(n, 2, 7),
+        },
         facts=lambda n: (7.0, 2.0),
         shape="scores",
     ),
@@ -312,7 +325,10 @@ CASES = [
     Case("ms-swift", lambda n: {"messages": talk(n, good(n)), "rejected_response": bad(n)}, shape="answered messages"),
     Case(
         "ms-swift",
-        lambda n: {"messages": [system(BRIEF), *talk(n, good(n))], "rejected_messages": [system(BRIEF), *talk(n, bad(n))]},
+        lambda n: {
+            "messages": [system(BRIEF), *talk(n, good(n))],
+            "rejected_messages": [system(BRIEF), *talk(n, bad(n))],
+        },
         with_system,
     ),
     Case("ms-swift", lambda n: {"messages": json.dumps(talk(n, good(n))), "rejected_response": bad(n)}),
@@ -345,7 +361,13 @@ CASES = [
     ),
     Case(
         "LLaMA-Factory alpaca",
-        lambda n: {"instruction": question(n), "input": "", "output": good(n), "kto_tag": wanted(n), "history": EARLIER},
+        lambda n: {
+            "instruction": question(n),
+            "input": "",
+            "output": good(n),
+            "kto_tag": wanted(n),
+            "history": EARLIER,
+        },
         after_earlier,
         labelled,
         wanted,
@@ -396,7 +418,11 @@ CASES = [
         unused=("parent_ids",),
     ),
     # ---- what goes to the chat template
-    Case("tools and template settings", lambda n: {**asked(n), **pair(n), "tools": [TOOL]}, given=lambda n: {"tools": [TOOL]}),
+    Case(
+        "tools and template settings",
+        lambda n: {**asked(n), **pair(n), "tools": [TOOL]},
+        given=lambda n: {"tools": [TOOL]},
+    ),
     Case(
         "tools and template settings",
         lambda n: {**asked(n), **pair(n), "chat_template_kwargs": {"enable_thinking": n == 1} if n else None},
@@ -404,10 +430,19 @@ CASES = [
     ),
     Case(
         "tools and template settings",
-        lambda n: {"prompt": [user(question(n))], **pair(n), "chat_template_kwargs": '{"date": "today"}', "tools": "[]"},
+        lambda n: {
+            "prompt": [user(question(n))],
+            **pair(n),
+            "chat_template_kwargs": '{"date": "today"}',
+            "tools": "[]",
+        },
         given=lambda n: {"date": "today"},
     ),
-    Case("columns by name", lambda n: {**asked(n, "q"), **pair(n, "good", "bad")}, source={"columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}}),
+    Case(
+        "columns by name",
+        lambda n: {**asked(n, "q"), **pair(n, "good", "bad")},
+        source={"columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
+    ),
     Case(
         "columns by name",
         lambda n: {"sample": {"ask": [question(n)], "replies": [{"text": good(n)}, {"text": bad(n)}]}},
@@ -472,7 +507,13 @@ CASES = [
         kind="unpaired",
     ),
     # ---- prompts
-    Case("prompts", lambda n: {**asked(n), "answer": n}, answers=lambda n: [], facts=lambda n: {"answer": n}, kind="prompts"),
+    Case(
+        "prompts",
+        lambda n: {**asked(n), "answer": n},
+        answers=lambda n: [],
+        facts=lambda n: {"answer": n},
+        kind="prompts",
+    ),
     Case(
         "prompts",
         lambda n: {"prompt": with_system(n), "data_source": "x"},
@@ -481,7 +522,14 @@ CASES = [
         lambda n: {"data_source": "x"},
         kind="prompts",
     ),
-    Case("opening messages", lambda n: {"messages": with_system(n)}, with_system, lambda n: [], lambda n: {}, kind="prompts"),
+    Case(
+        "opening messages",
+        lambda n: {"messages": with_system(n)},
+        with_system,
+        lambda n: [],
+        lambda n: {},
+        kind="prompts",
+    ),
     Case(
         "sentences",
         lambda n: {"source": ["Look.", question(n)]},
