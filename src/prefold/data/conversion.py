@@ -18,11 +18,13 @@ from prefold.data.preference import (
     Unfit,
     Unpaired,
     check_answer,
+    check_pair,
     check_prompt,
     message,
     messages,
     short,
     with_system,
+    without_nulls,
 )
 from prefold.data.shapes import Shape, is_dialogue
 from prefold.data.votes import as_flag, as_vote, ratings, vote_columns
@@ -42,7 +44,8 @@ def to_record(
             raise Unfit("broken_row", row.problem or "not a JSON object")
         if shape.layout not in _CONVERSIONS:
             raise Unfit("broken_row", "the shape of its source is not known")
-        record = _CONVERSIONS[shape.layout](_Cells(row.value, shape, dict(shape.columns), row.origin))
+        cells = _Cells(row.value, shape, dict(shape.columns), row.origin, row.pads_with_nulls)
+        record = _CONVERSIONS[shape.layout](cells)
         return replace(record, prompt=tuple(with_system(system, list(record.prompt), where_system)))
     except Unfit as unfit:
         return Problem(unfit.kind, unfit.message, row.origin)
@@ -56,6 +59,7 @@ class _Cells:
     shape: Shape
     columns: dict[str, str]
     origin: RowId
+    pads_with_nulls: bool = False
 
     def where(self, role: str) -> str:
         return f"`{short(self.columns.get(role, role))}`"
@@ -65,7 +69,8 @@ class _Cells:
 
     def find(self, role: str) -> Any:
         """The cell, or None where there is none."""
-        return self.value.get(self.columns.get(role, role))
+        value = self.value.get(self.columns.get(role, role))
+        return without_nulls(value) if self.pads_with_nulls else value
 
     def need(self, role: str) -> Any:
         if not self.has(role):
@@ -151,11 +156,7 @@ def _checked_pair(
 ) -> Preference:
     """The pair; `where` names chosen, rejected and prompt."""
     prompt = cells.with_system(prompt)
-    texts = [[turn["content"].strip() for turn in answer] for answer in answers]
-    if texts[0] == texts[1]:
-        raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
-    check_answer(answers[0], where[0])
-    check_answer(answers[1], where[1])
+    check_pair(answers, where)
     check_prompt(prompt, where[2])
     chosen, rejected = map(tuple, answers)
     return Preference(tuple(prompt), chosen, rejected, cells.origin, ratings(cells.value))
