@@ -33,11 +33,13 @@ from prefold.data.preference import (
     Unfit,
     Unpaired,
     check_answer,
+    check_pair,
     check_prompt,
     message,
     messages,
     short,
     with_system,
+    without_nulls,
 )
 from prefold.data.shapes import Shape, is_dialogue
 from prefold.data.votes import as_flag, as_vote, margin_of, ratings, vote_columns
@@ -65,7 +67,7 @@ def to_records(
             raise Unfit("broken_row", row.problem or "not a JSON object")
         if media := next((name for name in shape.media if not is_empty(row.value.get(name))), None):
             raise Unfit("media", f"`{media}` is filled, and only text is trained on")
-        cells = _Cells(row.value, shape, dict(shape.columns), row.origin)
+        cells = _Cells(row.value, shape, dict(shape.columns), row.origin, row.pads_with_nulls)
         if shape.layout in rankings.LAYOUTS:
             made = _of_rankings(cells, rule)
         elif shape.layout in _CONVERSIONS:
@@ -93,6 +95,7 @@ class _Cells:
     shape: Shape
     columns: dict[str, str]
     origin: RowId
+    pads_with_nulls: bool = False
 
     def where(self, role: str) -> str:
         return f"`{short(self.columns.get(role, role))}`"
@@ -105,7 +108,8 @@ class _Cells:
         column = self.columns.get(role)
         if column is None or (cell := cell_at(self.value, column)) is MISSING:
             return None
-        return need_list(cell, self.where(role)) if column in self.shape.parsed and isinstance(cell, str) else cell
+        cell = need_list(cell, self.where(role)) if column in self.shape.parsed and isinstance(cell, str) else cell
+        return without_nulls(cell) if self.pads_with_nulls else cell
 
     def need(self, role: str) -> Any:
         if not self.has(role):
@@ -237,8 +241,7 @@ def _of_two(cells: _Cells, order: tuple[str, str], rated: tuple[float, float] | 
     """The pair of two outputs, the better one first."""
     where = (cells.where(order[0]), cells.where(order[1]))
     if cells.shape.layout.startswith("parallel"):
-        chosen, rejected = (_alternating(cells, role) for role in order)
-        prompt, *answers = part_transcripts(chosen, rejected, where)
+        prompt, *answers = part(_alternating(cells, order[0]), _alternating(cells, order[1]), where)
     elif cells.shape.layout == "two conversations":
         prompt, *answers = part(cells.dialogue(order[0]), cells.dialogue(order[1]), where)
     else:
@@ -285,11 +288,7 @@ def _checked_pair(
 ) -> Preference:
     """The pair; `where` names chosen, rejected and prompt."""
     prompt = cells.with_system(prompt)
-    bare = [[turn | {"content": turn["content"].strip()} for turn in answer] for answer in answers]
-    if bare[0] == bare[1]:
-        raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
-    check_answer(answers[0], where[0])
-    check_answer(answers[1], where[1])
+    check_pair(answers, where)
     check_prompt(prompt, where[2])
     chosen, rejected = map(tuple, answers)
     return Preference(tuple(prompt), chosen, rejected, cells.origin, ratings(cells.value))

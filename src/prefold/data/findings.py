@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -103,6 +103,14 @@ class DataReport:
 
 
 _NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating")
+_DETAILED = (
+    "unread_field",
+    "text_dropped",
+    "header_trained",
+    "prompt_not_prefix",
+    "template_refused",
+)
+"""Kinds whose finding shows what was seen in the rows."""
 # kind -> what is said behind the number of rows, and advice
 _ABOUT_ROWS = {
     "broken_row": (" left out: cannot be read", "write one JSON object per row"),
@@ -118,7 +126,6 @@ _ABOUT_ROWS = {
         " left out: messages that make no pair",
         "messages are {role, content}; a prompt ends before the assistant answers",
     ),
-    "media": (" left out: images, video or sound beside the text", "only text is trained on; remove the rows"),
     "identical": (" left out: chosen and rejected are the same", "remove the rows"),
     "template_refused": (
         " left out: the model's chat template refuses them",
@@ -146,7 +153,23 @@ _ABOUT_ROWS = {
     ),
     "prompt_not_prefix": (
         ": the prompt's tokens do not all begin the conversation",
-        "the tokens in common are the prompt; look at the chat template",
+        "only those in common are the prompt; `model.chat_template_kwargs` may help",
+    ),
+    "media": (
+        " left out: images, sound or video, which are not trained on",
+        "use rows of text alone",
+    ),
+    "unread_field": (
+        ": the chat template does not read what they carry",
+        "the model never sees it; name it as the template does, or remove it",
+    ),
+    "text_dropped": (
+        ": the chat template leaves words of them out",
+        "put thoughts into a field that it reads, or use a template that writes them",
+    ),
+    "header_trained": (
+        ": the answer's header is trained as part of the answer",
+        "the template ignores `add_generation_prompt`: generation has no such header",
     ),
     "no_end_token": (
         ": the chat template ends the answer without an end token",
@@ -204,14 +227,18 @@ def oddities_of(record: Record) -> Iterator[str]:
 def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
     """One finding per kind of problem."""
     rows: dict[str, list[RowId]] = {}
+    details: dict[str, Counter[str]] = defaultdict(Counter)
     for problem in problems:
         rows.setdefault(problem.kind, []).append(problem.origin)
+        details[problem.kind][problem.message] += 1
     findings = []
     for kind, origins in rows.items():
         what, advice = _ABOUT_ROWS[kind]
         if kind == "overlong" and data.overlong == "truncate_prompt":
             advice = "raise `data.max_length`; these completions alone fill it"
         message = f"{_counted(len(origins), 'row')}{what}"
+        if kind in _DETAILED and (shown := [detail for detail, _ in details[kind].most_common(2) if detail]):
+            message += f"; {'; '.join(shown)}{'; ...' if len(details[kind]) > 2 else ''}"
         findings.append(_of_rows(kind, "note" if kind in _NOTES else "warning", origins, message, advice))
     return findings
 
@@ -355,6 +382,12 @@ def template_unused() -> Finding:
     message = "the model has a chat template, but `data.template: none` trains on bare text"
     advice = "programs will use the template; train on it, unless raw prompts are meant"
     return Finding("template_unused", "warning", 0, (), message, advice)
+
+
+def date_moves(written: str) -> Finding:
+    message = f"the chat template writes today's date, so the tokens change daily: {written}"
+    advice = "fix it: `model.chat_template_kwargs: {strftime_now: 2025-06-30}`"
+    return Finding("date_moves", "warning", 0, (), message, advice)
 
 
 def by_severity(findings: Sequence[Finding]) -> tuple[Finding, ...]:

@@ -25,9 +25,10 @@ from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import DataReport, SourceCount
 from prefold.data.formats import RawRow
-from prefold.data.preference import Preference, Problem, Record, Unpaired
+from prefold.data.preference import Preference, Problem, Record, Unpaired, whole_prompt
 from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
 from prefold.data.shapes import Kind, Shape, find_shape
+from prefold.data.templates import moving_date
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
 from prefold.trees.packing import TokenTree
@@ -80,6 +81,9 @@ def load_split(
     about = findings.about_problems(problems, data) + findings.left_out_in_part(trained.parts + evaluated.parts)
     if data.template == "none" and tokenizer.chat_template:
         about.append(findings.template_unused())
+    first = train.records[0]
+    if data.template == "chat" and (written := moving_date(tokenizer, list(first.prompt), **first.template_kwargs)):
+        about.append(findings.date_moves(written))
     report = DataReport(
         sources=tuple(trained.counts + evaluated.counts),
         findings=findings.by_severity(about + findings.about_sets(train, held_out, tokenizer)),
@@ -219,11 +223,11 @@ class _Side:
         if isinstance(tree, Problem):
             return tree
         # Last, so that a row is only left out for the sake of one that is used.
-        if self.repeats and (earlier := self.repeats.earlier((record.prompt, *record.answers), record.origin)):
+        if self.repeats and (earlier := self.repeats.earlier((whole_prompt(record), *record.answers), record.origin)):
             return Problem("repeated", f"repeats {earlier}", record.origin)
         truncated = ("prompt_truncated",) if tree != tokenized.tree else ()
         kinds = (*tokenized.oddities, *truncated, *findings.oddities_of(record))
-        self.oddities += [Problem(kind, "", record.origin) for kind in kinds]
+        self.oddities += [Problem(kind, tokenized.details.get(kind, ""), record.origin) for kind in kinds]
         return Example(record, tree)
 
     def _leave_out(self, problems: Sequence[Problem], row_is_used: bool = False) -> None:

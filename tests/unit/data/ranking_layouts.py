@@ -98,6 +98,7 @@ def arena_lists(prompt: list[str], first: list[Any], second: list[Any], *winner:
     }
 
 
+OTHER_TURNS = [user("Hi"), assistant("Hi!"), user("Why?")]
 TURNS = [user("Hi"), assistant("Hello"), user("Why?")]
 CASES = [
     Case(
@@ -367,11 +368,13 @@ CASES = [
             arena([user("Why?"), assistant("So.")], [user("Why?"), assistant("No.")], "model_a"),
             arena([user("How?"), assistant("By car.")], [user("How?"), assistant("By bus.")], "model_b"),
             arena([*TURNS, assistant("So.")], [*TURNS, assistant("No.")], "model_b"),
+            arena([*TURNS, assistant("So.")], [*OTHER_TURNS, assistant("No.")], "model_a"),
         ],
         [
             ("Why?", "So.", "No.", None),
             ("How?", "By bus.", "By car.", None),
             (TURNS, "No.", "So.", None),
+            ("Hi", [*TURNS[1:], assistant("So.")], [*OTHER_TURNS[1:], assistant("No.")], None),
         ],
     ),
     Case(
@@ -381,11 +384,13 @@ CASES = [
             arena_lists(["Why?"], ["So."], ["No."], 1, 0, 0),
             arena_lists(["Hi", "Why?"], ["Hello", "So."], ["Hello", "No."], 0, 1, 0),
             arena_lists(["How?"], ["By car."], ["By bus."], 0, 1, 0),
+            arena_lists(["Hi", "Why?"], ["Hello", "So."], ["Hi!", "No."], 1, 0, 0),
         ],
         [
             ("Why?", "So.", "No.", None),
             (TURNS, "No.", "So.", None),
             ("How?", "By bus.", "By car.", None),
+            ("Hi", [*TURNS[1:], assistant("So.")], [*OTHER_TURNS[1:], assistant("No.")], None),
         ],
     ),
 ]

@@ -328,7 +328,7 @@ def test_a_later_row_whose_answers_do_not_begin_with_the_prompt() -> None:
     assert isinstance(nothing, Problem) and nothing.kind == "empty_text"
 
 
-def test_rows_of_an_arena_with_several_rounds_are_no_pair() -> None:
+def test_rows_of_an_arena_with_several_rounds() -> None:
     row = {
         "prompt": ["Hi?", "Why?"],
         "response_a": ["Hi.", "So."],
@@ -336,8 +336,9 @@ def test_rows_of_an_arena_with_several_rounds_are_no_pair() -> None:
         "winner_model_a": 1,
         "winner_model_b": 0,
     }
-    problem = to_record(RawRow(RowId("r", 1), row), shape_of([row]))
-    assert isinstance(problem, Problem) and problem.kind == "prompts_differ"
+    pair = to_record(RawRow(RowId("r", 1), row), shape_of([row]))
+    assert isinstance(pair, Preference) and pair.prompt == (user("Hi?"),)
+    assert pair.chosen == (assistant("Hi."), user("Why?"), assistant("So."))
     short = to_record(RawRow(RowId("r", 1), {**row, "response_b": ["Ho."]}), shape_of([row]))
     assert isinstance(short, Problem) and short.kind == "bad_message"
 
