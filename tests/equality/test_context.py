@@ -13,7 +13,7 @@ import pytest
 import torch
 from dense import Outcome, assert_same, dense_logprobs, exactly, masks, outcome
 from families import family
-from preference_batches import logprobs
+from preference_batches import logprobs, metric_means
 from test_scores import classifier, dense_scores
 from tiny import gradients, with_lora
 from torch import Tensor, nn
@@ -174,7 +174,7 @@ def trees_of(algorithm: Algorithm) -> list[TokenTree]:
     return [
         TokenTree(tree.prompt, tree.completions[side : side + 1], tree.context[side : side + 1])
         for i, tree in enumerate(pairs())
-        for side in [i % 2]
+        for side in [(i + 1) % 2]
     ]
 
 
@@ -266,6 +266,8 @@ def by_hand(algorithm: Algorithm, model: nn.Module, data: TreeSet) -> Outcome:
                 reference = replace(reference, extras={"mismatched": masked(model, mismatched).sums()})
         extras["mismatched"] = away
     output = algorithm.loss(replace(policy, extras=extras), reference)
+    if "mismatched" in extras:
+        assert metric_means(output)["kl"] > 0.1  # else the mismatched completions would decide nothing
     per_tree = [[int(mask.sum()) for mask in masks(tree)] for tree in trees]
     chosen, prompt = sum(counts[0] for counts in per_tree), sum(len(tree.prompt) - 1 for tree in trees)
     counts = {
