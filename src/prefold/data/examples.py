@@ -171,8 +171,7 @@ class _View(Sequence[Item]):
 
 
 def _list(column: pa.ListArray, row: int) -> list[int]:
-    start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
-    values: list[int] = column.values.to_numpy()[start:stop].tolist()
+    values: list[int] = column[row].values.to_numpy().tolist()
     return values
 
 
