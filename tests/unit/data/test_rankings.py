@@ -476,3 +476,24 @@ def test_nemo_takes_several_ranks_and_stack_exchange_its_scores() -> None:
         ("b", "c"),
     ]
     assert texts(records(stack_exchange("Why?", ("a", 3), ("b", 3), ("c", 0)), rule=Rule("adjacent"))) == [("b", "c")]
+
+
+def test_what_the_user_says_between_turns_of_a_contest_is_context(
+    write: Write, chatml: PreTrainedTokenizerFast
+) -> None:
+    rows = [
+        arena(
+            [user(f"Hi {n}"), assistant("Hello"), user("Why?"), assistant("So.")],
+            [user(f"Hi {n}"), assistant("Hi!"), user("Why?"), assistant("No.")],
+            "model_b",
+        )
+        for n in range(3)
+    ]
+    data = Data(train=[Source(path=write("rows.jsonl", rows))])
+    for kind, sides in (("pairs", [("Hi!", "No."), ("Hello", "So.")]), ("unpaired", [("Hi!", "No.")])):
+        tree = load_split(data, chatml, seed=1, kind=kind).train[0].tree  # type: ignore[arg-type]
+        for completion, spans, (first, last) in zip(tree.completions, tree.context, sides, strict=True):
+            [(start, stop)] = spans
+            assert chatml.decode(completion[:start]) == f"{first}<|im_end|>\n"
+            assert chatml.decode(completion[start:stop]) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+            assert chatml.decode(completion[stop:]) == f"{last}<|im_end|>\n"
