@@ -11,11 +11,11 @@ from itertools import chain, takewhile
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from prefold.data.chat import _written, require_chat_template, tokenize_all
+from prefold.data.chat import Writer, require_chat_template, tokenize_all
 from prefold.data.duplicates import Contamination
 from prefold.data.findings import about_problems
 from prefold.data.formats import RawRow
-from prefold.data.mixture import _HEAD_ROWS, _head, _Side, unpaired
+from prefold.data.mixture import HEAD_ROWS, Side, head_of, unpaired
 from prefold.data.preference import Problem, Record, RowId, Unpaired
 from prefold.data.selection import benchmark_texts, select_rows
 from prefold.data.shapes import Kind
@@ -103,7 +103,7 @@ def see_row(row: str, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int,
         contamination = None
         if split == "train" and data.decontaminate:
             contamination = Contamination(chain.from_iterable(map(benchmark_texts, data.decontaminate)))
-        side = _Side(split, lenient, tokenizer, kind, contamination, None)
+        side = Side(split, lenient, tokenizer, kind, contamination, None)
         seen.append(_seen(_read(source, origin), source, getattr(data, split), side, seed))
     # The same file may be a source twice, with conditions that leave the row to one of them.
     return min(seen, key=lambda each: bool(each.left_out))
@@ -143,14 +143,14 @@ def _read(source: Source, origin: RowId) -> RawRow:
     raise UserError(f"there is no row {origin.row}", where=origin.source, expected=f"1 to {last}")
 
 
-def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: _Side, seed: int) -> SeenRow:
+def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: Side, seed: int) -> SeenRow:
     before = [other for other in sources[: sources.index(source)] if side.repeats]
     weighted = [other for other in sources if source.weight and other.weight]
     needed = [other for other in sources if other is source or other in before or other in weighted]
     selections = dict(zip(map(id, needed), select_rows(needed, seed), strict=True))
     rows = selections[id(source)].rows
-    head = list(_head(rows))
-    shape = side._shape(head, source)
+    head = list(head_of(rows))
+    shape, rule = side.shape_of(head, source)
     left_out = _filtered(raw, source)
     if not left_out and (source.count or source.weight or side.repeats):
         for other in before:
@@ -163,7 +163,7 @@ def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: _Side, s
             _read_through(earlier, source, side)
     side.oddities.clear()
     records = []
-    for result in [side._record(raw, shape)]:
+    for result in side.records_of(raw, shape, rule):
         more, problem = ([], result) if isinstance(result, Problem) else _tokenized(result, side)
         records += more
         left_out += [problem] if problem else []
@@ -180,19 +180,21 @@ def _filtered(raw: RawRow, source: Source) -> list[Problem]:
         return [Problem("where_failed", str(mismatch), raw.origin)]
 
 
-def _read_through(rows: Sequence[RawRow], source: Source, side: _Side) -> None:
+def _read_through(rows: Sequence[RawRow], source: Source, side: Side) -> None:
     """Let a side see earlier rows, which a row may repeat."""
-    for _ in side._usable(rows, side._shape(rows[:_HEAD_ROWS], source)):
+    for _ in side.usable(rows, *side.shape_of(rows[:HEAD_ROWS], source)):
         pass
 
 
-def _tokenized(record: Record, side: _Side) -> tuple[list[Seen], Problem | None]:
-    texts = _written(record, side.tokenizer, side.data.template)
+def _tokenized(record: Record, side: Side) -> tuple[list[Seen], Problem | None]:
+    written = Writer(side.tokenizer, side.data.template).written(record)
+    if isinstance(written, Problem):
+        return [(record, None, None)], written
+    texts = [written.prompt, *written.conversations]
     [tokenized] = tokenize_all([record], side.tokenizer, side.data.template)
-    if isinstance(texts, Problem) or isinstance(tokenized, Problem):
-        problem = texts if isinstance(texts, Problem) else tokenized
-        return [(record, None if isinstance(texts, Problem) else texts, None)], problem
-    example = side._example(record, tokenized)
+    if isinstance(tokenized, Problem):
+        return [(record, texts, None)], tokenized
+    example = side.example_of(record, tokenized)
     if isinstance(example, Problem):
         return [(record, texts, tokenized.tree)], example
     if side.kind != "unpaired" or isinstance(record, Unpaired):

@@ -14,14 +14,16 @@ from typing import Any
 
 import yaml
 
-from prefold.data.conversion import to_record
-from prefold.data.findings import about_problems, by_severity, oddities_of
+from prefold.data.cells import MISSING, cell_at
+from prefold.data.conversion import to_records
+from prefold.data.findings import about_problems, by_severity, left_out_in_part, oddities_of
 from prefold.data.formats import RawRow
 from prefold.data.preference import Problem, Prompt, Record, Unpaired
+from prefold.data.rankings import Rule, rule_of
 from prefold.data.selection import select_rows, watched
 from prefold.data.shapes import KINDS, Kind, Shape, find_shape
 from prefold.data.sources import source_name
-from prefold.data.votes import vote_columns
+from prefold.data.votes import is_rating, vote_columns
 from prefold.errors import UserError, json_type
 from prefold.recipe import Data, Source, make_section
 
@@ -53,11 +55,14 @@ class Survey:
     rows_usable: int = 0
     records: int = 0
     problems: list[Problem] = field(default_factory=list)
+    """Of rows that are left out, and what is odd about the others; `parts` are left out of rows that are used."""
+    parts: list[Problem] = field(default_factory=list)
     votes: dict[str, Counter[str]] = field(default_factory=dict)
     first: list[Record] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        findings = by_severity(about_problems(self.problems, Data(train=[self.source])))
+        about = about_problems(self.problems, Data(train=[self.source]))
+        findings = by_severity(about + left_out_in_part(self.parts))
         given = self.source.model_dump(exclude_defaults=True, mode="json")
         return {
             "source": source_name(self.source),
@@ -97,32 +102,35 @@ def describe_data(path: str, *, limit: int | None = None, **settings: Any) -> Su
     head = list(islice(rows, _HEAD_ROWS))
     survey = Survey(source, columns_of(head))
     try:
-        survey.shape = shape = find_shape(head, selection.name, source.columns)
+        survey.shape = shape = find_shape(head, selection.name, source.columns, values=source.values)
+        rule = rule_of(source, shape.layout, selection.name, shape.kind)
     except UserError as refusal:
         survey.refusal = refusal
         survey.rows = len(head)
         return survey
     survey.uses = {kind: _shape_name(head, source, FITTING[kind]) for kind in KINDS}
-    for column, roles in _roles(shape, head).items():
-        survey.columns[column]["role"] = roles
+    for column, role in _roles(shape, survey.columns).items():
+        survey.columns[column]["role"] = role
     for row in chain(head, rows):
-        _convert(row, shape, survey)
+        _convert(row, shape, rule, survey)
     survey.problems += selection.problems
     survey.rows, survey.rows_filtered = selection.rows_in, selection.rows_filtered
     return survey
 
 
-def _convert(row: RawRow, shape: Shape, into: Survey) -> None:
+def _convert(row: RawRow, shape: Shape, rule: Rule, into: Survey) -> None:
     _count_votes(row, shape, into)
-    record = to_record(row, shape)
-    if isinstance(record, Problem):
-        into.problems.append(record)
+    made = to_records(row, shape, rule=rule)
+    records = [record for record in made if not isinstance(record, Problem)]
+    problems = [problem for problem in made if isinstance(problem, Problem)]
+    if not records:
+        into.problems.append(problems[0])
         return
+    into.parts += problems
     into.rows_usable += 1
-    into.records += 1
-    into.problems += oddities_of(record)
-    if len(into.first) < _FIRST_ROWS:
-        into.first.append(record)
+    into.records += len(records)
+    into.problems += [oddity for record in records for oddity in oddities_of(record)]
+    into.first += records[: max(0, _FIRST_ROWS - len(into.first))]
 
 
 def _count_votes(row: RawRow, shape: Shape, into: Survey) -> None:
@@ -130,28 +138,30 @@ def _count_votes(row: RawRow, shape: Shape, into: Survey) -> None:
         if role in ("vote", "label") and row.value:
             for name in vote_columns(column, row.value):
                 counts = into.votes.setdefault(name, Counter())
-                value = json.dumps(row.value.get(name), default=str)
+                cell = cell_at(row.value, name)
+                value = "no value" if cell is MISSING else json.dumps(cell, default=str)
                 counts[value if value in counts or len(counts) < _VALUES_COUNTED else "other values"] += 1
 
 
 def _shape_name(head: Sequence[RawRow], source: Source, kinds: Sequence[Kind]) -> str | None:
     try:
-        return find_shape(head, source_name(source), source.columns, kinds).name
+        return find_shape(head, source_name(source), source.columns, kinds, source.values).name
     except UserError:
         return None
 
 
-def _roles(shape: Shape, head: Sequence[RawRow]) -> dict[str, str]:
-    """What the columns of the rows are read as; those that are not used are left out."""
-    present = {name for row in head for name in row.value or {}}
-    roles = {column: role for role, column in shape.columns if column in present}
-    return {
-        name: role
-        for row in head
-        if row.value
-        for column, role in roles.items()
-        for name in (vote_columns(column, row.value) if role == "vote" else [column])
-    }
+def _roles(shape: Shape, columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What the columns are read as; those that are not used are left out."""
+    roles: dict[str, str] = {}
+    for role, path in shape.columns:
+        for name in vote_columns(path, columns) if role == "vote" else [path]:
+            column = name if name in columns else name.partition(".")[0]
+            if column in columns:
+                roles[column] = f"{roles[column]}, {role}" if column in roles else role
+    others = [name for name in columns if name not in roles and name not in shape.unused]
+    if shape.kind == "prompts":
+        return roles | dict.fromkeys(others, "for rewards")
+    return roles | {name: "rating" for name in others if is_rating(name, columns[name]["example"])}
 
 
 def columns_of(rows: Iterable[RawRow]) -> dict[str, dict[str, Any]]:

@@ -165,3 +165,33 @@ def test_what_a_terminal_shows(see: Callable[..., SeenRow]) -> None:
     assert "+S 50" in shown and "  W 54" in shown, (
         "scored tokens are marked without colour, those of the prompt are not"
     )
+
+
+def test_what_a_tool_returned_is_context(see: Callable[..., SeenRow]) -> None:
+    chosen = [assistant("I look."), {"role": "tool", "content": "It is 4."}, assistant("Four.")]
+    row = {"prompt": [user("When?")], "chosen": chosen, "rejected": [assistant("No.")]}
+    facts = see([row]).as_json()
+    assert facts["messages"][0]["chosen"] == chosen
+    tokens = facts["tokens"][0]["chosen"]
+    context = "".join(token["text"] for token in tokens if token["part"] == "context")
+    scored = "".join(token["text"] for token in tokens if token["part"] == "scored")
+    assert "It is 4." in context and "I look." in scored and "Four." in scored and "It is 4." not in scored
+    shown = as_text(lambda console: print_row(facts, console))
+    assert "~I 40" in shown and "+F 37" in shown
+
+
+def test_every_pair_of_a_ranking(see: Callable[..., SeenRow]) -> None:
+    answers = [{"response": answer, "score": score} for answer, score in (("A.", 1), ("B.", 3), ("C.", 2))]
+    facts = see([{"prompt": "Why?", "completions": answers}], source={"pairs_from": "adjacent"}).as_json()
+    texts = [(entry["chosen"][0]["content"], entry["rejected"][0]["content"]) for entry in facts["messages"]]
+    assert texts == [("B.", "C."), ("C.", "A.")]
+    assert len(facts["rendered"]) == len(facts["tokens"]) == 2
+    assert "As it is trained, 2 of 2" in as_text(lambda console: print_row(facts, console))
+
+
+def test_what_a_row_gives_to_the_template_is_shown(see: Callable[..., SeenRow]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    facts = see([{"prompt": "Why?", "chosen": "So.", "rejected": "No.", "tools": tools}]).as_json()
+    assert facts["messages"][0]["tools"] == tools
+    assert [finding["kind"] for finding in facts["findings"]] == ["unread_field"]
+    assert "tools:" in as_text(lambda console: print_row(facts, console))

@@ -143,3 +143,18 @@ def test_it_imports_neither_torch_nor_transformers() -> None:
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_rankings_paths_and_ratings(write: Write) -> None:
+    answers = [{"response": "A.", "score": 1}, {"response": "B.", "score": 2}, {"score": 3}]
+    path = write("ranked.jsonl", [{"prompt": "Why?", "completions": answers, "id": 3}] * 2)
+    facts = describe_data(path, pairs_from="all").as_json()
+    assert (facts["rows"], facts["rows_usable"], facts["examples"]) == (2, 2, 2)
+    assert facts["columns"]["completions"]["holds"] == {"list of {response, score}": 2}
+    assert facts["columns"]["completions"]["role"] and facts["columns"]["id"]["role"] is None
+    assert [finding["kind"] for finding in facts["findings"]] == ["left_out_in_part"]
+    nested = {"input": {"question": "Why?"}, "chosen": "So.", "rejected": "No.", "chosen_score": 5}
+    facts = describe_data(write("nested.jsonl", [nested]), columns={"prompt": "input.question"}).as_json()
+    assert facts["columns"]["input"]["role"] == "prompt" and facts["columns"]["chosen_score"]["role"] == "rating"
+    refused = describe_data(write("text.jsonl", [ROW]), pairs_from="all")
+    assert refused.refusal and "pairs_from" in str(refused.refusal) and refused.columns

@@ -111,7 +111,7 @@ DECIDING = [
     Trouble(
         "a label that is neither",
         [{"prompt": "Why?", "completion": f"{label}.", "label": label} for label in (True, False, "maybe")],
-        "bad_label",
+        f"{REFUSED}label",
         kind="unpaired",
     ),
     Trouble(
@@ -208,7 +208,10 @@ MESSAGES = [
     ),
     Trouble(
         "half a history",
-        among({"instruction": "And?", "input": "", "chosen": "A.", "rejected": "B.", "history": [["Hi."]]}),
+        [
+            {"instruction": "And?", "input": "", "chosen": "A.", "rejected": "B.", "history": history}
+            for history in ([["Hi.", "Hello."]], [["Hi."]])
+        ],
         "bad_message",
     ),
 ]
@@ -252,7 +255,9 @@ RESIDUE = [
     Trouble("a system text in the question", [pair("Be very kind. Why?", system="Be very kind.")], "system_twice"),
     Trouble("the template's system text in the question", [pair(f"{DEFAULT_SYSTEM}\n\nWhy?")], "system_twice"),
     Trouble(
-        "a prompt in its answers", [pair("Why is it so?", "Why is it so? So.", "No."), pair("Who?")], "prompt_in_answer"
+        "a prompt in its answers",
+        [pair("Why is it so at all?", "Why is it so at all? So.", "No."), pair("Who?")],
+        "prompt_in_answer",
     ),
 ]
 ROWS = [
@@ -311,7 +316,7 @@ LAYOUTS = [
     Trouble(
         "a path that leads nowhere",
         [pair(input={"text": "Why?"})],
-        f"{REFUSED}no such column",
+        f"{REFUSED}`input` has no `txt`",
         source={"columns": {"prompt": "input.txt"}},
     ),
     Trouble("pairs for a method of prompts alone", [{"a": 1}], f"{REFUSED}no known shape", kind="prompts"),
