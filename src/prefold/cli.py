@@ -125,7 +125,7 @@ def _check_row(recipe: str, row: str, overrides: list[str] | None, as_json: bool
     if more:
         raise UserError("it shows one row alone", where="`--row`", advice="leave the other options out, but `--json`")
     facts = prefold.check_row(recipe, row, overrides or []).as_json()
-    print(json.dumps(facts, indent=2, ensure_ascii=False, default=str)) if as_json else print_row(facts)
+    print(json.dumps(facts, indent=2, default=str)) if as_json else print_row(facts)
 
 
 @app.command()
@@ -152,7 +152,7 @@ def data(
         apply_override(given, setting)
     survey = prefold.describe_data(source, limit=limit, **given)
     facts = survey.as_json()
-    print(json.dumps(facts, indent=2, ensure_ascii=False, default=str)) if as_json else print_survey(facts)
+    print(json.dumps(facts, indent=2, default=str)) if as_json else print_survey(facts)
     if survey.refusal:
         raise survey.refusal
 

@@ -25,7 +25,7 @@ from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import DataReport, SourceCount
 from prefold.data.formats import RawRow
-from prefold.data.preference import Preference, Problem, Record, Unpaired, whole_prompt
+from prefold.data.preference import Preference, Problem, Record, Unpaired, short, whole_prompt
 from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
 from prefold.data.shapes import Kind, Shape, find_shape
 from prefold.data.sources import source_name
@@ -185,7 +185,9 @@ class Side:
         for problem in selection.problems:
             self._leave_out([problem])
         left_out = selection.rows_filtered, selection.rows_not_drawn
-        counts = SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out, shape.unused, made)
+        counts = SourceCount(
+            selection.name, shape.name, selection.rows_in, used, *left_out, tuple(map(short, shape.unused)), made
+        )
         self.counts.append(counts)
 
     def shape_of(self, head: Sequence[RawRow], source: Source) -> tuple[Shape, rankings.Rule]:

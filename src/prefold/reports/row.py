@@ -49,7 +49,7 @@ def print_row(facts: Values, console: Console | None = None) -> None:
 def shown_cell(cell: Any, longest: int = LONGEST_CELL) -> str:
     """A cell as text that a terminal can show, cut where it is long: a very long one in its middle."""
     text = cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
-    text = text.translate(CONTROL)
+    text = text.encode("utf-8", "backslashreplace").decode().translate(CONTROL)
     if len(text) <= longest:
         return text
     if longest < LONGEST_CELL:

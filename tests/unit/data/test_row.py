@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -76,9 +77,17 @@ def test_a_row_that_is_left_out_says_why(see: Callable[..., SeenRow], kind: str,
 
 
 def test_a_row_that_cannot_be_read(see: Callable[..., SeenRow]) -> None:
-    facts = see(f'{{"prompt": \n{__import__("json").dumps(ROW)}\n', 1).as_json()
+    facts = see(f'{{"prompt": \n{json.dumps(ROW)}\n', 1).as_json()
     assert facts["read"] is None and [problem["kind"] for problem in facts["left_out"]] == ["broken_row"]
     assert "broken_row" in as_text(lambda console: print_row(facts, console))
+
+
+def test_half_a_character_can_be_shown(see: Callable[..., SeenRow]) -> None:
+    rows = [ROW, '{"prompt": "Why?", "chosen": "\\ud83d", "rejected": "No.", "\\ud83d": 1}']
+    facts = see("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), 2).as_json()
+    assert [problem["kind"] for problem in facts["left_out"]] == ["not_text"]
+    as_text(lambda console: print_row(facts, console)).encode()
+    json.dumps(facts).encode()
 
 
 def test_a_row_that_repeats_an_earlier_one(see: Callable[..., SeenRow]) -> None:

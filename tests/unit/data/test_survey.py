@@ -158,3 +158,11 @@ def test_rankings_paths_and_ratings(write: Write) -> None:
     assert facts["columns"]["input"]["role"] == "prompt" and facts["columns"]["chosen_score"]["role"] == "rating"
     refused = describe_data(write("text.jsonl", [ROW]), pairs_from="all")
     assert refused.refusal and "pairs_from" in str(refused.refusal) and refused.columns
+
+
+def test_half_a_character_can_be_shown(write: Write) -> None:
+    rows = '{"prompt": "Why?", "chosen": "\\ud83d", "rejected": "No.", "\\ud83d": "\\ud83d"}\n'
+    facts = describe_data(write("pairs.jsonl", rows + json.dumps(ROW) + "\n")).as_json()
+    assert [finding["kind"] for finding in facts["findings"]] == ["not_text"]
+    as_text(lambda console: print_survey(facts, console)).encode()
+    json.dumps(facts).encode()
