@@ -24,8 +24,8 @@ _START = 300
 
 def cell_at(row: Mapping[str, Any], path: str) -> Any:
     """The cell at a column or path, or MISSING."""
-    if path in row:
-        return row[path]
+    if path in row or "." not in path:
+        return row.get(path, MISSING)
     here: Any = row
     for part in path.split("."):
         here = _item(here, part)
@@ -131,8 +131,9 @@ def is_kwargs(cell: Any) -> bool:
 def is_history(cell: Any) -> bool:
     """Earlier rounds as pairs of question and answer, or as messages; or the text of that."""
     value = read_if_text(cell)
-    is_pairs = isinstance(value, list) and all(isinstance(item, list | tuple) and len(item) == 2 for item in value)
-    return value != [] and (is_pairs or is_turns(value))
+    if not isinstance(value, list) or not value:
+        return False
+    return is_turns(value) or all(isinstance(item, list | tuple) and len(item) == 2 for item in value)
 
 
 def read_if_text(cell: Any) -> Any:
@@ -152,7 +153,7 @@ def template_kwargs(tools: Any, kwargs: Any, where: tuple[str, str]) -> dict[str
         raise Unfit("bad_message", f"{where[1]} is no object")
     if taken := sorted(kwargs.keys() & _NOT_OF_A_ROW):
         raise Unfit("bad_message", f"{where[1]} has `{taken[0]}`, which is not for a row to say")
-    return kwargs | ({} if is_empty(tools) else {"tools": tools})
+    return {**kwargs, **({} if is_empty(tools) else {"tools": tools})}
 
 
 _NOT_OF_A_ROW = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}

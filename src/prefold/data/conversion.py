@@ -56,7 +56,7 @@ def to_record(
             raise Unfit("broken_row", row.problem or "not a JSON object")
         if shape.layout not in _CONVERSIONS:
             raise Unfit("broken_row", "the shape of its source is not known")
-        if media := next((name for name in shape.media if not is_empty(row.value.get(name))), None):
+        if media := next((name for name in shape.media if not is_empty(read_if_text(row.value.get(name)))), None):
             raise Unfit("media", f"`{media}` is filled, and only text is trained on")
         cells = _Cells(row.value, shape, dict(shape.columns), row.origin)
         record = _CONVERSIONS[shape.layout](cells)
@@ -248,8 +248,10 @@ def _answered(cells: _Cells) -> Preference:
     if is_dialogue(cells.need("rejected")):
         prompt, *answers = part(dialogue, cells.dialogue("rejected"), where)
     else:
-        prompt, chosen = part_answer(dialogue)
-        answers = [chosen, cells.answer("rejected")]
+        rejected = cells.answer("rejected")
+        # A lone answer stands for the last one; one that calls tools, for all that follows the question.
+        prompt, chosen = part_answer(dialogue, ("assistant",) if len(rejected) == 1 else ("assistant", "tool"))
+        answers = [chosen, rejected]
     return _checked_pair(cells, prompt, answers, (*where, where[0]))
 
 
@@ -278,7 +280,7 @@ def _unpaired(cells: _Cells) -> Unpaired:
     label = _label(cells)
     if cells.shape.layout == "labelled messages":
         where = cells.where("messages")
-        prompt, completion = part_answer(cells.dialogue("messages"))
+        prompt, completion = part_answer(cells.dialogue("messages"), ("assistant", "tool"))
     else:
         where = cells.where("completion")
         prompt, completion = cells.prompt(), cells.answer("completion")

@@ -205,13 +205,13 @@ _KNOWN_COLUMNS = {
             "response_j",
         ),
         *("accepted", "accepted_response", "preferred", "preferred_response", "preferred_output", "preferred_answer"),
-        *("preferred_completion", "better_response", "y_w", "positive"),
+        *("preferred_completion", "better_response", "y_w", "positive", "full_chosen"),
     ),
     "rejected": (
         *("rejected", "rejected_response", "rejected_answer", "rejected_completion", "rejected_messages"),
         *("llama2-13b-chat", "response_k", "dispreferred", "dispreferred_response", "dispreferred_output"),
         *("non_preferred", "non_preferred_response", "non_preferred_output", "non_preferred_answer"),
-        *("non_preferred_completion", "worse_response", "y_l", "negative"),
+        *("non_preferred_completion", "worse_response", "y_l", "negative", "full_rejected"),
     ),
     "messages": ("messages", "conversations", "conversation", "trajectory", "input.messages"),
     "sentences": ("source",),
@@ -475,8 +475,9 @@ def _writing(value: dict[str, Any], columns: Columns) -> Writing:
         first = cell[0] if isinstance(cell, list) and cell else cell
         if isinstance(first, dict) and "from" in first and "role" not in first:
             return "ShareGPT"
-        if isinstance(cell, str) and (role == "prompt" or "prompt" not in roles):
-            return dialogues.string_writing(cell)
+        is_whole = isinstance(cell, str) and (role == "prompt" or "prompt" not in roles)
+        if is_whole and (writing := dialogues.string_writing(cell)) != "plain":
+            return writing
     return "plain"
 
 

@@ -140,6 +140,9 @@ CASES = [
         with_system,
     ),
     Case("messages", lambda n: {"prompt": [human(question(n))], "chosen": gpt(good(n)), "rejected": gpt(bad(n))}),
+    Case(
+        "messages", lambda n: {**asked(n), "chosen": gpt(good(n)), "rejected": gpt(bad(n))}, shape="messages, ShareGPT"
+    ),
     Case("conversations", lambda n: talks(n), shape="conversations"),
     Case(
         "conversations",
@@ -185,6 +188,14 @@ CASES = [
     Case("lists as text", lambda n: talks(n, json.dumps), shape="conversations, written as text"),
     Case("lists as text", lambda n: talks(n, str), shape="conversations, written as text"),
     Case("lists as text", lambda n: {"prompt": json.dumps([user(question(n))]), **pair(n)}),
+    Case(
+        "lists as text",
+        lambda n: {
+            "messages": [user(question(n))],
+            "chosen": json.dumps(assistant(good(n))),
+            "rejected": str(assistant(bad(n))),
+        },
+    ),
     Case("lists as text", lambda n: {"conversations": json.dumps([human(question(n))]), **pair(n)}),
     Case(
         "prompt in the answers",

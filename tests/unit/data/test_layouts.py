@@ -109,6 +109,9 @@ REFUSED: list[tuple[list[Row], list[str]]] = [
     (voted(["response_1"], names=("answer_0", "answer_1")), ["response_1 (1 row)"]),
     (voted([1, 1], names=("response_0", "response_1")), ["1 (2 rows)"]),
     (voted(["model_a", 1]), ["model_a (1 row), 1 (1)"]),
+    (voted([0, 1, 2], "winner"), ["0 (1 row), 1 (1), 2 (1)"]),
+    (voted([1, 2, 1.5], "winner"), []),
+    (voted([0, 1, 2]), []),
     (voted([1, 2], "overall_preference"), []),
     ([row | {"context": "c"} for row in voted(["x"], "overall_preference", ("response1", "response2"))], ["x (1 row)"]),
 ]
@@ -340,6 +343,12 @@ def test_rows_of_an_arena_with_several_rounds_are_no_pair() -> None:
     assert isinstance(problem, Problem) and problem.kind == "prompts_differ"
     short = to_record(RawRow(RowId("r", 1), {**row, "response_b": ["Ho."]}), shape_of([row]))
     assert isinstance(short, Problem) and short.kind == "bad_message"
+
+
+def test_steps_of_an_answer_are_not_taken_for_all_of_it() -> None:
+    row = {**TEXT, "initial_reason_steps": "First,", "full_chosen": "First, so.", "full_rejected": "First, no."}
+    with pytest.raises(UserError, match="more than one way"):
+        shape_of([row])
 
 
 def test_triples_of_a_search_engine_are_no_pairs() -> None:
