@@ -1,12 +1,14 @@
-"""One row in a known shape -> a record, or the first thing that is wrong with it."""
+"""One row in a known shape -> its records (a ranking gives several), or the first thing that is wrong with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
+from prefold.data import rankings
 from prefold.data.cells import (
     MISSING,
     cell_at,
@@ -31,39 +33,58 @@ from prefold.data.preference import (
     Unfit,
     Unpaired,
     check_answer,
+    check_pair,
     check_prompt,
     message,
     messages,
     short,
     with_system,
+    without_nulls,
 )
 from prefold.data.shapes import Shape, is_dialogue
 from prefold.data.votes import as_flag, as_vote, margin_of, ratings, vote_columns
 from prefold.errors import json_type
-from prefold.recipe.values import as_number
+from prefold.recipe.values import Values, as_number
 
 
-def to_record(
-    row: RawRow, shape: Shape, system: str | None = None, where_system: str = "`data.system`"
-) -> Record | Problem:
-    """Convert a row; whatever is wrong with it comes back as the first `Problem` found, never as an exception.
+def to_records(
+    row: RawRow,
+    shape: Shape,
+    system: str | None = None,
+    where_system: str = "`data.system`",
+    rule: rankings.Rule = rankings.BY_DEFAULT,
+) -> list[Record | Problem]:
+    """Convert a row; whatever is wrong with it comes back as the first `Problem` found, never as an exception. A
+    ranking gives a record or problem for each pair, and a problem for each answer that cannot be used; any other row
+    gives one.
 
     Args:
         system: a system message for all rows, from the setting that `where_system` names.
+        rule: for rankings.
     """
     try:
         if row.value is None:
             raise Unfit("broken_row", row.problem or "not a JSON object")
-        if shape.layout not in _CONVERSIONS:
-            raise Unfit("broken_row", "the shape of its source is not known")
         if media := next((name for name in shape.media if not is_empty(read_if_text(row.value.get(name)))), None):
             raise Unfit("media", f"`{media}` is filled, and only text is trained on")
-        cells = _Cells(row.value, shape, dict(shape.columns), row.origin)
-        record = _CONVERSIONS[shape.layout](cells)
-        prompt = tuple(with_system(system, list(record.prompt), where_system))
-        return replace(record, prompt=prompt, template_kwargs=cells.template_kwargs())
+        cells = _Cells(row.value, shape, dict(shape.columns), row.origin, row.pads_with_nulls)
+        if shape.layout in rankings.LAYOUTS:
+            made = _of_rankings(cells, rule)
+        elif shape.layout in _CONVERSIONS:
+            made = [_CONVERSIONS[shape.layout](cells)]
+        else:
+            raise Unfit("broken_row", "the shape of its source is not known")
+        more = cells.template_kwargs()
+        return [
+            result
+            if isinstance(result, Problem)
+            else replace(
+                result, prompt=tuple(with_system(system, list(result.prompt), where_system)), template_kwargs=more
+            )
+            for result in made
+        ]
     except Unfit as unfit:
-        return Problem(unfit.kind, unfit.message, row.origin)
+        return [Problem(unfit.kind, unfit.message, row.origin)]
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,7 @@ class _Cells:
     shape: Shape
     columns: dict[str, str]
     origin: RowId
+    pads_with_nulls: bool = False
 
     def where(self, role: str) -> str:
         return f"`{short(self.columns.get(role, role))}`"
@@ -86,7 +108,8 @@ class _Cells:
         column = self.columns.get(role)
         if column is None or (cell := cell_at(self.value, column)) is MISSING:
             return None
-        return need_list(cell, self.where(role)) if column in self.shape.parsed and isinstance(cell, str) else cell
+        cell = need_list(cell, self.where(role)) if column in self.shape.parsed and isinstance(cell, str) else cell
+        return without_nulls(cell) if self.pads_with_nulls else cell
 
     def need(self, role: str) -> Any:
         if not self.has(role):
@@ -218,8 +241,9 @@ def _of_two(cells: _Cells, order: tuple[str, str], rated: tuple[float, float] | 
     """The pair of two outputs, the better one first."""
     where = (cells.where(order[0]), cells.where(order[1]))
     if cells.shape.layout.startswith("parallel"):
-        chosen, rejected = (_alternating(cells, role) for role in order)
-        prompt, *answers = part_transcripts(chosen, rejected, where)
+        prompt, *answers = part(_alternating(cells, order[0]), _alternating(cells, order[1]), where)
+    elif cells.shape.layout == "two conversations":
+        prompt, *answers = part(cells.dialogue(order[0]), cells.dialogue(order[1]), where)
     else:
         prompt, answers = cells.prompt(), [cells.answer(role) for role in order]
     pair = _checked_pair(cells, prompt, answers, (*where, cells.where("prompt")))
@@ -266,11 +290,7 @@ def _checked_pair(
 ) -> Preference:
     """The pair; `where` names chosen, rejected and prompt."""
     prompt = cells.with_system(prompt)
-    bare = [[turn | {"content": turn["content"].strip()} for turn in answer] for answer in answers]
-    if bare[0] == bare[1]:
-        raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
-    check_answer(answers[0], where[0])
-    check_answer(answers[1], where[1])
+    check_pair(answers, where)
     check_prompt(prompt, where[2])
     chosen, rejected = map(tuple, answers)
     return Preference(tuple(prompt), chosen, rejected, cells.origin, ratings(cells.value))
@@ -313,6 +333,14 @@ def _prompt(cells: _Cells) -> Prompt:
     return Prompt(tuple(prompt), cells.others(), cells.origin)
 
 
+def _shared_opening(cells: _Cells) -> Prompt:
+    where = (cells.where("output_1"), cells.where("output_2"))
+    read = cells.dialogue if cells.shape.layout == "opening of two conversations" else partial(_alternating, cells)
+    prompt = cells.with_system(part(read("output_1"), read("output_2"), where)[0])
+    check_prompt(prompt, where[0])
+    return Prompt(tuple(prompt), cells.others(), cells.origin)
+
+
 def _sentences(cells: _Cells) -> Prompt:
     sentences, where = cells.need("sentences"), cells.where("sentences")
     if not isinstance(sentences, list):
@@ -320,6 +348,65 @@ def _sentences(cells: _Cells) -> Prompt:
     texts = [message("user", sentence, where, may_be_empty=True)["content"].strip() for sentence in sentences]
     prompt = cells.with_system([message("user", " ".join(text for text in texts if text), where)])
     return Prompt(tuple(prompt), cells.others(), cells.origin)
+
+
+def _of_rankings(cells: _Cells, rule: rankings.Rule) -> list[Record | Problem]:
+    layout, made = cells.shape.layout, list[Record | Problem]()
+    given = {role: cells.need(role) for role in rankings.LAYOUTS[layout].roles}
+    for ranking in rankings.read(layout, rankings.Row(given, cells.columns, cells.shape.writing)):
+        prompt = cells.prompt() if ranking.prompt is None else ranking.prompt
+        where = cells.where("prompt") if ranking.prompt is None else f"the prompt of {ranking.where}"
+        records: list[Record] = []
+        problems = list(ranking.unfit)
+        try:
+            if cells.shape.kind == "prompts":
+                check_prompt(cells.with_system(prompt), where)
+                records, problems = [Prompt(tuple(cells.with_system(prompt)), cells.others(), cells.origin)], []
+            elif rule.values is not None:
+                records = _labelled(cells, prompt, where, ranking, rule.values)
+            else:
+                couples = rankings.pairs(ranking, rule, layout)
+                pairs = [_ranked_pair(cells, prompt, where, *couple) for couple in couples]
+                problems += [pair for pair in pairs if isinstance(pair, Unfit)]
+                found = [pair for pair in pairs if isinstance(pair, Preference)]
+                records = _unpaired_of(found) if rule.unpaired else [*found]
+        except Unfit as unfit:
+            problems += [] if unfit in problems else [unfit]
+        made += [*records, *(Problem(unfit.kind, unfit.message, cells.origin) for unfit in problems)]
+    return made
+
+
+def _ranked_pair(
+    cells: _Cells, prompt: list[Message], where: str, better: rankings.Answer, worse: rankings.Answer
+) -> Preference | Unfit:
+    try:
+        pair = _checked_pair(cells, prompt, (better.turns, worse.turns), (better.where, worse.where, where))
+    except Unfit as unfit:
+        return unfit
+    is_rated = rankings.LAYOUTS[cells.shape.layout].is_rated
+    return replace(pair, ratings=(better.level, worse.level) if is_rated else None)
+
+
+def _labelled(
+    cells: _Cells, prompt: list[Message], where: str, ranking: rankings.Ranking, values: Values
+) -> list[Record]:
+    """Each answer whose rating is wanted or unwanted. Raises Unfit: there is none, or the prompt is not fit."""
+    prompt = cells.with_system(prompt)
+    check_prompt(prompt, where)
+    meanings = [(answer, values.meaning_of(answer.given)) for answer in ranking.answers]
+    labelled = [(answer, meaning == "desirable") for answer, meaning in meanings if meaning not in (None, "tie")]
+    if not labelled:
+        raise Unfit("tie", f"the ratings in {ranking.where} say neither wanted nor unwanted")
+    for answer, _ in labelled:
+        check_answer(answer.turns, answer.where)
+    return [Unpaired(tuple(prompt), tuple(answer.turns), label, cells.origin) for answer, label in labelled]
+
+
+def _unpaired_of(pairs: Sequence[Preference]) -> list[Record]:
+    """Each answer of the pairs once."""
+    sides = [(pair, answer, label) for pair in pairs for answer, label in zip(pair.answers, (True, False), strict=True)]
+    records = [Unpaired(pair.prompt, answer, label, pair.origin) for pair, answer, label in sides]
+    return [record for number, record in enumerate(records) if record not in records[:number]]
 
 
 def _value_text(value: Any) -> str:
@@ -331,11 +418,12 @@ def _value_text(value: Any) -> str:
 
 _CONVERSIONS: dict[str, Callable[[_Cells], Record]] = {
     **dict.fromkeys(("text", "messages", "conversations", "turns"), _pair),
-    **dict.fromkeys(("votes", "parallel lists, votes"), _voted),
+    **dict.fromkeys(("votes", "two conversations", "parallel lists, votes"), _voted),
     **dict.fromkeys(("scores", "parallel lists, scores"), _scored),
     "answered messages": _answered,
     "answered text": _answered_text,
     **dict.fromkeys(("labelled text", "labelled messages"), _unpaired),
     **dict.fromkeys(("prompts", "opening messages"), _prompt),
+    **dict.fromkeys(("opening of two conversations", "opening of parallel lists"), _shared_opening),
     "sentences": _sentences,
 }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from prefold.data.preference import ROLES, Message, Unfit, Writing, message, messages, short
+from prefold.data.preference import ROLES, Message, Unfit, Writing, message, messages, said, short
 
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -64,7 +64,7 @@ def read_answer(value: Any, where: str, writing: Writing) -> list[Message]:
 
 def part(chosen: list[Message], rejected: list[Message], where: tuple[str, str]) -> Parted:
     """Cut two dialogues where they part, or before: an answer begins with the assistant's own words."""
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    common = sum(1 for _ in takewhile(lambda pair: said(pair[0]) == said(pair[1]), zip(chosen, rejected, strict=False)))
     while common and chosen[common - 1]["role"] == "assistant":
         common -= 1
     if not common and chosen != rejected:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from prefold.data import dialogues
+from prefold.data import dialogues, rankings
 from prefold.data.cells import (
     MISSING,
     cell_at,
@@ -31,7 +31,7 @@ from prefold.data.cells import (
     written,
 )
 from prefold.data.formats import RawRow
-from prefold.data.preference import Writing, short
+from prefold.data.preference import Writing, role_of, short
 from prefold.data.votes import is_rating, is_scalar, require_decided, scale_of_labels, scale_of_votes, vote_columns
 from prefold.errors import UserError, counted, did_you_mean, json_type
 from prefold.recipe.values import Values, as_number
@@ -100,7 +100,7 @@ def _speaker(turn: Any) -> Any:
 
 
 def _assistant_speaks(turn: Any) -> bool:
-    return _speaker(turn) in ("assistant", "gpt")
+    return role_of(_speaker(turn)) == "assistant"
 
 
 def _is_string(value: Any) -> bool:
@@ -181,11 +181,45 @@ _LAYOUTS = (
     _Layout("sentences", "prompts", {"sentences": _is_sentences}, "`source`: a list of sentences, and columns"),
     _Layout("opening messages", "prompts", _OPENING, "`messages`: a list that waits for an answer"),
 )
+_TWO_DIALOGUES = {"output_1": is_dialogue, "output_2": is_dialogue} | _VOTE
+_LAYOUTS += (
+    _Layout("two conversations", "pairs", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
+    _Layout("opening of two conversations", "prompts", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, a vote"),
+    _Layout("opening of parallel lists", "prompts", _PARALLEL, "lists of prompts and of answers"),
+)
+_LIST = {"answers": rankings.is_list_of_answers}
+_ITEMS = {"answers": rankings.is_list_of_objects}
+_CHOICE = {
+    "answers": lambda value: any(form["answers"](value) for form in (_LIST, _ITEMS)),
+    "choice": rankings.is_index,
+}
+_NUMBERS = rankings.is_list_of_numbers
+_SIDES = dict.fromkeys(("chosen", "rejected"), lambda value: _is_answer(value) or rankings.is_list_of_answers(value))
+_TWO = {"better_worse": lambda value: is_texts(value) and len(value) == 2}
+# Rows that rank several answers come into question where no other layout fits: what is chosen is not chosen again.
+_RANKINGS = (
+    _Layout(
+        "rated answers",
+        "pairs",
+        _PROMPT | _ITEMS,
+        "`answers`: [{answer, rating | rank}]; or with a list `scores`",
+        rankings.ITEM_ROLES,
+    ),
+    _Layout("answers and ratings", "pairs", _PROMPT | _LIST | {"rating": _NUMBERS}, "lists `responses`, `scores`"),
+    _Layout("answers and ranks", "pairs", _PROMPT | _LIST | {"rank": _NUMBERS}, "lists `responses`, `ranks`"),
+    _Layout("better and worse", "pairs", _PROMPT | _TWO, "`output`: [better, worse]"),
+    _Layout("best first", "pairs", _PROMPT | {"best_first": _LIST["answers"]}, "`best_first`: list of answers"),
+    _Layout("lists of chosen and rejected", "pairs", _PROMPT | _SIDES, "one a text, one a list"),
+    _Layout("answers and choice", "pairs", _PROMPT | _CHOICE, "`answers`, `choice`: an index", ("answer",)),
+    _Layout("summaries and choice", "pairs", {"post": rankings.is_post} | _CHOICE, "`info`, `summaries`, `choice`"),
+    _Layout("tree", "pairs", {"tree": rankings.is_tree}, "`prompt`: {text, replies: [{text, rank, replies}]}"),
+)
+_RANKINGS += tuple(replace(layout, kind="prompts") for layout in _RANKINGS)
 _FAMILIES = [
     (f"{stem}{first}", f"{stem}{second}")
     for stem in ("output", "response", "answer", "completion")
     for first, second in (("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"), ("_0", "_1"))
-] + [("human_ref_A", "human_ref_B")]
+] + [("human_ref_A", "human_ref_B"), ("conversation_a", "conversation_b")]
 _SCORED = [
     (f"{stem}{first}", f"{stem}{second}")
     for stem in ("score", "rating", "reward")
@@ -225,6 +259,18 @@ _KNOWN_COLUMNS = {
     "score_2": tuple(second for _, second in _SCORED),
     "completion": ("completion", "response", "output"),
     "label": ("label", "kto_tag"),
+    "answers": (
+        *("answers", "completions", "responses", "generations", "candidates", "candidates_completions", "summaries"),
+        "all_generated_responses",
+    ),
+    "answer": ("answer",),
+    "rating": ("ratings", "scores", "rewards", "rating", "all_rm_scores"),
+    "rank": ("ranks", "rank"),
+    "better_worse": ("output",),
+    "best_first": ("best_first",),
+    "choice": ("choice",),
+    "post": ("info",),
+    "tree": ("prompt",),
 }
 _EXTRA_COLUMNS = {
     "system": ("system", "system_prompt"),
@@ -273,19 +319,32 @@ def find_shape(
     read, parsed, mixed = _with_lists_read(given, named)
     first = read[:_ROWS_LOOKED_AT]
     for kind, forgiving in itertools.product([kind for kind in KINDS if kind in kinds], (False, True)):
-        layouts = [layout for layout in _LAYOUTS if layout.kind == kind and _comes_into_question(layout, named, values)]
-        fitting = [_fitting(value, layouts, named, forgiving) for value in first]
+        layouts, ranked = (
+            [layout for layout in table if layout.kind == kind and _comes_into_question(layout, named, values)]
+            for table in (_LAYOUTS, _RANKINGS)
+        )
+        fitting = [
+            _fitting(value, layouts, named, forgiving) or _fitting(value, ranked, named, forgiving) for value in first
+        ]
         if any(fitting):
             shape = _most_frequent(fitting, source)
             _require_all_written([column for _, column in shape.columns], mixed, source)
-            return _completed(shape, given, read, parsed, named, values, source)
+            shape = _completed(shape, given, read, parsed, named, values, source)
+            rankings.require_sure(shape.layout, dict(shape.columns), shape.writing, read, source)
+            return shape
+    rankings.require_whole_rows(list(itertools.chain.from_iterable(first)), source)
     _require_all_written(list(itertools.chain(*_KNOWN_COLUMNS.values(), named.values())), mixed, source)
     raise _no_shape(first, source, named, kinds, values)
 
 
 def _comes_into_question(layout: _Layout, named: Mapping[str, str], values: Values | None) -> bool:
     role = values and ("vote" if values.of_votes else "label")
-    return named.keys() <= layout.roles and (role is None or role in layout.cells)
+    decides = role is None or role in layout.cells or (role == "label" and _is_rated(layout))
+    return named.keys() <= layout.roles and decides
+
+
+def _is_rated(layout: _Layout) -> bool:
+    return layout in _RANKINGS and rankings.LAYOUTS[layout.name].is_rated
 
 
 def _with_lists_read(
@@ -312,6 +371,15 @@ def _with_lists_read(
     for outputs in _FAMILIES:
         if texts.issuperset(outputs) and (prompt := texts.intersection(_KNOWN_COLUMNS["prompt"])):
             parsed |= {*outputs, *prompt}
+    for name in {
+        named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _KNOWN_COLUMNS[role]
+    } & cells.keys():
+        lists = written(cells[name], rankings.is_part_of_ranking)
+        fit = sum(value is not MISSING for value in lists)
+        if fit and fit == len(lists):
+            parsed.add(name)
+        elif fit:
+            mixed[name] = f"lists as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
     return [row | _read(row, parsed) for row in rows], parsed, mixed
 
 
@@ -371,7 +439,7 @@ def _meaning(
     """What votes or labels mean, where they are not 1 and 2 or true and false."""
     role = next((role for role in ("vote", "label") if role in columns), None)
     if role is None:
-        return None
+        return values
     column = columns[role]
     names = vote_columns(column, dict.fromkeys(itertools.chain.from_iterable(rows)))
     cells = [cell_at(row, name) for row in rows for name in names]
@@ -395,8 +463,12 @@ def _all_repeat_prompt(columns: Mapping[str, str], rows: Sequence[dict[str, Any]
 
 def _unused(shape: Shape, used: set[str], rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """The columns with something in them that no role has, that give no rating and are not known to the layout."""
-    layout = next(layout for layout in _LAYOUTS if layout.name == shape.layout)
-    known = {name for role in layout.aside for name in _KNOWN_COLUMNS[role]} | {*used, *_MEDIA, "winner_tie"}
+    layout = next(layout for layout in (*_LAYOUTS, *_RANKINGS) if layout.name == shape.layout)
+    known = {name for role in set(layout.aside).difference(rankings.ITEM_ROLES) for name in _KNOWN_COLUMNS[role]} | {
+        *used,
+        *_MEDIA,
+        "winner_tie",
+    }
     filled = {name: cell for row in rows for name, cell in row.items() if name not in known and not is_empty(cell)}
     votes = vote_columns(dict(shape.columns).get("vote", ""), filled)
     return tuple(name for name, cell in filled.items() if not is_rating(name, cell) and name not in votes)
@@ -428,6 +500,7 @@ def _assignments(layout: _Layout, value: dict[str, Any], named: Mapping[str, str
         # `input` is more of an instruction; beside another prompt it may be anything.
         if columns.get("prompt") == "instruction" or "input" in named:
             extra["input"] = named.get("input", "input")
+        extra |= {role: named[role] for role in rankings.ITEM_ROLES if role in named and role in layout.aside}
         yield tuple((columns | extra).items())
 
 
@@ -451,7 +524,8 @@ def _choices(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -
             names["prompt"].remove("input")
         strong = [name for name in names["prompt"] if name not in _WEAK_PROMPTS]
         # Beside a prompt for rewards, `context` and `history` may be anything.
-        weak = [name for name in _WEAK_PROMPTS[: 1 if layout.kind == "prompts" else None] if name in value]
+        for_rewards = layout.kind == "prompts" and layout not in _RANKINGS
+        weak = [name for name in _WEAK_PROMPTS[: 1 if for_rewards else None] if name in value]
         names["prompt"] = strong if any(has_cell(value, name) for name in strong) else weak[:1]
     return {role: [name for name in columns if has_cell(value, name)] for role, columns in names.items()}
 
@@ -500,7 +574,7 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
             raise UserError(what, where=where, expected=expected, advice=advice)
     present = dict.fromkeys(column for value in values for column in value)
     for role, column in named.items():
-        if values and not any(has_cell(value, column) for value in values):
+        if values and role not in rankings.ITEM_ROLES and not any(has_cell(value, column) for value in values):
             start = next((value for value in values if column.split(".")[0] in value), values[0])
             part, keys = missing_part(start, column)
             above = column.removesuffix(part).split(f".{part}.")[0].rstrip(".") if part != column else ""
@@ -534,11 +608,16 @@ def _no_shape(
     of_kinds = "" if len(kinds) == len(KINDS) else f" of {' or '.join(kinds)}"
     what = f"its columns are no known shape{of_kinds}: {_shown(columns)}" if columns else "its rows have no columns"
     advice = "rename its columns, or say by `columns:` which is what"
-    layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
+    layouts = [layout for layout in (*_LAYOUTS, *_RANKINGS) if layout.kind in kinds]
     layouts = [layout for layout in layouts if _comes_into_question(layout, named, meaning)] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
     choices = [_choices(layout, merged, named) for layout in layouts]
     present = [{role: names[0] for role, names in of_layout.items() if names} for of_layout in choices]
+    # A prompt alone is near to no ranking.
+    is_near = [
+        layout in _LAYOUTS or roles.keys() - {"prompt", "tree"} for layout, roles in zip(layouts, present, strict=True)
+    ]
+    present = [roles if near else {} for roles, near in zip(present, is_near, strict=True)]
     share = [(len(roles) / len(layout.cells), len(roles)) for layout, roles in zip(layouts, present, strict=True)]
     best = share.index(max(share))
     if present[best]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from prefold.data.conversion import to_record
+from prefold.data.conversion import to_records
 from prefold.data.dialogues import holds_dialogue
 from prefold.data.preference import Problem, Prompt
 from prefold.data.selection import select_rows
@@ -192,18 +192,16 @@ def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
     prompts: list[Prompt] = []
     problems: list[Problem] = []
     for row in chain(head, rows):
-        record = to_record(row, shape, settings.system, "--system")
-        if isinstance(record, Prompt):
-            prompts.append(record)
-        elif isinstance(record, Problem):
-            problems.append(record)
-        if len(prompts) == settings.limit:
+        records = to_records(row, shape, settings.system, "--system")
+        prompts += [record for record in records if isinstance(record, Prompt)]
+        problems += [record for record in records if isinstance(record, Problem)]
+        if settings.limit and len(prompts) >= settings.limit:
             break
     problems += selection.problems
     if not prompts:
         where = str(problems[0].origin)
         raise UserError(f"no row is a prompt; the first problem is: {problems[0].message}", where=where)
-    return prompts, Counter(problem.kind for problem in problems)
+    return prompts[: settings.limit], Counter(problem.kind for problem in problems)
 
 
 # ---- the report and the output ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,10 @@ class Model(Section):
     chat_template: str | None = None
     """The chat format that a base model is to learn: `chatml`, or a file FILE.jinja with a template whose tokens the
     tokenizer has. The rows of its tokens in the embeddings are trained. Unset: the tokenizer's own template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template is given beside messages, wherever prefold writes them: `{enable_thinking: false}`,
+    `{date_string: 30 Jun 2025}`. A row's own go before these. `strftime_now: 2025-06-30` fixes the day that a template
+    writes as today's."""
     load_in_4bit: bool = False
     """Train over weights that are held in 4 bits (QLoRA). The adapter is merged into the unquantised weights, and they
     are what is evaluated."""
@@ -54,6 +59,18 @@ class Model(Section):
         given = {name: value for name, value in values.items() if value is not None or name not in FOUR_BITS}
         return {**FOUR_BITS, **given}
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def the_date_is_one(cls, keywords: dict[str, Any]) -> dict[str, Any]:
+        """As text, whether YAML took it for a date or not."""
+        if "strftime_now" not in keywords:
+            return keywords
+        try:
+            day = date.fromisoformat(str(keywords["strftime_now"]))
+        except ValueError:
+            raise ValueError(f"`strftime_now` is `{keywords['strftime_now']}`; write a date like 2025-06-30") from None
+        return {**keywords, "strftime_now": day.isoformat()}
+
     @model_validator(mode="after")
     def settings_are_used(self) -> Model:
         if self.load_in_4bit and self.load_in_8bit:
@@ -67,7 +84,7 @@ class Model(Section):
 
     def whole(self, folder: Path) -> Model:
         """These settings for what has become of the model: whole weights in a folder, with their chat format."""
-        kept = ("dtype", "attn_implementation", "device_map")
+        kept = ("dtype", "attn_implementation", "device_map", "chat_template_kwargs")
         return Model(name=str(folder), **{name: getattr(self, name) for name in kept})
 
 
@@ -126,6 +143,12 @@ class Source(Rows):
     these proportions without repeating a row; the rows are drawn by `train.seed`."""
     count: int | None = Field(None, gt=0)
     """Number of rows, drawn by `train.seed`."""
+    pairs_from: Literal["best_worst", "adjacent", "all"] | None = None
+    """Which pairs are made of rows that rank several answers: the best against the worst (`best_worst`; of equal
+    ones, the first), each against the next one in the order (`adjacent`), or every two (`all`). Equal ratings make no
+    pair. Unset: `best_worst`; where a row has lists of chosen and of rejected answers, each against each."""
+    min_margin: float | None = Field(None, gt=0)
+    """Pairs of a ranking whose ratings differ by less are not made; ranks count as ratings, 1 from each to the next."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:

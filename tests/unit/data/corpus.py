@@ -200,12 +200,13 @@ MESSAGES = [
     _bad("no role", TURNS | {"prompt": [{"content": "Why?"}]}, "bad_message", TURNS),
     _bad("no content", TURNS | {"prompt": [{"role": "user"}]}, "bad_message", TURNS),
     _bad("an unknown role", TURNS | {"prompt": [{"role": "narrator", "content": "Why?"}]}, "bad_message", TURNS),
-    _bad("a role in capitals", TURNS | {"prompt": [{"role": "User", "content": "Why?"}]}, "bad_message", TURNS),
-    _bad("a tool's turn", TURNS | {"prompt": [*TALK, {"role": "tool", "content": "7"}]}, "bad_message", TURNS),
+    _fine("a role in capitals", TURNS | {"prompt": [{"role": "User", "content": "Why?"}]}, like=TURNS),
+    _fine("a tool's turn", TURNS | {"prompt": [*TALK, {"role": "tool", "content": "7"}]}, like=TURNS),
+    _bad("a role that nobody has", TURNS | {"prompt": [{"role": "narrator", "content": "A"}]}, "bad_message", TURNS),
     _bad(
         "an answer that calls a tool",
         TURNS | {"chosen": [assistant("So.") | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
-        "bad_message",
+        "template_refused",
         TURNS,
     ),
     _fine("no tool calls", TURNS | {"chosen": [assistant("So.") | {"tool_calls": None}]}, like=TURNS),
@@ -225,7 +226,12 @@ MESSAGES = [
     _fine("the assistant first", TURNS | {"prompt": [assistant("Hello."), *TALK]}, like=TURNS),
     _fine("an answer in two messages", TURNS | {"chosen": [assistant("So."), assistant("So!")]}, like=TURNS),
     _fine("one message for an answer", TURNS | {"chosen": assistant("So.")}, like=TURNS),
-    _fine("more keys in a message", TURNS | {"prompt": [user("Why?") | {"name": "Ann", "id": None}]}, like=TURNS),
+    _fine(
+        "more keys in a message",
+        TURNS | {"prompt": [user("Why?") | {"name": "Ann", "id": None}]},
+        "unread_field",
+        like=TURNS,
+    ),
 ]
 DIALOGUES = [
     _bad("dialogues of two prompts", WHOLE | {"rejected": [user("How?"), assistant("No.")]}, "bad_message", WHOLE),
@@ -236,7 +242,7 @@ DIALOGUES = [
     _bad(
         "dialogues that part too early",
         {"chosen": [*WHOLE["chosen"], user("B"), assistant("C")], "rejected": WHOLE["rejected"]},
-        "bad_message",
+        "prompts_differ",
         WHOLE,
     ),
     _bad("an empty dialogue", WHOLE | {"chosen": []}, "empty_text", WHOLE),

@@ -119,6 +119,7 @@ def test_report_as_json() -> None:
                 "rows_filtered": 0,
                 "rows_not_drawn": 0,
                 "unused": (),
+                "examples": 0,
             }
         ],
         "findings": [

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import assistant, user
+from data_samples import assistant, to_record, user
 from layouts import CASES, Case, bad, chatml, good, question, talk
+from ranking_layouts import CASES as RANKINGS
 from tiny_tokenizer import DEFAULT_SYSTEM
 from transformers import PreTrainedTokenizerFast
 
-from prefold.data.conversion import to_record
 from prefold.data.formats import RawRow
 from prefold.data.mixture import Prepared, load_split
 from prefold.data.preference import Preference, Problem, Prompt, RowId, Unpaired
@@ -66,7 +66,7 @@ def test_the_table_of_layouts_in_the_docs_is_the_one_that_is_tested() -> None:
     table = DOCS.read_text(encoding="utf-8").split("| layout |")[1].split("\n\n")[0]
     named = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)
     assert len(named) == len(set(named))
-    assert set(named) == {case.name for case in CASES}
+    assert set(named) == {case.name for case in (*CASES, *RANKINGS)}
     assert len(CASES) >= 60
 
 
@@ -331,7 +331,7 @@ def test_a_later_row_whose_answers_do_not_begin_with_the_prompt() -> None:
     assert isinstance(nothing, Problem) and nothing.kind == "empty_text"
 
 
-def test_rows_of_an_arena_with_several_rounds_are_no_pair() -> None:
+def test_rows_of_an_arena_with_several_rounds() -> None:
     row = {
         "prompt": ["Hi?", "Why?"],
         "response_a": ["Hi.", "So."],
@@ -339,8 +339,9 @@ def test_rows_of_an_arena_with_several_rounds_are_no_pair() -> None:
         "winner_model_a": 1,
         "winner_model_b": 0,
     }
-    problem = to_record(RawRow(RowId("r", 1), row), shape_of([row]))
-    assert isinstance(problem, Problem) and problem.kind == "prompts_differ"
+    pair = to_record(RawRow(RowId("r", 1), row), shape_of([row]))
+    assert isinstance(pair, Preference) and pair.prompt == (user("Hi?"),)
+    assert pair.chosen == (assistant("Hi."), user("Why?"), assistant("So."))
     short = to_record(RawRow(RowId("r", 1), {**row, "response_b": ["Ho."]}), shape_of([row]))
     assert isinstance(short, Problem) and short.kind == "bad_message"
 

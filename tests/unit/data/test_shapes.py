@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from data_samples import assistant, system, user
+from data_samples import assistant, system, to_record, user
 
-from prefold.data.conversion import to_record
 from prefold.data.formats import RawRow
 from prefold.data.preference import Message, Preference, Problem, Prompt, RowId, Unpaired
 from prefold.data.shapes import KINDS, Kind, Shape, find_shape
@@ -173,9 +172,9 @@ UNFIT: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (TRANSCRIPTS, {"chosen": 3}, "bad_message", "`chosen` is a number, not a list of messages"),
     (
         SHAREGPT_PAIR,
-        {"conversations": [human("Why?"), {"from": "observation", "value": "4"}]},
+        {"conversations": [human("Why?"), {"from": "narrator", "value": "4"}]},
         "bad_message",
-        "`conversations`, message 2 is a tool's turn (`observation`); tool turns are not supported",
+        "`conversations`, message 2 has the role `narrator`, not one of system, user, assistant, tool",
     ),
     (SHAREGPT_PAIR, {"conversations": [human("Why?"), gpt("So")]}, "bad_message", "message of `conversations` is the"),
     (SHAREGPT_PAIR, {"conversations": [user("Why?")]}, "bad_message", "message 1 has no `from`"),
