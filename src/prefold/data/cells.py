@@ -117,9 +117,14 @@ def is_empty(cell: Any) -> bool:
 
 
 def is_tools(cell: Any) -> bool:
-    """A list of objects, or the text of one."""
+    """A list of objects, or of texts of objects, or the text of a list."""
+    tools = _tools_in(cell)
+    return tools != [] and all(isinstance(tool, dict) for tool in tools)
+
+
+def _tools_in(cell: Any) -> list[Any]:
     value = read_if_text(cell)
-    return isinstance(value, list) and value != [] and all(isinstance(tool, dict) for tool in value)
+    return [read_if_text(tool) for tool in (value if isinstance(value, list) else [value])]
 
 
 def is_kwargs(cell: Any) -> bool:
@@ -148,12 +153,12 @@ def template_kwargs(tools: Any, kwargs: Any, where: tuple[str, str]) -> dict[str
     if not is_empty(tools) and not is_tools(tools):
         raise Unfit("bad_message", f"{where[0]} is no list of tools")
     if is_empty(kwargs):
-        return {} if is_empty(tools) else {"tools": tools}
+        return {} if is_empty(tools) else {"tools": _tools_in(tools)}
     if not is_kwargs(kwargs):
         raise Unfit("bad_message", f"{where[1]} is no object")
     if taken := sorted(kwargs.keys() & _NOT_OF_A_ROW):
         raise Unfit("bad_message", f"{where[1]} has `{taken[0]}`, which is not for a row to say")
-    return {**kwargs, **({} if is_empty(tools) else {"tools": tools})}
+    return {**kwargs, **({} if is_empty(tools) else {"tools": _tools_in(tools)})}
 
 
 _NOT_OF_A_ROW = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}

@@ -202,9 +202,10 @@ def _behind_prompt(answer: list[Message], prompt: str, where: str) -> list[Messa
 def _voted(cells: _Cells) -> Preference:
     """The better answer is that of the majority of the votes that were given."""
     names = vote_columns(cells.columns["vote"], cells.value)
-    given = {name: cell for name in names if (cell := cell_at(cells.value, name)) not in (None, MISSING)}
+    given = {name: cell for name in names if not is_empty(cell := cell_at(cells.value, name))}
     if not given:
         cells.need("vote")
+        raise Unfit("null_field", f"{cells.where('vote')} is empty")
     values = cells.shape.values
     votes = {name: as_vote(cell, values) for name, cell in given.items()}
     for name, vote in votes.items():
@@ -224,7 +225,8 @@ def _voted(cells: _Cells) -> Preference:
 
 def _scored(cells: _Cells) -> Preference:
     """The better answer is that of the higher score."""
-    scores = [as_number(cells.need(role)) for role in ("score_1", "score_2")]
+    found = [cells.need(role) for role in ("score_1", "score_2")]
+    scores = [float(score) if isinstance(score, bool) else as_number(score) for score in found]
     for role, score in zip(("score_1", "score_2"), scores, strict=True):
         if score is None:
             raise Unfit("bad_label", f"{cells.where(role)} is {_value_text(cells.need(role))}, not a number")

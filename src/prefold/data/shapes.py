@@ -141,7 +141,7 @@ def _is_answered(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return as_number(value) is not None
+    return as_number(value) is not None or isinstance(value, bool)
 
 
 _PROMPT = {"prompt": lambda value: _is_string(value) or _is_opening(value)}
@@ -254,6 +254,7 @@ _KNOWN_COLUMNS = {
     "vote": (
         *("label", "preference", "annotator1", "annotator_1", "winner", "preferred", "better", "vote", "choice"),
         *("overall_preference", "preference_strength", "better_response_id", "safer_response_id", "labels"),
+        *("preferred_response", "preferred_answer", "preferred_output", "preferred_completion", "better_response"),
     ),
     "score_1": tuple(first for first, _ in _SCORED),
     "score_2": tuple(second for _, second in _SCORED),

@@ -84,7 +84,8 @@ def margin_of(vote: Any, values: Values | None) -> float | None:
 
 def is_scalar(value: Any) -> bool:
     """Whether a cell could be a vote or a label at all."""
-    return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 40 and value != "")
+    is_text = isinstance(value, str) and len(value) <= 40 and value.strip() != ""
+    return is_text or (isinstance(value, bool | int | float) and value == value)
 
 
 def vote_columns(column: str, value: Mapping[str, Any]) -> list[str]:
@@ -121,7 +122,9 @@ def scale_of_votes(
         # Votes of several people have 0 for a tie by convention; elsewhere 0 may be the first answer, and 2 a tie.
         by_convention = _ANNOTATOR.fullmatch(vote) or (2 in from_1 and vote in ("label", "preference"))
         may_count_from_0 = 0 in map(as_number, known) and not by_convention
-        if known and None not in from_1 and order == "plain" and not may_count_from_0:
+        # A column of a well-known set whose other columns are not there is not known to count from 1.
+        is_of_set = any(vote == of_set for _, _, of_set in _SETS)
+        if known and None not in from_1 and order == "plain" and not may_count_from_0 and not is_of_set:
             return None
     else:
         # Unchecked, because columns may have any names.

@@ -322,6 +322,17 @@ CASES = [
         unused=("model_a",),
         shape="parallel lists, scores, written as text",
     ),
+    Case(
+        "LMSYS arena",
+        lambda n: {
+            **asked(n),
+            **two(n, "response_a", "response_b"),
+            "winner_model_a": n != 1,
+            "winner_model_b": n == 1,
+            "winner_tie": False,
+        },
+        shape="scores",
+    ),
     Case("Stack Exchange paired", lambda n: {**asked(n, "question"), **pair(n, "response_j", "response_k")}),
     # ---- of other tools
     Case(
@@ -429,6 +440,11 @@ CASES = [
         unused=("parent_ids",),
     ),
     # ---- what goes to the chat template
+    Case(
+        "tools and template settings",
+        lambda n: {**asked(n), **pair(n), "tools": [json.dumps(TOOL)] if n else TOOL},
+        given=lambda n: {"tools": [TOOL]},
+    ),
     Case(
         "tools and template settings",
         lambda n: {**asked(n), **pair(n), "tools": [TOOL]},
