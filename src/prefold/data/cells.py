@@ -24,8 +24,8 @@ _START = 300
 
 def cell_at(row: Mapping[str, Any], path: str) -> Any:
     """The cell at a column or path, or MISSING."""
-    if path in row:
-        return row[path]
+    if path in row or "." not in path:
+        return row.get(path, MISSING)
     here: Any = row
     for part in path.split("."):
         here = _item(here, part)
@@ -117,9 +117,14 @@ def is_empty(cell: Any) -> bool:
 
 
 def is_tools(cell: Any) -> bool:
-    """A list of objects, or the text of one."""
+    """A list of objects, or of texts of objects, or the text of a list."""
+    tools = _tools_in(cell)
+    return tools != [] and all(isinstance(tool, dict) for tool in tools)
+
+
+def _tools_in(cell: Any) -> list[Any]:
     value = read_if_text(cell)
-    return isinstance(value, list) and value != [] and all(isinstance(tool, dict) for tool in value)
+    return [read_if_text(tool) for tool in (value if isinstance(value, list) else [value])]
 
 
 def is_kwargs(cell: Any) -> bool:
@@ -131,8 +136,9 @@ def is_kwargs(cell: Any) -> bool:
 def is_history(cell: Any) -> bool:
     """Earlier rounds as pairs of question and answer, or as messages; or the text of that."""
     value = read_if_text(cell)
-    is_pairs = isinstance(value, list) and all(isinstance(item, list | tuple) and len(item) == 2 for item in value)
-    return value != [] and (is_pairs or is_turns(value))
+    if not isinstance(value, list) or not value:
+        return False
+    return is_turns(value) or all(isinstance(item, list | tuple) and len(item) == 2 for item in value)
 
 
 def read_if_text(cell: Any) -> Any:
@@ -147,12 +153,12 @@ def template_kwargs(tools: Any, kwargs: Any, where: tuple[str, str]) -> dict[str
     if not is_empty(tools) and not is_tools(tools):
         raise Unfit("bad_message", f"{where[0]} is no list of tools")
     if is_empty(kwargs):
-        return {} if is_empty(tools) else {"tools": tools}
+        return {} if is_empty(tools) else {"tools": _tools_in(tools)}
     if not is_kwargs(kwargs):
         raise Unfit("bad_message", f"{where[1]} is no object")
     if taken := sorted(kwargs.keys() & _NOT_OF_A_ROW):
         raise Unfit("bad_message", f"{where[1]} has `{taken[0]}`, which is not for a row to say")
-    return kwargs | ({} if is_empty(tools) else {"tools": tools})
+    return {**kwargs, **({} if is_empty(tools) else {"tools": _tools_in(tools)})}
 
 
 _NOT_OF_A_ROW = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}

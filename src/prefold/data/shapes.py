@@ -31,7 +31,7 @@ from prefold.data.cells import (
     written,
 )
 from prefold.data.formats import RawRow
-from prefold.data.preference import Writing, short
+from prefold.data.preference import Writing, role_of, short
 from prefold.data.votes import is_rating, is_scalar, require_decided, scale_of_labels, scale_of_votes, vote_columns
 from prefold.errors import UserError, counted, did_you_mean, json_type
 from prefold.recipe.values import Values, as_number
@@ -100,7 +100,7 @@ def _speaker(turn: Any) -> Any:
 
 
 def _assistant_speaks(turn: Any) -> bool:
-    return _speaker(turn) in ("assistant", "gpt")
+    return role_of(_speaker(turn)) == "assistant"
 
 
 def _is_string(value: Any) -> bool:
@@ -141,7 +141,7 @@ def _is_answered(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return as_number(value) is not None
+    return as_number(value) is not None or isinstance(value, bool)
 
 
 _PROMPT = {"prompt": lambda value: _is_string(value) or _is_opening(value)}
@@ -239,13 +239,13 @@ _KNOWN_COLUMNS = {
             "response_j",
         ),
         *("accepted", "accepted_response", "preferred", "preferred_response", "preferred_output", "preferred_answer"),
-        *("preferred_completion", "better_response", "y_w", "positive"),
+        *("preferred_completion", "better_response", "y_w", "positive", "full_chosen"),
     ),
     "rejected": (
         *("rejected", "rejected_response", "rejected_answer", "rejected_completion", "rejected_messages"),
         *("llama2-13b-chat", "response_k", "dispreferred", "dispreferred_response", "dispreferred_output"),
         *("non_preferred", "non_preferred_response", "non_preferred_output", "non_preferred_answer"),
-        *("non_preferred_completion", "worse_response", "y_l", "negative"),
+        *("non_preferred_completion", "worse_response", "y_l", "negative", "full_rejected"),
     ),
     "messages": ("messages", "conversations", "conversation", "trajectory", "input.messages"),
     "sentences": ("source",),
@@ -254,6 +254,7 @@ _KNOWN_COLUMNS = {
     "vote": (
         *("label", "preference", "annotator1", "annotator_1", "winner", "preferred", "better", "vote", "choice"),
         *("overall_preference", "preference_strength", "better_response_id", "safer_response_id", "labels"),
+        *("preferred_response", "preferred_answer", "preferred_output", "preferred_completion", "better_response"),
     ),
     "score_1": tuple(first for first, _ in _SCORED),
     "score_2": tuple(second for _, second in _SCORED),
@@ -549,8 +550,9 @@ def _writing(value: dict[str, Any], columns: Columns) -> Writing:
         first = cell[0] if isinstance(cell, list) and cell else cell
         if isinstance(first, dict) and "from" in first and "role" not in first:
             return "ShareGPT"
-        if isinstance(cell, str) and (role == "prompt" or "prompt" not in roles):
-            return dialogues.string_writing(cell)
+        is_whole = isinstance(cell, str) and (role == "prompt" or "prompt" not in roles)
+        if is_whole and (writing := dialogues.string_writing(cell)) != "plain":
+            return writing
     return "plain"
 
 
