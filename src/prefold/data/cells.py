@@ -32,14 +32,14 @@ def cell_at(row: Mapping[str, Any], path: str) -> Any:
     return here
 
 
-def missing_part(row: Mapping[str, Any], path: str) -> tuple[str, list[str]]:
-    """Where a path that a row does not have ends: the part that is not there, and the keys or places that are."""
-    here: Any = row
-    for part in path.split("."):
-        if (further := _item(here, part)) is MISSING:
-            return part, list(map(str, here if isinstance(here, dict) else range(len(_list(here)))))
-        here = further
-    return path, []
+def end_of_path(row: Mapping[str, Any], path: str) -> tuple[str, str, list[str]]:
+    """Where a path ends that a row does not have: the path so far, the part that is not there, and the keys or places
+    that are."""
+    parts = path.split(".")
+    at = next(at for at in range(len(parts)) if cell_at(row, ".".join(parts[: at + 1])) is MISSING)
+    here: Any = cell_at(row, ".".join(parts[:at])) if at else row
+    keys = here if isinstance(here, dict) else range(len(_list(here)))
+    return ".".join(parts[:at]), parts[at], list(map(str, keys))
 
 
 def has_cell(row: Mapping[str, Any], path: str) -> bool:

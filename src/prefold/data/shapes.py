@@ -17,6 +17,7 @@ from prefold.data import dialogues, rankings
 from prefold.data.cells import (
     MISSING,
     cell_at,
+    end_of_path,
     has_cell,
     is_cut_off,
     is_empty,
@@ -25,7 +26,6 @@ from prefold.data.cells import (
     is_texts,
     is_tools,
     is_turns,
-    missing_part,
     read_if_text,
     read_written,
     written,
@@ -577,14 +577,13 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
     for role, column in named.items():
         if values and role not in rankings.ITEM_ROLES and not any(has_cell(value, column) for value in values):
             start = next((value for value in values if column.split(".")[0] in value), values[0])
-            part, keys = missing_part(start, column)
-            above = column.removesuffix(part).split(f".{part}.")[0].rstrip(".") if part != column else ""
-            is_column = column.split(".")[0] not in start
-            keys = list(present) if is_column else keys
-            lacks = "there is no such column" if is_column else f"`{short(above)}` has no `{short(part)}`"
-            advice = did_you_mean(column if is_column else part, map(short, keys))
-            what = f"`{role}: {short(column)}`, but {lacks}"
-            raise UserError(what, where=where, expected=_shown(keys), advice=advice)
+            above, part, keys = end_of_path(start, column)
+            lacks = f"`{short(above)}` has no `{short(part)}`" if above else "there is no such column"
+            keys, part = (keys, part) if above else (list(present), column)
+            advice = did_you_mean(part, map(short, keys))
+            raise UserError(
+                f"`{role}: {short(column)}`, but {lacks}", where=where, expected=_shown(keys), advice=advice
+            )
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:

@@ -380,6 +380,20 @@ def test_steps_of_an_answer_are_not_taken_for_all_of_it() -> None:
         shape_of([row])
 
 
+def test_what_a_report_says_of_media_and_of_answers_that_repeat_their_prompt(
+    write: Write, chatml_tokens: PreTrainedTokenizerFast
+) -> None:
+    rows: list[Row] = [
+        {"prompt": f"Tell me story {number}.", "chosen": "So.", "rejected": "No."} for number in range(4)
+    ]
+    rows[1]["images"], rows[2]["chosen"], rows[3]["note"] = ["a.png"], "Tell me story 2. So.", "x"
+    path = write("rows.jsonl", rows)
+    report = load_split(Data(train=[Source(path=path)]), chatml_tokens, seed=1).report
+    found = {finding.kind: [row.row for row in finding.rows] for finding in report.findings}
+    assert (found["media"], found["prompt_in_answer"]) == ([2], [3])
+    assert report.sources[0].unused == ("note",)
+
+
 def test_triples_of_a_search_engine_are_no_pairs() -> None:
     with pytest.raises(UserError, match="no known shape"):
         shape_of([{"query": "Why?", "positive": "So.", "negative": "No."}])
