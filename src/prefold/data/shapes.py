@@ -152,6 +152,7 @@ _DIALOGUES = {"chosen": is_dialogue, "rejected": is_dialogue}
 _OUTPUTS = {"output_1": _is_answer, "output_2": _is_answer}
 _PARALLEL = {"prompt": is_texts, "output_1": is_texts, "output_2": is_texts}
 _VOTE = {"vote": is_scalar}
+_TWO_DIALOGUES = {"output_1": is_dialogue, "output_2": is_dialogue} | _VOTE
 _SCORES = {"score_1": _is_number, "score_2": _is_number}
 _ANSWERED = {"messages": _is_answered}
 _REJECTED = {"rejected": lambda value: _is_answer(value) or is_dialogue(value)}
@@ -180,9 +181,6 @@ _LAYOUTS = (
     _Layout("prompts", "prompts", _PROMPT, "`prompt` or `question`, and columns for rewards"),
     _Layout("sentences", "prompts", {"sentences": _is_sentences}, "`source`: a list of sentences, and columns"),
     _Layout("opening messages", "prompts", _OPENING, "`messages`: a list that waits for an answer"),
-)
-_TWO_DIALOGUES = {"output_1": is_dialogue, "output_2": is_dialogue} | _VOTE
-_LAYOUTS += (
     _Layout("two conversations", "pairs", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
     _Layout("opening of two conversations", "prompts", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, a vote"),
     _Layout("opening of parallel lists", "prompts", _PARALLEL, "lists of prompts and of answers"),
@@ -197,7 +195,7 @@ _NUMBERS = rankings.is_list_of_numbers
 _SIDES = dict.fromkeys(("chosen", "rejected"), lambda value: _is_answer(value) or rankings.is_list_of_answers(value))
 _TWO = {"better_worse": lambda value: is_texts(value) and len(value) == 2}
 # Rows that rank several answers come into question where no other layout fits: what is chosen is not chosen again.
-_RANKINGS = (
+_RANKINGS: tuple[_Layout, ...] = (
     _Layout(
         "rated answers",
         "pairs",
