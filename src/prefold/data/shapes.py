@@ -19,13 +19,13 @@ from prefold.data.cells import (
     cell_at,
     end_of_path,
     has_cell,
+    holds_turns,
     is_cut_off,
     is_empty,
     is_history,
     is_kwargs,
     is_texts,
     is_tools,
-    is_turns,
     read_if_text,
     read_written,
     written,
@@ -357,7 +357,7 @@ def _with_lists_read(
     }
     parsed, mixed = set(), {}
     for name, of_column in cells.items():
-        lists = written(of_column, is_turns)
+        lists = written(of_column, holds_turns)
         fit = sum(value is not MISSING for value in lists)
         if lists and fit == len(lists):
             parsed.add(name)
@@ -636,7 +636,10 @@ def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], n
     misfits = [column for role, column in present.items() if not layout.cells[role](cell_at(value, column))]
     if not misfits:
         return "but no row has all of it"
-    return f"but `{short(misfits[0])}` is {json_type(cell_at(value, misfits[0]))} that does not fit"
+    cell = cell_at(value, misfits[0])
+    if isinstance(cell, dict) and cell:
+        return f"but `{short(misfits[0])}` is an object with {_shown(cell)}:\n    reach into it by a path in `columns:`"
+    return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 
 def _listed(names: Sequence[str]) -> str:

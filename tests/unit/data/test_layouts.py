@@ -237,7 +237,12 @@ LISTS = {"chosen": str(talk(1, "So.")), "rejected": str(talk(1, "No."))}
             [{**TEXT, "prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"}],
             "`prompt` holds",
         ),
+        (
+            [{**TEXT, "chosen": '{"role": "user", "content": "a"}\n{"role": "user", "content": "b"}'}],
+            "`chosen` holds text",
+        ),
         ([{"messages": '[{"from": "human", "val', **TEXT}], None),
+        ([{**TEXT, "chosen": '{"value": 3, "from'}], None),
     ],
 )
 def test_lists_as_text_in_some_rows_alone(rows: list[Row], expected: str | None) -> None:
@@ -283,6 +288,12 @@ def test_a_path_that_is_not_there(columns: dict[str, str], expected: str) -> Non
     with pytest.raises(UserError) as refused:
         shape_of([{"sample": {"ask": "Why?", "replies": [{"text": "So."}]}}], columns)
     assert expected in str(refused.value), refused.value
+
+
+def test_an_object_as_an_answer_is_refused_with_its_keys() -> None:
+    row = {"prompt": "Why?", "chosen": {"text": "So.", "by": "x"}, "rejected": {"text": "No.", "by": "y"}}
+    with pytest.raises(UserError, match="`chosen` is an object with `text`, `by`:\n    reach into it by a path"):
+        shape_of([row])
 
 
 def test_an_exact_column_goes_before_a_path() -> None:
