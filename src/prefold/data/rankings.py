@@ -24,8 +24,10 @@ ITEM_ROLES = ("answer", "rating", "rank")
 _ANSWER_KEYS = ("answer", "response", "completion", "text", "output", "generation", "content")
 # Keys that are taken for a rating (highest best) or a rank (lowest best) by themselves, the first before others. Other
 # numbers may be lowest at the best answer, a toxicity score for one, so they have to be named.
-_RATINGS = ("overall_score", "overall_rating", "score", "rating", "reward", "pm_score", "rm_score", "reward_score")
-_RATINGS += ("fine-grained_score", "fine_grained_score")
+_RATINGS = (
+    *("overall_score", "overall_rating", "score", "rating", "reward", "pm_score", "rm_score", "reward_score"),
+    *("fine-grained_score", "fine_grained_score"),
+)
 _KNOWN_KEYS = dict.fromkeys(_RATINGS, False) | dict.fromkeys(("rank", "ranking"), True)
 _WORDS = {"chosen": 1.0, "rejected": 0.0}
 _TREE_ROLES = {"prompter": "user", "user": "user", "assistant": "assistant", "system": "system"}

@@ -17,15 +17,15 @@ from prefold.data import dialogues, rankings
 from prefold.data.cells import (
     MISSING,
     cell_at,
+    end_of_path,
     has_cell,
+    holds_turns,
     is_cut_off,
     is_empty,
     is_history,
     is_kwargs,
     is_texts,
     is_tools,
-    is_turns,
-    missing_part,
     read_if_text,
     read_written,
     written,
@@ -152,6 +152,7 @@ _DIALOGUES = {"chosen": is_dialogue, "rejected": is_dialogue}
 _OUTPUTS = {"output_1": _is_answer, "output_2": _is_answer}
 _PARALLEL = {"prompt": is_texts, "output_1": is_texts, "output_2": is_texts}
 _VOTE = {"vote": is_scalar}
+_TWO_DIALOGUES = {"output_1": is_dialogue, "output_2": is_dialogue} | _VOTE
 _SCORES = {"score_1": _is_number, "score_2": _is_number}
 _ANSWERED = {"messages": _is_answered}
 _REJECTED = {"rejected": lambda value: _is_answer(value) or is_dialogue(value)}
@@ -180,9 +181,6 @@ _LAYOUTS = (
     _Layout("prompts", "prompts", _PROMPT, "`prompt` or `question`, and columns for rewards"),
     _Layout("sentences", "prompts", {"sentences": _is_sentences}, "`source`: a list of sentences, and columns"),
     _Layout("opening messages", "prompts", _OPENING, "`messages`: a list that waits for an answer"),
-)
-_TWO_DIALOGUES = {"output_1": is_dialogue, "output_2": is_dialogue} | _VOTE
-_LAYOUTS += (
     _Layout("two conversations", "pairs", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
     _Layout("opening of two conversations", "prompts", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, a vote"),
     _Layout("opening of parallel lists", "prompts", _PARALLEL, "lists of prompts and of answers"),
@@ -197,7 +195,7 @@ _NUMBERS = rankings.is_list_of_numbers
 _SIDES = dict.fromkeys(("chosen", "rejected"), lambda value: _is_answer(value) or rankings.is_list_of_answers(value))
 _TWO = {"better_worse": lambda value: is_texts(value) and len(value) == 2}
 # Rows that rank several answers come into question where no other layout fits: what is chosen is not chosen again.
-_RANKINGS = (
+_RANKINGS: tuple[_Layout, ...] = (
     _Layout(
         "rated answers",
         "pairs",
@@ -359,7 +357,7 @@ def _with_lists_read(
     }
     parsed, mixed = set(), {}
     for name, of_column in cells.items():
-        lists = written(of_column, is_turns)
+        lists = written(of_column, holds_turns)
         fit = sum(value is not MISSING for value in lists)
         if lists and fit == len(lists):
             parsed.add(name)
@@ -577,14 +575,13 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
     for role, column in named.items():
         if values and role not in rankings.ITEM_ROLES and not any(has_cell(value, column) for value in values):
             start = next((value for value in values if column.split(".")[0] in value), values[0])
-            part, keys = missing_part(start, column)
-            above = column.removesuffix(part).split(f".{part}.")[0].rstrip(".") if part != column else ""
-            is_column = column.split(".")[0] not in start
-            keys = list(present) if is_column else keys
-            lacks = "there is no such column" if is_column else f"`{short(above)}` has no `{short(part)}`"
-            advice = did_you_mean(column if is_column else part, map(short, keys))
-            what = f"`{role}: {short(column)}`, but {lacks}"
-            raise UserError(what, where=where, expected=_shown(keys), advice=advice)
+            above, part, keys = end_of_path(start, column)
+            lacks = f"`{short(above)}` has no `{short(part)}`" if above else "there is no such column"
+            keys, part = (keys, part) if above else (list(present), column)
+            advice = did_you_mean(part, map(short, keys))
+            raise UserError(
+                f"`{role}: {short(column)}`, but {lacks}", where=where, expected=_shown(keys), advice=advice
+            )
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
@@ -639,7 +636,10 @@ def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], n
     misfits = [column for role, column in present.items() if not layout.cells[role](cell_at(value, column))]
     if not misfits:
         return "but no row has all of it"
-    return f"but `{short(misfits[0])}` is {json_type(cell_at(value, misfits[0]))} that does not fit"
+    cell = cell_at(value, misfits[0])
+    if isinstance(cell, dict) and cell:
+        return f"but `{short(misfits[0])}` is an object with {_shown(cell)}:\n    reach into it by a path in `columns:`"
+    return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 
 def _listed(names: Sequence[str]) -> str:

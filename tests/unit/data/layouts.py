@@ -188,6 +188,21 @@ CASES = [
     Case("lists as text", lambda n: talks(n, json.dumps), shape="conversations, written as text"),
     Case("lists as text", lambda n: talks(n, str), shape="conversations, written as text"),
     Case("lists as text", lambda n: {"prompt": json.dumps([user(question(n))]), **pair(n)}),
+    Case("lists as text", lambda n: talks(n, lambda turns: json.dumps(json.dumps(turns)))),
+    Case(
+        "lists as text",
+        lambda n: {
+            "input": json.dumps({"messages": [user(question(n))], "tools": [TOOL]}),
+            "preferred_output": json.dumps([assistant(good(n))]),
+            "non_preferred_output": json.dumps([assistant(bad(n))]),
+        },
+        given=lambda n: {"tools": [TOOL]},
+    ),
+    Case(
+        "columns by name",
+        lambda n: {"sample": json.dumps({"ask": question(n), "replies": [good(n), bad(n)]})},
+        source={"columns": {"prompt": "sample.ask", "chosen": "sample.replies.0", "rejected": "sample.replies.1"}},
+    ),
     Case(
         "lists as text",
         lambda n: {

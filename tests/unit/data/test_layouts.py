@@ -237,7 +237,12 @@ LISTS = {"chosen": str(talk(1, "So.")), "rejected": str(talk(1, "No."))}
             [{**TEXT, "prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"}],
             "`prompt` holds",
         ),
+        (
+            [{**TEXT, "chosen": '{"role": "user", "content": "a"}\n{"role": "user", "content": "b"}'}],
+            "`chosen` holds text",
+        ),
         ([{"messages": '[{"from": "human", "val', **TEXT}], None),
+        ([{**TEXT, "chosen": '{"value": 3, "from'}], None),
     ],
 )
 def test_lists_as_text_in_some_rows_alone(rows: list[Row], expected: str | None) -> None:
@@ -283,6 +288,12 @@ def test_a_path_that_is_not_there(columns: dict[str, str], expected: str) -> Non
     with pytest.raises(UserError) as refused:
         shape_of([{"sample": {"ask": "Why?", "replies": [{"text": "So."}]}}], columns)
     assert expected in str(refused.value), refused.value
+
+
+def test_an_object_as_an_answer_is_refused_with_its_keys() -> None:
+    row = {"prompt": "Why?", "chosen": {"text": "So.", "by": "x"}, "rejected": {"text": "No.", "by": "y"}}
+    with pytest.raises(UserError, match="`chosen` is an object with `text`, `by`:\n    reach into it by a path"):
+        shape_of([row])
 
 
 def test_an_exact_column_goes_before_a_path() -> None:
@@ -378,6 +389,20 @@ def test_steps_of_an_answer_are_not_taken_for_all_of_it() -> None:
     row = {**TEXT, "initial_reason_steps": "First,", "full_chosen": "First, so.", "full_rejected": "First, no."}
     with pytest.raises(UserError, match="more than one way"):
         shape_of([row])
+
+
+def test_what_a_report_says_of_media_and_of_answers_that_repeat_their_prompt(
+    write: Write, chatml_tokens: PreTrainedTokenizerFast
+) -> None:
+    rows: list[Row] = [
+        {"prompt": f"Tell me story {number}.", "chosen": "So.", "rejected": "No."} for number in range(4)
+    ]
+    rows[1]["images"], rows[2]["chosen"], rows[3]["note"] = ["a.png"], "Tell me story 2. So.", "x"
+    path = write("rows.jsonl", rows)
+    report = load_split(Data(train=[Source(path=path)]), chatml_tokens, seed=1).report
+    found = {finding.kind: [row.row for row in finding.rows] for finding in report.findings}
+    assert (found["media"], found["prompt_in_answer"]) == ([2], [3])
+    assert report.sources[0].unused == ("note",)
 
 
 def test_triples_of_a_search_engine_are_no_pairs() -> None:
