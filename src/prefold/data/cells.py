@@ -1,6 +1,7 @@
 """Cells of a row: by a column or a path into it, and the lists that some files write as text.
 
 A path is keys and places joined by dots, `input.messages`, `answers.0.text`; a column of exactly that name goes first.
+It reaches into lists and objects that are written as text, too.
 """
 
 from __future__ import annotations
@@ -16,30 +17,30 @@ from prefold.data.preference import Unfit
 
 MISSING = object()
 """What is at a path that a row does not have."""
-_LIST_OF_TURNS = re.compile(r"""\s*\[\s*\{""")
-_KEY_OF_TURN = re.compile(r"""['"](role|from|content|value)['"]\s*:""")
+_WRITTEN = re.compile(r"""\s*['"]?(\[|\{)""")
+_SPEAKER, _WORDS = re.compile(r"""['"](role|from)\\?['"]\s*:"""), re.compile(r"""['"](content|value)\\?['"]\s*:""")
 _START = 300
 """Characters within which a list of messages shows itself as one."""
 
 
 def cell_at(row: Mapping[str, Any], path: str) -> Any:
     """The cell at a column or path, or MISSING."""
-    if path in row:
-        return row[path]
+    if path in row or "." not in path:
+        return row.get(path, MISSING)
     here: Any = row
     for part in path.split("."):
         here = _item(here, part)
     return here
 
 
-def missing_part(row: Mapping[str, Any], path: str) -> tuple[str, list[str]]:
-    """Where a path that a row does not have ends: the part that is not there, and the keys or places that are."""
-    here: Any = row
-    for part in path.split("."):
-        if (further := _item(here, part)) is MISSING:
-            return part, list(map(str, here if isinstance(here, dict) else range(len(_list(here)))))
-        here = further
-    return path, []
+def end_of_path(row: Mapping[str, Any], path: str) -> tuple[str, str, list[str]]:
+    """Where a path ends that a row does not have: the path so far, the part that is not there, and the keys or places
+    that are."""
+    parts = path.split(".")
+    at = next(at for at in range(len(parts)) if cell_at(row, ".".join(parts[: at + 1])) is MISSING)
+    here: Any = cell_at(row, ".".join(parts[:at])) if at else row
+    keys = here if isinstance(here, dict) else range(len(_list(here)))
+    return ".".join(parts[:at]), parts[at], list(map(str, keys))
 
 
 def has_cell(row: Mapping[str, Any], path: str) -> bool:
@@ -47,6 +48,7 @@ def has_cell(row: Mapping[str, Any], path: str) -> bool:
 
 
 def _item(value: Any, part: str) -> Any:
+    value = read_if_text(value)
     if isinstance(value, dict):
         return value.get(part, MISSING)
     is_place = part.isascii() and part.isdigit() and len(part) < 9
@@ -59,13 +61,14 @@ def _list(value: Any) -> list[Any]:
 
 def read_written(text: str) -> Any:
     """What a cell that holds a list, an object or null as JSON or printed by Python says; MISSING if it is neither."""
-    if not (text := text.strip()).startswith(("[", "{")) and text not in ("null", "None"):
+    if not _WRITTEN.match(text := text.strip()) and text not in ("null", "None"):
         return MISSING
     for read in (json.loads, ast.literal_eval):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return read(text)
+                value = read(text)
+                return read_written(value) if isinstance(value, str) else value
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return MISSING
@@ -83,6 +86,11 @@ def is_turns(value: Any) -> bool:
     return is_turn(value) or (isinstance(value, list) and value != [] and all(map(is_turn, value)))
 
 
+def holds_turns(value: Any) -> bool:
+    """Messages, or an object with messages in it."""
+    return is_turns(value) or (isinstance(value, dict) and any(map(is_turns, value.values())))
+
+
 def is_texts(value: Any) -> bool:
     """A list of strings, of which some may be null."""
     is_filled = isinstance(value, list) and value != [] and isinstance(value[0], str)
@@ -93,14 +101,16 @@ def written(cells: Sequence[Any], is_meant: Callable[[Any], bool]) -> list[Any]:
     """The cells that are texts, read; MISSING for those that are not what is meant."""
     texts = [cell for cell in cells if isinstance(cell, str) and cell.strip()]
     # Nothing else begins like that, so most columns cost a glance.
-    begins = any(text[:_START].lstrip().startswith(("[", "{")) for text in texts)
+    begins = any(_WRITTEN.match(text) for text in texts)
     return [value if is_meant(value) else MISSING for value in map(read_written, texts)] if begins else []
 
 
 def is_cut_off(text: Any) -> bool:
-    """Whether a text begins as a list of messages and cannot be read."""
-    is_list = isinstance(text, str) and _LIST_OF_TURNS.match(text[:_START]) and _KEY_OF_TURN.search(text[:_START])
-    return bool(is_list) and read_written(text) is MISSING
+    """Whether a text begins as a list of messages, or as a message, and cannot be read."""
+    if not isinstance(text, str) or not (begin := _WRITTEN.match(text)):
+        return False
+    keys = [bool(key.search(text[:_START])) for key in (_SPEAKER, _WORDS)]
+    return (any(keys) if begin[1] == "[" else all(keys)) and read_written(text) is MISSING
 
 
 def need_list(text: str, where: str) -> Any:
@@ -117,9 +127,14 @@ def is_empty(cell: Any) -> bool:
 
 
 def is_tools(cell: Any) -> bool:
-    """A list of objects, or the text of one."""
+    """A list of objects, or of texts of objects, or the text of a list."""
+    tools = _tools_in(cell)
+    return tools != [] and all(isinstance(tool, dict) for tool in tools)
+
+
+def _tools_in(cell: Any) -> list[Any]:
     value = read_if_text(cell)
-    return isinstance(value, list) and value != [] and all(isinstance(tool, dict) for tool in value)
+    return [read_if_text(tool) for tool in (value if isinstance(value, list) else [value])]
 
 
 def is_kwargs(cell: Any) -> bool:
@@ -131,8 +146,9 @@ def is_kwargs(cell: Any) -> bool:
 def is_history(cell: Any) -> bool:
     """Earlier rounds as pairs of question and answer, or as messages; or the text of that."""
     value = read_if_text(cell)
-    is_pairs = isinstance(value, list) and all(isinstance(item, list | tuple) and len(item) == 2 for item in value)
-    return value != [] and (is_pairs or is_turns(value))
+    if not isinstance(value, list) or not value:
+        return False
+    return is_turns(value) or all(isinstance(item, list | tuple) and len(item) == 2 for item in value)
 
 
 def read_if_text(cell: Any) -> Any:
@@ -147,12 +163,12 @@ def template_kwargs(tools: Any, kwargs: Any, where: tuple[str, str]) -> dict[str
     if not is_empty(tools) and not is_tools(tools):
         raise Unfit("bad_message", f"{where[0]} is no list of tools")
     if is_empty(kwargs):
-        return {} if is_empty(tools) else {"tools": tools}
+        return {} if is_empty(tools) else {"tools": _tools_in(tools)}
     if not is_kwargs(kwargs):
         raise Unfit("bad_message", f"{where[1]} is no object")
     if taken := sorted(kwargs.keys() & _NOT_OF_A_ROW):
         raise Unfit("bad_message", f"{where[1]} has `{taken[0]}`, which is not for a row to say")
-    return kwargs | ({} if is_empty(tools) else {"tools": tools})
+    return {**kwargs, **({} if is_empty(tools) else {"tools": _tools_in(tools)})}
 
 
 _NOT_OF_A_ROW = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}

@@ -65,7 +65,7 @@ def to_records(
     try:
         if row.value is None:
             raise Unfit("broken_row", row.problem or "not a JSON object")
-        if media := next((name for name in shape.media if not is_empty(row.value.get(name))), None):
+        if media := next((name for name in shape.media if not is_empty(read_if_text(row.value.get(name)))), None):
             raise Unfit("media", f"`{media}` is filled, and only text is trained on")
         cells = _Cells(row.value, shape, dict(shape.columns), row.origin, row.pads_with_nulls)
         if shape.layout in rankings.LAYOUTS:
@@ -202,9 +202,10 @@ def _behind_prompt(answer: list[Message], prompt: str, where: str) -> list[Messa
 def _voted(cells: _Cells) -> Preference:
     """The better answer is that of the majority of the votes that were given."""
     names = vote_columns(cells.columns["vote"], cells.value)
-    given = {name: cell for name in names if (cell := cell_at(cells.value, name)) not in (None, MISSING)}
+    given = {name: cell for name in names if not is_empty(cell := cell_at(cells.value, name))}
     if not given:
         cells.need("vote")
+        raise Unfit("null_field", f"{cells.where('vote')} is empty")
     values = cells.shape.values
     votes = {name: as_vote(cell, values) for name, cell in given.items()}
     for name, vote in votes.items():
@@ -224,7 +225,8 @@ def _voted(cells: _Cells) -> Preference:
 
 def _scored(cells: _Cells) -> Preference:
     """The better answer is that of the higher score."""
-    scores = [as_number(cells.need(role)) for role in ("score_1", "score_2")]
+    found = [cells.need(role) for role in ("score_1", "score_2")]
+    scores = [float(score) if isinstance(score, bool) else as_number(score) for score in found]
     for role, score in zip(("score_1", "score_2"), scores, strict=True):
         if score is None:
             raise Unfit("bad_label", f"{cells.where(role)} is {_value_text(cells.need(role))}, not a number")
@@ -272,8 +274,10 @@ def _answered(cells: _Cells) -> Preference:
     if is_dialogue(cells.need("rejected")):
         prompt, *answers = part(dialogue, cells.dialogue("rejected"), where)
     else:
-        prompt, chosen = part_answer(dialogue)
-        answers = [chosen, cells.answer("rejected")]
+        rejected = cells.answer("rejected")
+        # A lone answer stands for the last one; one that calls tools, for all that follows the question.
+        prompt, chosen = part_answer(dialogue, ("assistant",) if len(rejected) == 1 else ("assistant", "tool"))
+        answers = [chosen, rejected]
     return _checked_pair(cells, prompt, answers, (*where, where[0]))
 
 
@@ -298,7 +302,7 @@ def _unpaired(cells: _Cells) -> Unpaired:
     label = _label(cells)
     if cells.shape.layout == "labelled messages":
         where = cells.where("messages")
-        prompt, completion = part_answer(cells.dialogue("messages"))
+        prompt, completion = part_answer(cells.dialogue("messages"), ("assistant", "tool"))
     else:
         where = cells.where("completion")
         prompt, completion = cells.prompt(), cells.answer("completion")

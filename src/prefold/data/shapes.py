@@ -17,21 +17,21 @@ from prefold.data import dialogues, rankings
 from prefold.data.cells import (
     MISSING,
     cell_at,
+    end_of_path,
     has_cell,
+    holds_turns,
     is_cut_off,
     is_empty,
     is_history,
     is_kwargs,
     is_texts,
     is_tools,
-    is_turns,
-    missing_part,
     read_if_text,
     read_written,
     written,
 )
 from prefold.data.formats import RawRow
-from prefold.data.preference import Writing, short
+from prefold.data.preference import Writing, role_of, short
 from prefold.data.votes import is_rating, is_scalar, require_decided, scale_of_labels, scale_of_votes, vote_columns
 from prefold.errors import UserError, counted, did_you_mean, json_type
 from prefold.recipe.values import Values, as_number
@@ -100,7 +100,7 @@ def _speaker(turn: Any) -> Any:
 
 
 def _assistant_speaks(turn: Any) -> bool:
-    return _speaker(turn) in ("assistant", "gpt")
+    return role_of(_speaker(turn)) == "assistant"
 
 
 def _is_string(value: Any) -> bool:
@@ -141,7 +141,7 @@ def _is_answered(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return as_number(value) is not None
+    return as_number(value) is not None or isinstance(value, bool)
 
 
 _PROMPT = {"prompt": lambda value: _is_string(value) or _is_opening(value)}
@@ -237,13 +237,13 @@ _KNOWN_COLUMNS = {
             "response_j",
         ),
         *("accepted", "accepted_response", "preferred", "preferred_response", "preferred_output", "preferred_answer"),
-        *("preferred_completion", "better_response", "y_w", "positive"),
+        *("preferred_completion", "better_response", "y_w", "positive", "full_chosen"),
     ),
     "rejected": (
         *("rejected", "rejected_response", "rejected_answer", "rejected_completion", "rejected_messages"),
         *("llama2-13b-chat", "response_k", "dispreferred", "dispreferred_response", "dispreferred_output"),
         *("non_preferred", "non_preferred_response", "non_preferred_output", "non_preferred_answer"),
-        *("non_preferred_completion", "worse_response", "y_l", "negative"),
+        *("non_preferred_completion", "worse_response", "y_l", "negative", "full_rejected"),
     ),
     "messages": ("messages", "conversations", "conversation", "trajectory", "input.messages"),
     "sentences": ("source",),
@@ -252,6 +252,7 @@ _KNOWN_COLUMNS = {
     "vote": (
         *("label", "preference", "annotator1", "annotator_1", "winner", "preferred", "better", "vote", "choice"),
         *("overall_preference", "preference_strength", "better_response_id", "safer_response_id", "labels"),
+        *("preferred_response", "preferred_answer", "preferred_output", "preferred_completion", "better_response"),
     ),
     "score_1": tuple(first for first, _ in _SCORED),
     "score_2": tuple(second for _, second in _SCORED),
@@ -356,7 +357,7 @@ def _with_lists_read(
     }
     parsed, mixed = set(), {}
     for name, of_column in cells.items():
-        lists = written(of_column, is_turns)
+        lists = written(of_column, holds_turns)
         fit = sum(value is not MISSING for value in lists)
         if lists and fit == len(lists):
             parsed.add(name)
@@ -547,8 +548,9 @@ def _writing(value: dict[str, Any], columns: Columns) -> Writing:
         first = cell[0] if isinstance(cell, list) and cell else cell
         if isinstance(first, dict) and "from" in first and "role" not in first:
             return "ShareGPT"
-        if isinstance(cell, str) and (role == "prompt" or "prompt" not in roles):
-            return dialogues.string_writing(cell)
+        is_whole = isinstance(cell, str) and (role == "prompt" or "prompt" not in roles)
+        if is_whole and (writing := dialogues.string_writing(cell)) != "plain":
+            return writing
     return "plain"
 
 
@@ -573,14 +575,13 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
     for role, column in named.items():
         if values and role not in rankings.ITEM_ROLES and not any(has_cell(value, column) for value in values):
             start = next((value for value in values if column.split(".")[0] in value), values[0])
-            part, keys = missing_part(start, column)
-            above = column.removesuffix(part).split(f".{part}.")[0].rstrip(".") if part != column else ""
-            is_column = column.split(".")[0] not in start
-            keys = list(present) if is_column else keys
-            lacks = "there is no such column" if is_column else f"`{short(above)}` has no `{short(part)}`"
-            advice = did_you_mean(column if is_column else part, map(short, keys))
-            what = f"`{role}: {short(column)}`, but {lacks}"
-            raise UserError(what, where=where, expected=_shown(keys), advice=advice)
+            above, part, keys = end_of_path(start, column)
+            lacks = f"`{short(above)}` has no `{short(part)}`" if above else "there is no such column"
+            keys, part = (keys, part) if above else (list(present), column)
+            advice = did_you_mean(part, map(short, keys))
+            raise UserError(
+                f"`{role}: {short(column)}`, but {lacks}", where=where, expected=_shown(keys), advice=advice
+            )
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
@@ -635,7 +636,10 @@ def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], n
     misfits = [column for role, column in present.items() if not layout.cells[role](cell_at(value, column))]
     if not misfits:
         return "but no row has all of it"
-    return f"but `{short(misfits[0])}` is {json_type(cell_at(value, misfits[0]))} that does not fit"
+    cell = cell_at(value, misfits[0])
+    if isinstance(cell, dict) and cell:
+        return f"but `{short(misfits[0])}` is an object with {_shown(cell)}:\n    reach into it by a path in `columns:`"
+    return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 
 def _listed(names: Sequence[str]) -> str:

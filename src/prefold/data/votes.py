@@ -16,12 +16,22 @@ from typing import Any
 
 from prefold.data.preference import short
 from prefold.errors import UserError
-from prefold.recipe.values import Values, as_number
+from prefold.recipe.values import Value, Values, as_number
 
 _ANNOTATOR = re.compile(r"annotator_?\d+")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False}
 _STEMS = ("", "model", "assistant", "response", "output", "answer", "completion", "option", "candidate")
-_TIES = ["tie", "tie (bothbad)", "tie(bothbad)", "tie (both bad)", "both_bad", "bothbad", "both bad", "both", "neither"]
+_TIES: list[Value] = [
+    "tie",
+    "tie (bothbad)",
+    "tie(bothbad)",
+    "tie (both bad)",
+    "both_bad",
+    "bothbad",
+    "both bad",
+    "both",
+    "neither",
+]
 _TIES += ["draw", "equal", "same"]
 
 
@@ -74,7 +84,8 @@ def margin_of(vote: Any, values: Values | None) -> float | None:
 
 def is_scalar(value: Any) -> bool:
     """Whether a cell could be a vote or a label at all."""
-    return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 40 and value != "")
+    is_text = isinstance(value, str) and len(value) <= 40 and value.strip() != ""
+    return is_text or (isinstance(value, bool | int | float) and value == value)
 
 
 def vote_columns(column: str, value: Mapping[str, Any]) -> list[str]:
@@ -108,9 +119,12 @@ def scale_of_votes(
             return documented
     elif all(as_number(cell) is not None for cell in known):
         from_1 = list(map(as_vote, known))
-        # Votes of several people count from 1 by convention; a single column of 0 and 1 may count from 0.
-        may_count_from_0 = 0 in map(as_number, known) and 2 not in from_1 and not _ANNOTATOR.fullmatch(vote)
-        if None not in from_1 and order == "plain" and not may_count_from_0:
+        # Votes of several people have 0 for a tie by convention; elsewhere 0 may be the first answer, and 2 a tie.
+        by_convention = _ANNOTATOR.fullmatch(vote) or (2 in from_1 and vote in ("label", "preference"))
+        may_count_from_0 = 0 in map(as_number, known) and not by_convention
+        # A column of a well-known set whose other columns are not there is not known to count from 1.
+        is_of_set = any(vote == of_set for _, _, of_set in _SETS)
+        if known and None not in from_1 and order == "plain" and not may_count_from_0 and not is_of_set:
             return None
     else:
         # Unchecked, because columns may have any names.
@@ -162,6 +176,8 @@ def _unclear(known: Sequence[Any], column: str, question: str, source: str, side
 
 
 def _counts(cells: Sequence[Any]) -> str:
+    if not cells:
+        return "nothing in the first rows,"
     counted = Counter(short(str(cell)) for cell in cells)
     shown = [f"{value} ({count})" for value, count in counted.most_common(6)]
     shown[0] = shown[0][:-1] + (" row)" if counted.most_common(1)[0][1] == 1 else " rows)")

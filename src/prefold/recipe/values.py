@@ -55,9 +55,10 @@ class Values(Section):
         return [name for name, value in self._named() if _is_named(value, cell)]
 
     def _named(self) -> list[tuple[str, Value]]:
-        given = (("first", self.first), ("second", self.second), ("tie", self.tie))
-        given += (("desirable", self.desirable), ("undesirable", self.undesirable))
-        return [(name, value) for name, it in given for value in (it if isinstance(it, list) else [it])]
+        votes = {"first": self.first, "second": self.second, "tie": self.tie}
+        given = {**votes, "desirable": self.desirable, "undesirable": self.undesirable}
+        listed = {name: it if isinstance(it, list) else [] if it is None else [it] for name, it in given.items()}
+        return [(name, value) for name, values in listed.items() for value in values]
 
     def _points(self) -> list[float]:
         """Numbers of which one lies in each range that the values tell apart."""
@@ -98,16 +99,16 @@ def _condition(text: str) -> tuple[Any, float] | None:
     return (_COMPARE[match[1]], bound) if match and bound is not None else None
 
 
-def _is_condition(value: Value | None) -> bool:
+def _is_condition(value: Value) -> bool:
     return isinstance(value, str) and _condition(value) is not None
 
 
-def _bound(value: Value | None) -> float | None:
+def _bound(value: Value) -> float | None:
     condition = _condition(value) if isinstance(value, str) else None
     return condition[1] if condition else as_number(value)
 
 
-def _is_named(value: Value | None, cell: Any) -> bool:
+def _is_named(value: Value, cell: Any) -> bool:
     number = as_number(cell)
     if isinstance(value, str) and (condition := _condition(value)):
         compare, bound = condition

@@ -140,6 +140,9 @@ CASES = [
         with_system,
     ),
     Case("messages", lambda n: {"prompt": [human(question(n))], "chosen": gpt(good(n)), "rejected": gpt(bad(n))}),
+    Case(
+        "messages", lambda n: {**asked(n), "chosen": gpt(good(n)), "rejected": gpt(bad(n))}, shape="messages, ShareGPT"
+    ),
     Case("conversations", lambda n: talks(n), shape="conversations"),
     Case(
         "conversations",
@@ -185,6 +188,29 @@ CASES = [
     Case("lists as text", lambda n: talks(n, json.dumps), shape="conversations, written as text"),
     Case("lists as text", lambda n: talks(n, str), shape="conversations, written as text"),
     Case("lists as text", lambda n: {"prompt": json.dumps([user(question(n))]), **pair(n)}),
+    Case("lists as text", lambda n: talks(n, lambda turns: json.dumps(json.dumps(turns)))),
+    Case(
+        "lists as text",
+        lambda n: {
+            "input": json.dumps({"messages": [user(question(n))], "tools": [TOOL]}),
+            "preferred_output": json.dumps([assistant(good(n))]),
+            "non_preferred_output": json.dumps([assistant(bad(n))]),
+        },
+        given=lambda n: {"tools": [TOOL]},
+    ),
+    Case(
+        "columns by name",
+        lambda n: {"sample": json.dumps({"ask": question(n), "replies": [good(n), bad(n)]})},
+        source={"columns": {"prompt": "sample.ask", "chosen": "sample.replies.0", "rejected": "sample.replies.1"}},
+    ),
+    Case(
+        "lists as text",
+        lambda n: {
+            "messages": [user(question(n))],
+            "chosen": json.dumps(assistant(good(n))),
+            "rejected": str(assistant(bad(n))),
+        },
+    ),
     Case("lists as text", lambda n: {"conversations": json.dumps([human(question(n))]), **pair(n)}),
     Case(
         "prompt in the answers",
@@ -311,6 +337,17 @@ CASES = [
         unused=("model_a",),
         shape="parallel lists, scores, written as text",
     ),
+    Case(
+        "LMSYS arena",
+        lambda n: {
+            **asked(n),
+            **two(n, "response_a", "response_b"),
+            "winner_model_a": n != 1,
+            "winner_model_b": n == 1,
+            "winner_tie": False,
+        },
+        shape="scores",
+    ),
     Case("Stack Exchange paired", lambda n: {**asked(n, "question"), **pair(n, "response_j", "response_k")}),
     # ---- of other tools
     Case(
@@ -418,6 +455,11 @@ CASES = [
         unused=("parent_ids",),
     ),
     # ---- what goes to the chat template
+    Case(
+        "tools and template settings",
+        lambda n: {**asked(n), **pair(n), "tools": [json.dumps(TOOL)] if n else TOOL},
+        given=lambda n: {"tools": [TOOL]},
+    ),
     Case(
         "tools and template settings",
         lambda n: {**asked(n), **pair(n), "tools": [TOOL]},

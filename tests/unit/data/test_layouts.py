@@ -73,6 +73,16 @@ def test_the_table_of_layouts_in_the_docs_is_the_one_that_is_tested() -> None:
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
+CALL = [
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    },
+    {"role": "tool", "content": "12:00"},
+]
+
+
 def shape_of(rows: list[Row], columns: dict[str, str] | None = None, **settings: Any) -> Any:
     raw = [RawRow(RowId("rows.jsonl", number), row) for number, row in enumerate(rows, start=1)]
     return find_shape(raw, "rows.jsonl", columns, settings.get("kinds", ("pairs",)), settings.get("values"))
@@ -109,7 +119,12 @@ REFUSED: list[tuple[list[Row], list[str]]] = [
     (voted(["response_1"], names=("answer_0", "answer_1")), ["response_1 (1 row)"]),
     (voted([1, 1], names=("response_0", "response_1")), ["1 (2 rows)"]),
     (voted(["model_a", 1]), ["model_a (1 row), 1 (1)"]),
-    (voted([1, 2], "overall_preference"), []),
+    (voted([0, 1, 2], "winner"), ["0 (1 row), 1 (1), 2 (1)"]),
+    (voted([1, 2, 1.5], "winner"), []),
+    (voted([0, 1, 2]), []),
+    (voted([1, 2, float("nan"), None], "winner"), []),
+    (voted([1, 2], "overall_preference"), ["1 (1 row), 2 (1)"]),
+    (voted([1, 2], "better_response_id"), ["1 (1 row), 2 (1)"]),
     ([row | {"context": "c"} for row in voted(["x"], "overall_preference", ("response1", "response2"))], ["x (1 row)"]),
 ]
 
@@ -222,7 +237,12 @@ LISTS = {"chosen": str(talk(1, "So.")), "rejected": str(talk(1, "No."))}
             [{**TEXT, "prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"}],
             "`prompt` holds",
         ),
+        (
+            [{**TEXT, "chosen": '{"role": "user", "content": "a"}\n{"role": "user", "content": "b"}'}],
+            "`chosen` holds text",
+        ),
         ([{"messages": '[{"from": "human", "val', **TEXT}], None),
+        ([{**TEXT, "chosen": '{"value": 3, "from'}], None),
     ],
 )
 def test_lists_as_text_in_some_rows_alone(rows: list[Row], expected: str | None) -> None:
@@ -268,6 +288,12 @@ def test_a_path_that_is_not_there(columns: dict[str, str], expected: str) -> Non
     with pytest.raises(UserError) as refused:
         shape_of([{"sample": {"ask": "Why?", "replies": [{"text": "So."}]}}], columns)
     assert expected in str(refused.value), refused.value
+
+
+def test_an_object_as_an_answer_is_refused_with_its_keys() -> None:
+    row = {"prompt": "Why?", "chosen": {"text": "So.", "by": "x"}, "rejected": {"text": "No.", "by": "y"}}
+    with pytest.raises(UserError, match="`chosen` is an object with `text`, `by`:\n    reach into it by a path"):
+        shape_of([row])
 
 
 def test_an_exact_column_goes_before_a_path() -> None:
@@ -328,6 +354,22 @@ def test_a_later_row_whose_answers_do_not_begin_with_the_prompt() -> None:
     assert isinstance(nothing, Problem) and nothing.kind == "empty_text"
 
 
+@pytest.mark.parametrize("rejected, turns", [("No.", 1), ([assistant("No.")], 1), ([*CALL, assistant("No.")], 3)])
+def test_what_an_answer_beside_a_dialogue_stands_for(rejected: Any, turns: int) -> None:
+    """A lone answer for the last one, one that calls tools for all that follows the question."""
+    dialogue = [user("What time is it?"), *CALL, assistant("Noon.")]
+    row = {"messages": dialogue, "rejected_response": rejected}
+    record = to_record(RawRow(RowId("r", 1), row), shape_of([row]))
+    assert isinstance(record, Preference), record
+    assert (len(record.prompt), len(record.chosen), len(record.rejected)) == (4 - turns, turns, turns)
+
+
+def test_a_labelled_dialogue_with_tools_is_an_answer_from_its_question_on() -> None:
+    row = {"messages": [user("What time is it?"), *CALL, assistant("Noon.")], "label": True}
+    record = to_record(RawRow(RowId("r", 1), row), shape_of([row], kinds=("unpaired",)))
+    assert isinstance(record, Unpaired) and (len(record.prompt), len(record.completion)) == (1, 3)
+
+
 def test_rows_of_an_arena_with_several_rounds() -> None:
     row = {
         "prompt": ["Hi?", "Why?"],
@@ -341,6 +383,26 @@ def test_rows_of_an_arena_with_several_rounds() -> None:
     assert pair.chosen == (assistant("Hi."), user("Why?"), assistant("So."))
     short = to_record(RawRow(RowId("r", 1), {**row, "response_b": ["Ho."]}), shape_of([row]))
     assert isinstance(short, Problem) and short.kind == "bad_message"
+
+
+def test_steps_of_an_answer_are_not_taken_for_all_of_it() -> None:
+    row = {**TEXT, "initial_reason_steps": "First,", "full_chosen": "First, so.", "full_rejected": "First, no."}
+    with pytest.raises(UserError, match="more than one way"):
+        shape_of([row])
+
+
+def test_what_a_report_says_of_media_and_of_answers_that_repeat_their_prompt(
+    write: Write, chatml_tokens: PreTrainedTokenizerFast
+) -> None:
+    rows: list[Row] = [
+        {"prompt": f"Tell me story {number}.", "chosen": "So.", "rejected": "No."} for number in range(4)
+    ]
+    rows[1]["images"], rows[2]["chosen"], rows[3]["note"] = ["a.png"], "Tell me story 2. So.", "x"
+    path = write("rows.jsonl", rows)
+    report = load_split(Data(train=[Source(path=path)]), chatml_tokens, seed=1).report
+    found = {finding.kind: [row.row for row in finding.rows] for finding in report.findings}
+    assert (found["media"], found["prompt_in_answer"]) == ([2], [3])
+    assert report.sources[0].unused == ("note",)
 
 
 def test_triples_of_a_search_engine_are_no_pairs() -> None:

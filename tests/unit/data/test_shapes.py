@@ -441,8 +441,21 @@ def test_an_ambiguous_shape(value: dict[str, Any], expected: list[str], way_out:
 COLUMNS = [
     *("prompt", "question", "instruction", "input", "system", "chosen", "rejected", "messages", "conversations"),
     *("completion", "label", "output_1", "output_2", "preference", "annotator1", "annotator2", "x" * 500, "\ud800", ""),
+    *(
+        "query",
+        "response",
+        "rejected_response",
+        "history",
+        "tools",
+        "chat_template_kwargs",
+        "images",
+        "score_1",
+        "score_2",
+    ),
+    *("response_0", "response_1", "winner", "context", "margin", "trajectory", "system_prompt", "preferred_output"),
 ]
 TEXTS = ["", " ", "Why?", "\ud83d", "\x00", "a" * 100_000, "<|im_start|>", "<|im_end|>", CHATML_PROMPT, TRANSCRIPT]
+TEXTS += ["[[]]", "{}", "[{}]", "[" * 5000, '[{"role": "user", "content": "a"}]', "['a', None]", "model_a", "A"]
 TEXTS += ["<|im_start|>" * 50, "\n\nHuman:" * 50, "1", "nan", "1e999", "true", "Human:", "<|im_start|>user\n"]
 NUMBERS = [0, 1, 2, 1.5, -1, 10**40, 1e308, float("nan"), float("inf")]
 KEYS = ["role", "content", "from", "value", "text", ""]
