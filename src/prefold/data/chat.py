@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from prefold.data.preference import (
@@ -110,6 +109,7 @@ class _Writer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "chat"):
         self._tokenizer, self._template = tokenizer, template
         self._reads = reads(tokenizer) if template == "chat" else Reads(frozenset(), frozenset())
+        self._reads_reasoning = not self._reads.fields.isdisjoint(REASONING)
         self._ignores_asking: dict[str, bool] = {}
 
     def written(self, record: Record) -> _Written | Problem:
@@ -154,6 +154,7 @@ class _Writer:
 
     def _apply(self, turns: Sequence[Message], given: dict[str, Any], asks: bool) -> str:
         settings: dict[str, Any] = {"add_generation_prompt": asks, "tokenize": False}
+        given = {name: value for name, value in given.items() if name in self._reads.variables}
         return cast(str, self._tokenizer.apply_chat_template(list(turns), **{**given, **settings}))
 
     def _text_of(self, record: Record, answer: Messages) -> str:
@@ -181,7 +182,7 @@ class _Writer:
         """The fields and keywords that the template does not read."""
         parts = (record.prompt, *record.answers)
         names = dict.fromkeys(name for part in parts for message in part if len(message) > 2 for name in message)
-        if self._reads.fields.intersection(REASONING):
+        if self._reads_reasoning:
             names = {name: None for name in names if name not in REASONING}
         unread = [name for name in names if name not in ("role", "content") and name not in self._reads.fields]
         unread += [name for name in record.template_kwargs if name not in self._reads.variables]
@@ -200,7 +201,7 @@ class _Writer:
             else:
                 rest = conversation
                 self._require_same_prompt(record, prompt, conversation)
-            details |= _dropped(answer, rest, [name for name in REASONING if name in self._reads.fields])
+            details |= _dropped(answer, rest, REASONING if self._reads_reasoning else ())
             _require_calls(answer, rest)
         return details
 
@@ -276,7 +277,7 @@ def _parted(
         eos = cast(int, tokenizer.eos_token_id)
         conversations = [[*ids, eos] if ids[-1:] != [eos] else ids for ids in conversations]
     # One prompt for all: what lies behind the shortest common beginning belongs to the completions.
-    cut = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(prompt, *conversations, strict=False)))
+    cut = min((common(prompt, ids) for ids in conversations), default=len(prompt))
     completions = tuple(tuple(ids[cut:]) for ids in conversations)
     if cut == 0:
         what = "prompt and conversation have no token in common at their start"
@@ -313,7 +314,7 @@ def _differing(
     """Where a prompt is no prefix of the conversation: what generation reads there, and what is trained."""
     asks, trained = (cast(str, tokenizer.decode(ids)) for ids in (list(asked), list(completion[:200])))
     words = turn["content"].strip()[:20]
-    header = trained.partition(words)[0] if words in trained else trained[:20]
+    header = trained.partition(words)[0] if words and words in trained else trained[:20]
     return f"generation reads {quoted(asks)} where training writes {quoted(header)} before the answer"
 
 

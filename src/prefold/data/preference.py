@@ -107,14 +107,15 @@ def texts_of(message: Message) -> list[str]:
 
 
 def call_texts(call: dict[str, Any]) -> list[str]:
-    """The name of a tool that is called, and its arguments: strings as they are, other values as JSON writes them."""
+    """The name of a tool that is called, and the strings and numbers of its arguments."""
     return [call["function"]["name"], *_leaves(call["function"]["arguments"])]
 
 
 def _leaves(value: Any) -> list[str]:
     if isinstance(value, dict | list):
         return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
-    return [value if isinstance(value, str) else json.dumps(value, default=str)]
+    # What is true, false or null, templates write in several ways.
+    return [str(value)] if isinstance(value, str | int | float) and not isinstance(value, bool) else []
 
 
 @dataclass(frozen=True)
@@ -286,8 +287,8 @@ def without_nulls(value: Any) -> Any:
         return [without_nulls(item) for item in value]
     if not isinstance(value, dict):
         return value
-    texts = ("content", "value")
-    return {name: without_nulls(item) for name, item in value.items() if item is not None or name in texts}
+    text = "content" if "role" in value else "value" if "from" in value else ""
+    return {name: without_nulls(item) for name, item in value.items() if item is not None or name == text}
 
 
 def with_system(system: Any, prompt: list[Message], where: str = "`system`") -> list[Message]:

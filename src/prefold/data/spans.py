@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
-from itertools import takewhile
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from prefold.data.preference import Message, Messages, Unfit, call_texts
@@ -24,7 +24,7 @@ THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
 
 def is_written(words: str, text: str) -> bool:
     """Whether a text holds some words: as they are, as JSON, or with other white space, also around thoughts."""
-    if words.strip() in text or json.dumps(words, ensure_ascii=False)[1:-1] in text:
+    if words.strip() in text or any(json.dumps(words, ensure_ascii=how)[1:-1] in text for how in (False, True)):
         return True
     squeezed = "".join(text.split())
     return all("".join(piece.split()) in squeezed for piece in THOUGHT.split(words))
@@ -32,6 +32,8 @@ def is_written(words: str, text: str) -> bool:
 
 def common(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How many items two sequences have in common at their start."""
+    if second[: len(first)] == first:
+        return len(first)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
@@ -75,9 +77,12 @@ def context_of(
             if not all(is_written(turn["content"], between) for turn in answer[numbers[position - 1] + 1 : number]):
                 raise _unknown()
             context += [(end - cut, start - cut)] if end < start else []
-        own = until[common(asked, until) :]
-        is_last = position == len(numbers) - 1
-        end = len(ids) if is_last else start + _length(answer[number], ids[start:], own, tokenizer, special)
+        end = len(ids)
+        if position < len(numbers) - 1:
+            # Where what asks for the next turn is not found, a turn may be as long as what is left.
+            limit = common(ids, steps[position + 1][0])
+            left = ids[start : limit if limit > start else len(ids)]
+            end = start + _length(answer[number], left, until[common(asked, until) :], tokenizer, special)
     return tuple(context)
 
 
@@ -106,14 +111,20 @@ def _length(
             return same
         if same < len(ids) and ids[same] in special:  # a token that ends turns within, in place of the last one's
             return same + 1
-    ends = {*ending(own, tokenizer, special), *ending(ids, tokenizer, special)}
     words = [turn["content"], *(text for call in turn.get("tool_calls", ()) for text in call_texts(call))]
-    for length in (place + 1 for place, token in enumerate(ids) if token in ends):
+    behind = list(takewhile(lambda token: token not in special, reversed(own)))[::-1]
+    for length in _lengths(ids, ending(own, tokenizer, special), special):
         text = cast(str, tokenizer.decode(ids[:length]))
         if all(is_written(word, text) for word in words):
-            behind = list(takewhile(lambda token: token not in special, reversed(own)))[::-1]
             return length + len(behind) if list(ids[length : length + len(behind)]) == behind else length
     raise _unknown()
+
+
+def _lengths(ids: Sequence[int], marks: Sequence[int], special: Collection[int]) -> Iterator[int]:
+    """Up to where a turn may go: a token that ends the turn alone, else a special one with another behind it."""
+    for mark in marks:
+        yield from (place + 1 for place, token in enumerate(ids) if token == mark)
+    yield from (place + 1 for place, two in enumerate(pairwise(ids)) if two[0] in special and two[1] in special)
 
 
 def _unknown() -> Unfit:

@@ -23,12 +23,14 @@ DATE = "strftime_now"
 """The function that templates call for today's date; transformers provides it."""
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a template raises that cannot write some messages."""
+_OWN = {"messages", "add_generation_prompt", "raise_exception"}
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _CODES = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("-", "")]
 
 
 class Reads(NamedTuple):
-    """`variables`: the keywords that a template reads; `fields`: the names of what it reads of messages and tools."""
+    """`variables`: the keywords that a template reads and that can be given to it; `fields`: the names of what it reads
+    of messages and tools."""
 
     variables: frozenset[str]
     fields: frozenset[str]
@@ -58,7 +60,7 @@ def _reads(source: str) -> Reads:
         for test in tests
         if isinstance(test.node, nodes.Name) and test.name in ("defined", "undefined", "default", "d")
     }
-    variables = meta.find_undeclared_variables(tree) - (set_inside - looked_for) - {"raise_exception"}
+    variables = meta.find_undeclared_variables(tree) - (set_inside - looked_for) - _OWN
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
     constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return Reads(frozenset(variables), frozenset(attributes | constants))
@@ -70,8 +72,8 @@ def give_keywords(tokenizer: PreTrainedTokenizerBase, keywords: Mapping[str, Any
 
     Raises UserError: the template does not read one of them, or transformers takes it for something else.
     """
-    taken = {"messages", "self", *inspect.signature(type(tokenizer).apply_chat_template).parameters}
-    known = reads(tokenizer).variables - taken | {"tools", "documents"} & reads(tokenizer).variables
+    taken = {*_OWN, *inspect.signature(type(tokenizer).apply_chat_template).parameters} - {"tools", "documents"}
+    known = reads(tokenizer).variables - taken
     for name in keywords:
         if name not in known:
             what = f"`{name}` is " + ("what prefold itself gives" if name in taken else "not read by the chat template")
@@ -96,7 +98,6 @@ def _apply(tokenizer: PreTrainedTokenizerBase, conversation: Any, strftime_now: 
 
 def dated(template: str, day: date) -> str:
     """A template for which today is another day. transformers passes no functions on, so Jinja itself has to do it."""
-    # `%` first: what a code stands for holds none.
     written = "".join(f"|replace({code!r},{day.strftime(code)!r})" for code in _CODES if day.strftime(code) != code)
     return f"{{% macro {DATE}(form) %}}{{{{ form{written} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
