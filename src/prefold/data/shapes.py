@@ -370,9 +370,8 @@ def _with_lists_read(
     for outputs in _FAMILIES:
         if texts.issuperset(outputs) and (prompt := texts.intersection(_KNOWN_COLUMNS["prompt"])):
             parsed |= {*outputs, *prompt}
-    for name in {
-        named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _KNOWN_COLUMNS[role]
-    } & cells.keys():
+    ranked = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _KNOWN_COLUMNS[role]}
+    for name in ranked & cells.keys():
         lists = written(cells[name], rankings.is_part_of_ranking)
         fit = sum(value is not MISSING for value in lists)
         if fit and fit == len(lists):

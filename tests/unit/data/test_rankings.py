@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -256,6 +257,60 @@ def test_a_choice_beyond_the_answers_of_a_later_row_is_left_out() -> None:
     shape = find_shape([RawRow(RowId("rows.jsonl", 1), row) for row in rows], "rows.jsonl", None, ("pairs",))
     bad = RawRow(RowId("rows.jsonl", 1101), summaries("Post.", 2, "a", "b"))
     assert texts(to_records(bad, shape)) == ["bad_label"]
+
+
+JUNK = [
+    None,
+    "",
+    " ",
+    "text",
+    "\ud83d",
+    0,
+    -1,
+    10**400,
+    1.5,
+    float("nan"),
+    True,
+    [],
+    [None],
+    [[]],
+    {},
+    {"text": 3},
+    "[1",
+]
+
+
+def exchanged(value: Any, source: random.Random) -> Any:
+    """The value with a part of it exchanged for anything else, or gone."""
+    if not isinstance(value, dict | list) or not value or source.random() < 0.2:
+        return source.choice(JUNK)
+    at = source.choice([*value] if isinstance(value, dict) else range(len(value)))
+    changed = value.copy()
+    changed[at] = exchanged(value[at], source)
+    if source.random() < 0.1:
+        del changed[at]
+    return changed
+
+
+def test_whatever_is_in_a_ranking_nothing_crashes() -> None:
+    source = random.Random(7)
+    kinds: set[str] = set()
+    for _ in range(800):
+        case = source.choice(CASES)
+        rows = [RawRow(RowId("rows.jsonl", number), value) for number, value in enumerate(case.rows, start=1)]
+        shape = find_shape(rows, "rows.jsonl", case.columns, ("pairs",))
+        bad = RawRow(RowId("rows.jsonl", 9), exchanged(source.choice(case.rows), source) or {})
+        rule = Rule(source.choice(["all", "adjacent", None]), source.choice([None, 2.0]), source.random() < 0.3)
+        for record in to_records(bad if isinstance(bad.value, dict) else rows[0], shape, rule=rule):
+            kinds.add(record.kind if isinstance(record, Problem) else type(record).__name__)
+            assert not isinstance(record, Problem) or record.message.encode()
+        try:
+            find_shape(
+                [bad] if isinstance(bad.value, dict) else rows, "rows.jsonl", case.columns, ("pairs", "unpaired")
+            )
+        except UserError as error:
+            assert str(error).encode()
+    assert {"Preference", "Unpaired", "bad_label", "missing_field", "null_field", "empty_text", "not_text"} <= kinds
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
