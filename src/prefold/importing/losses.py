@@ -163,7 +163,7 @@ def write_grpo(draft: Draft, where: str, prefix: str = "") -> None:
     model, names = draft.take("reward_model_name_or_path"), listed(draft.take(rewards_key, []))
     rewards = [_reward_of(name) for name in names]
     rewards = [{"name": "reward_model", "model": model}, *rewards] if model else rewards
-    _write_rewards(draft, rewards, keys, f"{prefix}reward_weights")
+    write_rewards(draft, rewards, keys, f"{prefix}reward_weights")
     if lost := [str(name) for name in names if _reward_of(name) is None]:
         draft.note("missing", rewards_key, text=f"{', '.join(lost)}: write it as a function of your own")
 
@@ -180,10 +180,9 @@ def _reward_of(name: Any) -> dict[str, Any] | None:
     return {"file": module.replace(".", "/") + ".py", "name": function} if dot else None
 
 
-def _write_rewards(draft: Draft, rewards: Sequence[dict[str, Any] | None], keys: Sequence[str], weights: str) -> None:
+def write_rewards(draft: Draft, rewards: Sequence[dict[str, Any] | None], keys: Sequence[str], weights: str) -> None:
     """`rewards`: None where one has no counterpart; `weights`: the key with one number for each of them."""
-    numbers = draft.take(weights)
-    if isinstance(numbers, list):
+    if numbers := listed(draft.take(weights, [])):
         rewards = [reward and {**reward, "weight": weight} for reward, weight in zip(rewards, numbers, strict=False)]
         draft.note("renamed", weights, text="`weight` of each of `rewards`")
     known = [reward for reward in rewards if reward]
