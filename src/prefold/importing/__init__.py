@@ -15,12 +15,13 @@ from prefold.errors import UserError
 from prefold.importing.axolotl import AXOLOTL
 from prefold.importing.draft import Draft, Note
 from prefold.importing.llamafactory import LLAMAFACTORY
+from prefold.importing.llamafactory_v1 import LLAMAFACTORY_V1
 from prefold.importing.output import account, nested, recipe_text
 from prefold.importing.trl import TRL
 from prefold.importing.write import Tool, write
 from prefold.recipe import make_recipe, parse_yaml
 
-_TOOLS = (TRL, AXOLOTL, LLAMAFACTORY)
+_TOOLS = (TRL, AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1)
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,14 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def _tool_of(given: dict[str, Any], file: str) -> Tool:
-    """The tool whose own keys the file has most of."""
+    """The tool that a key of the file is of alone, else the one whose own keys the file has most of."""
     if "method" in given and isinstance(given.get("model"), dict):
         raise UserError("this is a recipe of prefold already", where=file, advice=f"`prefold check {file}`")
-    hits = [len({*tool.keys["tells"]} & set(given)) for tool in _TOOLS]
+    hits = [[len({*tool.keys.get(kind, ())} & set(given)) for kind in ("decides", "tells")] for tool in _TOOLS]
     if hits.count(max(hits)) == 1:
         return _TOOLS[hits.index(max(hits))]
     tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in _TOOLS)
-    what = "keys of several tools" if max(hits) else "the file of no tool that prefold knows"
+    what = "keys of several tools" if any(max(hits)) else "the file of no tool that prefold knows"
     raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
 
 

@@ -272,7 +272,7 @@ def test_llamafactory_dpo(tmp_path: Path) -> None:
     assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.target_modules) == (8, 16, "all-linear")
     assert (recipe.model.load_in_4bit, recipe.model.bnb_4bit_quant_type) == (True, "nf4")
     assert [(one.path, one.count) for one in recipe.data.train] == [("my_pairs", 1000), ("data/more.json", 1000)]
-    assert "my_pairs of dataset_info.json: write the file" in result.text
+    assert "my_pairs of dataset_info.json, which is not at hand: write" in result.text
     assert recipe.train.batch_size == 8
     assert "template\n" in result.account
 
