@@ -17,11 +17,12 @@ from prefold.importing.draft import Draft, Note
 from prefold.importing.llamafactory import LLAMAFACTORY
 from prefold.importing.llamafactory_v1 import LLAMAFACTORY_V1
 from prefold.importing.output import account, nested, recipe_text
+from prefold.importing.swift import SWIFT
 from prefold.importing.trl import TRL
 from prefold.importing.write import Tool, write
 from prefold.recipe import make_recipe, parse_yaml
 
-_TOOLS = (TRL, AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1)
+_TOOLS = (TRL, AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT)
 
 
 @dataclass(frozen=True)

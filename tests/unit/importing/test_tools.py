@@ -17,6 +17,8 @@ from prefold.importing.axolotl import AXOLOTL
 from prefold.importing.draft import Draft
 from prefold.importing.llamafactory import LLAMAFACTORY
 from prefold.importing.llamafactory_v1 import LLAMAFACTORY_V1
+from prefold.importing.swift import KEYS as SWIFT_KEYS
+from prefold.importing.swift import SWIFT
 from prefold.importing.write import Tool
 from prefold.importing.write import write as write_draft
 from prefold.recipe import RecipeBase, load_recipe
@@ -65,6 +67,7 @@ def refusal(tmp_path: Path):
 # ---- every key of every tool ------------------------------------------------------------------------------------
 
 SOUND = {"process_reward_model": 0, "dpo_loss_type": "sigmoid", "pref_loss": "sigmoid"}
+SOUND |= {"loss_type": "sigmoid", "advantage_estimator": "grpo", **dict.fromkeys(SWIFT_KEYS["vision"], 0)}
 """Values without which a file is refused."""
 
 
@@ -85,6 +88,8 @@ EVERY_KEY: list[tuple[Tool, str, dict[str, Any]]] = [
     *((AXOLOTL, "axolotl", {"rl": rl, **AXOLOTL_TRL}) for rl in ("dpo", "ipo", "orpo", "kto", "simpo", "grpo")),
     (AXOLOTL, "axolotl", {"rl": None, "reward_model": True}),
     *((LLAMAFACTORY, "llamafactory", {"stage": stage}) for stage in ("dpo", "kto", "rm")),
+    *((SWIFT, "swift", {"rlhf_type": kind, "loss_type": kind}) for kind in ("kto", "grpo")),
+    *((SWIFT, "swift", {"rlhf_type": kind}) for kind in ("dpo", "orpo", "simpo", "cpo", "rm")),
     *((LLAMAFACTORY_V1, "llamafactory_v1", {**V1, **head}) for head in ({"pref_loss": "orpo"}, {"model_class": "cls"})),
 ]
 
