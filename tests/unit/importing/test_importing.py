@@ -99,7 +99,7 @@ def test_trl_qlora(tmp_path: Path) -> None:
     assert (recipe.lora.r, recipe.lora.lora_alpha) == (32, 64)
     assert recipe.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert recipe.train.batch_size == 2 * 8
-    assert recipe.train.warmup_steps == 25
+    assert recipe.train.warmup_steps == 0.1
     assert (recipe.data.max_length, recipe.data.max_prompt_length) == (2048, 768)
     assert recipe.data.overlong == "truncate_prompt"
     assert (recipe.data.train[0].path, recipe.data.train[0].name) == ("acme/helpful-pairs", "english")
@@ -363,7 +363,7 @@ def test_the_recipe_is_on_stdout_and_the_account_on_stderr(capsys: pytest.Captur
 def test_import_needs_a_file_and_built_in_recipes_take_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no file to import"):
         recipes("import", None, None)
-    with pytest.raises(UserError, match="goes with `import`"):
+    with pytest.raises(UserError, match="go with `import`"):
         recipes("demo", "x.yaml", None)
     recipes("demo", None, None)
     assert capsys.readouterr().out.startswith("# DPO")
