@@ -294,8 +294,10 @@ def recipes(
         imported = import_recipe(str(file), method, output)
         written = write_imported(imported, str(file), output, force) if output else []
         print(f"{file}: a file of {imported.tool}\n\n{imported.account}", file=sys.stderr)
-        print(*(f"\nwritten: {path}" for path in written), sep="", file=sys.stderr)
-        print(imported.text if not output else "", end="")
+        for path in written:
+            print(f"written: {path}", file=sys.stderr)
+        if not output:
+            print(imported.text, end="")
     elif file or method or output or force:
         raise UserError("a file and these options go with `import`", advice="`prefold recipes import FILE`")
     elif name:

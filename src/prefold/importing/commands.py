@@ -28,7 +28,9 @@ def command_of(draft: Draft, where: str, method: str | None) -> str:
         what = "keys of several of TRL's commands, and no command has them all"
         raise UserError(what, where=where, expected=f"keys of one ({keys})", advice="say which it is by `--method`")
     if len(fitting) > 1 and (named := _named(fitting, where)):
-        text = f"of {', '.join(sorted(fitting))}; read as `trl {named}` by the file's name"
+        fit = ", ".join(sorted(fitting - {named}))
+        text = f"of {fit} as well; read as `trl {named}` by the file's name"
+        draft.comments["method"] = f"by the file's name: its keys fit {fit} as well"
         draft.notes.append(Note("decided", (*(told or {"loss_type": ""}),), text))
         fitting = {named}
     rarer = read_tool("trl")["rather"]

@@ -29,8 +29,8 @@ def write_mixer(draft: Draft) -> None:
         return
     mixer = draft.look("dataset_mixer")
     splits, configs = listed(draft.look("dataset_splits", ["train", "test"])), listed(draft.look("dataset_configs", []))
-    keys = [*filter(draft.has, ["dataset_mixer", "dataset_splits", "dataset_configs"])]
     if not isinstance(mixer, Mapping) or not all(map(is_number, mixer.values())):
+        keys = filter(draft.has, ["dataset_mixer", "dataset_splits", "dataset_configs"])
         draft.note("missing", *keys, text="no mapping of data sets to shares: write them into `data.train`")
         return
     train: list[dict[str, Any]] = []
@@ -41,8 +41,11 @@ def write_mixer(draft: Draft) -> None:
         train += [{"path": path, **name, "split": split, **count} for split in splits if share and "train" in split]
         held_out += [{"path": path, **name, "split": split} for split in splits if "test" in split]
     comment = f"`count` is a share of the rows: {FIRST}" if any("count" in source for source in train) else ""
-    draft.carry("data.train", train, *keys, comment=comment)
+    draft.carry("data.train", train, "dataset_mixer", comment=comment)
     if held_out:
         draft.values["data.eval"] = held_out
-    if draft.values["method"] == "dpo":
+    texts = {"dataset_splits": "`split`: in `data.eval` what has test in its name", "dataset_configs": "`name`"}
+    for key in filter(draft.has, texts):
+        draft.note("renamed", key, text=f"{texts[key]} of each source")
+    if draft.values["method"] == "dpo" and not draft.has("optim"):
         draft.fill("train.optim", "rmsprop", "where the handbook's own DPO settings say nothing")

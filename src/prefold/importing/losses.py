@@ -152,6 +152,8 @@ def write_simpo(draft: Draft, settings: Mapping[str, str]) -> None:
 def write_grpo(draft: Draft, where: str, prefix: str = "") -> None:
     loss_key, rewards_key = f"{prefix}loss_type", f"{prefix}reward_funcs"
     known_loss(draft.look(loss_key, "dapo"), GRPO_LOSSES, loss_key, where)
+    if draft.look(loss_key) == "cispo":
+        _write_cispo(draft, f"{prefix}epsilon")
     settings = {name: prefix + name for name in read_tool("trl")["settings"]["grpo"]}
     write_losses(draft, [Loss("grpo")], settings, [*filter(draft.has, ["rl"])], _GRPO_DEFAULTS)
     if draft.has(f"{prefix}scale_rewards"):
@@ -166,6 +168,16 @@ def write_grpo(draft: Draft, where: str, prefix: str = "") -> None:
     _write_rewards(draft, rewards, keys, f"{prefix}reward_weights")
     if lost := [str(name) for name in names if _reward_of(name) is None]:
         draft.note("missing", rewards_key, text=f"{', '.join(lost)}: write it as a function of your own")
+
+
+def _write_cispo(draft: Draft, key: str) -> None:
+    """It clips at `epsilon_high` alone, which TRL takes from `epsilon` where it is not given."""
+    given = [*filter(draft.has, [key])]
+    epsilon = draft.take(key, 0.2)
+    if not draft.has(f"{key}_high"):
+        draft.carry("grpo.epsilon_high", epsilon, *given, comment="TRL's `epsilon`: the largest ratio that `cispo` keeps")
+    elif given:
+        draft.note("off", *given)
 
 
 def _reward_of(name: Any) -> dict[str, Any] | None:

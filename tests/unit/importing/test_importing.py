@@ -43,8 +43,10 @@ def write(tmp_path: Path):
 
 def keys_of(values: dict[str, Any]) -> set[str]:
     """The keys of a file; those in a section or in entries of a list of data sets as `outer.inner`."""
+    mixture = values.get("dataset_mixture") or {}
+    values = values | {f"dataset_mixture.{key}": value for key, value in mixture.items()}
     found = set(values)
-    for outer in ("datasets", "test_datasets", "trl"):
+    for outer in ("datasets", "test_datasets", "trl", "dataset_mixture.datasets"):
         inner = values.get(outer) or []
         for entry in inner if isinstance(inner, list) else [inner]:
             found |= {f"{outer}.{key}" for key in entry}
