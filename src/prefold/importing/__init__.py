@@ -6,12 +6,14 @@ key of a file ends up in a field or in a note, and a recipe that comes out has p
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
+from prefold.files import new_file, without_home
 from prefold.importing.axolotl import AXOLOTL
 from prefold.importing.draft import Draft, Note
 from prefold.importing.llamafactory import LLAMAFACTORY
@@ -28,20 +30,22 @@ _TOOLS = (TRL, AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT)
 @dataclass(frozen=True)
 class Imported:
     """`text`: the recipe, as YAML with comments; `account`: what became of the file's keys; `notes`: the same, one by
-    one."""
+    one; `files`: what the recipe names and does not hold, by path."""
 
     tool: str
     text: str
     account: str
     notes: tuple[Note, ...]
+    files: dict[Path, str]
 
 
-def import_recipe(file: str, method: str | None = None) -> Imported:
-    """Turn another tool's YAML file into a recipe.
+def import_recipe(file: str, method: str | None = None, output: str | None = None) -> Imported:
+    """Turn another tool's YAML file into a recipe. It writes nothing: see `write_imported`.
 
     Args:
         file: path of the file.
         method: TRL's command that the file is for (`dpo`, `orpo`, ...), where its keys do not tell.
+        output: where the recipe is to be written.
 
     Raises:
         UserError: the file cannot be read, is of no known tool, does not align with preferences, or asks for a loss
@@ -49,7 +53,7 @@ def import_recipe(file: str, method: str | None = None) -> Imported:
     """
     given = _read(file)
     tool = _tool_of(given, file)
-    draft = Draft(tool.name, given)
+    draft = Draft(tool.name, given, Path(output) if output else None)
     write(draft, tool, file, method)
     _complete(draft, file)
     draft.finish()
@@ -61,7 +65,28 @@ def import_recipe(file: str, method: str | None = None) -> Imported:
         "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
         "shows what will be trained on.",
     ]
-    return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes))
+    return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes), draft.files)
+
+
+def write_imported(imported: Imported, file: str, output: str, force: bool = False) -> list[Path]:
+    """Write the recipe, and the files that it names, all of them or none; returns their paths.
+
+    Raises:
+        UserError: there is a file already and `force` is not set, or the name is not that of a YAML file.
+    """
+    recipe = Path(output).expanduser()
+    if recipe.suffix not in (".yaml", ".yml") or recipe.is_dir():
+        raise UserError("a recipe is a YAML file", where=output, expected="a name that ends in .yaml")
+    if recipe.resolve() == Path(file).expanduser().resolve():
+        raise UserError("this is the file to import", where=output, advice="give the recipe a name of its own")
+    texts = {recipe: imported.text} | {path.expanduser(): text for path, text in imported.files.items()}
+    if (there := [path for path in texts if path.exists()]) and not force:
+        advice = "choose another name, or overwrite it with `--force`"
+        raise UserError("there is a file already", where=without_home(str(there[0])), advice=advice)
+    with ExitStack() as files:
+        for path, text in texts.items():
+            files.enter_context(new_file(path)).write_text(text, encoding="utf-8")
+    return list(texts)
 
 
 def _read(file: str) -> dict[str, Any]:

@@ -11,7 +11,15 @@ from prefold.importing.losses import Loss, known_loss, supervised, write_dpo, wr
 from prefold.importing.rest import share, write_rest, write_template_kwargs
 from prefold.importing.sources import write_sources
 from prefold.importing.tables import Entry, read_tool, table_of
-from prefold.importing.write import Tool, has_held_out, samples, without_dropout, write_all_weights, write_quantised
+from prefold.importing.write import (
+    Tool,
+    has_held_out,
+    samples,
+    without_dropout,
+    write_all_weights,
+    write_quantised,
+    write_template,
+)
 
 KEYS = read_tool("axolotl")
 METHODS = ("dpo", "ipo", "orpo", "kto", "simpo", "grpo")
@@ -128,10 +136,12 @@ def _note_types(draft: Draft, key: str, entries: list[Any]) -> None:
 
 def _write_template(draft: Draft) -> None:
     """A template of one's own is carried over from a file; a named one gives way to the model's own."""
-    file, name = draft.look("chat_template_jinja"), str(draft.look("chat_template", ""))
-    if isinstance(file, str) and file.endswith(".jinja"):
-        draft.carry("model.chat_template", file, *filter(draft.has, ["chat_template_jinja", "chat_template"]))
-    elif name and not name.startswith("tokenizer_default") and name != "jinja":
+    if isinstance(draft.look("chat_template_jinja"), str):
+        write_template(draft, "chat_template_jinja")
+        if draft.has("chat_template"):
+            draft.note("renamed", "chat_template", text="as `chat_template_jinja` says")
+    name = str(draft.look("chat_template", ""))
+    if draft.has("chat_template") and not name.startswith("tokenizer_default"):
         text = f"{name}: the model's own chat template writes the turns; `model.chat_template` gives a base model one"
         draft.note("missing", "chat_template", text=text)
     for key in filter(draft.has, ["chat_template_kwargs", "trl.chat_template_kwargs"]):

@@ -42,7 +42,8 @@ def _write_losses(draft: Draft, where: str, method: str | None) -> None:
     settings, keys = KEYS["settings"], [*filter(draft.has, ["rlhf_type"])]
     if kind == "dpo":
         write_dpo(draft, where, settings["dpo"])
-        draft.note("renamed", *keys, text=f"method: {draft.values['method']}")
+        if keys:
+            draft.note("renamed", *keys, text=f"method: {draft.values['method']}")
     elif kind == "simpo" or (kind == "cpo" and draft.look("loss_type") == "simpo"):
         _write_simpo(draft, kind, keys)
     elif kind == "grpo":

@@ -43,8 +43,18 @@ def write(tmp_path: Path):
 
 def keys_of(values: dict[str, Any]) -> set[str]:
     """The keys of a file; those in a section or in entries of a list of data sets as `outer.inner`."""
+    mixture = values.get("dataset_mixture") or {}
+    values = values | {f"dataset_mixture.{key}": value for key, value in mixture.items()}
     found = set(values)
-    for outer in ("datasets", "test_datasets", "trl", "peft", "peft_config", "quant_config"):
+    for outer in (
+        "datasets",
+        "test_datasets",
+        "trl",
+        "peft",
+        "peft_config",
+        "quant_config",
+        "dataset_mixture.datasets",
+    ):
         inner = values.get(outer) or []
         for entry in inner if isinstance(inner, list) else [inner]:
             found |= {f"{outer}.{key}" for key in entry}
@@ -99,7 +109,7 @@ def test_trl_qlora(tmp_path: Path) -> None:
     assert (recipe.lora.r, recipe.lora.lora_alpha) == (32, 64)
     assert recipe.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert recipe.train.batch_size == 2 * 8
-    assert recipe.train.warmup_steps == 25
+    assert recipe.train.warmup_steps == 0.1
     assert (recipe.data.max_length, recipe.data.max_prompt_length) == (2048, 768)
     assert recipe.data.overlong == "truncate_prompt"
     assert (recipe.data.train[0].path, recipe.data.train[0].name) == ("acme/helpful-pairs", "english")
@@ -363,7 +373,7 @@ def test_the_recipe_is_on_stdout_and_the_account_on_stderr(capsys: pytest.Captur
 def test_import_needs_a_file_and_built_in_recipes_take_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no file to import"):
         recipes("import", None, None)
-    with pytest.raises(UserError, match="goes with `import`"):
+    with pytest.raises(UserError, match="go with `import`"):
         recipes("demo", "x.yaml", None)
     recipes("demo", None, None)
     assert capsys.readouterr().out.startswith("# DPO")
