@@ -1,4 +1,4 @@
-"""Recipes from the files of other tools: TRL, Axolotl, LLaMA-Factory.
+"""Recipes from the files of other tools: TRL, Axolotl, LLaMA-Factory, ms-swift.
 
 A file of tables for each tool says what becomes of its keys, and a module what is more than an entry of a table. Every
 key of a file ends up in a field or in a note, and a recipe that comes out has passed the checks of all recipes.
@@ -95,7 +95,8 @@ def _read(file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"cannot be read: {reason}", where=file, expected="a YAML file of another tool") from None
-    values = parse_yaml(text, file)
+    # JSON is YAML, but for tabs between its parts.
+    values = parse_yaml(text.expandtabs() if file.endswith(".json") else text, file)
     if not isinstance(values, dict) or not values:
         raise UserError("not a mapping of settings", where=file, expected="a YAML file of another tool")
     return {str(key): value for key, value in values.items()}

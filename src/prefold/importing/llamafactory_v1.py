@@ -132,12 +132,14 @@ def _write_batch(draft: Draft) -> None:
 
 
 def _write_steps(draft: Draft) -> None:
-    """Checkpoints by epochs."""
+    """Checkpoints by epochs, which are a share of all steps unless a number of steps ends training."""
     part = share(draft.look("save_epochs"), draft.values.get("train.num_train_epochs", 3))
-    if draft.has("save_epochs") and part and not draft.has("save_steps"):
+    counted = "train.max_steps" in draft.values or draft.has("save_steps")
+    if draft.has("save_epochs") and part and not counted:
         draft.carry("train.save_steps", part, "save_epochs", comment="as a share of all steps")
     elif draft.has("save_epochs"):
-        draft.note("decided", "save_epochs", text="`save_steps`, or the end, says when")
+        why = ("missing", "set `train.save_steps`, which counts steps") if counted else ("decided", "the end is saved")
+        draft.note(why[0], "save_epochs", text=why[1])  # type: ignore[arg-type]
     write_rest(draft, KEYS)
 
 
