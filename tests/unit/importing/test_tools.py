@@ -210,7 +210,7 @@ INFO: dict[str, Any] = {
         "revision": "v2",
         "ranking": True,
         "num_samples": 300,
-        "columns": {"prompt": "ask", "query": "", "chosen": "good", "rejected": "rejected", "system": "system_prompt"},
+        "columns": {"prompt": "ask", "query": "", "response": "out", "chosen": "good", "system": "system_prompt"},
     },
     "thumbs": {
         "file_name": "thumbs.jsonl",
