@@ -175,7 +175,9 @@ def _write_cispo(draft: Draft, key: str) -> None:
     given = [*filter(draft.has, [key])]
     epsilon = draft.take(key, 0.2)
     if not draft.has(f"{key}_high"):
-        draft.carry("grpo.epsilon_high", epsilon, *given, comment="TRL's `epsilon`: the largest ratio that `cispo` keeps")
+        draft.carry(
+            "grpo.epsilon_high", epsilon, *given, comment="TRL's `epsilon`: the largest ratio that `cispo` keeps"
+        )
     elif given:
         draft.note("off", *given)
 

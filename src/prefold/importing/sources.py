@@ -45,7 +45,10 @@ def _sources(entry: Mapping[str, Any], notes: dict[str, tuple[Group, str]], shar
         source["path"] = folder
         notes["data_dir"] = "renamed", "`path`"
     elif folder:
-        notes["data_dir"] = "missing", "download this folder and give its path: a source is a whole set, a folder or files"
+        notes["data_dir"] = (
+            "missing",
+            "download this folder and give its path: a source is a whole set, a folder or files",
+        )
     columns: dict[str, str] = {}
     for name, value in values.items():
         role = name.removeprefix("field_")

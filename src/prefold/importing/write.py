@@ -218,7 +218,9 @@ def write_template(draft: Draft, key: str) -> None:
     else:
         file = draft.output.with_suffix(".jinja")
         draft.files[file] = value
-        draft.carry("model.chat_template", str(file), key, comment="the template that the file holds, written beside this")
+        draft.carry(
+            "model.chat_template", str(file), key, comment="the template that the file holds, written beside this"
+        )
 
 
 # ---- LoRA and quantised weights ---------------------------------------------------------------------------------

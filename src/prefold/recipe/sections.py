@@ -134,7 +134,9 @@ class Source(Rows):
             raise ValueError("`count` is a whole number of rows, or a share of the rows below 1")
         if self.streaming and (self.weight or shares):
             what = "a share in `count`" if shares else "`weight`"
-            raise ValueError(f"{what} needs the number of rows, which is unknown with `streaming`; give a whole `count`")
+            raise ValueError(
+                f"{what} needs the number of rows, which is unknown with `streaming`; give a whole `count`"
+            )
         return self
 
 
