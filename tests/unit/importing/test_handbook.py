@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from prefold.importing import Imported, import_recipe
@@ -211,3 +212,29 @@ def test_trl_dpo_of_many_keys(tmp_path: Path) -> None:
     assert (recipe.train.report_to, recipe.train.gradient_checkpointing) == ([], True)
     assert "all: prefold reports to wandb and tensorboard" in " ".join(result.account.split())
     assert "trackio_space_id" in result.account
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ("warmup_ratio: 0.1\n", 0.1),
+        ("warmup_steps: 0.05\n", 0.05),
+        ("warmup_steps: 20.0\nwarmup_ratio: 0.1\n", 20),
+        ("warmup_steps: 0\nwarmup_ratio: 0.1\nmax_steps: 50\n", 0.1),
+        ("warmup_ratio: 1.0\n", 0),
+        ("warmup_ratio: 0\n", 0),
+    ],
+)
+@pytest.mark.parametrize(
+    "head",
+    [
+        "model_name_or_path: m\ndataset_name: a.jsonl\nloss_type: ipo\n",
+        "model_name_or_path: m\ndataset: a/b\nstage: dpo\nfinetuning_type: full\n",
+    ],
+)
+def test_a_warm_up_is_a_number_or_a_share(head: str, keys: str, steps: float, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(head + keys)
+    (tmp_path / "ours.yaml").write_text((result := import_recipe(str(file))).text)
+    assert load_recipe(str(tmp_path / "ours.yaml")).train.warmup_steps == steps
+    assert {line.partition(":")[0] for line in keys.splitlines()} <= {key for note in result.notes for key in note.keys}
