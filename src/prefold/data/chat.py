@@ -13,7 +13,7 @@ Data in: a `Record`; data out: a `TokenTree` with a completion for each of its a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -133,7 +133,7 @@ def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
         left = data.max_length - completion
         if left > 0:
             kept = min(left, data.max_prompt_length or left)
-            return TokenTree(tree.prompt[-kept:], tree.completions)
+            return replace(tree, prompt=tree.prompt[-kept:])
         message = f"a completion of {completion} tokens leaves no room for a prompt in `max_length` {data.max_length}"
     return Problem("overlong", message, tokenized.origin)
 

@@ -27,20 +27,20 @@ def command_of(draft: Draft, where: str, method: str | None) -> str:
         keys = "; ".join(f"{key}: {names.replace(' ', ', ')}" for key, names in (told | losses).items())
         what = "keys of several of TRL's commands, and no command has them all"
         raise UserError(what, where=where, expected=f"keys of one ({keys})", advice="say which it is by `--method`")
-    if len(fitting) > 1 and (named := _named(fitting, where)):
+    rarer = read_tool("trl")["rather"]
+    likely = {name for name in fitting if rarer.get(name) not in fitting}
+    if (named := _named(fitting, where)) and likely != {named}:
         fit = ", ".join(sorted(fitting - {named}))
-        text = f"of {fit} as well; read as `trl {named}` by the file's name"
+        text = f"they fit {fit} as well; read as `trl {named}` by the file's name"
         draft.comments["method"] = f"by the file's name: its keys fit {fit} as well"
         draft.notes.append(Note("decided", (*(told or {"loss_type": ""}),), text))
-        fitting = {named}
-    rarer = read_tool("trl")["rather"]
-    fitting = {name for name in fitting if rarer.get(name) not in fitting}
-    if len(fitting) == 1:
-        return _supported(fitting.pop(), where)
+        likely = {named}
+    if len(likely) == 1:
+        return _supported(likely.pop(), where)
     raise UserError(
         "TRL's command is not in the file, and its keys fit several",
         where=where,
-        expected="--method " + " | ".join(name for name in COMMANDS if name in fitting or not fitting),
+        expected="--method " + " | ".join(name for name in COMMANDS if name in likely or not likely),
         advice="add the command that the file is run with, e.g. `--method dpo` for `trl dpo --config FILE`",
     )
 

@@ -25,10 +25,13 @@ def write_mixture(draft: Draft) -> None:
 def write_mixer(draft: Draft) -> None:
     """Data sets -> the share of each one's training rows; all of them have the same splits."""
     if not draft.has("dataset_mixer"):
-        draft.off("dataset_splits", "dataset_configs")
+        for key in filter(draft.has, ("dataset_splits", "dataset_configs")):
+            text = "it belongs to `dataset_mixer`; see `name` and `split` of the sources in `data.train`"
+            draft.note("missing", key, text=text)
         return
     mixer = draft.look("dataset_mixer")
-    splits, configs = listed(draft.look("dataset_splits", ["train", "test"])), listed(draft.look("dataset_configs", []))
+    splits = [str(split) for split in listed(draft.look("dataset_splits", ["train", "test"]))]
+    configs = listed(draft.look("dataset_configs", []))
     if not isinstance(mixer, Mapping) or not all(map(is_number, mixer.values())):
         keys = filter(draft.has, ["dataset_mixer", "dataset_splits", "dataset_configs"])
         draft.note("missing", *keys, text="no mapping of data sets to shares: write them into `data.train`")

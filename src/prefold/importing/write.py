@@ -95,7 +95,9 @@ def write_steps(draft: Draft) -> None:
     key, other = ("warmup_steps", "warmup_ratio") if warmup else ("warmup_ratio", "warmup_steps")
     if draft.look(other) is not None:
         draft.note("off", other)
-    if draft.look(key) is not None:
+    if key == "warmup_ratio" and is_number(ratio) and ratio >= 1:
+        draft.note("missing", key, text="`train.warmup_steps` is a number of steps, or a share of them below 1")
+    elif draft.look(key) is not None:
         draft.carry("train.warmup_steps", whole_or_share(warmup or ratio), key)
 
 

@@ -129,12 +129,14 @@ class Source(Rows):
     def one_way_to_choose_rows(self) -> Source:
         if self.weight and self.count:
             raise ValueError("give either `weight` or `count`, not both")
-        shares = isinstance(self.count, float)
-        if shares and self.count >= 1:
+        share = self.count if isinstance(self.count, float) else None
+        if share and share >= 1:
             raise ValueError("`count` is a whole number of rows, or a share of the rows below 1")
-        if self.streaming and (self.weight or shares):
-            what = "a share in `count`" if shares else "`weight`"
-            raise ValueError(f"{what} needs the number of rows, which is unknown with `streaming`; give a whole `count`")
+        if self.streaming and (self.weight or share):
+            what = "a share in `count`" if share else "`weight`"
+            raise ValueError(
+                f"{what} needs the number of rows, which is unknown with `streaming`; give a whole `count`"
+            )
         return self
 
 

@@ -76,7 +76,7 @@ def test_a_share_of_the_rows_is_drawn(write: Write) -> None:
     expected = datasets.Dataset.from_list(numbered(10)).shuffle(seed=3).select(range(2))["place"]
     kept, (selection,) = selected(Source(path=path, count=0.29), seed=3)
     assert (kept, selection.rows_not_drawn) == ([list(expected)], 8)
-    with pytest.raises(UserError, match="`count: 0.05` of 10 rows is less than a row"):
+    with pytest.raises(UserError, match=r"`count: 0\.05` of 10 rows is less than a row"):
         selected(Source(path=path, count=0.05))
 
 
