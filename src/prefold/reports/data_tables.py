@@ -63,11 +63,16 @@ def is_counted(name: str, sources: list[Values]) -> bool:
     return any(finite(source.get(name)) for source in sources)
 
 
+def list_of(value: Any) -> list[Any]:
+    """A list, also of a tuple, which it is where it was not read from a file."""
+    return list(value) if isinstance(value, tuple) else as_list(value)
+
+
 def unused(sources: list[Values]) -> dict[str, str]:
     """By sources the columns that nothing is made of; those that have the same ones are named together."""
     by_columns: dict[str, list[str]] = {}
     for source in sources:
-        if columns := ", ".join(map(str, as_list(source.get("unused")))):
+        if columns := ", ".join(map(str, list_of(source.get("unused")))):
             by_columns.setdefault(columns, []).append(str(source.get("path", "")))
     return {", ".join(dict.fromkeys(paths)): columns for columns, paths in by_columns.items()}
 

@@ -189,11 +189,15 @@ def test_context_within_a_completion_is_not_shown_as_trained(tmp_path: Path) -> 
 
 def test_unused_columns_and_examples_of_sources(tmp_path: Path) -> None:
     source = {"path": "a.jsonl", "shape": "text", "rows_in": 9, "rows_used": 8, "rows_filtered": 0, "rows_not_drawn": 0}
-    ranked = source | {"path": "b.jsonl", "examples": 20, "unused": ["id", "meta"]}
+    ranked = source | {"path": "b.jsonl", "examples": 20, "unused": ("id", "meta")}
     for sources, counts, named in (
         ([source | {"examples": 8, "unused": []}], False, ""),
         ([ranked], True, "Columns that are not used: id, meta."),
-        ([ranked, ranked | {"path": "c.jsonl"}], True, "Columns that are not used (b.jsonl, c.jsonl): id, meta."),
+        (
+            [ranked, ranked | {"path": "c.jsonl", "unused": ["id", "meta"]}],
+            True,
+            "Columns that are not used (b.jsonl, c.jsonl): id, meta.",
+        ),
     ):
         facts = checked("words") | {"sources": sources, "tokens": {}}
         write_check(tmp_path / "check.html", "mine.yaml", facts)
