@@ -469,7 +469,9 @@ def _unused(shape: Shape, used: set[str], rows: Sequence[dict[str, Any]]) -> tup
     }
     filled = {name: cell for row in rows for name, cell in row.items() if name not in known and not is_empty(cell)}
     votes = vote_columns(dict(shape.columns).get("vote", ""), filled)
-    return tuple(name for name, cell in filled.items() if not is_rating(name, cell) and name not in votes)
+    names = [name for name, cell in filled.items() if not is_rating(name, cell) and name not in votes]
+    # A name may hold what no file and no terminal can.
+    return tuple(name.encode("utf-8", "backslashreplace").decode() for name in names)
 
 
 def _fitting(

@@ -112,21 +112,23 @@ def scale_of_votes(
         UserError: they do not say for sure which answer is meant.
     """
     known = list(filter(is_scalar, votes))
+    numbers = [cell for cell in known if as_number(cell) is not None]
     order = _order(outputs)
     further, documented = _SETS.get((*outputs, vote), ("", None))
     if documented is not None and further in columns:
-        if all(as_vote(cell, documented) is not None for cell in known):
+        if known and all(as_vote(cell, documented) is not None for cell in known):
             return documented
-    elif all(as_number(cell) is not None for cell in known):
-        from_1 = list(map(as_vote, known))
+    # A few words among numbers are mistakes of their rows, and left out with them.
+    elif len(numbers) > len(known) / 2:
+        from_1 = list(map(as_vote, numbers))
         # Votes of several people have 0 for a tie by convention; elsewhere 0 may be the first answer, and 2 a tie.
         by_convention = _ANNOTATOR.fullmatch(vote) or (2 in from_1 and vote in ("label", "preference"))
-        may_count_from_0 = 0 in map(as_number, known) and not by_convention
+        may_count_from_0 = 0 in map(as_number, numbers) and not by_convention
         # A column of a well-known set whose other columns are not there is not known to count from 1.
         is_of_set = any(vote == of_set for _, _, of_set in _SETS)
-        if known and None not in from_1 and order == "plain" and not may_count_from_0 and not is_of_set:
+        if None not in from_1 and order == "plain" and not may_count_from_0 and not is_of_set:
             return None
-    else:
+    elif known:
         # Unchecked, because columns may have any names.
         named = Values.model_construct(first=outputs[0], second=outputs[1], tie=_TIES)
         words = {"plain": [named, _BY_LETTER, _BY_NUMBER], "from 0": [named, _BY_LETTER], "crossed": [named]}[order]
@@ -139,9 +141,12 @@ def scale_of_votes(
 def scale_of_labels(labels: Sequence[Any], column: str, source: str) -> Values | None:
     """What the labels of a column mean; None for true and false. Raises UserError: they do not say it for sure."""
     known = list(filter(is_scalar, labels))
-    if all(as_flag(cell) is not None for cell in known):
+    numbers = {number for cell in known if (number := as_number(cell)) is not None}
+    # 1 and 0 are true and false alone; on a scale of more numbers 1 may be the lowest.
+    is_scale = bool(numbers & {0, 1} and numbers - {0, 1})
+    if sum(as_flag(cell) is not None for cell in known) > len(known) / 2 and not is_scale:
         return None
-    if all(_LABELS.meaning_of(cell) for cell in known):
+    if known and all(_LABELS.meaning_of(cell) for cell in known):
         return _LABELS
     raise _unclear(known, column, "which answers are wanted", source, ("desirable", "undesirable"))
 

@@ -121,6 +121,8 @@ REFUSED: list[tuple[list[Row], list[str]]] = [
     (voted(["model_a", 1]), ["model_a (1 row), 1 (1)"]),
     (voted([0, 1, 2], "winner"), ["0 (1 row), 1 (1), 2 (1)"]),
     (voted([1, 2, 1.5], "winner"), []),
+    (voted([1, 2, "A"]), []),
+    (voted(["A", "B", 1]), ["A (1 row), B (1), 1 (1)"]),
     (voted([0, 1, 2]), []),
     (voted([1, 2, float("nan"), None], "winner"), []),
     (voted([1, 2], "overall_preference"), ["1 (1 row), 2 (1)"]),
