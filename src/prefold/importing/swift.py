@@ -248,12 +248,12 @@ def _write_lengths(draft: Draft) -> None:
     if not draft.has("max_length"):
         draft.carry("data.max_length", 4096, comment="to set: the file has the model's own limit")
     choices = {"delete": "drop", "left": "truncate_prompt"}
-    cut = draft.take("truncation_strategy", "left" if samples(draft) else "delete")
+    cut = str(draft.take("truncation_strategy", "left" if samples(draft) else "delete"))
     if "truncation_strategy" in draft.given and cut in choices:
         draft.carry("data.overlong", choices[cut], "truncation_strategy")
     elif cut in choices:
         draft.fill("data.overlong", choices[cut])
-    elif cut is not None:
+    else:
         draft.note("missing", "truncation_strategy", text=f"{cut}: answers are never cut; see `data.overlong`")
 
 

@@ -71,7 +71,8 @@ def write_batch(draft: Draft, key: str, default: int) -> None:
     given = [*filter(draft.has, (key, "gradient_accumulation_steps"))]
     group = draft.values.get("grpo.num_generations", 8)
     if not all(isinstance(number, int) and number > 0 for number in (*factors, group)):
-        draft.note("missing", *given, text="not numbers greater than 0; set `train.batch_size`")
+        if given:
+            draft.note("missing", *given, text="not numbers greater than 0; set `train.batch_size`")
         return
     product, text = math.prod(factors), f"{factors[0]} x {factors[1]}"
     if samples(draft):
