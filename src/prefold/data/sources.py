@@ -174,7 +174,7 @@ def _hub_rows(loaded: Iterable[dict[str, Any]], source: Rows) -> Iterator[RawRow
     """A row's number is its index in the split."""
     with _explained(source):
         for number, value in enumerate(loaded, start=1):
-            yield RawRow(RowId(source_name(source), number), value)
+            yield RawRow(RowId(source_name(source), number), value, pads_with_nulls=True)
 
 
 def _load_from_hub(source: Rows) -> Any:
