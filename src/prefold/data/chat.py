@@ -136,6 +136,7 @@ class Writer:
             return "".join(message["content"] for message in messages)
         turns = [self._renamed(message) if len(message) > 2 else message for message in messages]
         calls = [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", ())]
+        refusal: Exception = TypeError("it writes the arguments of tool calls as Python does")
         try:
             text = self._apply(turns, given, asks)
             as_python = [str(arguments) for arguments in calls if str(arguments) != json.dumps(arguments)]
@@ -145,12 +146,10 @@ class Writer:
             if not calls:
                 raise
             refusal = error
-        else:
-            refusal = None
         try:  # some templates want arguments as text
             return self._apply(list(map(_with_text_arguments, turns)), given, asks)
         except REFUSALS:
-            raise refusal or TypeError("it writes the arguments of tool calls as Python does") from None
+            raise refusal from None
 
     def _apply(self, turns: Sequence[Message], given: dict[str, Any], asks: bool) -> str:
         settings: dict[str, Any] = {"add_generation_prompt": asks, "tokenize": False}

@@ -50,7 +50,7 @@ def ending(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: Coll
 
 def context_of(
     answer: Messages,
-    ids: Sequence[int],
+    ids: list[int],
     cut: int,
     steps: Sequence[tuple[list[int], list[int]]],
     tokenizer: PreTrainedTokenizerBase,
@@ -98,7 +98,7 @@ def _start(ids: Sequence[int], end: int, asked: list[int], before: list[int]) ->
 
 def _length(
     turn: Message,
-    ids: Sequence[int],
+    ids: list[int],
     own: list[int],
     tokenizer: PreTrainedTokenizerBase,
     special: Collection[int],
@@ -116,7 +116,7 @@ def _length(
     for length in _lengths(ids, ending(own, tokenizer, special), special):
         text = cast(str, tokenizer.decode(ids[:length]))
         if all(is_written(word, text) for word in words):
-            return length + len(behind) if list(ids[length : length + len(behind)]) == behind else length
+            return length + len(behind) if ids[length : length + len(behind)] == behind else length
     raise _unknown()
 
 
