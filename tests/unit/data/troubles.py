@@ -111,7 +111,7 @@ DECIDING = [
     Trouble(
         "a label that is neither",
         [{"prompt": "Why?", "completion": f"{label}.", "label": label} for label in (True, False, "maybe")],
-        f"{REFUSED}label",
+        "bad_label",
         kind="unpaired",
     ),
     Trouble(
