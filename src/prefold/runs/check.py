@@ -130,7 +130,9 @@ def _separation(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], li
 
 
 def check(run: Run) -> None:
+    run.require_usable()  # as far as it can be known before weights are downloaded
     fetch(run.recipe.model.name, run.recipe.model.revision)
+    del run.shapes  # to be made once more, from the headers of what is there now
     report = examine(run, measure=None)
     report.require_ok("this", "`prefold check` shows it all")
     for finding in report.prepared.report.findings:

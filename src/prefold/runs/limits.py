@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jinja2.exceptions import TemplateError
+
 from prefold.data.chat import render
 from prefold.data.examples import Examples
 from prefold.data.findings import ROWS_SHOWN, Finding
-from prefold.data.preference import RowId
+from prefold.data.preference import RowId, Unfit
+from prefold.errors import UserError, first_line
 from prefold.models.gate import beyond_rows, require_positions, rotary_positions
 from prefold.runs.context import Run
 from prefold.runs.measuring import evaluation_prompts
@@ -64,12 +67,20 @@ def _about_positions(run: Run, model: object) -> list[Finding]:
 
 
 def _questions(run: Run) -> list[list[int]]:
-    """The prompts that will be answered before and after, where that is worth knowing."""
+    """The token ids of the prompts that will be answered before and after."""
     recipe = run.recipe
     if recipe.algorithm.kind.scores:
         return []
-    prompts = evaluation_prompts(recipe, run.prepared.held_out)
-    return [render(prompt, run.tokenizer, recipe.data.template) for prompt in prompts]
+    prompts, given = evaluation_prompts(recipe, run.prepared.held_out)
+    beside = given or [{}] * len(prompts)
+    ids = []
+    for number, (prompt, more) in enumerate(zip(prompts, beside, strict=True), 1):
+        try:
+            ids.append(render(prompt, run.tokenizer, recipe.data.template, more))
+        except (TemplateError, TypeError, ValueError, Unfit) as error:
+            what, where = f"the chat template refuses it: {first_line(error)}", f"prompt {number} of `evaluate`"
+            raise UserError(what, where=where, advice="change the prompt, or leave it out") from None
+    return ids
 
 
 def _beyond_positions(longest: int, limit: int, rows: Sequence[RowId]) -> Finding:
@@ -89,7 +100,7 @@ def _about_steps(run: Run, steps: int) -> list[Finding]:
         advice = "take `constant_with_warmup`, or remove `train.warmup_steps`"
         findings.append(Finding("warmup_ignored", "warning", 1, (), message, advice))
     elif warmup >= max(1, steps):
-        message = f"the warm-up takes {warmup:,} steps and the run has {steps:,}: the full rate is never reached"
+        message = f"the warm-up takes {warmup:,.0f} steps and the run has {steps:,}: the full rate is never reached"
         advice = f"lower `train.warmup_steps`, to a tenth of the steps or so ({max(1, steps // 10)})"
         findings.append(Finding("warmup_too_long", "warning", 1, (), message, advice))
     return findings
@@ -100,7 +111,7 @@ def _about_objective(run: Run, model: object) -> list[Finding]:
     if remark := run.recipe.algorithm.remark:
         findings.append(Finding("objective", "warning", 1, (), *remark))
     if coefficient := router_coefficient(model):
-        message = f"the loss that balances the experts is trained as well, times {coefficient:g}, as config.json asks"
+        message = f"the loss that balances experts is trained as well, times {coefficient:g}, as config.json asks"
         advice = "`output_router_logits: false` in it leaves that loss out, and lets trees be packed"
         findings.append(Finding("router_loss", "note", 1, (), message, advice))
     return findings
