@@ -169,7 +169,7 @@ def _of_a_conversation(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         text = tokenizer.apply_chat_template(SAMPLE, tokenize=False)
     except Exception:  # a template may raise anything; what it cannot write is for the data to say
         return []
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def learned_positions(model: nn.Module) -> int | None:
@@ -214,4 +214,4 @@ def rotary_positions(config: Any) -> int | None:
     for way in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if way.get("rope_type", "default") != "default" and way.get("factor"):
             scaled.append(int((way.get("original_max_position_embeddings") or trained) * way["factor"]))
-    return max(scaled)
+    return int(max(scaled))

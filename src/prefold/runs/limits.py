@@ -5,6 +5,7 @@ what can be, but is hardly meant, there is a finding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 
@@ -43,7 +44,7 @@ def _require_known_tokens(run: Run, examples: Examples) -> None:
 # ---- lengths ----------------------------------------------------------------------------------------------------
 
 
-def _about_positions(run: Run, model: object) -> list[Finding]:
+def _about_positions(run: Run, model: Any) -> list[Finding]:
     """Of every sequence that will be computed, against the positions of the model."""
     recipe, draws = run.recipe, run.recipe.algorithm.draws
     drawn = draws.max_completion_length if draws else 0
@@ -106,7 +107,7 @@ def _about_steps(run: Run, steps: int) -> list[Finding]:
     return findings
 
 
-def _about_objective(run: Run, model: object) -> list[Finding]:
+def _about_objective(run: Run, model: Any) -> list[Finding]:
     findings = []
     if remark := run.recipe.algorithm.remark:
         findings.append(Finding("objective", "warning", 1, (), *remark))

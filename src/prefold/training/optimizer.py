@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def require_optimizer(args: TrainingArguments) -> None:
         weight.grad = torch.ones_like(weight)
         optimizer = kind([weight], **settings)
         optimizer.step()
-    schedule, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
+    schedule, given = SchedulerType(args.lr_scheduler_type), cast("dict[str, Any]", args.lr_scheduler_kwargs)
     if given and schedule in WITHOUT_SETTINGS:
         what = f"would be ignored: `{schedule.value}` has no settings"
         raise UserError(what, where="`train.lr_scheduler_kwargs`", advice="remove them, or take another schedule")
