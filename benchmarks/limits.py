@@ -68,7 +68,7 @@ class Work:
         algorithm = ALGORITHMS[workload.method](**workload.settings)
         without_gradient = int(algorithm.needs_reference) + int(algorithm.kind.samples)
         passes = 2 + without_gradient + int(workload.gradient_checkpointing)
-        scored = sum(len(ids) for tree in workload.trees for ids in tree.completions)
+        scored = sum(tree.scored_tokens for tree in workload.trees)
         if algorithm.scores_prompt:
             scored += sum(len(tree.prompt) - 1 for tree in workload.trees)
         attended = sum(_attended(tree) for tree in workload.trees) * shape.queries * shape.layers

@@ -17,15 +17,25 @@ Outcome = tuple[Tensor, dict[str, Tensor]]
 
 
 def dense_logprobs(model: nn.Module, trees: list[TokenTree], temperature: float = 1.0) -> Tensor:
-    """One completion at a time, unpadded, full logits: the definition."""
+    """One completion at a time, unpadded, full logits, and then without those of its context: the definition."""
     scored = []
     with using_attention(unwrapped(model), "dense_for_tests"):
         for tree in trees:
-            for ids in tree.completions:
+            for ids, is_scored in zip(tree.completions, masks(tree), strict=True):
                 row = torch.tensor([tree.prompt + ids])
                 logits = model(input_ids=row, use_cache=False).logits[0, -len(ids) - 1 : -1] / temperature
-                scored.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1))
+                logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
+                scored.append(logprobs[is_scored])
     return torch.cat(scored)
+
+
+def masks(tree: TokenTree) -> list[Tensor]:
+    """For each completion, True where a token is scored."""
+    scored = [torch.ones(len(ids), dtype=torch.bool) for ids in tree.completions]
+    for mask, spans in zip(scored, tree.context, strict=False):
+        for start, stop in spans:
+            mask[start:stop] = False
+    return scored
 
 
 def outcome(model: nn.Module, logprobs: Callable[[], Tensor]) -> Outcome:

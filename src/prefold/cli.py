@@ -278,20 +278,28 @@ def recipes(
     method: Annotated[
         str | None, typer.Option(help="With `import`: the command of TRL that the file is for: dpo, orpo, kto, ...")
     ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="With `import`: the recipe to write. Unset: it is printed.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file that `--output` names.")] = False,
 ) -> None:
     """List the built-in recipes, print one to start from, or make one of another tool's file:
-    `prefold recipes import FILE > mine.yaml`."""
+    `prefold recipes import FILE --output mine.yaml`."""
     if name == "import" and file is None:
-        raise UserError("no file to import", advice="`prefold recipes import FILE > mine.yaml`")
+        raise UserError("no file to import", advice="`prefold recipes import FILE --output mine.yaml`")
     if name == "import":
-        from prefold.importing import import_recipe
+        from prefold.importing import import_recipe, write_imported
 
-        # The recipe on stdout, and what became of the file's keys on stderr.
-        imported = import_recipe(str(file), method)
-        print(imported.text, end="")
+        # The recipe to its file or on stdout, and what became of the file's keys on stderr.
+        imported = import_recipe(str(file), method, output)
+        written = write_imported(imported, str(file), output, force) if output else []
         print(f"{file}: a file of {imported.tool}\n\n{imported.account}", file=sys.stderr)
-    elif file or method:
-        raise UserError("a file or a method goes with `import`", advice="`prefold recipes import FILE`")
+        for path in written:
+            print(f"written: {path}", file=sys.stderr)
+        if not output:
+            print(imported.text, end="")
+    elif file or method or output or force:
+        raise UserError("a file and these options go with `import`", advice="`prefold recipes import FILE`")
     elif name:
         print(read_text(name)[0], end="")
     else:

@@ -87,7 +87,7 @@ def test_the_home_folder_is_not_written(recipe_file: str, monkeypatch: pytest.Mo
         ("train.optim=adamx", "`train.optim`: `adamx` is unknown"),
         ("train.optim=adamw_torh", "did you mean `adamw_torch`?"),
         ("train.lr_scheduler_type=cosin", "did you mean `cosine`?"),
-        ("train.warmup_ratio=0.1", "write `warmup_steps`"),
+        ("train.warmup_ratio=0.1", "write `warmup_steps`, which below 1 is a share"),
         ("train.max_tokens=many", "`train.max_tokens` is 'many'\n  expected: integer or 'auto'"),
         ("train=3", "`train` is 3\n  expected: a section"),
         ("model=", "`model` is empty"),

@@ -141,7 +141,7 @@ class GRPO(Algorithm):
 
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
         """Args: trees: of the whole step, also those whose completions are all left out."""
-        tokens = sum(len(ids) for tree in trees for ids in tree.completions)
+        tokens = sum(tree.scored_tokens for tree in trees)
         counts = {"completions": len(trees) * self.num_generations, "completion_tokens": max(1, tokens)}
         return {self._divided_by: counts[self._divided_by]}
 

@@ -58,7 +58,7 @@ class KTO(Algorithm):
         """Every prompt with the completions of the tree before it, the first with those of the last."""
         before = [*trees[-1:], *trees[:-1]]
         pairs = zip(trees, before, strict=True)
-        return {"mismatched": [replace(tree, completions=other.completions) for tree, other in pairs]}
+        return {"mismatched": [replace(other, prompt=tree.prompt) for tree, other in pairs]}
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
         """`extras`: `label` `[N]`, whether a completion is desirable; and of the `further_trees`."""

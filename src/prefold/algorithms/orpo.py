@@ -6,7 +6,8 @@ geometric mean of a completion's token probabilities and odds = p / (1 - p) (equ
     NLL - beta * log sigmoid(log(odds(chosen) / odds(rejected)))
 
 The NLL is the mean over the tokens of the chosen conversations, prompts included, as the paper's code and TRL have it;
-the first token of a conversation is predicted by nothing and not counted. beta is the paper's lambda.
+the first token of a conversation is predicted by nothing and not counted, nor is context inside a completion. beta is
+the paper's lambda.
 Left out: nothing.
 """
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the chosen completions.
 
-    -log pi(token | what is before it), averaged over the tokens of the chosen completions of the step
+    -log pi(token | what is before it), averaged over the scored tokens of the chosen completions of the step
 
 Left out: the loss on prompts; data without a rejected side.
 """
@@ -24,8 +24,8 @@ from prefold.algorithms.pairwise import means
 
 
 def chosen_tokens(trees: Sequence[TokenTree], prompts: bool = False) -> int:
-    """Tokens of the chosen completions, or of the conversations without their first token."""
-    return sum(len(tree.completions[0]) + (len(tree.prompt) - 1 if prompts else 0) for tree in trees)
+    """Scored tokens of the chosen completions; with those of the prompts but for the first, which nothing predicts."""
+    return sum(len(tree.scored[0]) + (len(tree.prompt) - 1 if prompts else 0) for tree in trees)
 
 
 def chosen_nll(policy: TreeLogprobs, prompts: bool = False) -> tuple[Tensor, Mean]:

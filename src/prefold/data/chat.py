@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from prefold.data.preference import (
@@ -332,7 +332,7 @@ def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
         left = data.max_length - completion
         if left > 0:
             kept = min(left, data.max_prompt_length or left)
-            return TokenTree(tree.prompt[-kept:], tree.completions, tree.context)
+            return replace(tree, prompt=tree.prompt[-kept:])
         message = f"a completion of {completion} tokens leaves no room for a prompt in `max_length` {data.max_length}"
     return Problem("overlong", message, tokenized.origin)
 

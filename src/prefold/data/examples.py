@@ -20,13 +20,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prefold.data.preference import Message, Preference, Prompt, Record, RowId, Unpaired, messages_key, whole_prompt
-from prefold.trees.packing import TokenTree
+from prefold.trees.packing import Span, TokenTree
 
 _BATCH_ROWS = 256
 _SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("lengths", pa.list_(pa.int32())),
+        ("context", pa.list_(pa.int32())),
         ("record", pa.string()),
         ("kind", pa.string()),
         ("source", pa.string()),
@@ -102,7 +103,7 @@ class Examples(Sequence[Example]):
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
-        """Tokens of each tree's prompt and of its completions, without reading the tokens."""
+        """Tokens of each tree's prompt and of its completions, scored or not, without reading the tokens."""
         return list(map(tuple, self._column("lengths")))
 
     @property
@@ -115,12 +116,12 @@ class Examples(Sequence[Example]):
 
     @property
     def prompt_keys(self) -> list[bytes]:
-        """Equal for equal prompts, and for nothing else."""
+        """Equal for prompts of equal messages, and for nothing else."""
         return self._column("prompt_key")
 
     @property
     def record_keys(self) -> list[bytes]:
-        """Equal for records whose prompt and answers are equal, and for nothing else."""
+        """Equal for records whose prompt and answers are equal, and what their template is given; for nothing else."""
         return self._column("record_key")
 
     def _column(self, name: str) -> list[Any]:
@@ -133,9 +134,12 @@ class Examples(Sequence[Example]):
 
     def _tree(self, index: int) -> TokenTree:
         batch, row = self._at(index)
-        ids, lengths = (_list(batch.column(name), row) for name in ("ids", "lengths"))
+        ids, lengths, context = (_list(batch.column(name), row) for name in ("ids", "lengths", "context"))
         prompt, *completions = (tuple(ids[start:stop]) for start, stop in pairwise(accumulate(lengths, initial=0)))
-        return TokenTree(prompt, tuple(completions))
+        spans: list[list[Span]] = [[] for _ in completions]
+        for completion, start, stop in zip(*[iter(context)] * 3, strict=True):
+            spans[completion].append((start, stop))
+        return TokenTree(prompt, tuple(completions), tuple(map(tuple, spans)))
 
     def _record(self, index: int) -> Record:
         batch, row = self._at(index)
@@ -167,8 +171,7 @@ class _View(Sequence[Item]):
 
 
 def _list(column: pa.ListArray, row: int) -> list[int]:
-    start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
-    values: list[int] = column.values.to_numpy()[start:stop].tolist()
+    values: list[int] = column[row].values.to_numpy().tolist()
     return values
 
 
@@ -178,12 +181,14 @@ def _row(example: Example) -> dict[str, Any]:
     return {
         "ids": np.array(list(chain.from_iterable(parts)), dtype=np.int32),
         "lengths": [len(part) for part in parts],
+        # Of each span the completion, its start and its stop.
+        "context": [n for i, spans in enumerate(example.tree.context) for span in spans for n in (i, *span)],
         # Values of a .parquet file may be dates and bytes, which rewards are given as text.
         "record": json.dumps(fields, default=str),
         "kind": type(record).__name__,
         "source": record.origin.source,
         "row": record.origin.row,
-        "prompt_key": _key(whole_prompt(record)),
+        "prompt_key": _key(record.prompt),
         "record_key": _key(whole_prompt(record), *record.answers),
     }
 

@@ -377,10 +377,10 @@ def count_tokens(examples: Examples) -> TokenCounts:
 
 
 def fingerprint(examples: Examples) -> str:
-    """SHA-256 over the token ids in order; says whether two runs were given the same data."""
+    """SHA-256 over the trees in order; says whether two runs were given the same data."""
     digest = hashlib.sha256()
     for tree in examples.trees:
-        digest.update(repr((tree.prompt, tree.completions)).encode())
+        digest.update(tree.key.encode())
     return digest.hexdigest()
 
 

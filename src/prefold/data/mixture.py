@@ -100,8 +100,11 @@ def unpaired(example: Example) -> list[Example]:
     if not isinstance(record, Preference):
         return [example]
     return [
-        Example(Unpaired(record.prompt, answer, label, record.origin), TokenTree(tree.prompt, (completion,)))
-        for answer, completion, label in zip(record.answers, tree.completions, (True, False), strict=True)
+        Example(
+            Unpaired(record.prompt, record.answers[i], label, record.origin, record.template_kwargs),
+            TokenTree(tree.prompt, tree.completions[i : i + 1], tree.context[i : i + 1]),
+        )
+        for i, label in enumerate((True, False))
     ]
 
 

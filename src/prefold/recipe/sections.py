@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -138,15 +139,21 @@ class Source(Rows):
     weight: float | None = Field(None, gt=0)
     """Share of the rows, relative to the other sources that have a weight. The mixture is the largest one that keeps
     these proportions without repeating a row; the rows are drawn by `train.seed`."""
-    count: int | None = Field(None, gt=0)
-    """Number of rows, drawn by `train.seed`."""
+    count: int | float | None = Field(None, gt=0)
+    """Number of rows, or below 1 their share, drawn by `train.seed`."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:
         if self.weight and self.count:
             raise ValueError("give either `weight` or `count`, not both")
-        if self.weight and self.streaming:
-            raise ValueError("`weight` needs the number of rows, which is unknown with `streaming`; give `count`")
+        share = self.count if isinstance(self.count, float) else None
+        if share and share >= 1:
+            raise ValueError("`count` is a whole number of rows, or a share of the rows below 1")
+        if self.streaming and (self.weight or share):
+            what = "a share in `count`" if share else "`weight`"
+            raise ValueError(
+                f"{what} needs the number of rows, which is unknown with `streaming`; give a whole `count`"
+            )
         return self
 
 
@@ -207,6 +214,11 @@ def optimizers() -> set[str]:
     return {optimizer.value for optimizer in OptimizerNames}
 
 
+def in_steps(value: int | float, steps: int) -> int:
+    """A number of steps, or what a share below 1 of all these steps comes to, as transformers rounds it."""
+    return math.ceil(value * steps) if value < 1 else int(value)
+
+
 class Train(Section):
     """Field names and meanings are those of transformers' `TrainingArguments`, but for `batch_size` and
     `max_tokens`."""
@@ -219,7 +231,8 @@ class Train(Section):
     """Optimizer steps; overrides `num_train_epochs`."""
     max_tokens: int | Literal["auto"] = "auto"
     """Token budget of a micro-batch: how much is computed at once. It changes speed and memory, never the numbers."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int | float = Field(0, ge=0)
+    """Optimizer steps in which the rate rises from 0, or below 1 their share of all steps, rounded up."""
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: dict[str, Any] = {}
     optim: str = "adamw_torch"
@@ -235,8 +248,8 @@ class Train(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(42, ge=0)
     """Of the data order, the initialisation of LoRA and of a reward model's head, and dropout."""
-    save_steps: int = Field(50, gt=0)
-    """Optimizer steps between checkpoints."""
+    save_steps: int | float = Field(50, gt=0)
+    """Optimizer steps between checkpoints, or below 1 their share of all steps, rounded up."""
     save_total_limit: int = Field(2, gt=0)
     """Checkpoints kept."""
     eval_steps: int | float | None = Field(None, gt=0)
@@ -275,8 +288,13 @@ class Train(Section):
         idle = [name for name in ("greater_is_better", "early_stopping_patience") if name in given and not best]
         if idle:
             raise ValueError(f"`{idle[0]}` needs a `metric_for_best_model`")
-        if isinstance(self.eval_steps, float) and self.eval_steps >= 1:
-            raise ValueError("`eval_steps` is a whole number of steps, or a share of all steps below 1")
+        return self
+
+    @model_validator(mode="after")
+    def steps_are_whole_or_shares(self) -> Train:
+        for name in ("warmup_steps", "save_steps", "eval_steps"):
+            if isinstance(value := getattr(self, name), float) and value >= 1:
+                raise ValueError(f"`{name}` is a whole number of steps, or a share of all steps below 1")
         return self
 
 

@@ -65,8 +65,8 @@ TREES = "trees"
 class TreeSet:
     """Trees, and by the index of each tree what a loss reads beside its log-probs.
 
-    `reference`: the reference's log-probs of its completions' tokens. `extras`: by name, values of its completions or
-    of their tokens; they go to the loss in `TreeLogprobs.extras`.
+    `reference`: the reference's log-probs of its scored tokens. `extras`: by name, values of its completions or of
+    their scored tokens; they go to the loss in `TreeLogprobs.extras`.
     """
 
     trees: Sequence[TokenTree]
@@ -182,7 +182,7 @@ class TrainingLoop:
         self.state: Any = TrainerState(train_batch_size=1, max_steps=len(order), num_train_epochs=1)
         self.state.compute_steps(args, len(order))
         # Checkpoints fall between the rounds of steps on the same trees.
-        self.state.save_steps = math.ceil(args.save_steps / order.iterations) * order.iterations
+        self.state.save_steps = math.ceil(self.state.save_steps / order.iterations) * order.iterations
         self.best_before: int | None = None
 
     def train(self, checkpoint: Path | None = None) -> None:
@@ -509,8 +509,8 @@ def value_of(parts: Sequence[Metric]) -> float:
 
 
 def keep(values: Mapping[str, Tensor], data: TreeSet, row: Sequence[int]) -> None:
-    """Put values of a row's tokens among the extras of its trees."""
-    lengths = [sum(map(len, data.trees[i].completions)) for i in row]
+    """Put values of a row's scored tokens among the extras of its trees."""
+    lengths = [data.trees[i].scored_tokens for i in row]
     for name, of_row in values.items():
         kept: Any = data.extras.setdefault(name, {})
         kept.update(zip(row, of_row.split(lengths), strict=True))

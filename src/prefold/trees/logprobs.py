@@ -36,7 +36,7 @@ from prefold.trees.packing import PackedTrees
 @dataclass(frozen=True)
 class TreeLogprobs:
     """Log-probs in nats: `tokens` of every scored token, float32 or better; `completion`, the completion of the batch
-    that it belongs to; `lengths`, tokens per completion. Where they were asked for: `statistics` of the scored
+    that it belongs to; `lengths`, scored tokens per completion. Where they were asked for: `statistics` of the scored
     positions, and `prompts`, for each tree the summed log-prob of its prompt from the second token on, of
     `prompt_lengths` tokens.
 
@@ -55,11 +55,11 @@ class TreeLogprobs:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sums(self) -> Tensor:
-        """`[N]`: log-prob of each completion given its prompt."""
+        """`[N]`: log-prob of each completion's scored tokens given all before them."""
         return sums_by(self.completion, self.tokens, len(self.lengths))
 
     def means(self) -> Tensor:
-        """`[N]`: log-prob per token of each completion."""
+        """`[N]`: log-prob per scored token of each completion."""
         return self.sums() / self.lengths
 
     def pairs(self) -> tuple[Tensor, Tensor]:
@@ -162,6 +162,7 @@ def plain_logprobs(
     if score_layer(model) is not None:
         return _as_logprobs(scores_of(model, rows, row.input_ids.device, max_tokens))
     starts = [len(tree.prompt) for tree in row.trees for _ in tree.completions]
+    scored = [indices for tree in row.trees for indices in tree.scored]
     tokens: list[Tensor] = [torch.empty(0)] * len(rows)
     distributions: list[tuple[Tensor, ...]] = [()] * len(rows)
     # A prompt is scored where it meets its first completion.
@@ -175,10 +176,12 @@ def plain_logprobs(
             auxiliary.append(output.aux_loss * router_coefficient(model) * (len(batch) / len(rows)))
         for i, ids, logits in zip(batch, padded, output.logits, strict=True):
             start, stop = starts[i], len(rows[i])
-            own = logits[start - 1 : stop - 1]
+            # A slice copies nothing, and logits are large.
+            those = slice(None) if len(scored[i]) == stop - start else [*scored[i]]
+            own = logits[start - 1 : stop - 1][those]
             own = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
             own = own / temperature if temperature != 1.0 else own
-            targets = ids[start:stop, None]
+            targets = ids[start:stop][those, None]
             tokens[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
             distributions[i] = distribution_statistics(own.detach(), targets) if statistics else ()
             if row.owner is not None and i in tree_of:

@@ -8,7 +8,13 @@ A row of two trees, the first with completions A and B, the second with C:
     predictors              p2 a0   p2 b0 b1           q1 c0
 
 There is no padding. A completion's first token is predicted by the last token of its prompt, so that position is read
-once for every completion. Data in: `TokenTree`; data out: `PackedTrees`.
+once for every completion. Tokens of a completion that are context are read like those of prompts: were b1 what a tool
+returned, it would not be scored, and b1 itself would still predict b2:
+
+    scored                  a0 a1   b0    b2           c0 c1
+    predictors              p2 a0   p2    b1           q1 c0
+
+Data in: `TokenTree`; data out: `PackedTrees`.
 """
 
 from __future__ import annotations
@@ -29,13 +35,41 @@ Span = tuple[int, int]
 class TokenTree:
     """One prompt and the completions that hang from it, as token ids. None of them is empty.
 
-    `context`: for each completion the spans of its tokens that are read and not scored, such as what a tool returned;
-    empty where every token of every completion is scored.
+    `context`: for each completion the spans of its tokens that are read and not scored, such as what a tool returned,
+    in their order and apart from each other; empty where every token of every completion is scored. Of each completion
+    at least one token is.
     """
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
     context: tuple[tuple[Span, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not any(self.context):
+            object.__setattr__(self, "context", ())
+
+    @property
+    def key(self) -> str:
+        """The same for equal trees, and for nothing else."""
+        return repr((self.prompt, self.completions, *([self.context] if self.context else [])))
+
+    @property
+    def scored(self) -> tuple[Sequence[int], ...]:
+        """For each completion the indices of its scored tokens."""
+        indices = tuple(range(len(ids)) for ids in self.completions)
+        if not self.context:
+            return indices
+        scored = [
+            [i for i in own if not any(start <= i < stop for start, stop in spans)]
+            for own, spans in zip(indices, self.context, strict=True)
+        ]
+        assert all(scored), "a completion without a scored token"
+        return tuple(scored)
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens of all its completions are scored."""
+        return sum(map(len, self.scored))
 
     @property
     def size(self) -> int:
@@ -71,8 +105,9 @@ class Node(NamedTuple):
 class PackedTrees:
     """Several trees as one row of `T` tokens, laid out in `nodes`, each of which stands before what continues it.
 
-    `predictors` are indices into the row, `targets` token ids, one for each of the `S` tokens of completions;
-    `completion` is the completion of the row that each belongs to, `lengths` the tokens of each of `N` completions.
+    `predictors` are indices into the row, `targets` token ids, one for each of the `S` scored tokens of completions;
+    `completion` is the completion of the row that each belongs to, `lengths` the scored tokens of each of `N`
+    completions.
     Where prompts are scored too, their `P` tokens from the second one on are the last of `predictors` and `targets`,
     and `owner` is the tree that each of them belongs to.
     """
@@ -118,25 +153,26 @@ def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu", scores_
     positions: list[int] = []
     predictors: list[int] = []
     targets: list[int] = []
+    lengths: list[int] = []
     for tree in trees:
         start, depth = len(tokens), len(tree.prompt)
         prompt = (start, start + depth)
         nodes.append(Node(prompt, (), (prompt[1], start + tree.size)))
         tokens += tree.prompt
         positions += range(depth)
-        for ids in tree.completions:
+        for ids, scored in zip(tree.completions, tree.scored, strict=True):
             first, stop = len(tokens), len(tokens) + len(ids)
             nodes.append(Node((first, stop), (prompt,), (stop, stop)))
             tokens += ids
             positions += range(depth, depth + len(ids))
-            predictors += [prompt[1] - 1, *range(first, stop - 1)]
-            targets += ids
+            predictors += [first + i - 1 if i else prompt[1] - 1 for i in scored]
+            targets += [ids[i] for i in scored]
+            lengths.append(len(scored))
     owner: list[int] | None = None
     if scores_prompt:
         owner = [i for i, tree in enumerate(trees) for _ in tree.prompt[1:]]
         predictors += [i for node in nodes if not node.above for i in range(node.own[0], node.own[1] - 1)]
         targets += [token for tree in trees for token in tree.prompt[1:]]
-    lengths = [len(ids) for tree in trees for ids in tree.completions]
     return row_of(nodes, tokens, positions, predictors, targets, lengths, device, trees, owner)
 
 

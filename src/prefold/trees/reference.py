@@ -3,7 +3,7 @@ on with one.
 
 They never change during a run, so they are computed once, before the first step, and kept on disk under a key of all
 that determines them: the configuration, the weights as loaded (quantised or not), those of the adapter that was there,
-their dtypes, the device, the attention path and the token ids.
+their dtypes, the device, the attention path, the token ids and which of them are scored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VERSION = "2"
 def reference_logprobs(
     scorer: Scorer, trees: Sequence[TokenTree], cache: Path, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """Log-probs of every completion token of every tree under the reference.
+    """Log-probs of every scored token of every tree under the reference.
 
     Args:
         scorer: of the policy before its first step; a PEFT adapter is switched off meanwhile.
@@ -43,7 +43,7 @@ def reference_logprobs(
         dtype: in which the training step will compute; with the same rounding on both sides, most of it cancels.
 
     Returns:
-        For each tree, `[tokens of its completions]` float32 log-probs in nats, on the CPU.
+        For each tree, `[scored tokens of its completions]` float32 log-probs in nats, on the CPU.
     """
     file = cache / "reference" / f"{_key(scorer, trees, dtype)}.safetensors"
     logprobs = ranks.from_first(lambda: load_file(file)["logprobs"] if file.is_file() else None)
@@ -53,7 +53,7 @@ def reference_logprobs(
         if ranks.is_first():
             with new_file(file) as temporary:
                 save_file({"logprobs": logprobs}, temporary)
-    return list(logprobs.split([sum(map(len, tree.completions)) for tree in trees]))
+    return list(logprobs.split([tree.scored_tokens for tree in trees]))
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def compute_reference(
     precision = torch.autocast(device, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
     with reference_model(scorer.model), precision:
         for row, logprobs in scorer.scored(trees):
-            lengths = [sum(map(len, trees[i].completions)) for i in row]
+            lengths = [trees[i].scored_tokens for i in row]
             for i, part in zip(row, logprobs.tokens.float().cpu().split(lengths), strict=True):
                 reference[i] = part
             advance(advance=len(row))
@@ -86,7 +86,7 @@ def _key(scorer: Scorer, trees: Sequence[TokenTree], dtype: torch.dtype) -> str:
         f"{VERSION} attention={scorer.attention} {dtype}",
     )
     for tree in trees:
-        digest.update(repr((tree.prompt, tree.completions)).encode())
+        digest.update(tree.key.encode())
     if scorer.sharded:
         digest = hashlib.sha256("".join(ranks.gather(digest.hexdigest())).encode())
     return str(digest.hexdigest())[:32]

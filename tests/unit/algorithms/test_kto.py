@@ -63,6 +63,12 @@ def test_mismatched() -> None:
     assert KTO().further_trees(trees[:1]) == {"mismatched": trees[:1]}
 
 
+def test_mismatched_completions_keep_their_own_context() -> None:
+    trees = [TokenTree((1,), ((2, 3),), (((0, 1),),)), TokenTree((4,), ((5, 6, 7),))]
+    first, second = KTO().further_trees(trees)["mismatched"]
+    assert (first, second) == (TokenTree((1,), ((5, 6, 7),)), TokenTree((4,), ((2, 3),), (((0, 1),),)))
+
+
 def test_metrics() -> None:
     """Ratios 2, 4 desirable and -2 not, beta 0.5; the mismatched ones of mean 1."""
     trees = [TokenTree((1,), ((2,),))] * 3

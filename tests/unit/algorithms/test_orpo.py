@@ -31,6 +31,8 @@ def test_numbers_by_hand() -> None:
     nll = (math.log(16) + 3) / 4
     assert algorithm.units(TREES) == {"pairs": 1, "conversation_tokens": 4}
     assert step_loss(output, algorithm, TREES).item() == pytest.approx(nll + 0.5 * math.log(1.75))
+    with_context = [TokenTree((1, 2, 3), ((4, 9, 9, 4), (4, 9)), (((1, 3),), ((1, 2),)))]
+    assert algorithm.units(with_context) == {"pairs": 1, "conversation_tokens": 4}
     assert metric_means(output) == pytest.approx(
         {
             "nll_loss": nll,

@@ -23,3 +23,8 @@ def test_numbers_by_hand() -> None:
     loss.backward()
     assert tokens.grad is not None and tokens.grad.tolist() == [-0.25, 0, 0, -0.25, -0.25, -0.25, 0]
     assert metric_means(output) == pytest.approx({"nll_loss": 3.5, "logps/chosen": -7.0, "logps/rejected": -13.5})
+    with_context = [
+        TokenTree((1, 2), ((3, 9), (3, 3)), (((1, 2),), ())),
+        TokenTree((1,), ((9, 3, 3, 9, 3), (3,)), (((0, 1), (3, 4)), ())),
+    ]
+    assert SFT().units(with_context) == {"chosen_tokens": 4}

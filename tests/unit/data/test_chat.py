@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,8 +242,9 @@ def test_what_counts_is_the_prompt_and_the_longer_completion() -> None:
 def test_a_prompt_is_truncated_from_the_left(
     max_length: int, max_prompt_length: int | None, prompt: tuple[int]
 ) -> None:
-    tree = fit(OVERLONG, data(max_length, "truncate_prompt", max_prompt_length))
-    assert tree == TokenTree(prompt, TREE.completions)
+    overlong = Tokenized(replace(TREE, context=(((1, 2),), ())), (), ORIGIN)
+    tree = fit(overlong, data(max_length, "truncate_prompt", max_prompt_length))
+    assert tree == TokenTree(prompt, TREE.completions, (((1, 2),), ()))
 
 
 @pytest.mark.parametrize("max_length", [2, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -12,18 +13,28 @@ import pytest
 from data_samples import assistant, example, pair, user
 
 from prefold.data.examples import Example, Examples
-from prefold.data.preference import Preference, Prompt, RowId, Unpaired
+from prefold.data.preference import Message, Preference, Prompt, RowId, Unpaired
 from prefold.trees.packing import TokenTree
 
 TREE = TokenTree((1, 2), ((3,), (4, 70_000)))
+WITH_CONTEXT = TokenTree((1, 2), ((3,), (4, 5, 6, 7, 8)), ((), ((1, 2), (3, 5))))
+GIVEN = {"tools": [{"name": "f", "parameters": {"x": [1, 2.5, None]}}], "enable_thinking": False}
+CALL: Message = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": [1]}}]}
 RATED = Preference((user("é\n😀"),), (assistant("a"),), (assistant("b"),), RowId("x.jsonl", 7), ratings=(4.5, 2.0))
+CALLING = Preference((user("Why?"),), (CALL, assistant("a")), (assistant("b"),), RowId("x", 1), template_kwargs=GIVEN)
 UNPAIRED = Unpaired((user("Why?"),), (assistant("No."),), False, RowId("y.csv", 1))
 PROMPT = Prompt((user("Why?"),), {"answer": 3, "notes": ["a", {"b": None}]}, RowId("z", 2))
 
 
 @pytest.mark.parametrize(
     "given",
-    [Example(RATED, TREE), Example(UNPAIRED, TokenTree((1,), ((2, 3),))), Example(PROMPT, TokenTree((1, 2, 3), ()))],
+    [
+        Example(RATED, TREE),
+        Example(CALLING, WITH_CONTEXT),
+        Example(UNPAIRED, TokenTree((1,), ((2, 3),), (((0, 1),),))),
+        Example(replace(UNPAIRED, template_kwargs=GIVEN), TokenTree((1,), ((2, 3),))),
+        Example(PROMPT, TokenTree((1, 2, 3), ())),
+    ],
 )
 def test_every_kind_comes_back(given: Example) -> None:
     found = Examples.of([given])
@@ -52,6 +63,17 @@ def test_keys_are_equal_for_equal_text_and_for_nothing_else() -> None:
     prompts, records = found.prompt_keys, found.record_keys
     assert prompts[0] == prompts[1] == prompts[2] != prompts[3]
     assert records[0] == records[1] and len(set(records)) == 3
+
+
+def test_records_whose_template_is_given_something_else_are_not_equal() -> None:
+    given = [{}, {}, {"enable_thinking": False}, {"enable_thinking": True}]
+    found = Examples.of(Example(replace(pair(row=row), template_kwargs=of), TREE) for row, of in enumerate(given, 1))
+    assert found.record_keys[0] == found.record_keys[1] and len(set(found.record_keys)) == 3
+    assert len(set(found.prompt_keys)) == 1
+
+
+def test_lengths_are_those_of_all_tokens() -> None:
+    assert Examples.of([Example(pair(), WITH_CONTEXT)]).lengths == [(2, 1, 5)]
 
 
 def test_values_that_json_does_not_know_become_text() -> None:

@@ -151,8 +151,9 @@ def test_fingerprint_is_that_of_the_token_ids_in_order() -> None:
     expected = hashlib.sha256(b"((0, 1, 2, 3), ((0, 1, 2), (0, 1)))").hexdigest()
     elsewhere = example(9, "Other text", lengths=(3, 2))
     assert findings.fingerprint(examples(one)) == expected == findings.fingerprint(examples(elsewhere))
-    # The same ids in the same order, but the border between prompt and completion moved.
+    # The same ids in the same order, but the border between prompt and completion moved; and with context.
     sets = [[one, other], [other, one], [one], [other], [], [example(1, lengths=(3, 2), prompt_length=5)]]
+    sets += [[replace(one, tree=replace(one.tree, context=context))] for context in ((((0, 1),), ()), (((1, 2),), ()))]
     assert len({findings.fingerprint(examples(*one_set)) for one_set in sets}) == len(sets)
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import pytest
-from data_samples import example, text_rows
+from data_samples import assistant, example, pair, text_rows, user
 from tiny_tokenizer import NO_END, THINKING, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from prefold.data.duplicates import Match
-from prefold.data.examples import Examples
+from prefold.data.examples import Example, Examples
 from prefold.data.findings import SourceCount, fingerprint
-from prefold.data.mixture import Prepared, hold_out, load_split
-from prefold.data.preference import RowId
+from prefold.data.mixture import Prepared, hold_out, load_split, unpaired
+from prefold.data.preference import RowId, Unpaired
 from prefold.errors import UserError
 from prefold.recipe import Benchmark, Data, Source
+from prefold.trees.packing import TokenTree
 
 Write = Callable[..., str]
 BAD = {"prompt": "Why?", "chosen": "", "rejected": "No."}
@@ -36,6 +38,21 @@ def kinds(prepared: Prepared) -> dict[str, tuple[str, int, list[int]]]:
 
 def prompts(examples: Examples) -> list[str]:
     return [record.prompt[-1]["content"] for record in examples.records]
+
+
+def test_each_side_of_a_pair_takes_its_own_context_along() -> None:
+    given = {"enable_thinking": False}
+    whole = Example(
+        replace(pair(), template_kwargs=given), TokenTree((1,), ((2, 3), (4, 5, 6)), (((0, 1),), ((1, 2),)))
+    )
+    asked, origin = (user("Why?"),), whole.record.origin
+    assert unpaired(whole) == [
+        Example(Unpaired(asked, (assistant("So."),), True, origin, given), TokenTree((1,), ((2, 3),), (((0, 1),),))),
+        Example(
+            Unpaired(asked, (assistant("No."),), False, origin, given), TokenTree((1,), ((4, 5, 6),), (((1, 2),),))
+        ),
+    ]
+    assert [each.tree.context for each in unpaired(replace(whole, tree=replace(whole.tree, context=())))] == [(), ()]
 
 
 def test_sources_follow_each_other_in_the_order_of_their_rows(write: Write, chatml: PreTrainedTokenizerFast) -> None:
