@@ -273,7 +273,7 @@ def pairs(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A built-in recipe to print, or `import`.")] = None,
     file: Annotated[
-        str | None, typer.Argument(help="With `import`: a YAML file of TRL, Axolotl or LLaMA-Factory.")
+        str | None, typer.Argument(help="With `import`: a YAML file of TRL, Axolotl, LLaMA-Factory or ms-swift.")
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="With `import`: the command of TRL that the file is for: dpo, orpo, kto, ...")

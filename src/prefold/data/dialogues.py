@@ -7,6 +7,7 @@ transcript    "\\n\\nHuman: Why?\\n\\nAssistant: So."
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -82,9 +83,9 @@ def part_transcripts(chosen: list[Message], rejected: list[Message], where: tupl
     return prompt, answers[0], answers[1]
 
 
-def part_answer(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The prompt and the assistant's last words."""
-    length = sum(1 for _ in takewhile(lambda turn: turn["role"] == "assistant", reversed(dialogue)))
+def part_answer(dialogue: list[Message], roles: Sequence[str]) -> tuple[list[Message], list[Message]]:
+    """The prompt, and the last turns that are of these roles."""
+    length = sum(1 for _ in takewhile(lambda turn: turn["role"] in roles, reversed(dialogue)))
     cut = len(dialogue) - length
     return dialogue[:cut], dialogue[cut:]
 

@@ -28,6 +28,8 @@ ROWS_SHOWN = 20
 FEW_HELD_OUT = 50
 _BIASED_SHARE = 0.65
 _OPENING_TOKENS = 3
+_SHORT_PROMPT = 15
+"""Characters of a prompt that an answer may begin with by chance."""
 _OPENING_DIFFERENCE = 0.2
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
 _RESIDUE = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</s>|<</?SYS>>|</?(?:start|end)_of_turn>")
@@ -47,8 +49,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class SourceCount:
-    """A source by its name; `rows_used` became examples, `rows_filtered` were left out by `where`, `rows_not_drawn` by
-    `weight` or `count`. The others of `rows_in` are problems, counted in the findings."""
+    """A source by its name; `rows_used` became `examples`, `rows_filtered` were left out by `where`, `rows_not_drawn`
+    by `weight` or `count`. The others of `rows_in` are problems, counted in the findings."""
 
     path: str
     shape: str
@@ -56,6 +58,9 @@ class SourceCount:
     rows_used: int
     rows_filtered: int = 0
     rows_not_drawn: int = 0
+    unused: tuple[str, ...] = ()
+    """Columns that nothing is made of."""
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class DataReport:
         }
 
 
-_NOTES = ("tie", "repeated", "control_character", "tied_rating")
+_NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating")
 _DETAILED = (
     "unread_field",
     "text_dropped",
@@ -131,6 +136,7 @@ _ABOUT_ROWS = {
         "a pair compares answers to one prompt; mend the rows or leave them",
     ),
     "tie": (" left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
+    "small_margin": (" left out: no two ratings far enough apart", "this is what `min_margin` asks for"),
     "bad_label": (" left out: a label says nothing that is understood", "votes are 1 or 2, labels true or false"),
     "repeated": (" left out: they repeat earlier ones", "this is what `data.duplicates` asks for"),
     "contaminated": (
@@ -185,6 +191,10 @@ _ABOUT_ROWS = {
         ": control or replacement characters in the text",
         "the model learns to write them; look at how the text was decoded",
     ),
+    "prompt_in_answer": (
+        ": an answer begins with the text of its prompt",
+        "the model learns to repeat what it is asked; cut the prompt from the answers",
+    ),
     "flipped_rating": (
         ": the row rates rejected above chosen",
         "the label is likely flipped; check, or filter by `where`",
@@ -203,6 +213,9 @@ def oddities_of(record: Record) -> Iterator[str]:
         yield "control_character"
     if any(map(_RESIDUE.search, texts)):
         yield "template_residue"
+    asked = record.prompt[-1]["content"]
+    if len(asked) > _SHORT_PROMPT and any(answer[0]["content"].startswith(asked) for answer in record.answers):
+        yield "prompt_in_answer"
     if isinstance(record, Preference) and record.ratings:
         chosen, rejected = record.ratings
         if chosen < rejected:
@@ -228,6 +241,21 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
             message += f"; {'; '.join(shown)}{'; ...' if len(details[kind]) > 2 else ''}"
         findings.append(_of_rows(kind, "note" if kind in _NOTES else "warning", origins, message, advice))
     return findings
+
+
+def left_out_in_part(problems: Sequence[Problem]) -> list[Finding]:
+    """What is left out of rows that are used all the same: single answers of a ranking, or pairs of it."""
+    if not problems:
+        return []
+    kinds = Counter(problem.kind for problem in problems).most_common()
+    causes = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    message = (
+        f"{_counted(len(problems), 'answer or pair', 'answers or pairs')} left out of rows used otherwise: {causes}"
+    )
+    severity: Severity = "note" if {kind for kind, _ in kinds} <= {*_NOTES} else "warning"
+    origins = list(dict.fromkeys(problem.origin for problem in problems))
+    advice = "`data.bad_rows: error` and `data.overlong: error` stop at the first and show it"
+    return [Finding("left_out_in_part", severity, len(problems), tuple(origins[:ROWS_SHOWN]), message, advice)]
 
 
 def duplicate(examples: Examples) -> Finding | None:
@@ -388,8 +416,8 @@ def _of_rows(kind: str, severity: Severity, rows: Sequence[RowId], message: str,
     return Finding(kind, severity, len(rows), tuple(rows[:ROWS_SHOWN]), message, advice)
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def _counted(count: int, noun: str, plural: str = "") -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
 def _percent(count: int, number: int) -> str:

@@ -2,8 +2,8 @@
 
     sources -> rows to use -> preferences -> token trees that fit -> those that repeat none -> train | held out
 
-Every row that is read becomes an example, or is counted as filtered by `where`, as not drawn, or as a problem. The same
-recipe, tokenizer and seed give the same examples in the same order.
+Every row that is read becomes an example (a ranking becomes several), or is counted as filtered by `where`, as not
+drawn, or as a problem. The same recipe, tokenizer and seed give the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prefold.data import findings
+from prefold.data import findings, rankings
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
-from prefold.data.conversion import to_record
+from prefold.data.conversion import to_records
 from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import DataReport, SourceCount
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _HEAD_ROWS = 1000
 """Rows that are enough to tell the shape of a source."""
 _TOKENIZED_AT_ONCE = 256
+_NO_FAULT = ("repeated", "contaminated", "tie", "small_margin")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def load_split(
     if data.eval_fraction:
         train, held_out = hold_out(train, data.eval_fraction, seed)
     problems = trained.problems + evaluated.problems + trained.oddities + evaluated.oddities
-    about = findings.about_problems(problems, data)
+    about = findings.about_problems(problems, data) + findings.left_out_in_part(trained.parts + evaluated.parts)
     if data.template == "none" and tokenizer.chat_template:
         about.append(findings.template_unused())
     first = train.records[0]
@@ -134,7 +135,8 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
 
 @dataclass
 class _Side:
-    """Training or held-out data: what has come of its rows so far. `oddities` are of rows that are used."""
+    """Training or held-out data: what has come of its rows so far. `problems` has one for each row that is left out;
+    `parts` are pairs and answers that are left out of rows that are used, `oddities` are of what is used."""
 
     name: str
     data: Data
@@ -143,6 +145,7 @@ class _Side:
     contamination: Contamination | None
     folder: Path | None
     problems: list[Problem] = field(default_factory=list)
+    parts: list[Problem] = field(default_factory=list)
     oddities: list[Problem] = field(default_factory=list)
     counts: list[SourceCount] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
@@ -168,38 +171,52 @@ class _Side:
         head = list(_head(selection.rows))
         # Each side of a pair is an answer with a label.
         kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
-        shape = find_shape(head, selection.name, source.columns, kinds)
-        used = 0
+        shape = find_shape(head, selection.name, source.columns, kinds, source.values)
+        rule = rankings.rule_of(source, shape.layout, selection.name, self.kind)
+        used = made = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
-            for example in self._usable(batch, shape):
+            for examples in self._usable(batch, shape, rule):
                 used += 1
-                yield from unpaired(example) if self.kind == "unpaired" else [example]
+                for example in examples:
+                    answers = unpaired(example) if self.kind == "unpaired" else [example]
+                    made += len(answers)
+                    yield from answers
         for problem in selection.problems:
-            self._leave_out(problem)
+            self._leave_out([problem])
         left_out = selection.rows_filtered, selection.rows_not_drawn
-        self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out))
+        counts = SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out, shape.unused, made)
+        self.counts.append(counts)
 
-    def _usable(self, rows: Sequence[RawRow], shape: Shape) -> Iterator[Example]:
-        """Examples of the rows that make one. Tokenizing many at once keeps all cores busy."""
-        results = [self._record(row, shape) for row in rows]
-        records = [result for result in results if not isinstance(result, Problem)]
+    def _usable(self, rows: Sequence[RawRow], shape: Shape, rule: rankings.Rule) -> Iterator[list[Example]]:
+        """The examples of each row that makes any. Tokenizing many at once keeps all cores busy."""
+        results = [self._records(row, shape, rule) for row in rows]
+        records = [result for of_row in results for result in of_row if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self.tokenizer, self.data.template))
-        for result in results:
-            example = result if isinstance(result, Problem) else self._example(result, next(tokenized))
-            if isinstance(example, Problem):
-                self._leave_out(example)
-            else:
-                yield example
+        for of_row in results:
+            made = [
+                result if isinstance(result, Problem) else self._example(result, next(tokenized)) for result in of_row
+            ]
+            examples = [result for result in made if isinstance(result, Example)]
+            if len(examples) < len(made):
+                self._leave_out([result for result in made if isinstance(result, Problem)], bool(examples))
+            if examples:
+                yield examples
 
-    def _record(self, row: RawRow, shape: Shape) -> Record | Problem:
-        record = to_record(row, shape, self.data.system)
+    def _records(self, row: RawRow, shape: Shape, rule: rankings.Rule) -> list[Record | Problem]:
+        records = to_records(row, shape, self.data.system, rule=rule)
+        return list(map(self._untouched, records)) if self.contamination else records
+
+    def _untouched(self, record: Record | Problem) -> Record | Problem:
+        """The record, or a problem if it holds words of a benchmark."""
         if isinstance(record, Problem) or not self.contamination:
             return record
         match = self.contamination.find((record.prompt, *record.answers), record.origin)
         if not match:
             return record
-        self.matches.append(match)
+        # Pairs of a row may share the words.
+        if match not in self.matches[-1:]:
+            self.matches.append(match)
         return Problem("contaminated", f"holds words of {match.benchmark}: {match.words}", record.origin)
 
     def _example(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
@@ -216,14 +233,18 @@ class _Side:
         self.oddities += [Problem(kind, tokenized.details.get(kind, ""), record.origin) for kind in kinds]
         return Example(record, tree)
 
-    def _leave_out(self, problem: Problem) -> None:
-        """Count it, or stop where that is the policy."""
-        name = "overlong" if problem.kind == "overlong" else "bad_rows"
-        # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
-        if getattr(self.data, name) == "error" and problem.kind not in ("repeated", "contaminated", "tie"):
-            advice = f"mend the row, or set `data.{name}: drop`"
-            raise UserError(problem.message, where=str(problem.origin), advice=advice)
-        self.problems.append(problem)
+    def _leave_out(self, problems: Sequence[Problem], row_is_used: bool = False) -> None:
+        """Count what is wrong with a row, or stop where that is the policy."""
+        for problem in problems:
+            name = "overlong" if problem.kind == "overlong" else "bad_rows"
+            # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
+            if getattr(self.data, name) == "error" and problem.kind not in _NO_FAULT:
+                advice = f"mend the row, or set `data.{name}: drop`"
+                raise UserError(problem.message, where=str(problem.origin), advice=advice)
+        if row_is_used:
+            self.parts += problems
+        else:
+            self.problems.append(problems[0])
 
 
 def _head(rows: Iterator[RawRow]) -> Iterator[RawRow]:

@@ -13,6 +13,7 @@ from prefold.errors import did_you_mean
 from prefold.recipe.rewards import WinRate
 from prefold.recipe.sampling import MaxNewTokens, Sampling
 from prefold.recipe.section import Section
+from prefold.recipe.values import Values
 from prefold.recipe.where import Where
 
 
@@ -135,12 +136,20 @@ class Rows(Section):
 
 class Source(Rows):
     columns: dict[str, str] | None = None
-    """Columns that have other names than those of a known shape: `{prompt: question}`."""
+    """Columns that have other names than those of a known shape, or a path into one: `{prompt: input.question}`."""
+    values: Values | None = None
+    """What the values of the vote or label column mean: `{first: "< 0", second: "> 0", tie: 0}`."""
     weight: float | None = Field(None, gt=0)
     """Share of the rows, relative to the other sources that have a weight. The mixture is the largest one that keeps
     these proportions without repeating a row; the rows are drawn by `train.seed`."""
     count: int | float | None = Field(None, gt=0)
     """Number of rows, or below 1 their share, drawn by `train.seed`."""
+    pairs_from: Literal["best_worst", "adjacent", "all"] | None = None
+    """Which pairs are made of rows that rank several answers: the best against the worst (`best_worst`; of equal
+    ones, the first), each against the next one in the order (`adjacent`), or every two (`all`). Equal ratings make no
+    pair. Unset: `best_worst`; where a row has lists of chosen and of rejected answers, each against each."""
+    min_margin: float | None = Field(None, gt=0)
+    """Pairs of a ranking whose ratings differ by less are not made; ranks count as ratings, 1 from each to the next."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:

@@ -293,7 +293,12 @@ DIALOGUES = [
     ),
 ]
 LABELS = [
-    _bad("a vote for the third", VOTES | {"label": 3}, "bad_label", VOTES),
+    _refused(
+        "a vote for the third",
+        "votes.jsonl",
+        _lines(VOTES, VOTES | {"label": 3}, VOTES),
+        "`label` holds 1 (2 rows), 3 (1)",
+    ),
     _bad("a vote in letters", VOTES | {"label": "A"}, "bad_label", VOTES),
     _bad("a vote of true", VOTES | {"label": True}, "bad_label", VOTES),
     _bad("a vote of NaN", VOTES | {"label": float("nan")}, "bad_label", VOTES),
@@ -301,15 +306,18 @@ LABELS = [
     _bad("a vote in a list", VOTES | {"label": [1]}, "bad_label", VOTES),
     _bad("a null vote", VOTES | {"label": None}, "null_field", VOTES),
     _bad("no vote", _without("label", VOTES), "missing_field", VOTES),
-    _bad("a tie", VOTES | {"label": 0}, "tie", VOTES),
+    _bad("a tie", VOTES | {"label": 0}, "tie", VOTES | {"label": 2}),
     _bad("a vote between both", VOTES | {"label": 1.5}, "tie", VOTES),
     _fine("a vote as text", VOTES | {"label": " 2 "}, like=VOTES),
     _bad("outputs that are the same", VOTES | {"output_2": "So."}, "identical", VOTES),
     _bad("a null output", VOTES | {"output_2": None}, "null_field", VOTES),
+    _refused("nothing but 0", "votes.jsonl", _lines(*[VOTES | {"label": 0}] * 3), "`label` holds 0 (3 rows)"),
     _refused(
-        "nothing but ties", "votes.jsonl", _lines(*[VOTES | {"label": 0}] * 3), "no usable row is left of 3: 3 tie"
+        "nothing but ties", "votes.jsonl", _lines(*[VOTES | {"label": 1.5}] * 3), "no usable row is left of 3: 3 tie"
     ),
-    _refused("votes from 0", "votes.jsonl", _lines(*[VOTES | {"label": 0}, VOTES] * 6), "holds 0 and 1 only"),
+    _refused(
+        "votes from 0", "votes.jsonl", _lines(*[VOTES | {"label": 0}, VOTES] * 6), "`label` holds 0 (6 rows), 1 (6)"
+    ),
     _fine("ratings as text", GOOD | {"chosen_score": "3", "rejected_score": "5"}, "flipped_rating"),
     _fine("ratings in words", GOOD | {"chosen_score": "high", "rejected_score": "low"}),
     _fine("equal ratings", GOOD | {"score_chosen": 4, "score_rejected": 4.0}, "tied_rating"),

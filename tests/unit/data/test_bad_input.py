@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import assistant, system, user
+from data_samples import assistant, system, to_record, user
 from transformers import PreTrainedTokenizerFast
 
-from prefold.data.conversion import to_record
 from prefold.data.mixture import load_split
 from prefold.data.preference import Problem, RowId
 from prefold.data.shapes import find_shape

@@ -118,6 +118,8 @@ def test_report_as_json() -> None:
                 "rows_used": 1,
                 "rows_filtered": 0,
                 "rows_not_drawn": 0,
+                "unused": (),
+                "examples": 0,
             }
         ],
         "findings": [

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from data_samples import assistant, system, user
+from data_samples import assistant, system, to_record, user
 
-from prefold.data.conversion import to_record
 from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, RowId, messages_key, short
 from prefold.data.shapes import find_shape

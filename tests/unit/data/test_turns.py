@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from data_samples import assistant, pair, system, user
+from data_samples import assistant, pair, system, to_record, user
 from tiny_tokenizer import CHATML, NO_END, THINKING, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from prefold.data import findings
 from prefold.data.chat import Tokenized, render, tokenize_all
-from prefold.data.conversion import to_record
 from prefold.data.examples import Example, Examples
 from prefold.data.formats import RawRow
 from prefold.data.mixture import Prepared, load_split
