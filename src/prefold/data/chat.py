@@ -74,7 +74,7 @@ def tokenize_all(
     A `Problem` takes the place of a record where the template refuses the messages (some know no system message, or
     want strict turns), cannot write all of them, or leaves nothing to train on.
     """
-    writer = _Writer(tokenizer, template)
+    writer = Writer(tokenizer, template)
     written = [writer.written(record) for record in records]
     texts = [text for of_record in written if not isinstance(of_record, Problem) for text in of_record.texts]
     ids = iter(encode(texts, tokenizer, template))
@@ -103,7 +103,7 @@ class _Written:
         return [self.prompt, *self.conversations, *(text for steps in self.steps for step in steps for text in step)]
 
 
-class _Writer:
+class Writer:
     """Messages as text, and what of them the template does not write."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "chat"):
@@ -344,7 +344,7 @@ def render(
     given: dict[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins; `given` are the row's `template_kwargs`."""
-    text = _Writer(tokenizer, template).text(tuple(messages), given or {}, asks=True)
+    text = Writer(tokenizer, template).text(tuple(messages), given or {}, asks=True)
     return encode([text], tokenizer, template)[0]
 
 

@@ -13,15 +13,20 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from jinja2.exceptions import TemplateError
+
 from prefold.data.duplicates import Match
-from prefold.data.examples import Examples
-from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired
+from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired, texts_of
+from prefold.data.residue import CONTROL, residue_of
 from prefold.recipe import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from prefold.data.examples import Examples
 
 Severity = Literal["error", "warning", "note"]
 ROWS_SHOWN = 20
@@ -31,8 +36,9 @@ _OPENING_TOKENS = 3
 _SHORT_PROMPT = 15
 """Characters of a prompt that an answer may begin with by chance."""
 _OPENING_DIFFERENCE = 0.2
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
-_RESIDUE = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</s>|<</?SYS>>|</?(?:start|end)_of_turn>")
+_SHORT_SYSTEM = 8
+"""Characters of a system text that may begin a question by chance."""
+_MARKER = re.compile("`([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,9 @@ class DataReport:
         }
 
 
-_NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating")
+_NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text", "wrong_decoding")
+_SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
+"""Kinds whose problems name the markers that were seen, each in backticks."""
 _DETAILED = (
     "unread_field",
     "text_dropped",
@@ -184,8 +192,24 @@ _ABOUT_ROWS = {
         "remove the one in the data, or the one in the chat template",
     ),
     "template_residue": (
-        ": control tokens of a chat template within the text",
-        "they become real tokens: turns that nobody wrote; clean the text",
+        " with template markers in the text",
+        "the model learns to write turns that nobody wrote; clean the text",
+    ),
+    "media_placeholder": (
+        " with placeholders of media",
+        "there is no image, video or sound to look at; remove the rows",
+    ),
+    "escaped_text": (
+        " with escapes in place of characters",
+        "the model learns to write them; unescape the text",
+    ),
+    "wrong_decoding": (
+        " with text in a wrong encoding",
+        "it was UTF-8 and was read as Latin-1; decode the file again",
+    ),
+    "system_twice": (
+        ": the prompt has its system text twice",
+        "remove one; what the chat template writes by itself counts as well",
     ),
     "control_character": (
         ": control or replacement characters in the text",
@@ -206,22 +230,52 @@ _ABOUT_ROWS = {
 }
 
 
-def oddities_of(record: Record) -> Iterator[str]:
-    """Kinds of findings that a record gives cause for by its text and ratings; it is used all the same."""
-    texts = [message["content"] for part in (record.prompt, *record.answers) for message in part]
-    if any(map(_CONTROL.search, texts)):
-        yield "control_character"
-    if any(map(_RESIDUE.search, texts)):
-        yield "template_residue"
+def oddities_of(record: Record, template: str = "chat", by_template: tuple[str, str] = ("", "")) -> Iterator[Problem]:
+    """What is odd about a record's texts and ratings; it is used all the same.
+
+    Args:
+        template: with `none`, a prompt may be written in any format.
+        by_template: `system_texts_of` the tokenizer.
+    """
+    prompt, *answers = [[*chain.from_iterable(map(texts_of, part))] for part in (record.prompt, *record.answers)]
+    of_answers = [text for answer in answers for text in answer]
+    if any(map(CONTROL.search, (*prompt, *of_answers))):
+        yield Problem("control_character", "", record.origin)
+    for kind, markers in residue_of(prompt if template == "chat" else [], of_answers).items():
+        yield Problem(kind, " ".join(f"`{marker}`" for marker in markers), record.origin)
+    if _has_system_twice(record, *by_template):
+        yield Problem("system_twice", "", record.origin)
     asked = record.prompt[-1]["content"]
     if len(asked) > _SHORT_PROMPT and any(answer[0]["content"].startswith(asked) for answer in record.answers):
-        yield "prompt_in_answer"
+        yield Problem("prompt_in_answer", "", record.origin)
     if isinstance(record, Preference) and record.ratings:
         chosen, rejected = record.ratings
-        if chosen < rejected:
-            yield "flipped_rating"
-        elif chosen == rejected:
-            yield "tied_rating"
+        if chosen <= rejected:
+            yield Problem("flipped_rating" if chosen < rejected else "tied_rating", "", record.origin)
+
+
+def _has_system_twice(record: Record, always: str, default: str) -> bool:
+    systems = [message["content"].strip() for message in record.prompt if message["role"] == "system"]
+    own = [text for text in systems if len(text) > _SHORT_SYSTEM]
+    opening = next((message["content"] for message in record.prompt if message["role"] == "user"), "").lstrip()
+    begins = own if systems else [default] if len(default) > _SHORT_SYSTEM else []
+    return len(set(own)) < len(own) or any(text in always for text in own) or any(map(opening.startswith, begins))
+
+
+def system_texts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes by itself before the text of a system message, and in place of one; empty where it
+    writes nothing, or takes no system message."""
+    system, user = {"role": "system", "content": "\x01"}, {"role": "user", "content": "\x02"}
+    try:
+        given, silent = (
+            str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in ([system, user], [user])
+        )
+    except (TemplateError, TypeError, ValueError):
+        return "", ""
+    before, mark, behind = given.partition("\x01")
+    if not mark or len(silent) < len(before + behind) or not (silent.startswith(before) and silent.endswith(behind)):
+        return before if mark else "", ""
+    return before, silent[len(before) : len(silent) - len(behind)].strip()
 
 
 def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
@@ -230,10 +284,14 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
     details: dict[str, Counter[str]] = defaultdict(Counter)
     for problem in problems:
         rows.setdefault(problem.kind, []).append(problem.origin)
-        details[problem.kind][problem.message] += 1
+        seen = _MARKER.findall(problem.message) if problem.kind in _SEEN else [problem.message]
+        details[problem.kind].update(seen)
     findings = []
     for kind, origins in rows.items():
         what, advice = _ABOUT_ROWS[kind]
+        if kind in _SEEN and details[kind]:
+            marker, number = details[kind].most_common(1)[0]
+            what += f": `{marker if len(marker) < 25 else marker[:20] + '...'}` in {number}"
         if kind == "overlong" and data.overlong == "truncate_prompt":
             advice = "raise `data.max_length`; these completions alone fill it"
         message = f"{_counted(len(origins), 'row')}{what}"

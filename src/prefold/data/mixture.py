@@ -25,9 +25,10 @@ from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import DataReport, SourceCount
 from prefold.data.formats import RawRow
-from prefold.data.preference import Preference, Problem, Record, Unpaired, whole_prompt
+from prefold.data.preference import Preference, Problem, Record, Unpaired, short, whole_prompt
 from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
 from prefold.data.shapes import Kind, Shape, find_shape
+from prefold.data.sources import source_name
 from prefold.data.templates import moving_date
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
@@ -36,7 +37,7 @@ from prefold.trees.packing import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HEAD_ROWS = 1000
+HEAD_ROWS = 1000
 """Rows that are enough to tell the shape of a source."""
 _TOKENIZED_AT_ONCE = 256
 _NO_FAULT = ("repeated", "contaminated", "tie", "small_margin")
@@ -69,9 +70,9 @@ def load_split(
         require_chat_template(tokenizer)
     texts = chain.from_iterable(map(benchmark_texts, data.decontaminate))
     contamination = Contamination(texts) if data.decontaminate else None
-    trained = _Side("train", data, tokenizer, kind, contamination, folder)
+    trained = Side("train", data, tokenizer, kind, contamination, folder)
     train = trained.examples_of(data.train, seed)
-    evaluated = _Side("eval", data, tokenizer, kind, None, folder)
+    evaluated = Side("eval", data, tokenizer, kind, None, folder)
     held_out = evaluated.examples_of(data.eval, seed) if data.eval else train[:0]
     if data.shuffle:
         train = train.select(shuffled(len(train), seed))
@@ -134,7 +135,7 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
 
 
 @dataclass
-class _Side:
+class Side:
     """Training or held-out data: what has come of its rows so far. `problems` has one for each row that is left out;
     `parts` are pairs and answers that are left out of rows that are used, `oddities` are of what is used."""
 
@@ -152,6 +153,8 @@ class _Side:
 
     def __post_init__(self) -> None:
         self.repeats = None if self.data.duplicates == "keep" else REPEATS[self.data.duplicates]()
+        chat = self.data.template == "chat"
+        self.by_template = findings.system_texts_of(self.tokenizer) if chat else ("", "")
 
     def examples_of(self, sources: Sequence[Source], seed: int) -> Examples:
         selections = zip(sources, select_rows(sources, seed), strict=True)
@@ -168,15 +171,12 @@ class _Side:
         return examples
 
     def _converted(self, source: Source, selection: Selection) -> Iterator[Example]:
-        head = list(_head(selection.rows))
-        # Each side of a pair is an answer with a label.
-        kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
-        shape = find_shape(head, selection.name, source.columns, kinds, source.values)
-        rule = rankings.rule_of(source, shape.layout, selection.name, self.kind)
+        head = list(head_of(selection.rows))
+        shape, rule = self.shape_of(head, source)
         used = made = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
-            for examples in self._usable(batch, shape, rule):
+            for examples in self.usable(batch, shape, rule):
                 used += 1
                 for example in examples:
                     answers = unpaired(example) if self.kind == "unpaired" else [example]
@@ -185,17 +185,27 @@ class _Side:
         for problem in selection.problems:
             self._leave_out([problem])
         left_out = selection.rows_filtered, selection.rows_not_drawn
-        counts = SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out, shape.unused, made)
+        counts = SourceCount(
+            selection.name, shape.name, selection.rows_in, used, *left_out, tuple(map(short, shape.unused)), made
+        )
         self.counts.append(counts)
 
-    def _usable(self, rows: Sequence[RawRow], shape: Shape, rule: rankings.Rule) -> Iterator[list[Example]]:
+    def shape_of(self, head: Sequence[RawRow], source: Source) -> tuple[Shape, rankings.Rule]:
+        """The shape of a source, and what is made of its rankings."""
+        # Each side of a pair is an answer with a label.
+        kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
+        name = source_name(source)
+        shape = find_shape(head, name, source.columns, kinds, source.values)
+        return shape, rankings.rule_of(source, shape.layout, name, self.kind)
+
+    def usable(self, rows: Sequence[RawRow], shape: Shape, rule: rankings.Rule) -> Iterator[list[Example]]:
         """The examples of each row that makes any. Tokenizing many at once keeps all cores busy."""
-        results = [self._records(row, shape, rule) for row in rows]
+        results = [self.records_of(row, shape, rule) for row in rows]
         records = [result for of_row in results for result in of_row if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self.tokenizer, self.data.template))
         for of_row in results:
             made = [
-                result if isinstance(result, Problem) else self._example(result, next(tokenized)) for result in of_row
+                result if isinstance(result, Problem) else self.example_of(result, next(tokenized)) for result in of_row
             ]
             examples = [result for result in made if isinstance(result, Example)]
             if len(examples) < len(made):
@@ -203,7 +213,7 @@ class _Side:
             if examples:
                 yield examples
 
-    def _records(self, row: RawRow, shape: Shape, rule: rankings.Rule) -> list[Record | Problem]:
+    def records_of(self, row: RawRow, shape: Shape, rule: rankings.Rule) -> list[Record | Problem]:
         records = to_records(row, shape, self.data.system, rule=rule)
         return list(map(self._untouched, records)) if self.contamination else records
 
@@ -219,7 +229,7 @@ class _Side:
             self.matches.append(match)
         return Problem("contaminated", f"holds words of {match.benchmark}: {match.words}", record.origin)
 
-    def _example(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
+    def example_of(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
         if isinstance(tokenized, Problem):
             return tokenized
         tree = fit(tokenized, self.data)
@@ -229,8 +239,9 @@ class _Side:
         if self.repeats and (earlier := self.repeats.earlier((whole_prompt(record), *record.answers), record.origin)):
             return Problem("repeated", f"repeats {earlier}", record.origin)
         truncated = ("prompt_truncated",) if tree != tokenized.tree else ()
-        kinds = (*tokenized.oddities, *truncated, *findings.oddities_of(record))
+        kinds = (*tokenized.oddities, *truncated)
         self.oddities += [Problem(kind, tokenized.details.get(kind, ""), record.origin) for kind in kinds]
+        self.oddities += findings.oddities_of(record, self.data.template, self.by_template)
         return Example(record, tree)
 
     def _leave_out(self, problems: Sequence[Problem], row_is_used: bool = False) -> None:
@@ -247,9 +258,9 @@ class _Side:
             self.problems.append(problems[0])
 
 
-def _head(rows: Iterator[RawRow]) -> Iterator[RawRow]:
-    """The rows up to the `_HEAD_ROWS`-th that could be read."""
+def head_of(rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """The rows up to the `HEAD_ROWS`-th that could be read."""
     readable = 0
-    while readable < _HEAD_ROWS and (row := next(rows, None)) is not None:
+    while readable < HEAD_ROWS and (row := next(rows, None)) is not None:
         readable += row.value is not None
         yield row
