@@ -116,11 +116,8 @@ def load_model(
     require_usable(config, folder, section.name, scores=head_seed is not None)
     if _has_tokenizer(folder) and not section.chat_template:
         require_known_tokens(config, load_tokenizer(folder), folder, section.name)
-    settings: dict[str, Any] = {
-        "config": config,
-        "dtype": chosen,
-        "attn_implementation": plain_attention(section.attn_implementation, config),
-    }
+    settings: dict[str, Any] = {"config": config, "dtype": chosen}
+    settings["attn_implementation"] = plain_attention(section.attn_implementation, config)
     if contents:
         settings |= {
             "device_map": {"": device} if bits and not section.device_map else section.device_map,
