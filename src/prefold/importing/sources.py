@@ -1,18 +1,59 @@
-"""Data sets that a file lists, as sources of a recipe."""
+"""Data sets of a file, as sources of a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from prefold.data.shapes import ROLES
 from prefold.importing.draft import Draft, Group
 from prefold.importing.tables import listed, read_tool
+from prefold.recipe import parse_yaml
 
+KEYS = read_tool("sources")
+WORDS = KEYS["words"]
+TO_RENAME = "other names of roles and contents need renaming in the rows"
 READERS = ("json", "csv", "parquet")
 """What stands for a path where the files are named beside it."""
-_FIELDS = {"name": "name", "config": "name", "split": "split", "revision": "revision"}
-_FIELDS |= {"fraction": "weight", "weight": "weight"}
-_COLUMNS = ("prompt", "chosen", "rejected", "messages", "completion", "label", "system")
+
+
+def carry_sources(
+    draft: Draft, key: str, field: str, sources: list[dict[str, Any]], lost: Sequence[str] = (), comment: str = ""
+) -> None:
+    """Sources of a key, and what of it has no counterpart."""
+    draft.carry(field, sources, key, comment=comment)
+    for text in lost:
+        draft.note("missing", key, text=text)
+
+
+def take_weights(draft: Draft, key: str) -> list[Any]:
+    """One number for each data set, which may be text."""
+    if not draft.has(key):
+        return []
+    draft.note("renamed", key, text="`weight` of each source")
+    return [parse_yaml(value, key) if isinstance(value, str) else value for value in listed(draft.look(key))]
+
+
+def weigh(sources: Sequence[dict[str, Any]], weights: Sequence[Any]) -> None:
+    """A source has a weight or a count."""
+    for source, weight in zip(sources, weights, strict=False):
+        source.pop("count", None)
+        source["weight"] = weight
+
+
+def is_file(path: str) -> bool:
+    return Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt") or Path(path).exists()
+
+
+def drop_splits_of_files(draft: Draft) -> None:
+    """What is read from files is `train` to the other tools; here splits are the Hub's."""
+    for source in (*draft.values["data.train"], *draft.values.get("data.eval", [])):
+        if source.get("split") == "train" and is_file(str(source["path"])):
+            del source["split"]
+
+
+# ---- lists of data sets -----------------------------------------------------------------------------------------
 
 
 def write_sources(draft: Draft, key: str, field: str, shares: bool = False) -> None:
@@ -32,9 +73,9 @@ def write_sources(draft: Draft, key: str, field: str, shares: bool = False) -> N
 
 def _sources(entry: Mapping[str, Any], notes: dict[str, tuple[Group, str]], shares: bool) -> list[dict[str, Any]]:
     """The sources of an entry; `notes` gets what became of its keys."""
-    decided = {key: text for text, keys in read_tool("sources").items() for key in keys}
+    decided = {key: text for text, keys in KEYS["decided"].items() for key in keys}
     values = {name: value for name, value in entry.items() if value not in (None, "", [], {})}
-    notes |= dict.fromkeys(set(entry) - set(values), ("renamed", "empty"))
+    notes |= dict.fromkeys(set(entry) - set(values), ("off", ""))
     if isinstance(kind := values.get("type"), Mapping):
         values = {**values, **{name: value for name, value in kind.items() if value}, "type": "user_defined"}
     source, files = _read_from(values, notes)
@@ -44,12 +85,17 @@ def _sources(entry: Mapping[str, Any], notes: dict[str, tuple[Group, str]], shar
         if name == "weight" and shares:
             source |= {"count": value} if value != 1 else {}
             notes[name] = "renamed", "`count`, the share of its rows that is drawn; 1 is all of them"
-        elif name in _FIELDS:
-            source[_FIELDS[name]] = value
-            notes[name] = "renamed", f"`{_FIELDS[name]}`"
-        elif name.startswith("field_") and role in _COLUMNS and isinstance(value, str):
+        elif name in KEYS["fields"]:
+            field = KEYS["fields"][name]
+            source[field] = value
+            notes[name] = "renamed", f"`{field}`"
+        elif name != role in ROLES and isinstance(value, str):
             columns |= {role: value} if value != role else {}
             notes[name] = "renamed", f"`columns.{role}`" if value != role else "recognised by itself"
+        elif name in KEYS["namings"]:
+            odd = [str(leaf) for leaf in _leaves(value) if leaf not in WORDS]
+            text = f"{', '.join(odd)}: {TO_RENAME}"
+            notes[name] = ("missing", text) if odd else ("decided", "recognised by themselves")
         elif name in decided:
             notes[name] = "decided", decided[name]
         else:
@@ -77,3 +123,11 @@ def _read_from(values: dict[str, Any], notes: dict[str, tuple[Group, str]]) -> t
         text = "download this folder and give its path: a source is a whole set, a folder or files"
         notes["data_dir"] = "missing", text
     return source, files
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value

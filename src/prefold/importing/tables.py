@@ -37,10 +37,14 @@ def whole_or_share(value: Any) -> Any:
 
 
 def mapping(value: Any) -> Any:
+    """Also as JSON."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        value = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
-        raise NoCounterpartError("not JSON; write it as a mapping") from None
+        value = None
+    if not isinstance(value, Mapping):
+        raise NoCounterpartError("no mapping, and no JSON of one; write it as `{key: value}`")
+    return dict(value)
 
 
 def listed(value: Any) -> list[Any]:
@@ -72,6 +76,9 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "listed": listed,
     "modules": modules,
     "switch": bool,
+    "on": lambda value: value or None,
+    "all_linear": lambda value: "all-linear" if value else None,
+    "thinking": lambda value: {"enable_thinking": value},
     "negated": lambda value: not value,
     "revision": lambda value: None if value == "main" else value,
     "duplicates": lambda value: "drop_exact" if value else "keep",
