@@ -21,7 +21,7 @@ from prefold.importing.llamafactory_v1 import LLAMAFACTORY_V1
 from prefold.importing.output import account, nested, recipe_text
 from prefold.importing.swift import SWIFT
 from prefold.importing.trl import TRL
-from prefold.importing.write import Tool, write
+from prefold.importing.write import Tool, samples, write
 from prefold.recipe import make_recipe, parse_yaml
 
 _TOOLS = (TRL, AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT)
@@ -124,3 +124,6 @@ def _complete(draft: Draft, file: str) -> None:
         draft.carry("grpo.beta", 0.0, comment=f"not {beta}: full fine-tuning keeps no reference; see `lora`")
     if "data.max_prompt_length" in draft.values:
         draft.values.setdefault("data.overlong", "truncate_prompt")
+    if draft.values.get("data.overlong") == "truncate_prompt":
+        comment = "" if samples(draft) else f"{draft.tool} cuts answers as well, which prefold never does"
+        draft.comments.setdefault("data.overlong", comment)

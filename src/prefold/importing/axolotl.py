@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from prefold.errors import UserError
@@ -42,45 +41,9 @@ def _wanted(draft: Draft, where: str) -> Any:
 
 
 def _write_data(draft: Draft, where: str) -> None:
-    """Longer rows are dropped unless the file has them cut, which prefold does from the left of the prompt alone."""
-    fields = {"datasets": "data.train", "test_datasets": "data.eval"}
-    for key in filter(draft.has, fields):
-        entries = draft.look(key)
-        write_sources(draft, key, fields[key])
-        _note_types(draft, key, entries if isinstance(entries, list) else [entries])
-    if not draft.has("sequence_len"):
-        draft.fill("data.max_length", 512)
-    if draft.has("excess_length_strategy"):
-        choices = {"drop": "drop", "raise": "error", "truncate": "truncate_prompt"}
-        value = draft.take("excess_length_strategy")
-        comment = "the answer stays whole" if value == "truncate" else ""
-        draft.carry("data.overlong", choices.get(str(value), value), "excess_length_strategy", comment=comment)
-    _write_template(draft)
-
-
-def _note_types(draft: Draft, key: str, entries: list[Any]) -> None:
-    """Name what a `type` does to rows beyond finding their columns: code of its own, and words around a prompt."""
-    types = [entry["type"] for entry in entries if isinstance(entry, Mapping) and entry.get("type")]
-    own = [kind for kind in types if isinstance(kind, str) and kind.partition(".")[0] not in KEYS["types"]]
-    if own:
-        draft.notes = [note for note in draft.notes if f"{key}.type" not in note.keys]
-        text = f"{', '.join(dict.fromkeys(own))}: code that makes rows; write what it makes to a file, and name that"
-        draft.note("missing", f"{key}.type", text=text)
-    formats = {
-        name: value
-        for kind in types
-        if isinstance(kind, Mapping)
-        for name, value in kind.items()
-        if name.endswith("_format") and value and str(value).strip("{} ") not in KEYS["roles"]
-    }
-    draft.notes = [note for note in draft.notes if not {f"{key}.{name}" for name in formats} & {*note.keys}]
-    for name, value in formats.items():
-        text = f"{value!r}: the model's own chat template writes the turns; other words belong into the rows"
-        draft.note("missing", f"{key}.{name}", text=text)
-
-
-def _write_template(draft: Draft) -> None:
-    """A template of one's own is carried over from a file; a named one gives way to the model's own."""
+    """Sources, and a chat template from a file; a named one gives way to the model's own."""
+    write_sources(draft, "datasets", "data.train")
+    write_sources(draft, "test_datasets", "data.eval")
     if isinstance(draft.look("chat_template_jinja"), str):
         write_template(draft, "chat_template_jinja")
         if draft.has("chat_template"):

@@ -18,16 +18,11 @@ def write_mixture(draft: Draft) -> None:
     draft.section("dataset_mixture")
     write_sources(draft, "dataset_mixture.datasets", "data.train", shares=True)
     write_fraction(draft, "dataset_mixture.test_split_size")
-    if draft.has("dataset_mixture.seed"):
-        draft.note("missing", "dataset_mixture.seed", text="`train.seed` is the seed of everything")
 
 
 def write_mixer(draft: Draft) -> None:
     """Data sets -> the share of each one's training rows; all of them have the same splits."""
     if not draft.has("dataset_mixer"):
-        for key in filter(draft.has, ("dataset_splits", "dataset_configs")):
-            text = "it belongs to `dataset_mixer`; see `name` and `split` of the sources in `data.train`"
-            draft.note("missing", key, text=text)
         return
     mixer = draft.look("dataset_mixer")
     splits = [str(split) for split in listed(draft.look("dataset_splits", ["train", "test"]))]

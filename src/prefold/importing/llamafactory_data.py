@@ -36,8 +36,6 @@ def write_data(draft: Draft, where: str) -> None:
         draft.note("missing", "max_samples", text="a source has a `weight` or a `count`, not both")
     elif count is not None:
         draft.note("renamed", "max_samples", text="`count` of each source, which must have that many rows")
-    if draft.has("mix_strategy"):
-        draft.note("decided", "mix_strategy", text="no row is repeated: the largest mixture that keeps the weights")
 
 
 def _count(source: Mapping[str, Any], count: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from prefold.errors import UserError
 from prefold.importing.draft import Draft
 from prefold.importing.losses import Loss, known, require_method, supervised, write_command
 from prefold.importing.sources import carry_sources, is_file, take_weights, weigh
-from prefold.importing.tables import listed, read_tool
+from prefold.importing.tables import NoCounterpartError, listed, mapping, read_tool
 from prefold.importing.write import Tool, has_held_out, samples
 
 KEYS = read_tool("swift")
@@ -76,7 +75,10 @@ def _write_data(draft: Draft, where: str) -> None:
         draft.note("decided", "ref_model", text="the model before training is the reference")
     if draft.has("ref_adapters") and listed(draft.look("ref_adapters")) == [draft.values.get("model.adapter")]:
         draft.note("decided", "ref_adapters", text="a frozen copy of `model.adapter` is the reference")
-    _write_lengths(draft)
+    if not draft.has("max_length"):
+        draft.carry("data.max_length", 4096, comment="to set: the file has the model's own limit")
+    if not draft.has("truncation_strategy"):
+        draft.fill("data.overlong", "truncate_prompt" if samples(draft) else "drop")
     _write_batch(draft)
     system = draft.take("system")
     if isinstance(system, str) and system.endswith(".txt"):
@@ -89,13 +91,10 @@ def _columns(draft: Draft) -> dict[str, str]:
     """Columns by the roles that they have, from `{column: name}`, which may be JSON."""
     if not draft.has("columns"):
         return {}
-    value = draft.take("columns")
     try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, Mapping):
-        draft.note("missing", "columns", text="not a mapping; write `columns` into the sources")
+        value = mapping(draft.take("columns"))
+    except NoCounterpartError as reason:
+        draft.note("missing", "columns", text=str(reason))
         return {}
     roles = {**KEYS["columns"], **({"response": "completion"} if draft.values["method"] == "kto" else {})}
     columns = {roles[name]: column for column, name in value.items() if name in roles}
@@ -118,19 +117,6 @@ def _sources(text: str, columns: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file(name)
-
-
-def _write_lengths(draft: Draft) -> None:
-    if not draft.has("max_length"):
-        draft.carry("data.max_length", 4096, comment="to set: the file has the model's own limit")
-    choices = {"delete": "drop", "left": "truncate_prompt"}
-    cut = str(draft.take("truncation_strategy", "left" if samples(draft) else "delete"))
-    if "truncation_strategy" in draft.given and cut in choices:
-        draft.carry("data.overlong", choices[cut], "truncation_strategy")
-    elif cut in choices:
-        draft.fill("data.overlong", choices[cut])
-    else:
-        draft.note("missing", "truncation_strategy", text=f"{cut}: answers are never cut; see `data.overlong`")
 
 
 def _write_batch(draft: Draft) -> None:

@@ -30,22 +30,14 @@ def _write_data(draft: Draft, where: str) -> None:
     write_mixture(draft)
     write_mixer(draft)
     _write_named(draft)
-    if draft.has("max_prompt_length"):
-        draft.values["data.overlong"] = "truncate_prompt"
-    if samples(draft):
+    if samples(draft) and draft.has("max_prompt_length"):
         # Where completions are sampled, `data.max_length` bounds the prompt alone.
-        if draft.has("max_prompt_length"):
-            draft.carry("data.max_length", draft.take("max_prompt_length"), "max_prompt_length")
-        return
-    if draft.has("max_length"):
-        draft.carry("data.max_length", draft.take("max_length"), "max_length")
-    elif "max_length" in draft.given:
-        draft.carry("data.max_length", 1024, comment="no limit in the file, and prefold needs one")
-    draft.fill("data.max_length", 1024)
-    if draft.has("max_prompt_length"):
-        draft.comments["data.overlong"] = "TRL cuts answers as well, which prefold never does"
-    if draft.has("max_completion_length"):
-        draft.note("decided", "max_completion_length", text="answers are never cut; see `data.max_length`")
+        draft.carry("data.max_length", draft.take("max_prompt_length"), "max_prompt_length")
+        draft.values["data.overlong"] = "truncate_prompt"
+    elif not samples(draft) and not draft.has("max_length"):
+        if "max_length" in draft.given:
+            draft.carry("data.max_length", 1024, comment="no limit in the file, and prefold needs one")
+        draft.fill("data.max_length", 1024)
 
 
 def _write_named(draft: Draft) -> None:

@@ -30,12 +30,12 @@ def write_weights(draft: Draft, keys: Mapping[str, Any]) -> None:
     if draft.has(lora.get("adapter", "")):
         _write_start(draft, lora["adapter"], table)
         return
+    if "without_dropout" in lora:
+        _switch_dropout_off(draft, lora["defaults"]["lora.lora_dropout"], **lora["without_dropout"])
     draft.follow(table)
     for field, value in lora["defaults"].items():
         why = "peft's choice for Llama, Mistral, Qwen, Gemma" if value == _PEFTS_CHOICE else ""
         draft.fill(field, value, why)
-    if "without_dropout" in lora:
-        _switch_dropout_off(draft, **lora["without_dropout"])
 
 
 def _write_all_weights(draft: Draft, key: str, table: Table, quantised: Mapping[str, Any]) -> None:
@@ -83,9 +83,11 @@ def _write_start(draft: Draft, key: str, table: Table) -> None:
         draft.note("decided", name, text="the adapter brings its own")
 
 
-def _switch_dropout_off(draft: Draft, by: str, but_for: list[str]) -> None:
+def _switch_dropout_off(draft: Draft, default: float, by: str, but_for: list[str]) -> None:
     """The trainers of most methods set every dropout of the model to 0, that of a new adapter too."""
-    was = draft.values["lora.lora_dropout"]
+    was = draft.look("lora_dropout", default)
     if was and draft.look("disable_dropout", draft.values["method"] not in but_for):
-        keys = [key for key in ("disable_dropout", "lora_dropout") if draft.look(key)]
-        draft.replace("lora.lora_dropout", 0.0, f"not {was}: {by} switches all dropout off, that of LoRA too", *keys)
+        keys = [*filter(draft.has, ("disable_dropout", "lora_dropout"))]
+        draft.carry(
+            "lora.lora_dropout", 0.0, *keys, comment=f"not {was}: {by} switches all dropout off, that of LoRA too"
+        )
