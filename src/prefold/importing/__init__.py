@@ -62,8 +62,7 @@ def import_recipe(file: str, method: str | None = None, output: str | None = Non
     about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
     heading = [
         f"{about}, from {Path(file).name} of {draft.tool}.",
-        "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
-        "shows what will be trained on.",
+        "What is not named here is as prefold has it. `prefold check` shows what will be trained on.",
     ]
     return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes), draft.files)
 
@@ -109,7 +108,8 @@ def _tool_of(given: dict[str, Any], file: str) -> Tool:
     hits = [[len({*tool.keys.get(kind, ())} & set(given)) for kind in ("decides", "tells")] for tool in _TOOLS]
     if hits.count(max(hits)) == 1:
         return _TOOLS[hits.index(max(hits))]
-    tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in _TOOLS)
+    likely = [tool for tool, hit in zip(_TOOLS, hits, strict=True) if hit == max(hits)]
+    tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in likely)
     what = "keys of several tools" if any(max(hits)) else "the file of no tool that prefold knows"
     raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
 

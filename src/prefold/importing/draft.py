@@ -97,7 +97,7 @@ class Draft:
                 continue
             if converted is not None:
                 self.carry(entry.text, converted, key)
-            elif entry.kind == "field" or value is False or value in (0, "none", "no"):
+            elif entry.kind == "field" or (value in (0, "none", "no") and not key.endswith("seed")):
                 self.note("off", key)
             else:
                 self.note(entry.kind, key, text=entry.text)

@@ -1,4 +1,4 @@
-"""The data sets of alignment-handbook files: `dataset_mixture`, and `dataset_mixer` of its older ones."""
+"""The data sets of older alignment-handbook files, `dataset_mixer`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefold.importing.draft import Draft
-from prefold.importing.sources import write_sources
 from prefold.importing.tables import is_number, listed
-from prefold.importing.write import write_fraction
-
-FIRST = "they are drawn by `train.seed`, where the handbook takes the first"
-
-
-def write_mixture(draft: Draft) -> None:
-    """`weight` is there the share of a data set's own rows."""
-    draft.section("dataset_mixture")
-    write_sources(draft, "dataset_mixture.datasets", "data.train", shares=True)
-    write_fraction(draft, "dataset_mixture.test_split_size")
 
 
 def write_mixer(draft: Draft) -> None:
@@ -38,8 +27,9 @@ def write_mixer(draft: Draft) -> None:
         count = {"count": share} if share != 1 else {}
         train += [{"path": path, **name, "split": split, **count} for split in splits if share and "train" in split]
         held_out += [{"path": path, **name, "split": split} for split in splits if "test" in split]
-    comment = f"`count` is a share of the rows: {FIRST}" if any("count" in source for source in train) else ""
-    draft.carry("data.train", train, "dataset_mixer", comment=comment)
+    comment = "`count` is a share of the rows: they are drawn by `train.seed`, where the handbook takes the first"
+    shares = any("count" in source for source in train)
+    draft.carry("data.train", train, "dataset_mixer", comment=comment if shares else "")
     if held_out:
         draft.values["data.eval"] = held_out
     texts = {"dataset_splits": "`split`: in `data.eval` what has test in its name", "dataset_configs": "`name`"}

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from prefold.importing.commands import command_of
 from prefold.importing.draft import Draft
-from prefold.importing.handbook import write_mixer, write_mixture
+from prefold.importing.handbook import write_mixer
 from prefold.importing.losses import TRL as KEYS
 from prefold.importing.losses import Loss, known, write_command
 from prefold.importing.sources import write_sources
-from prefold.importing.write import Tool, samples, write_template
+from prefold.importing.write import Tool, samples, write_fraction, write_template
 
 REWARD_RATE = 1e-4
 """The learning rate of reward models; the others' is in the table."""
@@ -27,7 +27,10 @@ def _write_data(draft: Draft, where: str) -> None:
     for key in filter(draft.has, ("chat_template", "chat_template_path")):
         write_template(draft, key)
     write_sources(draft, "datasets", "data.train")
-    write_mixture(draft)
+    draft.section("dataset_mixture")
+    # Where the handbook mixes, a weight is the share of a data set's own rows.
+    write_sources(draft, "dataset_mixture.datasets", "data.train", shares=True)
+    write_fraction(draft, "dataset_mixture.test_split_size")
     write_mixer(draft)
     _write_named(draft)
     if samples(draft) and draft.has("max_prompt_length"):

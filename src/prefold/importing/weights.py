@@ -88,6 +88,5 @@ def _switch_dropout_off(draft: Draft, default: float, by: str, but_for: list[str
     was = draft.look("lora_dropout", default)
     if was and draft.look("disable_dropout", draft.values["method"] not in but_for):
         keys = [*filter(draft.has, ("disable_dropout", "lora_dropout"))]
-        draft.carry(
-            "lora.lora_dropout", 0.0, *keys, comment=f"not {was}: {by} switches all dropout off, that of LoRA too"
-        )
+        comment = f"not {was}: {by} switches all dropout off, that of LoRA too"
+        draft.carry("lora.lora_dropout", 0.0, *keys, comment=comment)

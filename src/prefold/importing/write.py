@@ -180,7 +180,7 @@ def write_dtype(draft: Draft, keys: Sequence[str]) -> None:
         if value is False:
             draft.note("off", key)
         elif chosen:
-            draft.note("decided", key, text=f"weights are kept and computed with in `model.dtype: {chosen}`")
+            draft.note("decided", key, text=f"`model.dtype: {chosen}` is that of weights and of computing")
         else:
             chosen = "auto" if value == "auto" else dtype
             draft.carry("model.dtype", chosen, key)
@@ -233,11 +233,9 @@ def write_publish(draft: Draft, push_key: str | None) -> None:
 def write_template(draft: Draft, key: str) -> None:
     """A chat template. One that the file holds as text goes to a file beside the recipe, if that is written to one."""
     value = draft.take(key)
-    if not isinstance(value, str):
-        return
-    if value == "chatml" or value.endswith(".jinja"):
+    if value == "chatml" or str(value).endswith(".jinja"):
         draft.carry("model.chat_template", value, key)
-    elif "{" not in value:
+    elif not isinstance(value, str) or "{" not in value:
         draft.note("missing", key, text="`model.chat_template` is `chatml` or a file FILE.jinja; else the model's own")
     elif draft.output is None:
         text = "`--output RECIPE` writes it to a file beside the recipe; without it the model's own template is used"

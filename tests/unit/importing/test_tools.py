@@ -458,7 +458,7 @@ def test_texts_of_swift_in_files_and_escaped(recipe_from) -> None:
 HEADS: dict[str, dict[str, Any]] = {
     "TRL": {"model_name_or_path": "m", "dataset_name": "a/b", "loss_type": "ipo"},
     "Axolotl": {"base_model": "m", "datasets": [{"path": "a/b"}], "rl": "dpo"},
-    "LLaMA-Factory": {"model_name_or_path": "m", "dataset": "a/b", "stage": "dpo"},
+    "LLaMA-Factory": {"model_name_or_path": "m", "dataset": "a/b", "stage": "dpo", "template": "qwen3"},
     "LLaMA-Factory v1": {"model": "m", "train_dataset": "a/b", "pref_loss": "sigmoid"},
     "ms-swift": {**SWIFT_FILE, "rlhf_type": "dpo"},
 }
