@@ -108,10 +108,13 @@ def _tool_of(given: dict[str, Any], file: str) -> Tool:
     hits = [[len({*tool.keys.get(kind, ())} & set(given)) for kind in ("decides", "tells")] for tool in _TOOLS]
     if hits.count(max(hits)) == 1:
         return _TOOLS[hits.index(max(hits))]
+    if not any(max(hits)):
+        tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in _TOOLS)
+        what = "the file of no tool that prefold knows"
+        raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
     likely = [tool for tool, hit in zip(_TOOLS, hits, strict=True) if hit == max(hits)]
-    tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in likely)
-    what = "keys of several tools" if any(max(hits)) else "the file of no tool that prefold knows"
-    raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
+    seen = "; ".join(f"{tool.name}: {', '.join(sorted({*tool.keys['tells']} & set(given)))}" for tool in likely)
+    raise UserError("keys of several tools", where=file, expected=f"keys of one ({seen})")
 
 
 def _complete(draft: Draft, file: str) -> None:

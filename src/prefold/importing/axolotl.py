@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
 from prefold.importing.losses import known, require_method, supervised, write_command
@@ -17,27 +15,20 @@ KEYS = read_tool("axolotl")
 def _write_losses(draft: Draft, where: str, method: str | None) -> None:
     for section in ("trl", "peft"):
         draft.section(section)
-    wanted = _wanted(draft, where)
-    command = "reward" if wanted == "reward" else known(wanted, KEYS["commands"], "rl", where)
-    require_method(method, wanted, "rl", where)
-    beta = None if command == "grpo" else next(filter(draft.has, KEYS["beta"]), "rl_beta")
-    write_command(draft, where, command, KEYS, ["rl"], "ipo" if wanted == "ipo" else None, beta)
-
-
-def _wanted(draft: Draft, where: str) -> Any:
-    """What `rl` says, or the switch of reward models."""
-    choices = ": rl: " + " | ".join(KEYS["commands"])
+    wanted, choices = draft.look("rl"), "rl: " + " | ".join(KEYS["commands"])
     if draft.look("process_reward_model"):
         what = "`process_reward_model`: a model that scores steps of an answer"
-        expected = f"`reward_model: true`, whose model scores whole answers, or{choices[1:]}"
+        expected = f"`reward_model: true`, whose model scores whole answers, or {choices}"
         raise UserError(what, where=where, expected=expected)
-    wanted = draft.look("rl")
     if wanted is None and draft.take("reward_model", False):
         draft.note("renamed", "reward_model", text="method: reward")
         wanted = "reward"
     if wanted is None:
-        raise supervised("a file for supervised fine-tuning or pre-training: it has no `rl`", where, choices)
-    return wanted
+        raise supervised("a file for supervised fine-tuning or pre-training: it has no `rl`", where, f": {choices}")
+    command = "reward" if wanted == "reward" else known(wanted, KEYS["commands"], "rl", where)
+    require_method(method, wanted, "rl", where)
+    beta = None if command == "grpo" else next(filter(draft.has, KEYS["beta"]), "rl_beta")
+    write_command(draft, where, command, KEYS, ["rl"], "ipo" if wanted == "ipo" else None, beta)
 
 
 def _write_data(draft: Draft, where: str) -> None:
