@@ -53,7 +53,8 @@ def write_stage(
 
 def _write_data(draft: Draft, where: str) -> None:
     write_data(draft, where)
-    if is_number(rank := draft.values.get("lora.r")):
+    rank = draft.values.get("lora.r")
+    if rank is not None and is_number(rank):
         draft.fill("lora.lora_alpha", 2 * rank, "twice the rank")
 
 

@@ -44,7 +44,8 @@ def weigh(sources: Sequence[dict[str, Any]], weights: Sequence[Any]) -> None:
 
 
 def is_file(path: str) -> bool:
-    return Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt") or Path(path).exists()
+    """Also a packed one, `a.jsonl.gz`."""
+    return not {".jsonl", ".json", ".csv", ".parquet", ".txt"}.isdisjoint(Path(path).suffixes) or Path(path).exists()
 
 
 def drop_splits_of_files(draft: Draft) -> None:

@@ -110,7 +110,7 @@ def _sources(text: str, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     name, _, count = text.partition("#")
     name = re.sub("^(hf|ms)::", "", name, flags=re.IGNORECASE)
     name, _, subsets = name.partition(":") if not Path(name).exists() else (name, "", "")
-    more = {"count": int(count)} if count.isdigit() and int(count) else {}
+    more: dict[str, Any] = {"count": int(count)} if count.isdigit() and int(count) else {}
     more |= {"columns": dict(columns)} if columns else {}
     return [{"path": name, **({"name": subset} if subset else {}), **more} for subset in subsets.split("/")]
 

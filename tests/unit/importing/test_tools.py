@@ -498,7 +498,7 @@ def test_quantised_weights_cannot_be_trained_whole(tool: str, keys: dict[str, An
 
 @pytest.mark.parametrize(("split", "kept"), [("train", None), ("train[:10]", "train[:10]")])
 def test_files_have_no_splits(split: str, kept: str | None, recipe_from) -> None:
-    datasets = [{"path": "a.jsonl", "ds_type": "json", "split": split}, {"path": "a/b", "split": split}]
+    datasets = [{"path": "a.jsonl.gz", "ds_type": "json", "split": split}, {"path": "a/b", "split": split}]
     recipe = recipe_from({**HEADS["Axolotl"], "datasets": datasets})
     assert [source.split for source in recipe.data.train] == [kept, split]
 
