@@ -97,6 +97,6 @@ def stdout_for_results() -> Iterator[None]:
         sys.stdout, _results = stdout, None
 
 
-def print_json(value: Any, ensure_ascii: bool = True) -> None:
-    """One object on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=ensure_ascii), file=_results or sys.stdout)
+def print_json(value: Any, **options: Any) -> None:
+    """One object on stdout; `options` are of `json.dumps`."""
+    print(json.dumps(value, indent=2, **options), file=_results or sys.stdout)

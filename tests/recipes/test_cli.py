@@ -89,6 +89,17 @@ def test_check_shows_the_trained_tokens(cli: Cli, recipe_file: str) -> None:
         assert text in out
 
 
+def test_check_shows_a_row(cli: Cli, recipe_file: str) -> None:
+    code, out, _ = cli("check", recipe_file, "--row", "pairs.jsonl:2", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["row"]["row"] == 2
+    assert {"row", "read", "messages", "rendered", "tokens"} <= set(facts)
+    code, out, _ = cli("check", recipe_file, "--row", "pairs.jsonl:2")
+    assert code == 0 and "As it is trained" in out and max(map(len, out.splitlines())) <= 80
+    code, out, err = cli("check", recipe_file, "--row", "2", "--measure")
+    assert code == 2 and "one row alone" in err and not out
+
+
 def test_generate(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "One"}\n{"prompt": "Two"}\n')
     code, out, _ = cli(
@@ -238,7 +249,7 @@ def test_the_version(cli: Cli) -> None:
         (["evaluate", "RECIPE", "--learning-rate=1e-5", "--json"], "without dashes: `train.learning_rate=1e-5`"),
         (["train", "RECIPE", "--output_dir"], "without dashes: `output_dir=VALUE`"),
         (["run", "RECIPE", "--frehs"], "No such option"),
-        (["run", "RECIPE", "data.train.0.path=no/where.jsonl"], "to do: check the path; it is looked for from "),
+        (["run", "RECIPE", "data.train.0.path=no/where.jsonl"], "to do: check the path, which starts"),
         (["chat", "models/nowhere"], "is no folder or file here; "),
         (["generate", "models/tny", "Hello"], "check the path: did you mean `tiny`?"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such recipe"),

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from prefold.data.preference import Message, Preference, Prompt, Record, RowId, Unpaired, messages_key
+from prefold.data.preference import Message, Preference, Prompt, Record, RowId, Unpaired, messages_key, whole_prompt
 from prefold.trees.packing import Span, TokenTree
 
 _BATCH_ROWS = 256
@@ -189,13 +189,12 @@ def _row(example: Example) -> dict[str, Any]:
         "source": record.origin.source,
         "row": record.origin.row,
         "prompt_key": _key(record.prompt),
-        "record_key": _key(record.prompt, *record.answers, given=record.template_kwargs),
+        "record_key": _key(whole_prompt(record), *record.answers),
     }
 
 
-def _key(*parts: Sequence[Message], given: dict[str, Any] | None = None) -> bytes:
-    more = json.dumps(given, default=str, sort_keys=True) if given else ""
-    return hashlib.blake2b((messages_key(*parts) + more).encode(), digest_size=16).digest()
+def _key(*parts: Sequence[Message]) -> bytes:
+    return hashlib.blake2b(messages_key(*parts).encode(), digest_size=16).digest()
 
 
 def prompts_of(examples: Iterable[Example]) -> list[Prompt]:

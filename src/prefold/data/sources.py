@@ -36,6 +36,11 @@ def source_name(source: Rows) -> str:
     return without_home(source.path) + (f" ({parts})" if parts else "")
 
 
+def names_of_rows(source: Rows) -> list[str]:
+    """What the rows of a source may call where they are from. Raises UserError: there is no such source."""
+    return list(_named_files(source)) or [source_name(source)]
+
+
 def read_rows(source: Rows) -> Iterator[RawRow]:
     """Find the source now, read its rows as they are asked for. Raises UserError: there is no such source, or it is not
     of its format; for what only reading can tell, while reading."""
@@ -133,14 +138,14 @@ def _missing(source: Rows, path: Path) -> UserError:
     if path.is_symlink():
         return UserError("it is a link that leads nowhere", where=source.path, advice="mend the link")
     if not path.parent.is_dir():
-        advice = f"check the path; it is looked for from {without_home(str(Path.cwd()))}"
+        advice = "check the path, which starts where prefold was called"
         return UserError("no such file: its folder does not exist either", where=source.path, advice=advice)
     advice = did_you_mean(path.name, [_printable(file.name) for file in path.parent.iterdir()], most=3)
     if not advice:
         names = [_printable(file.name) for file in _visible(path.parent) if reader_for(file.name)]
         advice = f"readable files in that folder: {_listed(names)}"
         if not names:
-            advice = f"check the path; that folder has no file that can be read: {_shown(path.parent.absolute())}"
+            advice = "check the path, which starts where prefold was called: that folder has no file that can be read"
     return UserError("no such file", where=source.path, advice=advice)
 
 
@@ -175,7 +180,7 @@ def _hub_rows(loaded: Iterable[dict[str, Any]], source: Rows) -> Iterator[RawRow
     """A row's number is its index in the split."""
     with _explained(source):
         for number, value in enumerate(loaded, start=1):
-            yield RawRow(RowId(source_name(source), number), value)
+            yield RawRow(RowId(source_name(source), number), value, pads_with_nulls=True)
 
 
 def _load_from_hub(source: Rows) -> Any:

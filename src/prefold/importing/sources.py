@@ -37,18 +37,7 @@ def _sources(entry: Mapping[str, Any], notes: dict[str, tuple[Group, str]], shar
     notes |= dict.fromkeys(set(entry) - set(values), ("renamed", "empty"))
     if isinstance(kind := values.get("type"), Mapping):
         values = {**values, **{name: value for name, value in kind.items() if value}, "type": "user_defined"}
-    key = "id" if "id" in values else "path"
-    source: dict[str, Any] = {"path": values.pop(key, "")}
-    notes[key] = "renamed", "`path`"
-    files = values.pop("data_files", None)
-    if (folder := values.pop("data_dir", None)) and source["path"] in READERS and not files:
-        source["path"] = folder
-        notes["data_dir"] = "renamed", "`path`"
-    elif folder:
-        notes["data_dir"] = (
-            "missing",
-            "download this folder and give its path: a source is a whole set, a folder or files",
-        )
+    source, files = _read_from(values, notes)
     columns: dict[str, str] = {}
     for name, value in values.items():
         role = name.removeprefix("field_")
@@ -74,3 +63,17 @@ def _sources(entry: Mapping[str, Any], notes: dict[str, tuple[Group, str]], shar
         return [source]
     notes["data_files"] = "renamed", "`path`"
     return [{**source, "path": path} for path in (files.values() if isinstance(files, dict) else listed(files))]
+
+
+def _read_from(values: dict[str, Any], notes: dict[str, tuple[Group, str]]) -> tuple[dict[str, Any], Any]:
+    """Take the keys that say where rows are read from; gives the source so far, and the files if they are named."""
+    key = "id" if "id" in values else "path"
+    source, files, folder = {"path": values.pop(key, "")}, values.pop("data_files", None), values.pop("data_dir", None)
+    notes[key] = "renamed", "`path`"
+    if folder and source["path"] in READERS and not files:
+        source["path"] = folder
+        notes["data_dir"] = "renamed", "`path`"
+    elif folder:
+        text = "download this folder and give its path: a source is a whole set, a folder or files"
+        notes["data_dir"] = "missing", text
+    return source, files

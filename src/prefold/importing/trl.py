@@ -8,6 +8,7 @@ from prefold.importing.commands import command_of
 from prefold.importing.draft import Draft
 from prefold.importing.handbook import write_mixer, write_mixture
 from prefold.importing.losses import Loss, known_loss, write_dpo, write_grpo, write_losses, write_simpo
+from prefold.importing.rest import write_template_kwargs
 from prefold.importing.sources import write_sources
 from prefold.importing.tables import read_tool, table_of
 from prefold.importing.write import (
@@ -54,6 +55,8 @@ def _write_model(draft: Draft) -> None:
     table = table_of(KEYS["adapter"])
     for key in filter(draft.has, ("chat_template", "chat_template_path")):
         write_template(draft, key)
+    if draft.has("chat_template_kwargs"):
+        write_template_kwargs(draft, "chat_template_kwargs", draft.take("chat_template_kwargs"))
     quiet = draft.take("disable_dropout", not samples(draft))
     if not draft.look("use_peft"):
         if "use_peft" in draft.given:

@@ -26,8 +26,8 @@ from prefold.plan.meta_model import MetaModel, config_of
 from prefold.plan.passes import Lengths, training_pass
 from prefold.plan.plan import Change, Disk, Plan, overrides_of
 from prefold.recipe import RecipeBase, as_dict, make_recipe
-from prefold.recipe.load import apply_override
 from prefold.recipe.sections import in_steps
+from prefold.recipe.text import apply_override
 from prefold.trees.memory import CPU_TOKENS, budget_for
 from prefold.trees.self_check import obstacle, stretched_positions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from prefold.errors import did_you_mean
 from prefold.recipe.rewards import WinRate
 from prefold.recipe.sampling import MaxNewTokens, Sampling
 from prefold.recipe.section import Section
+from prefold.recipe.values import Values
 from prefold.recipe.where import Where
 
 
@@ -33,6 +35,10 @@ class Model(Section):
     chat_template: str | None = None
     """The chat format that a base model is to learn: `chatml`, or a file FILE.jinja with a template whose tokens the
     tokenizer has. The rows of its tokens in the embeddings are trained. Unset: the tokenizer's own template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template is given beside messages, wherever prefold writes them: `{enable_thinking: false}`,
+    `{date_string: 30 Jun 2025}`. A row's own go before these. `strftime_now: 2025-06-30` fixes the day that a template
+    writes as today's."""
     load_in_4bit: bool = False
     """Train over weights that are held in 4 bits (QLoRA). The adapter is merged into the unquantised weights, and they
     are what is evaluated."""
@@ -54,6 +60,18 @@ class Model(Section):
         given = {name: value for name, value in values.items() if value is not None or name not in FOUR_BITS}
         return {**FOUR_BITS, **given}
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def the_date_is_one(cls, keywords: dict[str, Any]) -> dict[str, Any]:
+        """As text, whether YAML took it for a date or not."""
+        if "strftime_now" not in keywords:
+            return keywords
+        try:
+            day = date.fromisoformat(str(keywords["strftime_now"]))
+        except ValueError:
+            raise ValueError(f"`strftime_now` is `{keywords['strftime_now']}`; write a date like 2025-06-30") from None
+        return {**keywords, "strftime_now": day.isoformat()}
+
     @model_validator(mode="after")
     def settings_are_used(self) -> Model:
         if self.load_in_4bit and self.load_in_8bit:
@@ -67,7 +85,7 @@ class Model(Section):
 
     def whole(self, folder: Path) -> Model:
         """These settings for what has become of the model: whole weights in a folder, with their chat format."""
-        kept = ("dtype", "attn_implementation", "device_map")
+        kept = ("dtype", "attn_implementation", "device_map", "chat_template_kwargs")
         return Model(name=str(folder), **{name: getattr(self, name) for name in kept})
 
 
@@ -118,12 +136,20 @@ class Rows(Section):
 
 class Source(Rows):
     columns: dict[str, str] | None = None
-    """Columns that have other names than those of a known shape: `{prompt: question}`."""
+    """Columns that have other names than those of a known shape, or a path into one: `{prompt: input.question}`."""
+    values: Values | None = None
+    """What the values of the vote or label column mean: `{first: "< 0", second: "> 0", tie: 0}`."""
     weight: float | None = Field(None, gt=0)
     """Share of the rows, relative to the other sources that have a weight. The mixture is the largest one that keeps
     these proportions without repeating a row; the rows are drawn by `train.seed`."""
     count: int | float | None = Field(None, gt=0)
     """Number of rows, or below 1 their share, drawn by `train.seed`."""
+    pairs_from: Literal["best_worst", "adjacent", "all"] | None = None
+    """Which pairs are made of rows that rank several answers: the best against the worst (`best_worst`; of equal
+    ones, the first), each against the next one in the order (`adjacent`), or every two (`all`). Equal ratings make no
+    pair. Unset: `best_worst`; where a row has lists of chosen and of rejected answers, each against each."""
+    min_margin: float | None = Field(None, gt=0)
+    """Pairs of a ranking whose ratings differ by less are not made; ranks count as ratings, 1 from each to the next."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:
