@@ -121,7 +121,9 @@ def test_chat_with_two_models(
 ) -> None:
     assert cli("run", recipe_file)[0] == 0
     saved = tmp_path / "saved.jsonl"
-    said = iter(["Hello", f"/save {saved}", "And?", f"/save {saved}", "/no", "/new", "Again", f"/save {saved}", "/exit"])
+    said = iter(
+        ["Hello", f"/save {saved}", "And?", f"/save {saved}", "/no", "/new", "Again", f"/save {saved}", "/exit"]
+    )
     monkeypatch.setattr("builtins.input", lambda prompt: next(said))
     code, out, _ = cli("chat", str(recipe().run_folder), "--compare", "--max-new-tokens", "4")
     assert code == 0

@@ -268,10 +268,6 @@ def _unreachable(name: str, error: Exception) -> UserError:
     if isinstance(reason, OSError) and reason.errno and not isinstance(reason, ConnectionError):
         what = f"cannot be written to the hub's cache ({reason.strerror})"
         return UserError(what, where=name, advice="free some space, or set HF_HOME to another folder")
-    return UserError(
-        f"is no folder or file here; the hub cannot be reached ({type(reason).__name__}), and the model is not whole in "
-        "its cache",
-        where=name,
-        advice=f"{_path_advice(name)} check the connection; set HF_HUB_OFFLINE=1 if the model was fetched before; "
-        f"{elsewhere}",
-    )
+    what = f"the hub cannot be reached ({type(reason).__name__}), and the model is not whole in its cache"
+    advice = f"check the connection; set HF_HUB_OFFLINE=1 if the model was fetched before; {elsewhere}"
+    return UserError(f"is no folder or file here; {what}", where=name, advice=f"{_path_advice(name)} {advice}")

@@ -107,9 +107,7 @@ def _require_arguments(reward: LoadedReward, known: Collection[str], missing: st
     try:
         parameters = inspect.signature(reward.function).parameters.values()
     except Exception:
-        raise UserError(
-            "its parameters cannot be read", where=where, expected="a function written in Python"
-        ) from None
+        raise UserError("its parameters cannot be read", where=where, expected="a function written in Python") from None
     for parameter in parameters:
         name = parameter.name
         if parameter.default is parameter.empty and parameter.kind in _BY_NAME and name not in known:

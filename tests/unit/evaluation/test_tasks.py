@@ -265,7 +265,10 @@ def test_more_examples_than_there_are(folder: Path) -> None:
     ("code", "message"),
     [
         ("import sys; sys.exit(0)", r"`ends` cannot be opened \(SystemExit: 0\)"),
-        ("def judge(doc, results): raise SystemExit", r"`ends` cannot build and judge its first question \(SystemExit\)"),
+        (
+            "def judge(doc, results): raise SystemExit",
+            r"`ends` cannot build and judge its first question \(SystemExit\)",
+        ),
         ("import os\ndef judge(doc, results): os._exit(0)", r"first question \(SystemExit: os\._exit\(0\)\)"),
         (
             "import sys\ndef judge(doc, results): return {'acc': 1.0} if results == [''] else sys.exit(0)",

@@ -70,7 +70,16 @@ def test_an_answer_is_remembered_and_drawn_anew(console: Console, asked: list[di
 
 def test_settings_and_system_message_hold_from_then_on(console: Console, asked: list[dict[str, Any]]) -> None:
     talk = conversation(console, "model")
-    for line in ("one", "/set temperature = 0.5", "/set top_k=7", "/system Be brief.", "two", "/system", "three", "/set"):
+    for line in (
+        "one",
+        "/set temperature = 0.5",
+        "/set top_k=7",
+        "/system Be brief.",
+        "two",
+        "/system",
+        "three",
+        "/set",
+    ):
         talk.take(line)
     assert [(call["sampling"].temperature, call["sampling"].top_k) for call in asked] == [(0.7, 0), (0.5, 7), (0.5, 7)]
     assert [contents(call)[0] for call in asked] == ["one", "Be brief.", "one"]

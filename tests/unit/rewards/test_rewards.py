@@ -312,7 +312,10 @@ def test_functions_and_numbers_of_other_kinds(own: Own, text: str) -> None:
         ("async def later(): return [1.0, 1.0]\n    return later()", "returned a coroutine, not a list"),
         ("import numpy; return numpy.int64(1)", "returned an int64, not a list"),
         ("import torch; return torch.tensor(1.0)", "returned a Tensor, not a list"),
-        ("import torch; return torch.tensor([[1.0], [float('nan')]])", "returned a Tensor, not a finite number or None"),
+        (
+            "import torch; return torch.tensor([[1.0], [float('nan')]])",
+            "returned a Tensor, not a finite number or None",
+        ),
         ("import torch; return torch.tensor([1.0, float('nan')])", "returned nan, not a finite number or None"),
         ("import numpy; return [1.0, numpy.float32('nan')]", "returned nan, not a finite number or None"),
         ("return [1.0, 10**400]", "returned inf, not a finite number or None"),
@@ -398,7 +401,9 @@ def test_a_first_ctrl_c_in_training_lets_the_reward_end_and_a_second_does_not(ow
 
 
 def test_a_child_process_of_a_reward_ends_as_ever(own: Own) -> None:
-    body = "    child = os.fork()\n    if not child: os._exit(7)\n    return [os.WEXITSTATUS(os.waitpid(child, 0)[1])]\n"
+    body = (
+        "    child = os.fork()\n    if not child: os._exit(7)\n    return [os.WEXITSTATUS(os.waitpid(child, 0)[1])]\n"
+    )
     assert scores(own(f"import os\ndef mine(completions):\n{body}"), ["a"]) == [7.0]
 
 
