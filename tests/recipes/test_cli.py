@@ -272,7 +272,7 @@ def test_the_version(cli: Cli) -> None:
         (["chat", "MODEL", "--compare"], "`--compare` needs to know the base"),
         (["recipes", "nothing"], "nothing: no such recipe"),
         (["recipes", "import", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["recipes", "demo", "--method", "dpo"], "a method goes with `import`"),
+        (["recipes", "demo", "--method", "dpo"], "these options go with `import`"),
         (["nonsense"], "No such command"),
     ],
 )
