@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from prefold.data.cells import is_scalar, listed
 from prefold.data.preference import short
 from prefold.errors import UserError
 from prefold.recipe.values import Value, Values, as_number
@@ -82,12 +83,6 @@ def margin_of(vote: Any, values: Values | None) -> float | None:
     return abs(number) if values is not None and number is not None and values.signed else None
 
 
-def is_scalar(value: Any) -> bool:
-    """Whether a cell could be a vote or a label at all."""
-    is_text = isinstance(value, str) and len(value) <= 40 and value.strip() != ""
-    return is_text or (isinstance(value, bool | int | float) and value == value)
-
-
 def vote_columns(column: str, value: Mapping[str, Any]) -> list[str]:
     """The columns of a row that hold its votes: `column`, or every annotator's where it is the first one's."""
     if column not in ("annotator1", "annotator_1"):
@@ -135,7 +130,7 @@ def scale_of_votes(
         for values in words:
             if all(as_vote(cell, values) is not None for cell in known):
                 return values
-    raise _unclear(known, vote, f"which of {_listed(outputs)} is better", source, ("first", "second"))
+    raise _unclear(known, vote, f"which of {listed(outputs)} is better", source, ("first", "second"))
 
 
 def scale_of_labels(labels: Sequence[Any], column: str, source: str) -> Values | None:
@@ -188,10 +183,6 @@ def _counts(cells: Sequence[Any]) -> str:
     shown[0] = shown[0][:-1] + (" row)" if counted.most_common(1)[0][1] == 1 else " rows)")
     lines = textwrap.wrap(", ".join(shown) + (", ..." if len(counted) > 6 else ""), 60)
     return "\n    ".join(lines)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{short(name)}`" for name in names)
 
 
 # ---- ratings ----------------------------------------------------------------------------------------------------
