@@ -22,7 +22,6 @@ from prefold.data.cells import (
     is_text,
     is_texts,
     read_if_text,
-    template_kwargs,
 )
 from prefold.data.dialogues import part, part_answer, part_transcripts, read_dialogue
 from prefold.data.formats import RawRow
@@ -72,7 +71,7 @@ def to_records(
         cells = Row(row.value, shape, row.origin, row.pads_with_nulls)
         made = shape.layout.read(cells)
         results = _of_rankings(made, cells, rule) if isinstance(made, list) else [made]
-        given = _template_kwargs(cells)
+        given = cells.template_kwargs()
         if not system and not given:
             return results
         return [
@@ -87,13 +86,6 @@ def to_records(
         return [Problem(unfit.kind, unfit.message, row.origin)]
 
 
-def _template_kwargs(row: Row) -> dict[str, Any]:
-    roles = ("tools", "chat_template_kwargs")
-    if row.shape.column_of.keys().isdisjoint(roles):
-        return {}
-    return template_kwargs(*map(row.find, roles), *map(row.where, roles))
-
-
 # ---- pairs ------------------------------------------------------------------------------------------------------
 
 
@@ -101,10 +93,10 @@ def _pair(row: Row) -> Preference:
     chosen, rejected = row.need("chosen"), row.need("rejected")
     where = (row.where("chosen"), row.where("rejected"))
     role = "messages" if "messages" in row.shape.column_of else "prompt"
-    if role == "prompt" and (isinstance(chosen, list) or isinstance(rejected, list)):
-        # Answers that are whole dialogues bring their prompt; a prompt column is not put before them again.
-        if not row.has("prompt") or (is_dialogue(chosen) and is_dialogue(rejected)):
-            return _of_dialogues(row)
+    are_turns = isinstance(chosen, list) or isinstance(rejected, list)
+    # Answers that are whole dialogues bring their prompt; a prompt column is not put before them again.
+    if role == "prompt" and are_turns and (not row.has(role) or (is_dialogue(chosen) and is_dialogue(rejected))):
+        return _of_dialogues(row)
     prompt = row.dialogue(role) if role == "messages" else row.prompt()
     answers = [row.answer("chosen"), row.answer("rejected")]
     if row.shape.repeats_prompt:
@@ -369,6 +361,7 @@ _VOTE: _Forms = {"vote": is_scalar}
 _SCORES: _Forms = {"score_1": is_number, "score_2": is_number}
 _COMPLETION: _Forms = {"completion": is_answer}
 _QUERY = _PROMPT | _COMPLETION | {"rejected": is_answer}
+_SENTENCES: _Forms = {"sentences": is_sentences}
 _LABEL: _Forms = {"label": is_scalar}
 # The first layout that fits wins among those of the same columns.
 LAYOUTS = (
@@ -407,9 +400,7 @@ LAYOUTS = (
     Layout("labelled text", "unpaired", _unpaired, _PROMPT | _COMPLETION | _LABEL, "`prompt`, `completion`, `label`"),
     Layout("labelled messages", "unpaired", _unpaired, _ANSWERED | _LABEL, "`messages`: list, answer last; `label`"),
     Layout("prompts", "prompts", _prompt, _PROMPT, "`prompt` or `question`, and columns for rewards"),
-    Layout(
-        "sentences", "prompts", _sentences, {"sentences": is_sentences}, "`source`: a list of sentences, and columns"
-    ),
+    Layout("sentences", "prompts", _sentences, _SENTENCES, "`source`: a list of sentences, and columns"),
     Layout("opening messages", "prompts", _prompt, _OPENING, "`messages`: a list that waits for an answer"),
     Layout("two conversations", "pairs", _voted, _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
     Layout(

@@ -12,7 +12,18 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, get_args
 
-from prefold.data.cells import MISSING, Form, cell_at, has_cell, is_empty, is_history, is_turns, need_list, read_if_text
+from prefold.data.cells import (
+    MISSING,
+    Form,
+    cell_at,
+    has_cell,
+    is_empty,
+    is_history,
+    is_turns,
+    need_list,
+    read_if_text,
+    template_kwargs,
+)
 from prefold.data.dialogues import read_answer, read_dialogue, read_prompt
 from prefold.data.preference import (
     Message,
@@ -188,6 +199,12 @@ class Row:
             return read_prompt(value, where, self.shape.writing)
         parts = [message("user", value, where), message("user", more, self.where("input"), may_be_empty=True)]
         return [message("user", "\n\n".join(part["content"] for part in parts if part["content"].strip()), where)]
+
+    def template_kwargs(self) -> dict[str, Any]:
+        tools, kwargs = self.find("tools"), self.find("chat_template_kwargs")
+        if tools is None and kwargs is None:
+            return {}
+        return template_kwargs(tools, kwargs, self.where("tools"), self.where("chat_template_kwargs"))
 
     def with_system(self, prompt: list[Message]) -> list[Message]:
         return with_system(self.find("system"), prompt, self.where("system"))

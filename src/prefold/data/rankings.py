@@ -368,12 +368,11 @@ _LIST: _Forms = {"answers": is_list_of_answers}
 _OBJECTS: _Forms = {"answers": is_list_of_objects}
 _RATING: _Forms = {"rating": is_list_of_numbers}
 _RANK: _Forms = {"rank": is_list_of_numbers}
+_BEST_FIRST: _Forms = {"best_first": is_list_of_answers}
 _TWO: _Forms = {"better_worse": lambda value: is_texts(value) and len(value) == 2}
 _SIDES: _Forms = dict.fromkeys(("chosen", "rejected"), lambda value: is_answer(value) or is_list_of_answers(value))
-_CHOICE: _Forms = {
-    "answers": lambda value: is_list_of_answers(value) or is_list_of_objects(value),
-    "choice": is_index,
-}
+_EITHER: _Forms = {"answers": lambda value: is_list_of_answers(value) or is_list_of_objects(value)}
+_CHOICE: _Forms = _EITHER | {"choice": is_index}
 
 
 LAYOUTS = (

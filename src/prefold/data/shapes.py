@@ -473,7 +473,6 @@ def _amiss(layout: Layout, present: Mapping[str, str], value: dict[str, Any], na
     return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 
-
 def _shown(columns: Sequence[str] | Mapping[str, Any]) -> str:
     names = list(columns)
     return listed(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -12,6 +12,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from prefold.data.cells import is_scalar, listed
@@ -197,9 +198,8 @@ def ratings(value: Mapping[str, Any]) -> tuple[float, float] | None:
     rated: dict[str, float] = {}
     for cells in (value, *(cell for cell in value.values() if isinstance(cell, dict))):
         for name, cell in cells.items():
-            match = _RATING.fullmatch(_plain(name))
-            if match and (number := as_number(cell)) is not None:
-                rated.setdefault(match[1] or match[2], number)
+            if (side := _rated_side(name)) and (number := as_number(cell)) is not None:
+                rated.setdefault(side, number)
     if len(rated) == 2:
         return rated["chosen"], rated["rejected"]
     margin = as_number(value.get("margin"))
@@ -208,9 +208,12 @@ def ratings(value: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def is_rating(column: str, cell: Any) -> bool:
     """Whether a column, or an object in it, gives a rating."""
-    names = [column, *(cell if isinstance(cell, dict) else ())]
-    return column == "margin" or any(_RATING.fullmatch(_plain(name)) for name in names)
+    return column == "margin" or any(map(_rated_side, (column, *(cell if isinstance(cell, dict) else ()))))
 
 
-def _plain(name: Any) -> str:
-    return str(name).lower().replace("-", "_")
+# Kept, because every row asks for all of its columns.
+@lru_cache(maxsize=1000)
+def _rated_side(column: Any) -> str:
+    """Which answer a column rates, `chosen` or `rejected`; empty for none."""
+    match = _RATING.fullmatch(str(column).lower().replace("-", "_"))
+    return (match[1] or match[2]) if match else ""
