@@ -111,13 +111,7 @@ class DataReport:
 _NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text", "wrong_decoding")
 _SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
 """Kinds whose problems name the markers that were seen, each in backticks."""
-_DETAILED = (
-    "unread_field",
-    "text_dropped",
-    "header_trained",
-    "prompt_not_prefix",
-    "template_refused",
-)
+_DETAILED = ("unread_field", "text_dropped", "header_trained", "prompt_not_prefix", "template_refused")
 """Kinds whose finding shows what was seen in the rows."""
 # kind -> what is said behind the number of rows, and advice
 _ABOUT_ROWS = {
@@ -163,10 +157,7 @@ _ABOUT_ROWS = {
         ": the prompt's tokens do not all begin the conversation",
         "only those in common are the prompt; `model.chat_template_kwargs` may help",
     ),
-    "media": (
-        " left out: images, sound or video, which are not trained on",
-        "use rows of text alone",
-    ),
+    "media": (" left out: images, sound or video, which are not trained on", "use rows of text alone"),
     "unread_field": (
         ": the chat template does not read what they carry",
         "the model never sees it; name it as the template does, or remove it",
@@ -199,14 +190,8 @@ _ABOUT_ROWS = {
         " with placeholders of media",
         "there is no image, video or sound to look at; remove the rows",
     ),
-    "escaped_text": (
-        " with escapes in place of characters",
-        "the model learns to write them; unescape the text",
-    ),
-    "wrong_decoding": (
-        " with text in a wrong encoding",
-        "it was UTF-8 and was read as Latin-1; decode the file again",
-    ),
+    "escaped_text": (" with escapes in place of characters", "the model learns to write them; unescape the text"),
+    "wrong_decoding": (" with text in a wrong encoding", "it was UTF-8 and was read as Latin-1; decode the file again"),
     "system_twice": (
         ": the prompt has its system text twice",
         "remove one; what the chat template writes by itself counts as well",
