@@ -1,6 +1,6 @@
 """Cells of a row: by a column or a path into it, and the lists that some files write as text.
 
-A path is keys and places joined by dots, `input.messages`, `answers.0.text`; a column of exactly that name goes first.
+A path is keys and positions joined by dots, `input.messages`, `answers.0.text`; a column of exactly that name goes first.
 It reaches into lists and objects that are written as text, too.
 """
 
@@ -38,8 +38,8 @@ def cell_at(row: Mapping[str, Any], path: str) -> Any:
 
 
 def end_of_path(row: Mapping[str, Any], path: str) -> tuple[str, str, list[str]]:
-    """Where a path ends that a row does not have: the path so far, the part that is not there, and the keys or places
-    that are."""
+    """Where a path ends that a row does not have: the path so far, the part that is not there, and the keys or
+    positions that are."""
     parts = path.split(".")
     at = next(at for at in range(len(parts)) if cell_at(row, ".".join(parts[: at + 1])) is MISSING)
     here: Any = cell_at(row, ".".join(parts[:at])) if at else row
@@ -55,8 +55,8 @@ def _item(value: Any, part: str) -> Any:
     value = read_if_text(value)
     if isinstance(value, dict):
         return value.get(part, MISSING)
-    is_place = part.isascii() and part.isdigit() and len(part) < 9
-    return value[int(part)] if is_place and int(part) < len(_list(value)) else MISSING
+    is_position = part.isascii() and part.isdigit() and len(part) < 9
+    return value[int(part)] if is_position and int(part) < len(_list(value)) else MISSING
 
 
 def _list(value: Any) -> list[Any]:

@@ -183,8 +183,8 @@ class Row:
         if is_turns(rounds):
             earlier = messages(rounds, where, "ShareGPT" if "from" in rounds[0] else "plain")
         else:
-            said = zip(("user", "assistant") * len(rounds), chain.from_iterable(rounds), strict=True)
-            earlier = [message(role, text, where) for role, text in said]
+            turns = zip(("user", "assistant") * len(rounds), chain.from_iterable(rounds), strict=True)
+            earlier = [message(role, text, where) for role, text in turns]
         start = 1 if prompt[0]["role"] == "system" else 0
         return [*prompt[:start], *earlier, *prompt[start:]]
 

@@ -1,7 +1,6 @@
 """Rows that order several answers, by ratings, by ranks, or the best first; lists and trees -> rankings -> pairs.
 
-A row holds a ranking, or several of them (a tree). `shapes` knows the columns of these layouts, `conversion` makes
-records.
+A row holds a ranking, or several of them (a tree), of which `conversion` makes records.
 """
 
 from __future__ import annotations
@@ -373,8 +372,7 @@ _TWO: _Forms = {"better_worse": lambda value: is_texts(value) and len(value) == 
 _SIDES: _Forms = dict.fromkeys(("chosen", "rejected"), lambda value: is_answer(value) or is_list_of_answers(value))
 _EITHER: _Forms = {"answers": lambda value: is_list_of_answers(value) or is_list_of_objects(value)}
 _CHOICE: _Forms = _EITHER | {"choice": is_index}
-
-
+# They come into question where no other layout fits: what is chosen is not chosen again.
 LAYOUTS = (
     Layout(
         "rated answers",
@@ -390,13 +388,7 @@ LAYOUTS = (
     ),
     Layout("answers and ranks", "pairs", _lists, _PROMPT | _LIST | _RANK, "lists `responses`, `ranks`", is_rated=True),
     Layout("better and worse", "pairs", _best_first, _PROMPT | _TWO, "`output`: [better, worse]"),
-    Layout(
-        "best first",
-        "pairs",
-        _best_first,
-        _PROMPT | {"best_first": is_list_of_answers},
-        "`best_first`: list of answers",
-    ),
+    Layout("best first", "pairs", _best_first, _PROMPT | _BEST_FIRST, "`best_first`: list of answers"),
     Layout(
         "lists of chosen and rejected",
         "pairs",

@@ -1,7 +1,6 @@
 """The shape of a source, recognised by the columns of its first rows and by what is in them.
 
-A new layout is a row, with its reader, in the table of `conversion` or of `rankings`. Rankings come into question where
-no other layout fits: what is chosen is not chosen again.
+A new layout is a row, with its reader, in the table of `conversion` or of `rankings`.
 """
 
 from __future__ import annotations
@@ -46,10 +45,6 @@ from prefold.recipe.values import Values
 _ROWS_LOOKED_AT = 20
 _REPEATED_CHARACTERS = 16
 _LAYOUTS = (*conversion.LAYOUTS, *rankings.LAYOUTS)
-_EXTRAS = ("system", "tools", "chat_template_kwargs")
-"""Roles that any layout may have beside its own."""
-_BESIDE_PROMPT = ("input", "history")
-"""Roles that a layout with a prompt may have."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _ENDS = (("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"), ("_0", "_1"))
 
@@ -173,7 +168,9 @@ def _comes_into_question(layout: Layout, named: Mapping[str, str], values: Value
 
 
 def _roles(layout: Layout) -> set[str]:
-    return {*layout.forms, *layout.aside, *_EXTRAS, *(_BESIDE_PROMPT if "prompt" in layout.forms else ())}
+    """Those that `columns` may name."""
+    with_prompt = ("input", "history") if "prompt" in layout.forms else ()
+    return {*layout.forms, *layout.aside, "system", "tools", "chat_template_kwargs", *with_prompt}
 
 
 def _with_lists_read(
@@ -186,28 +183,25 @@ def _with_lists_read(
         for name in dict.fromkeys([*itertools.chain.from_iterable(rows), *named.values()])
     }
     parsed, mixed = set(), {}
+    of_rankings = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _NAMES[role]}
     for name, of_column in cells.items():
-        lists = written(of_column, holds_turns)
-        fit = sum(value is not MISSING for value in lists)
-        if lists and fit == len(lists):
-            parsed.add(name)
-        elif cut := sum(map(is_cut_off, of_column)) if lists else 0:
-            mixed[name] = f"text that begins as a list of messages and cannot be read as one: {counted(cut, 'row')}"
-        elif fit:
-            mixed[name] = f"lists of messages as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
+        forms = {"lists of messages": holds_turns} | (
+            {"lists": rankings.is_part_of_ranking} if name in of_rankings else {}
+        )
+        for what, is_meant in forms.items():
+            lists = written(of_column, is_meant)
+            fit = sum(value is not MISSING for value in lists)
+            if fit and fit == len(lists):
+                parsed.add(name)
+            elif is_meant is holds_turns and lists and (cut := sum(map(is_cut_off, of_column))):
+                mixed[name] = f"text that begins as a list of messages and cannot be read as one: {counted(cut, 'row')}"
+            elif fit:
+                mixed[name] = f"{what} as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
     # A list of strings may be an answer like any other; prompts beside as many answers of each side are none.
     texts = {name for name, of_column in cells.items() if (it := written(of_column, is_texts)) and MISSING not in it}
     for outputs in _OUTPUTS:
         if texts.issuperset(outputs) and (prompt := texts.intersection(_NAMES["prompt"])):
             parsed |= {*outputs, *prompt}
-    ranked = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _NAMES[role]}
-    for name in ranked & cells.keys():
-        lists = written(cells[name], rankings.is_part_of_ranking)
-        fit = sum(value is not MISSING for value in lists)
-        if fit and fit == len(lists):
-            parsed.add(name)
-        elif fit:
-            mixed[name] = f"lists as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
     return [row | _read(row, parsed) for row in rows], parsed, mixed
 
 
@@ -451,14 +445,14 @@ def _no_shape(
     best = share.index(max(share))
     if present[best]:
         nearest = layouts[best]
-        amiss = _amiss(nearest, present[best], merged, named)
-        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {amiss}"
+        misfit = _misfit(nearest, present[best], merged, named)
+        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {misfit}"
     else:
         expected = "one of" + "".join(f"\n    {layout.name}: {layout.meaning}" for layout in layouts)
     return UserError(what, where=source, expected=expected, advice=advice)
 
 
-def _amiss(layout: Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:
+def _misfit(layout: Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:
     """What keeps a row from having a layout, of whose roles it has the `present` ones."""
     if unknown := [role for role in named if role not in _roles(layout)]:
         return f"but it has no {listed(unknown)}, which `columns` names"

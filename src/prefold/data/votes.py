@@ -24,17 +24,9 @@ _ANNOTATOR = re.compile(r"annotator_?\d+")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False}
 _STEMS = ("", "model", "assistant", "response", "output", "answer", "completion", "option", "candidate")
 _TIES: list[Value] = [
-    "tie",
-    "tie (bothbad)",
-    "tie(bothbad)",
-    "tie (both bad)",
-    "both_bad",
-    "bothbad",
-    "both bad",
-    "both",
-    "neither",
+    *("tie", "tie (bothbad)", "tie(bothbad)", "tie (both bad)", "both_bad", "bothbad", "both bad", "both", "neither"),
+    *("draw", "equal", "same"),
 ]
-_TIES += ["draw", "equal", "same"]
 
 
 def _words(*ends: str) -> list[str]:
