@@ -1,7 +1,7 @@
 """Cells of a row: by a column or a path into it, and the lists that some files write as text.
 
-A path is keys and positions joined by dots, `input.messages`, `answers.0.text`; a column of exactly that name goes first.
-It reaches into lists and objects that are written as text, too.
+A path is keys and positions joined by dots, `input.messages`, `answers.0.text`; a column of exactly that name goes
+first. It reaches into lists and objects that are written as text, too.
 """
 
 from __future__ import annotations

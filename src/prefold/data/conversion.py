@@ -70,7 +70,7 @@ def to_records(
                 raise Unfit("media", f"`{column}` is filled, and only text is trained on")
         cells = Row(row.value, shape, row.origin, row.pads_with_nulls)
         made = shape.layout.read(cells)
-        results = _of_rankings(made, cells, rule) if isinstance(made, list) else [made]
+        results: list[Record | Problem] = _of_rankings(made, cells, rule) if isinstance(made, list) else [made]
         given = cells.template_kwargs()
         if not system and not given:
             return results
@@ -107,8 +107,8 @@ def _pair(row: Row) -> Preference:
 
 def _of_dialogues(row: Row) -> Preference:
     cells, where = [row.need(role) for role in ("chosen", "rejected")], (row.where("chosen"), row.where("rejected"))
-    dialogues = [read_dialogue(cell, name, row.shape.writing) for cell, name in zip(cells, where, strict=True)]
-    prompt, *answers = (part_transcripts if isinstance(cells[0], str) else part)(*dialogues, where)
+    chosen, rejected = (read_dialogue(cell, name, row.shape.writing) for cell, name in zip(cells, where, strict=True))
+    prompt, *answers = (part_transcripts if isinstance(cells[0], str) else part)(chosen, rejected, where)
     return _checked_pair(row, prompt, answers, (*where, f"the prompt in {where[0]}"))
 
 

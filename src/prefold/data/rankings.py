@@ -373,7 +373,7 @@ _SIDES: _Forms = dict.fromkeys(("chosen", "rejected"), lambda value: is_answer(v
 _EITHER: _Forms = {"answers": lambda value: is_list_of_answers(value) or is_list_of_objects(value)}
 _CHOICE: _Forms = _EITHER | {"choice": is_index}
 # They come into question where no other layout fits: what is chosen is not chosen again.
-LAYOUTS = (
+LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "rated answers",
         "pairs",

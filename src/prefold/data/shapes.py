@@ -15,6 +15,7 @@ from typing import Any
 from prefold.data import conversion, rankings
 from prefold.data.cells import (
     MISSING,
+    Form,
     cell_at,
     end_of_path,
     has_cell,
@@ -95,20 +96,21 @@ _KNOWN_COLUMNS = {
     "tree": "prompt",
 }
 _NAMES = {role: tuple(names.split()) for role, names in _KNOWN_COLUMNS.items()}
-_EXTRA_COLUMNS = {
-    "system": ("system", "system_prompt"),
-    "tools": ("tools", "input.tools"),
-    "chat_template_kwargs": ("chat_template_kwargs",),
-    "history": ("history",),
+# Roles that a row may have beside those of its layout: what their cells are, and their columns.
+_EXTRAS: dict[str, tuple[Form, tuple[str, ...]]] = {
+    "system": (is_text, ("system", "system_prompt")),
+    "tools": (is_tools, ("tools", "input.tools")),
+    "chat_template_kwargs": (is_kwargs, ("chat_template_kwargs",)),
+    "history": (is_history, ("history",)),
 }
-_EXTRA_FORMS = {"system": is_text, "tools": is_tools, "chat_template_kwargs": is_kwargs, "history": is_history}
 _WEAK_PROMPTS = ("query", "context", "history")
 """Columns that are the prompt only where no other is."""
 _TOGETHER = (("output_1", "output_2"), ("score_1", "score_2"))
 """Roles whose columns are of one family."""
-ROLES = (*_NAMES, *_EXTRA_COLUMNS, "input")
-READ_IN_PAIRS = {"input", *_MEDIA, *itertools.chain.from_iterable(_EXTRA_COLUMNS.values())}.union(
-    *(_NAMES[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1"))
+ROLES = (*_NAMES, *_EXTRAS, "input")
+READ_IN_PAIRS = {"input", *_MEDIA}.union(
+    *(names for _, names in _EXTRAS.values()),
+    *(_NAMES[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1")),
 )
 """Columns that a row of `prompt`, `chosen` and `rejected` cannot have beside them without being read otherwise."""
 
@@ -231,10 +233,10 @@ def _completed(
     scored = next(((first, second) for first, second in _SCORES if {first, second} <= present.keys()), None)
     if "vote" in columns and scored:
         columns |= dict(zip(("score_1", "score_2"), scored, strict=True))
-    for role, names in _EXTRA_COLUMNS.items():
+    for role, (form, names) in _EXTRAS.items():
         if role == "history" and ("prompt" not in columns or columns["prompt"] == "history"):
             continue
-        column = named.get(role) or _extra_column(role, names, given)
+        column = named.get(role) or _extra_column(form, names, given)
         columns |= {role: column} if column else {}
     complete = replace(shape, columns=tuple(columns.items()), values=_meaning(columns, read, values, source))
     repeats = shape.layout.name == "text" and shape.writing == "plain" and _all_repeat_prompt(columns, given)
@@ -248,10 +250,10 @@ def _completed(
     )
 
 
-def _extra_column(role: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
+def _extra_column(form: Form, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
     """The column of an extra role: the first that has cells of its form; none where its cells are of others."""
     filled = {name: [cell for row in rows if not is_empty(read_if_text(cell := cell_at(row, name)))] for name in names}
-    fitting = [name for name in names if any(map(_EXTRA_FORMS[role], filled[name]))]
+    fitting = [name for name in names if any(map(form, filled[name]))]
     return fitting[0] if fitting else names[0] if not filled[names[0]] else None
 
 
