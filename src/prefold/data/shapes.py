@@ -61,7 +61,7 @@ _OUTPUTS = _couples(
 _SCORES = _couples("score rating reward")
 _WINNERS = ("winner_model_a", "winner_model_b")
 # Role -> columns that are taken for it by themselves; the first is what messages call it.
-_KNOWN_COLUMNS = {
+_COLUMNS_OF_ROLES = {
     "prompt": "prompt question instruction input question.full_text query context history",
     "chosen": """
         chosen chosen_response chosen_answer chosen_completion chosen_messages chatgpt response_j accepted
@@ -95,7 +95,7 @@ _KNOWN_COLUMNS = {
     "post": "info",
     "tree": "prompt",
 }
-_NAMES = {role: tuple(names.split()) for role, names in _KNOWN_COLUMNS.items()}
+_KNOWN_COLUMNS = {role: tuple(names.split()) for role, names in _COLUMNS_OF_ROLES.items()}
 # Roles that a row may have beside those of its layout: what their cells are, and their columns.
 _EXTRAS: dict[str, tuple[Form, tuple[str, ...]]] = {
     "system": (is_text, ("system", "system_prompt")),
@@ -107,10 +107,10 @@ _WEAK_PROMPTS = ("query", "context", "history")
 """Columns that are the prompt only where no other is."""
 _TOGETHER = (("output_1", "output_2"), ("score_1", "score_2"))
 """Roles whose columns are of one family."""
-ROLES = (*_NAMES, *_EXTRAS, "input")
+ROLES = (*_KNOWN_COLUMNS, *_EXTRAS, "input")
 READ_IN_PAIRS = {"input", *_MEDIA}.union(
     *(names for _, names in _EXTRAS.values()),
-    *(_NAMES[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1")),
+    *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1")),
 )
 """Columns that a row of `prompt`, `chosen` and `rejected` cannot have beside them without being read otherwise."""
 
@@ -159,7 +159,7 @@ def find_shape(
                 rankings.require_sure(shape, read, source)
             return shape
     rankings.require_whole_rows(list(itertools.chain.from_iterable(first)), source)
-    _require_all_written(list(itertools.chain(*_NAMES.values(), named.values())), mixed, source)
+    _require_all_written(list(itertools.chain(*_KNOWN_COLUMNS.values(), named.values())), mixed, source)
     raise _no_shape(first, source, named, kinds, values)
 
 
@@ -185,11 +185,11 @@ def _with_lists_read(
         for name in dict.fromkeys([*itertools.chain.from_iterable(rows), *named.values()])
     }
     parsed, mixed = set(), {}
-    of_rankings = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _NAMES[role]}
+    of_rankings = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _KNOWN_COLUMNS[role]}
     for name, of_column in cells.items():
-        forms = {"lists of messages": holds_turns} | (
-            {"lists": rankings.is_part_of_ranking} if name in of_rankings else {}
-        )
+        forms: dict[str, Form] = {"lists of messages": holds_turns}
+        if name in of_rankings:
+            forms["lists"] = rankings.is_part_of_ranking
         for what, is_meant in forms.items():
             lists = written(of_column, is_meant)
             fit = sum(value is not MISSING for value in lists)
@@ -202,7 +202,7 @@ def _with_lists_read(
     # A list of strings may be an answer like any other; prompts beside as many answers of each side are none.
     texts = {name for name, of_column in cells.items() if (it := written(of_column, is_texts)) and MISSING not in it}
     for outputs in _OUTPUTS:
-        if texts.issuperset(outputs) and (prompt := texts.intersection(_NAMES["prompt"])):
+        if texts.issuperset(outputs) and (prompt := texts.intersection(_KNOWN_COLUMNS["prompt"])):
             parsed |= {*outputs, *prompt}
     return [row | _read(row, parsed) for row in rows], parsed, mixed
 
@@ -287,11 +287,8 @@ def _all_repeat_prompt(columns: Mapping[str, str], rows: Sequence[dict[str, Any]
 
 def _unused(shape: Shape, used: set[str], rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """The columns with something in them that no role has, that give no rating and are not known to the layout."""
-    known = {name for role in set(shape.layout.aside).difference(rankings.ITEM_ROLES) for name in _NAMES[role]} | {
-        *used,
-        *_MEDIA,
-        "winner_tie",
-    }
+    aside = set(shape.layout.aside).difference(rankings.ITEM_ROLES)
+    known = {*used, *_MEDIA, "winner_tie"}.union(*(_KNOWN_COLUMNS[role] for role in aside))
     filled = {name: cell for row in rows for name, cell in row.items() if name not in known and not is_empty(cell)}
     votes = vote_columns(dict(shape.columns).get("vote", ""), filled)
     names = [name for name, cell in filled.items() if not is_rating(name, cell) and name not in votes]
@@ -305,7 +302,7 @@ def _fitting(
     """The shapes that fit a row, at most one for the same columns."""
     shapes: dict[Columns, Shape] = {}
     for layout in layouts:
-        if any(name in value for role in layout.absent for name in _NAMES[role]):
+        if any(name in value for role in layout.absent for name in _KNOWN_COLUMNS[role]):
             continue
         for columns in _assignments(layout, value, named):
             if _fits(layout, value, columns, forgiving):
@@ -334,7 +331,7 @@ def _go_together(columns: Mapping[str, str], named: Mapping[str, str]) -> bool:
     pair."""
     for first, second in _TOGETHER:
         if first in columns and not {first, second} & named.keys():
-            families = zip(_NAMES[first], _NAMES[second], strict=True)
+            families = zip(_KNOWN_COLUMNS[first], _KNOWN_COLUMNS[second], strict=True)
             if (columns[first], columns[second]) not in families:
                 return False
     is_triple = columns.get("chosen") == "positive" and columns.get("prompt") in _WEAK_PROMPTS
@@ -343,7 +340,7 @@ def _go_together(columns: Mapping[str, str], named: Mapping[str, str]) -> bool:
 
 def _choices(layout: Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, list[str]]:
     """Columns of a row by the roles of a layout that they may have."""
-    names = {role: [named[role]] if role in named else [*_NAMES[role]] for role in layout.forms}
+    names = {role: [named[role]] if role in named else [*_KNOWN_COLUMNS[role]] for role in layout.forms}
     if "prompt" in names.keys() - named:
         if layout.kind == "prompts" or "instruction" in value or "input" in named:
             names["prompt"].remove("input")
@@ -458,7 +455,7 @@ def _misfit(layout: Layout, present: Mapping[str, str], value: dict[str, Any], n
     """What keeps a row from having a layout, of whose roles it has the `present` ones."""
     if unknown := [role for role in named if role not in _roles(layout)]:
         return f"but it has no {listed(unknown)}, which `columns` names"
-    if missing := [_NAMES[role][0] for role in layout.forms if role not in present]:
+    if missing := [_KNOWN_COLUMNS[role][0] for role in layout.forms if role not in present]:
         return f"but there is no {listed(missing)}"
     misfits = [column for role, column in present.items() if not layout.forms[role](cell_at(value, column))]
     if not misfits:
