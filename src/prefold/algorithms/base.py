@@ -139,6 +139,9 @@ class Algorithm(ABC):
     draws: ClassVar[Draws | None] = None
     """How completions are sampled, by a method of a kind that `samples`."""
 
+    remark: ClassVar[tuple[str, str] | None] = None
+    """Where the settings are not the objective that their name is known for: that, and what to do."""
+
     def __post_init__(self) -> None:
         """Raises ValueError, naming the setting, for a value that the type of the setting does not allow."""
         hints = get_type_hints(type(self), include_extras=True)

@@ -29,7 +29,7 @@ from prefold.data.preference import (
     short,
     texts_of,
 )
-from prefold.data.spans import THOUGHT, common, context_of, ending, is_written
+from prefold.data.spans import EMPTY_THOUGHT, THOUGHT, common, context_of, ending, is_written
 from prefold.data.templates import REFUSALS, Reads, reads
 from prefold.errors import UserError
 from prefold.recipe import Data
@@ -197,6 +197,9 @@ class Writer:
                 rest = conversation[len(prompt) :]
                 if header := self._header(record, answer[0], rest, prompt):
                     details["header_trained"] = quoted(header)
+                written = EMPTY_THOUGHT.match(rest)
+                if written and not EMPTY_THOUGHT.match(answer[0]["content"]):
+                    details["empty_thought"] = quoted(written[0])
             else:
                 rest = conversation
                 self._require_same_prompt(record, prompt, conversation)

@@ -112,7 +112,7 @@ class DataReport:
 _NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text", "wrong_decoding")
 _SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
 """Kinds whose problems name the markers that were seen, each in backticks."""
-_DETAILED = ("unread_field", "text_dropped", "header_trained", "prompt_not_prefix", "template_refused")
+_DETAILED = ("unread_field", "text_dropped", "header_trained", "empty_thought", "prompt_not_prefix", "template_refused")
 """Kinds whose finding shows what was seen in the rows."""
 # kind -> what is said behind the number of rows, and advice
 _ABOUT_ROWS = {
@@ -166,6 +166,11 @@ _ABOUT_ROWS = {
     "text_dropped": (
         ": the chat template leaves words of them out",
         "put thoughts into a field that it reads, or use a template that writes them",
+    ),
+    "empty_thought": (
+        ": the chat template writes an empty thought before the answer, and it is trained on",
+        "the model learns not to think; `model.chat_template_kwargs` can move it into the prompt, often by "
+        "`{enable_thinking: false}`",
     ),
     "header_trained": (
         ": the answer's header is trained as part of the answer",

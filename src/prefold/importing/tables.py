@@ -28,7 +28,9 @@ def scheduler(value: Any) -> Any:
 def optimizer(value: Any) -> Any:
     if isinstance(value, str) and value in optimizers():
         return value
-    raise NoCounterpartError("not one of transformers' optimizers; set `train.optim` to one, e.g. `adamw_torch`")
+    raise NoCounterpartError(
+        "not one of transformers' optimizers that work here; set `train.optim`, e.g. to `adamw_torch`"
+    )
 
 
 def whole_or_share(value: Any) -> Any:

@@ -14,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx2
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # public, but not marked so
 from safetensors import SafetensorError
 
@@ -55,7 +55,7 @@ OPEN_MIRRORS = {
 }
 """Gated models and where the same weights lie open."""
 
-WEIGHTS = "*.safetensors"
+WEIGHTS, WHOLE, INDEX = "*.safetensors", "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = [WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 OTHER_FORMATS = ["consolidated*.safetensors", "*/*.safetensors"]
 """The same weights once more, in layouts that transformers does not read."""
@@ -99,29 +99,44 @@ def _checked_folder(folder: Path, name: str, weights: bool = True) -> Path:
     if not weights:
         return folder
     if not any(folder.glob("*.safetensors")):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        what = "holds pickled weights only, which can run code when read" if pickled else "holds no *.safetensors"
-        advice = "convert them with `save_pretrained`, or take another copy of the model"
-        raise UserError(what, where=name, expected="weights as safetensors", advice=advice)
+        raise _without_safetensors(name, [file.name for file in folder.iterdir()])
     _require_shards(folder, name)
     return folder
 
 
+def _without_safetensors(name: str, files: Iterable[str]) -> UserError:
+    pickled = any(file.endswith((".bin", ".pt")) for file in files)
+    what = "holds pickled weights only, which can run code when read" if pickled else "holds no *.safetensors"
+    advice = "convert them with `save_pretrained`, or take another copy of the model"
+    return UserError(what, where=name, expected="weights as safetensors", advice=advice)
+
+
 def _require_shards(folder: Path, name: str) -> None:
     """All files that the index of a sharded model lists are there."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file() or (folder / "model.safetensors").is_file():
+    if not (folder / INDEX).is_file() or (folder / WHOLE).is_file():
         return
     try:
-        shards = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = _shards(folder)
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index.name} cannot be read", where=name, expected="a `weight_map` in JSON") from None
+        raise UserError(f"{INDEX} cannot be read", where=name, expected="a `weight_map` in JSON") from None
     if outside := sorted(shard for shard in shards if Path(shard).name != shard):
-        raise UserError(f"{index.name} names files outside the folder, e.g. {outside[0]}", where=name)
+        raise UserError(f"{INDEX} names files outside the folder, e.g. {outside[0]}", where=name)
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         what = f"{len(missing)} of {len(shards)} weight files are missing, e.g. {missing[0]}"
         raise UserError(what, where=name, advice="bring the rest; the copy or download may have been cut short")
+
+
+def _shards(folder: Path) -> set[str]:
+    return set(map(str, json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights of a folder from; none where they have not all been fetched."""
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    files = [folder / shard for shard in sorted(_shards(folder))] if (folder / INDEX).is_file() else []
+    return files if all(file.is_file() for file in files) else []
 
 
 # ---- the cache --------------------------------------------------------------------------------------------------
@@ -235,6 +250,16 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     except (httpx2.HTTPError, OSError) as error:
         raise _unreachable(name, error) from None
     return _checked_folder(Path(folder), name, weights)
+
+
+def require_safetensors_on_hub(name: str, revision: str | None) -> None:
+    """Raises UserError: the Hub lists weights of a model that has not been downloaded, and none as safetensors."""
+    try:
+        files = [file for file in HfApi().list_repo_files(name, revision=revision) if "/" not in file]
+    except (httpx2.HTTPError, OSError):  # fetching it will say what is in the way
+        return
+    if files and not any(file.endswith(".safetensors") for file in files):
+        raise _without_safetensors(name, files)
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
