@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # public, but not marked so
 from safetensors import SafetensorError
 
-from prefold.errors import UserError, first_line
+from prefold.errors import UserError, did_you_mean, first_line
 from prefold.files import cache_folder, new_folder, without_home, without_secrets
 from prefold.terminal import console
 
@@ -245,11 +245,25 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
         raise UserError(what, where=name, advice="check `model.revision`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         what = "is neither a folder or file here nor a model on the hub"
-        advice = "check the spelling; a private model needs `hf auth login` or HF_TOKEN"
+        advice = f"check the spelling{_beside(name)}; a private model needs `hf auth login` or HF_TOKEN"
         raise UserError(what, where=name, expected=NAMES, advice=advice) from None
     except (httpx2.HTTPError, OSError) as error:
         raise _unreachable(name, error) from None
     return _checked_folder(Path(folder), name, weights)
+
+
+def _beside(name: str) -> str:
+    """What lies where a folder of that name would: the name of a run folder looks like that of a model of the Hub."""
+    parent = Path(name).parent
+    if parent == Path() or not parent.is_dir():
+        return ""
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    near = did_you_mean(Path(name).name, names)
+    return f": {near}" if near else f" (folders in {parent}: {', '.join(names[:8]) or 'none'})"
+
+
+def _path_advice(name: str) -> str:
+    return f"a run or another folder: check the path{_beside(name)}; a model of the hub:"
 
 
 def require_safetensors_on_hub(name: str, revision: str | None) -> None:
@@ -274,13 +288,11 @@ def _unreachable(name: str, error: Exception) -> UserError:
             advice = f"check your access at https://huggingface.co/{name} and your token (HF_TOKEN); {elsewhere}"
         return UserError(f"the hub refused it (HTTP {status})", where=name, advice=advice)
     if isinstance(reason, errors.OfflineModeIsEnabled):
-        what = "HF_HUB_OFFLINE is set, and the model is not whole in the hub's cache"
-        return UserError(what, where=name, advice=f"unset it, {elsewhere}")
+        what = "is no folder or file here; HF_HUB_OFFLINE is set, and the model is not whole in the hub's cache"
+        return UserError(what, where=name, advice=f"{_path_advice(name)} unset it, {elsewhere}")
     if isinstance(reason, OSError) and reason.errno and not isinstance(reason, ConnectionError):
         what = f"cannot be written to the hub's cache ({reason.strerror})"
         return UserError(what, where=name, advice="free some space, or set HF_HOME to another folder")
-    return UserError(
-        f"the hub cannot be reached ({type(reason).__name__}), and the model is not whole in its cache",
-        where=name,
-        advice=f"check the connection; set HF_HUB_OFFLINE=1 if the model was fetched before; {elsewhere}",
-    )
+    what = f"the hub cannot be reached ({type(reason).__name__}), and the model is not whole in its cache"
+    advice = f"check the connection; set HF_HUB_OFFLINE=1 if the model was fetched before; {elsewhere}"
+    return UserError(f"is no folder or file here; {what}", where=name, advice=f"{_path_advice(name)} {advice}")

@@ -23,7 +23,7 @@ from prefold.files import read_json
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model, tokenizer_of
 from prefold.recipe import RecipeBase
-from prefold.rewards.load import load_rewards
+from prefold.rewards.load import load_rewards, require_arguments
 from prefold.rewards.scoring import LoadedReward, column_names
 from prefold.runs.comparison import require_models
 from prefold.runs.fingerprints import inputs_of, require_unchanged
@@ -35,6 +35,8 @@ from prefold.trees.memory import auto_max_tokens
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, choose_scorer
 
+WITHOUT_COLUMNS = ("prompts", "completions", "completion_ids")
+"""What rewards are given, whatever columns the data have."""
 UNKNOWN_STEPS = 1000
 """Stands for the steps of a run whose data have not been counted."""
 
@@ -85,7 +87,10 @@ class Run:
         """Raises UserError if a reward, the judge or a model to compare with cannot be used, as far as that costs
         little to know: what a later stage would stop at, after hours."""
         if self.recipe.rewards:
-            loaded_rewards(self.recipe, column_names(prompts_of(self.prepared.train)))
+            rewards = loaded_rewards(self.recipe, column_names(prompts_of(self.prepared.train)))
+            if self.prepared.held_out:
+                columns = column_names(prompts_of(self.prepared.held_out))
+                require_arguments(rewards, [*WITHOUT_COLUMNS, *columns], "is no column of the held-out rows")
         if self.recipe.evaluate.win_rate:
             self.open_judge()
         require_models(self.recipe.evaluate.compare_with)
@@ -101,7 +106,7 @@ class Run:
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:
     """Raises UserError if a reward cannot be loaded, or asks for what there is not."""
-    return load_rewards(recipe.rewards, ["prompts", "completions", "completion_ids", *columns])
+    return load_rewards(recipe.rewards, [*WITHOUT_COLUMNS, *columns])
 
 
 def policy_of(recipe: RecipeBase, contents: bool = True) -> PreTrainedModel | PeftModel:
