@@ -1,7 +1,7 @@
 """Cells of a row: by a column or a path into it, and the lists that some files write as text.
 
-A path is keys and places joined by dots, `input.messages`, `answers.0.text`; a column of exactly that name goes first.
-It reaches into lists and objects that are written as text, too.
+A path is keys and positions joined by dots, `input.messages`, `answers.0.text`; a column of exactly that name goes
+first. It reaches into lists and objects that are written as text, too.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from prefold.data.preference import Unfit
+from prefold.data.dialogues import holds_dialogue
+from prefold.data.preference import Unfit, role_of, short
+from prefold.recipe.values import as_number
 
+Form = Callable[[Any], bool]
+"""Whether a cell is of a form."""
 MISSING = object()
 """What is at a path that a row does not have."""
 _WRITTEN = re.compile(r"""\s*['"]?(\[|\{)""")
@@ -34,8 +38,8 @@ def cell_at(row: Mapping[str, Any], path: str) -> Any:
 
 
 def end_of_path(row: Mapping[str, Any], path: str) -> tuple[str, str, list[str]]:
-    """Where a path ends that a row does not have: the path so far, the part that is not there, and the keys or places
-    that are."""
+    """Where a path ends that a row does not have: the path so far, the part that is not there, and the keys or
+    positions that are."""
     parts = path.split(".")
     at = next(at for at in range(len(parts)) if cell_at(row, ".".join(parts[: at + 1])) is MISSING)
     here: Any = cell_at(row, ".".join(parts[:at])) if at else row
@@ -51,8 +55,8 @@ def _item(value: Any, part: str) -> Any:
     value = read_if_text(value)
     if isinstance(value, dict):
         return value.get(part, MISSING)
-    is_place = part.isascii() and part.isdigit() and len(part) < 9
-    return value[int(part)] if is_place and int(part) < len(_list(value)) else MISSING
+    is_position = part.isascii() and part.isdigit() and len(part) < 9
+    return value[int(part)] if is_position and int(part) < len(_list(value)) else MISSING
 
 
 def _list(value: Any) -> list[Any]:
@@ -89,12 +93,6 @@ def is_turns(value: Any) -> bool:
 def holds_turns(value: Any) -> bool:
     """Messages, or an object with messages in it."""
     return is_turns(value) or (isinstance(value, dict) and any(map(is_turns, value.values())))
-
-
-def is_texts(value: Any) -> bool:
-    """A list of strings, of which some may be null."""
-    is_filled = isinstance(value, list) and value != [] and isinstance(value[0], str)
-    return is_filled and all(item is None or isinstance(item, str) for item in value)
 
 
 def written(cells: Sequence[Any], is_meant: Callable[[Any], bool]) -> list[Any]:
@@ -157,20 +155,88 @@ def read_if_text(cell: Any) -> Any:
     return cell if value is MISSING else value
 
 
-def template_kwargs(tools: Any, kwargs: Any, where: tuple[str, str]) -> dict[str, Any]:
+def template_kwargs(tools: Any, kwargs: Any, where_tools: str, where_kwargs: str) -> dict[str, Any]:
     """What a row gives to the chat template beside its messages. Raises Unfit: a cell is not what it should be."""
     tools, kwargs = ([] if is_empty(cell) else read_if_text(cell) for cell in (tools, kwargs))
     if not is_empty(tools) and not is_tools(tools):
-        raise Unfit("bad_message", f"{where[0]} is no list of tools")
-    if is_empty(kwargs):
-        return {} if is_empty(tools) else {"tools": _tools_in(tools)}
-    if not is_kwargs(kwargs):
-        raise Unfit("bad_message", f"{where[1]} is no object")
-    if taken := sorted(kwargs.keys() & _NOT_OF_A_ROW):
-        raise Unfit("bad_message", f"{where[1]} has `{taken[0]}`, which is not for a row to say")
-    return {**kwargs, **({} if is_empty(tools) else {"tools": _tools_in(tools)})}
+        raise Unfit("bad_message", f"{where_tools} is no list of tools")
+    given = {} if is_empty(kwargs) else kwargs
+    if not is_kwargs(given):
+        raise Unfit("bad_message", f"{where_kwargs} is no object")
+    if taken := sorted(given.keys() & _NOT_OF_A_ROW):
+        raise Unfit("bad_message", f"{where_kwargs} has `{taken[0]}`, which is not for a row to say")
+    return given if is_empty(tools) else {**given, "tools": _tools_in(tools)}
 
 
 _NOT_OF_A_ROW = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
 _NOT_OF_A_ROW |= {"continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"}
 _NOT_OF_A_ROW |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+
+
+# ---- forms ------------------------------------------------------------------------------------------------------
+
+
+def _speaker(turn: Any) -> Any:
+    """Who speaks in a turn; None if it is none."""
+    return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+
+
+def _assistant_speaks(turn: Any) -> bool:
+    return role_of(_speaker(turn)) == "assistant"
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_bare_text(value: Any) -> bool:
+    return isinstance(value, str) and not holds_dialogue(value)
+
+
+def is_texts(value: Any) -> bool:
+    """A list of strings, of which some may be null."""
+    return _is_filled(value) and is_text(value[0]) and all(item is None or is_text(item) for item in value)
+
+
+def is_sentences(value: Any) -> bool:
+    return _is_filled(value) and all(map(is_text, value))
+
+
+def is_opening(value: Any) -> bool:
+    """Turns that wait for an answer."""
+    return _is_filled(value) and bool(_speaker(value[-1])) and not _assistant_speaks(value[-1])
+
+
+def is_answer(value: Any) -> bool:
+    return is_bare_text(value) or _assistant_speaks(value[0] if _is_filled(value) else value)
+
+
+def is_answered(value: Any) -> bool:
+    """Turns that end with an answer."""
+    return _is_filled(value) and bool(_speaker(value[0])) and _assistant_speaks(value[-1])
+
+
+def is_dialogue(value: Any) -> bool:
+    """A dialogue with its prompt."""
+    if isinstance(value, str):
+        return holds_dialogue(value)
+    return _is_filled(value) and bool(_speaker(value[0])) and not _assistant_speaks(value[0])
+
+
+def is_number(value: Any) -> bool:
+    return as_number(value) is not None or isinstance(value, bool)
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a cell could be a vote or a label at all."""
+    is_word = isinstance(value, str) and len(value) <= 40 and value.strip() != ""
+    return is_word or (isinstance(value, bool | int | float) and value == value)
+
+
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, list) and value != []
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a message shows them."""
+    return ", ".join(f"`{short(name)}`" for name in names)

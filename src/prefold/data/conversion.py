@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefold.data import rankings
 from prefold.data.cells import (
-    MISSING,
+    Form,
     cell_at,
-    has_cell,
+    is_answer,
+    is_answered,
+    is_bare_text,
+    is_dialogue,
     is_empty,
-    is_history,
+    is_number,
+    is_opening,
+    is_scalar,
+    is_sentences,
+    is_text,
     is_texts,
-    is_turns,
-    need_list,
     read_if_text,
-    template_kwargs,
 )
-from prefold.data.dialogues import part, part_answer, part_transcripts, read_answer, read_dialogue, read_prompt
+from prefold.data.dialogues import part, part_answer, part_transcripts, read_dialogue
 from prefold.data.formats import RawRow
+from prefold.data.layouts import Answer, Layout, Ranking, Row, Shape
 from prefold.data.preference import (
     Message,
+    Messages,
     Preference,
     Problem,
     Prompt,
     Record,
-    RowId,
     Unfit,
     Unpaired,
     check_answer,
     check_pair,
     check_prompt,
     message,
-    messages,
     short,
     with_system,
-    without_nulls,
 )
-from prefold.data.shapes import Shape, is_dialogue
 from prefold.data.votes import as_flag, as_vote, margin_of, ratings, vote_columns
 from prefold.errors import json_type
 from prefold.recipe.values import Values, as_number
@@ -65,131 +65,51 @@ def to_records(
     try:
         if row.value is None:
             raise Unfit("broken_row", row.problem or "not a JSON object")
-        if media := next((name for name in shape.media if not is_empty(read_if_text(row.value.get(name)))), None):
-            raise Unfit("media", f"`{media}` is filled, and only text is trained on")
-        cells = _Cells(row.value, shape, dict(shape.columns), row.origin, row.pads_with_nulls)
-        if shape.layout in rankings.LAYOUTS:
-            made = _of_rankings(cells, rule)
-        elif shape.layout in _CONVERSIONS:
-            made = [_CONVERSIONS[shape.layout](cells)]
-        else:
-            raise Unfit("broken_row", "the shape of its source is not known")
-        more = cells.template_kwargs()
+        for column in shape.media:
+            if not is_empty(read_if_text(row.value.get(column))):
+                raise Unfit("media", f"`{column}` is filled, and only text is trained on")
+        cells = Row(row.value, shape, row.origin, row.pads_with_nulls)
+        made = shape.layout.read(cells)
+        results: list[Record | Problem] = _of_rankings(made, cells, rule) if isinstance(made, list) else [made]
+        given = cells.template_kwargs()
+        if not system and not given:
+            return results
         return [
             result
             if isinstance(result, Problem)
             else replace(
-                result, prompt=tuple(with_system(system, list(result.prompt), where_system)), template_kwargs=more
+                result, prompt=tuple(with_system(system, list(result.prompt), where_system)), template_kwargs=given
             )
-            for result in made
+            for result in results
         ]
     except Unfit as unfit:
         return [Problem(unfit.kind, unfit.message, row.origin)]
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """A row's cells by role."""
-
-    value: dict[str, Any]
-    shape: Shape
-    columns: dict[str, str]
-    origin: RowId
-    pads_with_nulls: bool = False
-
-    def where(self, role: str) -> str:
-        return f"`{short(self.columns.get(role, role))}`"
-
-    def has(self, role: str) -> bool:
-        return role in self.columns and has_cell(self.value, self.columns[role])
-
-    def find(self, role: str) -> Any:
-        """The cell, or None where there is none."""
-        column = self.columns.get(role)
-        if column is None or (cell := cell_at(self.value, column)) is MISSING:
-            return None
-        cell = need_list(cell, self.where(role)) if column in self.shape.parsed and isinstance(cell, str) else cell
-        return without_nulls(cell) if self.pads_with_nulls else cell
-
-    def need(self, role: str) -> Any:
-        if not self.has(role):
-            raise Unfit("missing_field", f"{self.where(role)} is missing")
-        if (value := self.find(role)) is None:
-            raise Unfit("null_field", f"{self.where(role)} is null")
-        return value
-
-    def others(self) -> dict[str, Any]:
-        """The cells that have no role, by their columns."""
-        used = set(self.columns.values())
-        return {name: value for name, value in self.value.items() if name not in used}
-
-    def dialogue(self, role: str) -> list[Message]:
-        return read_dialogue(self.need(role), self.where(role), self.shape.writing)
-
-    def answer(self, role: str) -> list[Message]:
-        return read_answer(self.need(role), self.where(role), self.shape.writing)
-
-    def prompt(self) -> list[Message]:
-        """The prompt with the rounds before it, without the text of a system column."""
-        prompt, where = self._last_prompt(), self.where("history")
-        if is_empty(rounds := read_if_text(self.find("history"))):
-            return prompt
-        if not is_history(rounds):
-            raise Unfit("bad_message", f"{where} is no list of earlier rounds")
-        if is_turns(rounds):
-            earlier = messages(rounds, where, "ShareGPT" if "from" in rounds[0] else "plain")
-        else:
-            said = zip(("user", "assistant") * len(rounds), chain.from_iterable(rounds), strict=True)
-            earlier = [message(role, text, where) for role, text in said]
-        start = 1 if prompt[0]["role"] == "system" else 0
-        return [*prompt[:start], *earlier, *prompt[start:]]
-
-    def _last_prompt(self) -> list[Message]:
-        value, where = self.need("prompt"), self.where("prompt")
-        if isinstance(value, list):
-            return messages(value, where, self.shape.writing)
-        if not isinstance(value, str):
-            return [message("user", value, where)]
-        more = self.find("input")
-        if more is None or more == "":
-            return read_prompt(value, where, self.shape.writing)
-        parts = [message("user", value, where), message("user", more, self.where("input"), may_be_empty=True)]
-        return [message("user", "\n\n".join(part["content"] for part in parts if part["content"].strip()), where)]
-
-    def template_kwargs(self) -> dict[str, Any]:
-        where = (self.where("tools"), self.where("chat_template_kwargs"))
-        return template_kwargs(self.find("tools"), self.find("chat_template_kwargs"), where)
-
-    def with_system(self, prompt: list[Message]) -> list[Message]:
-        return with_system(self.find("system"), prompt, self.where("system"))
+# ---- pairs ------------------------------------------------------------------------------------------------------
 
 
-def _pair(cells: _Cells) -> Preference:
-    chosen, rejected = cells.need("chosen"), cells.need("rejected")
-    where = (cells.where("chosen"), cells.where("rejected"))
-    if _brings_its_prompt(cells, chosen, rejected):
-        split = part_transcripts if isinstance(chosen, str) else part
-        prompt, *answers = split(cells.dialogue("chosen"), cells.dialogue("rejected"), where)
-        where_prompt = f"the prompt in {where[0]}"
-    else:
-        role = "messages" if cells.shape.layout == "turns" else "prompt"
-        prompt = cells.dialogue(role) if role == "messages" else cells.prompt()
-        answers = [cells.answer("chosen"), cells.answer("rejected")]
-        if cells.shape.repeats_prompt:
-            start = cells.need("prompt")
-            answers = [_behind_prompt(answer, start, name) for answer, name in zip(answers, where, strict=True)]
-        where_prompt = cells.where(role)
-    return _checked_pair(cells, prompt, answers, (*where, where_prompt))
+def _pair(row: Row) -> Preference:
+    chosen, rejected = row.need("chosen"), row.need("rejected")
+    where = (row.where("chosen"), row.where("rejected"))
+    role = "messages" if "messages" in row.shape.column_of else "prompt"
+    are_turns = isinstance(chosen, list) or isinstance(rejected, list)
+    # Answers that are whole dialogues bring their prompt; a prompt column is not put before them again.
+    if role == "prompt" and are_turns and (not row.has(role) or (is_dialogue(chosen) and is_dialogue(rejected))):
+        return _of_dialogues(row)
+    prompt = row.dialogue(role) if role == "messages" else row.prompt()
+    answers = [row.answer("chosen"), row.answer("rejected")]
+    if row.shape.repeats_prompt:
+        start = row.need("prompt")
+        answers = [_behind_prompt(answer, start, name) for answer, name in zip(answers, where, strict=True)]
+    return _checked_pair(row, prompt, answers, (*where, row.where(role)))
 
 
-def _brings_its_prompt(cells: _Cells, chosen: Any, rejected: Any) -> bool:
-    """Whether the answers are whole conversations; what stands in a prompt column then is not put before them again."""
-    if cells.shape.layout == "conversations":
-        return True
-    any_list = isinstance(chosen, list) or isinstance(rejected, list)
-    if cells.shape.layout == "turns" or not any_list:
-        return False
-    return not cells.has("prompt") or (is_dialogue(chosen) and is_dialogue(rejected))
+def _of_dialogues(row: Row) -> Preference:
+    cells, where = [row.need(role) for role in ("chosen", "rejected")], (row.where("chosen"), row.where("rejected"))
+    chosen, rejected = (read_dialogue(cell, name, row.shape.writing) for cell, name in zip(cells, where, strict=True))
+    prompt, *answers = (part_transcripts if isinstance(cells[0], str) else part)(chosen, rejected, where)
+    return _checked_pair(row, prompt, answers, (*where, f"the prompt in {where[0]}"))
 
 
 def _behind_prompt(answer: list[Message], prompt: str, where: str) -> list[Message]:
@@ -199,14 +119,14 @@ def _behind_prompt(answer: list[Message], prompt: str, where: str) -> list[Messa
     return [message("assistant", text[len(prompt) :], f"what follows the prompt in {where}")]
 
 
-def _voted(cells: _Cells) -> Preference:
+def _voted(row: Row) -> Preference:
     """The better answer is that of the majority of the votes that were given."""
-    names = vote_columns(cells.columns["vote"], cells.value)
-    given = {name: cell for name in names if not is_empty(cell := cell_at(cells.value, name))}
+    values = row.shape.values
+    cells = {name: cell_at(row.value, name) for name in vote_columns(row.shape.column_of["vote"], row.value)}
+    given = {name: cell for name, cell in cells.items() if not is_empty(cell)}
     if not given:
-        cells.need("vote")
-        raise Unfit("null_field", f"{cells.where('vote')} is empty")
-    values = cells.shape.values
+        row.need("vote")
+        raise Unfit("null_field", f"{row.where('vote')} is empty")
     votes = {name: as_vote(cell, values) for name, cell in given.items()}
     for name, vote in votes.items():
         if vote is None:
@@ -215,200 +135,206 @@ def _voted(cells: _Cells) -> Preference:
     for_first, for_second = (list(votes.values()).count(answer) for answer in (1, 2))
     if for_first == for_second:
         raise Unfit("tie", "the votes do not prefer one answer")
-    order = ("output_1", "output_2") if for_first > for_second else ("output_2", "output_1")
-    scores = [as_number(cells.find(role.replace("output", "score"))) for role in order]
-    if None not in scores:
-        return _of_two(cells, order, (scores[0] or 0.0, scores[1] or 0.0))
-    margins = [margin for cell in given.values() if (margin := margin_of(cell, values)) is not None]
-    return _of_two(cells, order, (margins[0], 0.0) if len(margins) == 1 else None)
+    better, worse = (1, 2) if for_first > for_second else (2, 1)
+    scores = [as_number(row.find(f"score_{number}")) for number in (better, worse)]
+    margins = [(margin, 0.0) for cell in given.values() if (margin := margin_of(cell, values)) is not None]
+    if scores[0] is not None and scores[1] is not None:
+        return _of_two(row, better, (scores[0], scores[1]))
+    return _of_two(row, better, margins[0] if len(margins) == 1 else None)
 
 
-def _scored(cells: _Cells) -> Preference:
+def _scored(row: Row) -> Preference:
     """The better answer is that of the higher score."""
-    found = [cells.need(role) for role in ("score_1", "score_2")]
-    scores = [float(score) if isinstance(score, bool) else as_number(score) for score in found]
-    for role, score in zip(("score_1", "score_2"), scores, strict=True):
-        if score is None:
-            raise Unfit("bad_label", f"{cells.where(role)} is {_value_text(cells.need(role))}, not a number")
-    first, second = (score or 0.0 for score in scores)
-    if first == second:
-        raise Unfit("tie", f"{cells.where('score_1')} and {cells.where('score_2')} are the same")
-    order = ("output_1", "output_2") if first > second else ("output_2", "output_1")
+    cells = {role: row.need(role) for role in ("score_1", "score_2")}
+    scores = []
+    for role, cell in cells.items():
+        if (score := float(cell) if isinstance(cell, bool) else as_number(cell)) is None:
+            raise Unfit("bad_label", f"{row.where(role)} is {_value_text(cell)}, not a number")
+        scores.append(score)
+    if scores[0] == scores[1]:
+        raise Unfit("tie", f"{row.where('score_1')} and {row.where('score_2')} are the same")
     # Of winners it is said that they won, not by how much.
-    is_winner = cells.columns["score_1"].startswith("winner")
-    return _of_two(cells, order, None if is_winner else (max(first, second), min(first, second)))
+    is_winner = row.shape.column_of["score_1"].startswith("winner")
+    better = 1 if scores[0] > scores[1] else 2
+    return _of_two(row, better, None if is_winner else (max(scores), min(scores)))
 
 
-def _of_two(cells: _Cells, order: tuple[str, str], rated: tuple[float, float] | None) -> Preference:
-    """The pair of two outputs, the better one first."""
-    where = (cells.where(order[0]), cells.where(order[1]))
-    if cells.shape.layout.startswith("parallel"):
-        prompt, *answers = part(_alternating(cells, order[0]), _alternating(cells, order[1]), where)
-    elif cells.shape.layout == "two conversations":
-        prompt, *answers = part(cells.dialogue(order[0]), cells.dialogue(order[1]), where)
+def _of_two(row: Row, better: int, rated: tuple[float, float] | None) -> Preference:
+    """The pair of two outputs, of which `better` (1 or 2) is chosen."""
+    roles = (f"output_{better}", f"output_{3 - better}")
+    where = (row.where(roles[0]), row.where(roles[1]))
+    if row.shape.layout.forms["output_1"] is is_answer:
+        prompt, answers = row.prompt(), list(map(row.answer, roles))
     else:
-        prompt, answers = cells.prompt(), [cells.answer(role) for role in order]
-    pair = _checked_pair(cells, prompt, answers, (*where, cells.where("prompt")))
+        prompt, *answers = part(_output_dialogue(row, roles[0]), _output_dialogue(row, roles[1]), where)
+    pair = _checked_pair(row, prompt, answers, (*where, row.where("prompt")))
     return replace(pair, ratings=pair.ratings or rated)
 
 
-def _alternating(cells: _Cells, role: str) -> list[Message]:
-    """Prompts and as many answers as a dialogue."""
-    lists = [cells.need("prompt"), cells.need(role)]
+def _output_dialogue(row: Row, role: str) -> list[Message]:
+    """An output that is a whole dialogue, or a list of as many answers as there are prompts."""
+    if "prompt" not in row.shape.column_of:
+        return row.dialogue(role)
+    lists = [row.need("prompt"), row.need(role)]
     for texts, name in zip(lists, ("prompt", role), strict=True):
         if not is_texts(texts):
-            raise Unfit("bad_message", f"{cells.where(name)} is {json_type(texts)}, not a list of texts")
+            raise Unfit("bad_message", f"{row.where(name)} is {json_type(texts)}, not a list of texts")
     if len(lists[0]) != len(lists[1]):
-        raise Unfit("bad_message", f"{cells.where(role)} has not one answer to each prompt")
+        raise Unfit("bad_message", f"{row.where(role)} has not one answer to each prompt")
     return [
-        message(speaker, text, cells.where(name))
+        message(speaker, text, row.where(name))
         for texts in zip(*lists, strict=True)
         for speaker, name, text in zip(("user", "assistant"), ("prompt", role), texts, strict=True)
     ]
 
 
-def _answered(cells: _Cells) -> Preference:
-    """The answer that a dialogue ends with is chosen; the rejected one stands beside it, alone or in a dialogue."""
-    where = (cells.where("messages"), cells.where("rejected"))
-    dialogue = cells.dialogue("messages")
-    if is_dialogue(cells.need("rejected")):
-        prompt, *answers = part(dialogue, cells.dialogue("rejected"), where)
+def _answered(row: Row) -> Preference:
+    """The answer that a dialogue ends with is chosen; the rejected one is in a column beside it, alone or in a
+    dialogue."""
+    where = (row.where("messages"), row.where("rejected"))
+    dialogue = row.dialogue("messages")
+    if is_dialogue(row.need("rejected")):
+        prompt, *answers = part(dialogue, row.dialogue("rejected"), where)
     else:
-        rejected = cells.answer("rejected")
+        rejected = row.answer("rejected")
         # A lone answer stands for the last one; one that calls tools, for all that follows the question.
         prompt, chosen = part_answer(dialogue, ("assistant",) if len(rejected) == 1 else ("assistant", "tool"))
         answers = [chosen, rejected]
-    return _checked_pair(cells, prompt, answers, (*where, where[0]))
+    return _checked_pair(row, prompt, answers, (*where, where[0]))
 
 
-def _answered_text(cells: _Cells) -> Preference:
-    answers = [cells.answer("completion"), cells.answer("rejected")]
-    where = (cells.where("completion"), cells.where("rejected"), cells.where("prompt"))
-    return _checked_pair(cells, cells.prompt(), answers, where)
+def _answered_text(row: Row) -> Preference:
+    answers = [row.answer("completion"), row.answer("rejected")]
+    where = (row.where("completion"), row.where("rejected"), row.where("prompt"))
+    return _checked_pair(row, row.prompt(), answers, where)
 
 
 def _checked_pair(
-    cells: _Cells, prompt: list[Message], answers: Sequence[list[Message]], where: tuple[str, str, str]
+    row: Row, prompt: list[Message], answers: Sequence[list[Message]], where: tuple[str, str, str]
 ) -> Preference:
     """The pair; `where` names chosen, rejected and prompt."""
-    prompt = cells.with_system(prompt)
+    prompt = row.with_system(prompt)
     check_pair(answers, where)
     check_prompt(prompt, where[2])
-    chosen, rejected = map(tuple, answers)
-    return Preference(tuple(prompt), chosen, rejected, cells.origin, ratings(cells.value))
+    return Preference(tuple(prompt), tuple(answers[0]), tuple(answers[1]), row.origin, ratings(row.value))
 
 
-def _unpaired(cells: _Cells) -> Unpaired:
-    label = _label(cells)
-    if cells.shape.layout == "labelled messages":
-        where = cells.where("messages")
-        prompt, completion = part_answer(cells.dialogue("messages"), ("assistant", "tool"))
+# ---- answers with a label, and prompts --------------------------------------------------------------------------
+
+
+def _unpaired(row: Row) -> Unpaired:
+    label = _label(row)
+    if "messages" in row.shape.column_of:
+        where = row.where("messages")
+        prompt, completion = part_answer(row.dialogue("messages"), ("assistant", "tool"))
     else:
-        where = cells.where("completion")
-        prompt, completion = cells.prompt(), cells.answer("completion")
-        check_prompt(prompt, cells.where("prompt"))
+        where = row.where("completion")
+        prompt, completion = row.prompt(), row.answer("completion")
+        check_prompt(prompt, row.where("prompt"))
     check_answer(completion, where)
-    prompt = cells.with_system(prompt)
-    check_prompt(prompt, where)
-    return Unpaired(tuple(prompt), tuple(completion), label, cells.origin)
+    return Unpaired(_checked_prompt(row, prompt, where), tuple(completion), label, row.origin)
 
 
-def _label(cells: _Cells) -> bool:
-    cell, values = cells.need("label"), cells.shape.values
+def _label(row: Row) -> bool:
+    cell, values = row.need("label"), row.shape.values
     if values is None:
         label, expected = as_flag(cell), "true or false"
     else:
         meaning, expected = values.meaning_of(cell), "a value that stands for wanted or not"
         # What lies between wanted and unwanted on a scale of numbers says nothing.
         if meaning == "tie" or (meaning is None and as_number(cell) is not None):
-            raise Unfit("tie", f"{cells.where('label')} says neither wanted nor unwanted")
+            raise Unfit("tie", f"{row.where('label')} says neither wanted nor unwanted")
         label = None if meaning is None else meaning == "desirable"
     if label is None:
-        raise Unfit("bad_label", f"{cells.where('label')} is {_value_text(cell)}, not {expected}")
+        raise Unfit("bad_label", f"{row.where('label')} is {_value_text(cell)}, not {expected}")
     return label
 
 
-def _prompt(cells: _Cells) -> Prompt:
-    role = "messages" if cells.shape.layout == "opening messages" else "prompt"
-    prompt = cells.with_system(cells.dialogue(role) if role == "messages" else cells.prompt())
-    check_prompt(prompt, cells.where(role))
-    return Prompt(tuple(prompt), cells.others(), cells.origin)
+def _prompt(row: Row) -> Prompt:
+    role = "messages" if "messages" in row.shape.column_of else "prompt"
+    return _prompt_of(row, row.dialogue(role) if role == "messages" else row.prompt(), row.where(role))
 
 
-def _shared_opening(cells: _Cells) -> Prompt:
-    where = (cells.where("output_1"), cells.where("output_2"))
-    read = cells.dialogue if cells.shape.layout == "opening of two conversations" else partial(_alternating, cells)
-    prompt = cells.with_system(part(read("output_1"), read("output_2"), where)[0])
-    check_prompt(prompt, where[0])
-    return Prompt(tuple(prompt), cells.others(), cells.origin)
+def _shared_opening(row: Row) -> Prompt:
+    where = (row.where("output_1"), row.where("output_2"))
+    prompt, *_ = part(_output_dialogue(row, "output_1"), _output_dialogue(row, "output_2"), where)
+    return _prompt_of(row, prompt, where[0])
 
 
-def _sentences(cells: _Cells) -> Prompt:
-    sentences, where = cells.need("sentences"), cells.where("sentences")
+def _sentences(row: Row) -> Prompt:
+    sentences, where = row.need("sentences"), row.where("sentences")
     if not isinstance(sentences, list):
         raise Unfit("not_text", f"{where} is {json_type(sentences)}, not a list of sentences")
     texts = [message("user", sentence, where, may_be_empty=True)["content"].strip() for sentence in sentences]
-    prompt = cells.with_system([message("user", " ".join(text for text in texts if text), where)])
-    return Prompt(tuple(prompt), cells.others(), cells.origin)
+    return _prompt_of(row, [message("user", " ".join(filter(None, texts)), where)], where)
 
 
-def _of_rankings(cells: _Cells, rule: rankings.Rule) -> list[Record | Problem]:
-    layout, made = cells.shape.layout, list[Record | Problem]()
-    given = {role: cells.need(role) for role in rankings.LAYOUTS[layout].roles}
-    for ranking in rankings.read(layout, rankings.Row(given, cells.columns, cells.shape.writing)):
-        prompt = cells.prompt() if ranking.prompt is None else ranking.prompt
-        where = cells.where("prompt") if ranking.prompt is None else f"the prompt of {ranking.where}"
-        records: list[Record] = []
-        problems = list(ranking.unfit)
+def _prompt_of(row: Row, prompt: list[Message], where: str) -> Prompt:
+    return Prompt(_checked_prompt(row, prompt, where), row.without_role(), row.origin)
+
+
+def _checked_prompt(row: Row, prompt: list[Message], where: str) -> Messages:
+    prompt = row.with_system(prompt)
+    check_prompt(prompt, where)
+    return tuple(prompt)
+
+
+# ---- rankings ---------------------------------------------------------------------------------------------------
+
+
+def _of_rankings(made: Sequence[Ranking], row: Row, rule: rankings.Rule) -> list[Record | Problem]:
+    results: list[Record | Unfit] = []
+    for ranking in made:
+        prompt = row.prompt() if ranking.prompt is None else ranking.prompt
+        where = row.where("prompt") if ranking.prompt is None else f"the prompt of {ranking.where}"
         try:
-            if cells.shape.kind == "prompts":
-                check_prompt(cells.with_system(prompt), where)
-                records, problems = [Prompt(tuple(cells.with_system(prompt)), cells.others(), cells.origin)], []
+            if row.shape.kind == "prompts":
+                results.append(_prompt_of(row, prompt, where))
             elif rule.values is not None:
-                records = _labelled(cells, prompt, where, ranking, rule.values)
+                results += [*_labelled(row, prompt, where, ranking, rule.values), *ranking.unfit]
             else:
-                couples = rankings.pairs(ranking, rule, layout)
-                pairs = [_ranked_pair(cells, prompt, where, *couple) for couple in couples]
-                problems += [pair for pair in pairs if isinstance(pair, Unfit)]
-                found = [pair for pair in pairs if isinstance(pair, Preference)]
-                records = _unpaired_of(found) if rule.unpaired else [*found]
+                couples = rankings.pairs(ranking, rule, row.shape.layout)
+                pairs = [_ranked_pair(row, prompt, where, *couple) for couple in couples]
+                usable = [pair for pair in pairs if isinstance(pair, Preference)]
+                results += [*(_unpaired_of(usable) if rule.unpaired else usable), *ranking.unfit]
+                results += [pair for pair in pairs if isinstance(pair, Unfit)]
         except Unfit as unfit:
-            problems += [] if unfit in problems else [unfit]
-        made += [*records, *(Problem(unfit.kind, unfit.message, cells.origin) for unfit in problems)]
-    return made
+            results += [*ranking.unfit, *([] if unfit in ranking.unfit else [unfit])]
+    return [Problem(it.kind, it.message, row.origin) if isinstance(it, Unfit) else it for it in results]
 
 
-def _ranked_pair(
-    cells: _Cells, prompt: list[Message], where: str, better: rankings.Answer, worse: rankings.Answer
-) -> Preference | Unfit:
+def _ranked_pair(row: Row, prompt: list[Message], where: str, better: Answer, worse: Answer) -> Preference | Unfit:
     try:
-        pair = _checked_pair(cells, prompt, (better.turns, worse.turns), (better.where, worse.where, where))
+        pair = _checked_pair(row, prompt, (better.turns, worse.turns), (better.where, worse.where, where))
     except Unfit as unfit:
         return unfit
-    is_rated = rankings.LAYOUTS[cells.shape.layout].is_rated
-    return replace(pair, ratings=(better.level, worse.level) if is_rated else None)
+    return replace(pair, ratings=(better.level, worse.level) if row.shape.layout.is_rated else None)
 
 
-def _labelled(
-    cells: _Cells, prompt: list[Message], where: str, ranking: rankings.Ranking, values: Values
-) -> list[Record]:
+def _labelled(row: Row, prompt: list[Message], where: str, ranking: Ranking, values: Values) -> list[Record]:
     """Each answer whose rating is wanted or unwanted. Raises Unfit: there is none, or the prompt is not fit."""
-    prompt = cells.with_system(prompt)
-    check_prompt(prompt, where)
+    checked = _checked_prompt(row, prompt, where)
     meanings = [(answer, values.meaning_of(answer.given)) for answer in ranking.answers]
     labelled = [(answer, meaning == "desirable") for answer, meaning in meanings if meaning not in (None, "tie")]
     if not labelled:
         raise Unfit("tie", f"the ratings in {ranking.where} say neither wanted nor unwanted")
     for answer, _ in labelled:
         check_answer(answer.turns, answer.where)
-    return [Unpaired(tuple(prompt), tuple(answer.turns), label, cells.origin) for answer, label in labelled]
+    return [Unpaired(checked, tuple(answer.turns), label, row.origin) for answer, label in labelled]
 
 
 def _unpaired_of(pairs: Sequence[Preference]) -> list[Record]:
     """Each answer of the pairs once."""
-    sides = [(pair, answer, label) for pair in pairs for answer, label in zip(pair.answers, (True, False), strict=True)]
-    records = [Unpaired(pair.prompt, answer, label, pair.origin) for pair, answer, label in sides]
-    return [record for number, record in enumerate(records) if record not in records[:number]]
+    records: list[Record] = []
+    for pair in pairs:
+        sides = [Unpaired(pair.prompt, pair.chosen, True, pair.origin)]
+        sides += [Unpaired(pair.prompt, pair.rejected, False, pair.origin)]
+        records += [side for side in sides if side not in records]
+    return records
+
+
+def _unknown(row: Row) -> Record:
+    raise Unfit("broken_row", "the shape of its source is not known")
 
 
 def _value_text(value: Any) -> str:
@@ -418,14 +344,72 @@ def _value_text(value: Any) -> str:
     return json_type(value)
 
 
-_CONVERSIONS: dict[str, Callable[[_Cells], Record]] = {
-    **dict.fromkeys(("text", "messages", "conversations", "turns"), _pair),
-    **dict.fromkeys(("votes", "two conversations", "parallel lists, votes"), _voted),
-    **dict.fromkeys(("scores", "parallel lists, scores"), _scored),
-    "answered messages": _answered,
-    "answered text": _answered_text,
-    **dict.fromkeys(("labelled text", "labelled messages"), _unpaired),
-    **dict.fromkeys(("prompts", "opening messages"), _prompt),
-    **dict.fromkeys(("opening of two conversations", "opening of parallel lists"), _shared_opening),
-    "sentences": _sentences,
-}
+# ---- layouts ----------------------------------------------------------------------------------------------------
+
+_Forms = dict[str, Form]
+_PROMPT: _Forms = {"prompt": lambda value: is_text(value) or is_opening(value)}
+_OPENING: _Forms = {"messages": is_opening}
+_ANSWERED: _Forms = {"messages": is_answered}
+_TEXTS: _Forms = {"prompt": is_text, "chosen": is_bare_text, "rejected": is_bare_text}
+_ANSWERS: _Forms = {"chosen": is_answer, "rejected": is_answer}
+_DIALOGUES: _Forms = {"chosen": is_dialogue, "rejected": is_dialogue}
+_REJECTED: _Forms = {"rejected": lambda value: is_answer(value) or is_dialogue(value)}
+_TWO: _Forms = {"output_1": is_answer, "output_2": is_answer}
+_TWO_DIALOGUES: _Forms = {"output_1": is_dialogue, "output_2": is_dialogue, "vote": is_scalar}
+_LISTS: _Forms = {"prompt": is_texts, "output_1": is_texts, "output_2": is_texts}
+_VOTE: _Forms = {"vote": is_scalar}
+_SCORES: _Forms = {"score_1": is_number, "score_2": is_number}
+_COMPLETION: _Forms = {"completion": is_answer}
+_QUERY = _PROMPT | _COMPLETION | {"rejected": is_answer}
+_SENTENCES: _Forms = {"sentences": is_sentences}
+_LABEL: _Forms = {"label": is_scalar}
+# The first layout that fits wins among those of the same columns.
+LAYOUTS = (
+    Layout("text", "pairs", _pair, _TEXTS, "strings `prompt`, `chosen`, `rejected` (and `system`)"),
+    Layout("messages", "pairs", _pair, _PROMPT | _ANSWERS, "`prompt`: list of {role, content}; answers: text or list"),
+    Layout(
+        "conversations",
+        "pairs",
+        _of_dialogues,
+        _DIALOGUES,
+        "`chosen`, `rejected`: lists of messages, prompt first",
+        aside=("prompt",),
+    ),
+    Layout("turns", "pairs", _pair, _OPENING | _ANSWERS, "`conversations`: list of turns; answers: one turn each"),
+    Layout("votes", "pairs", _voted, _PROMPT | _TWO | _VOTE, "`instruction`, `output_1`, `output_2`, `label` (1 or 2)"),
+    Layout("scores", "pairs", _scored, _PROMPT | _TWO | _SCORES, "a prompt, two answers, and a score of each"),
+    Layout("parallel lists, votes", "pairs", _voted, _LISTS | _VOTE, "lists of prompts and of answers, and a vote"),
+    Layout("parallel lists, scores", "pairs", _scored, _LISTS | _SCORES, "lists of prompts and of answers, and scores"),
+    Layout(
+        "answered messages",
+        "pairs",
+        _answered,
+        _ANSWERED | _REJECTED,
+        "`messages`, `rejected_response`",
+        (),
+        ("chosen",),
+    ),
+    Layout(
+        "answered text",
+        "pairs",
+        _answered_text,
+        _QUERY,
+        "`query`, `response`, `rejected_response`",
+        absent=("chosen", "messages"),
+    ),
+    Layout("labelled text", "unpaired", _unpaired, _PROMPT | _COMPLETION | _LABEL, "`prompt`, `completion`, `label`"),
+    Layout("labelled messages", "unpaired", _unpaired, _ANSWERED | _LABEL, "`messages`: list, answer last; `label`"),
+    Layout("prompts", "prompts", _prompt, _PROMPT, "`prompt` or `question`, and columns for rewards"),
+    Layout("sentences", "prompts", _sentences, _SENTENCES, "`source`: a list of sentences, and columns"),
+    Layout("opening messages", "prompts", _prompt, _OPENING, "`messages`: a list that waits for an answer"),
+    Layout("two conversations", "pairs", _voted, _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
+    Layout(
+        "opening of two conversations",
+        "prompts",
+        _shared_opening,
+        _TWO_DIALOGUES,
+        "`conversation_a`, `conversation_b`, a vote",
+    ),
+    Layout("opening of parallel lists", "prompts", _shared_opening, _LISTS, "lists of prompts and of answers"),
+)
+UNKNOWN = Layout("unknown", "pairs", _unknown, {}, "")

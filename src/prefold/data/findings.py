@@ -21,6 +21,7 @@ from jinja2.exceptions import TemplateError
 from prefold.data.duplicates import Match
 from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired, texts_of
 from prefold.data.residue import CONTROL, residue_of
+from prefold.errors import counted
 from prefold.recipe import Data
 
 if TYPE_CHECKING:
@@ -111,14 +112,7 @@ class DataReport:
 _NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text", "wrong_decoding")
 _SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
 """Kinds whose problems name the markers that were seen, each in backticks."""
-_DETAILED = (
-    "unread_field",
-    "text_dropped",
-    "header_trained",
-    "empty_thought",
-    "prompt_not_prefix",
-    "template_refused",
-)
+_DETAILED = ("unread_field", "text_dropped", "header_trained", "empty_thought", "prompt_not_prefix", "template_refused")
 """Kinds whose finding shows what was seen in the rows."""
 # kind -> what is said behind the number of rows, and advice
 _ABOUT_ROWS = {
@@ -164,10 +158,7 @@ _ABOUT_ROWS = {
         ": the prompt's tokens do not all begin the conversation",
         "only those in common are the prompt; `model.chat_template_kwargs` may help",
     ),
-    "media": (
-        " left out: images, sound or video, which are not trained on",
-        "use rows of text alone",
-    ),
+    "media": (" left out: images, sound or video, which are not trained on", "use rows of text alone"),
     "unread_field": (
         ": the chat template does not read what they carry",
         "the model never sees it; name it as the template does, or remove it",
@@ -205,14 +196,8 @@ _ABOUT_ROWS = {
         " with placeholders of media",
         "there is no image, video or sound to look at; remove the rows",
     ),
-    "escaped_text": (
-        " with escapes in place of characters",
-        "the model learns to write them; unescape the text",
-    ),
-    "wrong_decoding": (
-        " with text in a wrong encoding",
-        "it was UTF-8 and was read as Latin-1; decode the file again",
-    ),
+    "escaped_text": (" with escapes in place of characters", "the model learns to write them; unescape the text"),
+    "wrong_decoding": (" with text in a wrong encoding", "it was UTF-8 and was read as Latin-1; decode the file again"),
     "system_twice": (
         ": the prompt has its system text twice",
         "remove one; what the chat template writes by itself counts as well",
@@ -300,7 +285,7 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
             what += f": `{marker if len(marker) < 25 else marker[:20] + '...'}` in {number}"
         if kind == "overlong" and data.overlong == "truncate_prompt":
             advice = "raise `data.max_length`; these completions alone fill it"
-        message = f"{_counted(len(origins), 'row')}{what}"
+        message = f"{counted(len(origins), 'row')}{what}"
         if kind in _DETAILED and (shown := [detail for detail, _ in details[kind].most_common(2) if detail]):
             message += f"; {'; '.join(shown)}{'; ...' if len(details[kind]) > 2 else ''}"
         findings.append(_of_rows(kind, "note" if kind in _NOTES else "warning", origins, message, advice))
@@ -313,9 +298,8 @@ def left_out_in_part(problems: Sequence[Problem]) -> list[Finding]:
         return []
     kinds = Counter(problem.kind for problem in problems).most_common()
     causes = ", ".join(f"{count} {kind}" for kind, count in kinds)
-    message = (
-        f"{_counted(len(problems), 'answer or pair', 'answers or pairs')} left out of rows used otherwise: {causes}"
-    )
+    what = "answer or pair" if len(problems) == 1 else "answers or pairs"
+    message = f"{len(problems)} {what} left out of rows used otherwise: {causes}"
     severity: Severity = "note" if {kind for kind, _ in kinds} <= {*_NOTES} else "warning"
     origins = list(dict.fromkeys(problem.origin for problem in problems))
     advice = "`data.bad_rows: error` and `data.overlong: error` stop at the first and show it"
@@ -329,7 +313,7 @@ def duplicate(examples: Examples) -> Finding | None:
         if key in seen:
             repeated.append(examples.origins[index])
         seen.add(key)
-    message = f"{_counted(len(repeated), 'row')} already there, word for word"
+    message = f"{counted(len(repeated), 'row')} already there, word for word"
     advice = "they count twice; remove them or set `data.duplicates: drop_exact`"
     return _of_rows("duplicate", "note", repeated, message, advice) if repeated else None
 
@@ -337,7 +321,7 @@ def duplicate(examples: Examples) -> Finding | None:
 def prompt_in_both_splits(train: Examples, held_out: Examples) -> Finding | None:
     trained = set(train.prompt_keys)
     rows = [held_out.origins[index] for index, key in enumerate(held_out.prompt_keys) if key in trained]
-    message = f"{_counted(len(rows), 'held-out row')} with a prompt that is also trained on"
+    message = f"{counted(len(rows), 'held-out row')} with a prompt that is also trained on"
     advice = "held-out numbers flatter; remove them from one side, or use `eval_fraction`"
     return _of_rows("prompt_in_both_splits", "warning", rows, message, advice) if rows else None
 
@@ -345,7 +329,7 @@ def prompt_in_both_splits(train: Examples, held_out: Examples) -> Finding | None
 def small_held_out(held_out: Examples) -> Finding | None:
     if len(held_out) >= FEW_HELD_OUT:
         return None
-    message = f"only {_counted(len(held_out), 'held-out row')}: too few to tell progress from luck"
+    message = f"only {counted(len(held_out), 'held-out row')}: too few to tell progress from luck"
     if not held_out:
         message = "no held-out rows: nothing will show whether the model got better"
     advice = f"hold out {FEW_HELD_OUT} or more by `data.eval` or `data.eval_fraction`"
@@ -380,7 +364,7 @@ def facts_of(examples: Examples) -> list[PairFacts]:
 def contradiction(facts: Sequence[PairFacts], origins: Sequence[RowId]) -> Finding | None:
     pairs = {fact.pair for fact in facts}
     rows = [origins[index] for index, fact in enumerate(facts) if fact.turned in pairs]
-    message = f"{_counted(len(rows), 'pair')} contradict each other: the same two answers, both ways round"
+    message = f"{counted(len(rows), 'pair')} contradict each other: the same two answers, both ways round"
     advice = "their gradients cancel; keep the right one of each two"
     return _of_rows("contradiction", "warning", rows, message, advice) if rows else None
 
@@ -478,10 +462,6 @@ def fingerprint(examples: Examples) -> str:
 
 def _of_rows(kind: str, severity: Severity, rows: Sequence[RowId], message: str, advice: str) -> Finding:
     return Finding(kind, severity, len(rows), tuple(rows[:ROWS_SHOWN]), message, advice)
-
-
-def _counted(count: int, noun: str, plural: str = "") -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
 def _percent(count: int, number: int) -> str:

@@ -196,7 +196,7 @@ class Side:
         kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
         name = source_name(source)
         shape = find_shape(head, name, source.columns, kinds, source.values)
-        return shape, rankings.rule_of(source, shape.layout, name, self.kind)
+        return shape, rankings.rule_of(source, shape.layout.name, name, self.kind)
 
     def usable(self, rows: Sequence[RawRow], shape: Shape, rule: rankings.Rule) -> Iterator[list[Example]]:
         """The examples of each row that makes any. Tokenizing many at once keeps all cores busy."""

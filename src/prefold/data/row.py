@@ -50,7 +50,7 @@ class SeenRow:
 
     def as_json(self) -> dict[str, Any]:
         """With an entry of `messages`, `rendered` and `tokens` for each record."""
-        findings = [{**asdict(found), "rows": []} for found in about_problems(self.oddities, self.data)]
+        findings = [{**asdict(finding), "rows": []} for finding in about_problems(self.oddities, self.data)]
         return {
             "row": asdict(self.raw.origin),
             "split": self.split,
@@ -200,4 +200,4 @@ def _tokenized(record: Record, side: Side) -> tuple[list[Seen], Problem | None]:
     if side.kind != "unpaired" or isinstance(record, Unpaired):
         return [(record, texts, example.tree)], None
     answers = zip(unpaired(example), texts[1:], strict=True)
-    return [(one.record, [texts[0], text], one.tree) for one, text in answers], None
+    return [(answer.record, [texts[0], text], answer.tree) for answer, text in answers], None

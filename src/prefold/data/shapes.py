@@ -1,7 +1,6 @@
 """The shape of a source, recognised by the columns of its first rows and by what is in them.
 
-A shape is a layout (which columns hold what) in one of the ways in which turns are written (`preference.Writing`). The
-layouts are the table `_LAYOUTS`; a new one is an entry there and a conversion in `conversion`.
+A new layout is a row, with its reader, in the table of `conversion` or of `rankings`.
 """
 
 from __future__ import annotations
@@ -9,13 +8,14 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from prefold.data import dialogues, rankings
+from prefold.data import conversion, rankings
 from prefold.data.cells import (
     MISSING,
+    Form,
     cell_at,
     end_of_path,
     has_cell,
@@ -24,267 +24,93 @@ from prefold.data.cells import (
     is_empty,
     is_history,
     is_kwargs,
+    is_text,
     is_texts,
     is_tools,
+    listed,
     read_if_text,
     read_written,
     written,
 )
+from prefold.data.dialogues import string_writing
 from prefold.data.formats import RawRow
-from prefold.data.preference import Writing, role_of, short
-from prefold.data.votes import is_rating, is_scalar, require_decided, scale_of_labels, scale_of_votes, vote_columns
+from prefold.data.layouts import KINDS as KINDS
+from prefold.data.layouts import Columns, Layout
+from prefold.data.layouts import Kind as Kind
+from prefold.data.layouts import Shape as Shape
+from prefold.data.preference import Writing, short
+from prefold.data.votes import is_rating, require_decided, scale_of_labels, scale_of_votes, vote_columns
 from prefold.errors import UserError, counted, did_you_mean, json_type
-from prefold.recipe.values import Values, as_number
+from prefold.recipe.values import Values
 
-Kind = Literal["pairs", "unpaired", "prompts"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 _ROWS_LOOKED_AT = 20
 _REPEATED_CHARACTERS = 16
-
-
-Columns = tuple[tuple[str, str], ...]
-"""Pairs of (our role, the file's column, or a path into one)."""
-_EXTRAS = ("system", "tools", "chat_template_kwargs")
-"""Roles that any layout may have beside its own."""
-_BESIDE_PROMPT = ("input", "history")
-"""Roles that a layout with a prompt may have."""
+_LAYOUTS = (*conversion.LAYOUTS, *rankings.LAYOUTS)
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_ENDS = (("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"), ("_0", "_1"))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a source's columns hold.
-
-    `parsed` are columns with lists that are written as text; `repeats_prompt`: both answers begin with the prompt's
-    text; `values`: what votes or labels mean, where they are not 1 and 2 or true and false; `media`: columns that make
-    a row unfit where they are filled; `unused`: columns that nothing is made of.
-    """
-
-    layout: str
-    kind: Kind
-    columns: Columns = ()
-    writing: Writing = "plain"
-    parsed: tuple[str, ...] = ()
-    repeats_prompt: bool = False
-    values: Values | None = field(default=None, hash=False)
-    media: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        repeats = "prompt repeated in the answers" if self.repeats_prompt else ""
-        how = ("" if self.writing == "plain" else self.writing, "written as text" if self.parsed else "", repeats)
-        return ", ".join([self.layout, *filter(None, how)])
+def _couples(stems: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
+    """Names of two columns that go together."""
+    return [(stem + first, stem + second) for stem in stems.split() for first, second in _ENDS] + [*more]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """`cells`: the form that each role's cell must have; `aside`: roles that may be named, but are not used; `absent`:
-    roles that a row of this layout does not have."""
-
-    name: str
-    kind: Kind
-    cells: Mapping[str, Callable[[Any], bool]]
-    meaning: str
-    aside: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-
-    @property
-    def roles(self) -> set[str]:
-        return {*self.cells, *self.aside, *_EXTRAS, *(_BESIDE_PROMPT if "prompt" in self.cells else ())}
-
-
-def _speaker(turn: Any) -> Any:
-    """Who speaks in a turn; None if it is none."""
-    return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-
-
-def _assistant_speaks(turn: Any) -> bool:
-    return role_of(_speaker(turn)) == "assistant"
-
-
-def _is_string(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_bare_text(value: Any) -> bool:
-    return isinstance(value, str) and not dialogues.holds_dialogue(value)
-
-
-def _is_turn_list(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and bool(_speaker(value[0]))
-
-
-def _is_opening(value: Any) -> bool:
-    """Turns that wait for an answer."""
-    return isinstance(value, list) and value != [] and bool(_speaker(value[-1])) and not _assistant_speaks(value[-1])
-
-
-def _is_answer(value: Any) -> bool:
-    return _is_bare_text(value) or _assistant_speaks(value[0] if isinstance(value, list) and value else value)
-
-
-def is_dialogue(value: Any) -> bool:
-    """A dialogue with its prompt."""
-    if isinstance(value, str):
-        return dialogues.holds_dialogue(value)
-    return _is_turn_list(value) and not _assistant_speaks(value[0])
-
-
-def _is_sentences(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(map(_is_string, value))
-
-
-def _is_answered(value: Any) -> bool:
-    """Turns that end with an answer."""
-    return isinstance(value, list) and value != [] and bool(_speaker(value[0])) and _assistant_speaks(value[-1])
-
-
-def _is_number(value: Any) -> bool:
-    return as_number(value) is not None or isinstance(value, bool)
-
-
-_PROMPT = {"prompt": lambda value: _is_string(value) or _is_opening(value)}
-_OPENING = {"messages": _is_opening}
-_TEXTS = {"chosen": _is_bare_text, "rejected": _is_bare_text}
-_ANSWERS = {"chosen": _is_answer, "rejected": _is_answer}
-_DIALOGUES = {"chosen": is_dialogue, "rejected": is_dialogue}
-_OUTPUTS = {"output_1": _is_answer, "output_2": _is_answer}
-_PARALLEL = {"prompt": is_texts, "output_1": is_texts, "output_2": is_texts}
-_VOTE = {"vote": is_scalar}
-_TWO_DIALOGUES = {"output_1": is_dialogue, "output_2": is_dialogue} | _VOTE
-_SCORES = {"score_1": _is_number, "score_2": _is_number}
-_ANSWERED = {"messages": _is_answered}
-_REJECTED = {"rejected": lambda value: _is_answer(value) or is_dialogue(value)}
-_COMPLETION = {"completion": _is_answer}
-_LABEL = {"label": is_scalar}
-# The first layout that fits wins among those of the same columns.
-_LAYOUTS = (
-    _Layout("text", "pairs", {"prompt": _is_string, **_TEXTS}, "strings `prompt`, `chosen`, `rejected` (and `system`)"),
-    _Layout("messages", "pairs", _PROMPT | _ANSWERS, "`prompt`: list of {role, content}; answers: text or list"),
-    _Layout("conversations", "pairs", _DIALOGUES, "`chosen`, `rejected`: lists of messages, prompt first", ("prompt",)),
-    _Layout("turns", "pairs", _OPENING | _ANSWERS, "`conversations`: list of turns; answers: one turn each"),
-    _Layout("votes", "pairs", _PROMPT | _OUTPUTS | _VOTE, "`instruction`, `output_1`, `output_2`, `label` (1 or 2)"),
-    _Layout("scores", "pairs", _PROMPT | _OUTPUTS | _SCORES, "a prompt, two answers, and a score of each"),
-    _Layout("parallel lists, votes", "pairs", _PARALLEL | _VOTE, "lists of prompts and of answers, and a vote"),
-    _Layout("parallel lists, scores", "pairs", _PARALLEL | _SCORES, "lists of prompts and of answers, and scores"),
-    _Layout("answered messages", "pairs", _ANSWERED | _REJECTED, "`messages`, `rejected_response`", (), ("chosen",)),
-    _Layout(
-        "answered text",
-        "pairs",
-        _PROMPT | _COMPLETION | {"rejected": _is_answer},
-        "`query`, `response`, `rejected_response`",
-        absent=("chosen", "messages"),
-    ),
-    _Layout("labelled text", "unpaired", _PROMPT | _COMPLETION | _LABEL, "`prompt`, `completion`, `label`"),
-    _Layout("labelled messages", "unpaired", _ANSWERED | _LABEL, "`messages`: list, answer last; `label`"),
-    _Layout("prompts", "prompts", _PROMPT, "`prompt` or `question`, and columns for rewards"),
-    _Layout("sentences", "prompts", {"sentences": _is_sentences}, "`source`: a list of sentences, and columns"),
-    _Layout("opening messages", "prompts", _OPENING, "`messages`: a list that waits for an answer"),
-    _Layout("two conversations", "pairs", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
-    _Layout("opening of two conversations", "prompts", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, a vote"),
-    _Layout("opening of parallel lists", "prompts", _PARALLEL, "lists of prompts and of answers"),
+_OUTPUTS = _couples(
+    "output response answer completion", ("human_ref_A", "human_ref_B"), ("conversation_a", "conversation_b")
 )
-_LIST = {"answers": rankings.is_list_of_answers}
-_ITEMS = {"answers": rankings.is_list_of_objects}
-_CHOICE = {
-    "answers": lambda value: any(form["answers"](value) for form in (_LIST, _ITEMS)),
-    "choice": rankings.is_index,
-}
-_NUMBERS = rankings.is_list_of_numbers
-_SIDES = dict.fromkeys(("chosen", "rejected"), lambda value: _is_answer(value) or rankings.is_list_of_answers(value))
-_TWO = {"better_worse": lambda value: is_texts(value) and len(value) == 2}
-# Rows that rank several answers come into question where no other layout fits: what is chosen is not chosen again.
-_RANKINGS: tuple[_Layout, ...] = (
-    _Layout(
-        "rated answers",
-        "pairs",
-        _PROMPT | _ITEMS,
-        "`answers`: [{answer, rating | rank}]; or with a list `scores`",
-        rankings.ITEM_ROLES,
-    ),
-    _Layout("answers and ratings", "pairs", _PROMPT | _LIST | {"rating": _NUMBERS}, "lists `responses`, `scores`"),
-    _Layout("answers and ranks", "pairs", _PROMPT | _LIST | {"rank": _NUMBERS}, "lists `responses`, `ranks`"),
-    _Layout("better and worse", "pairs", _PROMPT | _TWO, "`output`: [better, worse]"),
-    _Layout("best first", "pairs", _PROMPT | {"best_first": _LIST["answers"]}, "`best_first`: list of answers"),
-    _Layout("lists of chosen and rejected", "pairs", _PROMPT | _SIDES, "one a text, one a list"),
-    _Layout("answers and choice", "pairs", _PROMPT | _CHOICE, "`answers`, `choice`: an index", ("answer",)),
-    _Layout("summaries and choice", "pairs", {"post": rankings.is_post} | _CHOICE, "`info`, `summaries`, `choice`"),
-    _Layout("tree", "pairs", {"tree": rankings.is_tree}, "`prompt`: {text, replies: [{text, rank, replies}]}"),
-)
-_RANKINGS += tuple(replace(layout, kind="prompts") for layout in _RANKINGS)
-_FAMILIES = [
-    (f"{stem}{first}", f"{stem}{second}")
-    for stem in ("output", "response", "answer", "completion")
-    for first, second in (("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"), ("_0", "_1"))
-] + [("human_ref_A", "human_ref_B"), ("conversation_a", "conversation_b")]
-_SCORED = [
-    (f"{stem}{first}", f"{stem}{second}")
-    for stem in ("score", "rating", "reward")
-    for first, second in (("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"), ("_0", "_1"))
-] + [("winner_model_a", "winner_model_b")]
+_SCORES = _couples("score rating reward")
+_WINNERS = ("winner_model_a", "winner_model_b")
 # Role -> columns that are taken for it by themselves; the first is what messages call it.
-_KNOWN_COLUMNS = {
-    "prompt": ("prompt", "question", "instruction", "input", "question.full_text", "query", "context", "history"),
-    "chosen": (
-        *(
-            "chosen",
-            "chosen_response",
-            "chosen_answer",
-            "chosen_completion",
-            "chosen_messages",
-            "chatgpt",
-            "response_j",
-        ),
-        *("accepted", "accepted_response", "preferred", "preferred_response", "preferred_output", "preferred_answer"),
-        *("preferred_completion", "better_response", "y_w", "positive", "full_chosen"),
-    ),
-    "rejected": (
-        *("rejected", "rejected_response", "rejected_answer", "rejected_completion", "rejected_messages"),
-        *("llama2-13b-chat", "response_k", "dispreferred", "dispreferred_response", "dispreferred_output"),
-        *("non_preferred", "non_preferred_response", "non_preferred_output", "non_preferred_answer"),
-        *("non_preferred_completion", "worse_response", "y_l", "negative", "full_rejected"),
-    ),
-    "messages": ("messages", "conversations", "conversation", "trajectory", "input.messages"),
-    "sentences": ("source",),
-    "output_1": tuple(first for first, _ in _FAMILIES),
-    "output_2": tuple(second for _, second in _FAMILIES),
-    "vote": (
-        *("label", "preference", "annotator1", "annotator_1", "winner", "preferred", "better", "vote", "choice"),
-        *("overall_preference", "preference_strength", "better_response_id", "safer_response_id", "labels"),
-        *("preferred_response", "preferred_answer", "preferred_output", "preferred_completion", "better_response"),
-    ),
-    "score_1": tuple(first for first, _ in _SCORED),
-    "score_2": tuple(second for _, second in _SCORED),
-    "completion": ("completion", "response", "output"),
-    "label": ("label", "kto_tag"),
-    "answers": (
-        *("answers", "completions", "responses", "generations", "candidates", "candidates_completions", "summaries"),
-        "all_generated_responses",
-    ),
-    "answer": ("answer",),
-    "rating": ("ratings", "scores", "rewards", "rating", "all_rm_scores"),
-    "rank": ("ranks", "rank"),
-    "better_worse": ("output",),
-    "best_first": ("best_first",),
-    "choice": ("choice",),
-    "post": ("info",),
-    "tree": ("prompt",),
+_COLUMNS_OF_ROLES = {
+    "prompt": "prompt question instruction input question.full_text query context history",
+    "chosen": """
+        chosen chosen_response chosen_answer chosen_completion chosen_messages chatgpt response_j accepted
+        accepted_response preferred preferred_response preferred_output preferred_answer preferred_completion
+        better_response y_w positive full_chosen""",
+    "rejected": """
+        rejected rejected_response rejected_answer rejected_completion rejected_messages llama2-13b-chat response_k
+        dispreferred dispreferred_response dispreferred_output non_preferred non_preferred_response
+        non_preferred_output non_preferred_answer non_preferred_completion worse_response y_l negative full_rejected""",
+    "messages": "messages conversations conversation trajectory input.messages",
+    "sentences": "source",
+    "output_1": " ".join(first for first, _ in _OUTPUTS),
+    "output_2": " ".join(second for _, second in _OUTPUTS),
+    "vote": """
+        label preference annotator1 annotator_1 winner preferred better vote choice overall_preference
+        preference_strength better_response_id safer_response_id labels preferred_response preferred_answer
+        preferred_output preferred_completion better_response""",
+    "score_1": " ".join(first for first, _ in (*_SCORES, _WINNERS)),
+    "score_2": " ".join(second for _, second in (*_SCORES, _WINNERS)),
+    "completion": "completion response output",
+    "label": "label kto_tag",
+    "answers": """
+        answers completions responses generations candidates candidates_completions summaries
+        all_generated_responses""",
+    "answer": "answer",
+    "rating": "ratings scores rewards rating all_rm_scores",
+    "rank": "ranks rank",
+    "better_worse": "output",
+    "best_first": "best_first",
+    "choice": "choice",
+    "post": "info",
+    "tree": "prompt",
 }
-_EXTRA_COLUMNS = {
-    "system": ("system", "system_prompt"),
-    "tools": ("tools", "input.tools"),
-    "chat_template_kwargs": ("chat_template_kwargs",),
-    "history": ("history",),
+_KNOWN_COLUMNS = {role: tuple(names.split()) for role, names in _COLUMNS_OF_ROLES.items()}
+# Roles that a row may have beside those of its layout: what their cells are, and their columns.
+_EXTRAS: dict[str, tuple[Form, tuple[str, ...]]] = {
+    "system": (is_text, ("system", "system_prompt")),
+    "tools": (is_tools, ("tools", "input.tools")),
+    "chat_template_kwargs": (is_kwargs, ("chat_template_kwargs",)),
+    "history": (is_history, ("history",)),
 }
-_EXTRA_FORMS = {"system": _is_string, "tools": is_tools, "chat_template_kwargs": is_kwargs, "history": is_history}
 _WEAK_PROMPTS = ("query", "context", "history")
 """Columns that are the prompt only where no other is."""
 _TOGETHER = (("output_1", "output_2"), ("score_1", "score_2"))
 """Roles whose columns are of one family."""
-ROLES = (*_KNOWN_COLUMNS, *_EXTRA_COLUMNS, "input")
-READ_IN_PAIRS = {"input", *_MEDIA, *itertools.chain.from_iterable(_EXTRA_COLUMNS.values())}.union(
-    *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1"))
+ROLES = (*_KNOWN_COLUMNS, *_EXTRAS, "input")
+READ_IN_PAIRS = {"input", *_MEDIA}.union(
+    *(names for _, names in _EXTRAS.values()),
+    *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1")),
 )
 """Columns that a row of `prompt`, `chosen` and `rejected` cannot have beside them without being read otherwise."""
 
@@ -314,13 +140,13 @@ def find_shape(
     named = dict(columns or {})
     _check_named(named, given, source)
     if not given:
-        return Shape("unknown", kinds[0])
+        return Shape(replace(conversion.UNKNOWN, kind=kinds[0]))
     read, parsed, mixed = _with_lists_read(given, named)
     first = read[:_ROWS_LOOKED_AT]
     for kind, forgiving in itertools.product([kind for kind in KINDS if kind in kinds], (False, True)):
         layouts, ranked = (
             [layout for layout in table if layout.kind == kind and _comes_into_question(layout, named, values)]
-            for table in (_LAYOUTS, _RANKINGS)
+            for table in (conversion.LAYOUTS, rankings.LAYOUTS)
         )
         fitting = [
             _fitting(value, layouts, named, forgiving) or _fitting(value, ranked, named, forgiving) for value in first
@@ -329,21 +155,24 @@ def find_shape(
             shape = _most_frequent(fitting, source)
             _require_all_written([column for _, column in shape.columns], mixed, source)
             shape = _completed(shape, given, read, parsed, named, values, source)
-            rankings.require_sure(shape.layout, dict(shape.columns), shape.writing, read, source)
+            if shape.layout in rankings.LAYOUTS:
+                rankings.require_sure(shape, read, source)
             return shape
     rankings.require_whole_rows(list(itertools.chain.from_iterable(first)), source)
     _require_all_written(list(itertools.chain(*_KNOWN_COLUMNS.values(), named.values())), mixed, source)
     raise _no_shape(first, source, named, kinds, values)
 
 
-def _comes_into_question(layout: _Layout, named: Mapping[str, str], values: Values | None) -> bool:
+def _comes_into_question(layout: Layout, named: Mapping[str, str], values: Values | None) -> bool:
     role = values and ("vote" if values.of_votes else "label")
-    decides = role is None or role in layout.cells or (role == "label" and _is_rated(layout))
-    return named.keys() <= layout.roles and decides
+    is_used = role is None or role in layout.forms or (role == "label" and layout.is_rated)
+    return named.keys() <= _roles(layout) and is_used
 
 
-def _is_rated(layout: _Layout) -> bool:
-    return layout in _RANKINGS and rankings.LAYOUTS[layout.name].is_rated
+def _roles(layout: Layout) -> set[str]:
+    """Those that `columns` may name."""
+    with_prompt = ("input", "history") if "prompt" in layout.forms else ()
+    return {*layout.forms, *layout.aside, "system", "tools", "chat_template_kwargs", *with_prompt}
 
 
 def _with_lists_read(
@@ -356,28 +185,25 @@ def _with_lists_read(
         for name in dict.fromkeys([*itertools.chain.from_iterable(rows), *named.values()])
     }
     parsed, mixed = set(), {}
+    of_rankings = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _KNOWN_COLUMNS[role]}
     for name, of_column in cells.items():
-        lists = written(of_column, holds_turns)
-        fit = sum(value is not MISSING for value in lists)
-        if lists and fit == len(lists):
-            parsed.add(name)
-        elif cut := sum(map(is_cut_off, of_column)) if lists else 0:
-            mixed[name] = f"text that begins as a list of messages and cannot be read as one: {counted(cut, 'row')}"
-        elif fit:
-            mixed[name] = f"lists of messages as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
+        forms: dict[str, Form] = {"lists of messages": holds_turns}
+        if name in of_rankings:
+            forms["lists"] = rankings.is_part_of_ranking
+        for what, is_meant in forms.items():
+            lists = written(of_column, is_meant)
+            fit = sum(value is not MISSING for value in lists)
+            if fit and fit == len(lists):
+                parsed.add(name)
+            elif is_meant is holds_turns and lists and (cut := sum(map(is_cut_off, of_column))):
+                mixed[name] = f"text that begins as a list of messages and cannot be read as one: {counted(cut, 'row')}"
+            elif fit:
+                mixed[name] = f"{what} as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
     # A list of strings may be an answer like any other; prompts beside as many answers of each side are none.
     texts = {name for name, of_column in cells.items() if (it := written(of_column, is_texts)) and MISSING not in it}
-    for outputs in _FAMILIES:
+    for outputs in _OUTPUTS:
         if texts.issuperset(outputs) and (prompt := texts.intersection(_KNOWN_COLUMNS["prompt"])):
             parsed |= {*outputs, *prompt}
-    ranked = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _KNOWN_COLUMNS[role]}
-    for name in ranked & cells.keys():
-        lists = written(cells[name], rankings.is_part_of_ranking)
-        fit = sum(value is not MISSING for value in lists)
-        if fit and fit == len(lists):
-            parsed.add(name)
-        elif fit:
-            mixed[name] = f"lists as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
     return [row | _read(row, parsed) for row in rows], parsed, mixed
 
 
@@ -404,16 +230,16 @@ def _completed(
     """The shape with all that takes more than a few rows to see."""
     columns = dict(shape.columns)
     present = dict.fromkeys(itertools.chain.from_iterable(given))
-    scored = next(((first, second) for first, second in _SCORED[:-1] if {first, second} <= present.keys()), None)
+    scored = next(((first, second) for first, second in _SCORES if {first, second} <= present.keys()), None)
     if "vote" in columns and scored:
         columns |= dict(zip(("score_1", "score_2"), scored, strict=True))
-    for role, names in _EXTRA_COLUMNS.items():
+    for role, (form, names) in _EXTRAS.items():
         if role == "history" and ("prompt" not in columns or columns["prompt"] == "history"):
             continue
-        column = named.get(role) or _extra_column(role, names, given)
+        column = named.get(role) or _extra_column(form, names, given)
         columns |= {role: column} if column else {}
     complete = replace(shape, columns=tuple(columns.items()), values=_meaning(columns, read, values, source))
-    repeats = shape.layout == "text" and shape.writing == "plain" and _all_repeat_prompt(columns, given)
+    repeats = shape.layout.name == "text" and shape.writing == "plain" and _all_repeat_prompt(columns, given)
     used = {column if column in present else column.split(".")[0] for column in columns.values()}
     return replace(
         complete,
@@ -424,10 +250,10 @@ def _completed(
     )
 
 
-def _extra_column(role: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
+def _extra_column(form: Form, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
     """The column of an extra role: the first that has cells of its form; none where its cells are of others."""
     filled = {name: [cell for row in rows if not is_empty(read_if_text(cell := cell_at(row, name)))] for name in names}
-    fitting = [name for name in names if any(map(_EXTRA_FORMS[role], filled[name]))]
+    fitting = [name for name in names if any(map(form, filled[name]))]
     return fitting[0] if fitting else names[0] if not filled[names[0]] else None
 
 
@@ -461,12 +287,8 @@ def _all_repeat_prompt(columns: Mapping[str, str], rows: Sequence[dict[str, Any]
 
 def _unused(shape: Shape, used: set[str], rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """The columns with something in them that no role has, that give no rating and are not known to the layout."""
-    layout = next(layout for layout in (*_LAYOUTS, *_RANKINGS) if layout.name == shape.layout)
-    known = {name for role in set(layout.aside).difference(rankings.ITEM_ROLES) for name in _KNOWN_COLUMNS[role]} | {
-        *used,
-        *_MEDIA,
-        "winner_tie",
-    }
+    aside = set(shape.layout.aside).difference(rankings.ITEM_ROLES)
+    known = {*used, *_MEDIA, "winner_tie"}.union(*(_KNOWN_COLUMNS[role] for role in aside))
     filled = {name: cell for row in rows for name, cell in row.items() if name not in known and not is_empty(cell)}
     votes = vote_columns(dict(shape.columns).get("vote", ""), filled)
     names = [name for name, cell in filled.items() if not is_rating(name, cell) and name not in votes]
@@ -475,7 +297,7 @@ def _unused(shape: Shape, used: set[str], rows: Sequence[dict[str, Any]]) -> tup
 
 
 def _fitting(
-    value: dict[str, Any], layouts: Sequence[_Layout], named: Mapping[str, str], forgiving: bool
+    value: dict[str, Any], layouts: Sequence[Layout], named: Mapping[str, str], forgiving: bool
 ) -> list[Shape]:
     """The shapes that fit a row, at most one for the same columns."""
     shapes: dict[Columns, Shape] = {}
@@ -484,16 +306,16 @@ def _fitting(
             continue
         for columns in _assignments(layout, value, named):
             if _fits(layout, value, columns, forgiving):
-                shapes.setdefault(columns, Shape(layout.name, layout.kind, columns, _writing(value, columns)))
+                shapes.setdefault(columns, Shape(layout, columns, _writing(value, columns)))
     voted = any("vote" in dict(columns) for columns in shapes)
     # Scores beside a vote are ratings.
     return [shape for columns, shape in shapes.items() if not (voted and "score_1" in dict(columns))]
 
 
-def _assignments(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> Iterator[Columns]:
+def _assignments(layout: Layout, value: dict[str, Any], named: Mapping[str, str]) -> Iterator[Columns]:
     """Every way to find the roles of a layout among a row's columns."""
     for chosen in itertools.product(*_choices(layout, value, named).values()):
-        columns = dict(zip(layout.cells, chosen, strict=True))
+        columns = dict(zip(layout.forms, chosen, strict=True))
         if not _go_together(columns, named):
             continue
         extra = {"system": named.get("system", "system")}
@@ -516,28 +338,28 @@ def _go_together(columns: Mapping[str, str], named: Mapping[str, str]) -> bool:
     return len(set(columns.values())) == len(columns) and not (is_triple and "prompt" not in named)
 
 
-def _choices(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, list[str]]:
+def _choices(layout: Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, list[str]]:
     """Columns of a row by the roles of a layout that they may have."""
-    names = {role: [named[role]] if role in named else [*_KNOWN_COLUMNS[role]] for role in layout.cells}
+    names = {role: [named[role]] if role in named else [*_KNOWN_COLUMNS[role]] for role in layout.forms}
     if "prompt" in names.keys() - named:
         if layout.kind == "prompts" or "instruction" in value or "input" in named:
             names["prompt"].remove("input")
         strong = [name for name in names["prompt"] if name not in _WEAK_PROMPTS]
         # Beside a prompt for rewards, `context` and `history` may be anything.
-        for_rewards = layout.kind == "prompts" and layout not in _RANKINGS
+        for_rewards = layout.kind == "prompts" and layout not in rankings.LAYOUTS
         weak = [name for name in _WEAK_PROMPTS[: 1 if for_rewards else None] if name in value]
         names["prompt"] = strong if any(has_cell(value, name) for name in strong) else weak[:1]
     return {role: [name for name in columns if has_cell(value, name)] for role, columns in names.items()}
 
 
-def _fits(layout: _Layout, value: dict[str, Any], columns: Columns, forgiving: bool) -> bool:
+def _fits(layout: Layout, value: dict[str, Any], columns: Columns, forgiving: bool) -> bool:
     """Whether the cells have their forms; if forgiving, empty ones may be of any, but not all besides the prompt."""
-    cells = {role: cell_at(value, column) for role, column in columns if role in layout.cells}
+    cells = {role: cell_at(value, column) for role, column in columns if role in layout.forms}
     if not forgiving:
-        return all(layout.cells[role](cell) for role, cell in cells.items())
+        return all(layout.forms[role](cell) for role, cell in cells.items())
     telling = [cell for role, cell in cells.items() if role not in ("prompt", "messages")]
     return any(cell not in (None, []) for cell in telling) and all(
-        cell in (None, []) or layout.cells[role](cell) for role, cell in cells.items()
+        cell in (None, []) or layout.forms[role](cell) for role, cell in cells.items()
     )
 
 
@@ -550,7 +372,7 @@ def _writing(value: dict[str, Any], columns: Columns) -> Writing:
         if isinstance(first, dict) and "from" in first and "role" not in first:
             return "ShareGPT"
         is_whole = isinstance(cell, str) and (role == "prompt" or "prompt" not in roles)
-        if is_whole and (writing := dialogues.string_writing(cell)) != "plain":
+        if is_whole and (writing := string_writing(cell)) != "plain":
             return writing
     return "plain"
 
@@ -589,7 +411,7 @@ def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
     ways = ""
     for shape in (first, second):
         columns = [column for role, column in shape.columns if role not in ("system", "input")]
-        ways += f"\n    {shape.name}: {_listed(columns)}"
+        ways += f"\n    {shape.name}: {listed(columns)}"
     pair = {role: column for role, column in first.columns if (role, column) not in second.columns}
     example = ", ".join(f"{role}: {short(column)}" for role, column in pair.items())
     advice = f"say which by `columns:`, such as {{{example}}}"
@@ -607,34 +429,35 @@ def _no_shape(
     of_kinds = "" if len(kinds) == len(KINDS) else f" of {' or '.join(kinds)}"
     what = f"its columns are no known shape{of_kinds}: {_shown(columns)}" if columns else "its rows have no columns"
     advice = "rename its columns, or say by `columns:` which is what"
-    layouts = [layout for layout in (*_LAYOUTS, *_RANKINGS) if layout.kind in kinds]
+    layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
     layouts = [layout for layout in layouts if _comes_into_question(layout, named, meaning)] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
     choices = [_choices(layout, merged, named) for layout in layouts]
     present = [{role: names[0] for role, names in of_layout.items() if names} for of_layout in choices]
     # A prompt alone is near to no ranking.
     is_near = [
-        layout in _LAYOUTS or roles.keys() - {"prompt", "tree"} for layout, roles in zip(layouts, present, strict=True)
+        layout not in rankings.LAYOUTS or roles.keys() - {"prompt", "tree"}
+        for layout, roles in zip(layouts, present, strict=True)
     ]
     present = [roles if near else {} for roles, near in zip(present, is_near, strict=True)]
-    share = [(len(roles) / len(layout.cells), len(roles)) for layout, roles in zip(layouts, present, strict=True)]
+    share = [(len(roles) / len(layout.forms), len(roles)) for layout, roles in zip(layouts, present, strict=True)]
     best = share.index(max(share))
     if present[best]:
         nearest = layouts[best]
-        amiss = _amiss(nearest, present[best], merged, named)
-        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {amiss}"
+        misfit = _misfit(nearest, present[best], merged, named)
+        expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {misfit}"
     else:
         expected = "one of" + "".join(f"\n    {layout.name}: {layout.meaning}" for layout in layouts)
     return UserError(what, where=source, expected=expected, advice=advice)
 
 
-def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:
+def _misfit(layout: Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:
     """What keeps a row from having a layout, of whose roles it has the `present` ones."""
-    if unknown := [role for role in named if role not in layout.roles]:
-        return f"but it has no {_listed(unknown)}, which `columns` names"
-    if missing := [_KNOWN_COLUMNS[role][0] for role in layout.cells if role not in present]:
-        return f"but there is no {_listed(missing)}"
-    misfits = [column for role, column in present.items() if not layout.cells[role](cell_at(value, column))]
+    if unknown := [role for role in named if role not in _roles(layout)]:
+        return f"but it has no {listed(unknown)}, which `columns` names"
+    if missing := [_KNOWN_COLUMNS[role][0] for role in layout.forms if role not in present]:
+        return f"but there is no {listed(missing)}"
+    misfits = [column for role, column in present.items() if not layout.forms[role](cell_at(value, column))]
     if not misfits:
         return "but no row has all of it"
     cell = cell_at(value, misfits[0])
@@ -643,10 +466,6 @@ def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], n
     return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{short(name)}`" for name in names)
-
-
 def _shown(columns: Sequence[str] | Mapping[str, Any]) -> str:
     names = list(columns)
-    return _listed(names[:8]) + (", ..." if len(names) > 8 else "")
+    return listed(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -103,7 +103,7 @@ def describe_data(path: str, *, limit: int | None = None, **settings: Any) -> Su
     survey = Survey(source, columns_of(head))
     try:
         survey.shape = shape = find_shape(head, selection.name, source.columns, values=source.values)
-        rule = rule_of(source, shape.layout, selection.name, shape.kind)
+        rule = rule_of(source, shape.layout.name, selection.name, shape.kind)
     except UserError as refusal:
         survey.refusal = refusal
         survey.rows = len(head)

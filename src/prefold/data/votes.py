@@ -12,8 +12,10 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from prefold.data.cells import is_scalar, listed
 from prefold.data.preference import short
 from prefold.errors import UserError
 from prefold.recipe.values import Value, Values, as_number
@@ -22,17 +24,9 @@ _ANNOTATOR = re.compile(r"annotator_?\d+")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False}
 _STEMS = ("", "model", "assistant", "response", "output", "answer", "completion", "option", "candidate")
 _TIES: list[Value] = [
-    "tie",
-    "tie (bothbad)",
-    "tie(bothbad)",
-    "tie (both bad)",
-    "both_bad",
-    "bothbad",
-    "both bad",
-    "both",
-    "neither",
+    *("tie", "tie (bothbad)", "tie(bothbad)", "tie (both bad)", "both_bad", "bothbad", "both bad", "both", "neither"),
+    *("draw", "equal", "same"),
 ]
-_TIES += ["draw", "equal", "same"]
 
 
 def _words(*ends: str) -> list[str]:
@@ -82,12 +76,6 @@ def margin_of(vote: Any, values: Values | None) -> float | None:
     return abs(number) if values is not None and number is not None and values.signed else None
 
 
-def is_scalar(value: Any) -> bool:
-    """Whether a cell could be a vote or a label at all."""
-    is_text = isinstance(value, str) and len(value) <= 40 and value.strip() != ""
-    return is_text or (isinstance(value, bool | int | float) and value == value)
-
-
 def vote_columns(column: str, value: Mapping[str, Any]) -> list[str]:
     """The columns of a row that hold its votes: `column`, or every annotator's where it is the first one's."""
     if column not in ("annotator1", "annotator_1"):
@@ -135,7 +123,7 @@ def scale_of_votes(
         for values in words:
             if all(as_vote(cell, values) is not None for cell in known):
                 return values
-    raise _unclear(known, vote, f"which of {_listed(outputs)} is better", source, ("first", "second"))
+    raise _unclear(known, vote, f"which of {listed(outputs)} is better", source, ("first", "second"))
 
 
 def scale_of_labels(labels: Sequence[Any], column: str, source: str) -> Values | None:
@@ -190,10 +178,6 @@ def _counts(cells: Sequence[Any]) -> str:
     return "\n    ".join(lines)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{short(name)}`" for name in names)
-
-
 # ---- ratings ----------------------------------------------------------------------------------------------------
 
 _RATING = re.compile(r"(?:(chosen|rejected)_(?:score|rating|reward)|(?:score|rating|reward)_(chosen|rejected))")
@@ -206,9 +190,8 @@ def ratings(value: Mapping[str, Any]) -> tuple[float, float] | None:
     rated: dict[str, float] = {}
     for cells in (value, *(cell for cell in value.values() if isinstance(cell, dict))):
         for name, cell in cells.items():
-            match = _RATING.fullmatch(_plain(name))
-            if match and (number := as_number(cell)) is not None:
-                rated.setdefault(match[1] or match[2], number)
+            if (side := _rated_side(name)) and (number := as_number(cell)) is not None:
+                rated.setdefault(side, number)
     if len(rated) == 2:
         return rated["chosen"], rated["rejected"]
     margin = as_number(value.get("margin"))
@@ -217,9 +200,12 @@ def ratings(value: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def is_rating(column: str, cell: Any) -> bool:
     """Whether a column, or an object in it, gives a rating."""
-    names = [column, *(cell if isinstance(cell, dict) else ())]
-    return column == "margin" or any(_RATING.fullmatch(_plain(name)) for name in names)
+    return column == "margin" or any(map(_rated_side, (column, *(cell if isinstance(cell, dict) else ()))))
 
 
-def _plain(name: Any) -> str:
-    return str(name).lower().replace("-", "_")
+# Kept, because every row asks for all of its columns.
+@lru_cache(maxsize=1000)
+def _rated_side(column: Any) -> str:
+    """Which answer a column rates, `chosen` or `rejected`; empty for none."""
+    match = _RATING.fullmatch(str(column).lower().replace("-", "_"))
+    return (match[1] or match[2]) if match else ""

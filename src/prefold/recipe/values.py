@@ -49,15 +49,12 @@ class Values(Section):
 
     def meaning_of(self, cell: Any) -> str | None:
         """The name of the field that a cell belongs to; None where none names it."""
-        return next(iter(self._meanings(cell)), None)
-
-    def _meanings(self, cell: Any) -> list[str]:
-        return [name for name, value in self._named() if _is_named(value, cell)]
+        return next((name for name, value in self._named() if _is_named(value, cell)), None)
 
     def _named(self) -> list[tuple[str, Value]]:
-        votes = {"first": self.first, "second": self.second, "tie": self.tie}
-        given = {**votes, "desirable": self.desirable, "undesirable": self.undesirable}
-        listed = {name: it if isinstance(it, list) else [] if it is None else [it] for name, it in given.items()}
+        """Each value with the field that it is in."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        listed = {name: it if isinstance(it, list) else [it] for name, it in given.items() if it is not None}
         return [(name, value) for name, values in listed.items() for value in values]
 
     def _points(self) -> list[float]:
@@ -75,7 +72,7 @@ class Values(Section):
             if isinstance(value, str) and _CONDITION.fullmatch(value) and _condition(value) is None:
                 raise ValueError(f"`{value}` is no condition; write one such as `< 0` or `>= 4`")
         for cell in (*self._points(), *(value for _, value in self._named() if not _is_condition(value))):
-            if len(names := list(dict.fromkeys(self._meanings(cell)))) > 1:
+            if len(names := list(dict.fromkeys(name for name, value in self._named() if _is_named(value, cell)))) > 1:
                 raise ValueError(f"`{cell}` would be both `{names[0]}` and `{names[1]}`")
         return self
 
