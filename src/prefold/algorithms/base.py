@@ -138,6 +138,8 @@ class Algorithm(ABC):
     """Optimizer steps in a row on the same trees."""
     draws: ClassVar[Draws | None] = None
     """How completions are sampled, by a method of a kind that `samples`."""
+    needs_advantages: ClassVar[bool] = False
+    """Whether completions whose advantages are 0 add nothing to the loss and its gradient."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the setting, for a value that the type of the setting does not allow."""

@@ -70,6 +70,12 @@ def deviation(values: Tensor) -> Tensor:
     return (centred.square().nansum(1, keepdim=True) / (known - 1).clamp(min=0)).sqrt()
 
 
+def centred(values: Tensor) -> Tensor:
+    """`[B, G]` less the mean of the finite values of each row; exactly 0 where these are all equal."""
+    below = values - values.nan_to_num(-math.inf).amax(1, keepdim=True)
+    return below - below.nanmean(1, keepdim=True)
+
+
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """`[S]`: estimate of the KL divergence of policy and reference at each sampled token, never negative (equation 4 of
     arXiv 2402.03300)."""
@@ -121,6 +127,7 @@ class GRPO(Algorithm):
     defaults = ADAPTER_DEFAULTS | {"train.learning_rate": 2e-5, "train.batch_size": 8}
     needs_statistics = True
     needs_reference = property(lambda self: self.beta > 0)
+    needs_advantages = property(lambda self: self.beta == 0)
     iterations = property(lambda self: self.num_iterations)
     draws = property(lambda self: Draws(*(getattr(self, name) for name in Draws._fields)))
 
@@ -148,11 +155,11 @@ class GRPO(Algorithm):
     def advantages(self, rewards: Tensor) -> Tensor:
         """A completion of which no reward says anything has an advantage of 0, and is left out of means and deviations;
         `scale_rewards` says of what the standard deviation (of a sample) is: the group, the batch, or none."""
-        centred = rewards - rewards.nanmean(1, keepdim=True)
+        advantages = centred(rewards)
         if self.scale_rewards != "none":
             sample = rewards if self.scale_rewards == "group" else rewards.view(1, -1)
-            centred = centred / (deviation(sample) + _SMALL)
-        return centred.nan_to_num(0.0)
+            advantages = advantages / (deviation(sample) + _SMALL)
+        return advantages.nan_to_num(0.0)
 
     def trains_on(self, finished: bool) -> bool:
         return finished or not self.mask_truncated_completions

@@ -8,8 +8,9 @@ share of the groups; the first one has the rewards score all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefold import ranks
-from prefold.algorithms import Algorithm, Draws
+from prefold.algorithms import Algorithm, Draws, Metric
 from prefold.data.examples import Examples, prompts_of
 from prefold.generation.engine import require_end_token, sample
 from prefold.generation.sampling import Completion, Sampling
@@ -26,6 +27,8 @@ from prefold.generation.sequences import seed_of
 from prefold.rewards.scoring import Group, LoadedReward, scored_groups
 from prefold.training.loop import StepOrder, StepTrees, TreeSet
 from prefold.trees.attention import unwrapped, using_attention
+from prefold.trees.head import Statistics
+from prefold.trees.logprobs import TreeLogprobs, router_coefficient
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import compute_reference
 from prefold.trees.scorer import Scorer
@@ -68,21 +71,24 @@ class SampledTrees:
     ):
         require_end_token(unwrapped(scorer.model), tokenizer)
         assert algorithm.draws is not None
-        self.algorithm, self.scorer, self.sampling = algorithm, scorer, sampling_of(algorithm.draws)
+        self.algorithm, self.scorer = algorithm, scorer
         self.prompts, self.rewards, self.columns, self.tokenizer = prompts, rewards, columns, tokenizer
         self.order, self.show, self.seed, self.dtype = order, show, seed, dtype
         # Training switches the model to an attention that cannot generate.
         self.attention = unwrapped(scorer.model).config._attn_implementation
-        self.rollout = TreeSet([])
+        # The routers of a mixture of experts have a loss of their own.
+        self.leaves_out = algorithm.needs_advantages and not router_coefficient(scorer.model)
+        self.sampling = replace(sampling_of(algorithm.draws), with_entropies=self.leaves_out)
+        self.rollout = StepTrees(TreeSet([]), ())
 
     def __call__(self, step: int) -> StepTrees:
         """A rollout for the prompts of the step where one is due, else the one before once more."""
-        metrics: dict[str, float] = {}
         if step % self.order.iterations == 0:
-            self.rollout, metrics = self.roll_out(step)
-        return StepTrees(self.rollout, range(len(self.rollout.trees)), metrics)
+            self.rollout = self.roll_out(step)
+            return self.rollout
+        return self.rollout._replace(metrics={})
 
-    def roll_out(self, step: int) -> tuple[TreeSet, dict[str, float]]:
+    def roll_out(self, step: int) -> StepTrees:
         """A tree for each prompt of a step, with the completions that are trained on; some go to the run folder."""
         examples = [self.prompts[i] for i in self.order[step]]
         prompts = [example.tree.prompt for example in examples]
@@ -105,7 +111,32 @@ class SampledTrees:
         if (drawn_with := sampler_logprobs(used)) is not None:
             extras["sampled"] = drawn_with
         metrics = {**reward_metrics(groups), **length_metrics([each for group in completions for each in group])}
-        return TreeSet(trees, reference, extras), metrics
+        left_out = [i for i, values in enumerate(extras["advantages"]) if self.is_left_out(used[i], values)]
+        if self.leaves_out:
+            metrics["groups/left_out"] = len(left_out)
+        of_left_out = self.metrics_of_left_out([used[i] for i in left_out])
+        data = TreeSet(trees, reference, extras)
+        return StepTrees(data, range(len(trees)), metrics, frozenset(left_out), of_left_out)
+
+    def is_left_out(self, completions: Sequence[Completion], advantages: Tensor) -> bool:
+        """Whether these completions of a group need no pass: they have no advantages, and the sampler tells what the
+        metrics need."""
+        told = all(each.entropies is not None and each.logprobs for each in completions)
+        return self.leaves_out and bool(completions) and told and not advantages.any()
+
+    def metrics_of_left_out(self, groups: Sequence[Sequence[Completion]]) -> Mapping[str, Metric]:
+        """The algorithm's metrics of completions without advantages, by the model that drew them: they are those of the
+        first step on them, and none of their ratios is ever clipped."""
+        if not groups:
+            return {}
+        completions = [each for group in groups for each in group]
+        lengths = torch.tensor([len(each.token_ids) for each in completions])
+        logprobs = torch.tensor([value for each in completions for value in each.logprobs], dtype=torch.float64)
+        entropy = torch.tensor([value for each in completions for value in each.entropies or ()], dtype=torch.float64)
+        statistics = Statistics(entropy, torch.zeros_like(entropy), torch.zeros_like(entropy, dtype=torch.bool))
+        owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+        extras = {"advantages": torch.zeros(len(lengths))}
+        return self.algorithm.loss(TreeLogprobs(logprobs, owner, lengths, statistics, extras=extras), None).metrics
 
     def completions_of(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[list[Completion]]:
         """A group for each prompt, by the model as it is now."""

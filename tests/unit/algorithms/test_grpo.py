@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,14 @@ def test_what_no_reward_speaks_of_has_no_advantage() -> None:
         found = GRPO(scale_rewards=scale).advantages(rewards)  # type: ignore[arg-type]
         assert found[0].tolist() == pytest.approx([-size, 0.0, size])
         assert found[1:].tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage_at_all(scale: Any) -> None:
+    """The mean of three times 0.1 is not 0.1 in floating point."""
+    for size, value in itertools.product(range(2, 12), (0.1, 0.3, 1 / 3, -7.7)):
+        found = GRPO(scale_rewards=scale).advantages(torch.full((2, size), value, dtype=torch.float64))
+        assert found.tolist() == [[0.0] * size] * 2
 
 
 # ---- losses of tokens --------------------------------------------------------------------------------------------
