@@ -87,7 +87,8 @@ SCORING = Kind("pairs", scores=True)
 
 
 class Draws(NamedTuple):
-    """How a method draws completions of a prompt: their number, their longest length in tokens, and from what."""
+    """How a method draws completions of a prompt: their number, their longest length in tokens, and from what; and how
+    many times at most they are drawn again where the group would have no advantages."""
 
     num_generations: int
     max_completion_length: int
@@ -95,6 +96,7 @@ class Draws(NamedTuple):
     top_p: float
     top_k: int
     min_p: float
+    resample: int
 
 
 class Bound(NamedTuple):

@@ -117,6 +117,8 @@ class GRPO(Algorithm):
     num_iterations: _PositiveInt = 1
     """Optimizer steps on each rollout. Checkpoints fall between rollouts: `train.max_steps` and `train.save_steps` are
     rounded up to a multiple of this."""
+    resample: Annotated[int, _FINITE] = 0
+    """Groups whose rewards all say the same are drawn again, up to so many times (as in DAPO)."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
 

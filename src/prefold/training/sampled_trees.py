@@ -1,7 +1,7 @@
 """The trees of a step from the model's own completions: prompts -> completions -> rewards -> advantages -> trees.
 
-What is sampled at a step depends on the weights, the seed, the step and the prompt alone, so a resumed run samples what
-a straight one does. Checkpoints fall between rollouts, so none of them holds one. Of several processes each samples a
+What is sampled at a step depends on the weights, the seed, the step, the prompt and how many times it was drawn before,
+and on nothing else, so a resumed run samples what a straight one does. Checkpoints fall between rollouts, so none of them holds one. Of several processes each samples a
 share of the groups; the first one has the rewards score all of them.
 """
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefold import ranks
 from prefold.algorithms import Algorithm, Draws, Metric
-from prefold.data.examples import Examples, prompts_of
+from prefold.data.examples import Example, Examples, prompts_of
 from prefold.generation.engine import require_end_token, sample
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import seed_of
@@ -78,7 +78,8 @@ class SampledTrees:
         self.attention = unwrapped(scorer.model).config._attn_implementation
         # The routers of a mixture of experts have a loss of their own.
         self.leaves_out = algorithm.needs_advantages and not router_coefficient(scorer.model)
-        self.sampling = replace(sampling_of(algorithm.draws), with_entropies=self.leaves_out)
+        self.draws = algorithm.draws
+        self.sampling = replace(sampling_of(self.draws), with_entropies=self.leaves_out)
         self.rollout = StepTrees(TreeSet([]), ())
 
     def __call__(self, step: int) -> StepTrees:
@@ -91,18 +92,16 @@ class SampledTrees:
     def roll_out(self, step: int) -> StepTrees:
         """A tree for each prompt of a step, with the completions that are trained on; some go to the run folder."""
         examples = [self.prompts[i] for i in self.order[step]]
-        prompts = [example.tree.prompt for example in examples]
-        completions = self.completions_of(prompts, [seed_of(self.seed, step, i) for i in range(len(prompts))])
-        groups = ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
-        advantages = self.algorithm.advantages(rewards_of(groups))
+        groups, advantages, drawn_again = self.drawn(step, examples)
+        completions = [group.completions for group in groups]
         shown = [group_record(*pair) for pair in zip(groups[:GROUPS_SHOWN], advantages, strict=False)]
         for show in self.show:
             show(step + 1, shown)
         kept = [[i for i, each in enumerate(group) if self.algorithm.trains_on(each.finished)] for group in completions]
         used = [[group[i] for i in indices] for group, indices in zip(completions, kept, strict=True)]
         trees = [
-            TokenTree(prompt, tuple(completion.token_ids for completion in group))
-            for prompt, group in zip(prompts, used, strict=True)
+            TokenTree(example.tree.prompt, tuple(completion.token_ids for completion in group))
+            for example, group in zip(examples, used, strict=True)
         ]
         reference = None
         if self.algorithm.needs_reference:
@@ -114,9 +113,37 @@ class SampledTrees:
         left_out = [i for i, values in enumerate(extras["advantages"]) if self.is_left_out(used[i], values)]
         if self.leaves_out:
             metrics["groups/left_out"] = len(left_out)
+        if self.draws.resample:
+            metrics["groups/drawn_again"] = drawn_again
         of_left_out = self.metrics_of_left_out([used[i] for i in left_out])
         data = TreeSet(trees, reference, extras)
         return StepTrees(data, range(len(trees)), metrics, frozenset(left_out), of_left_out)
+
+    def drawn(self, step: int, examples: Sequence[Example]) -> tuple[list[Group], Tensor, int]:
+        """A group for each prompt of a step; their advantages `[B, G]`; and how many groups were drawn again.
+
+        Those without any advantage are, as long as the recipe allows (after arXiv 2503.14476, equation 11, where
+        further prompts take their place; here it is the same prompt's turn again). Scores of groups that were drawn
+        again are gone, but for the failures of their rewards.
+        """
+        groups = self.scored(examples, [seed_of(self.seed, step, i) for i in range(len(examples))])
+        advantages, drawn_again = self.algorithm.advantages(rewards_of(groups)), 0
+        for draw in range(1, self.draws.resample + 1):
+            again = [i for i, values in enumerate(advantages) if not values.any()]
+            if not again:
+                break
+            fresh = self.scored([examples[i] for i in again], [seed_of(self.seed, step, i, draw) for i in again])
+            for i, group in zip(again, fresh, strict=True):
+                failed = {name: count + groups[i].failed[name] for name, count in group.failed.items()}
+                groups[i] = replace(group, failed=failed)
+            advantages = self.algorithm.advantages(rewards_of(groups))
+            drawn_again += len(again)
+        return groups, advantages, drawn_again
+
+    def scored(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[Group]:
+        """A group of completions for each prompt, with what the rewards say, the same in all processes."""
+        completions = self.completions_of([example.tree.prompt for example in examples], seeds)
+        return ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
 
     def is_left_out(self, completions: Sequence[Completion], advantages: Tensor) -> bool:
         """Whether these completions of a group need no pass: they have no advantages, and the sampler tells what the
