@@ -159,9 +159,14 @@ class Algorithm(ABC):
         """What a log-prob ratio against the reference is multiplied with to be the implicit reward of this method."""
         return float(getattr(self, "beta", 1.0))
 
-    def advantages(self, rewards: Tensor) -> Tensor:
+    def advantages(self, rewards: Tensor, each: Sequence[tuple[float, Tensor]] = ()) -> Tensor:
         """`[B, G]`, of a method of a kind that `samples`: how much better each completion is than the others of its
-        group, from rewards that are NaN where none says anything."""
+        group.
+
+        Args:
+            rewards: `[B, G]`, the weighted sums; NaN where no reward says anything.
+            each: of every reward its weight and its scores `[B, G]`; NaN where it says nothing.
+        """
         raise NotImplementedError
 
     def trains_on(self, finished: bool) -> bool:

@@ -1,8 +1,8 @@
 """The trees of a step from the model's own completions: prompts -> completions -> rewards -> advantages -> trees.
 
-What is sampled at a step depends on the weights, the seed, the step, the prompt and how many times it was drawn before,
-and on nothing else, so a resumed run samples what a straight one does. Checkpoints fall between rollouts, so none of them holds one. Of several processes each samples a
-share of the groups; the first one has the rewards score all of them.
+What is sampled at a step depends on the weights, the seed, the step, the prompt and how often it was drawn before, and
+on nothing else, so a resumed run samples what a straight one does. Checkpoints fall between rollouts, so none of them
+holds one. Of several processes each samples a share of the groups; the first one has the rewards score all of them.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class SampledTrees:
         again are gone, but for the failures of their rewards.
         """
         groups = self.scored(examples, [seed_of(self.seed, step, i) for i in range(len(examples))])
-        advantages, drawn_again = self.algorithm.advantages(rewards_of(groups)), 0
+        advantages, drawn_again = advantages_of(self.algorithm, self.rewards, groups), 0
         for draw in range(1, self.draws.resample + 1):
             again = [i for i, values in enumerate(advantages) if not values.any()]
             if not again:
@@ -136,7 +136,7 @@ class SampledTrees:
             for i, group in zip(again, fresh, strict=True):
                 failed = {name: count + groups[i].failed[name] for name, count in group.failed.items()}
                 groups[i] = replace(group, failed=failed)
-            advantages = self.algorithm.advantages(rewards_of(groups))
+            advantages = advantages_of(self.algorithm, self.rewards, groups)
             drawn_again += len(again)
         return groups, advantages, drawn_again
 
@@ -197,10 +197,16 @@ def sampler_logprobs(groups: Sequence[Sequence[Completion]]) -> list[Tensor] | N
 # ---- records of a rollout ---------------------------------------------------------------------------------------
 
 
-def rewards_of(groups: Sequence[Group]) -> Tensor:
-    """`[B, G]`, NaN where no reward says anything."""
-    rows = [[math.nan if value is None else value for value in group.rewards] for group in groups]
-    return torch.tensor(rows, dtype=torch.float64)
+def advantages_of(algorithm: Algorithm, rewards: Sequence[LoadedReward], groups: Sequence[Group]) -> Tensor:
+    """`[B, G]`."""
+    scores = [as_tensor([group.scores[name] for group in groups]) for name in groups[0].scores]
+    each = [(reward.weight, of_reward) for reward, of_reward in zip(rewards, scores, strict=True)]
+    return algorithm.advantages(as_tensor([group.rewards for group in groups]), each)
+
+
+def as_tensor(rows: Sequence[Sequence[float | None]]) -> Tensor:
+    """`[B, G]`, NaN for None."""
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)
 
 
 def group_record(group: Group, advantages: Tensor) -> dict[str, Any]:
