@@ -22,18 +22,21 @@ if "GOMP_SPINCOUNT" not in os.environ:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
+    from prefold.data.survey import describe_data
     from prefold.generation.answers import generate
     from prefold.models.fetch import fetch
     from prefold.pairing.make import pairs
     from prefold.recipe import load_recipe
     from prefold.reports.notebook import show
-    from prefold.runs.api import check, evaluate, merge, publish, report, run, train
+    from prefold.runs.api import check, check_row, evaluate, merge, publish, report, run, train
     from prefold.runs.comparison import compare
     from prefold.runs.sweep import sweep
 
 __all__ = [
     "check",
+    "check_row",
     "compare",
+    "describe_data",
     "evaluate",
     "fetch",
     "generate",
@@ -50,6 +53,7 @@ __all__ = [
 
 _HOMES = {
     "compare": "prefold.runs.comparison",
+    "describe_data": "prefold.data.survey",
     "fetch": "prefold.models.fetch",
     "generate": "prefold.generation.answers",
     "load_recipe": "prefold.recipe",

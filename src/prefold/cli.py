@@ -19,8 +19,9 @@ import prefold
 from prefold.errors import StageError, UserError
 from prefold.files import storage_trouble, without_secrets
 from prefold.launch import launch, launched
-from prefold.recipe import Chat, Generate, Pairs, builtin_recipes, first_comment, make_section, read_text
+from prefold.recipe import Chat, Generate, Pairs, Source, builtin_recipes, first_comment, make_section, read_text
 from prefold.recipe.section import meaning_of, with_fields
+from prefold.recipe.text import apply_override
 from prefold.terminal import console
 
 app = typer.Typer(
@@ -98,10 +99,15 @@ def check(
     device_memory: Annotated[
         str | None, typer.Option(help="Plan for a GPU of so much memory, e.g. 24GB, instead of this machine.")
     ] = None,
+    row: Annotated[
+        str | None, typer.Option(help="Show this row alone, from file to tokens: N, or FILE:N of several.")
+    ] = None,
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
     """What will be trained on, what is wrong with it, and what it will take."""
+    if row is not None:
+        return _check_row(recipe, row, overrides, as_json, reference or measure or device_memory or html)
     from prefold.reports.check import print_check
     from prefold.reports.page import write_check
 
@@ -111,6 +117,44 @@ def check(
         write_check(html, recipe, facts)
     print(json.dumps(facts, indent=2)) if as_json else print_check(facts)
     raise typer.Exit(0 if result.ok else 1)
+
+
+def _check_row(recipe: str, row: str, overrides: list[str] | None, as_json: bool, more: object) -> None:
+    from prefold.reports.row import print_row
+
+    if more:
+        raise UserError("it shows one row alone", where="`--row`", advice="leave the other options out, but `--json`")
+    facts = prefold.check_row(recipe, row, overrides or []).as_json()
+    print(json.dumps(facts, indent=2, default=str)) if as_json else print_row(facts)
+
+
+@app.command()
+def data(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A file, a folder, a hub id or `builtin:NAME`, as in a recipe.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[field=value]...", help="Other fields of a source: split=test.", show_default=False),
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="Which column is what, ROLE=COLUMN; may be given several times.")
+    ] = None,
+    where: Annotated[str | None, typer.Option(help=meaning_of(Source.model_fields["where"]))] = None,
+    limit: Annotated[int | None, typer.Option(help="Read so many rows and no more.", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a source of data holds, what would be made of its rows, and what for: without a recipe and a model."""
+    from prefold.reports.survey import print_survey
+
+    given: dict[str, Any] = {"where": where} if where else {}
+    for setting in (*(settings or []), *(f"columns.{role}" for role in columns or [])):
+        apply_override(given, setting)
+    survey = prefold.describe_data(source, limit=limit, **given)
+    facts = survey.as_json()
+    print(json.dumps(facts, indent=2, default=str)) if as_json else print_survey(facts)
+    if survey.refusal:
+        raise survey.refusal
 
 
 @app.command()
@@ -273,25 +317,33 @@ def pairs(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A built-in recipe to print, or `import`.")] = None,
     file: Annotated[
-        str | None, typer.Argument(help="With `import`: a YAML file of TRL, Axolotl or LLaMA-Factory.")
+        str | None, typer.Argument(help="With `import`: a YAML file of TRL, Axolotl, LLaMA-Factory or ms-swift.")
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="With `import`: the command of TRL that the file is for: dpo, orpo, kto, ...")
     ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="With `import`: the recipe to write. Unset: it is printed.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file that `--output` names.")] = False,
 ) -> None:
     """List the built-in recipes, print one to start from, or make one of another tool's file:
-    `prefold recipes import FILE > mine.yaml`."""
+    `prefold recipes import FILE --output mine.yaml`."""
     if name == "import" and file is None:
-        raise UserError("no file to import", advice="`prefold recipes import FILE > mine.yaml`")
+        raise UserError("no file to import", advice="`prefold recipes import FILE --output mine.yaml`")
     if name == "import":
-        from prefold.importing import import_recipe
+        from prefold.importing import import_recipe, write_imported
 
-        # The recipe on stdout, and what became of the file's keys on stderr.
-        imported = import_recipe(str(file), method)
-        print(imported.text, end="")
+        # The recipe to its file or on stdout, and what became of the file's keys on stderr.
+        imported = import_recipe(str(file), method, output)
+        written = write_imported(imported, str(file), output, force) if output else []
         print(f"{file}: a file of {imported.tool}\n\n{imported.account}", file=sys.stderr)
-    elif file or method:
-        raise UserError("a file or a method goes with `import`", advice="`prefold recipes import FILE`")
+        for path in written:
+            print(f"written: {path}", file=sys.stderr)
+        if not output:
+            print(imported.text, end="")
+    elif file or method or output or force:
+        raise UserError("a file and these options go with `import`", advice="`prefold recipes import FILE`")
     elif name:
         print(read_text(name)[0], end="")
     else:

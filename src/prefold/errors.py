@@ -50,6 +50,10 @@ def json_type(value: Any) -> str:
     return "null" if value is None else names.get(type(value), "an object")
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in a line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

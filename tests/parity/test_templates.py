@@ -26,7 +26,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefold.data.chat import Tokenized, fit, tokenize_all
 from prefold.data.mixture import Prepared, load_split
-from prefold.data.preference import Message, Preference, Problem, RowId
+from prefold.data.preference import Message, Preference, Problem, RowId, messages
+from prefold.data.templates import give_keywords, moving_date
 from prefold.recipe import Data, Source
 from prefold.trees.packing import TokenTree, pack
 
@@ -287,6 +288,124 @@ def test_a_template_that_reads_content_in_parts_gives_no_pair(name: str) -> None
     tokenizer = make_tokenizer(FILES[name].read_text(encoding="utf-8"), IM_END)
     for problem in tokenize_all(random_pairs("qwen3"), tokenizer):
         assert isinstance(problem, Problem) and problem.kind in ("template_refused", "identical")
+
+
+# ---- tool turns and thoughts ------------------------------------------------------------------------------------
+
+TOOL = {"name": "get_time", "description": "What time it is.", "parameters": {"type": "object", "properties": {}}}
+TOOLS = [{"type": "function", "function": TOOL}]
+QUESTION = [turn("user", "What time is it?")]
+THOUGHT = {**turn("assistant", "It is seven."), "reasoning_content": "The clock says seven."}
+# Those that write calls and what tools return; the others must refuse them.
+WRITE_TOOLS = (
+    *("deepseekv3", "gemma4", "diffusion_gemma", "glm4moe", "gptoss", "lfm2_v2", "lfm2_2_5"),
+    *("llama3_1", "llama3_2", "muse_glimmer", "nemotron", "qwen"),
+)
+REFUSE_TOOLS = ("qwen2_5_vl",)
+# They write what is thought before an answer.
+WRITE_THOUGHTS = ("diffusion_gemma", "gemma4_v5", "glm4moe", "gptoss", "muse_glimmer", "nemotron", "qwen3", "lfm2_2_5")
+READ_NO_THOUGHTS = ("qwen3_instruct_2507", "qwen3_vl")
+
+
+def call(name: str, arguments: dict[str, Any], as_text: bool) -> Message:
+    given = json.dumps(arguments) if as_text else arguments
+    call = {"id": "call00001", "type": "function", "function": {"name": name, "arguments": given}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def result(text: str, name: str) -> Message:
+    return {"role": "tool", "content": text, "name": name, "tool_call_id": "call00001"}
+
+
+def steps(as_text: bool) -> list[Message]:
+    return [
+        call("get_time", {"city": "Rome", "digits": 24}, as_text),
+        result("seven in the evening", "get_time"),
+        call("get_zone", {"place": "Roma"}, as_text),
+        result("central European", "get_zone"),
+        turn("assistant", "It is seven."),
+    ]
+
+
+def scored(ids: Sequence[int], context: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    starts, stops = [0, *(stop for _, stop in context)], [*(start for start, _ in context), len(ids)]
+    return [tokenizer.decode(list(ids[start:stop])) for start, stop in zip(starts, stops, strict=True)]
+
+
+def writes_tools(name: str) -> bool:
+    return name.startswith(WRITE_TOOLS) and not name.startswith(REFUSE_TOOLS)
+
+
+@pytest.mark.parametrize("name", list(filter(writes_tools, NAMES)))
+def test_tool_turns_are_the_templates_own_and_only_the_assistants_are_scored(name: str) -> None:
+    tokenizer, as_text = tokenizer_of(name), name == "deepseekv3"
+    raw = steps(as_text)
+    answer = messages(raw, "`chosen`")
+    record = Preference(
+        tuple(QUESTION), tuple(answer), (turn("assistant", "No."),), ORIGIN, template_kwargs={"tools": TOOLS}
+    )
+    [found] = tokenize_all([record], tokenizer)
+    assert isinstance(found, Tokenized), found
+    whole = tokenizer.apply_chat_template([*QUESTION, *raw], tools=TOOLS, return_dict=False)
+    ids, [context, _] = found.tree.completions[0], found.tree.context
+    assert list(found.tree.prompt + ids) == whole
+    texts = scored(ids, context, tokenizer)
+    own = ["get_time", "get_zone", "It is seven."]
+    assert len(texts) == 3 and all(word in text for word, text in zip(own, texts, strict=True))
+    assert not any(word in text for text in texts for word in ("evening", "central"))
+    headers = ("<|im_start|>", "<|start_header_id|>", "<｜User｜>", "<｜tool▁output▁begin｜>", "<tool_response>")
+    assert not any(header in text for text in texts for header in headers)
+    ends = tuple(end for end in FAMILY_OF[name].ends if end != "<|return|>") or ("<|call|>", "</tool_call>")
+    assert all(text.rstrip().endswith((*ends, "<|tool_response>", "<|observation|>")) for text in texts[:2]), texts
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not writes_tools(name)])
+def test_tool_turns_that_a_template_does_not_write_are_refused(name: str) -> None:
+    record = Preference(tuple(QUESTION), tuple(messages(steps(False), "`chosen`")), (turn("assistant", "No."),), ORIGIN)
+    [problem] = tokenize_all([record], tokenizer_of(name))
+    assert isinstance(problem, Problem) and problem.kind == "template_refused"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thoughts_are_written_or_named(name: str) -> None:
+    """Under any name that they have, and the ids are the template's own."""
+    tokenizer = tokenizer_of(name)
+    for field in ("reasoning_content", "reasoning", "thinking"):
+        answer = {**turn("assistant", "It is seven."), field: THOUGHT["reasoning_content"]}
+        record = Preference(tuple(QUESTION), (answer,), (turn("assistant", "No."),), ORIGIN)
+        [found] = tokenize_all([record], tokenizer)
+        assert isinstance(found, Tokenized), found
+        assert list(found.tree.prompt + found.tree.completions[0]) == written([*QUESTION, THOUGHT], tokenizer)
+        text = tokenizer.decode(found.tree.completions[0])
+        is_written = name.startswith(WRITE_THOUGHTS) and not name.startswith(READ_NO_THOUGHTS)
+        assert ("The clock says seven." in text) == is_written
+        named = {"unread_field", "text_dropped"} & set(found.oddities)
+        assert bool(named) == (not is_written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_turns_of_an_answer_are_scored_without_the_user_between(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    answer = (turn("assistant", "First words."), turn("user", "And then?"), turn("assistant", "Last words."))
+    record = Preference(tuple(QUESTION), answer, (turn("assistant", "No."),), ORIGIN)
+    [found] = tokenize_all([record], tokenizer)
+    assert isinstance(found, Tokenized), found
+    assert list(found.tree.prompt + found.tree.completions[0]) == written([*QUESTION, *answer], tokenizer)
+    texts = scored(found.tree.completions[0], found.tree.context[0], tokenizer)
+    assert len(texts) == 2 and "First words." in texts[0] and "Last words." in texts[1]
+    [(start, stop)] = found.tree.context[0]
+    assert "And then?" in tokenizer.decode(list(found.tree.completions[0][start:stop]))
+    assert "header_trained" not in found.oddities
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("gptoss", "llama3_2"))])
+def test_a_date_is_fixed_by_a_keyword(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    assert moving_date(tokenizer, QUESTION)
+    give_keywords(tokenizer, {"strftime_now": "2025-06-30"})
+    assert moving_date(tokenizer, QUESTION) is None
+    text = tokenizer.apply_chat_template(QUESTION, tokenize=False)
+    assert "2025-06-30" in text or "30 Jun 2025" in text
 
 
 # ---- TRL --------------------------------------------------------------------------------------------------------

@@ -81,6 +81,17 @@ def test_check_shows_the_trained_tokens(cli: Cli, recipe_file: str) -> None:
         assert text in out
 
 
+def test_check_shows_a_row(cli: Cli, recipe_file: str) -> None:
+    code, out, _ = cli("check", recipe_file, "--row", "pairs.jsonl:2", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["row"]["row"] == 2
+    assert {"row", "read", "messages", "rendered", "tokens"} <= set(facts)
+    code, out, _ = cli("check", recipe_file, "--row", "pairs.jsonl:2")
+    assert code == 0 and "As it is trained" in out and max(map(len, out.splitlines())) <= 80
+    code, out, err = cli("check", recipe_file, "--row", "2", "--measure")
+    assert code == 2 and "one row alone" in err and not out
+
+
 def test_generate(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "One"}\n{"prompt": "Two"}\n')
     code, out, _ = cli(

@@ -73,7 +73,7 @@ def test_a_coupled_step_is_that_of_one_graph(method: str, recipe: MakeRecipe, mo
 def test_a_resumed_run_is_a_straight_one(
     method: str, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-3}
+    train = {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-3, "warmup_steps": 0.9}
     straight = prefold.train(recipe(method=method, train=train, output_dir=str(tmp_path / "straight")))
     step = TrainingLoop.step
 
@@ -101,6 +101,15 @@ def test_held_out_metrics_while_training(eval_steps: float, measured: list[int],
     assert [line["step"] for line in found if "eval_loss" in line] == measured
     assert found[-1].keys() >= {"eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen"}
     assert found[-1]["eval_loss"] < 0.69
+
+
+def test_shares_of_all_steps(recipe: MakeRecipe) -> None:
+    """A warm-up of 0.3 of 6 steps is one of 2, and checkpoints each 0.25 of them are each 2 steps."""
+    shares = {"warmup_steps": 0.3, "save_steps": 0.25, "save_total_limit": 9, "learning_rate": 1e-3}
+    folder = prefold.train(recipe(train=shares))
+    rates = [line["learning_rate"] for line in lines(folder)]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"checkpoint-{n}" for n in (2, 4, 6)]
 
 
 def test_held_out_metrics_are_those_of_training_on_the_same_pairs(recipe: MakeRecipe, pairs: Path) -> None:
@@ -151,7 +160,9 @@ def test_a_metric_that_there_is_not_is_told_before_the_first_step(recipe: MakeRe
         ({"greater_is_better": False}, "`greater_is_better` needs held-out metrics"),
         ({"eval_steps": 2, "early_stopping_patience": 1}, "needs a `metric_for_best_model`"),
         ({"eval_steps": 2, "greater_is_better": False}, "`greater_is_better` needs a `metric_for_best_model`"),
-        ({"eval_steps": 2.5}, "a whole number of steps, or a share of all steps below 1"),
+        ({"eval_steps": 2.5}, "`eval_steps` is a whole number of steps, or a share of all steps below 1"),
+        ({"save_steps": 1.0}, "`save_steps` is a whole number of steps, or a share of all steps below 1"),
+        ({"warmup_steps": 10.5}, "`warmup_steps` is a whole number of steps, or a share of all steps below 1"),
     ],
 )
 def test_settings_that_would_be_ignored_are_errors(train: dict[str, Any], message: str, recipe: MakeRecipe) -> None:

@@ -87,7 +87,7 @@ def test_the_home_folder_is_not_written(recipe_file: str, monkeypatch: pytest.Mo
         ("train.optim=adamx", "`train.optim`: `adamx` is unknown"),
         ("train.optim=adamw_torh", "did you mean `adamw_torch`?"),
         ("train.lr_scheduler_type=cosin", "did you mean `cosine`?"),
-        ("train.warmup_ratio=0.1", "write `warmup_steps`"),
+        ("train.warmup_ratio=0.1", "write `warmup_steps`, which below 1 is a share"),
         ("train.max_tokens=many", "`train.max_tokens` is 'many'\n  expected: integer or 'auto'"),
         ("train=3", "`train` is 3\n  expected: a section"),
         ("model=", "`model` is empty"),
@@ -200,3 +200,17 @@ def test_recipes_in_the_readme_load() -> None:
     assert blocks
     for block in blocks:
         assert as_dict(make_recipe(block))
+
+
+@pytest.mark.parametrize("day", ["2025-06-30", "'2025-06-30'"])
+def test_the_day_of_the_template_is_text(tmp_path: Path, day: str) -> None:
+    """However YAML reads it, so that the resolved recipe gives it again."""
+    path = tmp_path / "recipe.yaml"
+    model = f"{{name: m, chat_template_kwargs: {{strftime_now: {day}, enable_thinking: false}}}}"
+    path.write_text(f"method: dpo\nmodel: {model}\ndata: {{train: [{{path: a.jsonl}}]}}\noutput_dir: runs/x\n")
+    recipe = load_recipe(str(path))
+    assert recipe.model.chat_template_kwargs == {"strftime_now": "2025-06-30", "enable_thinking": False}
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "again.yaml")).model == recipe.model
+    with pytest.raises(UserError, match="write a date like 2025-06-30"):
+        load_recipe(str(path), ["model.chat_template_kwargs.strftime_now=today"])

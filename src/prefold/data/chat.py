@@ -12,17 +12,28 @@ Data in: a `Record`; data out: a `TokenTree` with a completion for each of its a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jinja2.exceptions import TemplateError
-
-from prefold.data.preference import Message, Problem, Record, RowId, Unfit
+from prefold.data.preference import (
+    REASONING,
+    Message,
+    Messages,
+    Problem,
+    Record,
+    RowId,
+    Unfit,
+    call_texts,
+    short,
+    texts_of,
+)
+from prefold.data.spans import THOUGHT, common, context_of, ending, is_written
+from prefold.data.templates import REFUSALS, Reads, reads
 from prefold.errors import UserError
 from prefold.recipe import Data
-from prefold.trees.packing import TokenTree
+from prefold.trees.packing import Span, TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,11 +43,13 @@ Template = Literal["chat", "none"]
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A record as ids. `oddities` name findings; there are none where all is as it should be."""
+    """A record as ids. `oddities` name findings; there are none where all is as it should be. `details` say of some of
+    them what is odd."""
 
     tree: TokenTree
     oddities: tuple[str, ...]
     origin: RowId
+    details: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,46 +72,211 @@ def tokenize_all(
     """Records as ids, in their order; all texts meet the tokenizer in one call, which uses all cores.
 
     A `Problem` takes the place of a record where the template refuses the messages (some know no system message, or
-    want strict turns) or leaves nothing to train on.
+    want strict turns), cannot write all of them, or leaves nothing to train on.
     """
-    written = [_written(record, tokenizer, template) for record in records]
-    texts = [text for of_record in written if not isinstance(of_record, Problem) for text in of_record]
+    writer = Writer(tokenizer, template)
+    written = [writer.written(record) for record in records]
+    texts = [text for of_record in written if not isinstance(of_record, Problem) for text in of_record.texts]
     ids = iter(encode(texts, tokenizer, template))
     special = {token for token, how in tokenizer.added_tokens_decoder.items() if how.special}
     special.update(tokenizer.all_special_ids)
     return [
         of_record
         if isinstance(of_record, Problem)
-        else _parted(record, [next(ids) for _ in of_record], tokenizer, special, template)
+        else _parted(record, of_record, [next(ids) for _ in of_record.texts], tokenizer, special, template)
         for record, of_record in zip(records, written, strict=True)
     ]
 
 
-def _written(record: Record, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str] | Problem:
-    """The text of the prompt, and of the conversation with each of the answers."""
-    try:
-        prompt = _text(record.prompt, tokenizer, template, asks=True)
-        conversations = [record.prompt + answer for answer in record.answers]
-        return [prompt, *(_text(messages, tokenizer, template, asks=False) for messages in conversations)]
-    except (TemplateError, TypeError) as error:
-        return Problem("template_refused", f"the chat template refuses it: {error}", record.origin)
-    except Unfit as unfit:
-        return Problem(unfit.kind, unfit.message, record.origin)
+@dataclass(frozen=True)
+class _Written:
+    """A record as texts: the prompt, with what asks for an answer; the conversation with each of the answers; and for
+    each answer of several turns the two texts of each of the assistant's (see `spans`)."""
+
+    prompt: str
+    conversations: list[str]
+    steps: list[list[tuple[str, str]]]
+    details: dict[str, str]
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.prompt, *self.conversations, *(text for steps in self.steps for step in steps for text in step)]
+
+
+class Writer:
+    """Messages as text, and what of them the template does not write."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "chat"):
+        self._tokenizer, self._template = tokenizer, template
+        self._reads = reads(tokenizer) if template == "chat" else Reads(frozenset(), frozenset())
+        self._reads_reasoning = not self._reads.fields.isdisjoint(REASONING)
+        self._ignores_asking: dict[str, bool] = {}
+
+    def written(self, record: Record) -> _Written | Problem:
+        try:
+            prompt = self.text(record.prompt, record.template_kwargs, asks=True)
+            conversations = [self._text_of(record, answer) for answer in record.answers]
+            steps = [self._steps(record, answer) if len(answer) > 1 else [] for answer in record.answers]
+            details = self._unread(record)
+            if self._template == "chat":
+                details |= self._amiss(record, prompt, conversations)
+            return _Written(prompt, conversations, steps, details)
+        except Unfit as unfit:
+            return Problem(unfit.kind, unfit.message, record.origin)
+        except REFUSALS as error:
+            return Problem("template_refused", f"the chat template refuses it: {error}", record.origin)
+
+    def text(self, messages: Messages, given: dict[str, Any], asks: bool = False) -> str:
+        """Raises one of `REFUSALS`, or Unfit: the template cannot write them."""
+        if self._template == "none":
+            roles = [message["role"] for message in messages]
+            if roles != ["user", "assistant"][: 1 if asks else 2]:
+                what = f"`data.template: none` takes one text and its answer, not {', '.join(roles)}"
+                raise Unfit("template_refused", what)
+            return "".join(message["content"] for message in messages)
+        turns = [self._renamed(message) if len(message) > 2 else message for message in messages]
+        calls = [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", ())]
+        refusal: Exception = TypeError("it writes the arguments of tool calls as Python does")
+        try:
+            text = self._apply(turns, given, asks)
+            as_python = [str(arguments) for arguments in calls if str(arguments) != json.dumps(arguments)]
+            if not any(arguments in text for arguments in as_python):
+                return text
+        except REFUSALS as error:
+            if not calls:
+                raise
+            refusal = error
+        try:  # some templates want arguments as text
+            return self._apply(list(map(_with_text_arguments, turns)), given, asks)
+        except REFUSALS:
+            raise refusal from None
+
+    def _apply(self, turns: Sequence[Message], given: dict[str, Any], asks: bool) -> str:
+        settings: dict[str, Any] = {"add_generation_prompt": asks, "tokenize": False}
+        given = {name: value for name, value in given.items() if name in self._reads.variables}
+        return cast(str, self._tokenizer.apply_chat_template(list(turns), **{**given, **settings}))
+
+    def _text_of(self, record: Record, answer: Messages) -> str:
+        return self.text(record.prompt + answer, record.template_kwargs)
+
+    def _steps(self, record: Record, answer: Messages) -> list[tuple[str, str]]:
+        return [
+            (
+                self.text(record.prompt + answer[:number], record.template_kwargs, asks=True),
+                self._text_of(record, answer[: number + 1]),
+            )
+            for number, turn in enumerate(answer)
+            if turn["role"] == "assistant"
+        ]
+
+    def _renamed(self, message: Message) -> Message:
+        """With its reasoning under a name that the template reads."""
+        names = [name for name in REASONING if name in message and name not in self._reads.fields]
+        others = [name for name in REASONING if name in self._reads.fields and name not in message]
+        if not (names and others):
+            return message
+        return {others[0] if name == names[0] else name: value for name, value in message.items()}
+
+    def _unread(self, record: Record) -> dict[str, str]:
+        """The fields and keywords that the template does not read."""
+        parts = (record.prompt, *record.answers)
+        names = dict.fromkeys(name for part in parts for message in part if len(message) > 2 for name in message)
+        if self._reads_reasoning:
+            names = {name: None for name in names if name not in REASONING}
+        unread = [name for name in names if name not in ("role", "content") and name not in self._reads.fields]
+        unread += [name for name in record.template_kwargs if name not in self._reads.variables]
+        return {"unread_field": ", ".join(f"`{short(name)}`" for name in unread)} if unread else {}
+
+    def _amiss(self, record: Record, prompt: str, conversations: Sequence[str]) -> dict[str, str]:
+        """What is odd about the texts, as details of oddities. Raises Unfit: a turn of a tool is not written whole, or
+        the prompt is written otherwise with an answer behind it."""
+        details = _dropped([turn for turn in record.prompt if turn["role"] != "assistant"], prompt)
+        _require_calls(record.prompt, prompt)
+        for answer, conversation in zip(record.answers, conversations, strict=True):
+            if conversation.startswith(prompt):
+                rest = conversation[len(prompt) :]
+                if header := self._header(record, answer[0], rest, prompt):
+                    details["header_trained"] = quoted(header)
+            else:
+                rest = conversation
+                self._require_same_prompt(record, prompt, conversation)
+            details |= _dropped(answer, rest, REASONING if self._reads_reasoning else ())
+            _require_calls(answer, rest)
+        return details
+
+    def _header(self, record: Record, turn: Message, rest: str, prompt: str) -> str:
+        """What a template that does not write how an answer begins when it asks for it writes before the answer."""
+        own = [words[:20] for text in texts_of(turn) for words in THOUGHT.split(text.strip()) if words]
+        header = rest[: min((rest.find(words) for words in own if words in rest), default=0)]
+        if not header.strip():
+            return ""
+        role = record.prompt[-1]["role"]
+        if role not in self._ignores_asking:
+            self._ignores_asking[role] = self.text(record.prompt, record.template_kwargs) == prompt
+        return header if self._ignores_asking[role] and not turn.get("tool_calls") else ""
+
+    def _require_same_prompt(self, record: Record, prompt: str, conversation: str) -> None:
+        """Raises Unfit where even without what asks for an answer the prompt does not begin the conversation."""
+        alone = self.text(record.prompt, record.template_kwargs)
+        left = alone[common(alone, conversation) :]
+        for token in self._tokenizer.all_special_tokens:
+            left = left.replace(token, "")
+        if left.strip():
+            words = quoted(conversation[common(prompt, conversation) :])
+            what = "the chat template writes the prompt otherwise once an answer follows, so its words would be trained"
+            raise Unfit("template_refused", f"{what}: {words}")
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
+def _dropped(turns: Sequence[Message], text: str, reasoning: Sequence[str] = ()) -> dict[str, str]:
+    """The words of messages that a text does not hold. Raises Unfit: those are what a tool returned."""
+    details = {}
+    for turn in turns:
+        for name in ("content", *reasoning):
+            words = turn.get(name, "")
+            if words.strip() in text or is_written(words, text):
+                continue
+            if turn["role"] == "tool":
+                raise Unfit(
+                    "template_refused", f"the chat template does not write what a tool returned: {quoted(words)}"
+                )
+            details["text_dropped"] = f"`{name}` of the {turn['role']}, such as {quoted(words)}"
+    return details
+
+
+def _require_calls(turns: Sequence[Message], text: str) -> None:
+    calls = [call for turn in turns for call in turn.get("tool_calls", ())]
+    for call in calls:
+        if missing := [words for words in call_texts(call) if not is_written(words, text)]:
+            what = f"the chat template does not write a tool call whole: {quoted(missing[0])} is not there"
+            raise Unfit("template_refused", what)
 
 
 def _parted(
     record: Record,
+    written: _Written,
     ids_of_all: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     special: Collection[int],
     template: Template,
 ) -> Tokenized | Problem:
-    prompt, *conversations = ids_of_all
+    number = len(record.answers)
+    prompt, conversations, more = ids_of_all[0], list(ids_of_all[1 : number + 1]), iter(ids_of_all[number + 1 :])
     if template == "none":
         eos = cast(int, tokenizer.eos_token_id)
         conversations = [[*ids, eos] if ids[-1:] != [eos] else ids for ids in conversations]
     # One prompt for all: what lies behind the shortest common beginning belongs to the completions.
-    cut = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(prompt, *conversations, strict=False)))
+    cut = min((common(prompt, ids) for ids in conversations), default=len(prompt))
     completions = tuple(tuple(ids[cut:]) for ids in conversations)
     if cut == 0:
         what = "prompt and conversation have no token in common at their start"
@@ -107,15 +285,36 @@ def _parted(
         return Problem("template_refused", "the chat template writes nothing for an answer", record.origin)
     if len(set(completions)) < len(completions):
         return Problem("identical", "`chosen` and `rejected` become the same tokens", record.origin)
-    tree = TokenTree(tuple(prompt[:cut]), completions)
-    endings = [_ending(ids, tokenizer, special) for ids in completions]
+    context: list[tuple[Span, ...]] = []
+    for answer, ids, steps in zip(record.answers, conversations, written.steps, strict=True):
+        of_steps = [(next(more), next(more)) for _ in steps]
+        try:
+            context.append(context_of(answer, ids, cut, of_steps, tokenizer, special) if steps else ())
+        except Unfit as unfit:
+            return Problem(unfit.kind, unfit.message, record.origin)
+    tree = TokenTree(tuple(prompt[:cut]), completions, tuple(context) if any(context) else ())
+    endings = [ending(ids, tokenizer, special) for ids in completions]
+    details = dict(written.details)
+    if cut < len(prompt):
+        details["prompt_not_prefix"] = _differing(prompt[cut:], completions[0], record.answers[0][0], tokenizer)
     oddities = {
         "prompt_not_prefix": cut < len(prompt),
         "no_end_token": not all(endings),
-        "double_end_token": any(len(set(ending[:2])) < len(ending[:2]) for ending in endings),
+        "double_end_token": any(len(set(ends[:2])) < len(ends[:2]) for ends in endings),
         "double_bos": prompt[:2] == [tokenizer.bos_token_id] * 2,
+        **dict.fromkeys(written.details, True),
     }
-    return Tokenized(tree, tuple(name for name, is_odd in oddities.items() if is_odd), record.origin)
+    return Tokenized(tree, tuple(name for name, is_odd in oddities.items() if is_odd), record.origin, details)
+
+
+def _differing(
+    asked: Sequence[int], completion: Sequence[int], turn: Message, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Where a prompt is no prefix of the conversation: what generation reads there, and what is trained."""
+    asks, trained = (cast(str, tokenizer.decode(ids)) for ids in (list(asked), list(completion[:200])))
+    words = turn["content"].strip()[:20]
+    header = trained.partition(words)[0] if words and words in trained else trained[:20]
+    return f"generation reads {quoted(asks)} where training writes {quoted(header)} before the answer"
 
 
 def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
@@ -133,24 +332,20 @@ def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
         left = data.max_length - completion
         if left > 0:
             kept = min(left, data.max_prompt_length or left)
-            return replace(tree, prompt=tree.prompt[-kept:])
+            return TokenTree(tree.prompt[-kept:], tree.completions, tree.context)
         message = f"a completion of {completion} tokens leaves no room for a prompt in `max_length` {data.max_length}"
     return Problem("overlong", message, tokenized.origin)
 
 
-def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template = "chat") -> list[int]:
-    """Token ids of a conversation up to where the model's answer begins."""
-    return encode([_text(messages, tokenizer, template, asks=True)], tokenizer, template)[0]
-
-
-def _text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template, asks: bool) -> str:
-    if template == "chat":
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-        return cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False))
-    roles = [message["role"] for message in messages]
-    if roles != ["user", "assistant"][: 1 if asks else 2]:
-        raise Unfit("template_refused", f"`data.template: none` takes one text and its answer, not {', '.join(roles)}")
-    return "".join(message["content"] for message in messages)
+def render(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template = "chat",
+    given: dict[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a conversation up to where the model's answer begins; `given` are the row's `template_kwargs`."""
+    text = Writer(tokenizer, template).text(tuple(messages), given or {}, asks=True)
+    return encode([text], tokenizer, template)[0]
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: Template = "chat") -> list[list[int]]:
@@ -162,12 +357,6 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: T
     return cast("list[list[int]]", ids)
 
 
-def _ending(completion: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: Collection[int]) -> list[int]:
-    """The special tokens that a completion ends with, white space between them left out; the last comes first."""
-    ending = []
-    for token in reversed(completion):
-        if token in special:
-            ending.append(token)
-        elif cast(str, tokenizer.decode([token])).strip():
-            break
-    return ending
+def quoted(text: str, limit: int = 60) -> str:
+    """A text as a message shows it, in one line."""
+    return json.dumps(text if len(text) <= limit else text[:limit] + "...", ensure_ascii=False)

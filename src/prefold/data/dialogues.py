@@ -7,10 +7,11 @@ transcript    "\\n\\nHuman: Why?\\n\\nAssistant: So."
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from prefold.data.preference import ROLES, Message, Unfit, Writing, message, messages, short
+from prefold.data.preference import ROLES, Message, Unfit, Writing, message, messages, said, short
 
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -63,7 +64,7 @@ def read_answer(value: Any, where: str, writing: Writing) -> list[Message]:
 
 def part(chosen: list[Message], rejected: list[Message], where: tuple[str, str]) -> Parted:
     """Cut two dialogues where they part, or before: an answer begins with the assistant's own words."""
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    common = sum(1 for _ in takewhile(lambda pair: said(pair[0]) == said(pair[1]), zip(chosen, rejected, strict=False)))
     while common and chosen[common - 1]["role"] == "assistant":
         common -= 1
     if not common and chosen != rejected:
@@ -82,9 +83,9 @@ def part_transcripts(chosen: list[Message], rejected: list[Message], where: tupl
     return prompt, answers[0], answers[1]
 
 
-def part_answer(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The prompt and the assistant's last words."""
-    length = sum(1 for _ in takewhile(lambda turn: turn["role"] == "assistant", reversed(dialogue)))
+def part_answer(dialogue: list[Message], roles: Sequence[str]) -> tuple[list[Message], list[Message]]:
+    """The prompt, and the last turns that are of these roles."""
+    length = sum(1 for _ in takewhile(lambda turn: turn["role"] in roles, reversed(dialogue)))
     cut = len(dialogue) - length
     return dialogue[:cut], dialogue[cut:]
 

@@ -24,7 +24,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from prefold.data.preference import Message, RowId, messages_key
+from prefold.data.preference import Message, RowId, messages_key, texts_of
 
 Runs = NDArray[np.uint64]
 Parts = Sequence[Sequence[Message]]
@@ -106,7 +106,7 @@ class NearRepeats:
 
 
 def _shingles(part: Sequence[Message]) -> Runs:
-    text = "\n".join(message["content"] for message in part)
+    text = "\n".join(text for message in part for text in texts_of(message))
     return np.unique(_runs(_hashes(words_of(text)), SHINGLE_WORDS))
 
 
@@ -142,7 +142,7 @@ class Contamination:
     def find(self, parts: Parts, origin: RowId) -> Match | None:
         """The first match of a record; None if it holds no benchmark text."""
         for message in chain.from_iterable(parts):
-            words = words_of(message["content"])
+            words = words_of("\n".join(texts_of(message)))
             for length, start, run in _hits(words, self._known):
                 return Match(origin, self._origins[run], " ".join(words[start : start + length]))
         return None
@@ -153,7 +153,7 @@ def overlapping(texts: Sequence[str], records: Iterable[Parts]) -> list[bool]:
     of_texts, known = _runs_of(texts)
     held: set[int] = set()
     for message in chain.from_iterable(chain.from_iterable(records)):
-        held.update(run for _, _, run in _hits(words_of(message["content"]), known))
+        held.update(run for _, _, run in _hits(words_of("\n".join(texts_of(message))), known))
     return [not held.isdisjoint(runs.tolist()) for runs in of_texts]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from prefold.data.preference import Message, Preference, Prompt, Record, RowId, Unpaired, messages_key
+from prefold.data.preference import Message, Preference, Prompt, Record, RowId, Unpaired, messages_key, whole_prompt
 from prefold.trees.packing import Span, TokenTree
 
 _BATCH_ROWS = 256
@@ -188,8 +188,8 @@ def _row(example: Example) -> dict[str, Any]:
         "kind": type(record).__name__,
         "source": record.origin.source,
         "row": record.origin.row,
-        "prompt_key": _key(record.prompt),
-        "record_key": _key(record.prompt, *record.answers, given=record.template_kwargs),
+        "prompt_key": _key(whole_prompt(record)),
+        "record_key": _key(whole_prompt(record), *record.answers),
     }
 
 

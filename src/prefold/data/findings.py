@@ -10,27 +10,35 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from jinja2.exceptions import TemplateError
+
 from prefold.data.duplicates import Match
-from prefold.data.examples import Examples
-from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired
+from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired, texts_of
+from prefold.data.residue import CONTROL, residue_of
 from prefold.recipe import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from prefold.data.examples import Examples
 
 Severity = Literal["error", "warning", "note"]
 ROWS_SHOWN = 20
 FEW_HELD_OUT = 50
 _BIASED_SHARE = 0.65
 _OPENING_TOKENS = 3
+_SHORT_PROMPT = 15
+"""Characters of a prompt that an answer may begin with by chance."""
 _OPENING_DIFFERENCE = 0.2
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
-_RESIDUE = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</s>|<</?SYS>>|</?(?:start|end)_of_turn>")
+_SHORT_SYSTEM = 8
+"""Characters of a system text that may begin a question by chance."""
+_MARKER = re.compile("`([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class SourceCount:
-    """A source by its name; `rows_used` became examples, `rows_filtered` were left out by `where`, `rows_not_drawn` by
-    `weight` or `count`. The others of `rows_in` are problems, counted in the findings."""
+    """A source by its name; `rows_used` became `examples`, `rows_filtered` were left out by `where`, `rows_not_drawn`
+    by `weight` or `count`. The others of `rows_in` are problems, counted in the findings."""
 
     path: str
     shape: str
@@ -56,6 +64,9 @@ class SourceCount:
     rows_used: int
     rows_filtered: int = 0
     rows_not_drawn: int = 0
+    unused: tuple[str, ...] = ()
+    """Columns that nothing is made of."""
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,17 @@ class DataReport:
         }
 
 
-_NOTES = ("tie", "repeated", "control_character", "tied_rating")
+_NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text", "wrong_decoding")
+_SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
+"""Kinds whose problems name the markers that were seen, each in backticks."""
+_DETAILED = (
+    "unread_field",
+    "text_dropped",
+    "header_trained",
+    "prompt_not_prefix",
+    "template_refused",
+)
+"""Kinds whose finding shows what was seen in the rows."""
 # kind -> what is said behind the number of rows, and advice
 _ABOUT_ROWS = {
     "broken_row": (" left out: cannot be read", "write one JSON object per row"),
@@ -123,6 +144,7 @@ _ABOUT_ROWS = {
         "a pair compares answers to one prompt; mend the rows or leave them",
     ),
     "tie": (" left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
+    "small_margin": (" left out: no two ratings far enough apart", "this is what `min_margin` asks for"),
     "bad_label": (" left out: a label says nothing that is understood", "votes are 1 or 2, labels true or false"),
     "repeated": (" left out: they repeat earlier ones", "this is what `data.duplicates` asks for"),
     "contaminated": (
@@ -139,7 +161,23 @@ _ABOUT_ROWS = {
     ),
     "prompt_not_prefix": (
         ": the prompt's tokens do not all begin the conversation",
-        "the tokens in common are the prompt; look at the chat template",
+        "only those in common are the prompt; `model.chat_template_kwargs` may help",
+    ),
+    "media": (
+        " left out: images, sound or video, which are not trained on",
+        "use rows of text alone",
+    ),
+    "unread_field": (
+        ": the chat template does not read what they carry",
+        "the model never sees it; name it as the template does, or remove it",
+    ),
+    "text_dropped": (
+        ": the chat template leaves words of them out",
+        "put thoughts into a field that it reads, or use a template that writes them",
+    ),
+    "header_trained": (
+        ": the answer's header is trained as part of the answer",
+        "the template ignores `add_generation_prompt`: generation has no such header",
     ),
     "no_end_token": (
         ": the chat template ends the answer without an end token",
@@ -154,12 +192,32 @@ _ABOUT_ROWS = {
         "remove the one in the data, or the one in the chat template",
     ),
     "template_residue": (
-        ": control tokens of a chat template within the text",
-        "they become real tokens: turns that nobody wrote; clean the text",
+        " with template markers in the text",
+        "the model learns to write turns that nobody wrote; clean the text",
+    ),
+    "media_placeholder": (
+        " with placeholders of media",
+        "there is no image, video or sound to look at; remove the rows",
+    ),
+    "escaped_text": (
+        " with escapes in place of characters",
+        "the model learns to write them; unescape the text",
+    ),
+    "wrong_decoding": (
+        " with text in a wrong encoding",
+        "it was UTF-8 and was read as Latin-1; decode the file again",
+    ),
+    "system_twice": (
+        ": the prompt has its system text twice",
+        "remove one; what the chat template writes by itself counts as well",
     ),
     "control_character": (
         ": control or replacement characters in the text",
         "the model learns to write them; look at how the text was decoded",
+    ),
+    "prompt_in_answer": (
+        ": an answer begins with the text of its prompt",
+        "the model learns to repeat what it is asked; cut the prompt from the answers",
     ),
     "flipped_rating": (
         ": the row rates rejected above chosen",
@@ -172,34 +230,90 @@ _ABOUT_ROWS = {
 }
 
 
-def oddities_of(record: Record) -> Iterator[str]:
-    """Kinds of findings that a record gives cause for by its text and ratings; it is used all the same."""
-    texts = [message["content"] for part in (record.prompt, *record.answers) for message in part]
-    if any(map(_CONTROL.search, texts)):
-        yield "control_character"
-    if any(map(_RESIDUE.search, texts)):
-        yield "template_residue"
+def oddities_of(record: Record, template: str = "chat", by_template: tuple[str, str] = ("", "")) -> Iterator[Problem]:
+    """What is odd about a record's texts and ratings; it is used all the same.
+
+    Args:
+        template: with `none`, a prompt may be written in any format.
+        by_template: `system_texts_of` the tokenizer.
+    """
+    prompt, *answers = [[*chain.from_iterable(map(texts_of, part))] for part in (record.prompt, *record.answers)]
+    of_answers = [text for answer in answers for text in answer]
+    if any(map(CONTROL.search, (*prompt, *of_answers))):
+        yield Problem("control_character", "", record.origin)
+    for kind, markers in residue_of(prompt if template == "chat" else [], of_answers).items():
+        yield Problem(kind, " ".join(f"`{marker}`" for marker in markers), record.origin)
+    if _has_system_twice(record, *by_template):
+        yield Problem("system_twice", "", record.origin)
+    asked = record.prompt[-1]["content"]
+    if len(asked) > _SHORT_PROMPT and any(answer[0]["content"].startswith(asked) for answer in record.answers):
+        yield Problem("prompt_in_answer", "", record.origin)
     if isinstance(record, Preference) and record.ratings:
         chosen, rejected = record.ratings
-        if chosen < rejected:
-            yield "flipped_rating"
-        elif chosen == rejected:
-            yield "tied_rating"
+        if chosen <= rejected:
+            yield Problem("flipped_rating" if chosen < rejected else "tied_rating", "", record.origin)
+
+
+def _has_system_twice(record: Record, always: str, default: str) -> bool:
+    systems = [message["content"].strip() for message in record.prompt if message["role"] == "system"]
+    own = [text for text in systems if len(text) > _SHORT_SYSTEM]
+    opening = next((message["content"] for message in record.prompt if message["role"] == "user"), "").lstrip()
+    begins = own if systems else [default] if len(default) > _SHORT_SYSTEM else []
+    return len(set(own)) < len(own) or any(text in always for text in own) or any(map(opening.startswith, begins))
+
+
+def system_texts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes by itself before the text of a system message, and in place of one; empty where it
+    writes nothing, or takes no system message."""
+    system, user = {"role": "system", "content": "\x01"}, {"role": "user", "content": "\x02"}
+    try:
+        given, silent = (
+            str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in ([system, user], [user])
+        )
+    except (TemplateError, TypeError, ValueError):
+        return "", ""
+    before, mark, behind = given.partition("\x01")
+    if not mark or len(silent) < len(before + behind) or not (silent.startswith(before) and silent.endswith(behind)):
+        return before if mark else "", ""
+    return before, silent[len(before) : len(silent) - len(behind)].strip()
 
 
 def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
     """One finding per kind of problem."""
     rows: dict[str, list[RowId]] = {}
+    details: dict[str, Counter[str]] = defaultdict(Counter)
     for problem in problems:
         rows.setdefault(problem.kind, []).append(problem.origin)
+        seen = _MARKER.findall(problem.message) if problem.kind in _SEEN else [problem.message]
+        details[problem.kind].update(seen)
     findings = []
     for kind, origins in rows.items():
         what, advice = _ABOUT_ROWS[kind]
+        if kind in _SEEN and details[kind]:
+            marker, number = details[kind].most_common(1)[0]
+            what += f": `{marker if len(marker) < 25 else marker[:20] + '...'}` in {number}"
         if kind == "overlong" and data.overlong == "truncate_prompt":
             advice = "raise `data.max_length`; these completions alone fill it"
         message = f"{_counted(len(origins), 'row')}{what}"
+        if kind in _DETAILED and (shown := [detail for detail, _ in details[kind].most_common(2) if detail]):
+            message += f"; {'; '.join(shown)}{'; ...' if len(details[kind]) > 2 else ''}"
         findings.append(_of_rows(kind, "note" if kind in _NOTES else "warning", origins, message, advice))
     return findings
+
+
+def left_out_in_part(problems: Sequence[Problem]) -> list[Finding]:
+    """What is left out of rows that are used all the same: single answers of a ranking, or pairs of it."""
+    if not problems:
+        return []
+    kinds = Counter(problem.kind for problem in problems).most_common()
+    causes = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    message = (
+        f"{_counted(len(problems), 'answer or pair', 'answers or pairs')} left out of rows used otherwise: {causes}"
+    )
+    severity: Severity = "note" if {kind for kind, _ in kinds} <= {*_NOTES} else "warning"
+    origins = list(dict.fromkeys(problem.origin for problem in problems))
+    advice = "`data.bad_rows: error` and `data.overlong: error` stop at the first and show it"
+    return [Finding("left_out_in_part", severity, len(problems), tuple(origins[:ROWS_SHOWN]), message, advice)]
 
 
 def duplicate(examples: Examples) -> Finding | None:
@@ -328,6 +442,12 @@ def template_unused() -> Finding:
     return Finding("template_unused", "warning", 0, (), message, advice)
 
 
+def date_moves(written: str) -> Finding:
+    message = f"the chat template writes today's date, so the tokens change daily: {written}"
+    advice = "fix it: `model.chat_template_kwargs: {strftime_now: 2025-06-30}`"
+    return Finding("date_moves", "warning", 0, (), message, advice)
+
+
 def by_severity(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Errors first, then warnings, then notes, each in the order given."""
     order = get_args(Severity)
@@ -354,8 +474,8 @@ def _of_rows(kind: str, severity: Severity, rows: Sequence[RowId], message: str,
     return Finding(kind, severity, len(rows), tuple(rows[:ROWS_SHOWN]), message, advice)
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def _counted(count: int, noun: str, plural: str = "") -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
 def _percent(count: int, number: int) -> str:

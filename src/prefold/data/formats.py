@@ -17,7 +17,7 @@ import lzma
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import PurePath
 from typing import IO, Any
@@ -32,11 +32,15 @@ _SURROGATES = range(0xDC80, 0xDD00)
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it was read: either an object, or None and what kept it from being one."""
+    """One row as it was read: either an object, or None and what kept it from being one.
+
+    `pads_with_nulls`: its source writes null for the fields of an object that other rows have, as Arrow does.
+    """
 
     origin: RowId
     value: dict[str, Any] | None
     problem: str | None = None
+    pads_with_nulls: bool = field(default=False, compare=False)
 
 
 Reader = Callable[[IO[bytes], str], Iterator[RawRow]]
@@ -188,7 +192,7 @@ def _parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
                 if isinstance(value, Exception):
                     yield RawRow(RowId(name, number), None, f"a value cannot be read: {value}")
                 else:
-                    yield RawRow(RowId(name, number), value)
+                    yield RawRow(RowId(name, number), value, pads_with_nulls=True)
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from None
 

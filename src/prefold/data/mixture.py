@@ -2,8 +2,8 @@
 
     sources -> rows to use -> preferences -> token trees that fit -> those that repeat none -> train | held out
 
-Every row that is read becomes an example, or is counted as filtered by `where`, as not drawn, or as a problem. The same
-recipe, tokenizer and seed give the same examples in the same order.
+Every row that is read becomes an example (a ranking becomes several), or is counted as filtered by `where`, as not
+drawn, or as a problem. The same recipe, tokenizer and seed give the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prefold.data import findings
+from prefold.data import findings, rankings
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
-from prefold.data.conversion import to_record
+from prefold.data.conversion import to_records
 from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import DataReport, SourceCount
 from prefold.data.formats import RawRow
-from prefold.data.preference import Preference, Problem, Record, Unpaired
+from prefold.data.preference import Preference, Problem, Record, Unpaired, short, whole_prompt
 from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
 from prefold.data.shapes import Kind, Shape, find_shape
+from prefold.data.sources import source_name
+from prefold.data.templates import moving_date
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
 from prefold.trees.packing import TokenTree
@@ -35,9 +37,10 @@ from prefold.trees.packing import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HEAD_ROWS = 1000
+HEAD_ROWS = 1000
 """Rows that are enough to tell the shape of a source."""
 _TOKENIZED_AT_ONCE = 256
+_NO_FAULT = ("repeated", "contaminated", "tie", "small_margin")
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,21 @@ def load_split(
         require_chat_template(tokenizer)
     texts = chain.from_iterable(map(benchmark_texts, data.decontaminate))
     contamination = Contamination(texts) if data.decontaminate else None
-    trained = _Side("train", data, tokenizer, kind, contamination, folder)
+    trained = Side("train", data, tokenizer, kind, contamination, folder)
     train = trained.examples_of(data.train, seed)
-    evaluated = _Side("eval", data, tokenizer, kind, None, folder)
+    evaluated = Side("eval", data, tokenizer, kind, None, folder)
     held_out = evaluated.examples_of(data.eval, seed) if data.eval else train[:0]
     if data.shuffle:
         train = train.select(shuffled(len(train), seed))
     if data.eval_fraction:
         train, held_out = hold_out(train, data.eval_fraction, seed)
     problems = trained.problems + evaluated.problems + trained.oddities + evaluated.oddities
-    about = findings.about_problems(problems, data)
+    about = findings.about_problems(problems, data) + findings.left_out_in_part(trained.parts + evaluated.parts)
     if data.template == "none" and tokenizer.chat_template:
         about.append(findings.template_unused())
+    first = train.records[0]
+    if data.template == "chat" and (written := moving_date(tokenizer, list(first.prompt), **first.template_kwargs)):
+        about.append(findings.date_moves(written))
     report = DataReport(
         sources=tuple(trained.counts + evaluated.counts),
         findings=findings.by_severity(about + findings.about_sets(train, held_out, tokenizer)),
@@ -129,8 +135,9 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
 
 
 @dataclass
-class _Side:
-    """Training or held-out data: what has come of its rows so far. `oddities` are of rows that are used."""
+class Side:
+    """Training or held-out data: what has come of its rows so far. `problems` has one for each row that is left out;
+    `parts` are pairs and answers that are left out of rows that are used, `oddities` are of what is used."""
 
     name: str
     data: Data
@@ -139,12 +146,15 @@ class _Side:
     contamination: Contamination | None
     folder: Path | None
     problems: list[Problem] = field(default_factory=list)
+    parts: list[Problem] = field(default_factory=list)
     oddities: list[Problem] = field(default_factory=list)
     counts: list[SourceCount] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.repeats = None if self.data.duplicates == "keep" else REPEATS[self.data.duplicates]()
+        chat = self.data.template == "chat"
+        self.by_template = findings.system_texts_of(self.tokenizer) if chat else ("", "")
 
     def examples_of(self, sources: Sequence[Source], seed: int) -> Examples:
         selections = zip(sources, select_rows(sources, seed), strict=True)
@@ -161,70 +171,96 @@ class _Side:
         return examples
 
     def _converted(self, source: Source, selection: Selection) -> Iterator[Example]:
-        head = list(_head(selection.rows))
-        # Each side of a pair is an answer with a label.
-        kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
-        shape = find_shape(head, selection.name, source.columns, kinds)
-        used = 0
+        head = list(head_of(selection.rows))
+        shape, rule = self.shape_of(head, source)
+        used = made = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
-            for example in self._usable(batch, shape):
+            for examples in self.usable(batch, shape, rule):
                 used += 1
-                yield from unpaired(example) if self.kind == "unpaired" else [example]
+                for example in examples:
+                    answers = unpaired(example) if self.kind == "unpaired" else [example]
+                    made += len(answers)
+                    yield from answers
         for problem in selection.problems:
-            self._leave_out(problem)
+            self._leave_out([problem])
         left_out = selection.rows_filtered, selection.rows_not_drawn
-        self.counts.append(SourceCount(selection.name, shape.name, selection.rows_in, used, *left_out))
+        counts = SourceCount(
+            selection.name, shape.name, selection.rows_in, used, *left_out, tuple(map(short, shape.unused)), made
+        )
+        self.counts.append(counts)
 
-    def _usable(self, rows: Sequence[RawRow], shape: Shape) -> Iterator[Example]:
-        """Examples of the rows that make one. Tokenizing many at once keeps all cores busy."""
-        results = [self._record(row, shape) for row in rows]
-        records = [result for result in results if not isinstance(result, Problem)]
+    def shape_of(self, head: Sequence[RawRow], source: Source) -> tuple[Shape, rankings.Rule]:
+        """The shape of a source, and what is made of its rankings."""
+        # Each side of a pair is an answer with a label.
+        kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
+        name = source_name(source)
+        shape = find_shape(head, name, source.columns, kinds, source.values)
+        return shape, rankings.rule_of(source, shape.layout, name, self.kind)
+
+    def usable(self, rows: Sequence[RawRow], shape: Shape, rule: rankings.Rule) -> Iterator[list[Example]]:
+        """The examples of each row that makes any. Tokenizing many at once keeps all cores busy."""
+        results = [self.records_of(row, shape, rule) for row in rows]
+        records = [result for of_row in results for result in of_row if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self.tokenizer, self.data.template))
-        for result in results:
-            example = result if isinstance(result, Problem) else self._example(result, next(tokenized))
-            if isinstance(example, Problem):
-                self._leave_out(example)
-            else:
-                yield example
+        for of_row in results:
+            made = [
+                result if isinstance(result, Problem) else self.example_of(result, next(tokenized)) for result in of_row
+            ]
+            examples = [result for result in made if isinstance(result, Example)]
+            if len(examples) < len(made):
+                self._leave_out([result for result in made if isinstance(result, Problem)], bool(examples))
+            if examples:
+                yield examples
 
-    def _record(self, row: RawRow, shape: Shape) -> Record | Problem:
-        record = to_record(row, shape, self.data.system)
+    def records_of(self, row: RawRow, shape: Shape, rule: rankings.Rule) -> list[Record | Problem]:
+        records = to_records(row, shape, self.data.system, rule=rule)
+        return list(map(self._untouched, records)) if self.contamination else records
+
+    def _untouched(self, record: Record | Problem) -> Record | Problem:
+        """The record, or a problem if it holds words of a benchmark."""
         if isinstance(record, Problem) or not self.contamination:
             return record
         match = self.contamination.find((record.prompt, *record.answers), record.origin)
         if not match:
             return record
-        self.matches.append(match)
+        # Pairs of a row may share the words.
+        if match not in self.matches[-1:]:
+            self.matches.append(match)
         return Problem("contaminated", f"holds words of {match.benchmark}: {match.words}", record.origin)
 
-    def _example(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
+    def example_of(self, record: Record, tokenized: Tokenized | Problem) -> Example | Problem:
         if isinstance(tokenized, Problem):
             return tokenized
         tree = fit(tokenized, self.data)
         if isinstance(tree, Problem):
             return tree
         # Last, so that a row is only left out for the sake of one that is used.
-        if self.repeats and (earlier := self.repeats.earlier((record.prompt, *record.answers), record.origin)):
+        if self.repeats and (earlier := self.repeats.earlier((whole_prompt(record), *record.answers), record.origin)):
             return Problem("repeated", f"repeats {earlier}", record.origin)
         truncated = ("prompt_truncated",) if tree != tokenized.tree else ()
-        kinds = (*tokenized.oddities, *truncated, *findings.oddities_of(record))
-        self.oddities += [Problem(kind, "", record.origin) for kind in kinds]
+        kinds = (*tokenized.oddities, *truncated)
+        self.oddities += [Problem(kind, tokenized.details.get(kind, ""), record.origin) for kind in kinds]
+        self.oddities += findings.oddities_of(record, self.data.template, self.by_template)
         return Example(record, tree)
 
-    def _leave_out(self, problem: Problem) -> None:
-        """Count it, or stop where that is the policy."""
-        name = "overlong" if problem.kind == "overlong" else "bad_rows"
-        # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
-        if getattr(self.data, name) == "error" and problem.kind not in ("repeated", "contaminated", "tie"):
-            advice = f"mend the row, or set `data.{name}: drop`"
-            raise UserError(problem.message, where=str(problem.origin), advice=advice)
-        self.problems.append(problem)
+    def _leave_out(self, problems: Sequence[Problem], row_is_used: bool = False) -> None:
+        """Count what is wrong with a row, or stop where that is the policy."""
+        for problem in problems:
+            name = "overlong" if problem.kind == "overlong" else "bad_rows"
+            # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
+            if getattr(self.data, name) == "error" and problem.kind not in _NO_FAULT:
+                advice = f"mend the row, or set `data.{name}: drop`"
+                raise UserError(problem.message, where=str(problem.origin), advice=advice)
+        if row_is_used:
+            self.parts += problems
+        else:
+            self.problems.append(problems[0])
 
 
-def _head(rows: Iterator[RawRow]) -> Iterator[RawRow]:
-    """The rows up to the `_HEAD_ROWS`-th that could be read."""
+def head_of(rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """The rows up to the `HEAD_ROWS`-th that could be read."""
     readable = 0
-    while readable < _HEAD_ROWS and (row := next(rows, None)) is not None:
+    while readable < HEAD_ROWS and (row := next(rows, None)) is not None:
         readable += row.value is not None
         yield row

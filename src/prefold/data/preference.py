@@ -6,6 +6,7 @@ Which columns hold what is known to `shapes` alone.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,9 +84,38 @@ class Prompt:
 Record = Preference | Unpaired | Prompt
 
 
+def whole_prompt(record: Record) -> Messages:
+    """The prompt with what else its template is given as one more message: with other tools it is another prompt."""
+    given = record.template_kwargs
+    as_message = ({"role": "template", "content": json.dumps(given, sort_keys=True, default=str)},) if given else ()
+    return record.prompt + as_message
+
+
 def messages_key(*parts: Sequence[Message]) -> str:
     """A text that is the same for equal messages, whatever the order of their fields, and for nothing else."""
-    return json.dumps([[(message["role"], message["content"]) for message in part] for part in parts])
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def texts_of(message: Message) -> list[str]:
+    """Every text that a message holds: what is said, what is thought, and what tools are called with."""
+    thoughts = [message[name] for name in REASONING if name in message]
+    return [
+        message["content"],
+        *thoughts,
+        *(text for call in message.get("tool_calls", ()) for text in call_texts(call)),
+    ]
+
+
+def call_texts(call: dict[str, Any]) -> list[str]:
+    """The name of a tool that is called, and the strings and numbers of its arguments."""
+    return [call["function"]["name"], *_leaves(call["function"]["arguments"])]
+
+
+def _leaves(value: Any) -> list[str]:
+    if isinstance(value, dict | list):
+        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
+    # What is true, false or null, templates write in several ways.
+    return [str(value)] if isinstance(value, str | int | float) and not isinstance(value, bool) else []
 
 
 @dataclass(frozen=True)
@@ -98,8 +128,19 @@ class Problem:
 
 
 ROLES = ("system", "user", "assistant")
-_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLE_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt"),
+    "tool": ("tool", "function", "observation", "ipython", "tool_response"),
+}
+_ROLE_OF = {name: role for role, names in _ROLE_NAMES.items() for name in names}
+_CALL_TURNS = ("function_call", "tool_call")
+"""Names under which some files write an assistant's turn that is nothing but a call, as JSON text."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The names of what an assistant thinks before it speaks; a template reads one or two of them."""
+_SAID = ("role", "content", *REASONING, "tool_calls")
+_MEDIA = re.compile(r"(?:input_)?(?:image|video|audio)(?:s|_url)?")
 
 Writing = Literal["plain", "ShareGPT", "ChatML", "transcripts"]
 """How turns are written: {role, content} and bare text; {from, value}; or strings that hold whole dialogues."""
@@ -110,6 +151,11 @@ class Unfit(Exception):
 
     def __init__(self, kind: str, message: str):
         self.kind, self.message = kind, message
+
+
+def role_of(name: Any) -> str | None:
+    """What a file's name of a speaker stands for; None for a name that is not known."""
+    return "assistant" if name in _CALL_TURNS else _ROLE_OF.get(name.lower()) if isinstance(name, str) else None
 
 
 def messages(value: Any, where: str, writing: Writing = "plain") -> list[Message]:
@@ -127,11 +173,15 @@ def message(role: str, text: Any, where: str, may_be_empty: bool = False) -> Mes
         raise Unfit("not_text", f"{where} is {json_type(text)}, not text")
     if not text.strip() and not may_be_empty:
         raise Unfit("empty_text", f"{where} is empty")
+    _check_characters(text, where)
+    return {"role": role, "content": text}
+
+
+def _check_characters(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise Unfit("not_text", f"{where} has half a character (a lone surrogate)") from None
-    return {"role": role, "content": text}
 
 
 def _turn(item: Any, where: str, writing: Writing) -> Message:
@@ -140,20 +190,105 @@ def _turn(item: Any, where: str, writing: Writing) -> Message:
         raise Unfit("bad_message", f"{where} is {json_type(item)}, not {{{speaker}, {words}}}")
     if speaker not in item:
         raise Unfit("bad_message", f"{where} has no `{speaker}`")
-    known = _SHAREGPT_ROLES if writing == "ShareGPT" else dict(zip(ROLES, ROLES, strict=True))
     name = item[speaker]
-    if name in _TOOL_ROLES:
-        raise Unfit("bad_message", f"{where} is a tool's turn (`{name}`); tool turns are not supported")
-    if not (isinstance(name, str) and name in known):
-        raise Unfit("bad_message", f"{where} has the role `{short(name)}`, not one of {', '.join(known)}")
-    if item.get("tool_calls") or item.get("function_call"):
-        raise Unfit("bad_message", f"{where} calls a tool; tool turns are not supported")
-    if words not in item:
+    if (role := role_of(name)) is None:
+        raise Unfit("bad_message", f"{where} has the role `{short(name)}`, not one of {', '.join(_ROLE_NAMES)}")
+    if len(item) == 2 and isinstance(item.get(words), str) and name not in _CALL_TURNS:
+        # An empty system message has a meaning: it keeps the chat template from writing its default text.
+        return message(role, item[words], where, may_be_empty=role in ("system", "tool"))
+    return _with_all_fields(item, role, (speaker, words), where)
+
+
+def _with_all_fields(item: dict[str, Any], role: str, names: tuple[str, str], where: str) -> Message:
+    """A turn that has more than the two fields of these `names`, or in them something else than text."""
+    speaker, words = names
+    more = {name: value for name, value in item.items() if name not in names and value is not None}
+    if item[speaker] in _CALL_TURNS:
+        calls, text = item.get(words), ""
+    else:
+        calls = [call] if (call := more.pop("function_call", None)) else more.pop("tool_calls", None)
+        text = _joined(item.get(words), more, where)
+    if media := [name for name, value in more.items() if _MEDIA.fullmatch(name) and value]:
+        raise Unfit("media", f"{where} has `{media[0]}`")
+    if calls:
+        more["tool_calls"] = _tool_calls(calls, where)
+        text = "" if text is None else text
+    if words not in item and not calls:
         raise Unfit("bad_message", f"{where} has no `{words}`")
-    if item[words] is None:
+    if text is None:
         raise Unfit("null_field", f"{where}: `{words}` is null")
-    # An empty system message has a meaning: it keeps the chat template from writing its default one.
-    return message(known[name], item[words], where, may_be_empty=known[name] == "system")
+    if odd := [name for name in REASONING if not isinstance(more.get(name, ""), str)]:
+        raise Unfit("not_text", f"{where}: `{odd[0]}` is {json_type(more[odd[0]])}, not text")
+    if more:
+        _check_characters(json.dumps(more, ensure_ascii=False, default=str), where)
+    return message(role, text, where, role in ("system", "tool") or "tool_calls" in more) | more
+
+
+def _joined(content: Any, more: dict[str, Any], where: str) -> Any:
+    """Content in parts as one text; parts that hold thoughts go to the message's fields in `more`."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if not isinstance(part, dict):
+            raise Unfit("bad_message", f"{where} has a part that is {json_type(part)}, not {{type, text}}")
+        kind = part.get("type", "text")
+        given = [field for field, value in part.items() if value is not None]
+        if any(map(_MEDIA.fullmatch, (str(kind), *given))):
+            raise Unfit("media", f"{where} has a part of the type `{short(kind)}`")
+        if kind in ("thinking", "reasoning") and isinstance(part.get(kind, part.get("text")), str):
+            more["reasoning_content"] = more.get("reasoning_content", "") + part.get(kind, part.get("text"))
+        elif kind not in ("text", "input_text", "output_text"):
+            raise Unfit("bad_message", f"{where} has a part of the type `{short(kind)}`, not text")
+        elif not isinstance(part.get("text"), str):
+            raise Unfit("not_text", f"{where} has a part whose `text` is {json_type(part.get('text'))}, not text")
+        else:
+            texts.append(part["text"])
+    return "".join(texts)
+
+
+def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Calls as templates read them: `{"type": "function", "function": {"name", "arguments"}}`, the last an object."""
+    if isinstance(value, str):
+        value = _from_json(value)
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        wrapped = isinstance(call, dict) and isinstance(call.get("function"), dict)
+        function = call["function"] if wrapped else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise Unfit("bad_message", f"{where} calls a tool, but not as {{name, arguments}}")
+        arguments = function.get("arguments", function.get("parameters"))
+        if isinstance(arguments, str):
+            parsed = _from_json(arguments) if arguments.strip() else {}
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        arguments = {} if arguments is None else arguments
+        # Fields keep their order, because some templates write the object as it is.
+        named = {name: item for name, item in function.items() if item is not None and name != "parameters"}
+        outer = {name: item for name, item in call.items() if item is not None} if wrapped else {}
+        if not wrapped and "id" in named:
+            outer["id"] = named.pop("id")
+        calls.append({"type": "function", **outer, "function": {**named, "arguments": arguments}})
+    return calls
+
+
+def _from_json(text: str) -> Any:
+    """What JSON text says; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def without_nulls(value: Any) -> Any:
+    """A cell without the nulls that Arrow writes for fields which only other rows have; texts that are null stay."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    text = "content" if "role" in value else "value" if "from" in value else ""
+    return {name: without_nulls(item) for name, item in value.items() if item is not None or name == text}
 
 
 def with_system(system: Any, prompt: list[Message], where: str = "`system`") -> list[Message]:
@@ -176,11 +311,36 @@ def check_prompt(prompt: list[Message], where: str) -> None:
 
 
 def check_answer(answer: list[Message], where: str) -> None:
+    """An answer begins and ends with the assistant; what tools return, and what a user says, may stand between."""
     if not answer:
         raise Unfit("empty_text", f"{where} has no answer")
-    strangers = [turn["role"] for turn in answer if turn["role"] != "assistant"]
-    if strangers:
-        raise Unfit("bad_message", f"the answer in {where} has a message of the role {strangers[0]}")
+    for turn in (answer[0], answer[-1]):
+        if turn["role"] != "assistant":
+            side = "start" if turn is answer[0] else "end"
+            raise Unfit("bad_message", f"the answer in {where} has a message of the role {turn['role']} at its {side}")
+    if any(turn["role"] == "system" for turn in answer):
+        raise Unfit("bad_message", f"the answer in {where} has a message of the role system")
+
+
+def check_pair(answers: Sequence[list[Message]], where: Sequence[str]) -> None:
+    """Two answers are a pair if they differ, and what a user says within them is the same."""
+    bare = [[[_bare(value) for value in said(turn)] for turn in answer] for answer in answers]
+    if bare[0] == bare[1]:
+        raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
+    for answer, name in zip(answers, where, strict=False):
+        check_answer(answer, name)
+    users = [[turn["content"] for turn in answer if turn["role"] == "user"] for answer in answers]
+    if users[0] != users[1]:
+        raise Unfit("prompts_differ", f"within {where[0]} and {where[1]} the user says different things")
+
+
+def said(turn: Message) -> list[Any]:
+    """What decides whether two turns say the same; ids, times and the like do not."""
+    return [turn.get(name) for name in _SAID]
+
+
+def _bare(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 def short(value: Any) -> str:

@@ -28,6 +28,7 @@ from prefold.data.findings import DataReport
 from prefold.data.mixture import Prepared, load_split
 from prefold.data.shapes import Kind
 from prefold.data.sources import identity_of
+from prefold.data.templates import DATE, keywords_of
 from prefold.files import cache_folder, new_folder, remove_left_over
 from prefold.recipe import Data
 
@@ -107,7 +108,8 @@ def _key(
     ids = json.loads(backend.to_str())
     # Set by each call anew.
     del ids["padding"], ids["truncation"]
-    template = json.dumps(tokenizer.chat_template)
+    template, keywords = json.dumps(tokenizer.chat_template), keywords_of(tokenizer)
+    has_date = DATE in template and DATE not in keywords
     parts = {
         "code": _code(),
         "data": data.model_dump(mode="json"),
@@ -116,7 +118,7 @@ def _key(
         "kind": kind,
         "tokenizer": [type(tokenizer).__name__, ids, tokenizer.special_tokens_map],
         "decoding": getattr(tokenizer, "clean_up_tokenization_spaces", None),
-        "template": [template, date.today().isoformat() if "strftime_now" in template else None],
+        "template": [template, keywords, date.today().isoformat() if has_date else None],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

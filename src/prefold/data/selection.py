@@ -51,7 +51,7 @@ def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
     pools: list[tuple[Source, Selection, list[RawRow]]] = []
     for source, selection in zip(sources, selections, strict=True):
         if source.count and source.streaming:
-            selection.rows = _first(selection.rows, selection.name, source.count)
+            selection.rows = _first(selection.rows, selection.name, int(source.count))
         elif source.count or source.weight:
             rows = list(watched(selection.rows, selection.name))
             selection.rows = iter([row for row in rows if row.value is None])
@@ -59,9 +59,10 @@ def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
     # The source that runs out first sets the scale: no row is repeated. The tolerance is that of the division.
     scale = min((len(pool) / source.weight for source, _, pool in pools if source.weight), default=0.0)
     for source, selection, pool in pools:
-        count = source.count or math.floor(scale * (source.weight or 0) + 1e-6)
+        wanted = source.count or scale * (source.weight or 0)
+        count = math.floor((wanted * len(pool) if wanted < 1 and source.count else wanted) + 1e-6)
         if not 0 < count <= len(pool):
-            raise _too_few(selection.name, len(pool), count)
+            raise _too_few(selection.name, len(pool), count, source.count or 0)
         drawn = [pool[index] for index in shuffled(len(pool), seed)[:count]]
         selection.rows = chain(selection.rows, drawn)
         selection.rows_not_drawn = len(pool) - count
@@ -127,7 +128,10 @@ def _first(rows: Iterator[RawRow], name: str, count: int) -> Iterator[RawRow]:
     raise _too_few(name, taken, count)
 
 
-def _too_few(name: str, rows: int, count: int) -> UserError:
+def _too_few(name: str, rows: int, count: int, share: float = 0) -> UserError:
+    if not count and share:
+        what = f"no row of it would be used: `count: {share}` of {rows} rows is less than a row"
+        return UserError(what, where=name, advice="raise `count`")
     if not count:
         what = "no row of it would be used: the other sources with a `weight` are too small beside it"
         return UserError(what, where=name, advice="raise its `weight`, or give `count`")

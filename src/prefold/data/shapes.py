@@ -10,53 +10,88 @@ import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from prefold.data import dialogues
+from prefold.data import dialogues, rankings
+from prefold.data.cells import (
+    MISSING,
+    cell_at,
+    end_of_path,
+    has_cell,
+    holds_turns,
+    is_cut_off,
+    is_empty,
+    is_history,
+    is_kwargs,
+    is_texts,
+    is_tools,
+    read_if_text,
+    read_written,
+    written,
+)
 from prefold.data.formats import RawRow
-from prefold.data.preference import Writing, short
-from prefold.data.votes import as_flag, as_vote, is_first_annotator
-from prefold.errors import UserError, did_you_mean, json_type
+from prefold.data.preference import Writing, role_of, short
+from prefold.data.votes import is_rating, is_scalar, require_decided, scale_of_labels, scale_of_votes, vote_columns
+from prefold.errors import UserError, counted, did_you_mean, json_type
+from prefold.recipe.values import Values, as_number
 
 Kind = Literal["pairs", "unpaired", "prompts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _ROWS_LOOKED_AT = 20
-_VOTES_TO_JUDGE = 10
+_REPEATED_CHARACTERS = 16
 
 
 Columns = tuple[tuple[str, str], ...]
-"""Pairs of (our role, the file's column)."""
+"""Pairs of (our role, the file's column, or a path into one)."""
+_EXTRAS = ("system", "tools", "chat_template_kwargs")
+"""Roles that any layout may have beside its own."""
+_BESIDE_PROMPT = ("input", "history")
+"""Roles that a layout with a prompt may have."""
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a source's columns hold."""
+    """What a source's columns hold.
+
+    `parsed` are columns with lists that are written as text; `repeats_prompt`: both answers begin with the prompt's
+    text; `values`: what votes or labels mean, where they are not 1 and 2 or true and false; `media`: columns that make
+    a row unfit where they are filled; `unused`: columns that nothing is made of.
+    """
 
     layout: str
     kind: Kind
     columns: Columns = ()
     writing: Writing = "plain"
+    parsed: tuple[str, ...] = ()
+    repeats_prompt: bool = False
+    values: Values | None = field(default=None, hash=False)
+    media: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.layout if self.writing == "plain" else f"{self.layout}, {self.writing}"
+        repeats = "prompt repeated in the answers" if self.repeats_prompt else ""
+        how = ("" if self.writing == "plain" else self.writing, "written as text" if self.parsed else "", repeats)
+        return ", ".join([self.layout, *filter(None, how)])
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """`cells`: the form that each role's cell must have; `aside`: roles that may be named, but are not used."""
+    """`cells`: the form that each role's cell must have; `aside`: roles that may be named, but are not used; `absent`:
+    roles that a row of this layout does not have."""
 
     name: str
     kind: Kind
     cells: Mapping[str, Callable[[Any], bool]]
     meaning: str
     aside: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def roles(self) -> set[str]:
-        extra = {"system", "input"} if "prompt" in self.cells else {"system"}
-        return {*self.cells, *self.aside} | extra
+        return {*self.cells, *self.aside, *_EXTRAS, *(_BESIDE_PROMPT if "prompt" in self.cells else ())}
 
 
 def _speaker(turn: Any) -> Any:
@@ -65,7 +100,7 @@ def _speaker(turn: Any) -> Any:
 
 
 def _assistant_speaks(turn: Any) -> bool:
-    return _speaker(turn) in ("assistant", "gpt")
+    return role_of(_speaker(turn)) == "assistant"
 
 
 def _is_string(value: Any) -> bool:
@@ -96,46 +131,170 @@ def is_dialogue(value: Any) -> bool:
     return _is_turn_list(value) and not _assistant_speaks(value[0])
 
 
+def _is_sentences(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(_is_string, value))
+
+
+def _is_answered(value: Any) -> bool:
+    """Turns that end with an answer."""
+    return isinstance(value, list) and value != [] and bool(_speaker(value[0])) and _assistant_speaks(value[-1])
+
+
+def _is_number(value: Any) -> bool:
+    return as_number(value) is not None or isinstance(value, bool)
+
+
 _PROMPT = {"prompt": lambda value: _is_string(value) or _is_opening(value)}
 _OPENING = {"messages": _is_opening}
-_SENTENCES = {"sentences": lambda value: isinstance(value, list) and value != [] and all(map(_is_string, value))}
 _TEXTS = {"chosen": _is_bare_text, "rejected": _is_bare_text}
 _ANSWERS = {"chosen": _is_answer, "rejected": _is_answer}
 _DIALOGUES = {"chosen": is_dialogue, "rejected": is_dialogue}
-_OUTPUTS = {"output_1": _is_answer, "output_2": _is_answer, "vote": lambda value: as_vote(value) is not None}
-_COMPLETION = {"completion": _is_answer, "label": lambda value: as_flag(value) is not None}
-_TURNS = {"messages": _is_turn_list, "label": _COMPLETION["label"]}
+_OUTPUTS = {"output_1": _is_answer, "output_2": _is_answer}
+_PARALLEL = {"prompt": is_texts, "output_1": is_texts, "output_2": is_texts}
+_VOTE = {"vote": is_scalar}
+_TWO_DIALOGUES = {"output_1": is_dialogue, "output_2": is_dialogue} | _VOTE
+_SCORES = {"score_1": _is_number, "score_2": _is_number}
+_ANSWERED = {"messages": _is_answered}
+_REJECTED = {"rejected": lambda value: _is_answer(value) or is_dialogue(value)}
+_COMPLETION = {"completion": _is_answer}
+_LABEL = {"label": is_scalar}
 # The first layout that fits wins among those of the same columns.
 _LAYOUTS = (
     _Layout("text", "pairs", {"prompt": _is_string, **_TEXTS}, "strings `prompt`, `chosen`, `rejected` (and `system`)"),
     _Layout("messages", "pairs", _PROMPT | _ANSWERS, "`prompt`: list of {role, content}; answers: text or list"),
     _Layout("conversations", "pairs", _DIALOGUES, "`chosen`, `rejected`: lists of messages, prompt first", ("prompt",)),
     _Layout("turns", "pairs", _OPENING | _ANSWERS, "`conversations`: list of turns; answers: one turn each"),
-    _Layout("votes", "pairs", _PROMPT | _OUTPUTS, "`instruction`, `output_1`, `output_2`, `label` (1 or 2)"),
-    _Layout("labelled text", "unpaired", _PROMPT | _COMPLETION, "`prompt`, `completion`, `label` (true or false)"),
-    _Layout("labelled messages", "unpaired", _TURNS, "`messages`: list, answer last; `label` (true or false)"),
+    _Layout("votes", "pairs", _PROMPT | _OUTPUTS | _VOTE, "`instruction`, `output_1`, `output_2`, `label` (1 or 2)"),
+    _Layout("scores", "pairs", _PROMPT | _OUTPUTS | _SCORES, "a prompt, two answers, and a score of each"),
+    _Layout("parallel lists, votes", "pairs", _PARALLEL | _VOTE, "lists of prompts and of answers, and a vote"),
+    _Layout("parallel lists, scores", "pairs", _PARALLEL | _SCORES, "lists of prompts and of answers, and scores"),
+    _Layout("answered messages", "pairs", _ANSWERED | _REJECTED, "`messages`, `rejected_response`", (), ("chosen",)),
+    _Layout(
+        "answered text",
+        "pairs",
+        _PROMPT | _COMPLETION | {"rejected": _is_answer},
+        "`query`, `response`, `rejected_response`",
+        absent=("chosen", "messages"),
+    ),
+    _Layout("labelled text", "unpaired", _PROMPT | _COMPLETION | _LABEL, "`prompt`, `completion`, `label`"),
+    _Layout("labelled messages", "unpaired", _ANSWERED | _LABEL, "`messages`: list, answer last; `label`"),
     _Layout("prompts", "prompts", _PROMPT, "`prompt` or `question`, and columns for rewards"),
-    _Layout("sentences", "prompts", _SENTENCES, "`source`: a list of sentences, and columns for rewards"),
+    _Layout("sentences", "prompts", {"sentences": _is_sentences}, "`source`: a list of sentences, and columns"),
     _Layout("opening messages", "prompts", _OPENING, "`messages`: a list that waits for an answer"),
+    _Layout("two conversations", "pairs", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
+    _Layout("opening of two conversations", "prompts", _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, a vote"),
+    _Layout("opening of parallel lists", "prompts", _PARALLEL, "lists of prompts and of answers"),
 )
+_LIST = {"answers": rankings.is_list_of_answers}
+_ITEMS = {"answers": rankings.is_list_of_objects}
+_CHOICE = {
+    "answers": lambda value: any(form["answers"](value) for form in (_LIST, _ITEMS)),
+    "choice": rankings.is_index,
+}
+_NUMBERS = rankings.is_list_of_numbers
+_SIDES = dict.fromkeys(("chosen", "rejected"), lambda value: _is_answer(value) or rankings.is_list_of_answers(value))
+_TWO = {"better_worse": lambda value: is_texts(value) and len(value) == 2}
+# Rows that rank several answers come into question where no other layout fits: what is chosen is not chosen again.
+_RANKINGS: tuple[_Layout, ...] = (
+    _Layout(
+        "rated answers",
+        "pairs",
+        _PROMPT | _ITEMS,
+        "`answers`: [{answer, rating | rank}]; or with a list `scores`",
+        rankings.ITEM_ROLES,
+    ),
+    _Layout("answers and ratings", "pairs", _PROMPT | _LIST | {"rating": _NUMBERS}, "lists `responses`, `scores`"),
+    _Layout("answers and ranks", "pairs", _PROMPT | _LIST | {"rank": _NUMBERS}, "lists `responses`, `ranks`"),
+    _Layout("better and worse", "pairs", _PROMPT | _TWO, "`output`: [better, worse]"),
+    _Layout("best first", "pairs", _PROMPT | {"best_first": _LIST["answers"]}, "`best_first`: list of answers"),
+    _Layout("lists of chosen and rejected", "pairs", _PROMPT | _SIDES, "one a text, one a list"),
+    _Layout("answers and choice", "pairs", _PROMPT | _CHOICE, "`answers`, `choice`: an index", ("answer",)),
+    _Layout("summaries and choice", "pairs", {"post": rankings.is_post} | _CHOICE, "`info`, `summaries`, `choice`"),
+    _Layout("tree", "pairs", {"tree": rankings.is_tree}, "`prompt`: {text, replies: [{text, rank, replies}]}"),
+)
+_RANKINGS += tuple(replace(layout, kind="prompts") for layout in _RANKINGS)
+_FAMILIES = [
+    (f"{stem}{first}", f"{stem}{second}")
+    for stem in ("output", "response", "answer", "completion")
+    for first, second in (("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"), ("_0", "_1"))
+] + [("human_ref_A", "human_ref_B"), ("conversation_a", "conversation_b")]
+_SCORED = [
+    (f"{stem}{first}", f"{stem}{second}")
+    for stem in ("score", "rating", "reward")
+    for first, second in (("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"), ("_0", "_1"))
+] + [("winner_model_a", "winner_model_b")]
 # Role -> columns that are taken for it by themselves; the first is what messages call it.
 _KNOWN_COLUMNS = {
-    "prompt": ("prompt", "question", "instruction", "input"),
-    "chosen": ("chosen", "chosen_response", "chatgpt"),
-    "rejected": ("rejected", "rejected_response", "llama2-13b-chat"),
-    "messages": ("messages", "conversations"),
+    "prompt": ("prompt", "question", "instruction", "input", "question.full_text", "query", "context", "history"),
+    "chosen": (
+        *(
+            "chosen",
+            "chosen_response",
+            "chosen_answer",
+            "chosen_completion",
+            "chosen_messages",
+            "chatgpt",
+            "response_j",
+        ),
+        *("accepted", "accepted_response", "preferred", "preferred_response", "preferred_output", "preferred_answer"),
+        *("preferred_completion", "better_response", "y_w", "positive", "full_chosen"),
+    ),
+    "rejected": (
+        *("rejected", "rejected_response", "rejected_answer", "rejected_completion", "rejected_messages"),
+        *("llama2-13b-chat", "response_k", "dispreferred", "dispreferred_response", "dispreferred_output"),
+        *("non_preferred", "non_preferred_response", "non_preferred_output", "non_preferred_answer"),
+        *("non_preferred_completion", "worse_response", "y_l", "negative", "full_rejected"),
+    ),
+    "messages": ("messages", "conversations", "conversation", "trajectory", "input.messages"),
     "sentences": ("source",),
-    "output_1": ("output_1", "output1", "response_1", "response1"),
-    "output_2": ("output_2", "output2", "response_2", "response2"),
-    "vote": ("label", "preference", "annotator1", "annotator_1"),
+    "output_1": tuple(first for first, _ in _FAMILIES),
+    "output_2": tuple(second for _, second in _FAMILIES),
+    "vote": (
+        *("label", "preference", "annotator1", "annotator_1", "winner", "preferred", "better", "vote", "choice"),
+        *("overall_preference", "preference_strength", "better_response_id", "safer_response_id", "labels"),
+        *("preferred_response", "preferred_answer", "preferred_output", "preferred_completion", "better_response"),
+    ),
+    "score_1": tuple(first for first, _ in _SCORED),
+    "score_2": tuple(second for _, second in _SCORED),
     "completion": ("completion", "response", "output"),
     "label": ("label", "kto_tag"),
+    "answers": (
+        *("answers", "completions", "responses", "generations", "candidates", "candidates_completions", "summaries"),
+        "all_generated_responses",
+    ),
+    "answer": ("answer",),
+    "rating": ("ratings", "scores", "rewards", "rating", "all_rm_scores"),
+    "rank": ("ranks", "rank"),
+    "better_worse": ("output",),
+    "best_first": ("best_first",),
+    "choice": ("choice",),
+    "post": ("info",),
+    "tree": ("prompt",),
 }
-ROLES = (*_KNOWN_COLUMNS, "system", "input")
+_EXTRA_COLUMNS = {
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "input.tools"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+    "history": ("history",),
+}
+_EXTRA_FORMS = {"system": _is_string, "tools": is_tools, "chat_template_kwargs": is_kwargs, "history": is_history}
+_WEAK_PROMPTS = ("query", "context", "history")
+"""Columns that are the prompt only where no other is."""
+_TOGETHER = (("output_1", "output_2"), ("score_1", "score_2"))
+"""Roles whose columns are of one family."""
+ROLES = (*_KNOWN_COLUMNS, *_EXTRA_COLUMNS, "input")
+READ_IN_PAIRS = {"input", *_MEDIA, *itertools.chain.from_iterable(_EXTRA_COLUMNS.values())}.union(
+    *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1"))
+)
+"""Columns that a row of `prompt`, `chosen` and `rejected` cannot have beside them without being read otherwise."""
 
 
 def find_shape(
-    rows: Sequence[RawRow], source: str, columns: Mapping[str, str] | None = None, kinds: Sequence[Kind] = KINDS
+    rows: Sequence[RawRow],
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    kinds: Sequence[Kind] = KINDS,
+    values: Values | None = None,
 ) -> Shape:
     """The shape of a source by its first rows that are objects; layout `unknown` if no row is one.
 
@@ -143,60 +302,237 @@ def find_shape(
 
     Args:
         rows: the first ones will do.
-        columns: our role -> the file's column, where it is not to be guessed.
+        columns: our role -> the file's column or a path into one, where it is not to be guessed.
         kinds: those that come into question; with `prompts` alone, the prompts of pairs are found too.
+        values: what votes or labels mean, where the recipe says it.
 
     Raises:
-        UserError: `columns` names a role or a column that is not there, no shape fits, or several fit equally.
+        UserError: `columns` names a role or a column that is not there, no shape fits, or several fit equally; votes or
+            labels do not say for sure what they mean; a column holds lists as text in some rows alone.
     """
-    values = [row.value for row in rows if row.value is not None]
+    given = [row.value for row in rows if row.value is not None]
     named = dict(columns or {})
-    _check_named(named, values, source)
-    if not values:
+    _check_named(named, given, source)
+    if not given:
         return Shape("unknown", kinds[0])
-    first = values[:_ROWS_LOOKED_AT]
+    read, parsed, mixed = _with_lists_read(given, named)
+    first = read[:_ROWS_LOOKED_AT]
     for kind, forgiving in itertools.product([kind for kind in KINDS if kind in kinds], (False, True)):
-        fitting = [_fitting(value, kind, named, forgiving) for value in first]
+        layouts, ranked = (
+            [layout for layout in table if layout.kind == kind and _comes_into_question(layout, named, values)]
+            for table in (_LAYOUTS, _RANKINGS)
+        )
+        fitting = [
+            _fitting(value, layouts, named, forgiving) or _fitting(value, ranked, named, forgiving) for value in first
+        ]
         if any(fitting):
             shape = _most_frequent(fitting, source)
-            _check_votes(shape, values, source)
+            _require_all_written([column for _, column in shape.columns], mixed, source)
+            shape = _completed(shape, given, read, parsed, named, values, source)
+            rankings.require_sure(shape.layout, dict(shape.columns), shape.writing, read, source)
             return shape
-    raise _no_shape(first, source, named, kinds)
+    rankings.require_whole_rows(list(itertools.chain.from_iterable(first)), source)
+    _require_all_written(list(itertools.chain(*_KNOWN_COLUMNS.values(), named.values())), mixed, source)
+    raise _no_shape(first, source, named, kinds, values)
 
 
-def _fitting(value: dict[str, Any], kind: Kind, named: Mapping[str, str], forgiving: bool) -> list[Shape]:
+def _comes_into_question(layout: _Layout, named: Mapping[str, str], values: Values | None) -> bool:
+    role = values and ("vote" if values.of_votes else "label")
+    decides = role is None or role in layout.cells or (role == "label" and _is_rated(layout))
+    return named.keys() <= layout.roles and decides
+
+
+def _is_rated(layout: _Layout) -> bool:
+    return layout in _RANKINGS and rankings.LAYOUTS[layout.name].is_rated
+
+
+def _with_lists_read(
+    rows: Sequence[dict[str, Any]], named: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], set[str], dict[str, str]]:
+    """The rows with the lists that columns hold as text throughout, these columns, and those that do so in some rows
+    alone, with what they hold."""
+    cells = {
+        name: [cell for row in rows if (cell := cell_at(row, name)) is not MISSING]
+        for name in dict.fromkeys([*itertools.chain.from_iterable(rows), *named.values()])
+    }
+    parsed, mixed = set(), {}
+    for name, of_column in cells.items():
+        lists = written(of_column, holds_turns)
+        fit = sum(value is not MISSING for value in lists)
+        if lists and fit == len(lists):
+            parsed.add(name)
+        elif cut := sum(map(is_cut_off, of_column)) if lists else 0:
+            mixed[name] = f"text that begins as a list of messages and cannot be read as one: {counted(cut, 'row')}"
+        elif fit:
+            mixed[name] = f"lists of messages as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
+    # A list of strings may be an answer like any other; prompts beside as many answers of each side are none.
+    texts = {name for name, of_column in cells.items() if (it := written(of_column, is_texts)) and MISSING not in it}
+    for outputs in _FAMILIES:
+        if texts.issuperset(outputs) and (prompt := texts.intersection(_KNOWN_COLUMNS["prompt"])):
+            parsed |= {*outputs, *prompt}
+    ranked = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _KNOWN_COLUMNS[role]}
+    for name in ranked & cells.keys():
+        lists = written(cells[name], rankings.is_part_of_ranking)
+        fit = sum(value is not MISSING for value in lists)
+        if fit and fit == len(lists):
+            parsed.add(name)
+        elif fit:
+            mixed[name] = f"lists as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
+    return [row | _read(row, parsed) for row in rows], parsed, mixed
+
+
+def _read(row: dict[str, Any], parsed: set[str]) -> dict[str, Any]:
+    texts = {name: cell for name in parsed if isinstance(cell := cell_at(row, name), str) and cell.strip()}
+    return {name: read_written(text) for name, text in texts.items()}
+
+
+def _require_all_written(columns: Sequence[str], mixed: Mapping[str, str], source: str) -> None:
+    if name := next((column for column in columns if column in mixed), None):
+        advice = "write the lists alike in all rows, as JSON; or leave rows out by `where`"
+        raise UserError(f"`{short(name)}` holds {mixed[name]}", where=source, advice=advice)
+
+
+def _completed(
+    shape: Shape,
+    given: Sequence[dict[str, Any]],
+    read: Sequence[dict[str, Any]],
+    parsed: set[str],
+    named: Mapping[str, str],
+    values: Values | None,
+    source: str,
+) -> Shape:
+    """The shape with all that takes more than a few rows to see."""
+    columns = dict(shape.columns)
+    present = dict.fromkeys(itertools.chain.from_iterable(given))
+    scored = next(((first, second) for first, second in _SCORED[:-1] if {first, second} <= present.keys()), None)
+    if "vote" in columns and scored:
+        columns |= dict(zip(("score_1", "score_2"), scored, strict=True))
+    for role, names in _EXTRA_COLUMNS.items():
+        if role == "history" and ("prompt" not in columns or columns["prompt"] == "history"):
+            continue
+        column = named.get(role) or _extra_column(role, names, given)
+        columns |= {role: column} if column else {}
+    complete = replace(shape, columns=tuple(columns.items()), values=_meaning(columns, read, values, source))
+    repeats = shape.layout == "text" and shape.writing == "plain" and _all_repeat_prompt(columns, given)
+    used = {column if column in present else column.split(".")[0] for column in columns.values()}
+    return replace(
+        complete,
+        parsed=tuple(sorted(parsed.intersection(columns.values()))),
+        repeats_prompt=repeats,
+        media=tuple(name for name in _MEDIA if name in present and name not in used),
+        unused=() if shape.kind == "prompts" else _unused(complete, used, given),
+    )
+
+
+def _extra_column(role: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
+    """The column of an extra role: the first that has cells of its form; none where its cells are of others."""
+    filled = {name: [cell for row in rows if not is_empty(read_if_text(cell := cell_at(row, name)))] for name in names}
+    fitting = [name for name in names if any(map(_EXTRA_FORMS[role], filled[name]))]
+    return fitting[0] if fitting else names[0] if not filled[names[0]] else None
+
+
+def _meaning(
+    columns: Mapping[str, str], rows: Sequence[dict[str, Any]], values: Values | None, source: str
+) -> Values | None:
+    """What votes or labels mean, where they are not 1 and 2 or true and false."""
+    role = next((role for role in ("vote", "label") if role in columns), None)
+    if role is None:
+        return values
+    column = columns[role]
+    names = vote_columns(column, dict.fromkeys(itertools.chain.from_iterable(rows)))
+    cells = [cell_at(row, name) for row in rows for name in names]
+    if values is not None:
+        require_decided(cells, column, values, source)
+        return values
+    if role == "label":
+        return scale_of_labels(cells, column, source)
+    outputs = (columns["output_1"], columns["output_2"])
+    return scale_of_votes(cells, column, outputs, set(itertools.chain.from_iterable(rows)), source)
+
+
+def _all_repeat_prompt(columns: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether both answers of each row begin with the text of its prompt; rows with an empty cell do not count."""
+    texts = [[cell_at(row, columns[role]) for role in ("prompt", "chosen", "rejected")] for row in rows]
+    full = [cells for cells in texts if all(isinstance(cell, str) and cell.strip() for cell in cells)]
+    # A few short prompts may begin their answers by chance.
+    is_much = sum(len(prompt) for prompt, *_ in full) >= _REPEATED_CHARACTERS
+    return is_much and all(answer.startswith(prompt) for prompt, *answers in full for answer in answers)
+
+
+def _unused(shape: Shape, used: set[str], rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The columns with something in them that no role has, that give no rating and are not known to the layout."""
+    layout = next(layout for layout in (*_LAYOUTS, *_RANKINGS) if layout.name == shape.layout)
+    known = {name for role in set(layout.aside).difference(rankings.ITEM_ROLES) for name in _KNOWN_COLUMNS[role]} | {
+        *used,
+        *_MEDIA,
+        "winner_tie",
+    }
+    filled = {name: cell for row in rows for name, cell in row.items() if name not in known and not is_empty(cell)}
+    votes = vote_columns(dict(shape.columns).get("vote", ""), filled)
+    names = [name for name, cell in filled.items() if not is_rating(name, cell) and name not in votes]
+    # A name may hold what no file and no terminal can.
+    return tuple(name.encode("utf-8", "backslashreplace").decode() for name in names)
+
+
+def _fitting(
+    value: dict[str, Any], layouts: Sequence[_Layout], named: Mapping[str, str], forgiving: bool
+) -> list[Shape]:
     """The shapes that fit a row, at most one for the same columns."""
     shapes: dict[Columns, Shape] = {}
-    for layout in _LAYOUTS:
-        if layout.kind == kind and named.keys() <= layout.roles:
-            for columns in _assignments(layout, value, named):
-                if _fits(layout, value, columns, forgiving):
-                    shapes.setdefault(columns, Shape(layout.name, kind, columns, _writing(value, columns)))
-    return list(shapes.values())
+    for layout in layouts:
+        if any(name in value for role in layout.absent for name in _KNOWN_COLUMNS[role]):
+            continue
+        for columns in _assignments(layout, value, named):
+            if _fits(layout, value, columns, forgiving):
+                shapes.setdefault(columns, Shape(layout.name, layout.kind, columns, _writing(value, columns)))
+    voted = any("vote" in dict(columns) for columns in shapes)
+    # Scores beside a vote are ratings.
+    return [shape for columns, shape in shapes.items() if not (voted and "score_1" in dict(columns))]
 
 
 def _assignments(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> Iterator[Columns]:
     """Every way to find the roles of a layout among a row's columns."""
     for chosen in itertools.product(*_choices(layout, value, named).values()):
         columns = dict(zip(layout.cells, chosen, strict=True))
+        if not _go_together(columns, named):
+            continue
         extra = {"system": named.get("system", "system")}
         # `input` is more of an instruction; beside another prompt it may be anything.
         if columns.get("prompt") == "instruction" or "input" in named:
             extra["input"] = named.get("input", "input")
+        extra |= {role: named[role] for role in rankings.ITEM_ROLES if role in named and role in layout.aside}
         yield tuple((columns | extra).items())
+
+
+def _go_together(columns: Mapping[str, str], named: Mapping[str, str]) -> bool:
+    """Whether two columns that were not named are of one family, and no triple of a search engine is taken for a
+    pair."""
+    for first, second in _TOGETHER:
+        if first in columns and not {first, second} & named.keys():
+            families = zip(_KNOWN_COLUMNS[first], _KNOWN_COLUMNS[second], strict=True)
+            if (columns[first], columns[second]) not in families:
+                return False
+    is_triple = columns.get("chosen") == "positive" and columns.get("prompt") in _WEAK_PROMPTS
+    return len(set(columns.values())) == len(columns) and not (is_triple and "prompt" not in named)
 
 
 def _choices(layout: _Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, list[str]]:
     """Columns of a row by the roles of a layout that they may have."""
     names = {role: [named[role]] if role in named else [*_KNOWN_COLUMNS[role]] for role in layout.cells}
-    if "prompt" in names.keys() - named and (layout.kind == "prompts" or "instruction" in value or "input" in named):
-        names["prompt"].remove("input")
-    return {role: [name for name in columns if name in value] for role, columns in names.items()}
+    if "prompt" in names.keys() - named:
+        if layout.kind == "prompts" or "instruction" in value or "input" in named:
+            names["prompt"].remove("input")
+        strong = [name for name in names["prompt"] if name not in _WEAK_PROMPTS]
+        # Beside a prompt for rewards, `context` and `history` may be anything.
+        for_rewards = layout.kind == "prompts" and layout not in _RANKINGS
+        weak = [name for name in _WEAK_PROMPTS[: 1 if for_rewards else None] if name in value]
+        names["prompt"] = strong if any(has_cell(value, name) for name in strong) else weak[:1]
+    return {role: [name for name in columns if has_cell(value, name)] for role, columns in names.items()}
 
 
 def _fits(layout: _Layout, value: dict[str, Any], columns: Columns, forgiving: bool) -> bool:
     """Whether the cells have their forms; if forgiving, empty ones may be of any, but not all besides the prompt."""
-    cells = {role: value[column] for role, column in columns if role in layout.cells}
+    cells = {role: cell_at(value, column) for role, column in columns if role in layout.cells}
     if not forgiving:
         return all(layout.cells[role](cell) for role, cell in cells.items())
     telling = [cell for role, cell in cells.items() if role not in ("prompt", "messages")]
@@ -209,12 +545,13 @@ def _writing(value: dict[str, Any], columns: Columns) -> Writing:
     """How turns are written in the cells that could be dialogues."""
     roles = dict(columns)
     for role in ("prompt", "messages", "chosen"):
-        cell = value.get(roles.get(role, ""))
+        cell = cell_at(value, roles.get(role, ""))
         first = cell[0] if isinstance(cell, list) and cell else cell
         if isinstance(first, dict) and "from" in first and "role" not in first:
             return "ShareGPT"
-        if isinstance(cell, str) and (role == "prompt" or "prompt" not in roles):
-            return dialogues.string_writing(cell)
+        is_whole = isinstance(cell, str) and (role == "prompt" or "prompt" not in roles)
+        if is_whole and (writing := dialogues.string_writing(cell)) != "plain":
+            return writing
     return "plain"
 
 
@@ -237,23 +574,15 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
             raise UserError(what, where=where, expected=expected, advice=advice)
     present = dict.fromkeys(column for value in values for column in value)
     for role, column in named.items():
-        if values and column not in present:
-            what = f"`{role}: {short(column)}`, but there is no such column"
-            advice = did_you_mean(column, map(short, present))
-            raise UserError(what, where=where, expected=_shown(present), advice=advice)
-
-
-def _check_votes(shape: Shape, values: Sequence[dict[str, Any]], source: str) -> None:
-    """Refuse votes that count from 0, which would be read as ties."""
-    column = dict(shape.columns).get("vote")
-    if column is None or is_first_annotator(column):
-        return
-    votes = [vote for value in values if (vote := as_vote(value.get(column))) is not None]
-    # In a few rows there may be ties and no vote for the second by chance.
-    if len(votes) >= _VOTES_TO_JUDGE and set(votes) == {0, 1}:
-        what = f"`{short(column)}` holds 0 and 1 only: which output does 0 stand for?"
-        expected = "1: the first output is better, 2: the second, 0: a tie"
-        raise UserError(what, where=source, expected=expected, advice="write 1 and 2 instead of 0 and 1")
+        if values and role not in rankings.ITEM_ROLES and not any(has_cell(value, column) for value in values):
+            start = next((value for value in values if column.split(".")[0] in value), values[0])
+            above, part, keys = end_of_path(start, column)
+            lacks = f"`{short(above)}` has no `{short(part)}`" if above else "there is no such column"
+            keys, part = (keys, part) if above else (list(present), column)
+            advice = did_you_mean(part, map(short, keys))
+            raise UserError(
+                f"`{role}: {short(column)}`, but {lacks}", where=where, expected=_shown(keys), advice=advice
+            )
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
@@ -268,17 +597,26 @@ def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
 
 
 def _no_shape(
-    values: Sequence[dict[str, Any]], source: str, named: Mapping[str, str], kinds: Sequence[Kind]
+    values: Sequence[dict[str, Any]],
+    source: str,
+    named: Mapping[str, str],
+    kinds: Sequence[Kind],
+    meaning: Values | None,
 ) -> UserError:
     columns = list(dict.fromkeys(name for value in values for name in value))
     of_kinds = "" if len(kinds) == len(KINDS) else f" of {' or '.join(kinds)}"
     what = f"its columns are no known shape{of_kinds}: {_shown(columns)}" if columns else "its rows have no columns"
     advice = "rename its columns, or say by `columns:` which is what"
-    layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
-    layouts = [layout for layout in layouts if named.keys() <= layout.roles] or layouts
+    layouts = [layout for layout in (*_LAYOUTS, *_RANKINGS) if layout.kind in kinds]
+    layouts = [layout for layout in layouts if _comes_into_question(layout, named, meaning)] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
     choices = [_choices(layout, merged, named) for layout in layouts]
     present = [{role: names[0] for role, names in of_layout.items() if names} for of_layout in choices]
+    # A prompt alone is near to no ranking.
+    is_near = [
+        layout in _LAYOUTS or roles.keys() - {"prompt", "tree"} for layout, roles in zip(layouts, present, strict=True)
+    ]
+    present = [roles if near else {} for roles, near in zip(present, is_near, strict=True)]
     share = [(len(roles) / len(layout.cells), len(roles)) for layout, roles in zip(layouts, present, strict=True)]
     best = share.index(max(share))
     if present[best]:
@@ -296,10 +634,13 @@ def _amiss(layout: _Layout, present: Mapping[str, str], value: dict[str, Any], n
         return f"but it has no {_listed(unknown)}, which `columns` names"
     if missing := [_KNOWN_COLUMNS[role][0] for role in layout.cells if role not in present]:
         return f"but there is no {_listed(missing)}"
-    misfits = [column for role, column in present.items() if not layout.cells[role](value[column])]
+    misfits = [column for role, column in present.items() if not layout.cells[role](cell_at(value, column))]
     if not misfits:
         return "but no row has all of it"
-    return f"but `{short(misfits[0])}` is {json_type(value[misfits[0]])} that does not fit"
+    cell = cell_at(value, misfits[0])
+    if isinstance(cell, dict) and cell:
+        return f"but `{short(misfits[0])}` is an object with {_shown(cell)}:\n    reach into it by a path in `columns:`"
+    return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -36,6 +36,11 @@ def source_name(source: Rows) -> str:
     return without_home(source.path) + (f" ({parts})" if parts else "")
 
 
+def names_of_rows(source: Rows) -> list[str]:
+    """What the rows of a source may call where they are from. Raises UserError: there is no such source."""
+    return list(_named_files(source)) or [source_name(source)]
+
+
 def read_rows(source: Rows) -> Iterator[RawRow]:
     """Find the source now, read its rows as they are asked for. Raises UserError: there is no such source, or it is not
     of its format; for what only reading can tell, while reading."""
@@ -174,7 +179,7 @@ def _hub_rows(loaded: Iterable[dict[str, Any]], source: Rows) -> Iterator[RawRow
     """A row's number is its index in the split."""
     with _explained(source):
         for number, value in enumerate(loaded, start=1):
-            yield RawRow(RowId(source_name(source), number), value)
+            yield RawRow(RowId(source_name(source), number), value, pads_with_nulls=True)
 
 
 def _load_from_hub(source: Rows) -> Any:

@@ -1,24 +1,67 @@
 """Cells that say which answer is better, by how much, or whether one is wanted.
 
-A vote is a number: 1 for the first answer, 2 for the second, 0 for a tie. Between 1 and 2 it is for the nearer one, and
-1.5 is a tie. A flag is true or false. Both are also taken from the strings that .csv files make of them.
+What the values of a column mean is recognised for sure or refused. Sure are the votes 1 and 2 (0 and 1.5 are ties, what
+is between is for the nearer one), words that name an answer, the columns of well-known sets whose scale is documented,
+and for labels true and false. Anything else is said by `values:` of the source.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from prefold.data.preference import short
+from prefold.errors import UserError
+from prefold.recipe.values import Value, Values, as_number
 
 _ANNOTATOR = re.compile(r"annotator_?\d+")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False}
-_LONGEST_NUMBER = 24
+_STEMS = ("", "model", "assistant", "response", "output", "answer", "completion", "option", "candidate")
+_TIES: list[Value] = [
+    "tie",
+    "tie (bothbad)",
+    "tie(bothbad)",
+    "tie (both bad)",
+    "both_bad",
+    "bothbad",
+    "both bad",
+    "both",
+    "neither",
+]
+_TIES += ["draw", "equal", "same"]
 
 
-def as_vote(value: Any) -> int | None:
+def _words(*ends: str) -> list[str]:
+    return [f"{stem}{joint}{end}" for stem in _STEMS for joint in ("_", " ", "") for end in ends if stem or not joint]
+
+
+_BY_LETTER = Values(first=[*_words("a"), "first"], second=[*_words("b"), "second"], tie=_TIES)
+_BY_NUMBER = Values(first=[*_words("1"), "first"], second=[*_words("2"), "second"], tie=_TIES)
+_LABELS = Values(
+    desirable=["desirable", "good", "chosen", "accepted", "preferred", "positive", "yes", "thumbs_up", "thumbs up"],
+    undesirable=["undesirable", "bad", "rejected", "dispreferred", "negative", "no", "thumbs_down", "thumbs down"],
+)
+_SIGNED, _FROM_0 = Values(first="< 0", second="> 0", tie=0), Values(first=0, second=1)
+# The two answers and the vote of a well-known set -> a further column of it, and what its votes mean.
+_SETS = {
+    ("response1", "response2", "overall_preference"): ("context", _SIGNED),
+    ("response_1", "response_2", "preference_strength"): ("prompt", _SIGNED),
+    ("response_0", "response_1", "better_response_id"): ("prompt", _FROM_0),
+    ("response_0", "response_1", "safer_response_id"): ("prompt", _FROM_0),
+    ("human_ref_A", "human_ref_B", "labels"): ("history", Values(first=1, second=0)),
+}
+
+
+def as_vote(value: Any, values: Values | None = None) -> int | None:
     """1 or 2 for the better answer, 0 for a tie, None for what is no vote."""
+    if values is not None:
+        return {"first": 1, "second": 2, "tie": 0}.get(values.meaning_of(value) or "")
     # bool is an int to Python, but `true` says nothing about which of two.
-    number = _as_number(value)
+    number = as_number(value)
     if number in (0, 1.5):
         return 0
     return None if number is None or not 1 <= number <= 2 else 1 if number < 1.5 else 2
@@ -26,47 +69,157 @@ def as_vote(value: Any) -> int | None:
 
 def as_flag(value: Any) -> bool | None:
     """True or false, also from 1 and 0; None for what is neither."""
-    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER:
+    if isinstance(value, str) and len(value) <= 24:
         return _FLAGS.get(value.strip().lower())
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     return None
 
 
-def is_first_annotator(column: str) -> bool:
-    """Whether a column stands for those of all annotators."""
-    return column in ("annotator1", "annotator_1")
+def margin_of(vote: Any, values: Values | None) -> float | None:
+    """By how much a vote of a signed scale prefers its answer."""
+    number = as_number(vote)
+    return abs(number) if values is not None and number is not None and values.signed else None
 
 
-def vote_columns(column: str, value: dict[str, Any]) -> list[str]:
-    """The columns of a row that hold its votes: `column`, or every annotator's."""
-    if not is_first_annotator(column):
+def is_scalar(value: Any) -> bool:
+    """Whether a cell could be a vote or a label at all."""
+    is_text = isinstance(value, str) and len(value) <= 40 and value.strip() != ""
+    return is_text or (isinstance(value, bool | int | float) and value == value)
+
+
+def vote_columns(column: str, value: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold its votes: `column`, or every annotator's where it is the first one's."""
+    if column not in ("annotator1", "annotator_1"):
         return [column]
     return [name for name in value if _ANNOTATOR.fullmatch(name)] or [column]
 
 
-_RATING = re.compile(r"(?:(chosen|rejected)_(?:score|rating)|(?:score|rating)_(chosen|rejected))")
+# ---- what the values of a column mean ---------------------------------------------------------------------------
 
 
-def ratings(value: dict[str, Any]) -> tuple[float, float] | None:
+def scale_of_votes(
+    votes: Sequence[Any], vote: str, outputs: tuple[str, str], columns: Iterable[str], source: str
+) -> Values | None:
+    """What the votes of a column mean; None for 1 and 2.
+
+    Args:
+        votes: cells of the first rows; those that are no value at all are not judged.
+        outputs: the columns of the two answers.
+        columns: all that the source has.
+
+    Raises:
+        UserError: they do not say for sure which answer is meant.
+    """
+    known = list(filter(is_scalar, votes))
+    numbers = [cell for cell in known if as_number(cell) is not None]
+    order = _order(outputs)
+    further, documented = _SETS.get((*outputs, vote), ("", None))
+    if documented is not None and further in columns:
+        if known and all(as_vote(cell, documented) is not None for cell in known):
+            return documented
+    # A few words among numbers are mistakes of their rows, and left out with them.
+    elif len(numbers) > len(known) / 2:
+        from_1 = list(map(as_vote, numbers))
+        # Votes of several people have 0 for a tie by convention; elsewhere 0 may be the first answer, and 2 a tie.
+        by_convention = _ANNOTATOR.fullmatch(vote) or (2 in from_1 and vote in ("label", "preference"))
+        may_count_from_0 = 0 in map(as_number, numbers) and not by_convention
+        # A column of a well-known set whose other columns are not there is not known to count from 1.
+        is_of_set = any(vote == of_set for _, _, of_set in _SETS)
+        if None not in from_1 and order == "plain" and not may_count_from_0 and not is_of_set:
+            return None
+    elif known:
+        # Unchecked, because columns may have any names.
+        named = Values.model_construct(first=outputs[0], second=outputs[1], tie=_TIES)
+        words = {"plain": [named, _BY_LETTER, _BY_NUMBER], "from 0": [named, _BY_LETTER], "crossed": [named]}[order]
+        for values in words:
+            if all(as_vote(cell, values) is not None for cell in known):
+                return values
+    raise _unclear(known, vote, f"which of {_listed(outputs)} is better", source, ("first", "second"))
+
+
+def scale_of_labels(labels: Sequence[Any], column: str, source: str) -> Values | None:
+    """What the labels of a column mean; None for true and false. Raises UserError: they do not say it for sure."""
+    known = list(filter(is_scalar, labels))
+    numbers = {number for cell in known if (number := as_number(cell)) is not None}
+    # 1 and 0 are true and false alone; on a scale of more numbers 1 may be the lowest.
+    is_scale = bool(numbers & {0, 1} and numbers - {0, 1})
+    if sum(as_flag(cell) is not None for cell in known) > len(known) / 2 and not is_scale:
+        return None
+    if known and all(_LABELS.meaning_of(cell) for cell in known):
+        return _LABELS
+    raise _unclear(known, column, "which answers are wanted", source, ("desirable", "undesirable"))
+
+
+def require_decided(cells: Sequence[Any], column: str, values: Values, source: str) -> None:
+    """Raises UserError: `values` of the recipe names none of a column's values."""
+    known = list(filter(is_scalar, cells))
+    if known and not any(values.meaning_of(cell) not in (None, "tie") for cell in known):
+        what = f"`{short(column)}` holds {_counts(known)}\n    and `values` names none of them"
+        raise UserError(what, where=source, advice="write the values as the file has them")
+
+
+def _order(outputs: tuple[str, str]) -> str:
+    """Whether the names of the answers' columns go with votes that count from 1: `plain`, or `from 0`, `crossed`."""
+    ends = (outputs[0][-1:].lower(), outputs[1][-1:].lower())
+    return "from 0" if ends == ("0", "1") else "crossed" if ends in (("1", "0"), ("2", "1"), ("b", "a")) else "plain"
+
+
+def _unclear(known: Sequence[Any], column: str, question: str, source: str, sides: tuple[str, str]) -> UserError:
+    numbers = [number for cell in known if (number := as_number(cell)) is not None]
+    if numbers and min(numbers) < 0 < max(numbers):
+        example = (['"< 0"', '"> 0"'] if sides[0] == "first" else ['"> 0"', '"< 0"']) + ["0"] * (0 in numbers)
+    elif len(set(numbers)) > 2:
+        example = [f'">= {max(numbers):g}"', f'"<= {min(numbers):g}"']
+    else:
+        seen = [short(json.dumps(cell, ensure_ascii=False)) for cell in dict.fromkeys(known)]
+        example = [*sorted(seen[:2]), "ANOTHER"][:2]
+    line = ", ".join(f"{name}: {value}" for name, value in zip((*sides, "tie"), example, strict=False))
+    what = f"`{short(column)}` holds {_counts(known)}\n    which does not say for sure {question}"
+    advice = f"say it beside `path`, such as (or the other way round)\n    values: {{{line}}}"
+    return UserError(what, where=source, advice=advice)
+
+
+def _counts(cells: Sequence[Any]) -> str:
+    if not cells:
+        return "nothing in the first rows,"
+    counted = Counter(short(str(cell)) for cell in cells)
+    shown = [f"{value} ({count})" for value, count in counted.most_common(6)]
+    shown[0] = shown[0][:-1] + (" row)" if counted.most_common(1)[0][1] == 1 else " rows)")
+    lines = textwrap.wrap(", ".join(shown) + (", ..." if len(counted) > 6 else ""), 60)
+    return "\n    ".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{short(name)}`" for name in names)
+
+
+# ---- ratings ----------------------------------------------------------------------------------------------------
+
+_RATING = re.compile(r"(?:(chosen|rejected)_(?:score|rating|reward)|(?:score|rating|reward)_(chosen|rejected))")
+
+
+def ratings(value: Mapping[str, Any]) -> tuple[float, float] | None:
     """The numbers that a row gives to chosen and rejected, in columns such as `chosen-rating` or `score_chosen` of its
-    own or of an object in it (`metadata`); None if it does not rate both."""
+    own or of an object in it (`metadata`); None if it does not rate both. A `margin` alone is the chosen one's, over
+    0."""
     rated: dict[str, float] = {}
-    nested = [cell for cell in value.values() if isinstance(cell, dict)]
-    for cells in (value, *nested):
+    for cells in (value, *(cell for cell in value.values() if isinstance(cell, dict))):
         for name, cell in cells.items():
-            match = _RATING.fullmatch(str(name).lower().replace("-", "_"))
-            if match and (number := _as_number(cell)) is not None:
+            match = _RATING.fullmatch(_plain(name))
+            if match and (number := as_number(cell)) is not None:
                 rated.setdefault(match[1] or match[2], number)
-    return (rated["chosen"], rated["rejected"]) if len(rated) == 2 else None
+    if len(rated) == 2:
+        return rated["chosen"], rated["rejected"]
+    margin = as_number(value.get("margin"))
+    return None if margin is None else (margin, 0.0)
 
 
-def _as_number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number and not (isinstance(value, str) and len(value) <= _LONGEST_NUMBER):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+def is_rating(column: str, cell: Any) -> bool:
+    """Whether a column, or an object in it, gives a rating."""
+    names = [column, *(cell if isinstance(cell, dict) else ())]
+    return column == "margin" or any(_RATING.fullmatch(_plain(name)) for name in names)
+
+
+def _plain(name: Any) -> str:
+    return str(name).lower().replace("-", "_")

@@ -236,7 +236,15 @@ class RemoteModel:
             temperature=sampling.temperature,
             seed=seed_of(sampling.seed, index, number),
             **{name: value for name, (value, default) in optional.items() if value != default},
+            **_beside_messages(prompt),
         )
+
+
+def _beside_messages(prompt: Prompt) -> dict[str, Any]:
+    """What a server's chat template is given: `tools` are of the protocol, other keywords what vLLM and SGLang take."""
+    keywords = dict(prompt.template_kwargs)
+    fields = {"tools": keywords.pop("tools", None), "chat_template_kwargs": keywords}
+    return {name: value for name, value in fields.items() if value}
 
 
 def in_parallel(

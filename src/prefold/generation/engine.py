@@ -357,14 +357,18 @@ def answer(
     label: str = "answers",
     streamer: BaseStreamer | None = None,
     template: Template = "chat",
+    given: Sequence[dict[str, Any]] | None = None,
 ) -> list[list[str]]:
     """`num_answers` answers to each conversation, in the order of `prompts`.
 
     Args:
+        given: for each prompt what its chat template is given beside the messages, such as `tools`.
         label: of the progress bar.
         streamer: for a single prompt with one answer, receives the tokens as they come, in place of the bar.
     """
-    engine, ids = LocalEngine(model, tokenizer), [render(prompt, tokenizer, template) for prompt in prompts]
+    beside = given or [{}] * len(prompts)
+    ids = [render(prompt, tokenizer, template, more) for prompt, more in zip(prompts, beside, strict=True)]
+    engine = LocalEngine(model, tokenizer)
     if streamer is None:
         with progress_bar(label, len(prompts)) as advance:
             answers = engine.sample(ids, sampling, advance=advance)

@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prefold.data.chat import render, require_chat_template
-from prefold.data.preference import Prompt
+from prefold.data.preference import Prompt, whole_prompt
+from prefold.data.templates import REFUSALS
 from prefold.errors import UserError
-from prefold.generation.answers import open_model, run_recipe
+from prefold.generation.answers import model_named, open_model, run_recipe
 from prefold.generation.engine import LocalEngine
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.sampling import Sampling
@@ -64,7 +64,7 @@ def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> li
     Raises:
         UserError: all prompts are refused, or many in a row.
     """
-    keys = [key_of("answers", sampler.identity, index, prompt.prompt) for index, prompt in enumerate(prompts)]
+    keys = [key_of("answers", sampler.identity, index, whole_prompt(prompt)) for index, prompt in enumerate(prompts)]
     missing = [index for index, key in enumerate(keys) if key not in work]
     refusals: list[UserError] = []
     label = f"answers of {Path(sampler.name).name[:24]}"
@@ -99,7 +99,8 @@ class LocalModel:
 
     @property
     def identity(self) -> Any:
-        return self.name, files_of(self._folder), asdict(self._sampling)
+        keywords = model_named(self.name).chat_template_kwargs
+        return self.name, files_of(self._folder), asdict(self._sampling), keywords
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
         model, tokenizer = open_model(self.name)
@@ -107,8 +108,8 @@ class LocalModel:
         rendered: dict[int, list[int]] = {}
         for index in wanted:
             try:
-                rendered[index] = render(prompts[index].prompt, tokenizer)
-            except (TemplateError, TypeError) as error:
+                rendered[index] = render(prompts[index].prompt, tokenizer, given=prompts[index].template_kwargs)
+            except REFUSALS as error:
                 where = str(prompts[index].origin)
                 yield index, UserError(f"the chat template refuses the prompt: {error}", where=where)
         # Random numbers by a prompt's own index, so that its answers stay the same where others have theirs already.

@@ -1,4 +1,4 @@
-"""Recipes from the files of other tools: TRL, Axolotl, LLaMA-Factory.
+"""Recipes from the files of other tools: TRL, Axolotl, LLaMA-Factory, ms-swift.
 
 A file of tables for each tool says what becomes of its keys, and a module what is more than an entry of a table. Every
 key of a file ends up in a field or in a note, and a recipe that comes out has passed the checks of all recipes.
@@ -6,40 +6,46 @@ key of a file ends up in a field or in a note, and a recipe that comes out has p
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
+from prefold.files import new_file, without_home
 from prefold.importing.axolotl import AXOLOTL
 from prefold.importing.draft import Draft, Note
 from prefold.importing.llamafactory import LLAMAFACTORY
+from prefold.importing.llamafactory_v1 import LLAMAFACTORY_V1
 from prefold.importing.output import account, nested, recipe_text
+from prefold.importing.swift import SWIFT
 from prefold.importing.trl import TRL
 from prefold.importing.write import Tool, write
 from prefold.recipe import make_recipe, parse_yaml
 
-_TOOLS = (TRL, AXOLOTL, LLAMAFACTORY)
+_TOOLS = (TRL, AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT)
 
 
 @dataclass(frozen=True)
 class Imported:
     """`text`: the recipe, as YAML with comments; `account`: what became of the file's keys; `notes`: the same, one by
-    one."""
+    one; `files`: what the recipe names and does not hold, by path."""
 
     tool: str
     text: str
     account: str
     notes: tuple[Note, ...]
+    files: dict[Path, str]
 
 
-def import_recipe(file: str, method: str | None = None) -> Imported:
-    """Turn another tool's YAML file into a recipe.
+def import_recipe(file: str, method: str | None = None, output: str | None = None) -> Imported:
+    """Turn another tool's YAML file into a recipe. It writes nothing: see `write_imported`.
 
     Args:
         file: path of the file.
         method: TRL's command that the file is for (`dpo`, `orpo`, ...), where its keys do not tell.
+        output: where the recipe is to be written.
 
     Raises:
         UserError: the file cannot be read, is of no known tool, does not align with preferences, or asks for a loss
@@ -47,7 +53,7 @@ def import_recipe(file: str, method: str | None = None) -> Imported:
     """
     given = _read(file)
     tool = _tool_of(given, file)
-    draft = Draft(tool.name, given)
+    draft = Draft(tool.name, given, Path(output) if output else None)
     write(draft, tool, file, method)
     _complete(draft, file)
     draft.finish()
@@ -59,7 +65,28 @@ def import_recipe(file: str, method: str | None = None) -> Imported:
         "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
         "shows what will be trained on.",
     ]
-    return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes))
+    return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes), draft.files)
+
+
+def write_imported(imported: Imported, file: str, output: str, force: bool = False) -> list[Path]:
+    """Write the recipe, and the files that it names, all of them or none; returns their paths.
+
+    Raises:
+        UserError: there is a file already and `force` is not set, or the name is not that of a YAML file.
+    """
+    recipe = Path(output).expanduser()
+    if recipe.suffix not in (".yaml", ".yml") or recipe.is_dir():
+        raise UserError("a recipe is a YAML file", where=output, expected="a name that ends in .yaml")
+    if recipe.resolve() == Path(file).expanduser().resolve():
+        raise UserError("this is the file to import", where=output, advice="give the recipe a name of its own")
+    texts = {recipe: imported.text} | {path.expanduser(): text for path, text in imported.files.items()}
+    if (there := [path for path in texts if path.exists()]) and not force:
+        advice = "choose another name, or overwrite it with `--force`"
+        raise UserError("there is a file already", where=without_home(str(there[0])), advice=advice)
+    with ExitStack() as files:
+        for path, text in texts.items():
+            files.enter_context(new_file(path)).write_text(text, encoding="utf-8")
+    return list(texts)
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -68,21 +95,22 @@ def _read(file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"cannot be read: {reason}", where=file, expected="a YAML file of another tool") from None
-    values = parse_yaml(text, file)
+    # JSON is YAML, but for tabs between its parts.
+    values = parse_yaml(text.expandtabs() if file.endswith(".json") else text, file)
     if not isinstance(values, dict) or not values:
         raise UserError("not a mapping of settings", where=file, expected="a YAML file of another tool")
     return {str(key): value for key, value in values.items()}
 
 
 def _tool_of(given: dict[str, Any], file: str) -> Tool:
-    """The tool whose own keys the file has most of."""
+    """The tool that a key of the file is of alone, else the one whose own keys the file has most of."""
     if "method" in given and isinstance(given.get("model"), dict):
         raise UserError("this is a recipe of prefold already", where=file, advice=f"`prefold check {file}`")
-    hits = [len({*tool.keys["tells"]} & set(given)) for tool in _TOOLS]
+    hits = [[len({*tool.keys.get(kind, ())} & set(given)) for kind in ("decides", "tells")] for tool in _TOOLS]
     if hits.count(max(hits)) == 1:
         return _TOOLS[hits.index(max(hits))]
     tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in _TOOLS)
-    what = "keys of several tools" if max(hits) else "the file of no tool that prefold knows"
+    what = "keys of several tools" if any(max(hits)) else "the file of no tool that prefold knows"
     raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
 
 

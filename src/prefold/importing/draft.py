@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from prefold.importing.tables import CONVERSIONS, NoCounterpartError, Table
@@ -23,8 +24,10 @@ class Note:
 class Draft:
     """Every key of the file is taken once, and leaves a note."""
 
-    def __init__(self, tool: str, given: Mapping[str, Any]):
-        self.tool = tool
+    def __init__(self, tool: str, given: Mapping[str, Any], output: Path | None = None):
+        self.tool, self.output = tool, output
+        self.files: dict[Path, str] = {}
+        """What is to be written beside the recipe, `output`."""
         self.given = dict(given)
         self.values: dict[str, Any] = {}
         """By dotted field."""

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
+from prefold.importing.llamafactory_data import write_data
 from prefold.importing.losses import Loss, add_supervised, known_loss, supervised, write_losses
+from prefold.importing.rest import write_rest, write_template_kwargs
 from prefold.importing.tables import Table, is_number, listed, read_tool, table_of
 from prefold.importing.write import Tool, without_dropout, write_all_weights, write_quantised
-from prefold.recipe import parse_yaml
 
 KEYS = read_tool("llamafactory")
 STAGES = {"dpo": "dpo", "kto": "kto", "rm": "reward"}
 LOSSES = {name: Loss(**entry) for name, entry in KEYS["losses"].items()}
-IN_INFO = "of dataset_info.json: write the file or Hub data set that it stands for"
 
 
 def _write_losses(draft: Draft, where: str, method: str | None) -> None:
     chosen = STAGES[_stage(draft, where, method)]
+    write_data(draft, where)
+    write_stage(draft, where, chosen, ["stage"], KEYS["settings"])
+
+
+def write_stage(draft: Draft, where: str, chosen: str, keys: list[str], settings: Mapping[str, Any]) -> None:
+    """The losses of a stage; `keys`: those that chose it."""
     if chosen != "dpo":
-        write_losses(draft, [Loss(chosen)], KEYS["settings"][chosen], ["stage"])
+        write_losses(draft, [Loss(chosen)], settings[chosen], keys)
         return
     loss = known_loss(draft.look("pref_loss", "sigmoid"), LOSSES, "pref_loss", where)
-    losses, keys = [loss], ["stage", *filter(draft.has, ["pref_loss"])]
+    losses, keys = [loss], [*keys, *filter(draft.has, ["pref_loss"])]
     # With BCO beside it, their sum is divided by the sum of their weights.
-    if is_number(share := draft.look("pref_bco_weight", 0)) and share > 0:
-        losses = [Loss(loss.method, loss.settings, 1 / (1 + share)), Loss("bco", weight=share / (1 + share))]
+    if is_number(part := draft.look("pref_bco_weight", 0)) and part > 0:
+        losses = [Loss(loss.method, loss.settings, 1 / (1 + part)), Loss("bco", weight=part / (1 + part))]
         keys.append("pref_bco_weight")
     draft.off(*{"pref_bco_weight"} - {*keys})
     keys += add_supervised(draft, losses, "pref_ftx")
-    write_losses(draft, losses, KEYS["settings"]["dpo"], keys)
+    write_losses(draft, losses, settings["dpo"], keys)
 
 
 def _stage(draft: Draft, where: str, method: str | None) -> str:
@@ -89,26 +95,11 @@ def _write_start(draft: Draft, table: Table) -> None:
         draft.note("decided", key, text="the adapter brings its own")
 
 
-def _write_data(draft: Draft) -> None:
-    counts = draft.take("max_samples")
-    weights = listed(draft.take("interleave_probs")) if draft.has("interleave_probs") else []
-    fields = {"dataset": "data.train", "eval_dataset": "data.eval"}
-    for key in filter(draft.has, fields):
-        names = listed(draft.take(key))
-        count = {"count": counts} if counts and not weights else {}
-        sources: list[dict[str, Any]] = [{"path": name, **count} for name in names]
-        for source, weight in zip(sources, weights, strict=False):
-            source["weight"] = parse_yaml(weight, key) if isinstance(weight, str) else weight
-        bare = [str(name) for name in names if "/" not in str(name) and not Path(str(name)).suffix]
-        draft.carry(fields[key], sources, key, comment=f"{', '.join(bare)} {IN_INFO}" if bare else "")
-    if counts is not None and weights:
-        draft.note("missing", "max_samples", text="a source has a `weight` or a `count`, not both")
-    elif counts is not None:
-        draft.note("renamed", "max_samples", text="`count` of each source, which must have that many rows")
-    if weights:
-        draft.note("renamed", "interleave_probs", text="`weight` of each source")
-    if draft.has("mix_strategy"):
-        draft.note("decided", "mix_strategy", text="no row is repeated: the largest mixture that keeps the weights")
+def _write_more(draft: Draft) -> None:
+    thinking = draft.take("enable_thinking")
+    if thinking is not None:
+        write_template_kwargs(draft, "enable_thinking", {"enable_thinking": thinking})
+    write_rest(draft, KEYS)
 
 
-LLAMAFACTORY = Tool(KEYS, _write_losses, _write_model, _write_data)
+LLAMAFACTORY = Tool(KEYS, _write_losses, _write_model, lambda draft: None, _write_more)

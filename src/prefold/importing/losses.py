@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 from prefold.algorithms import ALGORITHMS
@@ -152,6 +153,8 @@ def write_simpo(draft: Draft, settings: Mapping[str, str]) -> None:
 def write_grpo(draft: Draft, where: str, prefix: str = "") -> None:
     loss_key, rewards_key = f"{prefix}loss_type", f"{prefix}reward_funcs"
     known_loss(draft.look(loss_key, "dapo"), GRPO_LOSSES, loss_key, where)
+    if draft.look(loss_key) == "cispo":
+        _write_cispo(draft, f"{prefix}epsilon")
     settings = {name: prefix + name for name in read_tool("trl")["settings"]["grpo"]}
     write_losses(draft, [Loss("grpo")], settings, [*filter(draft.has, ["rl"])], _GRPO_DEFAULTS)
     if draft.has(f"{prefix}scale_rewards"):
@@ -163,9 +166,21 @@ def write_grpo(draft: Draft, where: str, prefix: str = "") -> None:
     model, names = draft.take("reward_model_name_or_path"), listed(draft.take(rewards_key, []))
     rewards = [_reward_of(name) for name in names]
     rewards = [{"name": "reward_model", "model": model}, *rewards] if model else rewards
-    _write_rewards(draft, rewards, keys, f"{prefix}reward_weights")
+    write_rewards(draft, rewards, keys, f"{prefix}reward_weights")
     if lost := [str(name) for name in names if _reward_of(name) is None]:
         draft.note("missing", rewards_key, text=f"{', '.join(lost)}: write it as a function of your own")
+
+
+def _write_cispo(draft: Draft, key: str) -> None:
+    """It clips at `epsilon_high` alone, which TRL takes from `epsilon` where it is not given."""
+    given = [*filter(draft.has, [key])]
+    epsilon = draft.take(key, 0.2)
+    if not draft.has(f"{key}_high"):
+        draft.carry(
+            "grpo.epsilon_high", epsilon, *given, comment="TRL's `epsilon`: the largest ratio that `cispo` keeps"
+        )
+    elif given:
+        draft.note("off", *given)
 
 
 def _reward_of(name: Any) -> dict[str, Any] | None:
@@ -180,11 +195,11 @@ def _reward_of(name: Any) -> dict[str, Any] | None:
     return {"file": module.replace(".", "/") + ".py", "name": function} if dot else None
 
 
-def _write_rewards(draft: Draft, rewards: Sequence[dict[str, Any] | None], keys: Sequence[str], weights: str) -> None:
+def write_rewards(draft: Draft, rewards: Sequence[dict[str, Any] | None], keys: Sequence[str], weights: str) -> None:
     """`rewards`: None where one has no counterpart; `weights`: the key with one number for each of them."""
-    numbers = draft.take(weights)
-    if isinstance(numbers, list):
-        rewards = [reward and {**reward, "weight": weight} for reward, weight in zip(rewards, numbers, strict=False)]
+    if numbers := listed(draft.take(weights, [])):
+        pairs = zip_longest(rewards, numbers[: len(rewards)])
+        rewards = [reward and reward | ({} if weight is None else {"weight": weight}) for reward, weight in pairs]
         draft.note("renamed", weights, text="`weight` of each of `rewards`")
     known = [reward for reward in rewards if reward]
     if known:

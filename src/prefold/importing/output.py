@@ -12,6 +12,7 @@ from prefold.recipe import Recipe
 from prefold.recipe.section import section_fields
 
 WIDTH = 80
+LINE_WIDTH = 120
 _COMMENT_WIDTH = 100
 _BLOCKS = ("data.train", "data.eval", "rewards", "mixed.losses")
 """Lists that have a line for each entry."""
@@ -48,7 +49,7 @@ def recipe_text(draft: Draft, heading: list[str]) -> str:
 def _field(dotted: str, value: Any, draft: Draft, indent: str) -> list[str]:
     comment, name = draft.comments.get(dotted, ""), dotted.rpartition(".")[2]
     if dotted in _BLOCKS:
-        lines = [f"{indent}{name}:", *(f"{indent}  - {_plain(entry)}" for entry in value)]
+        lines = [f"{indent}{name}:", *(line for entry in value for line in _entry_lines(entry, f"{indent}  "))]
     else:
         lines = [f"{indent}{name}: {_plain(value)}"]
     if not comment:
@@ -57,6 +58,15 @@ def _field(dotted: str, value: Any, draft: Draft, indent: str) -> list[str]:
         return [f"{lines[0]} # {comment}", *lines[1:]]
     prefix = f"{indent}# "
     return [*textwrap.wrap(comment, _COMMENT_WIDTH, initial_indent=prefix, subsequent_indent=prefix), *lines]
+
+
+def _entry_lines(entry: Any, indent: str) -> list[str]:
+    """An entry of a list, in a line where that is not too long."""
+    line = f"{indent}- {_plain(entry)}"
+    if len(line) <= LINE_WIDTH or not isinstance(entry, dict):
+        return [line]
+    fields = [f"{name}: {_plain(value)}" for name, value in entry.items()]
+    return [f"{indent}{'  ' if number else '- '}{field}" for number, field in enumerate(fields)]
 
 
 def _plain(value: Any) -> str:

@@ -31,10 +31,9 @@ def optimizer(value: Any) -> Any:
     raise NoCounterpartError("not one of transformers' optimizers; set `train.optim` to one, e.g. `adamw_torch`")
 
 
-def whole(value: Any) -> Any:
-    if isinstance(value, float) and value < 1:
-        raise NoCounterpartError(f"prefold counts steps here; {COUNTED}")
-    return value
+def whole_or_share(value: Any) -> Any:
+    """A number of steps, or below 1 their share."""
+    return int(value) if isinstance(value, float) and value >= 1 and value.is_integer() else value
 
 
 def mapping(value: Any) -> Any:
@@ -68,7 +67,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "same": lambda value: value,
     "scheduler": scheduler,
     "optimizer": optimizer,
-    "whole": whole,
+    "steps": whole_or_share,
     "mapping": mapping,
     "listed": listed,
     "modules": modules,

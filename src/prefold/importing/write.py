@@ -11,7 +11,7 @@ from typing import Any
 
 from prefold.algorithms import ALGORITHMS
 from prefold.importing.draft import Draft
-from prefold.importing.tables import COUNTED, Entry, Table, is_number, listed, read_tool, table_of
+from prefold.importing.tables import COUNTED, Entry, Table, is_number, listed, read_tool, table_of, whole_or_share
 from prefold.recipe.sections import HUB_MODEL_ID
 
 
@@ -71,7 +71,8 @@ def write_batch(draft: Draft, key: str, default: int) -> None:
     given = [*filter(draft.has, (key, "gradient_accumulation_steps"))]
     group = draft.values.get("grpo.num_generations", 8)
     if not all(isinstance(number, int) and number > 0 for number in (*factors, group)):
-        draft.note("missing", *given, text="not numbers greater than 0; set `train.batch_size`")
+        if given:
+            draft.note("missing", *given, text="not numbers greater than 0; set `train.batch_size`")
         return
     product, text = math.prod(factors), f"{factors[0]} x {factors[1]}"
     if samples(draft):
@@ -84,32 +85,21 @@ def write_batch(draft: Draft, key: str, default: int) -> None:
 
 
 def write_steps(draft: Draft) -> None:
-    """`max_steps`, and the warm-up in steps, which may be a share in the file."""
+    """`max_steps`, and the warm-up."""
     steps = draft.take("max_steps", -1)
     if isinstance(steps, int) and steps > 0:
         draft.carry("train.max_steps", steps, "max_steps")
     elif draft.look("max_steps") is not None:
         draft.note("off", "max_steps")
+    # Either may be a share of all steps; the number comes first where there are both.
     warmup, ratio = draft.take("warmup_steps", 0), draft.take("warmup_ratio", 0)
-    key = "warmup_steps" if warmup else "warmup_ratio"
-    other = "warmup_ratio" if warmup else "warmup_steps"
+    key, other = ("warmup_steps", "warmup_ratio") if warmup else ("warmup_ratio", "warmup_steps")
     if draft.look(other) is not None:
         draft.note("off", other)
-    value = warmup or ratio
-    if is_number(value) and 0 < value < 1:
-        _write_share(draft, value, key)
-    elif draft.given.get(key) is not None:
-        draft.carry("train.warmup_steps", int(value) if isinstance(value, float) else value, key)
-
-
-def _write_share(draft: Draft, share: float, key: str) -> None:
-    """A warm-up that is a share of all steps: their number is known if the file has it."""
-    if steps := draft.values.get("train.max_steps"):
-        draft.carry("train.warmup_steps", math.ceil(share * steps), key, comment=f"{share:g} of {steps} steps")
-    else:
-        text = f"to set: {share:g} of all steps; {COUNTED}"
-        draft.carry("train.warmup_steps", 0, comment=text)
-        draft.note("missing", key, text=f"`train.warmup_steps` is a number of steps; {text}")
+    if key == "warmup_ratio" and is_number(ratio) and ratio >= 1:
+        draft.note("missing", key, text="`train.warmup_steps` is a number of steps, or a share of them below 1")
+    elif draft.look(key) is not None:
+        draft.carry("train.warmup_steps", whole_or_share(warmup or ratio), key)
 
 
 def write_evaluation(draft: Draft, logging_steps: int) -> None:
@@ -152,7 +142,7 @@ def _measure(draft: Draft, key: str, held_out: bool, logging_steps: int) -> None
     elif not held_out:
         draft.note("missing", key, text="the file holds nothing out; with `data.eval`, set `train.eval_steps`")
     else:
-        draft.carry("train.eval_steps", every, key, *filter(draft.has, ["eval_steps"]))
+        draft.carry("train.eval_steps", whole_or_share(every), key, *filter(draft.has, ["eval_steps"]))
 
 
 def write_dtype(draft: Draft, keys: Sequence[str]) -> None:
@@ -175,7 +165,7 @@ def write_dtype(draft: Draft, keys: Sequence[str]) -> None:
 def write_trackers(draft: Draft) -> None:
     if not draft.has("report_to"):
         return
-    names = [name for name in listed(draft.take("report_to")) if name not in ("none", "all", False)]
+    names = [name for name in listed(draft.take("report_to")) if name not in ("none", False)]
     if known := [name for name in names if name in ("wandb", "tensorboard")]:
         draft.carry("train.report_to", known, "report_to")
     elif not names:
@@ -194,24 +184,46 @@ def write_fraction(draft: Draft, key: str) -> None:
     elif not is_number(size) or size < 1:
         draft.carry("data.eval_fraction", size, key)
     else:
-        draft.note("missing", key, text="`data.eval_fraction` is a share of the rows, below 1")
+        text = f"to set: {size:g} rows are held out in the file; {COUNTED}"
+        draft.carry("data.eval_fraction", 0.1, comment=text)
+        draft.note("missing", key, text=f"`data.eval_fraction` is a share of the rows, below 1; {text}")
 
 
 def write_publish(draft: Draft, push_key: str | None) -> None:
     """The Hub repository."""
-    push = push_key is None or draft.take(push_key, False)
-    name, private = draft.take("hub_model_id"), draft.take("hub_private_repo")
-    keys = [key for key in (push_key, "hub_model_id", "hub_private_repo") if key and draft.given.get(key) is not None]
+    push, name = push_key is None or draft.take(push_key, False), draft.take("hub_model_id")
+    branch = "publish.branch"
+    others = {"hub_private_repo": "publish.private", "hub_revision": branch, "hub_model_revision": branch}
+    keys = [key for key in (push_key, "hub_model_id", *others) if key and draft.look(key) is not None]
     if not keys:
         return
     if not push:
         draft.note("off", *keys)
     elif isinstance(name, str) and re.fullmatch(HUB_MODEL_ID, name):
-        draft.carry("publish.hub_model_id", name, *keys)
-        if private is not None:
-            draft.values["publish.private"] = private
+        draft.carry("publish.hub_model_id", name, *(key for key in keys if key not in others))
+        draft.follow({key: Entry("field", field, "revision") for key, field in others.items()})
     else:
         draft.note("missing", *keys, text="write `publish: {hub_model_id: NAME/MODEL}`, with your name on the Hub")
+
+
+def write_template(draft: Draft, key: str) -> None:
+    """A chat template. One that the file holds as text goes to a file beside the recipe, if that is written to one."""
+    value = draft.take(key)
+    if not isinstance(value, str):
+        return
+    if value == "chatml" or value.endswith(".jinja"):
+        draft.carry("model.chat_template", value, key)
+    elif "{" not in value:
+        draft.note("missing", key, text="`model.chat_template` is `chatml` or a file FILE.jinja; else the model's own")
+    elif draft.output is None:
+        text = "`--output RECIPE` writes it to a file beside the recipe; without it the model's own template is used"
+        draft.note("missing", key, text=text)
+    else:
+        file = draft.output.with_suffix(".jinja")
+        draft.files[file] = value
+        draft.carry(
+            "model.chat_template", str(file), key, comment="the template that the file holds, written beside this"
+        )
 
 
 # ---- LoRA and quantised weights ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from prefold import ranks
+from prefold.data.templates import give_keywords
 from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.models.chat_format import fit_vocabulary, set_chat_format
@@ -49,10 +50,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_of(section: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model as a recipe names it, with the chat format that it is to learn."""
+    """The tokenizer of a model as a recipe names it, with the chat format that it is to learn and what its template is
+    given. Raises UserError: there is none, it cannot be read, or its template does not read what it is given."""
     tokenizer = load_tokenizer(fetch(section.name, section.revision, weights=False))
     if section.chat_template:
         set_chat_format(tokenizer, section.chat_template)
+    give_keywords(tokenizer, section.chat_template_kwargs)
     return tokenizer
 
 

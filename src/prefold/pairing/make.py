@@ -17,11 +17,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from prefold.data.conversion import to_record
+from prefold.data.conversion import to_records
 from prefold.data.dialogues import holds_dialogue
 from prefold.data.preference import Problem, Prompt
 from prefold.data.selection import select_rows
-from prefold.data.shapes import find_shape
+from prefold.data.shapes import READ_IN_PAIRS, find_shape
+from prefold.data.votes import is_rating
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_file, without_home
 from prefold.generation.endpoint import Endpoint, RemoteModel
@@ -191,18 +192,16 @@ def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
     prompts: list[Prompt] = []
     problems: list[Problem] = []
     for row in chain(head, rows):
-        record = to_record(row, shape, settings.system, "--system")
-        if isinstance(record, Prompt):
-            prompts.append(record)
-        elif isinstance(record, Problem):
-            problems.append(record)
-        if len(prompts) == settings.limit:
+        records = to_records(row, shape, settings.system, "--system")
+        prompts += [record for record in records if isinstance(record, Prompt)]
+        problems += [record for record in records if isinstance(record, Problem)]
+        if settings.limit and len(prompts) >= settings.limit:
             break
     problems += selection.problems
     if not prompts:
         where = str(problems[0].origin)
         raise UserError(f"no row is a prompt; the first problem is: {problems[0].message}", where=where)
-    return prompts, Counter(problem.kind for problem in problems)
+    return prompts[: settings.limit], Counter(problem.kind for problem in problems)
 
 
 # ---- the report and the output ----------------------------------------------------------------------------------
@@ -231,10 +230,6 @@ def _mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candida
     }
 
 
-_READ_IN_PAIRS = {"prompt", "question", "instruction", "input", "system", "messages", "conversations", "chatgpt"}
-_READ_IN_PAIRS |= {"llama2-13b-chat", "output_1", "output1", "response_1", "response1"}
-
-
 def _write(output: Path, pairs: Sequence[tuple[Prompt, tuple[Candidate, Candidate]]], with_scores: bool) -> None:
     as_text = all(len(prompt.prompt) == 1 and not holds_dialogue(prompt.prompt[0]["content"]) for prompt, _ in pairs)
     # What cannot be written as UTF-8 can only be in the columns that were brought along.
@@ -245,9 +240,12 @@ def _write(output: Path, pairs: Sequence[tuple[Prompt, tuple[Candidate, Candidat
                 row[side] = answer.text if as_text else [{"role": "assistant", "content": answer.text}]
             if with_scores:
                 row |= {"score_chosen": chosen.score, "score_rejected": rejected.score}
+            given = dict(prompt.template_kwargs)
+            row |= {"tools": given.pop("tools")} if "tools" in given else {}
+            row |= {"chat_template_kwargs": given} if given else {}
             for name, value in prompt.columns.items():
                 # What would be read as part of the pair, or as its rating, gets another name.
-                taken = name in _READ_IN_PAIRS or "chosen" in name.lower() or "rejected" in name.lower()
+                taken = name in READ_IN_PAIRS or is_rating(name, value)
                 # As JSON has it: dates and bytes as text, no NaN.
                 cell = json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None)
                 row[f"source_{name}" if taken else name] = cell

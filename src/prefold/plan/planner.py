@@ -6,7 +6,6 @@ Nothing is downloaded but the configuration and the tokenizer.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +26,8 @@ from prefold.plan.meta_model import MetaModel, config_of
 from prefold.plan.passes import Lengths, training_pass
 from prefold.plan.plan import Change, Disk, Plan, overrides_of
 from prefold.recipe import RecipeBase, as_dict, make_recipe
-from prefold.recipe.load import apply_override
+from prefold.recipe.sections import in_steps
+from prefold.recipe.text import apply_override
 from prefold.trees.memory import CPU_TOKENS, budget_for
 from prefold.trees.self_check import obstacle, stretched_positions
 
@@ -151,7 +151,8 @@ class Planner:
     def _disk(self, memory: Memory) -> Disk:
         sizes, settings, algorithm = self.meta.sizes, self.recipe.train, self.recipe.algorithm
         # One more than are kept while the newest is written, and the best one beside the last.
-        kept = min(settings.save_total_limit, -(-len(self.steps.order) // settings.save_steps))
+        steps = len(self.steps.order)
+        kept = min(settings.save_total_limit, -(-steps // in_steps(settings.save_steps, steps)))
         kept += 1 + int(settings.load_best_model_at_end)
         stored = algorithm.needs_reference and not algorithm.kind.samples
         folder = self.recipe.run_folder.absolute()
@@ -197,7 +198,7 @@ class Planner:
 
         held_out = Tokens.of([tree for tree in self.held_out if len(tree) > 1])
         every, steps = recipe.train.eval_steps, len(self.steps.order)
-        measurements = steps // math.ceil(every if every >= 1 else every * steps) if every else 0
+        measurements = steps // in_steps(every, steps) if every else 0
         seconds = {"train": scored(rates.training, self.steps.tokens(algorithm.scores_prompt))}
         seconds["train"] += measurements * scored(rates.reference, held_out)
         if algorithm.needs_reference:

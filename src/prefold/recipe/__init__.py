@@ -32,6 +32,7 @@ from prefold.recipe.text import builtin_recipes as builtin_recipes
 from prefold.recipe.text import first_comment as first_comment
 from prefold.recipe.text import parse_yaml as parse_yaml
 from prefold.recipe.text import read_text as read_text
+from prefold.recipe.values import Values as Values
 
 if TYPE_CHECKING:
     from prefold.recipe.load import as_dict as as_dict

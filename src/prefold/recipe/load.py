@@ -15,7 +15,7 @@ from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.recipe.recipe import Recipe, RecipeBase
 from prefold.recipe.section import describe
-from prefold.recipe.text import field_lines, parse_yaml, read_text
+from prefold.recipe.text import apply_override, field_lines, parse_yaml, read_text
 
 EVAL_FRACTION = 0.1
 """Held out where a recipe says nothing: no run ends without a comparison."""
@@ -62,26 +62,6 @@ def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm
         if isinstance(filled.setdefault(section, {}), dict):
             filled[section].setdefault(field, default)
     return filled
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `section.field=value` in place; numbers in the path are places in a list."""
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError("not an override", where=override, expected="section.field=value, e.g. `train.max_steps=10`")
-    *parents, last = dotted.split(".")
-    value, here = parse_yaml(text, override), values
-    for part in parents:
-        here = here.setdefault(part, {}) if isinstance(here, dict) else here[_index(here, part, override)]
-    here[last if isinstance(here, dict) else _index(here, last, override)] = value
-
-
-def _index(here: Any, part: str, override: str) -> Any:
-    if isinstance(here, list) and part.isdigit() and int(part) < len(here):
-        return int(part)
-    raise UserError(
-        f"there is no `{part}` to set", where=override, expected="the path of a field that the recipe can have"
-    )
 
 
 # ---- back to text -----------------------------------------------------------------------------------------------

@@ -57,8 +57,9 @@ class RecipeBase(Section):
             raise ValueError("`lora: none` trains all weights, which quantised ones cannot be; remove one of them")
         if self.publish and "adapter" in self.publish.what and self.lora == "none":
             raise ValueError("`publish.what` has `adapter`, and `lora: none` leaves none; remove one of them")
-        if self.data.template == "none" and self.model.chat_template:
-            raise ValueError("`model.chat_template` would be ignored beside `data.template: none`; remove one of them")
+        for name in ("chat_template", "chat_template_kwargs"):
+            if self.data.template == "none" and getattr(self.model, name):
+                raise ValueError(f"`model.{name}` would be ignored beside `data.template: none`; remove one of them")
         return self
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ HINTS = {
     "max_length": "it belongs in the section `data`",
     "beta": "it belongs in the section of the method, e.g. `dpo: {{beta: 0.1}}`",
     "loss_type": "each loss is a `method` of its own",
-    "warmup_ratio": "write `warmup_steps`, the number of steps",
+    "warmup_ratio": "write `warmup_steps`, which below 1 is a share of all steps",
     "fp16": "write `model: {{dtype: float16}}`",
     "bf16": "write `model: {{dtype: bfloat16}}`",
     "push_to_hub": "write `publish: {{hub_model_id: NAME/MODEL}}`",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from prefold.errors import did_you_mean
 from prefold.recipe.rewards import WinRate
 from prefold.recipe.sampling import MaxNewTokens, Sampling
 from prefold.recipe.section import Section
+from prefold.recipe.values import Values
 from prefold.recipe.where import Where
 
 
@@ -32,6 +35,10 @@ class Model(Section):
     chat_template: str | None = None
     """The chat format that a base model is to learn: `chatml`, or a file FILE.jinja with a template whose tokens the
     tokenizer has. The rows of its tokens in the embeddings are trained. Unset: the tokenizer's own template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template is given beside messages, wherever prefold writes them: `{enable_thinking: false}`,
+    `{date_string: 30 Jun 2025}`. A row's own go before these. `strftime_now: 2025-06-30` fixes the day that a template
+    writes as today's."""
     load_in_4bit: bool = False
     """Train over weights that are held in 4 bits (QLoRA). The adapter is merged into the unquantised weights, and they
     are what is evaluated."""
@@ -53,6 +60,18 @@ class Model(Section):
         given = {name: value for name, value in values.items() if value is not None or name not in FOUR_BITS}
         return {**FOUR_BITS, **given}
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def the_date_is_one(cls, keywords: dict[str, Any]) -> dict[str, Any]:
+        """As text, whether YAML took it for a date or not."""
+        if "strftime_now" not in keywords:
+            return keywords
+        try:
+            day = date.fromisoformat(str(keywords["strftime_now"]))
+        except ValueError:
+            raise ValueError(f"`strftime_now` is `{keywords['strftime_now']}`; write a date like 2025-06-30") from None
+        return {**keywords, "strftime_now": day.isoformat()}
+
     @model_validator(mode="after")
     def settings_are_used(self) -> Model:
         if self.load_in_4bit and self.load_in_8bit:
@@ -66,7 +85,7 @@ class Model(Section):
 
     def whole(self, folder: Path) -> Model:
         """These settings for what has become of the model: whole weights in a folder, with their chat format."""
-        kept = ("dtype", "attn_implementation", "device_map")
+        kept = ("dtype", "attn_implementation", "device_map", "chat_template_kwargs")
         return Model(name=str(folder), **{name: getattr(self, name) for name in kept})
 
 
@@ -117,19 +136,33 @@ class Rows(Section):
 
 class Source(Rows):
     columns: dict[str, str] | None = None
-    """Columns that have other names than those of a known shape: `{prompt: question}`."""
+    """Columns that have other names than those of a known shape, or a path into one: `{prompt: input.question}`."""
+    values: Values | None = None
+    """What the values of the vote or label column mean: `{first: "< 0", second: "> 0", tie: 0}`."""
     weight: float | None = Field(None, gt=0)
     """Share of the rows, relative to the other sources that have a weight. The mixture is the largest one that keeps
     these proportions without repeating a row; the rows are drawn by `train.seed`."""
-    count: int | None = Field(None, gt=0)
-    """Number of rows, drawn by `train.seed`."""
+    count: int | float | None = Field(None, gt=0)
+    """Number of rows, or below 1 their share, drawn by `train.seed`."""
+    pairs_from: Literal["best_worst", "adjacent", "all"] | None = None
+    """Which pairs are made of rows that rank several answers: the best against the worst (`best_worst`; of equal
+    ones, the first), each against the next one in the order (`adjacent`), or every two (`all`). Equal ratings make no
+    pair. Unset: `best_worst`; where a row has lists of chosen and of rejected answers, each against each."""
+    min_margin: float | None = Field(None, gt=0)
+    """Pairs of a ranking whose ratings differ by less are not made; ranks count as ratings, 1 from each to the next."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:
         if self.weight and self.count:
             raise ValueError("give either `weight` or `count`, not both")
-        if self.weight and self.streaming:
-            raise ValueError("`weight` needs the number of rows, which is unknown with `streaming`; give `count`")
+        share = self.count if isinstance(self.count, float) else None
+        if share and share >= 1:
+            raise ValueError("`count` is a whole number of rows, or a share of the rows below 1")
+        if self.streaming and (self.weight or share):
+            what = "a share in `count`" if share else "`weight`"
+            raise ValueError(
+                f"{what} needs the number of rows, which is unknown with `streaming`; give a whole `count`"
+            )
         return self
 
 
@@ -190,6 +223,11 @@ def optimizers() -> set[str]:
     return {optimizer.value for optimizer in OptimizerNames}
 
 
+def in_steps(value: int | float, steps: int) -> int:
+    """A number of steps, or what a share below 1 of all these steps comes to, as transformers rounds it."""
+    return math.ceil(value * steps) if value < 1 else int(value)
+
+
 class Train(Section):
     """Field names and meanings are those of transformers' `TrainingArguments`, but for `batch_size` and
     `max_tokens`."""
@@ -202,7 +240,8 @@ class Train(Section):
     """Optimizer steps; overrides `num_train_epochs`."""
     max_tokens: int | Literal["auto"] = "auto"
     """Token budget of a micro-batch: how much is computed at once. It changes speed and memory, never the numbers."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int | float = Field(0, ge=0)
+    """Optimizer steps in which the rate rises from 0, or below 1 their share of all steps, rounded up."""
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: dict[str, Any] = {}
     optim: str = "adamw_torch"
@@ -218,8 +257,8 @@ class Train(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(42, ge=0)
     """Of the data order, the initialisation of LoRA and of a reward model's head, and dropout."""
-    save_steps: int = Field(50, gt=0)
-    """Optimizer steps between checkpoints."""
+    save_steps: int | float = Field(50, gt=0)
+    """Optimizer steps between checkpoints, or below 1 their share of all steps, rounded up."""
     save_total_limit: int = Field(2, gt=0)
     """Checkpoints kept."""
     eval_steps: int | float | None = Field(None, gt=0)
@@ -258,8 +297,13 @@ class Train(Section):
         idle = [name for name in ("greater_is_better", "early_stopping_patience") if name in given and not best]
         if idle:
             raise ValueError(f"`{idle[0]}` needs a `metric_for_best_model`")
-        if isinstance(self.eval_steps, float) and self.eval_steps >= 1:
-            raise ValueError("`eval_steps` is a whole number of steps, or a share of all steps below 1")
+        return self
+
+    @model_validator(mode="after")
+    def steps_are_whole_or_shares(self) -> Train:
+        for name in ("warmup_steps", "save_steps", "eval_steps"):
+            if isinstance(value := getattr(self, name), float) and value >= 1:
+                raise ValueError(f"`{name}` is a whole number of steps, or a share of all steps below 1")
         return self
 
 

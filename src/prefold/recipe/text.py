@@ -45,6 +45,26 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{where}{line}") from None
 
 
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `section.field=value` in place; numbers in the path are places in a list."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError("not an override", where=override, expected="section.field=value, e.g. `train.max_steps=10`")
+    *parents, last = dotted.split(".")
+    value, here = parse_yaml(text, override), values
+    for part in parents:
+        here = here.setdefault(part, {}) if isinstance(here, dict) else here[_index(here, part, override)]
+    here[last if isinstance(here, dict) else _index(here, last, override)] = value
+
+
+def _index(here: Any, part: str, override: str) -> Any:
+    if isinstance(here, list) and part.isdigit() and int(part) < len(here):
+        return int(part)
+    raise UserError(
+        f"there is no `{part}` to set", where=override, expected="the path of a field that the recipe can have"
+    )
+
+
 def field_lines(text: str) -> dict[str, int]:
     """1-based line of every field of a YAML text, by dotted path."""
     lines: dict[str, int] = {}

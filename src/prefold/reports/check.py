@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefold.reports.data_tables import example, histogram, rows_of
+from prefold.reports.data_tables import example, has_context, histogram, is_counted, rows_of, unused
 from prefold.reports.plan import print_plan
 from prefold.reports.run_files import Values
 from prefold.reports.terminal_tables import grid, indented
@@ -21,30 +21,42 @@ BAR_WIDTH = 40
 def print_check(facts: Values, console: Console | None = None) -> None:
     """Args: facts: the content of `CheckReport.as_json`. console: unset: stdout."""
     console = console or Console(highlight=False)
-    console.print(_sources(facts["sources"]), "")
+    console.print(_sources(facts["sources"]))
+    for paths, columns in unused(facts["sources"]).items():
+        of = f" ({paths})" if len(facts["sources"]) > 1 else ""
+        console.print(Text(f"columns that are not used{of}: {columns}".translate(CONTROL), style="dim"))
+    console.print()
     console.print(_tokens(facts["tokens"]), "")
     print_plan(console, facts["plan"])
     if "separation" in facts:
         _print_separation(console, facts["separation"])
-    for finding in facts["findings"]:
+    print_findings(console, facts["findings"])
+    first = facts["examples"][0]
+    title = Text("The first row; what is trained on is underlined", style="bold")
+    title.append(", and what is between ~ and ~ is read only" if has_context(first) else "").append(".")
+    console.print(title)
+    _print_example(console, first)
+    ok = facts["ok"]
+    console.print(Text("ok" if ok else "not ok: training cannot go on", style="green" if ok else "bold red"))
+
+
+def print_findings(console: Console, findings: Sequence[Values]) -> None:
+    for finding in findings:
         severity = Text(finding["severity"], style=SEVERITY_STYLE[finding["severity"]])
         console.print(severity.append(f"  {finding['message']}", style="default"))
         if finding["rows"]:
             console.print(indented(Text(rows_of(finding, ROWS_NAMED), style="dim"), 9))
         console.print(indented(Text(finding["advice"], style="dim"), 9, 1))
-    console.print(Text("The first row; what is trained on is underlined.", style="bold"))
-    _print_example(console, facts["examples"][0])
-    ok = facts["ok"]
-    console.print(Text("ok" if ok else "not ok: training cannot go on", style="green" if ok else "bold red"))
 
 
 def _sources(sources: Sequence[Values]) -> Table:
     optional = [name for name in ("rows_filtered", "rows_not_drawn") if any(source[name] for source in sources)]
-    headings = ["rows", *(name.removeprefix("rows_").replace("_", " ") for name in optional), "used"]
+    behind = ["examples"] if is_counted("examples", list(sources)) else []
+    headings = ["rows", *(name.removeprefix("rows_").replace("_", " ") for name in optional), "used", *behind]
     table = grid("source", "recognised as", *headings)
     table.columns[1].justify = "left"
     for source in sources:
-        counts = [f"{source[name]:,}" for name in ("rows_in", *optional, "rows_used")]
+        counts = [f"{source[name]:,}" for name in ("rows_in", *optional, "rows_used", *behind)]
         table.add_row(Text(source["path"]), Text(source["shape"]), *counts)
     return table
 
@@ -74,12 +86,16 @@ def _print_separation(console: Console, separation: Values) -> None:
 def _print_example(console: Console, shown: Values) -> None:
     _, prompt, completions = example(shown)
     console.print(indented(Text(prompt.translate(CONTROL), style="dim")))
-    for label, text, tokens in completions:
+    for label, pieces, tokens in completions:
         style = "red" if label == "rejected" else "green"
         console.print(Text(f"{label}, {tokens} tokens", style=f"bold {style}"))
-        # A visible mark for white space at the end, which is trained on as well.
-        marked = text.translate(CONTROL).replace("\n", "\u23ce\n").rstrip("\n")
-        console.print(indented(Text(marked, style="underline"), 2, 1))
+        shown_text = Text()
+        for text, is_context in pieces:
+            # A visible mark for white space at the end, which is trained on as well.
+            marked = text.translate(CONTROL).replace("\n", "\u23ce\n")
+            shown_text.append(f"~{marked}~" if is_context else marked, style="dim" if is_context else "underline")
+        shown_text.rstrip()
+        console.print(indented(shown_text, 2, 1))
 
 
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), 11, 12, *range(14, 32), 127)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, pairwise
 from typing import Any
 
 from prefold.reports.numbers import finite
@@ -14,6 +15,7 @@ ROW_COUNTS = {
     "rows_filtered": "Filtered by where",
     "rows_not_drawn": "Not drawn",
     "rows_used": "Used",
+    "examples": "Examples",
 }
 TOKEN_COUNTS = {
     "trees": "rows",
@@ -37,7 +39,8 @@ def data_tables(data: Values) -> Values:
     sampled = all(counts.get("completions") == 0 for counts in splits.values())
     return {
         "sources": sources,
-        "counted": {name: label for name, label in ROW_COUNTS.items() if any(finite(row.get(name)) for row in sources)},
+        "unused": unused(sources),
+        "counted": {name: label for name, label in ROW_COUNTS.items() if is_counted(name, sources)},
         "splits": splits,
         "tokens": {
             name: label
@@ -48,8 +51,30 @@ def data_tables(data: Values) -> Values:
         "histogram": histogram(section(data, "separation")),
         "findings": sorted(findings, key=lambda finding: SEVERITIES.get(str(finding["severity"]), 3)),
         "examples": [example(shown) for shown in objects(data.get("examples"))],
+        "has_context": any(map(has_context, objects(data.get("examples")))),
         "fingerprints": section(data, "fingerprint"),
     }
+
+
+def is_counted(name: str, sources: list[Values]) -> bool:
+    """Whether a count of rows says something; that of examples does where they are not as many as the rows used."""
+    if name == "examples":
+        return any(source.get(name) not in (None, 0, source.get("rows_used")) for source in sources)
+    return any(finite(source.get(name)) for source in sources)
+
+
+def list_of(value: Any) -> list[Any]:
+    """A list, also of a tuple, which it is where it was not read from a file."""
+    return list(value) if isinstance(value, tuple) else as_list(value)
+
+
+def unused(sources: list[Values]) -> dict[str, str]:
+    """By sources the columns that nothing is made of; those that have the same ones are named together."""
+    by_columns: dict[str, list[str]] = {}
+    for source in sources:
+        if columns := ", ".join(map(str, list_of(source.get("unused")))):
+            by_columns.setdefault(columns, []).append(str(source.get("path", "")))
+    return {", ".join(dict.fromkeys(paths)): columns for columns, paths in by_columns.items()}
 
 
 def histogram(separation: Values) -> list[tuple[Any, Any, Any]]:
@@ -59,12 +84,33 @@ def histogram(separation: Values) -> list[tuple[Any, Any, Any]]:
     return list(zip(edges, edges[1:], counts, strict=False))
 
 
-def example(shown: Values) -> tuple[str, str, list[tuple[str, str, Any]]]:
+Pieces = list[tuple[str, bool]]
+"""A completion's text in pieces, each with whether it is context: read, and not trained on."""
+
+
+def example(shown: Values) -> tuple[str, str, list[tuple[str, Pieces, Any]]]:
     """A row as it is trained on: where it is from, its prompt, and label, text and tokens of each completion."""
     row, texts = section(shown, "row"), as_list(shown.get("completions"))
     labels = ("chosen", "rejected") if len(texts) == 2 else ("completion",)
-    completions = zip(labels, map(str, texts), as_list(shown.get("tokens"))[1:], strict=False)
+    spans = [*as_list(shown.get("context")), *([[]] * len(texts))]
+    pieces = [pieces_of(str(text), as_list(of_text)) for text, of_text in zip(texts, spans, strict=False)]
+    completions = zip(labels, pieces, as_list(shown.get("tokens"))[1:], strict=False)
     return f"{row.get('source', '')}, row {row.get('row', '')}", str(shown.get("prompt", "")), list(completions)
+
+
+def pieces_of(text: str, context: list[Any]) -> Pieces:
+    """A text cut at its spans of context, which are given as offsets of characters."""
+    spans = [(int(span[0]), int(span[1])) for span in map(as_list, context) if len([*filter(is_offset, span)]) == 2]
+    bounds = [0, *chain.from_iterable(spans), len(text)]
+    return [(text[start:stop], (start, stop) in spans) for start, stop in pairwise(bounds) if start < stop]
+
+
+def is_offset(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def has_context(shown: Values) -> bool:
+    return any(is_context for _, pieces, _ in example(shown)[2] for _, is_context in pieces)
 
 
 def rows_of(finding: Values, most: int = 8) -> str:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from prefold import ranks
+from prefold.data.row import SeenRow, see_row
 from prefold.errors import StageError, UserError
 from prefold.files import read_json
+from prefold.models.load import tokenizer_of
 from prefold.plan.machine import bytes_of
 from prefold.publishing import publish as publishing
 from prefold.publishing.publish import require_ready, require_section
@@ -54,6 +56,20 @@ def check(
     run.open_tasks()
     require_ready(run.recipe)
     return examine(run, reference, bytes_of(device_memory) if device_memory else None, measure)
+
+
+def check_row(recipe: str | Path | RecipeBase, row: str | int, overrides: Sequence[str] = ()) -> SeenRow:
+    """One row of the data as it is read, as messages, as text and as tokens, or why it is left out.
+
+    Args:
+        row: its 1-based number as findings name it; behind the source's name where there are several, `pairs.jsonl:12`.
+
+    Raises:
+        UserError: there is no such row, or its source cannot be read or recognised.
+    """
+    recipe = _recipe(recipe, overrides)
+    kind = recipe.algorithm.kind.data
+    return see_row(str(row), recipe.data, tokenizer_of(recipe.model), recipe.train.seed, kind)
 
 
 def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:

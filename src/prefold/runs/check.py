@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,11 +76,19 @@ class CheckReport:
         }
 
     def _shown(self, example: Example) -> dict[str, Any]:
-        """An example as it is trained on: the text of its ids."""
-        parts = (example.tree.prompt, *example.tree.completions)
-        prompt, *completions = (str(self.tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in parts)
-        tokens = [len(part) for part in parts]
-        return {"row": asdict(example.record.origin), "prompt": prompt, "completions": completions, "tokens": tokens}
+        """An example as it is trained on: the text of its ids, and which parts of the completions are read only."""
+        tree = example.tree
+        prompt, *completions = map(self._text, (tree.prompt, *tree.completions))
+        tokens = [len(part) for part in (tree.prompt, *tree.completions)]
+        context = [
+            [[len(self._text(ids[:bound])) for bound in span] for span in spans]
+            for ids, spans in zip(tree.completions, tree.context, strict=False)
+        ]
+        shown = {"row": asdict(example.record.origin), "prompt": prompt, "completions": completions, "tokens": tokens}
+        return {**shown, **({"context": context} if any(context) else {})}
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def examine(

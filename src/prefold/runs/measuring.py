@@ -58,7 +58,7 @@ class Measuring(ABC):
 
     def __init__(self, run: Run, held_out: Examples):
         self.recipe, self.held_out = run.recipe, held_out
-        self.prompts = evaluation_prompts(run.recipe, held_out)
+        self.prompts, self.given = evaluation_prompts(run.recipe, held_out)
 
     def measure(self, section: Model, when: str) -> tuple[Any, Answers]:
         """What held-out data say of a model, and its answers. The model is released afterwards."""
@@ -66,7 +66,7 @@ class Measuring(ABC):
         model, tokenizer = load_start(section, dtype=measuring_dtype()), tokenizer_of(section)
         result, template = self.score(model, tokenizer, when), recipe.data.template
         sampling = Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)
-        answers = answer(model, tokenizer, self.prompts, sampling, f"answers {when}", template=template)
+        answers = answer(model, tokenizer, self.prompts, sampling, f"answers {when}", None, template, self.given)
         del model
         free_memory()
         return result, answers
@@ -158,18 +158,21 @@ def measuring_dtype() -> str | None:
     return "float32" if choose_device().type == "cpu" else None
 
 
-def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> list[list[Message]]:
-    """The conversations to answer: those the recipe names, else the first different held-out prompts."""
+def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> tuple[list[list[Message]], list[dict[str, Any]]]:
+    """The conversations to answer, and what their template is given beside them: those the recipe names, else the first
+    different held-out prompts."""
     wanted = recipe.evaluate.prompts
+    given: list[dict[str, Any]] = []
     if isinstance(wanted, list):
         prompts = [[Message(role="user", content=text)] for text in wanted]
     else:
         first = {key: index for index, key in reversed(list(enumerate(held_out.prompt_keys)))}
-        prompts = [list(held_out.records[index].prompt) for index in sorted(first.values())[:wanted]]
+        records = [held_out.records[index] for index in sorted(first.values())[:wanted]]
+        prompts, given = [list(record.prompt) for record in records], [record.template_kwargs for record in records]
     if recipe.evaluate.system is None:
-        return prompts
+        return prompts, given
     system = Message(role="system", content=recipe.evaluate.system)
-    return [[system, *(message for message in prompt if message["role"] != "system")] for prompt in prompts]
+    return [[system, *(message for message in prompt if message["role"] != "system")] for prompt in prompts], given
 
 
 def held_out_sampling(recipe: RecipeBase) -> Sampling | None:

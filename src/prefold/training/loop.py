@@ -192,7 +192,7 @@ class TrainingLoop:
         self.state: Any = TrainerState(train_batch_size=1, max_steps=len(order), num_train_epochs=1)
         self.state.compute_steps(args, len(order))
         # Checkpoints fall between the rounds of steps on the same trees.
-        self.state.save_steps = math.ceil(args.save_steps / order.iterations) * order.iterations
+        self.state.save_steps = math.ceil(self.state.save_steps / order.iterations) * order.iterations
         self.best_before: int | None = None
 
     def train(self, checkpoint: Path | None = None) -> None:

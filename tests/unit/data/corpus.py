@@ -200,12 +200,13 @@ MESSAGES = [
     _bad("no role", TURNS | {"prompt": [{"content": "Why?"}]}, "bad_message", TURNS),
     _bad("no content", TURNS | {"prompt": [{"role": "user"}]}, "bad_message", TURNS),
     _bad("an unknown role", TURNS | {"prompt": [{"role": "narrator", "content": "Why?"}]}, "bad_message", TURNS),
-    _bad("a role in capitals", TURNS | {"prompt": [{"role": "User", "content": "Why?"}]}, "bad_message", TURNS),
-    _bad("a tool's turn", TURNS | {"prompt": [*TALK, {"role": "tool", "content": "7"}]}, "bad_message", TURNS),
+    _fine("a role in capitals", TURNS | {"prompt": [{"role": "User", "content": "Why?"}]}, like=TURNS),
+    _fine("a tool's turn", TURNS | {"prompt": [*TALK, {"role": "tool", "content": "7"}]}, like=TURNS),
+    _bad("a role that nobody has", TURNS | {"prompt": [{"role": "narrator", "content": "A"}]}, "bad_message", TURNS),
     _bad(
         "an answer that calls a tool",
         TURNS | {"chosen": [assistant("So.") | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
-        "bad_message",
+        "template_refused",
         TURNS,
     ),
     _fine("no tool calls", TURNS | {"chosen": [assistant("So.") | {"tool_calls": None}]}, like=TURNS),
@@ -225,7 +226,12 @@ MESSAGES = [
     _fine("the assistant first", TURNS | {"prompt": [assistant("Hello."), *TALK]}, like=TURNS),
     _fine("an answer in two messages", TURNS | {"chosen": [assistant("So."), assistant("So!")]}, like=TURNS),
     _fine("one message for an answer", TURNS | {"chosen": assistant("So.")}, like=TURNS),
-    _fine("more keys in a message", TURNS | {"prompt": [user("Why?") | {"name": "Ann", "id": None}]}, like=TURNS),
+    _fine(
+        "more keys in a message",
+        TURNS | {"prompt": [user("Why?") | {"name": "Ann", "id": None}]},
+        "unread_field",
+        like=TURNS,
+    ),
 ]
 DIALOGUES = [
     _bad("dialogues of two prompts", WHOLE | {"rejected": [user("How?"), assistant("No.")]}, "bad_message", WHOLE),
@@ -236,7 +242,7 @@ DIALOGUES = [
     _bad(
         "dialogues that part too early",
         {"chosen": [*WHOLE["chosen"], user("B"), assistant("C")], "rejected": WHOLE["rejected"]},
-        "bad_message",
+        "prompts_differ",
         WHOLE,
     ),
     _bad("an empty dialogue", WHOLE | {"chosen": []}, "empty_text", WHOLE),
@@ -287,7 +293,12 @@ DIALOGUES = [
     ),
 ]
 LABELS = [
-    _bad("a vote for the third", VOTES | {"label": 3}, "bad_label", VOTES),
+    _refused(
+        "a vote for the third",
+        "votes.jsonl",
+        _lines(VOTES, VOTES | {"label": 3}, VOTES),
+        "`label` holds 1 (2 rows), 3 (1)",
+    ),
     _bad("a vote in letters", VOTES | {"label": "A"}, "bad_label", VOTES),
     _bad("a vote of true", VOTES | {"label": True}, "bad_label", VOTES),
     _bad("a vote of NaN", VOTES | {"label": float("nan")}, "bad_label", VOTES),
@@ -295,15 +306,18 @@ LABELS = [
     _bad("a vote in a list", VOTES | {"label": [1]}, "bad_label", VOTES),
     _bad("a null vote", VOTES | {"label": None}, "null_field", VOTES),
     _bad("no vote", _without("label", VOTES), "missing_field", VOTES),
-    _bad("a tie", VOTES | {"label": 0}, "tie", VOTES),
+    _bad("a tie", VOTES | {"label": 0}, "tie", VOTES | {"label": 2}),
     _bad("a vote between both", VOTES | {"label": 1.5}, "tie", VOTES),
     _fine("a vote as text", VOTES | {"label": " 2 "}, like=VOTES),
     _bad("outputs that are the same", VOTES | {"output_2": "So."}, "identical", VOTES),
     _bad("a null output", VOTES | {"output_2": None}, "null_field", VOTES),
+    _refused("nothing but 0", "votes.jsonl", _lines(*[VOTES | {"label": 0}] * 3), "`label` holds 0 (3 rows)"),
     _refused(
-        "nothing but ties", "votes.jsonl", _lines(*[VOTES | {"label": 0}] * 3), "no usable row is left of 3: 3 tie"
+        "nothing but ties", "votes.jsonl", _lines(*[VOTES | {"label": 1.5}] * 3), "no usable row is left of 3: 3 tie"
     ),
-    _refused("votes from 0", "votes.jsonl", _lines(*[VOTES | {"label": 0}, VOTES] * 6), "holds 0 and 1 only"),
+    _refused(
+        "votes from 0", "votes.jsonl", _lines(*[VOTES | {"label": 0}, VOTES] * 6), "`label` holds 0 (6 rows), 1 (6)"
+    ),
     _fine("ratings as text", GOOD | {"chosen_score": "3", "rejected_score": "5"}, "flipped_rating"),
     _fine("ratings in words", GOOD | {"chosen_score": "high", "rejected_score": "low"}),
     _fine("equal ratings", GOOD | {"score_chosen": 4, "score_rejected": 4.0}, "tied_rating"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from prefold.data.conversion import to_records
 from prefold.data.examples import Example, Examples
-from prefold.data.preference import Message, Preference, RowId
+from prefold.data.formats import RawRow
+from prefold.data.preference import Message, Preference, Problem, Record, RowId
+from prefold.data.shapes import Shape
 from prefold.trees.packing import TokenTree
 
 
@@ -21,6 +24,12 @@ def system(text: str) -> Message:
 
 def pair(prompt: str = "Why?", chosen: str = "So.", rejected: str = "No.", row: int = 1) -> Preference:
     return Preference((user(prompt),), (assistant(chosen),), (assistant(rejected),), RowId("pairs.jsonl", row))
+
+
+def to_record(row: RawRow, shape: Shape, system: str | None = None) -> Record | Problem:
+    """The one record of a row, or what is wrong with it."""
+    [record] = to_records(row, shape, system)
+    return record
 
 
 def example(

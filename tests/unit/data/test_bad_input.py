@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import assistant, system, user
+from data_samples import assistant, system, to_record, user
 from transformers import PreTrainedTokenizerFast
 
-from prefold.data.conversion import to_record
 from prefold.data.mixture import load_split
 from prefold.data.preference import Problem, RowId
 from prefold.data.shapes import find_shape
@@ -80,16 +79,20 @@ BAD_LINES = [
     (changed(system=["Be brief."]), "not_text", "`system` is a list, not text"),
     (changed(system=0), "not_text", "`system` is a number, not text"),
     (changed(prompt=[{"role": "user", "content": 5}]), "not_text", "`prompt`, message 1 is a number, not text"),
-    (changed(prompt=[{"role": "user", "content": [{"type": "text"}]}]), "not_text", "message 1 is a list, not text"),
+    (
+        changed(prompt=[{"role": "user", "content": [{"type": "text"}]}]),
+        "not_text",
+        "message 1 has a part whose `text` is null",
+    ),
     (changed(chosen="\ud83d"), "not_text", "`chosen` has half a character (a lone surrogate)"),
     (changed(prompt=["Why?"]), "bad_message", "`prompt`, message 1 is a string, not {role, content}"),
     (changed(prompt=[{"content": "Why?"}]), "bad_message", "`prompt`, message 1 has no `role`"),
     (changed(prompt=[{"role": "user"}]), "bad_message", "`prompt`, message 1 has no `content`"),
     (changed(prompt=[{"from": "human", "value": "Why?"}]), "bad_message", "`prompt`, message 1 has no `role`"),
     (
-        changed(prompt=[{"role": "human", "content": "Why?"}]),
+        changed(prompt=[{"role": "narrator", "content": "Why?"}]),
         "bad_message",
-        "the role `human`, not one of system, user",
+        "the role `narrator`, not one of system, user",
     ),
     (changed(prompt=[{"role": ["user"], "content": "Why?"}]), "bad_message", "the role `['user']`"),
     (changed(prompt=[*TALK, assistant("So.")]), "bad_message", "the last message of `prompt` is the assistant's"),
@@ -104,8 +107,8 @@ BAD_LINES = [
     ),
     (
         talks([*TALK, assistant("A"), user("B"), assistant("C")], [*TALK, assistant("D")]),
-        "bad_message",
-        "of the role user",
+        "prompts_differ",
+        "within `chosen` and `rejected` the user says different things",
     ),
     (changed(rejected="So."), "identical", "`chosen` and `rejected` are the same"),
     (changed(rejected=" So.\n"), "identical", "`chosen` and `rejected` are the same"),

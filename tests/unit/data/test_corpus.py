@@ -28,7 +28,11 @@ from prefold.recipe import Data, Source
 SECONDS = 60
 # Of sets of rows, and of rows that are used all the same.
 ABOUT_SETS = {"small_held_out", "one_label", "duplicate", "contradiction", "length_bias", "telling_opening"}
-ABOUT_USED_ROWS = {"control_character", "template_residue", "double_end_token", "flipped_rating", "tied_rating"}
+ABOUT_USED_ROWS = {"control_character", "template_residue", "double_end_token", "flipped_rating", "tied_rating"} | {
+    "unread_field",
+    "text_dropped",
+    "header_trained",
+}
 
 
 @contextmanager

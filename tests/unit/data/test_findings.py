@@ -118,6 +118,8 @@ def test_report_as_json() -> None:
                 "rows_used": 1,
                 "rows_filtered": 0,
                 "rows_not_drawn": 0,
+                "unused": (),
+                "examples": 0,
             }
         ],
         "findings": [
@@ -192,7 +194,7 @@ def test_an_opening_that_gives_the_side_away(
 
 def test_text_and_ratings_give_cause_for_findings() -> None:
     def kinds(preference: Preference) -> list[str]:
-        return list(findings.oddities_of(preference))
+        return [problem.kind for problem in findings.oddities_of(preference)]
 
     assert kinds(pair()) == []
     assert kinds(pair("Why\x00?")) == kinds(pair(rejected="caf\ufffd")) == ["control_character"]

@@ -67,9 +67,9 @@ def test_sources_follow_each_other_in_the_order_of_their_rows(write: Write, chat
     assert (prompts(prepared.train), prompts(prepared.held_out)) == (["A0", "A1", "B"], ["C0"])
     assert prepared.train[1].record.origin == RowId(first, 2)
     assert prepared.report.sources == (
-        SourceCount(first, "text", 4, 2),
-        SourceCount(second, "conversations", 1, 1),
-        SourceCount(held_out, "text", 1, 1),
+        SourceCount(first, "text", 4, 2, examples=2),
+        SourceCount(second, "conversations", 1, 1, examples=1),
+        SourceCount(held_out, "text", 1, 1, examples=1),
     )
     assert kinds(prepared) == {
         "empty_text": ("warning", 1, [3]),
@@ -298,7 +298,7 @@ def test_load_split_holds_out_and_repeats_itself(write: Write, chatml: PreTraine
     prepared, again = (load_split(make_data([path], eval_fraction=0.5), chatml, seed=5) for _ in range(2))
     assert (len(prepared.train), len(prepared.held_out)) == (50, 50)
     assert prepared == again and fingerprint(prepared.held_out) == fingerprint(again.held_out)
-    assert prepared.report.sources == (SourceCount(path, "text", 100, 100),)
+    assert prepared.report.sources == (SourceCount(path, "text", 100, 100, examples=100),)
     assert "small_held_out" not in kinds(prepared) and "prompt_in_both_splits" not in kinds(prepared)
 
 

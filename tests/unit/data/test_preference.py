@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from data_samples import assistant, system, user
+from data_samples import assistant, system, to_record, user
 
-from prefold.data.conversion import to_record
 from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, RowId, messages_key, short
 from prefold.data.shapes import find_shape
@@ -51,7 +50,7 @@ def converted(value: dict[str, Any], like: dict[str, Any] | None = None) -> Any:
         ({**WHOLE, "prompt": HISTORY, "system": "Be brief."}, [system("Be brief."), *HISTORY]),
         (
             {"chosen": [{**user("Why?"), "id": 4}, assistant("So.")], "rejected": [user("Why?"), assistant("No.")]},
-            [user("Why?")],
+            [{**user("Why?"), "id": 4}],
         ),
     ],
 )
@@ -85,12 +84,6 @@ def test_conversations_are_cut_before_the_first_words_of_the_assistant_in_a_row(
 def test_whole_conversations_are_seen_in_a_source_of_texts_as_well() -> None:
     assert converted(WHOLE, like=TEXT) == converted({**WHOLE, "prompt": "Hi"}, like=TEXT) == converted(WHOLE)
     assert converted(TEXT, like=WHOLE) == Problem("bad_message", "`chosen` is a string, not a list of messages", ORIGIN)
-
-
-def test_tool_turns_are_refused_by_name() -> None:
-    value = {**TEXT, "prompt": [user("Why?"), {"role": "tool", "content": "4"}]}
-    message = "`prompt`, message 2 is a tool's turn (`tool`); tool turns are not supported"
-    assert converted(value, like=TEXT) == Problem("bad_message", message, ORIGIN)
 
 
 @pytest.mark.parametrize(

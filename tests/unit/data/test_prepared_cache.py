@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from prefold.data import mixture, prepared_cache
 from prefold.data.mixture import Prepared, load_split
 from prefold.data.prepared_cache import prepare
+from prefold.data.templates import give_keywords
 from prefold.errors import UserError
 from prefold.recipe import Benchmark, Data, Source
 
@@ -189,6 +190,31 @@ def test_the_code_and_the_day_are_seen_where_they_decide(
     monkeypatch.setattr(prepared_cache, "_code", lambda: "another")
     prepare(data, tokenizer(), seed=1)
     assert tokenized != []
+
+
+def test_what_the_template_is_given_is_seen_and_a_fixed_day_lasts(
+    data: Data, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tomorrow(prepared_cache.date):
+        @classmethod
+        def today(cls) -> Tomorrow:
+            return cls(2100, 1, 1)
+
+    def given(**keywords: str) -> PreTrainedTokenizerFast:
+        one = tokenizer("{{ strftime_now('%d') }}{{ style }}" + CHATML)
+        give_keywords(one, keywords)
+        return one
+
+    fixed = {"strftime_now": "2025-06-30", "style": "brief"}
+    prepare(data, given(**fixed), seed=1)
+    tokenized.clear()
+    monkeypatch.setattr(prepared_cache, "date", Tomorrow)
+    prepare(data, given(**fixed), seed=1)
+    assert tokenized == []
+    for other in ({"style": "long"}, {"strftime_now": "2025-07-01"}):
+        prepare(data, given(**fixed | other), seed=1)
+        assert tokenized != []
+        tokenized.clear()
 
 
 def test_a_new_file_in_a_folder_is_seen(write: Write, tmp_path: Path, tokenized: list[int]) -> None:

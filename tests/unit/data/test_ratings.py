@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from data_samples import to_record
 
-from prefold.data.conversion import to_record
 from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, RowId
 from prefold.data.shapes import find_shape

@@ -71,6 +71,15 @@ def test_a_draw_is_that_of_datasets(write: Write, seed: int) -> None:
     assert (selection.rows_in, selection.rows_filtered, selection.rows_not_drawn) == (50, 7, 23)
 
 
+def test_a_share_of_the_rows_is_drawn(write: Write) -> None:
+    path = write("pairs.jsonl", numbered(10))
+    expected = datasets.Dataset.from_list(numbered(10)).shuffle(seed=3).select(range(2))["place"]
+    kept, (selection,) = selected(Source(path=path, count=0.29), seed=3)
+    assert (kept, selection.rows_not_drawn) == ([list(expected)], 8)
+    with pytest.raises(UserError, match=r"`count: 0\.05` of 10 rows is less than a row"):
+        selected(Source(path=path, count=0.05))
+
+
 def test_a_draw_is_from_the_rows_that_can_be_read(write: Write) -> None:
     path = write("pairs.jsonl", [5, *numbered(4), "x"])
     (selection,) = select_rows([Source(path=path, count=4)], seed=1)
@@ -143,7 +152,8 @@ def test_sources_without_weight_and_count_are_read_as_they_are_asked_for(monkeyp
         ({"weight": 0.5, "count": 3}, "give either `weight` or `count`"),
         ({"weight": 0.5, "streaming": True}, "`weight` needs the number of rows"),
         ({"weight": 0}, "greater than 0"),
-        ({"count": 2.5}, "integer"),
+        ({"count": 2.5}, "a whole number of rows, or a share of the rows below 1"),
+        ({"count": 0.5, "streaming": True}, "a share in `count` needs the number of rows"),
         ({"cuont": 3}, "did you mean `count`"),
     ],
 )

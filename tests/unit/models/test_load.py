@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,15 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from tiny_gguf import tokens
+from tiny_tokenizer import CHATML, save_chat_model
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from prefold.data.chat import render
+from prefold.data.templates import keywords_of
 from prefold.errors import UserError
 from prefold.models import load
 from prefold.models.adapters import add_lora
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.load import load_model, load_tokenizer, trainable_parameters
+from prefold.models.load import load_model, load_tokenizer, tokenizer_of, trainable_parameters
 from prefold.recipe import Lora, Model
 from prefold.trees.memory import free_memory
 
@@ -354,3 +358,49 @@ def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     free_memory()
     assert emptied == ["cuda", "mps"]
+
+
+# ---- what the chat template is given ----------------------------------------------------------------------------
+
+WISHES = "{% if not style is defined %}{% set style = 'plain' %}{% endif %}{{ style }} {{ strftime_now('%d %b %Y') }}\n"
+QUESTION = [{"role": "user", "content": "Why?"}]
+
+
+def test_the_template_is_given_what_the_recipe_says_and_is_saved_as_it_was(tmp_path: Path) -> None:
+    save_chat_model(tmp_path / "model", WISHES + CHATML)
+    keywords = {"style": "brief", "strftime_now": "2025-06-30"}
+    section = Model(name=str(tmp_path / "model"), chat_template_kwargs=keywords)
+    tokenizer = tokenizer_of(section)
+    assert str(tokenizer.apply_chat_template(QUESTION, tokenize=False)).startswith("brief 30 Jun 2025\n")
+    assert tokenizer.decode(render(QUESTION, tokenizer)).startswith("brief 30 Jun 2025\n")
+    # A row's own go before those of the recipe.
+    assert tokenizer.decode(render(QUESTION, tokenizer, given={"style": "long"})).startswith("long 30 Jun 2025\n")
+    again = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    assert str(again.apply_chat_template(QUESTION, tokenize=False)).startswith("brief 30 Jun 2025\n")
+    again.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_template == WISHES + CHATML
+    assert section.whole(tmp_path / "saved").chat_template_kwargs == keywords
+    # Without the recipe's section, as for reward models, there is nothing that it is given.
+    bare = load_tokenizer(tmp_path / "model")
+    assert str(bare.apply_chat_template(QUESTION, tokenize=False)).startswith("plain ") and keywords_of(bare) == {}
+    assert keywords_of(again) == keywords
+
+
+@pytest.mark.parametrize(
+    "keywords, words",
+    [
+        ({"styel": "brief"}, "`styel` is not read by the chat template"),
+        ({"styel": "brief"}, "did you mean `style`?"),
+        ({"styel": "brief"}, "expected: one of strftime_now, style"),
+        ({"tokenize": True}, "`tokenize` is what prefold itself gives"),
+        ({"messages": []}, "`messages` is what prefold itself gives"),
+        ({"add_generation_prompt": True}, "`add_generation_prompt` is what prefold itself gives"),
+        ({"tools": []}, "`tools` is not read"),
+    ],
+)
+def test_keywords_that_the_template_does_not_read(tmp_path: Path, keywords: dict[str, Any], words: str) -> None:
+    save_chat_model(tmp_path / "model", WISHES + CHATML)
+    with pytest.raises(UserError) as caught:
+        tokenizer_of(Model(name=str(tmp_path / "model"), chat_template_kwargs=keywords))
+    assert words in str(caught.value) and "model.chat_template_kwargs" in str(caught.value)

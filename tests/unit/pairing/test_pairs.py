@@ -21,7 +21,7 @@ from tiny_tokenizer import CHATML, STRICT, make_tokenizer
 
 from prefold.cli import main
 from prefold.data import shapes
-from prefold.data.conversion import to_record
+from prefold.data.conversion import to_records
 from prefold.data.preference import Preference
 from prefold.data.shapes import find_shape
 from prefold.data.sources import read_rows
@@ -102,7 +102,7 @@ def trained_on(path: Path) -> list[Preference]:
     rows = list(read_rows(Source(path=str(path))))
     shape = find_shape(rows, path.name)
     assert shape.kind == "pairs"
-    records = [to_record(row, shape) for row in rows]
+    records = [record for row in rows for record in to_records(row, shape)]
     assert all(isinstance(record, Preference) for record in records), records
     return [record for record in records if isinstance(record, Preference)]
 

@@ -19,9 +19,11 @@ from fake_run import DATA, ENVIRONMENT, HELDOUT, HOSTILE, MERGE, RECIPE, metrics
 from prefold.errors import UserError
 from prefold.reports import curves
 from prefold.reports import page as html
+from prefold.reports.check import print_check
 from prefold.reports.data_tables import data_tables
 from prefold.reports.page import write_check, write_report
 from prefold.reports.run_files import readable
+from prefold.terminal import as_text
 
 VOID = {"meta", "link", "br", "img", "input", "base"}
 
@@ -167,7 +169,43 @@ def test_the_page_of_a_check(tmp_path: Path) -> None:
     bars = [attributes for tag, attributes in page.elements if tag == "i" and "style" in attributes]
     assert [(bar.get("class"), bar["style"]) for bar in bars] == [("against", "width: 33.3%"), (None, "width: 100.0%")]
     trained = [attributes["class"] for _, attributes in page.elements if "trained" in (attributes.get("class") or "")]
-    assert trained == ["text trained chosen", "text trained rejected"]
+    assert trained == ["trained chosen", "trained rejected"]
+    assert not [tag for tag, attributes in page.elements if attributes.get("class") == "context"]
+
+
+def test_context_within_a_completion_is_not_shown_as_trained(tmp_path: Path) -> None:
+    facts = checked("words") | {"sources": [], "tokens": {}}
+    shown = shown_row("words") | {"completions": ["I look. 42 So.", "No."], "context": [[[7, 11]], []]}
+    write_check(tmp_path / "check.html", "mine.yaml", facts | {"examples": [shown]})
+    page = Page((tmp_path / "check.html").read_text(encoding="utf-8"))
+    classes = [attributes["class"] for tag, attributes in page.elements if tag == "span" and attributes.get("class")]
+    assert classes.count("context") == 2, "the legend and the span"
+    assert "what is grey is read only" in page.text and "I look. 42 So." in page.text
+    text = as_text(lambda console: print_check({**facts, "examples": [shown]}, console))
+    assert "I look.~ 42 ~So." in text and "what is between ~ and ~ is read only" in " ".join(text.split())
+    plain = as_text(lambda console: print_check({**facts, "examples": [shown_row("words")]}, console))
+    assert "~" not in plain
+
+
+def test_unused_columns_and_examples_of_sources(tmp_path: Path) -> None:
+    source = {"path": "a.jsonl", "shape": "text", "rows_in": 9, "rows_used": 8, "rows_filtered": 0, "rows_not_drawn": 0}
+    ranked = source | {"path": "b.jsonl", "examples": 20, "unused": ("id", "meta")}
+    for sources, counts, named in (
+        ([source | {"examples": 8, "unused": []}], False, ""),
+        ([ranked], True, "Columns that are not used: id, meta."),
+        (
+            [ranked, ranked | {"path": "c.jsonl", "unused": ["id", "meta"]}],
+            True,
+            "Columns that are not used (b.jsonl, c.jsonl): id, meta.",
+        ),
+    ):
+        facts = checked("words") | {"sources": sources, "tokens": {}}
+        write_check(tmp_path / "check.html", "mine.yaml", facts)
+        page = Page((tmp_path / "check.html").read_text(encoding="utf-8"))
+        text = as_text(lambda console, facts=facts: print_check(facts, console))  # type: ignore[misc]
+        assert ("Examples" in page.text) == ("examples" in text.splitlines()[0]) == counts
+        assert named in page.text and ("not used" in page.text) == ("not used" in text) == bool(named)
+        assert named.rstrip(".").lower() in text
 
 
 def test_a_page_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
@@ -176,7 +214,12 @@ def test_a_page_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
         write_check(tmp_path / "taken" / "check.html", "mine.yaml", checked("words"))
 
 
-@pytest.mark.parametrize("odd", [None, 3, "text", [3], [{}], [{"completions": 3, "tokens": "x", "row": []}]])
+ODD_CONTEXT = {"completions": ["ab", "c"], "tokens": [1, 2, 3], "context": [[[0], [0, "x"], 3, [1, 9]], 7]}
+
+
+@pytest.mark.parametrize(
+    "odd", [None, 3, "text", [3], [{}], [{"completions": 3, "tokens": "x", "row": []}], [ODD_CONTEXT]]
+)
 def test_odd_examples_do_not_break_the_page(odd: Any, tmp_path: Path) -> None:
     assert report(tmp_path, data=DATA | {"examples": odd}).text
 

@@ -1,0 +1,203 @@
+"""A row of a recipe's data, from its file to its tokens. It is read, converted and tokenized by what prepares all rows.
+
+Data in: where the row is (`12`, `pairs.jsonl:12`); data out: `SeenRow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, takewhile
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from prefold.data.chat import Writer, require_chat_template, tokenize_all
+from prefold.data.duplicates import Contamination
+from prefold.data.findings import about_problems
+from prefold.data.formats import RawRow
+from prefold.data.mixture import HEAD_ROWS, Side, head_of, unpaired
+from prefold.data.preference import Problem, Record, RowId, Unpaired
+from prefold.data.selection import benchmark_texts, select_rows
+from prefold.data.shapes import Kind
+from prefold.data.sources import names_of_rows, read_rows
+from prefold.data.survey import messages_of, parts_of
+from prefold.errors import UserError
+from prefold.recipe import Data, Source
+from prefold.recipe.where import Mismatch, Where
+from prefold.trees.packing import TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Seen = tuple[Record, list[str] | None, TokenTree | None]
+"""A record, its rendered texts (the prompt, and the conversation with each answer), and its tree; None where there is
+none."""
+
+
+@dataclass(frozen=True)
+class SeenRow:
+    """A row as it is read and the records that are made of it; `left_out` says why it is not trained on, if so."""
+
+    raw: RawRow
+    split: str
+    shape: str
+    records: list[Seen]
+    left_out: list[Problem]
+    oddities: list[Problem]
+    data: Data
+    tokenizer: PreTrainedTokenizerBase
+
+    def as_json(self) -> dict[str, Any]:
+        """With an entry of `messages`, `rendered` and `tokens` for each record."""
+        findings = [{**asdict(found), "rows": []} for found in about_problems(self.oddities, self.data)]
+        return {
+            "row": asdict(self.raw.origin),
+            "split": self.split,
+            "recognised_as": self.shape,
+            "left_out": [{"kind": problem.kind, "message": problem.message} for problem in self.left_out],
+            "findings": findings,
+            "read": self.raw.value,
+            "messages": [messages_of(record) for record, _, _ in self.records],
+            "rendered": [
+                texts and dict(zip(parts_of(record), texts, strict=True)) for record, texts, _ in self.records
+            ],
+            "tokens": [tree and self._tokens(record, tree) for record, _, tree in self.records],
+        }
+
+    def _tokens(self, record: Record, tree: TokenTree) -> dict[str, Any]:
+        """Of each part `{id, text, part}`, the last being prompt, context or scored."""
+        context = tree.context or ((),) * len(tree.completions)
+        shown = {"prompt": [self._token(token, "prompt") for token in tree.prompt]}
+        for name, ids, spans in zip(parts_of(record)[1:], tree.completions, context, strict=True):
+            unscored = {index for start, stop in spans for index in range(start, stop)}
+            shown[name] = [
+                self._token(token, "context" if index in unscored else "scored") for index, token in enumerate(ids)
+            ]
+        return shown
+
+    def _token(self, token: int, part: str) -> dict[str, Any]:
+        text = str(self.tokenizer.decode([token], skip_special_tokens=False))
+        # A part of a character has no text of its own.
+        text = str(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
+        return {"id": token, "text": text, "part": part}
+
+
+def see_row(row: str, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> SeenRow:
+    """Read up to a row and make of it what `load_split` would; of a source that is drawn from, all rows are read.
+
+    Args:
+        row: its 1-based number as findings name it, behind the name of its source or file where there are several.
+
+    Raises:
+        UserError: there is no such row, several are called so, or its source cannot be read or recognised.
+    """
+    if data.template == "chat":
+        require_chat_template(tokenizer)
+    # What stops a run at a bad row is shown here.
+    lenient = data.model_copy(update={"bad_rows": "drop", **({"overlong": "drop"} if data.overlong == "error" else {})})
+    name, matches = _matches(row, data)
+    seen = []
+    for split, source in matches:
+        origin = RowId(name, int(row.rpartition(":")[2]))
+        contamination = None
+        if split == "train" and data.decontaminate:
+            contamination = Contamination(chain.from_iterable(map(benchmark_texts, data.decontaminate)))
+        side = Side(split, lenient, tokenizer, kind, contamination, None)
+        seen.append(_seen(_read(source, origin), source, getattr(data, split), side, seed))
+    # The same file may be a source twice, with conditions that leave the row to one of them.
+    return min(seen, key=lambda each: bool(each.left_out))
+
+
+def _matches(row: str, data: Data) -> tuple[str, list[tuple[str, Source]]]:
+    """What the wanted row calls its source, and the sources that may have it."""
+    wanted, _, number = row.rpartition(":")
+    if not number.isdecimal() or not int(number):
+        raise UserError(f"`{row}` is no row", where="`--row`", expected="its number, such as 12 or pairs.jsonl:12")
+    by_name: dict[str, list[tuple[str, Source]]] = {}
+    for split in ("train", "eval"):
+        for source in getattr(data, split):
+            for name in names_of_rows(source):
+                by_name.setdefault(name, []).append((split, source))
+    fitting = {
+        name: sources
+        for name, sources in by_name.items()
+        if not wanted or wanted in (name, PurePath(name).name) or any(wanted == source.path for _, source in sources)
+    }
+    if len(fitting) == 1:
+        return next(iter(fitting.items()))
+    shown = "".join(f"\n    {name}:{number}" for name in list(fitting or by_name)[:8])
+    what = f"`{wanted}` is no source of the recipe" if not fitting else f"there are {len(fitting)} sources with rows"
+    raise UserError(what, where="`--row`", expected=f"the source and the row, such as{shown}")
+
+
+def _read(source: Source, origin: RowId) -> RawRow:
+    last = 0
+    for raw in read_rows(source):
+        if raw.origin == origin:
+            return raw
+        if raw.origin.source == origin.source:
+            last = raw.origin.row
+            if last > origin.row:
+                raise UserError(f"row {origin.row} is empty", where=origin.source, advice=f"the next is {last}")
+    raise UserError(f"there is no row {origin.row}", where=origin.source, expected=f"1 to {last}")
+
+
+def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: Side, seed: int) -> SeenRow:
+    before = [other for other in sources[: sources.index(source)] if side.repeats]
+    weighted = [other for other in sources if source.weight and other.weight]
+    needed = [other for other in sources if other is source or other in before or other in weighted]
+    selections = dict(zip(map(id, needed), select_rows(needed, seed), strict=True))
+    rows = selections[id(source)].rows
+    head = list(head_of(rows))
+    shape, rule = side.shape_of(head, source)
+    left_out = _filtered(raw, source)
+    if not left_out and (source.count or source.weight or side.repeats):
+        for other in before:
+            _read_through(list(selections[id(other)].rows), other, side)
+        drawn = list(chain(head, rows))
+        earlier = list(takewhile(lambda row: row.origin != raw.origin, drawn))
+        if len(earlier) == len(drawn):
+            left_out = [Problem("not_drawn", "`count` or `weight` does not draw it", raw.origin)]
+        elif side.repeats:
+            _read_through(earlier, source, side)
+    side.oddities.clear()
+    records = []
+    for result in side.records_of(raw, shape, rule):
+        more, problem = ([], result) if isinstance(result, Problem) else _tokenized(result, side)
+        records += more
+        left_out += [problem] if problem else []
+    return SeenRow(raw, side.name, shape.name, records, left_out, side.oddities, side.data, side.tokenizer)
+
+
+def _filtered(raw: RawRow, source: Source) -> list[Problem]:
+    """Why `where` leaves the row out, if it does."""
+    try:
+        if raw.value is None or not source.where or Where(source.where)(raw.value):
+            return []
+        return [Problem("filtered", f"`where: {source.where}` leaves it out", raw.origin)]
+    except Mismatch as mismatch:
+        return [Problem("where_failed", str(mismatch), raw.origin)]
+
+
+def _read_through(rows: Sequence[RawRow], source: Source, side: Side) -> None:
+    """Let a side see earlier rows, which a row may repeat."""
+    for _ in side.usable(rows, *side.shape_of(rows[:HEAD_ROWS], source)):
+        pass
+
+
+def _tokenized(record: Record, side: Side) -> tuple[list[Seen], Problem | None]:
+    written = Writer(side.tokenizer, side.data.template).written(record)
+    if isinstance(written, Problem):
+        return [(record, None, None)], written
+    texts = [written.prompt, *written.conversations]
+    [tokenized] = tokenize_all([record], side.tokenizer, side.data.template)
+    if isinstance(tokenized, Problem):
+        return [(record, texts, None)], tokenized
+    example = side.example_of(record, tokenized)
+    if isinstance(example, Problem):
+        return [(record, texts, tokenized.tree)], example
+    if side.kind != "unpaired" or isinstance(record, Unpaired):
+        return [(record, texts, example.tree)], None
+    answers = zip(unpaired(example), texts[1:], strict=True)
+    return [(one.record, [texts[0], text], one.tree) for one, text in answers], None

@@ -1,0 +1,132 @@
+"""Which tokens of an answer of several turns the assistant writes: those are scored, what stands between them is read.
+
+A template is asked twice for each of the assistant's turns: for the conversation before it, up to where it writes, and
+for the conversation that ends with it. Both are found again in the ids of the whole conversation. Templates that write
+a turn otherwise once others follow it are searched for its end token and its own words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise, takewhile
+from typing import TYPE_CHECKING, Any, cast
+
+from prefold.data.preference import Message, Messages, Unfit, call_texts
+from prefold.trees.packing import Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
+
+
+def is_written(words: str, text: str) -> bool:
+    """Whether a text holds some words: as they are, as JSON, or with other white space, also around thoughts."""
+    if words.strip() in text or any(json.dumps(words, ensure_ascii=how)[1:-1] in text for how in (False, True)):
+        return True
+    squeezed = "".join(text.split())
+    return all("".join(piece.split()) in squeezed for piece in THOUGHT.split(words))
+
+
+def common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their start."""
+    if second[: len(first)] == first:
+        return len(first)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def ending(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: Collection[int]) -> list[int]:
+    """The special tokens that some tokens end with, white space between them left out; the last comes first."""
+    found = []
+    for token in reversed(ids):
+        if token in special:
+            found.append(token)
+        elif cast(str, tokenizer.decode([token])).strip():
+            break
+    return found
+
+
+def context_of(
+    answer: Messages,
+    ids: list[int],
+    cut: int,
+    steps: Sequence[tuple[list[int], list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    special: Collection[int],
+) -> tuple[Span, ...]:
+    """Spans of the tokens of an answer that the assistant does not write, relative to its start.
+
+    Args:
+        ids: of the whole conversation, whose first `cut` are the prompt.
+        steps: for each of the assistant's turns the ids of the conversation before it, with what asks for it, and of
+            the conversation up to its end.
+
+    Raises:
+        Unfit: the template writes turns otherwise once others follow, so that their tokens cannot be known.
+    """
+    numbers = [number for number, turn in enumerate(answer) if turn["role"] == "assistant"]
+    context: list[Span] = []
+    end = cut
+    for position, (number, (asked, until)) in enumerate(zip(numbers, steps, strict=True)):
+        start = cut
+        if position:
+            start = _start(ids, end, asked, steps[position - 1][1])
+            between = cast(str, tokenizer.decode(ids[end:start]))
+            if not all(is_written(turn["content"], between) for turn in answer[numbers[position - 1] + 1 : number]):
+                raise _unknown()
+            context += [(end - cut, start - cut)] if end < start else []
+        end = len(ids)
+        if position < len(numbers) - 1:
+            # Where what asks for the next turn is not found, a turn may be as long as what is left.
+            limit = common(ids, steps[position + 1][0])
+            left = ids[start : limit if limit > start else len(ids)]
+            end = start + _length(answer[number], left, until[common(asked, until) :], tokenizer, special)
+    return tuple(context)
+
+
+def _start(ids: Sequence[int], end: int, asked: list[int], before: list[int]) -> int:
+    """Where a turn begins that is asked for by `asked`, the turn before it ending at `end`, and in `before`."""
+    if (start := common(ids, asked)) >= end:
+        return start
+    # The template writes something before `end` otherwise; what follows the earlier turn is compared alone.
+    if common(asked, before) < len(before) - 1:
+        raise _unknown()
+    return end + common(ids[end:], asked[len(before) :])
+
+
+def _length(
+    turn: Message,
+    ids: list[int],
+    own: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    special: Collection[int],
+) -> int:
+    """How many of the first of `ids` are the turn, which the template writes as `own` where nothing follows it."""
+    same = common(ids, own)
+    rest = own[same:]
+    if all(token in special or not cast(str, tokenizer.decode([token])).strip() for token in rest):
+        if not rest or ending(own[:same], tokenizer, special):
+            return same
+        if same < len(ids) and ids[same] in special:  # a token that ends turns within, in place of the last one's
+            return same + 1
+    words = [turn["content"], *(text for call in turn.get("tool_calls", ()) for text in call_texts(call))]
+    behind = list(takewhile(lambda token: token not in special, reversed(own)))[::-1]
+    for length in _lengths(ids, ending(own, tokenizer, special), special):
+        text = cast(str, tokenizer.decode(ids[:length]))
+        if all(is_written(word, text) for word in words):
+            return length + len(behind) if ids[length : length + len(behind)] == behind else length
+    raise _unknown()
+
+
+def _lengths(ids: Sequence[int], marks: Sequence[int], special: Collection[int]) -> Iterator[int]:
+    """Up to where a turn may go: a token that ends the turn alone, else a special one with another behind it."""
+    for mark in marks:
+        yield from (place + 1 for place, token in enumerate(ids) if token == mark)
+    yield from (place + 1 for place, two in enumerate(pairwise(ids)) if two[0] in special and two[1] in special)
+
+
+def _unknown() -> Unfit:
+    what = "the chat template writes a turn otherwise once others follow, so which tokens it becomes cannot be known"
+    return Unfit("template_refused", what)

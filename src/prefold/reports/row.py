@@ -1,0 +1,119 @@
+"""What `prefold check --row` shows in a terminal: a row as it is read, as messages, as text and as tokens."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from prefold.reports.check import CONTROL, print_findings
+from prefold.reports.run_files import Values
+from prefold.reports.terminal_tables import indented
+
+LONGEST_CELL = 400
+MARKS = {"prompt": "", "context": "~", "scored": "+"}
+"""Tell the parts apart where there is no colour."""
+STYLES = {"prompt": "dim", "context": "yellow", "scored": "green"}
+VISIBLE = CONTROL | {ord(" "): "\u00b7", ord("\n"): "\u23ce", ord("\t"): "\u21e5", ord("\r"): "\u240d"}
+
+
+def print_row(facts: Values, console: Console | None = None) -> None:
+    """Args: facts: the content of `SeenRow.as_json`. console: unset: stdout."""
+    console = console or Console(highlight=False)
+    origin = facts["row"]
+    title = (
+        f"{origin['source']}, row {origin['row']}, of `data.{facts['split']}`; recognised as {facts['recognised_as']}"
+    )
+    console.print(Text(title, style="bold"))
+    for problem in facts["left_out"]:
+        console.print(Text("left out", style="yellow").append(f"  {problem['kind']}: {problem['message']}", "default"))
+    print_findings(console, facts["findings"])
+    _print_heading(console, "As it is read")
+    for name, cell in (facts["read"] or {}).items():
+        _print_named(console, name, shown_cell(cell))
+    entries = list(zip(facts["messages"], facts["rendered"], facts["tokens"], strict=True))
+    for number, (messages, rendered, tokens) in enumerate(entries, start=1):
+        which = f", {number} of {len(entries)}" if len(entries) > 1 else ""
+        _print_heading(console, f"As messages{which}")
+        print_messages(console, messages)
+        if rendered:
+            _print_heading(console, f"As text{which}")
+            _print_rendered(console, rendered)
+        if tokens:
+            _print_heading(console, f"As it is trained{which}")
+            _print_tokens(console, tokens)
+
+
+def shown_cell(cell: Any, longest: int = LONGEST_CELL) -> str:
+    """A cell as text that a terminal can show, cut where it is long: a very long one in its middle."""
+    text = cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
+    text = text.encode("utf-8", "backslashreplace").decode().translate(CONTROL)
+    if len(text) <= longest:
+        return text
+    if longest < LONGEST_CELL:
+        return f"{text[: longest - 3]}..."
+    half = longest // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def print_messages(console: Console, messages: Values, longest: int = LONGEST_CELL) -> None:
+    """The parts of a record, each message with its role and whatever else it has beside its text."""
+    for part, value in messages.items():
+        if part not in ("prompt", "chosen", "rejected", "completion"):
+            _print_named(console, part, shown_cell(value, longest))
+            continue
+        for message in value:
+            further = {name: field for name, field in message.items() if name not in ("role", "content")}
+            _print_named(console, f"{part}, {message['role']}", shown_cell(message.get("content") or "", longest))
+            for name, field in further.items():
+                console.print(indented(Text(f"{shown_cell(name)}: {shown_cell(field, longest)}", "cyan"), 4))
+
+
+def _print_heading(console: Console, text: str) -> None:
+    console.print()
+    console.print(Text(text, style="bold underline"))
+
+
+def _print_named(console: Console, name: str, text: str) -> None:
+    console.print(Text(f"{shown_cell(name)}:", style="bold"))
+    console.print(indented(Text(text.translate(CONTROL)), 4))
+
+
+def _print_rendered(console: Console, rendered: dict[str, str]) -> None:
+    """The prompt, and of each conversation what goes beyond it."""
+    for part, text in rendered.items():
+        goes_on = part != "prompt" and text.startswith(rendered["prompt"])
+        _print_named(console, part, text[len(rendered["prompt"]) :] if goes_on else text)
+
+
+def _print_tokens(console: Console, tokens: dict[str, list[Values]]) -> None:
+    console.print(
+        Text("No mark: prompt. ", STYLES["prompt"])
+        .append(f"{MARKS['scored']}: trained on. ", STYLES["scored"])
+        .append(f"{MARKS['context']}: read, and not trained on. ", STYLES["context"])
+        .append("Behind each token its id.")
+    )
+    for part, of_part in tokens.items():
+        counts = [f"{sum(token['part'] == kind for token in of_part)} {kind}" for kind in ("scored", "context")]
+        number = f"{len(of_part)} tokens" + ("" if part == "prompt" else f" ({', '.join(counts)})")
+        console.print(Text(f"{part}, {number}", style="bold"))
+        _print_wrapped(console, of_part)
+
+
+def _print_wrapped(console: Console, tokens: list[Values]) -> None:
+    """A token and its id stay in one line; a line of the text ends one."""
+    line = Text()
+    for token in tokens:
+        text = token["text"].translate(VISIBLE) or "\u2205"
+        cell = Text(f"{MARKS[token['part']]}{text}", STYLES[token["part"]]).append(f" {token['id']}", "dim")
+        if line and line.cell_len + 2 + cell.cell_len > console.width - 2:
+            console.print(indented(line))
+            line = Text()
+        line.append("  " if line else "").append(cell)
+        if "\n" in token["text"]:
+            console.print(indented(line))
+            line = Text()
+    if line:
+        console.print(indented(line))
