@@ -44,8 +44,8 @@ class Completion:
     """What a model wrote. `token_ids` include the end token; `finished` is False where the length limit cut it off.
 
     Log-probs in nats, one for each token: `logprobs` of the distribution that it was drawn from (0 where greedy),
-    `model_logprobs` of the model's own, at temperature 1, where asked for. `entropies`, likewise: in nats, of the distribution
-    at each token, at the sampling temperature, before `top_p`, `top_k` and `min_p`.
+    `model_logprobs` of the model's own, at temperature 1, where asked for. `entropies`, likewise: in nats, of the
+    distribution at each token, at the sampling temperature, before `top_p`, `top_k` and `min_p`.
     """
 
     token_ids: tuple[int, ...]
