@@ -356,13 +356,18 @@ def test_advantages_by_each_reward(functions: Sequence[Any], weights: Sequence[f
         assert found.abs().sum() > 1
 
 
+def bare_rloo(folder: Path) -> Any:
+    trainer = object.__new__(RLOOTrainer)
+    vars(trainer).update(vars(bare({}, folder)))
+    trainer.args = RLOOConfig(output_dir=str(folder), use_cpu=True, bf16=False, num_generations=SIZE)
+    return trainer
+
+
 def rloo_advantages(
     functions: Sequence[Any], weights: Sequence[float], groups: list[list[Completion]], normalised: bool, folder: Path
 ) -> Tensor:
     """By TRL's `RLOOTrainer`, made and fed as the other one."""
-    trainer, every = object.__new__(RLOOTrainer), [one for group in groups for one in group]
-    vars(trainer).update(vars(bare({}, folder)))
-    trainer.args = RLOOConfig(output_dir=str(folder), use_cpu=True, bf16=False, num_generations=SIZE)
+    trainer, every = bare_rloo(folder), [one for group in groups for one in group]
     trainer.reward_funcs, trainer.reward_weights = list(functions), torch.tensor(weights)
     trainer.reward_func_names = [function.__name__ for function in functions]
     trainer._tokenizer = SimpleNamespace(pad_token_id=PAD)
@@ -387,6 +392,34 @@ def test_advantages_of_rloo(functions: Sequence[Any], weights: Sequence[float], 
         found = advantages_of(algorithm, loaded(functions, weights), our_groups(functions, weights, drawn))
         torch.testing.assert_close(found.flatten(), wanted.double(), rtol=1e-5, atol=1e-5)
         assert found.abs().sum() > 1
+
+
+def test_gradient_of_rloo(tmp_path: Path) -> None:
+    """In the first step on a rollout; TRL does not divide by a length."""
+    given, trainer = rollout(off_policy=False), bare_rloo(tmp_path)
+    leaf, mask = given.policy.tokens, grid(given.policy, torch.ones_like(given.policy.tokens)).long()
+    trainer._get_per_token_logps_and_entropies = lambda *args, **how: (grid(given.policy, leaf), 0.0 * mask, None)
+    theirs = trainer._compute_loss(
+        None,
+        {
+            "prompt_ids": mask,
+            "prompt_mask": mask,
+            "completion_ids": mask,
+            "completion_mask": mask,
+            "old_logps": grid(given.policy, leaf.detach()).sum(1),
+            "advantages": given.policy.extras["advantages"],
+        },
+    )
+    algorithm = GRPO(
+        num_generations=SIZE,
+        baseline="leave_one_out",
+        scale_rewards="none",
+        loss_type="dr_grpo",
+        max_completion_length=9,
+    )
+    total = step_loss(algorithm.loss(given.policy, None), algorithm, given.trees)
+    (mine,), (other,) = (torch.autograd.grad(loss, leaf) for loss in (total, theirs))
+    torch.testing.assert_close(9 * mine, other, rtol=1e-10, atol=1e-12)
 
 
 # ---- whole steps -------------------------------------------------------------------------------------------------

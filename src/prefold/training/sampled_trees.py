@@ -146,10 +146,10 @@ class SampledTrees:
         return ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
 
     def is_left_out(self, completions: Sequence[Completion], advantages: Tensor) -> bool:
-        """Whether these completions of a group need no pass: they have no advantages, and the sampler tells what the
+        """Whether these completions of a group need no pass: they have no advantages, and the sampler gives what the
         metrics need."""
-        told = all(each.entropies is not None and each.logprobs for each in completions)
-        return self.leaves_out and bool(completions) and told and not advantages.any()
+        are_measured = all(each.entropies is not None and each.logprobs for each in completions)
+        return self.leaves_out and bool(completions) and are_measured and not advantages.any()
 
     def metrics_of_left_out(self, groups: Sequence[Sequence[Completion]]) -> Mapping[str, Metric]:
         """The algorithm's metrics of completions without advantages, by the model that drew them: they are those of the
