@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from prefold.data.preference import (
@@ -29,7 +29,7 @@ from prefold.data.preference import (
     short,
     texts_of,
 )
-from prefold.data.spans import THOUGHT, common, context_of, ending, is_written
+from prefold.data.spans import EMPTY_THOUGHT, THOUGHT, common, context_of, ending, is_written
 from prefold.data.templates import REFUSALS, Reads, reads
 from prefold.errors import UserError
 from prefold.recipe import Data
@@ -197,6 +197,9 @@ class Writer:
                 rest = conversation[len(prompt) :]
                 if header := self._header(record, answer[0], rest, prompt):
                     details["header_trained"] = quoted(header)
+                written = EMPTY_THOUGHT.match(rest)
+                if written and not EMPTY_THOUGHT.match(answer[0]["content"]):
+                    details["empty_thought"] = quoted(written[0])
             else:
                 rest = conversation
                 self._require_same_prompt(record, prompt, conversation)
@@ -332,7 +335,7 @@ def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
         left = data.max_length - completion
         if left > 0:
             kept = min(left, data.max_prompt_length or left)
-            return TokenTree(tree.prompt[-kept:], tree.completions, tree.context)
+            return replace(tree, prompt=tree.prompt[-kept:])
         message = f"a completion of {completion} tokens leaves no room for a prompt in `max_length` {data.max_length}"
     return Problem("overlong", message, tokenized.origin)
 

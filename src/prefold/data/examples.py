@@ -188,14 +188,13 @@ def _row(example: Example) -> dict[str, Any]:
         "kind": type(record).__name__,
         "source": record.origin.source,
         "row": record.origin.row,
-        "prompt_key": _key(whole_prompt(record)),
+        "prompt_key": _key(record.prompt),
         "record_key": _key(whole_prompt(record), *record.answers),
     }
 
 
-def _key(*parts: Sequence[Message], given: dict[str, Any] | None = None) -> bytes:
-    more = json.dumps(given, default=str, sort_keys=True) if given else ""
-    return hashlib.blake2b((messages_key(*parts) + more).encode(), digest_size=16).digest()
+def _key(*parts: Sequence[Message]) -> bytes:
+    return hashlib.blake2b(messages_key(*parts).encode(), digest_size=16).digest()
 
 
 def prompts_of(examples: Iterable[Example]) -> list[Prompt]:

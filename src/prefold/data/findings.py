@@ -115,6 +115,7 @@ _DETAILED = (
     "unread_field",
     "text_dropped",
     "header_trained",
+    "empty_thought",
     "prompt_not_prefix",
     "template_refused",
 )
@@ -174,6 +175,11 @@ _ABOUT_ROWS = {
     "text_dropped": (
         ": the chat template leaves words of them out",
         "put thoughts into a field that it reads, or use a template that writes them",
+    ),
+    "empty_thought": (
+        ": the chat template writes an empty thought before the answer, and it is trained on",
+        "the model learns not to think; `model.chat_template_kwargs` can move it into the prompt, often by "
+        "`{enable_thinking: false}`",
     ),
     "header_trained": (
         ": the answer's header is trained as part of the answer",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
+EMPTY_THOUGHT = re.compile(r"\s*<think(ing)?>\s*</think(?(1)ing)>\s*")
 
 
 def is_written(words: str, text: str) -> bool:

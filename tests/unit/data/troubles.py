@@ -57,6 +57,10 @@ def among(*rows: dict[str, Any] | str) -> list[dict[str, Any] | str]:
 PLAIN = CHATML.replace(
     "{% if loop.first and message.role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}", ""
 )
+THOUGHTFUL = PLAIN.replace(
+    "{{ message.content }}",
+    "{% if message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message.content }}",
+)
 MUTE = PLAIN.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
 LAST_TURN_DIFFERS = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -216,6 +220,7 @@ MESSAGES = [
     ),
 ]
 TEMPLATES = [
+    Trouble("a template that writes an empty thought", among(pair()), "empty_thought", template=THOUGHTFUL),
     Trouble("a template that ignores what it is asked", among(pair()), "header_trained", template=MUTE),
     Trouble(
         "a last turn that is written otherwise", [pair()], f"{REFUSED}template_refused", template=LAST_TURN_DIFFERS

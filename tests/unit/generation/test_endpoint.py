@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer, Failure
 
-from prefold.data.preference import Message
+from prefold.data.preference import Message, Prompt, RowId
 from prefold.errors import UserError
 from prefold.generation import endpoint
 from prefold.generation.endpoint import Endpoint, Refused, in_parallel
@@ -264,3 +264,12 @@ def test_replies_that_are_none(chat_server: ChatServer, tmp_path: Path, reply: s
     chat_server.answer = lambda body: reply
     with pytest.raises(NoVerdict):
         judge(chat_server, tmp_path).shares(ASKED, ["a", "b"])
+
+
+def test_what_a_prompt_gives_its_template_is_sent() -> None:
+    prompt = Prompt((), {}, RowId("a", 1), {"tools": [{"type": "function"}], "enable_thinking": False})
+    assert endpoint._beside_messages(prompt) == {
+        "tools": [{"type": "function"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert endpoint._beside_messages(Prompt((), {}, RowId("a", 1))) == {}
