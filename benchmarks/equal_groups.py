@@ -33,6 +33,7 @@ from prefold.rewards.scoring import LoadedReward
 from prefold.training.arguments import training_arguments
 from prefold.training.loop import StepOrder, TrainingLoop
 from prefold.training.sampled_trees import SampledTrees
+from prefold.trees.attention import unwrapped
 from prefold.trees.memory import auto_max_tokens
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import choose_scorer
@@ -81,7 +82,7 @@ def loop_of(options: argparse.Namespace) -> TrainingLoop:
     )
     model = add_lora(load_model(Model(name=options.model), dtype="float32"), Lora(**lora_settings()), seed=0)
     checked = [replace(tree, completions=(tree.prompt[:8],) * 2) for tree in trees[:2]]
-    scorer = choose_scorer(model, checked, auto_max_tokens(model, False))
+    scorer = choose_scorer(model, checked, auto_max_tokens(unwrapped(model), False))
     order = StepOrder(len(trees), len(trees), options.steps * len(trees), seed=0)
     rewards, columns = [LoadedReward("every_second", every_second)], ["row"]
     source = SampledTrees(recipe.algorithm, scorer, examples, rewards, columns, tokenizer, order, [], seed=0)

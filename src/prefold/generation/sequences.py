@@ -185,7 +185,8 @@ def entropy_of(scores: Tensor) -> Tensor:
     below = scores - scores.amax(-1, keepdim=True)
     weights = below.exp()
     total = weights.sum(-1)
-    return total.log() - torch.linalg.vecdot(weights, below) / total
+    expected: Tensor = torch.linalg.vecdot(weights, below) / total
+    return total.log() - expected
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
