@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten()
     measured = alternate(loop_of(options), options.steps)
     table = Table("seconds of a step", "with", "without", "ratio")
-    for part in ("step", "gradients"):
+    for part in ("step", "gradients", "cpu_seconds"):
         medians = (f"{statistics.median(measured['seconds'][side][part]):.2f}" for side in ("with", "without"))
         table.add_row(part, *medians, f"{measured[f'ratio_{part}']:.2f} {measured[f'spread_{part}']}")
     Console().print(table)
@@ -99,19 +99,23 @@ def every_second(completions: Sequence[str], row: Sequence[int], **columns: Any)
 
 
 def alternate(loop: TrainingLoop, steps: int) -> dict[str, Any]:
-    """Seconds of both sides, the medians of their ratios, and by how much their numbers differ at most."""
-    seconds: dict[str, dict[str, list[float]]] = {side: {"step": [], "gradients": []} for side in SIDES}
+    """Seconds of both sides, the medians of their ratios, and by how much their numbers differ at most.
+
+    Where `cpu_seconds` are far from the time that passed, other work shared the machine; their ratio is that of a CPU.
+    """
+    parts = ("step", "gradients", "cpu_seconds")
+    seconds: dict[str, dict[str, list[float]]] = {side: {part: [] for part in parts} for side in SIDES}
     difference = 0.0
     for step in range(-1, steps):  # the first one warms up
         numbers = []
         for side in sorted(SIDES, reverse=step % 2 == 0):
-            of_step, of_gradients, values = timed(loop, max(step, 0), SIDES[side])
+            elapsed, values = timed(loop, max(step, 0), SIDES[side])
             numbers.append(values)
             if step >= 0:
-                seconds[side]["step"].append(round(of_step, 3))
-                seconds[side]["gradients"].append(round(of_gradients, 3))
+                for part, value in zip(parts, elapsed, strict=True):
+                    seconds[side][part].append(round(value, 3))
         difference = max(difference, float((numbers[0] - numbers[1]).abs().max()))
-    ratios = {part: Ratio.of(seconds["with"][part], seconds["without"][part]) for part in ("step", "gradients")}
+    ratios = {part: Ratio.of(seconds["with"][part], seconds["without"][part]) for part in parts}
     return {
         **{f"ratio_{part}": ratio.median for part, ratio in ratios.items()},
         **{f"spread_{part}": ratio.spread for part, ratio in ratios.items()},
@@ -120,22 +124,22 @@ def alternate(loop: TrainingLoop, steps: int) -> dict[str, Any]:
     }
 
 
-def timed(loop: TrainingLoop, step: int, leaves_out: bool) -> tuple[float, float, torch.Tensor]:
-    """Seconds of a step and of its gradients alone; loss and gradients."""
+def timed(loop: TrainingLoop, step: int, leaves_out: bool) -> tuple[tuple[float, ...], torch.Tensor]:
+    """Seconds of a step, of its gradients alone, and of the processor in the step; loss and gradients."""
     source: Any = loop.source
     source.leaves_out = leaves_out
     source.sampling = replace(source.sampling, with_entropies=leaves_out)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     batch = source(step)
     sampled = time.perf_counter()
     with loop.scorer.in_place():
         loss, _ = loop.compute_gradients(batch)
-    ended = time.perf_counter()
+    ended, cpu_seconds = time.perf_counter(), time.process_time() - busy
     assert len(batch.left_out) == (len(batch.indices) // 2 if leaves_out else 0)
     gradients = [weight.grad.flatten() for weight in loop.model.parameters() if weight.grad is not None]
     values = torch.cat([loss[None], *gradients]).clone()
     loop.model.zero_grad()
-    return ended - started, ended - sampled, values
+    return (ended - started, ended - sampled, cpu_seconds), values
 
 
 if __name__ == "__main__":
