@@ -5,10 +5,12 @@ Exit codes: 0 done; 1 a stage failed, or `check` found an error; 2 wrong use.
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,9 +22,9 @@ from prefold.errors import StageError, UserError
 from prefold.files import storage_trouble, without_secrets
 from prefold.launch import launch, launched
 from prefold.recipe import Chat, Generate, Pairs, Source, builtin_recipes, first_comment, make_section, read_text
-from prefold.recipe.section import meaning_of, with_fields
+from prefold.recipe.section import all_fields, meaning_of, with_fields
 from prefold.recipe.text import apply_override
-from prefold.terminal import console
+from prefold.terminal import console, print_json, stdout_for_results
 
 app = typer.Typer(
     name="prefold",
@@ -47,7 +49,17 @@ ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a hub id, a folder, a GGUF file or pypi:...")
 ]
 Html = Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _results_alone(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        context.with_resource(stdout_for_results())
+    return wanted
+
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_results_alone)
+]
 
 
 def flag(name: str, field: FieldInfo) -> Any:
@@ -64,16 +76,49 @@ def flag(name: str, field: FieldInfo) -> Any:
     return Annotated[field.annotation, option]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"prefold {version('prefold')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     if debug:
         os.environ["PREFOLD_DEBUG"] = "1"
+    _require_fields_without_dashes(context)
     if launched() > 1 and context.invoked_subcommand not in ("run", "train"):
         what = f"`prefold {context.invoked_subcommand}` uses one process, and {launched()} were started"
         raise UserError(what, advice="start it directly; `run` and `train` use several")
+
+
+def _require_fields_without_dashes(context: typer.Context) -> None:
+    """Raises UserError: a field of the recipe is given like an option."""
+    command: Any = vars(context.command)["commands"][context.invoked_subcommand]
+    options = {"--help", *(name for parameter in command.params for name in parameter.opts)}
+    unknown = [i for i, argument in enumerate(sys.argv) if argument[:2] == "--" and _name_of(argument) not in options]
+    if not unknown or not any(parameter.name == "overrides" for parameter in command.params):
+        return
+    from prefold.recipe import Recipe
+
+    following = [*sys.argv[1:], "VALUE"]
+    for i in unknown:
+        option, equals, value = sys.argv[i].partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        fields = [field for field in all_fields(Recipe) if name in (field, field.rpartition(".")[2])]
+        if "." in name or fields:
+            advice = f"fields are set without dashes: `{(fields or [name])[0]}={value if equals else following[i]}`"
+            raise UserError(f"`{option}` is not an option of `prefold {context.invoked_subcommand}`", advice=advice)
+
+
+def _name_of(argument: str) -> str:
+    return argument.partition("=")[0]
 
 
 @app.command()
@@ -115,7 +160,7 @@ def check(
     facts = result.as_json()
     if html:
         write_check(html, recipe, facts)
-    print(json.dumps(facts, indent=2)) if as_json else print_check(facts)
+    print_json(facts) if as_json else print_check(facts)
     raise typer.Exit(0 if result.ok else 1)
 
 
@@ -125,7 +170,7 @@ def _check_row(recipe: str, row: str, overrides: list[str] | None, as_json: bool
     if more:
         raise UserError("it shows one row alone", where="`--row`", advice="leave the other options out, but `--json`")
     facts = prefold.check_row(recipe, row, overrides or []).as_json()
-    print(json.dumps(facts, indent=2, default=str)) if as_json else print_row(facts)
+    print_json(facts, default=str) if as_json else print_row(facts)
 
 
 @app.command()
@@ -152,7 +197,7 @@ def data(
         apply_override(given, setting)
     survey = prefold.describe_data(source, limit=limit, **given)
     facts = survey.as_json()
-    print(json.dumps(facts, indent=2, default=str)) if as_json else print_survey(facts)
+    print_json(facts, default=str) if as_json else print_survey(facts)
     if survey.refusal:
         raise survey.refusal
 
@@ -191,7 +236,7 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = 
 
     result = prefold.evaluate(recipe, overrides or [])
     folder = prefold.load_recipe(recipe, overrides or []).run_folder
-    print(json.dumps(result, indent=2)) if as_json else console.print(summary(folder))
+    print_json(result) if as_json else console.print(summary(folder))
 
 
 @app.command()
@@ -217,7 +262,7 @@ def compare(
     result = prefold.compare(models, names, include_path=folder, limit=limit, num_fewshot=num_fewshot)
     if html:
         write_comparison(html, result)
-    print(json.dumps(result, indent=2)) if as_json else console.print(summary(result))
+    print_json(result) if as_json else console.print(summary(result))
 
 
 @app.command()
@@ -240,7 +285,7 @@ def sweep(
     from prefold.reports.sweep import summary
 
     result = prefold.sweep(recipe, overrides or [], output=output)
-    print(json.dumps(result, indent=2)) if as_json else console.print(summary(result))
+    print_json(result) if as_json else console.print(summary(result))
     raise typer.Exit(1 if any(point["status"] == "failed" for point in result["points"]) else 0)
 
 
@@ -263,7 +308,7 @@ def publish(
     from prefold.reports.run_table import print_published
 
     outcome = prefold.publish(recipe, overrides or [], dry_run=dry_run)
-    print(json.dumps(outcome, indent=2)) if as_json else print_published(outcome)
+    print_json(outcome) if as_json else print_published(outcome)
 
 
 @app.command()
@@ -280,7 +325,7 @@ def generate(
     from prefold.generation.answers import print_answers
 
     answers = prefold.generate(model, prompts or [], file=file, **settings)
-    print(json.dumps({"answers": answers}, indent=2, ensure_ascii=False)) if as_json else print_answers(answers)
+    print_json({"answers": answers}, ensure_ascii=False) if as_json else print_answers(answers)
 
 
 @app.command()
@@ -310,7 +355,7 @@ def pairs(
     from prefold.pairing.make import print_report
 
     report = prefold.pairs(prompts, **settings)
-    print(json.dumps(asdict(report), indent=2)) if as_json else print_report(report)
+    print_json(asdict(report)) if as_json else print_report(report)
 
 
 @app.command()
@@ -356,7 +401,7 @@ def schema() -> None:
     """The JSON schema of recipes, for editors."""
     from prefold.recipe import json_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    print_json(json_schema())
 
 
 @app.command()
@@ -381,13 +426,25 @@ def main() -> NoReturn:
     except SystemExit as stop:
         # What typer makes of Ctrl-C, and training of SIGTERM.
         if isinstance(stop.code, int) and stop.code in (130, 143):
-            fail("stopped; a run goes on from here when it is started again", stop.code)
+            fail(stopped(sys.argv[1:]), stop.code)
         raise
     if launched() > 1:
         from prefold import ranks
 
         ranks.leave()
     sys.exit(0)
+
+
+GO_ON = ("run", "train", "merge", "evaluate", "compare", "sweep", "pairs")
+"""Commands that keep what was done when they are stopped."""
+
+
+def stopped(arguments: Sequence[str]) -> str:
+    """The message of a command that was stopped."""
+    if not any(argument in GO_ON for argument in arguments[:2]):
+        return "stopped"
+    again = shlex.join(["prefold", *(argument for argument in arguments if argument != "--fresh")])
+    return f"stopped\n  to do: `{again}` goes on from here"
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -3,13 +3,15 @@ to stdout, since its stderr looks like an error."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import StringIO
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -70,3 +72,31 @@ def as_text(show: Callable[[Console], None]) -> str:
     printed = StringIO()
     show(Console(file=printed, width=80, highlight=False, force_jupyter=False, force_terminal=False))
     return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+
+
+# ---- stdout for other programs ----------------------------------------------------------------------------------
+
+_results: TextIO | None = None
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """What anything but `print_json` prints goes to stderr: Python, libraries in C, child processes. That of file
+    descriptor 1 does so to the end of the process, since libraries may say something when it ends."""
+    global _results
+    stdout = sys.stdout
+    stdout.flush()
+    own = stdout is sys.__stdout__
+    _results = os.fdopen(os.dup(1), "w", encoding=stdout.encoding, errors=stdout.errors) if own else stdout
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        _results.flush()
+        sys.stdout, _results = stdout, None
+
+
+def print_json(value: Any, **options: Any) -> None:
+    """One object on stdout; `options` are of `json.dumps`."""
+    print(json.dumps(value, indent=2, **options), file=_results or sys.stdout)

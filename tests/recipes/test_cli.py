@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
+import select
+import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import prefold
 from prefold.cli import main
 from prefold.recipe import RecipeBase, dump_recipe
 
@@ -108,13 +116,70 @@ def test_generate(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     assert [answer["prompt"] for answer in json.loads(out)["answers"]] == ["Zero", "One", "Two"]
 
 
-def test_chat_with_two_models(cli: Cli, recipe_file: str, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_with_two_models(
+    cli: Cli, recipe_file: str, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cli("run", recipe_file)[0] == 0
-    said = iter(["Hello", "/new", "Again", ""])
+    saved = tmp_path / "saved.jsonl"
+    said = iter(
+        ["Hello", f"/save {saved}", "And?", f"/save {saved}", "/no", "/new", "Again", f"/save {saved}", "/exit"]
+    )
     monkeypatch.setattr("builtins.input", lambda prompt: next(said))
     code, out, _ = cli("chat", str(recipe().run_folder), "--compare", "--max-new-tokens", "4")
     assert code == 0
-    assert out.count("before:") == out.count("after:") == 2
+    assert out.count("before:") == out.count("after:") == 3
+    assert "there is no command `/no`" in out and "their answers are not to one prompt" in out
+    checked = prefold.check(recipe(data={"train": [{"path": str(saved)}], "eval_fraction": 0.0}))
+    assert [source["rows_used"] for source in checked.as_json()["sources"]] == [2]
+
+
+ENDLESS = """
+import time
+from prefold.generation import chat
+def answer(model, tokenizer, prompts, sampling, streamer):
+    while True:
+        streamer.on_finalized_text("words of an answer that has no end, ")
+        time.sleep(0.05)
+chat.answer = answer
+from prefold.cli import main
+main()
+"""
+
+
+def test_ctrl_c_in_a_terminal_stops_an_answer_and_then_the_chat(tiny_model: Path) -> None:
+    """At 40 columns, no line of an answer is longer, and none is broken by the terminal."""
+    terminal, own = pty.openpty()
+    arguments = [sys.executable, "-c", ENDLESS, "chat", str(tiny_model)]
+    size = {**os.environ, "COLUMNS": "40", "TERM": "xterm"}
+
+    def lead() -> None:
+        os.setsid()
+        fcntl.ioctl(own, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(arguments, stdin=own, stdout=own, stderr=own, env=size, preexec_fn=lead)
+    os.close(own)
+    shown = ""
+
+    def wait_for(text: str, after: int = 0) -> int:
+        nonlocal shown
+        deadline = time.monotonic() + 120
+        while text not in shown[after:]:
+            ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, shown
+            shown += os.read(terminal, 4096).decode()
+        return shown.index(text, after) + len(text)
+
+    wait_for("you: ")
+    os.write(terminal, b"Hello\n")
+    begin = wait_for("model: ")
+    second_line = wait_for("\n", wait_for("\n", begin))
+    os.write(terminal, b"\x03")
+    again = wait_for("you: ", wait_for("(stopped)", second_line))
+    os.write(terminal, b"\x03")
+    assert process.wait(60) == 0
+    os.close(terminal)
+    first, second = shown[begin:again].replace("\x1b[0m", "").splitlines()[:2]
+    assert f"model: {first} " == "model: words of an answer that has no " and second.startswith("end, words of")
 
 
 def test_fetch_prints_the_folder_only(cli: Cli, tiny_model: Path) -> None:
@@ -127,9 +192,68 @@ def test_recipes_and_schema(cli: Cli) -> None:
     assert json.loads(cli("schema")[1])["title"] == "Recipe"
 
 
+NOISE = """
+import ctypes, os, sys, atexit
+print("at import")
+atexit.register(print, "at exit")
+def mine(completions):
+    print("noise " * 1000)
+    os.write(1, b"from below")
+    os.system("echo from a child")
+    print("held on to", file=sys.__stdout__, flush=True)
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "evaluate"])
+def test_json_is_alone_on_stdout_whatever_is_printed(recipe: MakeRecipe, tmp_path: Path, command: str) -> None:
+    (tmp_path / "noise.py").write_text(NOISE)
+    made = recipe(
+        method="grpo",
+        grpo={"num_generations": 2, "max_completion_length": 4},
+        rewards=[{"name": "mine", "file": str(tmp_path / "noise.py")}],
+        train={"batch_size": 2, "max_steps": 1},
+        output_dir=str(tmp_path / "run"),
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(made))
+    if command == "evaluate":
+        prefold.merge(made) if prefold.train(made) else None
+    arguments = [sys.executable, "-m", "prefold", command, str(tmp_path / "recipe.yaml"), "--json"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert isinstance(json.loads(done.stdout), dict) and done.returncode == 0
+    assert "at import" in done.stderr and "at exit" in done.stderr
+    assert command == "check" or all(text in done.stderr for text in ("noise", "from below", "a child", "held on to"))
+
+
+@pytest.mark.parametrize("ending", ["sys.exit(0)", "os._exit(0)", "raise KeyboardInterrupt"])
+def test_a_reward_cannot_end_a_run_as_if_it_were_done(
+    cli: Cli, recipe: MakeRecipe, tmp_path: Path, ending: str
+) -> None:
+    (tmp_path / "ends.py").write_text(f"import os, sys\ndef mine(completions):\n    {ending}\n")
+    rewards = [{"name": "mine", "file": str(tmp_path / "ends.py")}]
+    grpo = {"num_generations": 2, "max_completion_length": 4}
+    made = recipe(method="grpo", grpo=grpo, rewards=rewards, train={"batch_size": 2, "max_steps": 1})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(made))
+    code, _, err = cli("run", str(tmp_path / "recipe.yaml"))
+    assert code == 2 and "Traceback" not in err
+    assert "ends.py, line 3: the reward `mine` failed: " in err and "  completion: '" in err
+
+
+def test_the_version(cli: Cli) -> None:
+    assert cli("--version")[:2] == (0, f"prefold {version('prefold')}\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["run", "RECIPE", "--train.max_steps=3"], "without dashes: `train.max_steps=3`"),
+        (["check", "RECIPE", "--train.max-steps", "3"], "without dashes: `train.max_steps=3`"),
+        (["evaluate", "RECIPE", "--learning-rate=1e-5", "--json"], "without dashes: `train.learning_rate=1e-5`"),
+        (["train", "RECIPE", "--output_dir"], "without dashes: `output_dir=VALUE`"),
+        (["run", "RECIPE", "--frehs"], "No such option"),
+        (["run", "RECIPE", "data.train.0.path=no/where.jsonl"], "to do: check the path, which starts"),
+        (["chat", "models/nowhere"], "is no folder or file here; "),
+        (["generate", "models/tny", "Hello"], "check the path: did you mean `tiny`?"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
         (["run", "RECIPE", "train.learning_rate=fast"], "`train.learning_rate` is 'fast'"),
         (["run", "RECIPE", "model.name=./nowhere"], "./nowhere: no such folder or file"),
@@ -148,7 +272,7 @@ def test_recipes_and_schema(cli: Cli) -> None:
         (["chat", "MODEL", "--compare"], "`--compare` needs to know the base"),
         (["recipes", "nothing"], "nothing: no such recipe"),
         (["recipes", "import", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["recipes", "demo", "--method", "dpo"], "a method goes with `import`"),
+        (["recipes", "demo", "--method", "dpo"], "these options go with `import`"),
         (["nonsense"], "No such command"),
     ],
 )
@@ -164,6 +288,7 @@ def test_wrong_use_is_exit_2_and_one_message(
         "EMPTY": str(tmp_path / "empty.jsonl"),
         "BAD": str(tmp_path / "bad.jsonl"),
     }
+    (tmp_path / "here" / "models" / "tiny").mkdir(parents=True)
     for name, place in places.items():
         arguments = [argument.replace(name, place) for argument in arguments]
     code, out, err = cli(*arguments)
@@ -197,7 +322,15 @@ def test_ctrl_c_says_how_to_go_on(cli: Cli, recipe_file: str, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr("prefold.runs.train.reference_logprobs", interrupted)
-    code, _, err = cli("run", recipe_file)
+    code, _, err = cli("run", recipe_file, "train.seed=3", "--fresh")
     assert code == 130
-    assert "goes on from here" in err
+    assert f"to do: `prefold run {recipe_file} train.seed=3` goes on from here" in err
     assert "Traceback" not in err
+
+
+def test_ctrl_c_in_a_command_that_keeps_nothing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefold.generate", interrupted, raising=False)
+    assert cli("generate", "model", "Hello")[::2] == (130, "prefold: stopped\n")

@@ -345,6 +345,49 @@ def test_a_reward_that_cannot_be_given_what_it_asks_for_is_found_by_check(grpo: 
         prefold.check(grpo(rewards=reward_file(tmp_path, body)))
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("async def mine(completions): ...", "`mine`: is an async function"),
+        ("import sys\nsys.exit(0)", "line 2: cannot be loaded: SystemExit: 0"),
+        ("def mine(completions, answer): ...", "`mine`: needs `answer`, which is no column of the held-out rows"),
+    ],
+)
+def test_what_can_be_known_of_a_reward_is_known_before_sampling(
+    grpo: MakeRecipe, prompts: Path, tmp_path: Path, body: str, message: str
+) -> None:
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text('{"prompt": "Say word 90"}\n')
+    data = {"train": [{"path": str(prompts)}], "eval": [{"path": str(held_out)}], "eval_fraction": 0.0}
+    made = grpo(rewards=reward_file(tmp_path, body), data=data)
+    for command in (prefold.check, prefold.run):
+        with pytest.raises(UserError) as caught:
+            command(made)
+        assert message in str(caught.value)
+    assert not (made.run_folder / "rollouts.jsonl").exists()
+
+
+def test_a_reward_has_no_say_in_anything_but_rewards(grpo: MakeRecipe, tmp_path: Path) -> None:
+    """The same bytes, whatever it does to its arguments, the random generators and torch's settings."""
+    changes = (
+        "import random, numpy, torch\n"
+        "def mine(completions, prompts, answer):\n"
+        "    lengths = [float(len(completion)) for completion in completions]\n"
+        "    random.seed(0), numpy.random.seed(0), torch.manual_seed(0), torch.set_grad_enabled(False)\n"
+        "    torch.set_default_dtype(torch.float64)\n"
+        "    [messages[-1].update(content='changed') for messages in prompts]\n"
+        "    completions.clear(), answer.clear()\n"
+        "    return lengths\n"
+    )
+    plain = "def mine(completions):\n    return [float(len(completion)) for completion in completions]\n"
+    runs = {}
+    for name, body in (("plain", plain), ("changes", changes)):
+        made = grpo(rewards=reward_file(tmp_path, body), lora={"lora_dropout": 0.1}, output_dir=str(tmp_path / name))
+        runs[name] = prefold.run(made)
+    for file in ("adapter/adapter_model.safetensors", "metrics.jsonl", "rollouts.jsonl", "evaluation/rewards.json"):
+        assert (runs["plain"] / file).read_bytes() == (runs["changes"] / file).read_bytes()
+
+
 def test_check(grpo: MakeRecipe) -> None:
     facts = prefold.check(grpo(train={"max_steps": None, "batch_size": 3}, grpo={"num_iterations": 2})).as_json()
     assert facts["plan"]["optimizer_steps"] == 3 * 2  # 8 prompts, 3 a rollout

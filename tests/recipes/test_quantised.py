@@ -251,7 +251,7 @@ def test_optimizers_of_bitsandbytes(
     assert (resumed / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_4bit", "galore_adamw", "adamw_anyprecision"])
+@pytest.mark.parametrize("optim", ["adamw_torch_4bit", "grokadamw", "adamw_anyprecision"])
 def test_optimizers_that_cannot_be_had(recipe: MakeRecipe, optim: str) -> None:
     with pytest.raises(UserError, match=f"`train.optim`: `{optim}` cannot be had here"):
         prefold.train(recipe(train={"optim": optim}))

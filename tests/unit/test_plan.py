@@ -14,7 +14,7 @@ import torch
 import yaml
 from tiny import SHAPE, random_trees, tiny_llama
 from tiny_tokenizer import CHATML, make_tokenizer
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import prefold
 from prefold.errors import UserError
@@ -579,9 +579,8 @@ def test_nothing_without_contents_is_left_behind() -> None:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> str:
-    """A recipe whose model is a configuration and a tokenizer."""
     tokenizer = make_tokenizer(CHATML, bos="<|im_start|>")
-    config_of(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config_of(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"Say {i}", "chosen": f"WORD {i}!", "rejected": f"word {i}"} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -594,7 +593,7 @@ def recipe_file(tmp_path: Path) -> str:
     return str(tmp_path / "recipe.yaml")
 
 
-def test_check_plans_without_weights(recipe_file: str) -> None:
+def test_check_plans(recipe_file: str) -> None:
     plan = check(recipe_file, ["train.max_tokens=256"]).as_json()["plan"]
     assert plan["optimizer_steps"] == 9 and plan["batch_size"] == 2 and plan["max_tokens"] == 256
     assert plan["device"] == "cpu" and plan["fits"]

@@ -142,6 +142,8 @@ class Algorithm(ABC):
     """How completions are sampled, by a method of a kind that `samples`."""
     needs_advantages: ClassVar[bool] = False
     """Whether completions whose advantages are 0 add nothing to the loss and its gradient."""
+    remark: ClassVar[tuple[str, str] | None] = None
+    """Where the settings are not the objective that their name is known for: that, and what to do."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the setting, for a value that the type of the setting does not allow."""

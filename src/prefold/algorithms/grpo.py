@@ -177,6 +177,14 @@ class GRPO(Algorithm):
         return self.multi_objective_aggregation == "normalize_then_sum"
 
     @property
+    def remark(self) -> tuple[str, str] | None:  # type: ignore[override]
+        if self.importance_sampling_level == "token" or self.loss_type == "grpo":
+            return None
+        what = f"ratios of whole completions with `loss_type: {self.loss_type}`, which sums over tokens: a completion "
+        what += "counts by its length, which is not the objective of GSPO"
+        return what, "set `grpo.loss_type: grpo` for GSPO's, or `grpo.importance_sampling_level: token`"
+
+    @property
     def high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 

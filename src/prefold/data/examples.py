@@ -124,6 +124,11 @@ class Examples(Sequence[Example]):
         """Equal for records whose prompt and answers are equal, and what their template is given; for nothing else."""
         return self._column("record_key")
 
+    def largest_token(self) -> tuple[int, int]:
+        """The largest token id, and the index of a row that has it; (-1, 0) where there is no token."""
+        largest = np.concatenate([np.full(1, -1), *map(_largest_ids, self._batches)])[1:][self.order]
+        return (int(largest.max()), int(largest.argmax())) if len(largest) else (-1, 0)
+
     def _column(self, name: str) -> list[Any]:
         values = [value for batch in self._batches for value in batch.column(name).to_pylist()]
         return [values[row] for row in self.order]
@@ -168,6 +173,12 @@ class _View(Sequence[Item]):
         if isinstance(index, slice):
             return list(map(self._make, range(self._length)[index]))
         return self._make(range(self._length)[index])
+
+
+def _largest_ids(batch: pa.RecordBatch) -> NDArray[np.int64]:
+    """`[rows]`"""
+    column = batch.column("ids")
+    return np.maximum.reduceat(column.values.to_numpy(), column.offsets.to_numpy()[:-1]).astype(np.int64)
 
 
 def _list(column: pa.ListArray, row: int) -> list[int]:

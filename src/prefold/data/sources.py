@@ -138,13 +138,14 @@ def _missing(source: Rows, path: Path) -> UserError:
     if path.is_symlink():
         return UserError("it is a link that leads nowhere", where=source.path, advice="mend the link")
     if not path.parent.is_dir():
-        return UserError("no such file: its folder does not exist either", where=source.path)
+        advice = "check the path, which starts where prefold was called"
+        return UserError("no such file: its folder does not exist either", where=source.path, advice=advice)
     advice = did_you_mean(path.name, [_printable(file.name) for file in path.parent.iterdir()], most=3)
     if not advice:
         names = [_printable(file.name) for file in _visible(path.parent) if reader_for(file.name)]
-        advice = (
-            f"readable files in that folder: {_listed(names)}" if names else "that folder has no file that can be read"
-        )
+        advice = f"readable files in that folder: {_listed(names)}"
+        if not names:
+            advice = "check the path, which starts where prefold was called: that folder has no file that can be read"
     return UserError("no such file", where=source.path, advice=advice)
 
 

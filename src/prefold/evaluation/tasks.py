@@ -34,6 +34,7 @@ from prefold.models.load import tokenizer_of
 from prefold.models.messages import quiet
 from prefold.recipe import Evaluate, Model
 from prefold.trees.memory import free_memory
+from prefold.user_code import UserCodeFailed, call_user_code, summary_of
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -66,9 +67,9 @@ def open_tasks(settings: Evaluate, tokenizer: PreTrainedTokenizerBase | None = N
 def _opened(manager: TaskManager, wanted: Wanted, num_fewshot: int | None) -> list[OpenTask]:
     """The task, or all tasks of the group."""
     try:
-        tasks = manager.load([wanted.task])["tasks"]
-    except Exception as error:  # tasks run code of their own, and each kind of data fails in its own way
-        raise _cannot_be_opened(manager, wanted.task, error) from error
+        tasks = call_user_code(lambda: manager.load([wanted.task])["tasks"])
+    except UserCodeFailed as failure:  # tasks run code of their own, and each kind of data fails in its own way
+        raise _cannot_be_opened(manager, wanted.task, failure.error) from failure.error
     group = wanted.task if list(tasks) != [wanted.task] and wanted.group is None else wanted.group
     shots = num_fewshot if wanted.num_fewshot is None else wanted.num_fewshot
     for task in tasks.values():
@@ -78,7 +79,7 @@ def _opened(manager: TaskManager, wanted: Wanted, num_fewshot: int | None) -> li
     return [OpenTask(name, task, replace(wanted, task=name, group=group)) for name, task in tasks.items()]
 
 
-def _cannot_be_opened(manager: TaskManager, name: str, error: Exception) -> UserError:
+def _cannot_be_opened(manager: TaskManager, name: str, error: BaseException) -> UserError:
     entry = manager.task_index.get(name)
     data = (entry.cfg or {}).get("dataset_path") if entry else None
     first = without_secrets(without_home((str(error).splitlines() or [""])[0]))
@@ -112,15 +113,19 @@ def _prove(opened: OpenTask) -> None:
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"the task `{name}` shows pictures or plays sound, and prefold is for text", where=WHERE)
     unknown: dict[str, Any] = {"generate_until": "", "loglikelihood_rolling": -1.0}
-    try:
+
+    def first_results() -> Any:
         task.set_fewshot_seed(SEEDS["fewshot"])
         task.build_all_requests(limit=1, rank=0, world_size=1)
         responses = [unknown.get(request.request_type, (-1.0, False)) for request in task.instances]
-        results = task.process_results(task.instances[0].doc, responses)
-    except Exception as error:
-        what = f"the task `{name}` cannot build and judge its first question ({type(error).__name__}: {error})"
+        return task.process_results(task.instances[0].doc, responses)
+
+    try:
+        results = call_user_code(first_results)
+    except UserCodeFailed as failure:
+        what = f"the task `{name}` cannot build and judge its first question ({summary_of(failure.error)})"
         advice = "see its YAML; with `num_fewshot`, that it has as many examples"
-        raise UserError(what, where=WHERE, advice=advice) from error
+        raise UserError(what, where=WHERE, advice=advice) from failure.error
     primary_metric(opened, results)
 
 
@@ -161,7 +166,8 @@ def measure(
         lm.label = f"{opened.name} {when}".strip()
         with _as_the_harness_runs():
             opened.task.set_fewshot_seed(SEEDS["fewshot"])
-            results: Any = evaluate(
+            asked = partial(
+                evaluate,
                 lm=lm,
                 task_dict={"tasks": {opened.name: opened.task}, "groups": {}},
                 limit=settings.limit,
@@ -169,6 +175,13 @@ def measure(
                 apply_chat_template=settings.apply_chat_template,
                 fewshot_as_multiturn=True,
             )
+            try:
+                results: Any = call_user_code(asked)
+            except UserCodeFailed as failure:
+                if isinstance(failure.error, Exception):
+                    raise failure.error from None
+                what = f"the code of the task `{opened.name}` ends the process ({summary_of(failure.error)})"
+                raise UserError(what, where=WHERE, advice="leave it out, or mend its code") from failure.error
             scores.append(scores_of(opened, results["samples"][opened.name], trained_on))
     return scores
 

@@ -2,45 +2,202 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from prefold.data.preference import Message
+from prefold.errors import StageError, UserError, did_you_mean
+from prefold.files import write_text
 from prefold.generation.answers import open_model
 from prefold.generation.engine import answer
 from prefold.generation.sampling import Sampling
-from prefold.recipe import Chat
+from prefold.generation.sequences import seed_of
+from prefold.recipe import Chat, make_section
+from prefold.recipe.text import parse_yaml
+
+COMMANDS = {
+    "/help": ("", "lists these commands"),
+    "/retry": ("", "answers your last message anew, with other random numbers"),
+    "/new": ("", "starts over; settings and system message stay"),
+    "/system": ("TEXT", "changes the system message; without TEXT there is none"),
+    "/set": ("FIELD=VALUE", "changes a setting, as in `/set temperature=0.5`; without FIELD shows them"),
+    "/save": ("FILE", "adds the conversation to a .jsonl file"),
+    "/exit": ("", "ends, as do an empty line, Ctrl-D, and Ctrl-C here; Ctrl-C during an answer stops the answer"),
+}
+OF_TWO = "adds a pair to a .jsonl file: what `after` said as chosen, or, with `before` behind FILE, what that said"
+
+
+class WrappedStream(TextStreamer):
+    """Writes tokens as they come; on a terminal, lines end between words. `text` is what was written."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, column: int = 0):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.console, self.column, self.text, self.spaces = console, column, "", ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        for part in re.findall(r"\n|[^\S\n]+|\S+", text):
+            self._write(part)
+        if stream_end:
+            self.console.file.write("\n")
+        self.console.file.flush()
+
+    def _write(self, part: str) -> None:
+        """A line break, spaces, which wait for the word behind them, or a word."""
+        width = self.console.width if self.console.is_terminal else sys.maxsize
+        if part.isspace() and part != "\n":
+            self.spaces += part
+            return
+        if part == "\n":
+            self.spaces, self.column = "", 0
+        else:
+            if self.column and self.column + cell_len(self.spaces + part) > width:
+                self.console.file.write("\n")
+                self.spaces, self.column = "", 0
+            part, self.spaces = self.spaces + part, ""
+            # What is wider than the terminal goes on in its next line.
+            self.column = (self.column + cell_len(part) - 1) % width + 1
+        self.console.file.write(part)
 
 
 class Speaker:
-    """One model in the conversation, with its own memory of it."""
+    """One model in the conversation, with its own memory of it; `before` is that of the turn before."""
 
-    def __init__(self, label: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: str | None):
+    def __init__(self, label: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.label, self.model, self.tokenizer = label, model, tokenizer
-        self.opening = [Message(role="system", content=system)] if system else []
-        self.messages = list(self.opening)
+        self.messages: list[Message] = []
+        self.before: list[Message] = []
 
-    def reply(self, text: str, sampling: Sampling) -> None:
-        """Answer on stdout as the tokens come."""
-        self.messages.append(Message(role="user", content=text))
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        [[reply]] = answer(self.model, self.tokenizer, [self.messages], sampling, streamer=streamer)
-        self.messages.append(Message(role="assistant", content=reply))
+    def reply(self, text: str, opening: list[Message], sampling: Sampling, console: Console) -> None:
+        """Answer on stdout as the tokens come. Ctrl-C ends the answer, and what there is of it is remembered."""
+        self.before = self.messages
+        asked = [*self.messages, Message(role="user", content=text)]
+        console.print(Text(f"{self.label}: ", style="bold cyan"), end="")
+        stream = WrappedStream(self.tokenizer, console, column=len(self.label) + 2)
+        try:
+            [[reply]] = answer(self.model, self.tokenizer, [[*opening, *asked]], sampling, streamer=stream)
+        except KeyboardInterrupt:
+            stream.end()
+            console.print("(stopped)", style="dim")
+            reply = stream.text.strip()
+        if reply:
+            self.messages = [*asked, Message(role="assistant", content=reply)]
+
+
+class Conversation:
+    """What the speakers have said, and how they are asked."""
+
+    def __init__(self, speakers: list[Speaker], settings: Chat, console: Console):
+        self.speakers, self.settings, self.console = speakers, settings, console
+        self.last, self.answered = "", 0
+        self.commands = {
+            "/help": self.show_help,
+            "/retry": self.retry,
+            "/new": self.start_over,
+            "/system": self.set_system,
+            "/set": self.set_field,
+            "/save": self.save,
+        }
+
+    def take(self, line: str) -> None:
+        """A line of the user: a command or a message. Raises UserError, StageError: it cannot be done."""
+        word, _, rest = line.partition(" ")
+        if not line.startswith("/"):
+            self.ask(line)
+        elif word in self.commands:
+            self.commands[word](rest.strip())
+        else:
+            advice = did_you_mean(word, COMMANDS) or "`/help` lists the commands"
+            raise UserError(f"there is no command `{word}`", advice=advice)
+
+    @property
+    def opening(self) -> list[Message]:
+        return [Message(role="system", content=self.settings.system)] if self.settings.system else []
+
+    def ask(self, text: str) -> None:
+        self.last, self.answered = text, self.answered + 1
+        # Other random numbers for each answer, the same for both models.
+        sampling = replace(Sampling.of(self.settings), seed=seed_of(self.settings.seed, self.answered))
+        for speaker in self.speakers:
+            speaker.reply(text, self.opening, sampling, self.console)
+
+    def show_help(self, rest: str) -> None:
+        for name, (argument, meaning) in COMMANDS.items():
+            meaning = OF_TWO if name == "/save" and len(self.speakers) > 1 else meaning
+            self.say(f"{f'{name} {argument}':18} {meaning}")
+
+    def retry(self, rest: str) -> None:
+        if not self.last:
+            raise UserError("there is nothing to answer yet")
+        for speaker in self.speakers:
+            speaker.messages = speaker.before
+        self.ask(self.last)
+
+    def start_over(self, rest: str) -> None:
+        self.last = ""
+        for speaker in self.speakers:
+            speaker.messages = speaker.before = []
+
+    def set_system(self, rest: str) -> None:
+        self.settings = self.settings.model_copy(update={"system": rest or None})
+        self.say(f"system: {rest or 'none'}")
+
+    def set_field(self, rest: str) -> None:
+        name, _, value = (part.strip() for part in rest.partition("="))
+        values = self.settings.model_dump()
+        if rest:
+            self.settings = make_section(Chat, {**values, name: parse_yaml(value, f"/set {rest}")}, "/set")
+            values = {name: self.settings.model_dump()[name]}
+        for name, value in values.items():
+            self.say(f"{name}: {'none' if value is None else value}")
+
+    def save(self, rest: str) -> None:
+        file, _, chosen = rest.rpartition(" ")
+        file, chosen = (file, chosen) if chosen in ("before", "after") else (rest, "after")
+        path = Path(file.strip()).expanduser()
+        if path.suffix != ".jsonl":
+            raise UserError("a conversation is added to a .jsonl file", advice="`/save FILE.jsonl`")
+        if not all(speaker.messages for speaker in self.speakers):
+            raise UserError("there is no answer to save yet")
+        said = {speaker.label: [*self.opening, *speaker.messages] for speaker in self.speakers}
+        row: dict[str, list[Message]] = {"messages": next(iter(said.values()))}
+        if len(said) > 1:
+            row = {"chosen": said.pop(chosen), "rejected": said.popitem()[1]}
+            if row["chosen"] == row["rejected"]:
+                raise UserError("both models said the same, which is no pair", advice="`/retry` draws other answers")
+            if row["chosen"][:-1] != row["rejected"][:-1]:
+                what = "the models said different things before, so their answers are not to one prompt"
+                raise UserError(what, advice="`/new`, and `/save` after the first answers")
+        try:
+            written = path.read_text(encoding="utf-8") if path.exists() else ""
+            write_text(path, f"{written}{json.dumps(row, ensure_ascii=False)}\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be written: {error}", where=str(path)) from None
+        self.say(f"saved: {path}")
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(text, style="dim"))
 
 
 def chat_loop(name: str, compare: bool, settings: Chat) -> None:
-    console, sampling = Console(highlight=False), Sampling.of(settings)
-    speakers = [Speaker("before", *open_model(name, base=True), settings.system)] if compare else []
-    speakers.append(Speaker("after" if compare else "model", *open_model(name), settings.system))
-    console.print("An empty line or Ctrl-D ends; /new starts over.", style="dim")
-    while text := _line():
-        for speaker in speakers:
-            if text == "/new":
-                speaker.messages = list(speaker.opening)
-                continue
-            console.print(Text(f"{speaker.label}: ", style="bold cyan"), end="")
-            speaker.reply(text, sampling)
+    console = Console(highlight=False)
+    speakers = [Speaker("before", *open_model(name, base=True))] if compare else []
+    speakers.append(Speaker("after" if compare else "model", *open_model(name)))
+    conversation = Conversation(speakers, settings, console)
+    conversation.say("An empty line or Ctrl-D ends; /help lists the commands.")
+    while (line := _line()) and line != "/exit":
+        try:
+            conversation.take(line)
+        except (UserError, StageError) as error:
+            console.print(Text(str(error), style="red"))
 
 
 def _line() -> str:

@@ -30,6 +30,7 @@ from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import GenerationRequest, OnToken, PartialCompletion
 from prefold.generation.transformers_engine import ASK_FOR_LESS, SINGLE_PROMPT, generate_plainly
 from prefold.generation.weights import fold_adapter, packed_weights
+from prefold.models.gate import require_prompts
 from prefold.terminal import Advance, progress_bar
 from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.budget import attempt, lowered, split_by_budget
@@ -117,9 +118,11 @@ class LocalEngine:
 
         Raises:
             StageError: out of memory with a single prompt.
+            UserError: a prompt has tokens, or with its completion a length, that the model has no rows for.
         """
         if not prompts:
             return
+        require_prompts(self._model, self._tokenizer, prompts, settings.max_new_tokens)
         ends = end_tokens(self._model, self._tokenizer) if settings.end_tokens is None else settings.end_tokens
         request = GenerationRequest(prompts, settings, self._tokenizer, ends, numbers, on_token)
         training = self._model.training

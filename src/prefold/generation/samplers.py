@@ -24,7 +24,7 @@ from prefold.generation.engine import LocalEngine
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.sampling import Sampling
 from prefold.models.fetch import fetch
-from prefold.models.load import load_tokenizer
+from prefold.models.load import load_tokenizer, require_model
 from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
 
@@ -84,10 +84,12 @@ def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> li
 
 
 class LocalModel:
-    """A model that is loaded here, when the first answer is asked for, and released after the last one."""
+    """A model that is loaded here, when the first answer is asked for, and released after the last one. One that
+    cannot be used is refused at once."""
 
     def __init__(self, name: str, sampling: Sampling):
         self.name, self._sampling = name, sampling
+        require_model(model_named(name))
 
     @cached_property
     def _folder(self) -> Path:

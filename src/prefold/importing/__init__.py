@@ -21,7 +21,7 @@ from prefold.importing.llamafactory_v1 import LLAMAFACTORY_V1
 from prefold.importing.output import account, nested, recipe_text
 from prefold.importing.swift import SWIFT
 from prefold.importing.trl import TRL
-from prefold.importing.write import Tool, write
+from prefold.importing.write import Tool, samples, write
 from prefold.recipe import make_recipe, parse_yaml
 
 _TOOLS = (TRL, AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT)
@@ -62,8 +62,7 @@ def import_recipe(file: str, method: str | None = None, output: str | None = Non
     about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
     heading = [
         f"{about}, from {Path(file).name} of {draft.tool}.",
-        "Rows held out, the model's chat template and everything that is not named are prefold's own: `prefold check` "
-        "shows what will be trained on.",
+        "What is not named here is as prefold has it. `prefold check` shows what will be trained on.",
     ]
     return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes), draft.files)
 
@@ -109,9 +108,13 @@ def _tool_of(given: dict[str, Any], file: str) -> Tool:
     hits = [[len({*tool.keys.get(kind, ())} & set(given)) for kind in ("decides", "tells")] for tool in _TOOLS]
     if hits.count(max(hits)) == 1:
         return _TOOLS[hits.index(max(hits))]
-    tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in _TOOLS)
-    what = "keys of several tools" if any(max(hits)) else "the file of no tool that prefold knows"
-    raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
+    if not any(max(hits)):
+        tells = "; ".join(f"{tool.name}: {', '.join(sorted(tool.keys['tells'])[:6])}, ..." for tool in _TOOLS)
+        what = "the file of no tool that prefold knows"
+        raise UserError(what, where=file, expected=f"keys of one of these tools ({tells})")
+    likely = [tool for tool, hit in zip(_TOOLS, hits, strict=True) if hit == max(hits)]
+    seen = "; ".join(f"{tool.name}: {', '.join(sorted({*tool.keys['tells']} & set(given)))}" for tool in likely)
+    raise UserError("keys of several tools", where=file, expected=f"keys of one ({seen})")
 
 
 def _complete(draft: Draft, file: str) -> None:
@@ -124,3 +127,6 @@ def _complete(draft: Draft, file: str) -> None:
         draft.carry("grpo.beta", 0.0, comment=f"not {beta}: full fine-tuning keeps no reference; see `lora`")
     if "data.max_prompt_length" in draft.values:
         draft.values.setdefault("data.overlong", "truncate_prompt")
+    if draft.values.get("data.overlong") == "truncate_prompt":
+        comment = "" if samples(draft) else f"{draft.tool} cuts answers as well, which prefold never does"
+        draft.comments.setdefault("data.overlong", comment)

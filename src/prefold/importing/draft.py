@@ -79,12 +79,6 @@ class Draft:
             self._left.pop(key, None)
         self.notes.append(Note(group, keys, text))
 
-    def replace(self, field: str, value: Any, comment: str, *keys: str) -> None:
-        """Set a field otherwise than its key has it; what was noted of these keys no longer holds."""
-        self.notes = [note for note in self.notes if not set(note.keys) & set(keys)]
-        self.silent = [name for name in self.silent if name != field]
-        self.carry(field, value, *keys, comment=comment)
-
     def fill(self, field: str, value: Any, why: str = "") -> None:
         """Set a field of which the file says nothing to the other tool's default."""
         if field not in self.values:
@@ -103,7 +97,7 @@ class Draft:
                 continue
             if converted is not None:
                 self.carry(entry.text, converted, key)
-            elif entry.kind == "field" or value is False or value in (0, "none", "no"):
+            elif entry.kind == "field" or (value in (0, "none", "no") and not key.endswith("seed")):
                 self.note("off", key)
             else:
                 self.note(entry.kind, key, text=entry.text)

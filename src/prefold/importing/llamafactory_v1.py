@@ -11,9 +11,9 @@ from prefold.errors import UserError
 from prefold.importing.draft import Draft
 from prefold.importing.llamafactory import write_stage
 from prefold.importing.losses import supervised
-from prefold.importing.rest import share, write_rest
-from prefold.importing.tables import is_number, listed, read_tool, table_of
-from prefold.importing.write import Tool, write_all_weights, write_quantised
+from prefold.importing.sources import carry_sources
+from prefold.importing.tables import is_number, read_tool
+from prefold.importing.write import Tool, write_per_epoch
 from prefold.recipe import parse_yaml
 
 KEYS = read_tool("llamafactory_v1")
@@ -22,44 +22,35 @@ KEYS = read_tool("llamafactory_v1")
 def _write_losses(draft: Draft, where: str, method: str | None) -> None:
     for section in ("peft_config", "quant_config"):
         draft.section(section)
-    sets = {key: _read_sets(draft.take(key), where) for key in _data_keys(draft)}
-    chosen, keys = _command(draft, where, method, sets)
-    for key, entries in sets.items():
-        _write_sources(draft, key, entries)
-    write_stage(draft, where, chosen, keys, KEYS["settings"])
-
-
-def _data_keys(draft: Draft) -> list[str]:
     train = "train_dataset" if draft.has("train_dataset") else "dataset"
-    return [key for key in (train, "eval_dataset") if draft.has(key)]
-
-
-def _command(
-    draft: Draft, where: str, method: str | None, sets: Mapping[str, Mapping[str, Any]]
-) -> tuple[str, list[str]]:
-    """Which command the file is for, by the class of its model, a setting of pairs or the data; and the keys that
-    say so."""
-    commands = KEYS["commands"]
-    if method is not None and method not in commands:
-        raise UserError(f"`--method {method}` is none of {draft.tool}'s", where=where, expected=" | ".join(commands))
-    is_classifier = str(draft.look("model_class")) == "cls"
-    told = "rm" if is_classifier else "dpo" if any(map(draft.has, KEYS["settings"]["dpo"].values())) else None
+    fields = {train: "data.train", "eval_dataset": "data.eval"}
+    sets = {key: _read_sets(draft.take(key), where) for key in fields if draft.has(key)}
     converters = {entry.get("converter") for entries in sets.values() for entry in entries.values()}
-    if told is None and converters & {"alpaca", "sharegpt"} and method is None:
+    command = _command(draft, where, method, converters)
+    for key, entries in sets.items():
+        _write_sources(draft, key, fields[key], entries)
+    write_stage(draft, where, KEYS["commands"][command], [*filter(draft.has, ["model_class"])], KEYS["settings"])
+
+
+def _command(draft: Draft, where: str, method: str | None, converters: set[Any]) -> str:
+    """Which command the file is for, by the class of its model, a setting of pairs, or what its data are."""
+    commands = " | ".join(KEYS["commands"])
+    if method is not None and method not in KEYS["commands"]:
+        raise UserError(f"`--method {method}` is none of {draft.tool}'s", where=where, expected=commands)
+    of_pairs = "pair" in converters or any(map(draft.has, ["pref_loss", *KEYS["settings"]["dpo"].values()]))
+    said = "rm" if str(draft.look("model_class")) == "cls" else "dpo" if of_pairs else None
+    if said is None and method is None and converters & {"alpaca", "sharegpt"}:
         raise supervised("a file for supervised fine-tuning", where, ": data with `converter: pair`")
-    told = told or ("dpo" if "pair" in converters or draft.has("pref_loss") else None)
-    if told and method not in (None, told):
-        raise UserError(f"`--method {method}`, and the file is for `{told}`", where=where, advice="leave it out")
-    chosen = method or told
-    if chosen is None:
-        raise UserError(
-            "the command is not in the file, and its keys fit several",
-            where=where,
-            expected="--method " + " | ".join(commands),
-            advice="add the command that the file is run with, e.g. `--method dpo` for `llamafactory-cli dpo FILE`",
-        )
-    keys = ["model_class"] if draft.has("model_class") else []
-    return commands[chosen], keys
+    if said and method not in (None, said):
+        raise UserError(f"`--method {method}`, and the file is for `{said}`", where=where, advice="leave it out")
+    if chosen := method or said:
+        return chosen
+    raise UserError(
+        "the command is not in the file, and its keys fit several",
+        where=where,
+        expected=f"--method {commands}",
+        advice="add the command that the file is run with, e.g. `--method dpo` for `llamafactory-cli dpo FILE`",
+    )
 
 
 def _read_sets(value: Any, where: str) -> dict[str, Any]:
@@ -74,8 +65,7 @@ def _read_sets(value: Any, where: str) -> dict[str, Any]:
     return {name: {"path": name}}
 
 
-def _write_sources(draft: Draft, key: str, entries: Mapping[str, Any]) -> None:
-    field = "data.eval" if key == "eval_dataset" else "data.train"
+def _write_sources(draft: Draft, key: str, field: str, entries: Mapping[str, Any]) -> None:
     sources, lost = [], []
     for name, entry in entries.items():
         source = {ours: entry[theirs] for theirs, ours in KEYS["info"].items() if entry.get(theirs) is not None}
@@ -91,56 +81,23 @@ def _write_sources(draft: Draft, key: str, entries: Mapping[str, Any]) -> None:
         sources.append(source)
     unread = [str(source.get("path")) for source in sources if str(source.get("path")).endswith((".yaml", ".yml"))]
     comment = f"{', '.join(unread)} is not at hand: write the files or Hub data sets that it names" if unread else ""
-    draft.carry(field, sources, key, comment=comment)
-    for text in lost:
-        draft.note("missing", key, text=text)
+    carry_sources(draft, key, field, sources, lost, comment)
 
 
-def _write_model(draft: Draft) -> None:
-    bits = draft.take("quant_config.quantization_bit")
-    if bits in (4, 8):
-        keys = [key for key in ("quant_config.quantization_bit", "quant_config.name") if key in draft.given]
-        draft.carry(f"model.load_in_{bits}bit", True, *keys)
-    elif bits is not None:
-        draft.note("missing", "quant_config.quantization_bit", text=f"{bits}: weights are held in 4 or 8 bits")
-    write_quantised(draft, "quant_config.quantization_type", "quant_config.double_quantization", double=True)
-    table, kind = table_of(KEYS["adapter"]), draft.take("peft_config.name")
-    if kind is None:
-        write_all_weights(draft, table, "no `peft_config` in the file: all weights are trained")
-        return
-    if kind == "lora":
-        draft.note("renamed", "peft_config.name", text="a section `lora`")
-    else:
-        draft.note("missing", "peft_config.name", text=f"{kind}: LoRA is trained instead")
-    if draft.has("peft_config.adapter_name_or_path"):
-        first = listed(draft.take("peft_config.adapter_name_or_path"))[0]
-        comment = "it brings its own LoRA settings"
-        draft.carry("model.adapter", first, "peft_config.adapter_name_or_path", comment=comment)
-        for key in filter(draft.has, table):
-            draft.note("decided", key, text="the adapter brings its own")
-        return
-    draft.follow(table)
-    for field, value in {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}.items():
-        draft.fill(f"lora.{field}", value)
-
-
-def _write_batch(draft: Draft) -> None:
+def _write_batch(draft: Draft, where: str) -> None:
     """The batch of a step, which the file may give whole."""
-    if is_number(whole := draft.look("global_batch_size")) and draft.has("global_batch_size"):
-        micro = [*filter(draft.has, ["micro_batch_size"])]
+    if draft.has("global_batch_size") and is_number(whole := draft.look("global_batch_size")):
+        micro = filter(draft.has, ["micro_batch_size"])
         draft.carry("train.batch_size", whole, "global_batch_size", *micro, comment="over all devices")
 
 
 def _write_steps(draft: Draft) -> None:
-    """Checkpoints by epochs, which are a share of all steps unless a number of steps ends training."""
-    part = share(draft.look("save_epochs"), draft.values.get("train.num_train_epochs", 3))
+    """Checkpoints by epochs, unless a number of steps ends training."""
     counted = "train.max_steps" in draft.values or draft.has("save_steps")
-    if draft.has("save_epochs") and part and not counted:
-        draft.carry("train.save_steps", part, "save_epochs", comment="as a share of all steps")
-    elif draft.has("save_epochs"):
-        why = ("missing", "set `train.save_steps`, which counts steps") if counted else ("decided", "the end is saved")
-        draft.note(why[0], "save_epochs", text=why[1])  # type: ignore[arg-type]
-    write_rest(draft, KEYS)
+    every = draft.look("save_epochs")
+    times = 1 / every if is_number(every) and every else every
+    why_not = "set `train.save_steps`, which counts steps" if counted else ""
+    write_per_epoch(draft, "save_epochs", times, "train.save_steps", "the end is saved", why_not)
 
 
-LLAMAFACTORY_V1 = Tool(KEYS, _write_losses, _write_model, _write_batch, _write_steps)
+LLAMAFACTORY_V1 = Tool(KEYS, _write_losses, _write_batch, _write_steps)

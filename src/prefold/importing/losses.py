@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 from prefold.algorithms import ALGORITHMS
 from prefold.errors import UserError
 from prefold.importing.draft import Draft
 from prefold.importing.tables import is_number, listed, read_tool
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Loss:
         return setting in {known.name for known in fields(ALGORITHMS[self.method])}
 
 
-OF_PAIRS = {name: Loss(**entry) for name, entry in read_tool("trl")["losses"].items()}
-GRPO_LOSSES = {name: Loss("grpo") for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")}
-# What TRL takes where the file is silent, as do the tools that train with it.
-_DEFAULTS = {"beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
-_GRPO_DEFAULTS = {"num_generations": 8, "max_completion_length": 512, "beta": 0.0}
-THINKING = r"(?s)\A<think>(?!.*<think>).*?</think>"
+def losses_of(table: Mapping[str, Any]) -> dict[str, Loss]:
+    return {name: Loss(**entry) for name, entry in table.items()}
+
+
+TRL = read_tool("trl")
+LOSSES = {command: losses_of(table) for command, table in TRL["losses"].items()}
+"""The losses of TRL's commands, by their names; the first is the default."""
+OF_PAIRS = LOSSES["dpo"]
 OWN_REWARDS = "a function takes `completions` as texts, and the rows' columns by their names"
 
 
@@ -43,15 +47,21 @@ def supervised(what: str, where: str, choices: str = "") -> UserError:
     )
 
 
-def known_loss(name: Any, losses: Mapping[str, Loss], key: str, where: str) -> Loss:
-    if isinstance(name, str) and name in losses:
-        return losses[name]
-    raise UserError(
-        f"`{key}: {name}` has no counterpart in prefold",
-        where=where,
-        expected="one of " + ", ".join(losses),
-        advice="choose one of them in a copy of the file, or start from a built-in recipe (`prefold recipes`)",
-    )
+def known(name: Any, table: Mapping[str, T], key: str, where: str) -> T:
+    """What a table has for the value of a key."""
+    if isinstance(name, str) and name in table:
+        return table[name]
+    advice = "choose one of them in a copy of the file, or start from a built-in recipe (`prefold recipes`)"
+    if name == "ppo":
+        advice = "GRPO does PPO's job without a value model: `prefold recipes smolgrpo`"
+    expected = "one of " + ", ".join(table)
+    raise UserError(f"`{key}: {name}` has no counterpart in prefold", where=where, expected=expected, advice=advice)
+
+
+def require_method(method: str | None, given: Any, key: str, where: str) -> None:
+    """`--method` can but repeat what the file says."""
+    if method not in (None, given):
+        raise UserError(f"`--method {method}`, and the file says `{key}: {given}`", where=where, advice="leave it out")
 
 
 def write_losses(
@@ -59,7 +69,7 @@ def write_losses(
     losses: Sequence[Loss],
     settings: Mapping[str, str],
     keys: Sequence[str] = (),
-    defaults: Mapping[str, Any] = _DEFAULTS,
+    defaults: Mapping[str, Any] = TRL["loss_defaults"]["any"],
 ) -> None:
     """Set method and settings.
 
@@ -114,23 +124,6 @@ def _settings_in(draft: Draft, losses: Sequence[Loss], settings: Mapping[str, st
     return given
 
 
-# ---- what TRL's trainers can be asked for -----------------------------------------------------------------------
-
-
-def write_dpo(
-    draft: Draft, where: str, settings: Mapping[str, str], prefix: str = "", default: str = "sigmoid"
-) -> None:
-    """TRL's trainer of pairs, whose losses can be summed; `prefix`: of its keys."""
-    type_key, weights_key = f"{prefix}loss_type", f"{prefix}loss_weights"
-    weights = draft.look(weights_key)
-    losses = [known_loss(name, OF_PAIRS, type_key, where) for name in listed(draft.look(type_key, default))]
-    if isinstance(weights, list):
-        losses = [replace(loss, weight=weight) for loss, weight in zip(losses, weights, strict=False)]
-    keys = [key for key in ("rl", type_key, weights_key) if draft.has(key)]
-    keys += add_supervised(draft, losses, "rpo_alpha")
-    write_losses(draft, losses, settings, keys)
-
-
 def add_supervised(draft: Draft, losses: list[Loss], key: str) -> list[str]:
     """The supervised loss with the weight that a key has; gives the key where it does so."""
     weight = draft.look(key)
@@ -141,34 +134,57 @@ def add_supervised(draft: Draft, losses: list[Loss], key: str) -> list[str]:
     return [key]
 
 
-def write_simpo(draft: Draft, settings: Mapping[str, str]) -> None:
-    """TRL's CPO trainer adds the supervised loss to SimPO's as well, with weight 1 where nothing is said."""
-    alpha = draft.look("cpo_alpha", 1.0)
-    losses = [Loss("simpo"), *([Loss("sft", weight=alpha)] if alpha else [])]
-    write_losses(draft, losses, settings, [key for key in ("rl", "loss_type", "cpo_alpha") if draft.has(key)])
-    if "cpo_alpha" not in draft.given:
-        draft.comments["mixed.losses"] = "TRL adds the supervised loss with `cpo_alpha: 1.0` unless told otherwise"
+# ---- the losses of TRL's trainers, which other tools train with -------------------------------------------------
 
 
-def write_grpo(draft: Draft, where: str, prefix: str = "") -> None:
-    loss_key, rewards_key = f"{prefix}loss_type", f"{prefix}reward_funcs"
-    known_loss(draft.look(loss_key, "dapo"), GRPO_LOSSES, loss_key, where)
-    if draft.look(loss_key) == "cispo":
+def write_command(
+    draft: Draft,
+    where: str,
+    command: str,
+    keys: Mapping[str, Any],
+    chosen_by: Sequence[str] = (),
+    default: str | None = None,
+    beta: str | None = None,
+) -> None:
+    """Losses and settings of one of TRL's commands.
+
+    Args:
+        keys: the tool's file of tables. `settings`: those of each command; `prefixes`: what their keys begin with;
+            `loss_defaults`: where the tool's are not TRL's.
+        chosen_by: keys that chose the command.
+        default: the loss where the file names none, if it is not TRL's.
+        beta: the key of `beta`, if it has another name.
+    """
+    prefix, names = keys.get("prefixes", {}).get(command, ""), LOSSES.get(command, {})
+    loss_key, weights_key = f"{prefix}loss_type", f"{prefix}loss_weights"
+    defaults = TRL["loss_defaults"]["any"] | TRL["loss_defaults"].get(command, {})
+    defaults |= keys.get("loss_defaults", {}).get(command, {})
+    losses, chosen = [Loss(command)], [*chosen_by]
+    if names:
+        wanted = draft.look(loss_key, default or next(iter(names)))
+        wanted = listed(wanted) if command == "dpo" else [wanted]
+        losses = [known(name, names, loss_key, where) for name in wanted]
+        chosen.append(loss_key)
+    if command == "dpo":
+        if isinstance(weights := draft.look(weights_key), list):
+            losses = [replace(loss, weight=weight) for loss, weight in zip(losses, weights, strict=False)]
+        chosen += [weights_key, *add_supervised(draft, losses, "rpo_alpha")]
+    if losses[0].method == "simpo":
+        # TRL's trainer adds the supervised loss to SimPO's as well, with weight 1 where nothing is said.
+        command, alpha = "simpo", draft.look("cpo_alpha", 1.0)
+        losses += [Loss("sft", weight=alpha)] if alpha else []
+        chosen += ["loss_type", "cpo_alpha"]
+        if "cpo_alpha" not in draft.given:
+            draft.comments["mixed.losses"] = "TRL adds the supervised loss with `cpo_alpha: 1.0` unless told otherwise"
+    settings = {"beta": beta} if beta else {}
+    for entry in (table := keys["settings"][command]):
+        settings[entry] = prefix + (table[entry] if isinstance(table, Mapping) else entry)
+    if command == "grpo" and draft.look(loss_key) == "cispo":
         _write_cispo(draft, f"{prefix}epsilon")
-    settings = {name: prefix + name for name in read_tool("trl")["settings"]["grpo"]}
-    write_losses(draft, [Loss("grpo")], settings, [*filter(draft.has, ["rl"])], _GRPO_DEFAULTS)
-    if draft.has(f"{prefix}scale_rewards"):
-        value = draft.take(f"{prefix}scale_rewards")
-        # It was a yes or no once.
-        value = {"True": "group", "False": "none"}.get(str(value), value)
-        draft.carry("grpo.scale_rewards", value, f"{prefix}scale_rewards")
-    keys = [key for key in ("reward_model_name_or_path", rewards_key) if draft.has(key)]
-    model, names = draft.take("reward_model_name_or_path"), listed(draft.take(rewards_key, []))
-    rewards = [_reward_of(name) for name in names]
-    rewards = [{"name": "reward_model", "model": model}, *rewards] if model else rewards
-    write_rewards(draft, rewards, keys, f"{prefix}reward_weights")
-    if lost := [str(name) for name in names if _reward_of(name) is None]:
-        draft.note("missing", rewards_key, text=f"{', '.join(lost)}: write it as a function of your own")
+    chosen = [key for key in dict.fromkeys(chosen) if draft.has(key) and key not in settings.values()]
+    write_losses(draft, losses, settings, chosen, defaults)
+    if command == "grpo":
+        _write_rewards(draft, keys, prefix)
 
 
 def _write_cispo(draft: Draft, key: str) -> None:
@@ -176,34 +192,43 @@ def _write_cispo(draft: Draft, key: str) -> None:
     given = [*filter(draft.has, [key])]
     epsilon = draft.take(key, 0.2)
     if not draft.has(f"{key}_high"):
-        draft.carry(
-            "grpo.epsilon_high", epsilon, *given, comment="TRL's `epsilon`: the largest ratio that `cispo` keeps"
-        )
+        comment = "TRL's `epsilon`: the largest ratio that `cispo` keeps"
+        draft.carry("grpo.epsilon_high", epsilon, *given, comment=comment)
     elif given:
         draft.note("off", *given)
 
 
-def _reward_of(name: Any) -> dict[str, Any] | None:
-    """A reward by TRL's name, by that of a model, or by its dotted name in Python; None if it is none of them."""
-    if name in ("accuracy_reward", "reasoning_accuracy_reward"):
-        return {"name": "symbolic_equality"}
-    if name == "think_format_reward":
-        return {"name": "regex", "pattern": THINKING}
-    if "/" in str(name):
-        return {"name": "reward_model", "model": name}
-    module, dot, function = str(name).rpartition(".")
-    return {"file": module.replace(".", "/") + ".py", "name": function} if dot else None
-
-
-def write_rewards(draft: Draft, rewards: Sequence[dict[str, Any] | None], keys: Sequence[str], weights: str) -> None:
-    """`rewards`: None where one has no counterpart; `weights`: the key with one number for each of them."""
-    if numbers := listed(draft.take(weights, [])):
+def _write_rewards(draft: Draft, keys: Mapping[str, Any], prefix: str) -> None:
+    """The section `rewards`, and how rewards are scaled and weighted."""
+    scale_key, weights_key = f"{prefix}scale_rewards", f"{prefix}reward_weights"
+    if draft.has(scale_key):
+        value = draft.take(scale_key)
+        # It was a yes or no once.
+        draft.carry("grpo.scale_rewards", {"True": "group", "False": "none"}.get(str(value), value), scale_key)
+    own, given = TRL["rewards"] | keys.get("rewards", {}), [*filter(draft.has, keys["reward_keys"])]
+    names = [(key, name) for key in given for name in listed(draft.take(key))]
+    rewards = [_reward_of(name, own, "reward_model" in key) for key, name in names]
+    lost = [(key, str(name)) for (key, name), reward in zip(names, rewards, strict=True) if reward is None]
+    if numbers := listed(draft.take(weights_key, [])):
         pairs = zip_longest(rewards, numbers[: len(rewards)])
         rewards = [reward and reward | ({} if weight is None else {"weight": weight}) for reward, weight in pairs]
-        draft.note("renamed", weights, text="`weight` of each of `rewards`")
-    known = [reward for reward in rewards if reward]
-    if known:
-        draft.carry("rewards", known, *keys, comment=OWN_REWARDS if any("file" in reward for reward in known) else "")
+        draft.note("renamed", weights_key, text="`weight` of each of `rewards`")
+    if usable := [reward for reward in rewards if reward]:
+        comment = OWN_REWARDS if any("file" in reward for reward in usable) else ""
+        draft.carry("rewards", usable, *given, comment=comment)
     else:
         text = f"to write: the file names none that prefold knows. {OWN_REWARDS}"
         draft.carry("rewards", [{"file": "rewards.py", "name": "my_reward"}], comment=text)
+    if lost:
+        text = f"{', '.join(name for _, name in lost)}: write it as a function of your own"
+        draft.note("missing", *dict.fromkeys(key for key, _ in lost), text=text)
+
+
+def _reward_of(name: Any, own: Mapping[str, Any], is_model: bool) -> dict[str, Any] | None:
+    """A reward by the tool's name, by that of a model, or by its dotted name in Python; None if it is none of them."""
+    if is_model or "/" in str(name):
+        return {"name": "reward_model", "model": name}
+    if str(name) in own:
+        return dict(own[str(name)])
+    module, dot, function = str(name).rpartition(".")
+    return {"file": module.replace(".", "/") + ".py", "name": function} if dot else None

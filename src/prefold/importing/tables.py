@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, NamedTuple
@@ -19,16 +19,15 @@ class NoCounterpartError(Exception):
     """A value that no recipe can hold; the message says what to do."""
 
 
-def scheduler(value: Any) -> Any:
-    if isinstance(value, str) and value in schedulers():
-        return value
-    raise NoCounterpartError("choose one of transformers' schedules for `train.lr_scheduler_type`")
+def of_names(names: Callable[[], Collection[str]], advice: str) -> Callable[[Any], Any]:
+    """A conversion that takes these names as they are."""
 
+    def convert(value: Any) -> Any:
+        if isinstance(value, str) and value in names():
+            return value
+        raise NoCounterpartError(advice)
 
-def optimizer(value: Any) -> Any:
-    if isinstance(value, str) and value in optimizers():
-        return value
-    raise NoCounterpartError("not one of transformers' optimizers; set `train.optim` to one, e.g. `adamw_torch`")
+    return convert
 
 
 def whole_or_share(value: Any) -> Any:
@@ -37,10 +36,22 @@ def whole_or_share(value: Any) -> Any:
 
 
 def mapping(value: Any) -> Any:
+    """Also as JSON."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        value = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
-        raise NoCounterpartError("not JSON; write it as a mapping") from None
+        value = None
+    if not isinstance(value, Mapping):
+        raise NoCounterpartError("no mapping, and no JSON of one; write it as `{key: value}`")
+    return dict(value)
+
+
+def overlong(value: Any) -> Any:
+    choices = {"drop": "drop", "delete": "drop", "raise": "error"}
+    choices |= dict.fromkeys(("truncate", "left"), "truncate_prompt")
+    if str(value) in choices:
+        return choices[str(value)]
+    raise NoCounterpartError("answers are never cut; see `data.overlong`")
 
 
 def listed(value: Any) -> list[Any]:
@@ -65,13 +76,19 @@ def modules(value: Any) -> Any:
 
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "same": lambda value: value,
-    "scheduler": scheduler,
-    "optimizer": optimizer,
+    "scheduler": of_names(schedulers, "choose one of transformers' schedules for `train.lr_scheduler_type`"),
+    "optimizer": of_names(
+        optimizers, "not one of transformers' optimizers that work here; set `train.optim`, e.g. to `adamw_torch`"
+    ),
     "steps": whole_or_share,
+    "overlong": overlong,
     "mapping": mapping,
     "listed": listed,
     "modules": modules,
     "switch": bool,
+    "on": lambda value: value or None,
+    "all_linear": lambda value: "all-linear" if value else None,
+    "thinking": lambda value: {"enable_thinking": value},
     "negated": lambda value: not value,
     "revision": lambda value: None if value == "main" else value,
     "duplicates": lambda value: "drop_exact" if value else "keep",

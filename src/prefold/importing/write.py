@@ -1,5 +1,5 @@
-"""A recipe out of another tool's file: the order in which it is written, and what the three tools have in common: batch
-sizes, steps, held-out data, trackers, LoRA and quantised weights."""
+"""A recipe out of another tool's file: the order in which it is written, and what the tools have in common: batches,
+steps, held-out data, trackers, the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 from prefold.algorithms import ALGORITHMS
 from prefold.importing.draft import Draft
-from prefold.importing.tables import COUNTED, Entry, Table, is_number, listed, read_tool, table_of, whole_or_share
+from prefold.importing.sources import drop_splits_of_files
+from prefold.importing.tables import COUNTED, Entry, is_number, listed, read_tool, table_of, whole_or_share
+from prefold.importing.weights import write_weights
 from prefold.recipe.sections import HUB_MODEL_ID
 
 
@@ -21,14 +23,13 @@ class Tool:
 
     Args:
         write_losses: sets the method, from the draft, the file's name and what `--method` says.
-        write_model: LoRA and quantised weights; and whether the file's trainer switches dropout off.
+        write_data: sources, and what is done with their rows.
         write_steps: what there is beside the arguments of transformers' trainer.
     """
 
     keys: Mapping[str, Any]
     write_losses: Callable[[Draft, str, str | None], None]
-    write_model: Callable[[Draft], None]
-    write_data: Callable[[Draft], None]
+    write_data: Callable[[Draft, str], None]
     write_steps: Callable[[Draft], None] = lambda draft: None
 
     @property
@@ -42,21 +43,25 @@ def write(draft: Draft, tool: Tool, where: str, method: str | None) -> None:
     tool.write_losses(draft, where, method)
     if samples(draft):
         table |= table_of(keys.get("online", {}))
-    tool.write_model(draft)
+    write_weights(draft, keys)
     write_dtype(draft, keys["dtypes"])
-    tool.write_data(draft)
+    tool.write_data(draft, where)
     if not draft.values.get("data.train"):
         draft.values["data.train"] = [{"path": "pairs.jsonl"}]
         draft.comments["data.train"] = "to write: the file names no data set"
+    drop_splits_of_files(draft)
     write_fraction(draft, keys["fraction"])
     write_batch(draft, *keys["batch"])
     write_steps(draft)
     draft.follow({keys["epochs"]: table[keys["epochs"]]})
+    draft.fill("train.num_train_epochs", keys["defaults"]["train.num_train_epochs"])
     tool.write_steps(draft)
     write_trackers(draft)
     write_publish(draft, keys["push"])
-    write_evaluation(draft, keys["logging_steps"])
+    write_evaluation(draft, keys)
     draft.follow(table)
+    for why, starts in keys.get("families", {}).items():
+        draft.follow({key: Entry("missing", why) for key in draft.given if key.startswith(tuple(starts))})
     for field, value in keys["defaults"].items():
         draft.fill(field, value)
 
@@ -102,11 +107,14 @@ def write_steps(draft: Draft) -> None:
         draft.carry("train.warmup_steps", whole_or_share(warmup or ratio), key)
 
 
-def write_evaluation(draft: Draft, logging_steps: int) -> None:
-    """Measurements while training, from a strategy; `logging_steps`: the other tool's default."""
+def write_evaluation(draft: Draft, keys: Mapping[str, Any]) -> None:
+    """Measurements while training, from a strategy, without which `eval_steps` is enough for some tools."""
     held_out = has_held_out(draft)
-    for key in filter(draft.has, ("evaluation_strategy", "eval_strategy")):
-        _measure(draft, key, held_out, logging_steps)
+    strategies = [*filter(draft.has, ("evaluation_strategy", "eval_strategy"))]
+    for key in strategies:
+        _measure(draft, key, held_out, keys["logging_steps"])
+    if held_out and not samples(draft) and not strategies and keys.get("eval_steps_are_enough"):
+        draft.follow({"eval_steps": Entry("field", "train.eval_steps", "steps")})
     if draft.has("eval_steps") and "train.eval_steps" not in draft.values:
         draft.note("missing", "eval_steps", text="nothing is measured while training")
     best = draft.look("metric_for_best_model") or draft.look("load_best_model_at_end")
@@ -129,7 +137,7 @@ def has_held_out(draft: Draft) -> bool:
 
 def _measure(draft: Draft, key: str, held_out: bool, logging_steps: int) -> None:
     strategy = draft.take(key)
-    epochs = draft.values.get("train.num_train_epochs", 3)
+    epochs = draft.values["train.num_train_epochs"]
     every = draft.look("eval_steps") or draft.look("logging_steps", logging_steps) if strategy == "steps" else None
     if strategy == "epoch" and is_number(epochs) and epochs > 1:
         every = round(1 / epochs, 4)
@@ -145,6 +153,22 @@ def _measure(draft: Draft, key: str, held_out: bool, logging_steps: int) -> None
         draft.carry("train.eval_steps", whole_or_share(every), key, *filter(draft.has, ["eval_steps"]))
 
 
+def write_per_epoch(draft: Draft, key: str, times: Any, field: str, at_the_end: str, why_not: str = "") -> None:
+    """What is done so many times an epoch, as a share of all steps; once, it is done at the end. `why_not`: why it
+    cannot be done."""
+    if not draft.has(key):
+        return
+    numbers = (times, draft.values["train.num_train_epochs"])
+    part = round(1 / math.prod(numbers), 4) if all(is_number(it) and it > 0 for it in numbers) else 0
+    often = "once" if times == 1 else f"{times} times"
+    if not 0 < part < 1:
+        draft.note("decided" if times else "off", key, text=at_the_end)
+    elif why_not:
+        draft.note("missing", key, text=why_not)
+    else:
+        draft.carry(field, part, key, comment=f"{often} an epoch, as a share of all steps")
+
+
 def write_dtype(draft: Draft, keys: Sequence[str]) -> None:
     """The first of the keys that names a dtype or is on decides; `bf16: true` is a dtype too."""
     names = {name: name for name in ("bfloat16", "float16", "float32")}
@@ -156,7 +180,7 @@ def write_dtype(draft: Draft, keys: Sequence[str]) -> None:
         if value is False:
             draft.note("off", key)
         elif chosen:
-            draft.note("decided", key, text=f"weights are kept and computed with in `model.dtype: {chosen}`")
+            draft.note("decided", key, text=f"`model.dtype: {chosen}` is that of weights and of computing")
         else:
             chosen = "auto" if value == "auto" else dtype
             draft.carry("model.dtype", chosen, key)
@@ -209,11 +233,9 @@ def write_publish(draft: Draft, push_key: str | None) -> None:
 def write_template(draft: Draft, key: str) -> None:
     """A chat template. One that the file holds as text goes to a file beside the recipe, if that is written to one."""
     value = draft.take(key)
-    if not isinstance(value, str):
-        return
-    if value == "chatml" or value.endswith(".jinja"):
+    if value == "chatml" or str(value).endswith(".jinja"):
         draft.carry("model.chat_template", value, key)
-    elif "{" not in value:
+    elif not isinstance(value, str) or "{" not in value:
         draft.note("missing", key, text="`model.chat_template` is `chatml` or a file FILE.jinja; else the model's own")
     elif draft.output is None:
         text = "`--output RECIPE` writes it to a file beside the recipe; without it the model's own template is used"
@@ -221,44 +243,5 @@ def write_template(draft: Draft, key: str) -> None:
     else:
         file = draft.output.with_suffix(".jinja")
         draft.files[file] = value
-        draft.carry(
-            "model.chat_template", str(file), key, comment="the template that the file holds, written beside this"
-        )
-
-
-# ---- LoRA and quantised weights ---------------------------------------------------------------------------------
-
-
-def without_dropout(draft: Draft, who: str, key: str = "") -> None:
-    """The trainers of pairs set every dropout of the model to 0, that of a new adapter too."""
-    keys = [name for name in (key, "lora_dropout") if draft.look(name)]
-    if was := draft.values["lora.lora_dropout"]:
-        comment = f"not {was}: {who} switches all dropout off, that of LoRA too"
-        draft.replace("lora.lora_dropout", 0.0, comment, *keys)
-    elif key in keys:
-        draft.note("decided", key, text="`lora.lora_dropout` is the only dropout here")
-
-
-def write_quantised(draft: Draft, kind_key: str, double_key: str, double: bool) -> None:
-    """`load_in_4bit` and what belongs to it, where the keys are bitsandbytes' own but for these two; `double`: the
-    default of the double quantisation."""
-    for key in filter(draft.has, ["load_in_4bit", "load_in_8bit"]):
-        if value := draft.take(key):
-            draft.carry(f"model.{key}", value, key)
-        else:
-            draft.note("off", key)
-    if not draft.values.get("model.load_in_4bit"):
-        draft.off(kind_key, double_key)
-        return
-    fours = {kind_key: "model.bnb_4bit_quant_type", double_key: "model.bnb_4bit_use_double_quant"}
-    draft.follow({key: Entry("field", field) for key, field in fours.items()})
-    draft.fill("model.bnb_4bit_quant_type", "nf4")
-    draft.fill("model.bnb_4bit_use_double_quant", double)
-
-
-def write_all_weights(draft: Draft, table: Table, comment: str = "") -> None:
-    """Full fine-tuning; `table`: keys of LoRA, which are off."""
-    draft.values["lora"] = "none"
-    if comment:
-        draft.comments["lora"] = comment
-    draft.off(*table)
+        comment = "the template that the file holds, written beside this"
+        draft.carry("model.chat_template", str(file), key, comment=comment)

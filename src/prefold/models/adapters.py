@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,13 +31,19 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load_policy(
-    section: Model, lora: Lora | None, seed: int, head_seed: int | None = None, sharded: bool = False
+    section: Model,
+    lora: Lora | None,
+    seed: int,
+    head_seed: int | None = None,
+    sharded: bool = False,
+    contents: bool = True,
 ) -> PeftModel:
     """The model to train: quantised if the section says so, with fresh LoRA weights, which are whole in every process,
-    or the adapter that it names, which brings its own settings. `head_seed` and `sharded`: see `load_model`."""
-    model = load_model(section, quantised=True, head_seed=head_seed, sharded=sharded)
+    or the adapter that it names, which brings its own settings. The other arguments: see `load_model`."""
+    model = load_model(section, quantised=True, head_seed=head_seed, sharded=sharded, contents=contents)
     if section.adapter is None:
-        return add_lora(model, lora or Lora(), seed, chat_tokens(section))
+        with nullcontext() if contents else torch.device("meta"):
+            return add_lora(model, lora or Lora(), seed, chat_tokens(section))
     policy = open_adapter(model, Path(section.adapter).expanduser(), is_trainable=True)
     ready_to_train(policy)
     freeze_reference(policy)
@@ -92,15 +100,20 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int
                 raise UserError(what, where="`lora.target_modules`", advice=advice) from None
             if "target" in str(error).lower():
                 raise _no_target(model, f"{lora.target_modules!r} cannot be adapted: {first_line(error)}") from None
-            raise
+            if "lora_dropout" in str(error):  # stacked weights have no input of their own to drop from
+                what = f"there is no dropout for LoRA on the experts of a {model.config.model_type} model"
+                raise UserError(what, where="`lora.lora_dropout`", expected="0") from None
+            raise UserError(f"cannot be put on the model: {first_line(error)}", where="`lora`") from None
     ready_to_train(adapted)
     return adapted
 
 
 def ready_to_train(adapted: PeftModel) -> None:
     """Keep what is trained in float32, which half-precision copies of whole modules are not, and compute it fast.
-    Raises UserError: DoRA over 8-bit weights on a CPU, where unpacking them breaks them."""
+    Raises UserError: DoRA over 8-bit weights on a CPU, where unpacking them breaks them, or LoRA on a matrix that a
+    merge would change at both ends of the model."""
     settings = cast(LoraConfig, adapted.peft_config["default"])
+    _require_mergeable(adapted)
     if settings.use_dora and getattr(adapted, "is_loaded_in_8bit", False) and adapted.device.type == "cpu":
         advice = "take `load_in_4bit`, or LoRA without DoRA"
         what = "DoRA over 8-bit weights cannot be computed on a CPU"
@@ -110,6 +123,21 @@ def ready_to_train(adapted: PeftModel) -> None:
             parameter.data = parameter.data.float()
     fuse_lora(adapted)
     fuse_trained_rows(adapted)
+
+
+def _require_mergeable(adapted: PeftModel) -> None:
+    """Where embeddings and head are one matrix, LoRA of one of them would be merged into both (peft issue 2972)."""
+    base = cast(PreTrainedModel, adapted.get_base_model())
+    if score_layer(base) is not None or not base.config.get_text_config().tie_word_embeddings:
+        return
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if name := next(
+        (name for name, module in base.named_modules() if isinstance(module, LoraLayer) and module in ends), ""
+    ):
+        short = name.split(".")[-1]
+        what = f"`{short}` shares its matrix with the other end of the model, and LoRA of one end cannot be merged"
+        advice = f"leave it out, or train the matrix whole: `lora.modules_to_save: [{short}]`"
+        raise UserError(what, where="`lora.target_modules`", advice=advice)
 
 
 def _rows_to_train(model: PreTrainedModel, lora: Lora, tokens: Sequence[int]) -> dict[str, list[int]]:
@@ -182,8 +210,13 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     reason = ""
     try:
         with quiet():
+            no_contents = model.device.type == "meta"
             adapted = PeftModel.from_pretrained(
-                model, str(folder), is_trainable=is_trainable, torch_device=str(model.device)
+                model,
+                str(folder),
+                is_trainable=is_trainable,
+                torch_device="cpu" if no_contents else str(model.device),
+                low_cpu_mem_usage=no_contents,
             )
             wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         with safe_open(folder / WEIGHTS, "pt") as file:
@@ -193,7 +226,8 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
         elif unknown := stored - wanted:
             reason = f"it holds {len(unknown)} tensors without a place, e.g. {min(unknown)}"
     except (*UNREADABLE, AttributeError) as error:
-        reason = first_line(error)
+        # Behind a title, torch has a line for each tensor of another shape.
+        reason = " ".join(str(error).splitlines()[1].split()) if "size mismatch" in str(error) else first_line(error)
     if reason:
         what = f"does not fit the model `{model.name_or_path}`: {reason}"
         raise UserError(what, where=where, expected="an adapter that was trained on this model")

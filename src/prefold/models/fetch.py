@@ -14,16 +14,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx2
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # public, but not marked so
 from safetensors import SafetensorError
 
-from prefold.errors import UserError, first_line
+from prefold.errors import UserError, did_you_mean, first_line
 from prefold.files import cache_folder, new_folder, without_home, without_secrets
 from prefold.terminal import console
 
@@ -55,7 +55,7 @@ OPEN_MIRRORS = {
 }
 """Gated models and where the same weights lie open."""
 
-WEIGHTS = "*.safetensors"
+WEIGHTS, WHOLE, INDEX = "*.safetensors", "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = [WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 OTHER_FORMATS = ["consolidated*.safetensors", "*/*.safetensors"]
 """The same weights once more, in layouts that transformers does not read."""
@@ -99,29 +99,44 @@ def _checked_folder(folder: Path, name: str, weights: bool = True) -> Path:
     if not weights:
         return folder
     if not any(folder.glob("*.safetensors")):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        what = "holds pickled weights only, which can run code when read" if pickled else "holds no *.safetensors"
-        advice = "convert them with `save_pretrained`, or take another copy of the model"
-        raise UserError(what, where=name, expected="weights as safetensors", advice=advice)
+        raise _without_safetensors(name, [file.name for file in folder.iterdir()])
     _require_shards(folder, name)
     return folder
 
 
+def _without_safetensors(name: str, files: Iterable[str]) -> UserError:
+    pickled = any(file.endswith((".bin", ".pt")) for file in files)
+    what = "holds pickled weights only, which can run code when read" if pickled else "holds no *.safetensors"
+    advice = "convert them with `save_pretrained`, or take another copy of the model"
+    return UserError(what, where=name, expected="weights as safetensors", advice=advice)
+
+
 def _require_shards(folder: Path, name: str) -> None:
     """All files that the index of a sharded model lists are there."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file() or (folder / "model.safetensors").is_file():
+    if not (folder / INDEX).is_file() or (folder / WHOLE).is_file():
         return
     try:
-        shards = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = _shards(folder)
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index.name} cannot be read", where=name, expected="a `weight_map` in JSON") from None
+        raise UserError(f"{INDEX} cannot be read", where=name, expected="a `weight_map` in JSON") from None
     if outside := sorted(shard for shard in shards if Path(shard).name != shard):
-        raise UserError(f"{index.name} names files outside the folder, e.g. {outside[0]}", where=name)
+        raise UserError(f"{INDEX} names files outside the folder, e.g. {outside[0]}", where=name)
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         what = f"{len(missing)} of {len(shards)} weight files are missing, e.g. {missing[0]}"
         raise UserError(what, where=name, advice="bring the rest; the copy or download may have been cut short")
+
+
+def _shards(folder: Path) -> set[str]:
+    return set(map(str, json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights of a folder from; none where they have not all been fetched."""
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    files = [folder / shard for shard in sorted(_shards(folder))] if (folder / INDEX).is_file() else []
+    return files if all(file.is_file() for file in files) else []
 
 
 # ---- the cache --------------------------------------------------------------------------------------------------
@@ -230,11 +245,35 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
         raise UserError(what, where=name, advice="check `model.revision`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         what = "is neither a folder or file here nor a model on the hub"
-        advice = "check the spelling; a private model needs `hf auth login` or HF_TOKEN"
+        advice = f"check the spelling{_beside(name)}; a private model needs `hf auth login` or HF_TOKEN"
         raise UserError(what, where=name, expected=NAMES, advice=advice) from None
     except (httpx2.HTTPError, OSError) as error:
         raise _unreachable(name, error) from None
     return _checked_folder(Path(folder), name, weights)
+
+
+def _beside(name: str) -> str:
+    """What lies where a folder of that name would: the name of a run folder looks like that of a model of the Hub."""
+    parent = Path(name).parent
+    if parent == Path() or not parent.is_dir():
+        return ""
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    near = did_you_mean(Path(name).name, names)
+    return f": {near}" if near else f" (folders in {parent}: {', '.join(names[:8]) or 'none'})"
+
+
+def _path_advice(name: str) -> str:
+    return f"a run or another folder: check the path{_beside(name)}; a model of the hub:"
+
+
+def require_safetensors_on_hub(name: str, revision: str | None) -> None:
+    """Raises UserError: the Hub lists weights of a model that has not been downloaded, and none as safetensors."""
+    try:
+        files = [file for file in HfApi().list_repo_files(name, revision=revision) if "/" not in file]
+    except (httpx2.HTTPError, OSError):  # fetching it will say what is in the way
+        return
+    if files and not any(file.endswith(".safetensors") for file in files):
+        raise _without_safetensors(name, files)
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
@@ -249,13 +288,11 @@ def _unreachable(name: str, error: Exception) -> UserError:
             advice = f"check your access at https://huggingface.co/{name} and your token (HF_TOKEN); {elsewhere}"
         return UserError(f"the hub refused it (HTTP {status})", where=name, advice=advice)
     if isinstance(reason, errors.OfflineModeIsEnabled):
-        what = "HF_HUB_OFFLINE is set, and the model is not whole in the hub's cache"
-        return UserError(what, where=name, advice=f"unset it, {elsewhere}")
+        what = "is no folder or file here; HF_HUB_OFFLINE is set, and the model is not whole in the hub's cache"
+        return UserError(what, where=name, advice=f"{_path_advice(name)} unset it, {elsewhere}")
     if isinstance(reason, OSError) and reason.errno and not isinstance(reason, ConnectionError):
         what = f"cannot be written to the hub's cache ({reason.strerror})"
         return UserError(what, where=name, advice="free some space, or set HF_HOME to another folder")
-    return UserError(
-        f"the hub cannot be reached ({type(reason).__name__}), and the model is not whole in its cache",
-        where=name,
-        advice=f"check the connection; set HF_HUB_OFFLINE=1 if the model was fetched before; {elsewhere}",
-    )
+    what = f"the hub cannot be reached ({type(reason).__name__}), and the model is not whole in its cache"
+    advice = f"check the connection; set HF_HUB_OFFLINE=1 if the model was fetched before; {elsewhere}"
+    return UserError(f"is no folder or file here; {what}", where=name, advice=f"{_path_advice(name)} {advice}")

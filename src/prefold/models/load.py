@@ -23,7 +23,8 @@ from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.models.chat_format import fit_vocabulary, set_chat_format
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.fetch import fetch
+from prefold.models.fetch import fetch, is_hub_id, require_safetensors_on_hub, weight_files
+from prefold.models.gate import require_known_tokens, require_usable
 from prefold.models.messages import UNREADABLE, quiet, unreadable
 from prefold.models.quantised import prepare_quantised, quantisation
 from prefold.models.score_head import set_up_head
@@ -33,10 +34,14 @@ VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekk
 """Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
 
 
+NOTHING_AMISS: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+"""transformers' report about a model whose tensors are all there."""
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; a missing pad token becomes the end token, in memory only. Raises UserError if
     there is none, or it cannot be read."""
-    if not any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES):
+    if not _has_tokenizer(folder):
         what = "the model folder has no tokenizer"
         raise UserError(what, where=folder.name, expected=f"a file like {', '.join(VOCABULARY_FILES)}")
     try:
@@ -47,6 +52,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
 
 
 def tokenizer_of(section: Model) -> PreTrainedTokenizerBase:
@@ -82,6 +91,7 @@ def load_model(
     quantised: bool = False,
     head_seed: int | None = None,
     sharded: bool = False,
+    contents: bool = True,
 ) -> PreTrainedModel:
     """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
@@ -91,49 +101,82 @@ def load_model(
         head_seed: given, the model scores conversations: a sequence classifier with one label, whose head, if the files
             hold none, is drawn by this seed.
         sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
+        contents: without them the model has shapes alone, on the meta device: what is refused is refused all the same,
+            and no weight is read. Nor are weights of the Hub downloaded for that.
 
     Raises:
-        UserError: it cannot be had, is quantised already, needs code of its own, or lacks some of its weights.
+        UserError: it cannot be had, is of a kind that cannot be used, needs code of its own, lacks some of its weights,
+            or has a tokenizer with tokens that it does not know.
     """
-    folder, device = fetch(section.name, section.revision), choose_device()
+    folder, device = fetch(section.name, section.revision, weights=contents or not _on_hub(section)), choose_device()
     chosen = choose_dtype(dtype or section.dtype, device)
     bits = quantisation(section, chosen) if quantised else None
     kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification
     config = read_config(section, folder, **({} if head_seed is None else {"num_labels": 1}))
-    if getattr(config, "quantization_config", None) is not None:
-        what = "its weights are stored quantised, and an adapter cannot be merged into them"
-        advice = "name that one; `model.load_in_4bit: true` quantises it for training"
-        raise UserError(what, where=section.name, expected="the unquantised model", advice=advice)
+    require_usable(config, folder, section.name, scores=head_seed is not None)
+    if _has_tokenizer(folder) and not section.chat_template:
+        require_known_tokens(config, load_tokenizer(folder), folder, section.name)
+    settings: dict[str, Any] = {"config": config, "dtype": chosen}
+    settings["attn_implementation"] = plain_attention(section.attn_implementation, config)
+    if contents:
+        settings |= {
+            "device_map": {"": device} if bits and not section.device_map else section.device_map,
+            "quantization_config": bits,
+            "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
+        }
+        model, report = _from_files(kind, folder, section.name, settings)
+    elif weight_files(folder):
+        model, report = _from_files(kind, folder, section.name, {**settings, "device_map": {"": "meta"}})
+    else:
+        require_safetensors_on_hub(section.name, section.revision)
+        model, report = _from_configuration(kind, section.name, settings), NOTHING_AMISS
+    if head_seed is not None:
+        report = set_up_head(model, report, head_seed, section.name)
+    _require_complete(report, section.name)
+    model = model.to(device) if contents and not (section.device_map or bits or sharded) else model
+    if section.chat_template:
+        with quiet():
+            fit_vocabulary(model, tokenizer_of(section), known=len(load_tokenizer(folder)))
+    if bits and contents:
+        prepare_quantised(model)
+    # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
+    model.name_or_path = model.config.name_or_path = without_home(section.name)
+    return prepare_forward(model)
+
+
+def require_model(section: Model, head_seed: int | None = None) -> None:
+    """Raises UserError: the model cannot be used, as far as that can be known without reading its weights."""
+    load_model(section, head_seed=head_seed, contents=False)
+
+
+def _on_hub(section: Model) -> bool:
+    return is_hub_id(section.name) and not Path(section.name).expanduser().exists()
+
+
+def _from_files(kind: Any, folder: Path, name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model with transformers' report about its tensors."""
     try:
         with quiet():
-            model, report = kind.from_pretrained(
+            return kind.from_pretrained(  # type: ignore[no-any-return]
                 folder,
-                config=config,
-                dtype=chosen,
-                attn_implementation=plain_attention(section.attn_implementation, config),
-                device_map=({"": device} if bits and not section.device_map else section.device_map),
-                quantization_config=bits,
-                distributed_config=DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
+                **settings,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `_require_complete` names them
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except UNREADABLE as error:
-        raise unreadable("cannot be loaded", error, section.name) from None
-    if head_seed is not None:
-        report = set_up_head(model, report, head_seed, section.name)
-    _require_complete(report, section.name)
-    model = model if section.device_map or bits or sharded else model.to(device)
-    if section.chat_template:
-        with quiet():
-            fit_vocabulary(model, tokenizer_of(section), known=len(load_tokenizer(folder)))
-    if bits:
-        prepare_quantised(model)
-    # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
-    model.name_or_path = model.config.name_or_path = without_home(section.name)
-    return prepare_forward(model)
+    except (*UNREADABLE, AssertionError) as error:
+        raise unreadable("cannot be loaded", error, name) from None
+
+
+def _from_configuration(kind: Any, name: str, settings: dict[str, Any]) -> Any:
+    """A model without contents, on the meta device."""
+    try:
+        with quiet(), torch.device("meta"):
+            return kind.from_config(**settings)
+    except (*UNREADABLE, AssertionError) as error:
+        raise unreadable("cannot be loaded", error, name) from None
 
 
 def prepare_forward(model: PreTrainedModel) -> PreTrainedModel:

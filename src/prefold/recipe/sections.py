@@ -220,7 +220,21 @@ def schedulers() -> set[str]:
 def optimizers() -> set[str]:
     from transformers.training_args import OptimizerNames
 
-    return {optimizer.value for optimizer in OptimizerNames}
+    return {optimizer.value for optimizer in OptimizerNames if not _unusable(optimizer.value)}
+
+
+UNUSABLE = {
+    "galore": "works on modules that `optim_target_modules` names, which a recipe cannot",
+    "apollo": "works on modules that `optim_target_modules` names, which a recipe cannot",
+    "lomo": "changes weights amid the backward pass, and a step here has several",
+    "adalomo": "changes weights amid the backward pass, and a step here has several",
+    "schedule_free": "keeps other weights for training than for use, and nothing here changes from one to the other",
+}
+"""Optimizers of transformers that cannot work here, by the beginning of their names."""
+
+
+def _unusable(optimizer: str) -> str:
+    return next((why for name, why in UNUSABLE.items() if optimizer.startswith(name)), "")
 
 
 def in_steps(value: int | float, steps: int) -> int:
@@ -282,6 +296,8 @@ class Train(Section):
     @field_validator("optim", "lr_scheduler_type")
     @classmethod
     def known_to_transformers(cls, value: str, info: ValidationInfo) -> str:
+        if info.field_name == "optim" and (why := _unusable(value)):
+            raise ValueError(f"`{value}` {why}; take another, such as `adamw_torch` or `adamw_bnb_8bit`")
         known = schedulers() if info.field_name == "lr_scheduler_type" else optimizers()
         if value not in known:
             raise ValueError(f"`{value}` is unknown; {did_you_mean(value, known) or ', '.join(sorted(known))}")

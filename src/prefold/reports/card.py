@@ -168,10 +168,15 @@ def _settings(recipe: Values) -> dict[str, str]:
     shown |= {f"train.{name}": train.get(name) for name in TRAIN}
     shown |= {f"model.{name}": True for name in ("load_in_4bit", "load_in_8bit") if model.get(name)}
     return {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        name: value if isinstance(value, str) else json.dumps(_rounded(value), ensure_ascii=False)
         for name, value in shown.items()
         if value is not None
     }
+
+
+def _rounded(value: Any) -> Any:
+    """A number to four digits: a rate that was computed has sixteen."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _versions(run: RunRecord) -> Values:

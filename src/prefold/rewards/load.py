@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,8 @@ from prefold.recipe.rewards import BUILT_IN, RewardBase
 from prefold.rewards.builtin import RewardFunction, exact_number, length, regex, repetition
 from prefold.rewards.formulas import SymbolicEquality
 from prefold.rewards.reward_model import RewardModel
-from prefold.rewards.scoring import LoadedReward, line_of, summary_of
+from prefold.rewards.scoring import LoadedReward
+from prefold.user_code import UserCodeFailed, call_user_code, line_of, summary_of
 
 _FUNCTIONS: dict[str, Callable[[Any], RewardFunction]] = {
     "length": length,
@@ -27,6 +29,13 @@ _FUNCTIONS: dict[str, Callable[[Any], RewardFunction]] = {
     "symbolic_equality": SymbolicEquality,
 }
 """Each is called with its settings."""
+_NEVER_NUMBERS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (inspect.iscoroutinefunction, "is an async function, and nothing awaits it"),
+    (inspect.isasyncgenfunction, "is an async generator, and nothing awaits it"),
+    (inspect.isgeneratorfunction, "has a `yield`, so it returns a generator"),
+    (inspect.isclass, "is a class"),
+)
+"""What a call of it would return is no list, whatever its code says."""
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _WITHOUT_IDS = "an endpoint gives texts only; `length` can count characters (`unit=characters`)"
 
@@ -48,13 +57,19 @@ def load_rewards(specs: Sequence[RewardBase], known: Collection[str]) -> list[Lo
         else:
             file, function = without_home(spec.file), _function_in(spec.file, spec.name)
         rewards.append(LoadedReward(spec.name, function, spec.weight, file, spec.on_error))
-        _check_arguments(rewards[-1], known)
+    require_arguments(rewards, known)
     return rewards
+
+
+def require_arguments(rewards: Sequence[LoadedReward], known: Collection[str], missing: str = "is not there") -> None:
+    """Raises UserError: a reward cannot be called with arguments of the known names; `missing` says of a name why."""
+    for reward in rewards:
+        _require_arguments(reward, known, missing)
 
 
 def _function_in(file: str, name: str) -> RewardFunction:
     module = _module_of(Path(file).expanduser().absolute(), without_home(file))
-    function = getattr(module, name, None)
+    function = vars(module).get(name)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
         raise UserError(
@@ -74,27 +89,36 @@ def _module_of(path: Path, where: str) -> ModuleType:
         raise UserError("is not a Python file", where=where, expected="a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for the names of their annotations
+    loader = spec.loader
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+        call_user_code(lambda: loader.exec_module(module))
+    except UserCodeFailed as failure:
+        error = failure.error
         raise UserError(f"cannot be loaded: {summary_of(error)}", where=line_of(error, path, where)) from error
     return module
 
 
-def _check_arguments(reward: LoadedReward, known: Collection[str]) -> None:
+def _require_arguments(reward: LoadedReward, known: Collection[str], missing: str) -> None:
     where = f"{reward.file}, `{reward.name}`" if reward.file else f"reward `{reward.name}`"
+    called = reward.function.func if isinstance(reward.function, partial) else reward.function
+    for is_such, what in _NEVER_NUMBERS:
+        if is_such(called) or is_such(getattr(called, "__call__", None)):  # noqa: B004
+            raise UserError(what, where=where, expected="a function (`def`) that returns a list of numbers")
     try:
         parameters = inspect.signature(reward.function).parameters.values()
-    except (TypeError, ValueError):
-        raise UserError("its parameters cannot be told", where=where, expected="a function written in Python") from None
+    except Exception:
+        raise UserError("its parameters cannot be read", where=where, expected="a function written in Python") from None
     for parameter in parameters:
         name = parameter.name
         if parameter.default is parameter.empty and parameter.kind in _BY_NAME and name not in known:
             raise UserError(
-                f"needs `{name}`, which is not there",
+                f"needs `{name}`, which {missing}",
                 where=where,
                 expected=f"only names of {', '.join(known)}",
                 advice=_WITHOUT_IDS if name == "completion_ids" else did_you_mean(name, known),
             )
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise UserError(f"`{name}` cannot be given by its name", where=where, advice="remove the `/`")
+    if not any(map(reward.takes, known)):
+        expected = f"parameters with names of {', '.join(known)}"
+        raise UserError("takes nothing of what rewards are given", where=where, expected=expected)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import count
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,8 @@ class RewardModel:
 
     def __init__(self, wanted: settings.RewardModel):
         self._load = cache(partial(_load, wanted.model))
+        if Path(wanted.model).expanduser().is_dir():  # others are fetched, which a check does not wait for
+            _load(wanted.model, contents=False)
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float | None]:
         model, tokenizer = self._load()
@@ -59,7 +62,8 @@ class RewardModel:
         return scores
 
 
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, contents: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Raises UserError: it is no reward model. Without `contents` no weight is read, and the model has shapes alone."""
     folder, device = fetch(name), choose_device()
     tokenizer = load_tokenizer(folder)
     require_chat_template(tokenizer)
@@ -68,6 +72,7 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=choose_dtype("auto", device),
+                device_map=None if contents else {"": "meta"},
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -80,4 +85,4 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(f"is not a reward model: its weights lack {missing[0]}", where=name, expected=_ONE_LOGIT)
     if model.config.num_labels != 1:
         raise UserError(f"has {model.config.num_labels} labels, not one", where=name, expected=_ONE_LOGIT)
-    return model.to(device).eval(), tokenizer
+    return (model.to(device) if contents else model).eval(), tokenizer

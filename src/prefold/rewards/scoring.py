@@ -19,9 +19,10 @@ import inspect
 import logging
 import math
 import textwrap
-import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from prefold.data.preference import Message, Prompt
 from prefold.errors import StageError, UserError, json_type
 from prefold.generation.sampling import Completion
 from prefold.rewards.builtin import RewardFunction
+from prefold.user_code import UserCodeFailed, call_user_code, line_of, start_of, summary_of
 
 _SHOWN_CHARACTERS = 160
 
@@ -51,8 +53,20 @@ class LoadedReward:
         parameters = inspect.signature(self.function).parameters
         return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
-    def __call__(self, arguments: Mapping[str, Any]) -> Sequence[float | None]:
-        return self.function(**{name: value for name, value in arguments.items() if self.takes(name)})
+    def __call__(self, arguments: Mapping[str, Any]) -> list[float | None]:
+        """A number, or None, for each completion.
+
+        Raises:
+            UserCodeFailed: the user's function fails.
+            NotNumbers: what it returned is something else; as `error` of a `UserCodeFailed`, if it is the user's.
+        """
+        given = {name: values for name, values in arguments.items() if self.takes(name)}
+        count = len(arguments["completions"])
+        if self.file is None:
+            return _numbers(self.function(**given), count)
+        # Copies of its own: what it changes in them is neither trained on nor seen by the next reward.
+        copies = {name: [deepcopy(value) for value in values] for name, values in given.items()}
+        return call_user_code(lambda: _numbers(self.function(**copies), count))
 
 
 @dataclass(frozen=True)
@@ -157,19 +171,22 @@ def weighted(rewards: Sequence[LoadedReward], scores: Sequence[Scores]) -> list[
 # ---- calling and checking ---------------------------------------------------------------------------------------
 
 
+class NotNumbers(Exception):
+    """What a reward returned cannot be used; the completion at `index` is to be shown."""
+
+    def __init__(self, what: str, index: int = 0):
+        super().__init__(what)
+        self.index = index
+
+
 class _Refused(Exception):
     """A reward failed, or returned what cannot be used; `message` shows the completion at `index`, as far as one is to
     blame."""
 
-    def __init__(
-        self,
-        reward: LoadedReward,
-        what: str,
-        arguments: Mapping[str, Any],
-        index: int | None,
-        error: Exception | None = None,
-    ):
-        lines = [f"the reward `{reward.name}` {what}"]
+    def __init__(self, reward: LoadedReward, arguments: Mapping[str, Any], error: BaseException):
+        returned = isinstance(error, NotNumbers)
+        index = error.index if isinstance(error, NotNumbers) else _failing(reward, arguments)
+        lines = [f"the reward `{reward.name}` {error if returned else f'failed: {summary_of(error)}'}"]
         if index is None:
             lines.append(f"  for {len(arguments['completions'])} completions together, though for none of them alone")
         elif index < len(arguments["completions"]):
@@ -178,7 +195,7 @@ class _Refused(Exception):
         self.message: UserError | StageError = StageError("\n".join(lines))
         if reward.file:
             path = Path(reward.file).expanduser().absolute()
-            where = line_of(error, path, reward.file) if error else reward.file
+            where = start_of(reward.function, path, reward.file) if returned else line_of(error, path, reward.file)
             self.message = UserError("\n".join(lines), where=where)
 
 
@@ -203,18 +220,14 @@ def _scores(reward: LoadedReward, arguments: Mapping[str, Any]) -> Scores:
 
 
 def _call(reward: LoadedReward, arguments: Mapping[str, Any]) -> list[float | None]:
-    count = len(arguments["completions"])
     try:
-        returned = reward(arguments)
+        return reward(arguments)
+    except UserCodeFailed as failure:
+        raise _Refused(reward, arguments, failure.error) from failure.error
     except (UserError, StageError):
         raise
     except Exception as error:
-        raise _Refused(reward, f"failed: {summary_of(error)}", arguments, _failing(reward, arguments), error) from error
-    if isinstance(returned, str | bytes | dict | set) or not hasattr(returned, "__len__"):
-        raise _Refused(reward, f"returned {_kind(returned)}, not a list", arguments, 0)
-    if len(returned) != count:
-        raise _Refused(reward, f"returned {len(returned)} values for {count} completions", arguments, 0)
-    return [_number(reward, value, arguments, index) for index, value in enumerate(returned)]
+        raise _Refused(reward, arguments, error) from error
 
 
 def _only(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -231,16 +244,34 @@ def _failing(reward: LoadedReward, arguments: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _number(reward: LoadedReward, value: Any, arguments: Mapping[str, Any], index: int) -> float | None:
+def _numbers(returned: Any, count: int) -> list[float | None]:
+    """Raises NotNumbers: it is anything but a list (or the like) with a finite number or None for each completion."""
+    if inspect.iscoroutine(returned):
+        returned.close()  # else Python warns that nothing awaits it
+    is_other = isinstance(returned, str | bytes | Mapping | Set) or not hasattr(returned, "__len__")
+    if is_other or getattr(returned, "ndim", 1) == 0:
+        raise NotNumbers(f"returned {_kind(returned)}, not a list")
+    values = list(islice(returned, len(returned)))
+    if len(values) != count:
+        raise NotNumbers(f"returned {len(values)} values for {count} completions")
+    return [_number(value, index) for index, value in enumerate(values)]
+
+
+def _number(value: Any, index: int) -> float | None:
     if value is None:
         return None
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        shown = value if isinstance(value, float | int) else _kind(value)
-        raise _Refused(reward, f"returned {shown}, not a finite number or None", arguments, index)
+    number: float | None = None
+    # A row of a matrix is no number, even where it could be made one.
+    if not isinstance(value, str | bytes) and not getattr(value, "ndim", 0):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        except (TypeError, ValueError):
+            number = None
+    if number is None or not math.isfinite(number):
+        shown = _kind(value) if number is None else number
+        raise NotNumbers(f"returned {shown}, not a finite number or None", index)
     return number
 
 
@@ -249,18 +280,6 @@ def _shortened(text: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    known = value is None or isinstance(value, bool | int | float | str | list | dict)
-    return json_type(value) if known else f"a {type(value).__name__}"
-
-
-def summary_of(error: BaseException) -> str:
-    reason = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-
-
-def line_of(error: BaseException, path: Path, where: str) -> str:
-    """The file and its line at which the error arose, as far as it can be told."""
-    if isinstance(error, SyntaxError) and error.lineno:
-        return f"{where}, line {error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-    return f"{where}, line {frames[-1].lineno}" if frames else where
+    name = type(value).__name__
+    known = value is None or type(value) in (bool, int, float, str, list, dict)
+    return json_type(value) if known else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

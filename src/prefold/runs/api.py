@@ -20,7 +20,7 @@ from prefold.files import read_json
 from prefold.models.load import tokenizer_of
 from prefold.plan.machine import bytes_of
 from prefold.publishing import publish as publishing
-from prefold.publishing.publish import require_ready, require_section
+from prefold.publishing.publish import require_section
 from prefold.recipe import RecipeBase, load_recipe
 from prefold.runs.check import CheckReport, examine
 from prefold.runs.context import Run
@@ -53,8 +53,6 @@ def check(
         what = "times are measured on this machine, and the plan is for another"
         raise UserError(what, where="`--measure`", advice="leave it or `--device-memory` out")
     run = Run(_recipe(recipe, overrides))
-    run.open_tasks()
-    require_ready(run.recipe)
     return examine(run, reference, bytes_of(device_memory) if device_memory else None, measure)
 
 

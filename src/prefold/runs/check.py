@@ -28,6 +28,7 @@ from prefold.reports.check import print_check
 from prefold.reports.notebook import framed
 from prefold.reports.page import render_check
 from prefold.reports.plan import in_two_lines
+from prefold.runs import limits
 from prefold.runs.context import Run, order_of, scorer_of
 from prefold.runs.environment import environment
 from prefold.runs.measuring import measuring_dtype
@@ -100,12 +101,16 @@ def examine(
         device_memory: bytes of a GPU to plan for; unset: this machine.
         measure: time what a step does on this machine; None: if that takes less than the run.
     """
+    run.require_usable()
+    run.open_tasks()
+    require_ready(run.recipe)
     recipe, prepared = run.recipe, run.prepared
     run.require_openable()
     order = order_of(recipe, len(prepared.train))
+    about_recipe = limits.examined(run, order)
     train, held_out = prepared.train.lengths, prepared.held_out.lengths
     plan = make_plan(recipe, train, held_out, order, device_memory, measure)
-    findings, separated = [*prepared.report.findings, *plan.findings()], None
+    findings, separated = [*prepared.report.findings, *about_recipe, *plan.findings()], None
     if reference:
         separated, more = _separation(recipe, prepared.train)
         findings += more
@@ -125,9 +130,9 @@ def _separation(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], li
 
 
 def check(run: Run) -> None:
-    run.open_tasks()
-    require_ready(run.recipe)
+    run.require_usable()  # as far as it can be known before weights are downloaded
     fetch(run.recipe.model.name, run.recipe.model.revision)
+    del run.shapes  # to be made once more, from the headers of what is there now
     report = examine(run, measure=None)
     report.require_ok("this", "`prefold check` shows it all")
     for finding in report.prepared.report.findings:

@@ -17,8 +17,8 @@ from prefold.evaluation.task_comparison import compare_tasks
 from prefold.evaluation.tasks import measure_model, open_tasks
 from prefold.files import read_json, without_home
 from prefold.generation.answers import model_named, run_recipe
-from prefold.models.fetch import fetch, is_hub_id
-from prefold.models.load import tokenizer_of
+from prefold.models.fetch import is_hub_id
+from prefold.models.load import require_model, tokenizer_of
 from prefold.recipe import Evaluate, Model, RecipeBase
 from prefold.reports.run_files import read_run
 from prefold.reports.verdict import overall
@@ -98,7 +98,7 @@ def require_models(names: Sequence[str]) -> None:
         model = _side(name).section.name
         path = Path(model).expanduser()
         if path.is_dir() or not (path.is_file() or model.startswith("pypi:") or is_hub_id(model)):
-            fetch(model)
+            require_model(Model(name=model))
 
 
 def read_scores(path: Path) -> list[TaskScores]:

@@ -9,7 +9,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.data.chat import encode
 from prefold.data.examples import Examples, prompts_of
@@ -19,17 +20,25 @@ from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.files import read_json
-from prefold.models.load import tokenizer_of
+from prefold.models.adapters import load_policy
+from prefold.models.load import load_model, tokenizer_of
 from prefold.recipe import RecipeBase
-from prefold.rewards.load import load_rewards
+from prefold.rewards.load import load_rewards, require_arguments
 from prefold.rewards.scoring import LoadedReward, column_names
 from prefold.runs.comparison import require_models
 from prefold.runs.fingerprints import inputs_of, require_unchanged
+from prefold.training.arguments import training_arguments
 from prefold.training.loop import StepOrder
+from prefold.training.optimizer import require_optimizer
 from prefold.trees.attention import unwrapped
 from prefold.trees.memory import auto_max_tokens
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, choose_scorer
+
+WITHOUT_COLUMNS = ("prompts", "completions", "completion_ids")
+"""What rewards are given, whatever columns the data have."""
+UNKNOWN_STEPS = 1000
+"""Stands for the steps of a run whose data have not been counted."""
 
 
 class Run:
@@ -63,11 +72,25 @@ class Run:
         fingerprints = {**prepared.fingerprints, **inputs_of(self.recipe)}
         return {**prepared.report.as_json(), "fingerprint": fingerprints}
 
+    @cached_property
+    def shapes(self) -> PreTrainedModel | PeftModel:
+        """The model to train without its contents. Raises UserError: model, adapter or LoRA cannot be used."""
+        return policy_of(self.recipe, contents=False)
+
+    def require_usable(self) -> None:
+        """Raises UserError if model, adapter, LoRA, optimizer or schedule cannot be used, which costs seconds to
+        know."""
+        assert self.shapes is not None
+        require_optimizer(training_arguments(self.recipe, self.recipe.train.max_steps or UNKNOWN_STEPS))
+
     def require_openable(self) -> None:
         """Raises UserError if a reward, the judge or a model to compare with cannot be used, as far as that costs
         little to know: what a later stage would stop at, after hours."""
         if self.recipe.rewards:
-            loaded_rewards(self.recipe, column_names(prompts_of(self.prepared.train)))
+            rewards = loaded_rewards(self.recipe, column_names(prompts_of(self.prepared.train)))
+            if self.prepared.held_out:
+                columns = column_names(prompts_of(self.prepared.held_out))
+                require_arguments(rewards, [*WITHOUT_COLUMNS, *columns], "is no column of the held-out rows")
         if self.recipe.evaluate.win_rate:
             self.open_judge()
         require_models(self.recipe.evaluate.compare_with)
@@ -83,7 +106,18 @@ class Run:
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:
     """Raises UserError if a reward cannot be loaded, or asks for what there is not."""
-    return load_rewards(recipe.rewards, ["prompts", "completions", "completion_ids", *columns])
+    return load_rewards(recipe.rewards, [*WITHOUT_COLUMNS, *columns])
+
+
+def policy_of(recipe: RecipeBase, contents: bool = True) -> PreTrainedModel | PeftModel:
+    """The model to train; see `load_model`."""
+    section, settings = recipe.model, recipe.train
+    if recipe.lora == "none":
+        # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
+        return load_model(
+            section, dtype="float32", head_seed=head_seed_of(recipe), sharded=settings.fsdp, contents=contents
+        )
+    return load_policy(section, recipe.lora, settings.seed, head_seed_of(recipe), settings.fsdp, contents)
 
 
 def head_seed_of(recipe: RecipeBase) -> int | None:

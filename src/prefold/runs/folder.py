@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,29 @@ def open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True)
         alone: what is done in it cannot be done beside another process: two would write the same lines.
 
     Raises:
-        UserError: it cannot be written to, another process is at work in it, or it holds something else.
+        UserError: it cannot be written to, another process is at work in it, or it holds something else. A recipe that
+            is refused leaves no folder that was not there.
     """
     folder = recipe.run_folder
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = set(folder.iterdir()) if folder.is_dir() else set()
     require_writable(folder)
+    try:
+        with _opened(recipe, folder, fresh, alone):
+            yield folder
+    except UserError:
+        if folder / "recipe.yaml" not in before and not (folder / "data.json").exists():
+            # Refused at its first stage: nothing of it is to be left.
+            for path in set(folder.iterdir()) - before:
+                remove(path)
+            for path in created:
+                with suppress(OSError):
+                    path.rmdir()
+        raise
+
+
+@contextmanager
+def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool) -> Iterator[None]:
     with locked(folder, recipe.output_dir) if alone else nullcontext():
         _make_ready(recipe, folder, fresh)
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
@@ -44,7 +63,7 @@ def open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True)
         logger = logging.getLogger("prefold")
         logger.addHandler(handler)
         try:
-            yield folder
+            yield
         finally:
             logger.removeHandler(handler)
             handler.close()

@@ -211,7 +211,6 @@ def _measured_by(point: Point) -> tuple[Any, ...]:
     if point.is_finished():
         return (read_json(recipe.run_folder / "data.json")["fingerprint"]["held_out"], *measured)
     run = Run(recipe)
-    run.open_tasks()
     examine(run).require_ok(point.name, "`prefold check` with its settings shows it all")
     if not run.prepared.held_out:
         what = "nothing is held out to choose by"

@@ -17,13 +17,12 @@ from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_folder
-from prefold.models.adapters import load_policy
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.load import load_model, tokenizer_of, trainable_parameters
+from prefold.models.load import tokenizer_of, trainable_parameters
 from prefold.publishing.hub import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
-from prefold.runs.context import Run, head_seed_of, loaded_rewards, order_of, scorer_of
+from prefold.runs.context import Run, loaded_rewards, order_of, policy_of, scorer_of
 from prefold.runs.fingerprints import row_list
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
@@ -160,12 +159,7 @@ def _require_packing(scorer: Scorer) -> None:
 
 def _policy(recipe: RecipeBase) -> torch.nn.Module:
     """The model to train, with its trainable parameters counted aloud."""
-    model: torch.nn.Module
-    if recipe.lora == "none":
-        # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
-        model = load_model(recipe.model, dtype="float32", head_seed=head_seed_of(recipe), sharded=recipe.train.fsdp)
-    else:
-        model = load_policy(recipe.model, recipe.lora, recipe.train.seed, head_seed_of(recipe), recipe.train.fsdp)
+    model = policy_of(recipe)
     trainable, total = trainable_parameters(model)
     say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model

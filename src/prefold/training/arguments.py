@@ -13,7 +13,7 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
     """Those that optimizers, schedules and trackers read."""
     settings, device = recipe.train, choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(recipe.run_folder / "checkpoints"),
         run_name=settings.run_name or recipe.run_folder.name,
         report_to="none",  # see `open_trackers`
@@ -37,12 +37,14 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
         activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         eval_strategy="steps" if settings.eval_steps else "no",
         eval_steps=settings.eval_steps,
-        metric_for_best_model=settings.metric_for_best_model,
+        metric_for_best_model=settings.metric_for_best_model or ("loss" if settings.load_best_model_at_end else None),
         greater_is_better=settings.greater_is_better,
-        load_best_model_at_end=settings.load_best_model_at_end,
         save_strategy="steps",
         save_only_model=True,  # as far as the Trainer is concerned: checkpoints are not its own
         save_steps=settings.save_steps,
         save_total_limit=settings.save_total_limit,
         logging_steps=1,
     )
+    # Set afterwards: the Trainer wants a checkpoint at each measurement then, and the loop makes one at the best ones.
+    arguments.load_best_model_at_end = settings.load_best_model_at_end
+    return arguments

@@ -261,6 +261,29 @@ def test_more_examples_than_there_are(folder: Path) -> None:
         open_tasks(settings(folder, "tiny_options", num_fewshot=50))
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit(0)", r"`ends` cannot be opened \(SystemExit: 0\)"),
+        (
+            "def judge(doc, results): raise SystemExit",
+            r"`ends` cannot build and judge its first question \(SystemExit\)",
+        ),
+        ("import os\ndef judge(doc, results): os._exit(0)", r"first question \(SystemExit: os\._exit\(0\)\)"),
+        (
+            "import sys\ndef judge(doc, results): return {'acc': 1.0} if results == [''] else sys.exit(0)",
+            r"the code of the task `ends` ends the process \(SystemExit: 0\)",
+        ),
+    ],
+)
+def test_a_task_whose_code_ends_the_process(folder: Path, code: str, message: str) -> None:
+    rows, task = KINDS["tiny_sums"]
+    (folder / "ending.py").write_text(code)
+    write_task(folder, "ends", rows, {**task, "process_results": "FUNCTION ending.judge"})
+    with pytest.raises(UserError, match=message):
+        scores(settings(folder, "ends"))
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.include_path: .*there is no such folder"):
         open_tasks(settings(tmp_path / "nowhere", "tiny_options"))

@@ -219,6 +219,7 @@ INFO: dict[str, Any] = {
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     },
     "plain": {"file_name": "sub/plain.json", "ranking": True},
+    "asked": {"file_name": "a.json", "ranking": True, "columns": {"prompt": "instruction", "query": "query"}},
     "pictures": {"file_name": "p.json", "ranking": True, "columns": {"images": "image"}, "folder": "p"},
     "elsewhere": {"ms_hub_url": "acme/there", "ranking": True},
     "odd": {"file_name": "o.json", "formatting": "sharegpt", "tags": {"role_tag": "speaker"}},
@@ -450,3 +451,95 @@ def test_a_file_of_json_with_tabs(tmp_path: Path) -> None:
 def test_texts_of_swift_in_files_and_escaped(recipe_from) -> None:
     assert recipe_from({**SWIFT_FILE, "rlhf_type": "dpo", "system": "One.\\nTwo."}).data.system == "One.\nTwo."
     assert recipe_from({**SWIFT_FILE, "rlhf_type": "dpo", "system": "prompt.txt"}).data.system is None
+
+
+# ---- what tools have in common ----------------------------------------------------------------------------------
+
+HEADS: dict[str, dict[str, Any]] = {
+    "TRL": {"model_name_or_path": "m", "dataset_name": "a/b", "loss_type": "ipo"},
+    "Axolotl": {"base_model": "m", "datasets": [{"path": "a/b"}], "rl": "dpo"},
+    "LLaMA-Factory": {"model_name_or_path": "m", "dataset": "a/b", "stage": "dpo", "template": "qwen3"},
+    "LLaMA-Factory v1": {"model": "m", "train_dataset": "a/b", "pref_loss": "sigmoid"},
+    "ms-swift": {**SWIFT_FILE, "rlhf_type": "dpo"},
+}
+
+
+@pytest.mark.parametrize("tool", ["LLaMA-Factory", "ms-swift"])
+@pytest.mark.parametrize("value", [True, False])
+def test_thinking_is_switched_by_the_template(tool: str, value: bool, recipe_from) -> None:
+    recipe = recipe_from({**HEADS[tool], "enable_thinking": value})
+    assert recipe.model.chat_template_kwargs == {"enable_thinking": value}
+
+
+@pytest.mark.parametrize("tool", ["TRL", "Axolotl"])
+@pytest.mark.parametrize("value", [{"enable_thinking": False}, '{"enable_thinking": false}'])
+def test_keywords_of_the_template_are_carried(tool: str, value: Any, recipe_from) -> None:
+    recipe = recipe_from({**HEADS[tool], "chat_template_kwargs": value})
+    assert recipe.model.chat_template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys"),
+    [
+        ("TRL", {"use_peft": False, "load_in_4bit": True}),
+        ("Axolotl", {"load_in_8bit": True}),
+        ("LLaMA-Factory", {"finetuning_type": "full", "quantization_bit": 4}),
+        ("LLaMA-Factory v1", {"quant_config": {"quantization_bit": 4}}),
+        ("ms-swift", {"tuner_type": "full", "quant_bits": 8}),
+    ],
+)
+def test_quantised_weights_cannot_be_trained_whole(tool: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**HEADS[tool], **keys}))
+    result = import_recipe(str(tmp_path / "theirs.yaml"))
+    assert result.tool == tool and "lora: none" in result.text
+    notes = [note for note in result.notes if note.text.startswith("all weights are trained, which quantised")]
+    assert [note.group for note in notes] == ["missing"]
+
+
+@pytest.mark.parametrize(("split", "kept"), [("train", None), ("train[:10]", "train[:10]")])
+def test_files_have_no_splits(split: str, kept: str | None, recipe_from) -> None:
+    datasets = [{"path": "a.jsonl.gz", "ds_type": "json", "split": split}, {"path": "a/b", "split": split}]
+    recipe = recipe_from({**HEADS["Axolotl"], "datasets": datasets})
+    assert [source.split for source in recipe.data.train] == [kept, split]
+
+
+def test_columns_of_tools_and_histories(recipe_from, with_info) -> None:
+    entry = {"path": "a/b", "field_tools": "functions", "field_messages": "turns", "field_history": "before"}
+    recipe = recipe_from({**HEADS["Axolotl"], "datasets": [entry]})
+    columns = {"tools": "functions", "messages": "turns", "history": "before"}
+    assert recipe.data.train[0].columns == columns
+    swift = {
+        "functions": "tools",
+        "before": "history",
+        "worse": "rejected_messages",
+        "keywords": "chat_template_kwargs",
+    }
+    columns = {"tools": "functions", "history": "before", "rejected": "worse", "chat_template_kwargs": "keywords"}
+    assert recipe_from({**HEADS["ms-swift"], "columns": swift}).data.train[0].columns == columns
+    _, recipe = with_info({"dataset": "asked"})
+    assert recipe.data.train[0].columns == {"prompt": "instruction", "input": "query"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"roles": {"user": ["human"], "assistant": ["bot"]}}, "datasets.roles bot: other names of roles"),
+        ({"message_property_mappings": {"role": "speaker", "content": "content"}}, "speaker: other names of roles"),
+        ({"message_field_role": "from"}, "datasets.message_field_role: recognised"),
+    ],
+)
+def test_names_of_roles_that_are_not_recognised_are_missing(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**HEADS["Axolotl"], "datasets": [{"path": "a/b", **keys}]}))
+    assert said in " ".join(import_recipe(str(tmp_path / "theirs.yaml")).account.split())
+
+
+@pytest.mark.parametrize(("reference", "group"), [("m", "decided"), ("other", "missing")])
+def test_another_reference_than_the_model_is_said(reference: str, group: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**HEADS["ms-swift"], "ref_model": reference}))
+    notes = import_recipe(str(tmp_path / "theirs.yaml")).notes
+    assert [note.group for note in notes if "ref_model" in note.keys] == [group]
+
+
+def test_a_seed_of_0_is_one(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**HEADS["TRL"], "data_seed": 0}))
+    assert "data_seed: `train.seed` is the seed of everything" in import_recipe(str(tmp_path / "theirs.yaml")).account

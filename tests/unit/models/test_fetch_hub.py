@@ -9,9 +9,12 @@ import httpx2
 import pytest
 from hub_server import COMMIT, FakeHub, serving
 from huggingface_hub import constants
+from tiny_tokenizer import save_chat_model
 
 from prefold.errors import UserError
 from prefold.models.fetch import fetch
+from prefold.models.load import require_model
+from prefold.recipe import Model
 
 SECRET = "hf_averysecrettoken"
 WHOLE = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"[]", "chat_template.jinja": b"x"}
@@ -120,3 +123,14 @@ def test_repositories_without_safetensors(hub: FakeHub) -> None:
     assert "no *.safetensors" in refused("org/pickled").what and "pytorch_model.bin" not in hub.downloads
     hub.repositories["org/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
     assert "is an adapter" in refused("org/adapter").what
+
+
+def test_a_look_at_a_model_downloads_no_weights(hub: FakeHub, tmp_path: Path) -> None:
+    files = {file.name: file.read_bytes() for file in save_chat_model(tmp_path / "model").iterdir()}
+    hub.repositories["org/model"] = files
+    require_model(Model(name="org/model"))
+    assert "config.json" in hub.downloads and "model.safetensors" not in hub.downloads
+    hub.repositories["org/pickled"] = {**files, "pytorch_model.bin": files.pop("model.safetensors")}
+    del hub.repositories["org/pickled"]["model.safetensors"]
+    with pytest.raises(UserError, match="org/pickled: holds pickled weights only"):
+        require_model(Model(name="org/pickled"))

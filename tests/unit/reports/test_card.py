@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from prefold.errors import UserError
-from prefold.reports.card import CARD, fenced, last_part, literal, render_card, write_card
+from prefold.reports.card import CARD, _settings, fenced, last_part, literal, render_card, write_card
 
 BASE = {"hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": None, "license": "apache-2.0"}
 PROVENANCE = {"base": BASE, "data_sets": ["org/pairs"]}
@@ -364,3 +364,8 @@ def test_fences_cannot_be_closed() -> None:
     text = "a\n```\nb\n`````\nc"
     [token] = MarkdownIt("commonmark").parse(fenced(text))
     assert token.content == text + "\n"
+
+
+def test_numbers_of_the_settings_are_rounded() -> None:
+    shown = _settings({"method": "dpo", "train": {"learning_rate": 2.341334720767918e-06, "max_steps": 12345}})
+    assert shown == {"train.learning_rate": "2.341e-06", "train.max_steps": "12345"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +16,7 @@ from tiny import SHAPE
 from tiny_tokenizer import CHATML, LLAMA3, make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
+from prefold import user_code
 from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
 from prefold.recipe import Reward, make_section
@@ -22,9 +25,11 @@ from prefold.rewards import reward_model
 from prefold.rewards.builtin import number_in
 from prefold.rewards.load import load_rewards
 from prefold.rewards.scoring import LoadedReward, Scores, score, weighted
+from prefold.training.interrupt import Interruption
 
 KNOWN = ("prompts", "completions", "completion_ids", "answer")
 PROMPT = [Message(role="user", content="How many?")]
+PARTIAL = "from functools import partial\n"
 
 
 def scores(spec: dict[str, Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
@@ -239,6 +244,21 @@ def test_numbers_of_other_libraries_are_numbers(own: Own) -> None:
         ("x = 1\ndef mine(:", "rewards.py, line 2: cannot be loaded: SyntaxError"),
         ("\nimport nothing_like_it", "rewards.py, line 2: cannot be loaded: ModuleNotFoundError"),
         ("raise SystemExit", "cannot be loaded: SystemExit"),
+        ("\nimport sys; sys.exit(0)", "rewards.py, line 2: cannot be loaded: SystemExit: 0"),
+        ("import os; os._exit(0)", "rewards.py, line 1: cannot be loaded: SystemExit: os._exit(0)"),
+        ("raise KeyboardInterrupt", "rewards.py, line 1: cannot be loaded: KeyboardInterrupt"),
+        ("def f(): f()\nf()", "rewards.py, line 1: cannot be loaded: RecursionError"),
+        ("\nexec('x = (')", "rewards.py, line 2: cannot be loaded: SyntaxError"),
+        ("async def mine(completions): return [1.0]", "`mine`: is an async function, and nothing awaits it"),
+        ("async def mine(completions): yield 1.0", "`mine`: is an async generator, and nothing awaits it"),
+        ("def mine(completions): yield 1.0", "`mine`: has a `yield`, so it returns a generator"),
+        ("class mine:\n    def __init__(self, completions): ...", "`mine`: is a class"),
+        ("class A:\n    async def __call__(self, completions): ...\nmine = A()", "`mine`: is an async function"),
+        (PARTIAL + "async def f(completions, x): ...\nmine = partial(f, x=1)", "`mine`: is an async function"),
+        (PARTIAL + "mine = partial(int, base=3)", "`mine`: is a class"),
+        ("def mine(*lists): ...", "`mine`: takes nothing of what rewards are given"),
+        ("mine = len", "`mine`: `obj` cannot be given by its name"),
+        ("def mine(completions): ...\nmine.__signature__ = 5", "`mine`: its parameters cannot be read"),
     ],
 )
 def test_functions_that_cannot_be_used(own: Own, text: str, message: str) -> None:
@@ -264,9 +284,43 @@ def test_built_in_rewards_are_checked_against_the_names_too() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        PARTIAL + "def f(completions, x): return [x] * len(completions)\nmine = partial(f, x=1)",
+        "class A:\n    def __call__(self, completions): return [1.0] * len(completions)\nmine = A()",
+        "mine = lambda completions: [True for _ in completions]",
+        "import numpy\ndef mine(completions): return numpy.ones(len(completions), dtype=bool)",
+        "import numpy\ndef mine(completions): return [numpy.float32(1)] * len(completions)",
+        "import pandas\ndef mine(completions): return pandas.Series([1] * len(completions), index=[7, 5])",
+        "import torch\ndef mine(completions): return [torch.tensor(1, dtype=torch.float16) for _ in completions]",
+        "from decimal import Decimal\ndef mine(completions): return tuple(Decimal(1) for _ in completions)",
+        "def mine(completions): return {c: 1 for c in completions}.values()",
+    ],
+)
+def test_functions_and_numbers_of_other_kinds(own: Own, text: str) -> None:
+    assert scores(own(text), ["a", "b"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         ("return [1.0]", "returned 1 values for 2 completions"),
+        ("return [1.0] * 3", "returned 3 values for 2 completions"),
+        ("return {c: 1.0 for c in completions}", "returned an object, not a list"),
+        ("return frozenset(completions)", "returned a frozenset, not a list"),
+        ("return '12'", "returned a string, not a list"),
+        ("async def later(): return [1.0, 1.0]\n    return later()", "returned a coroutine, not a list"),
+        ("import numpy; return numpy.int64(1)", "returned an int64, not a list"),
+        ("import torch; return torch.tensor(1.0)", "returned a Tensor, not a list"),
+        (
+            "import torch; return torch.tensor([[1.0], [float('nan')]])",
+            "returned a Tensor, not a finite number or None",
+        ),
+        ("import torch; return torch.tensor([1.0, float('nan')])", "returned nan, not a finite number or None"),
+        ("import numpy; return [1.0, numpy.float32('nan')]", "returned nan, not a finite number or None"),
+        ("return [1.0, 10**400]", "returned inf, not a finite number or None"),
+        ("return [1.0, 1j]", "returned a complex, not a finite number or None"),
+        ("return [1.0, object()]", "returned an object, not a finite number or None"),
         ("return 1.0", "returned a number, not a list"),
         ("return None", "returned null, not a list"),
         ("return (1.0 for _ in completions)", "returned a generator, not a list"),
@@ -282,8 +336,9 @@ def test_what_a_reward_returns_is_checked(own: Own, body: str, message: str) -> 
         scores(own(f"def mine(completions):\n    {body}\n"), ["first one", "second one"])
     assert f"the reward `mine` {message}" in str(caught.value)
     assert "prompt: 'How many?'" in str(caught.value)
-    blamed = "first one" if "not a list" in message or "2 completions" in message else "second one"
-    assert f"completion: '{blamed}'" in str(caught.value)
+    of_all = "not a list" in message or "2 completions" in message or "Tensor" in message
+    assert f"completion: '{'first one' if of_all else 'second one'}'" in str(caught.value)
+    assert str(caught.value).split(": the reward")[0].endswith("line 2" if message.startswith("failed") else "line 1")
 
 
 def test_a_failure_names_the_line_and_shortens_the_completion(own: Own) -> None:
@@ -292,6 +347,102 @@ def test_a_failure_names_the_line_and_shortens_the_completion(own: Own) -> None:
         scores(spec, ["long " * 100])
     assert "rewards.py, line 3: the reward `mine` failed: KeyError: 'lost'" in str(caught.value)
     assert "long ..." in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("raising", "message"),
+    [
+        ("raise SystemExit(0)", "failed: SystemExit: 0"),
+        ("exit()", "failed: SystemExit"),
+        ("import os; os._exit(0)", "failed: SystemExit: os._exit(0)"),
+        ("raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
+        ("raise GeneratorExit", "failed: GeneratorExit"),
+        ("raise MemoryError", "failed: MemoryError"),
+        ("raise BaseExceptionGroup('several', [KeyboardInterrupt()])", "failed: BaseExceptionGroup: several"),
+        ("return mine(completions)", "failed: RecursionError: maximum recursion depth exceeded"),
+        ("from prefold.errors import StageError; raise StageError('no')", "failed: StageError: no"),
+        ("raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})", "failed: Mute"),
+        ("return [type('A', (), {'__float__': lambda self: exit()})()] * len(completions)", "failed: SystemExit"),
+        ("return type('A', (), {'__len__': lambda self: 1 / 0})()", "failed: ZeroDivisionError: division by zero"),
+    ],
+)
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_whatever_is_raised_is_a_failure_of_the_reward(
+    own: Own, raising: str, message: str, on_error: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = f"    if 'bad' in completions:\n        {raising}\n    return [1.0] * len(completions)\n"
+    spec = own(f"def mine(completions):\n{body}")
+    if on_error == "skip":
+        assert scored(spec | {"on_error": "skip"}, ["good", "bad"]) == Scores([1.0, None], frozenset({1}))
+        assert message in caplog.text
+        return
+    with pytest.raises(UserError) as caught:
+        scores(spec, ["good", "bad"])
+    assert re.search(rf"rewards\.py(, line [23])?: the reward `mine` {re.escape(message)}", str(caught.value))
+    assert "completion: 'bad'" in str(caught.value)
+
+
+def test_ctrl_c_is_no_failure_of_the_reward(own: Own) -> None:
+    pressed = "import os, signal\ndef press(): os.kill(os.getpid(), signal.SIGINT)\n"
+    for body in ("press()", "\n    try: press()\n    except BaseException: pass"):
+        with pytest.raises(KeyboardInterrupt):
+            scores(own(f"{pressed}def mine(completions):\n    {body}\n    return [1.0]\n"), ["a"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_first_ctrl_c_in_training_lets_the_reward_end_and_a_second_does_not(own: Own) -> None:
+    pressed = "    for _ in completions: os.kill(os.getpid(), signal.SIGINT)\n"
+    spec = own(f"import os, signal\ndef mine(completions):\n{pressed}    return [1.0] * len(completions)\n")
+    with Interruption() as interruption:
+        assert scores(spec, ["a"]) == [1.0] and interruption.caught
+    with Interruption(), pytest.raises(KeyboardInterrupt):
+        scores(spec, ["a", "b"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_child_process_of_a_reward_ends_as_ever(own: Own) -> None:
+    body = (
+        "    child = os.fork()\n    if not child: os._exit(7)\n    return [os.WEXITSTATUS(os.waitpid(child, 0)[1])]\n"
+    )
+    assert scores(own(f"import os\ndef mine(completions):\n{body}"), ["a"]) == [7.0]
+
+
+def test_a_reward_changes_its_own_copies_only(own: Own) -> None:
+    change = "    for values in (prompts, completions, completion_ids, level): values[0], values[1:] = None, []\n"
+    inner = "    prompts[0][0]['content'] = 'changed'; level[0]['a'].append(5); level[1].clear()\n"
+    spec = own(f"def mine(prompts, completions, completion_ids, level):\n{inner}{change}    return [1.0, 1.0]\n")
+    prompt, cell = [Message(role="user", content="How many?")], {"a": [1]}
+    texts, ids, cells = ["a", "b"], [[1], [2]], [cell, cell]
+    rewards = load_rewards([Reward(**spec)] * 2, (*KNOWN, "level"))
+    assert [each.values for each in score(rewards, [prompt] * 2, texts, ids, {"level": cells})] == [[1.0, 1.0]] * 2
+    assert prompt == PROMPT and cell == {"a": [1]} and cells == [cell, cell]
+    assert texts == ["a", "b"] and ids == [[1], [2]]
+
+
+STATES = """
+import os, sys, tempfile, torch
+def mine(completions):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+    sys.setrecursionlimit(5000)
+    sys.stdout = sys.stderr = None
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True)
+    return [1.0] if completions == ["good"] else 1 / 0
+"""
+
+
+def test_a_reward_changes_nothing_of_the_process(own: Own) -> None:
+    before = [read() for read, _ in user_code.STATE]
+    assert scores(own(STATES), ["good"]) == [1.0]
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        scores(own(STATES), ["bad"])
+    assert [read() for read, _ in user_code.STATE] == before
+    assert torch.empty(1).device.type == "cpu"
 
 
 def test_a_failure_that_no_single_completion_causes(own: Own) -> None:

@@ -1,0 +1,118 @@
+"""What of a recipe does not go with its model, its data or its own steps: what cannot be computed is refused, and of
+what can be, but is hardly meant, there is a finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from prefold.data.chat import render
+from prefold.data.examples import Examples
+from prefold.data.findings import ROWS_SHOWN, Finding
+from prefold.data.preference import RowId, Unfit
+from prefold.errors import UserError, first_line
+from prefold.models.gate import beyond_rows, require_positions, rotary_positions
+from prefold.runs.context import Run
+from prefold.runs.measuring import evaluation_prompts
+from prefold.training.loop import StepOrder
+from prefold.trees.attention import unwrapped
+from prefold.trees.logprobs import router_coefficient
+
+
+def examined(run: Run, order: StepOrder) -> list[Finding]:
+    """Findings about model, data and recipe together.
+
+    Raises:
+        UserError: the data hold tokens or lengths that the model has no rows for.
+    """
+    prepared, model = run.prepared, unwrapped(run.shapes)
+    for examples in (prepared.train, prepared.held_out):
+        _require_known_tokens(run, examples)
+    return [*_about_positions(run, model), *_about_steps(run, len(order)), *_about_objective(run, model)]
+
+
+def _require_known_tokens(run: Run, examples: Examples) -> None:
+    rows = unwrapped(run.shapes).config.get_text_config().vocab_size
+    token, index = examples.largest_token()
+    if token >= rows:
+        raise beyond_rows(token, run.tokenizer, rows, str(examples.origins[index]))
+
+
+# ---- lengths ----------------------------------------------------------------------------------------------------
+
+
+def _about_positions(run: Run, model: Any) -> list[Finding]:
+    """Of every sequence that will be computed, against the positions of the model."""
+    recipe, draws = run.recipe, run.recipe.algorithm.draws
+    drawn = draws.max_completion_length if draws else 0
+    limit, beyond, longest = rotary_positions(model.config), [], 0
+    for examples in (run.prepared.train, run.prepared.held_out):
+        lengths = [prompt + max(completions, default=drawn) for prompt, *completions in examples.lengths]
+        if lengths:
+            index = max(range(len(lengths)), key=lengths.__getitem__)
+            what = "the prompt and `max_completion_length`" if draws else "prompt and completion"
+            field = f"`{recipe.method}.max_completion_length`" if draws else "`data.max_length`"
+            require_positions(model, lengths[index], f"{examples.origins[index]}, {what}", f"lower {field}")
+        beyond += [examples.origins[i] for i, length in enumerate(lengths) if limit and length > limit]
+        longest = max(longest, *lengths, 0)
+    for number, prompt in enumerate(_questions(run), 1):
+        length = len(prompt) + recipe.evaluate.max_new_tokens
+        require_positions(
+            model, length, f"prompt {number} of `evaluate` and its answer", "lower `evaluate.max_new_tokens`"
+        )
+        longest = max(longest, length)
+    return [_beyond_positions(longest, limit, beyond)] if limit and longest > limit else []
+
+
+def _questions(run: Run) -> list[list[int]]:
+    """The token ids of the prompts that will be answered before and after."""
+    recipe = run.recipe
+    if recipe.algorithm.kind.scores:
+        return []
+    prompts, given = evaluation_prompts(recipe, run.prepared.held_out)
+    beside = given or [{}] * len(prompts)
+    ids = []
+    for number, (prompt, more) in enumerate(zip(prompts, beside, strict=True), 1):
+        try:
+            ids.append(render(prompt, run.tokenizer, recipe.data.template, more))
+        except (TemplateError, TypeError, ValueError, Unfit) as error:
+            what, where = f"the chat template refuses it: {first_line(error)}", f"prompt {number} of `evaluate`"
+            raise UserError(what, where=where, advice="change the prompt, or leave it out") from None
+    return ids
+
+
+def _beyond_positions(longest: int, limit: int, rows: Sequence[RowId]) -> Finding:
+    message = f"sequences of up to {longest:,} tokens, and the model is made for {limit:,} positions, scaling included"
+    advice = "lower `data.max_length`, or take a model for longer texts: beyond them it has learnt nothing"
+    return Finding("beyond_positions", "warning", len(rows), tuple(rows[:ROWS_SHOWN]), message, advice)
+
+
+# ---- steps and objective ----------------------------------------------------------------------------------------
+
+
+def _about_steps(run: Run, steps: int) -> list[Finding]:
+    settings, findings = run.recipe.train, []
+    warmup = settings.warmup_steps
+    if warmup and settings.lr_scheduler_type == "constant":
+        message = f"`train.warmup_steps: {warmup}` has no effect: `lr_scheduler_type: constant` starts at the full rate"
+        advice = "take `constant_with_warmup`, or remove `train.warmup_steps`"
+        findings.append(Finding("warmup_ignored", "warning", 1, (), message, advice))
+    elif warmup >= max(1, steps):
+        message = f"the warm-up takes {warmup:,.0f} steps and the run has {steps:,}: the full rate is never reached"
+        advice = f"lower `train.warmup_steps`, to a tenth of the steps or so ({max(1, steps // 10)})"
+        findings.append(Finding("warmup_too_long", "warning", 1, (), message, advice))
+    return findings
+
+
+def _about_objective(run: Run, model: Any) -> list[Finding]:
+    findings = []
+    if remark := run.recipe.algorithm.remark:
+        findings.append(Finding("objective", "warning", 1, (), *remark))
+    if coefficient := router_coefficient(model):
+        message = f"the loss that balances experts is trained as well, times {coefficient:g}, as config.json asks"
+        advice = "`output_router_logits: false` in it leaves that loss out, and lets trees be packed"
+        findings.append(Finding("router_loss", "note", 1, (), message, advice))
+    return findings
