@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import margins, planned, prefold_run, preparing, rollouts, vs_lm_eval, vs_trl
+from benchmarks import equal_groups, margins, planned, prefold_run, preparing, rollouts, vs_lm_eval, vs_trl
 from benchmarks.sides import SOURCE, Side, TakenStep
 from benchmarks.vs_trl import Measured
 
@@ -164,6 +164,12 @@ def test_vs_lm_eval(summary_of: Callable[..., dict[str, Any]], tmp_path: Path) -
 def test_rollouts(summary_of: Callable[..., dict[str, Any]]) -> None:
     sizes = ["--prompts", "2", "--group", "2", "--prompt-tokens", "300", "--new-tokens", "4", "--repeats", "1"]
     assert summary_of(rollouts.main, *sizes)["ratio_equal_lengths"] > 0
+
+
+def test_equal_groups(summary_of: Callable[..., dict[str, Any]]) -> None:
+    sizes = ["--prompts", "2", "--group", "2", "--prompt-tokens", "300", "--new-tokens", "4", "--steps", "1"]
+    summary = summary_of(equal_groups.main, *sizes)
+    assert summary["ratio_step"] > 0 and summary["difference"] < 1e-5
 
 
 @pytest.mark.usefixtures("in_threads")

@@ -27,7 +27,7 @@ from preference_batches import logprobs, metric_means, step_loss
 from tiny import tiny_llama
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from prefold.algorithms.grpo import GRPO
 from prefold.data.examples import Example, Examples
@@ -39,7 +39,7 @@ from prefold.training.arguments import training_arguments
 from prefold.training.guards import Facts, Guards
 from prefold.training.loop import StepOrder, TrainingLoop
 from prefold.training.record import StepRecord
-from prefold.training.sampled_trees import SampledTrees, length_metrics, reward_metrics, rewards_of
+from prefold.training.sampled_trees import SampledTrees, advantages_of, length_metrics, reward_metrics
 from prefold.trees.head import Statistics
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
@@ -244,16 +244,26 @@ def test_loss(variant: Settings, divergence: Settings, off_policy: bool, masked:
         assert all(True in values for values in met.values())  # something was clipped
 
 
-@pytest.mark.parametrize("settings", [{"epsilon": 0.1, "epsilon_high": 0.28}, {"epsilon": 3e-4}], ids=named)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epsilon": 0.1, "epsilon_high": 0.28},
+        {"epsilon": 3e-4},
+        {"epsilon": 0.1, "delta": 1.2, "beta": 0.1},  # the divergence is weighed by the ratio as it is
+    ],
+    ids=named,
+)
 def test_bounds(settings: Settings, tmp_path: Path) -> None:
     for level in ("token", "sequence"):
         given = rollout(off_policy=True)
         how = {"loss_type": "dapo", "importance_sampling_level": level, **settings}
         theirs, wanted = trl_loss(given, how, tmp_path)
         algorithm = GRPO(num_generations=SIZE, **how)
-        output = algorithm.loss(given.policy, None)
+        output = algorithm.loss(given.policy, given.reference if algorithm.needs_reference else None)
         total = step_loss(output, algorithm, given.trees)
         torch.testing.assert_close(total, theirs, rtol=1e-10, atol=1e-12)
+        (mine,), (other,) = (torch.autograd.grad(loss, given.policy.tokens) for loss in (total, theirs))
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
         assert metric_means(output)["clip_ratio/region_mean"] == pytest.approx(wanted["clip_ratio/region_mean"])
 
 
@@ -300,12 +310,13 @@ def trl_advantages(
     return output["advantages"], {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
+def loaded(functions: Sequence[Any], weights: Sequence[float]) -> list[LoadedReward]:
+    return [LoadedReward(each.__name__, each, weight) for each, weight in zip(functions, weights, strict=True)]
+
+
 def our_groups(functions: Sequence[Any], weights: Sequence[float], groups: list[list[Completion]]) -> list[Group]:
-    rewards = [
-        LoadedReward(function.__name__, function, weight) for function, weight in zip(functions, weights, strict=True)
-    ]
     prompts = [Prompt((Message(role="user", content=str(place)),), {}, RowId("p", place)) for place in range(GROUPS)]
-    return scored_groups(rewards, prompts, groups, [])
+    return scored_groups(loaded(functions, weights), prompts, groups, [])
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -319,7 +330,7 @@ def test_advantages_and_metrics(functions: Sequence[Any], weights: Sequence[floa
         drawn = completions(seed)
         wanted, metrics = trl_advantages(functions, weights, drawn, {"scale_rewards": scale}, tmp_path)
         groups = our_groups(functions, weights, drawn)
-        found = GRPO(scale_rewards=scale).advantages(rewards_of(groups))
+        found = advantages_of(GRPO(scale_rewards=scale), loaded(functions, weights), groups)
         torch.testing.assert_close(found.flatten(), wanted.double(), rtol=1e-5, atol=1e-5)
         ours = {**reward_metrics(groups), **length_metrics([one for group in drawn for one in group])}
         if scale == "batch":  # TRL then asks whether the rewards of the whole batch are equal
@@ -327,6 +338,88 @@ def test_advantages_and_metrics(functions: Sequence[Any], weights: Sequence[floa
         del metrics["num_tokens"]
         assert set(ours) == {name for name, value in metrics.items() if not math.isnan(value)}
         assert ours == pytest.approx({name: metrics[name] for name in ours}, rel=1e-5, abs=1e-6)
+
+
+MIXED = (shortness, odd_ones, even_handed), (0.5, 2.0, -1.0)
+ONLY_SILENT = (odd_ones,), (3.0,)
+
+
+@pytest.mark.parametrize(("functions", "weights"), [MIXED, ONLY_SILENT], ids=["mixed", "silent"])
+def test_advantages_by_each_reward(functions: Sequence[Any], weights: Sequence[float], tmp_path: Path) -> None:
+    settings = {"multi_objective_aggregation": "normalize_then_sum"}
+    for seed in range(5):
+        drawn = completions(seed)
+        wanted, _ = trl_advantages(functions, weights, drawn, settings, tmp_path)
+        groups = our_groups(functions, weights, drawn)
+        found = advantages_of(GRPO(**settings), loaded(functions, weights), groups)
+        torch.testing.assert_close(found.flatten(), wanted.double(), rtol=1e-5, atol=1e-5)
+        assert found.abs().sum() > 1
+
+
+def bare_rloo(folder: Path) -> Any:
+    trainer = object.__new__(RLOOTrainer)
+    vars(trainer).update(vars(bare({}, folder)))
+    trainer.args = RLOOConfig(output_dir=str(folder), use_cpu=True, bf16=False, num_generations=SIZE)
+    return trainer
+
+
+def rloo_advantages(
+    functions: Sequence[Any], weights: Sequence[float], groups: list[list[Completion]], normalised: bool, folder: Path
+) -> Tensor:
+    """By TRL's `RLOOTrainer`, made and fed as the other one."""
+    trainer, every = bare_rloo(folder), [one for group in groups for one in group]
+    trainer.reward_funcs, trainer.reward_weights = list(functions), torch.tensor(weights)
+    trainer.reward_func_names = [function.__name__ for function in functions]
+    trainer._tokenizer = SimpleNamespace(pad_token_id=PAD)
+    trainer.normalize_advantages, trainer.reward_clip_range, trainer.beta = normalised, None, 0.0
+    trainer._generate = lambda prompts: ([[5]] * len(every), [list(one.token_ids) for one in every], every)
+    zeros = torch.zeros(len(every), max(len(one.token_ids) for one in every))
+    trainer._get_per_token_logps_and_entropies = lambda *args, **how: (zeros, None, None)
+    scores = [function(completions=[one.text for one in every]) for function in functions]
+    trainer._calculate_rewards = lambda *args: torch.tensor(
+        [[math.nan if value is None else value for value in row] for row in zip(*scores, strict=True)]
+    )
+    return trainer._generate_and_score_completions([{"prompt": "x"}] * len(every))["advantages"]
+
+
+@pytest.mark.parametrize("scale", ["none", "batch"])
+@pytest.mark.parametrize(("functions", "weights"), [MIXED, ONLY_SILENT], ids=["mixed", "silent"])
+def test_advantages_of_rloo(functions: Sequence[Any], weights: Sequence[float], scale: Any, tmp_path: Path) -> None:
+    for seed in range(5):
+        drawn = completions(seed)
+        wanted = rloo_advantages(functions, weights, drawn, scale == "batch", tmp_path)
+        algorithm = GRPO(baseline="leave_one_out", scale_rewards=scale)
+        found = advantages_of(algorithm, loaded(functions, weights), our_groups(functions, weights, drawn))
+        torch.testing.assert_close(found.flatten(), wanted.double(), rtol=1e-5, atol=1e-5)
+        assert found.abs().sum() > 1
+
+
+def test_gradient_of_rloo(tmp_path: Path) -> None:
+    """In the first step on a rollout; TRL does not divide by a length."""
+    given, trainer = rollout(off_policy=False), bare_rloo(tmp_path)
+    leaf, mask = given.policy.tokens, grid(given.policy, torch.ones_like(given.policy.tokens)).long()
+    trainer._get_per_token_logps_and_entropies = lambda *args, **how: (grid(given.policy, leaf), 0.0 * mask, None)
+    theirs = trainer._compute_loss(
+        None,
+        {
+            "prompt_ids": mask,
+            "prompt_mask": mask,
+            "completion_ids": mask,
+            "completion_mask": mask,
+            "old_logps": grid(given.policy, leaf.detach()).sum(1),
+            "advantages": given.policy.extras["advantages"],
+        },
+    )
+    algorithm = GRPO(
+        num_generations=SIZE,
+        baseline="leave_one_out",
+        scale_rewards="none",
+        loss_type="dr_grpo",
+        max_completion_length=9,
+    )
+    total = step_loss(algorithm.loss(given.policy, None), algorithm, given.trees)
+    (mine,), (other,) = (torch.autograd.grad(loss, leaf) for loss in (total, theirs))
+    torch.testing.assert_close(9 * mine, other, rtol=1e-10, atol=1e-12)
 
 
 # ---- whole steps -------------------------------------------------------------------------------------------------

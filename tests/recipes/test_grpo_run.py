@@ -107,11 +107,22 @@ class Stopped(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("iterations", "stop"), [(1, 1), (1, 3), (2, 3)])
+OFTEN_EQUAL = """
+def mine(prompts, completion_ids, **columns):
+    return [float(sum(ids) % 31 == int(prompt[-1]["content"][-1])) for prompt, ids in zip(prompts, completion_ids)]
+"""
+"""Most groups get nothing but zeros."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "stop"),
+    [({}, 1), ({}, 3), ({"num_iterations": 2}, 3), ({"beta": 0.0, "resample": 2, "num_generations": 16}, 3)],
+)
 def test_a_stopped_run_ends_with_the_same_bytes(
-    grpo: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iterations: int, stop: int
+    grpo: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], stop: int
 ) -> None:
-    changes: dict[str, Any] = {"grpo": {"num_iterations": iterations}, "lora": {"lora_dropout": 0.1}}
+    rewards = reward_file(tmp_path, OFTEN_EQUAL) if "resample" in settings else None
+    changes: dict[str, Any] = {"grpo": settings, "rewards": rewards, "lora": {"lora_dropout": 0.1}}
     straight = prefold.train(grpo(**changes, output_dir=str(tmp_path / "straight")))
     step = TrainingLoop.step
 
@@ -129,6 +140,43 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     assert adapter(resumed) == adapter(straight)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (resumed / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_equal_groups_are_drawn_again(grpo: MakeRecipe, tmp_path: Path) -> None:
+    """As often as it takes, and no more than the recipe allows; the others stay as they are."""
+    rewards = reward_file(tmp_path, OFTEN_EQUAL)
+
+    def groups(resample: int) -> tuple[list[Any], dict[str, Any]]:
+        settings = {"beta": 0.0, "resample": resample, "num_generations": 12}
+        train = {"batch_size": 4, "max_steps": 1, "learning_rate": 5e-3}
+        folder = prefold.train(
+            grpo(grpo=settings, rewards=rewards, train=train, output_dir=str(tmp_path / str(resample)))
+        )
+        return lines(folder / "rollouts.jsonl"), lines(folder / "metrics.jsonl")[0]
+
+    def equal(group: dict[str, Any]) -> bool:
+        return len({each["reward"] for each in group["completions"]}) == 1
+
+    (before, metrics), (once, metrics_once), (after, metrics_after) = groups(0), groups(1), groups(30)
+    again = [i for i, group in enumerate(before) if equal(group)]
+    assert 0 < len(again) < 4
+    assert "groups/drawn_again" not in metrics and metrics["groups/left_out"] == len(again)
+    assert metrics_once["groups/drawn_again"] == len(again)
+    for i in range(4):
+        assert (once[i] != before[i]) == (i in again)
+    assert not any(map(equal, after))
+    assert metrics_after["groups/left_out"] == metrics_after["frac_reward_zero_std"] == 0
+    assert len(again) <= metrics_after["groups/drawn_again"] <= 30 * len(again)
+
+
+def test_failures_of_groups_that_are_drawn_again_are_counted(grpo: MakeRecipe, tmp_path: Path) -> None:
+    body = "def mine(completions, **columns):\n    raise ValueError('no')\n"
+    rewards = [{**reward_file(tmp_path, body)[0], "on_error": "skip"}, {"name": "length", "target": 3, "weight": 0.0}]
+    train = {"batch_size": 2, "max_steps": 1, "learning_rate": 5e-3}
+    folder = prefold.train(grpo(grpo={"beta": 0.0, "resample": 3}, rewards=rewards, train=train))
+    (metrics,) = lines(folder / "metrics.jsonl")
+    assert metrics["rewards/mine/failed"] == 4 * 2 * 4
+    assert (metrics["groups/drawn_again"], metrics["groups/left_out"], metrics["grad_norm"]) == (6, 2, 0)
 
 
 def test_splitting_a_step_changes_nothing(grpo: MakeRecipe, tmp_path: Path) -> None:

@@ -46,11 +46,11 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def grpo(recipe: MakeRecipe, prompts: Path) -> MakeRecipe:
-    def make(**changes: Any) -> RecipeBase:
+    def make(grpo: dict[str, Any] | None = None, rewards: Any = None, **changes: Any) -> RecipeBase:
         return recipe(
             method="grpo",
-            grpo={"num_generations": 4, "max_completion_length": 8, "beta": 0.04, "num_iterations": 2},
-            rewards=[{"name": "length", "target": 3, "unit": "characters"}],
+            grpo={"num_generations": 4, "max_completion_length": 8, "beta": 0.04, "num_iterations": 2, **(grpo or {})},
+            rewards=rewards or [{"name": "length", "target": 3, "unit": "characters"}],
             data={"train": [{"path": str(prompts)}]},
             lora=EXACT,
             **changes,
@@ -105,6 +105,25 @@ def test_rollouts_of_two_processes_are_those_of_one(pair: Pair, grpo: MakeRecipe
         assert str(found) == str(wanted), name
     rewards = [json.loads((folder / "evaluation" / "rewards.json").read_text()) for folder in (tmp_path / "two", one)]
     assert rewards[0] == rewards[1]
+
+
+def test_equal_groups_of_two_processes_are_those_of_one(pair: Pair, grpo: MakeRecipe, tmp_path: Path) -> None:
+    """They are drawn again and left out alike, also where one process has nothing left, or neither has."""
+    (tmp_path / "mine.py").write_text(
+        "def mine(prompts, completion_ids, **columns):\n"
+        "    return [float(sum(ids) % 97 == int(prompt[-1]['content'].split()[-1]))\n"
+        "            for prompt, ids in zip(prompts, completion_ids)]\n"
+    )
+    settings = {
+        "grpo": {"beta": 0.0, "num_iterations": 1, "resample": 1, "num_generations": 8},
+        "rewards": [{"name": "mine", "file": str(tmp_path / "mine.py")}],
+        "train": {"batch_size": 3, "max_steps": 12, "learning_rate": 5e-3, "max_tokens": 150},
+    }
+    pair.do("run", grpo(**settings, output_dir=str(tmp_path / "two")))
+    one = prefold.run(grpo(**settings, output_dir=str(tmp_path / "one")))
+    assert_alike(tmp_path / "two", one)
+    left_out = {line["groups/left_out"] for line in lines(one)}
+    assert left_out >= {2, 3} and sum(line["groups/drawn_again"] for line in lines(one)) > 0
 
 
 def test_every_stage(pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:

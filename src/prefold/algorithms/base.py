@@ -87,7 +87,8 @@ SCORING = Kind("pairs", scores=True)
 
 
 class Draws(NamedTuple):
-    """How a method draws completions of a prompt: their number, their longest length in tokens, and from what."""
+    """How a method draws completions of a prompt: their number, their longest length in tokens, and from what; and how
+    many times at most they are drawn again where the group would have no advantages."""
 
     num_generations: int
     max_completion_length: int
@@ -95,6 +96,7 @@ class Draws(NamedTuple):
     top_p: float
     top_k: int
     min_p: float
+    resample: int
 
 
 class Bound(NamedTuple):
@@ -138,7 +140,8 @@ class Algorithm(ABC):
     """Optimizer steps in a row on the same trees."""
     draws: ClassVar[Draws | None] = None
     """How completions are sampled, by a method of a kind that `samples`."""
-
+    needs_advantages: ClassVar[bool] = False
+    """Whether completions whose advantages are 0 add nothing to the loss and its gradient."""
     remark: ClassVar[tuple[str, str] | None] = None
     """Where the settings are not the objective that their name is known for: that, and what to do."""
 
@@ -158,9 +161,14 @@ class Algorithm(ABC):
         """What a log-prob ratio against the reference is multiplied with to be the implicit reward of this method."""
         return float(getattr(self, "beta", 1.0))
 
-    def advantages(self, rewards: Tensor) -> Tensor:
+    def advantages(self, rewards: Tensor, each: Sequence[tuple[float, Tensor]] = ()) -> Tensor:
         """`[B, G]`, of a method of a kind that `samples`: how much better each completion is than the others of its
-        group, from rewards that are NaN where none says anything."""
+        group.
+
+        Args:
+            rewards: `[B, G]`, the weighted sums; NaN where no reward says anything.
+            each: of every reward its weight and its scores `[B, G]`; NaN where it says nothing.
+        """
         raise NotImplementedError
 
     def trains_on(self, finished: bool) -> bool:

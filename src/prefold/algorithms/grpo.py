@@ -18,15 +18,21 @@ and older versions of TRL do not. `loss_type` says what the losses of the tokens
 
 TRL's bnpo divides by the tokens of a micro-batch. Over a whole step there is no such thing, and bnpo and dapo are the
 same. With `importance_sampling_level: sequence` (GSPO, arXiv 2507.18071) the ratio of a token is the geometric mean of
-those of its completion; it wants an epsilon of 3e-4 or so. In the first step on a rollout all ratios are 1: nothing is
+those of its completion; it wants an epsilon of 3e-4 or so. `delta` bounds ratios where the advantage is negative, which
+equation 3 does not (arXiv 2505.07291). In the first step on a rollout all ratios are 1: nothing is
 clipped, and token and sequence level, and cispo and dapo, have the same policy gradient.
 
 The log-probs are those at the sampling temperature, as in TRL; `top_p`, `top_k` and `min_p` are left out of them.
 Completions that are left out (`mask_truncated_completions`) are not computed at all: they are in no tree, and count in
 what `grpo` and `dr_grpo` divide by, as in TRL.
-Left out: the loss types sapo, luspo and vespo; the upper bound of two-sided clipping; entropy bonuses and masks; masks
-of off-policy completions; a reference that follows the policy; normalising each reward by itself; the smallest and the
-largest of the clip ratios among TRL's metrics.
+Other advantages: with `baseline: leave_one_out` that of RLOO (arXiv 2402.14740), the reward less the mean of
+the others'; with `multi_objective_aggregation: normalize_then_sum` that of GDPO (arXiv 2601.05242): each
+reward is compared with its own group by itself, the results are weighted and added, and divided by their standard
+deviation over the batch.
+
+Left out: the loss types sapo, luspo and vespo; entropy bonuses and masks; masks of off-policy completions; a reference
+that follows the policy; RLOO's divergence as a part of the reward; the smallest and the largest of the clip ratios
+among TRL's metrics.
 """
 
 import math
@@ -62,12 +68,17 @@ _BELOW_1 = Bound(lambda share: 0 <= share < 1, "at least 0 and less than 1")
 _UP_TO_1 = Bound(lambda share: 0 < share <= 1, "greater than 0 and at most 1")
 
 
+def centred(values: Tensor) -> Tensor:
+    """`[B, G]` less the mean of the finite values of each row; exactly 0 where these are all equal."""
+    below = values - values.nan_to_num(-math.inf).amax(1, keepdim=True)
+    return below - below.nanmean(1, keepdim=True)
+
+
 def deviation(values: Tensor) -> Tensor:
     """`[B, 1]`: standard deviation of a sample, over the finite values of each row of `[B, G]`; NaN for fewer than
     two."""
-    centred = values - values.nanmean(1, keepdim=True)
     known = values.isfinite().sum(1, keepdim=True)
-    return (centred.square().nansum(1, keepdim=True) / (known - 1).clamp(min=0)).sqrt()
+    return (centred(values).square().nansum(1, keepdim=True) / (known - 1).clamp(min=0)).sqrt()
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -104,13 +115,21 @@ class GRPO(Algorithm):
     epsilon_high: Annotated[float | None, POSITIVE] = None
     """And at 1 + epsilon_high, where it is positive; unset: as epsilon. For `cispo` the largest ratio itself, e.g.
     5.0."""
+    delta: Annotated[float | None, POSITIVE] = None
+    """Where the advantage is negative, ratios are clipped at this; more than 1 + epsilon_high. Unset: at nothing."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """`sequence`: one ratio per completion (GSPO)."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a reward is compared with: the mean of its group, or of the others in it (RLOO)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """By which standard deviation advantages are divided."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """`normalize_then_sum`: each reward is compared with its group by itself (GDPO)."""
     num_iterations: _PositiveInt = 1
     """Optimizer steps on each rollout. Checkpoints fall between rollouts: `train.max_steps` and `train.save_steps` are
     rounded up to a multiple of this."""
+    resample: Annotated[int, _FINITE] = 0
+    """Groups whose rewards all say the same are drawn again, up to so many times (as in DAPO)."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
 
@@ -121,6 +140,7 @@ class GRPO(Algorithm):
     defaults = ADAPTER_DEFAULTS | {"train.learning_rate": 2e-5, "train.batch_size": 8}
     needs_statistics = True
     needs_reference = property(lambda self: self.beta > 0)
+    needs_advantages = property(lambda self: self.beta == 0)
     iterations = property(lambda self: self.num_iterations)
     draws = property(lambda self: Draws(*(getattr(self, name) for name in Draws._fields)))
 
@@ -128,8 +148,33 @@ class GRPO(Algorithm):
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be 2 or more, got {self.num_generations}: one has no group")
         super().__post_init__()
-        if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon != EPSILON):
-            raise ValueError("cispo clips at `epsilon_high` alone, e.g. 5.0; set it, and no `epsilon`")
+        cispo, delta, scaled = self.loss_type == "cispo", self.delta, self.scale_rewards == "group"
+        others = self.baseline == "leave_one_out"
+        refused = [
+            (
+                cispo and (self.epsilon_high is None or self.epsilon != EPSILON),
+                "cispo clips at `epsilon_high` alone, e.g. 5.0; set it, and no `epsilon`",
+            ),
+            (cispo and delta is not None, "cispo holds all ratios at `epsilon_high`; remove `delta`"),
+            (
+                delta is not None and delta <= 1 + self.high,
+                f"delta must be greater than 1 + epsilon_high, here {1 + self.high:g}, got {delta}",
+            ),
+            (
+                self.by_reward and others,
+                "normalize_then_sum compares rewards with their group's mean; remove `baseline`",
+            ),
+            (self.by_reward and not scaled, "normalize_then_sum has deviations of its own; remove `scale_rewards`"),
+            (others and scaled, "leave_one_out divides by no group's deviation; set `scale_rewards: none`, or `batch`"),
+        ]
+        for is_wrong, text in refused:
+            if is_wrong:
+                raise ValueError(text)
+
+    @property
+    def by_reward(self) -> bool:
+        """Whether each reward is compared with its group by itself."""
+        return self.multi_objective_aggregation == "normalize_then_sum"
 
     @property
     def remark(self) -> tuple[str, str] | None:  # type: ignore[override]
@@ -153,14 +198,24 @@ class GRPO(Algorithm):
         counts = {"completions": len(trees) * self.num_generations, "completion_tokens": max(1, tokens)}
         return {self._divided_by: counts[self._divided_by]}
 
-    def advantages(self, rewards: Tensor) -> Tensor:
+    def advantages(self, rewards: Tensor, each: Sequence[tuple[float, Tensor]] = ()) -> Tensor:
         """A completion of which no reward says anything has an advantage of 0, and is left out of means and deviations;
-        `scale_rewards` says of what the standard deviation (of a sample) is: the group, the batch, or none."""
-        centred = rewards - rewards.nanmean(1, keepdim=True)
+        `scale_rewards` says of what the standard deviation (of a sample) is: the group, the batch, or none. RLOO's
+        is that of the differences, as in TRL."""
+        if self.by_reward:
+            alone = [(weight, centred(scores) / (deviation(scores) + _SMALL)) for weight, scores in each]
+            parts = [weight * scaled.nan_to_num(0.0) for weight, scaled in alone]
+            # Those of a group add up to 0, so their mean is 0, and groups of equal rewards stay at exactly that.
+            rewards = advantages = torch.stack(parts).sum(0).where(rewards.isfinite(), math.nan)
+        else:
+            advantages = centred(rewards)
+        if self.baseline == "leave_one_out":
+            known = rewards.isfinite().sum(1, keepdim=True)
+            rewards = advantages = advantages * known / (known - 1)
         if self.scale_rewards != "none":
-            sample = rewards if self.scale_rewards == "group" else rewards.view(1, -1)
-            centred = centred / (deviation(sample) + _SMALL)
-        return centred.nan_to_num(0.0)
+            sample = rewards.view(1, -1) if self.by_reward or self.scale_rewards == "batch" else rewards
+            advantages = advantages / (deviation(sample) + _SMALL)
+        return advantages.nan_to_num(0.0)
 
     def trains_on(self, finished: bool) -> bool:
         return finished or not self.mask_truncated_completions
@@ -202,7 +257,8 @@ class GRPO(Algorithm):
         if self.loss_type == "cispo":  # equation 4 of arXiv 2506.13585
             return -ratios.detach().clamp(max=self.high) * advantages * logprobs
         # Equation 3 of arXiv 2402.03300.
-        return -torch.minimum(ratios * advantages, ratios.clamp(1 - self.epsilon, 1 + self.high) * advantages)
+        bounded = ratios if self.delta is None else ratios.clamp(max=self.delta)
+        return -torch.minimum(bounded * advantages, ratios.clamp(1 - self.epsilon, 1 + self.high) * advantages)
 
     def reduced(self, policy: TreeLogprobs, losses: Tensor) -> Tensor:
         """The losses of tokens as the sum that is to be divided by `units`."""

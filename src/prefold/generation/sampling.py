@@ -16,6 +16,7 @@ class Sampling:
         stop: texts that end a completion; its text ends before them.
         end_tokens: ids that end a completion; None for the model's own.
         with_model_logprobs: whether completions bring the model's own log-probs as well.
+        with_entropies: whether they bring entropies.
     """
 
     max_new_tokens: int = 256
@@ -29,6 +30,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     end_tokens: tuple[int, ...] | None = None
     with_model_logprobs: bool = False
+    with_entropies: bool = False
 
     @classmethod
     def of(cls, wanted: settings.Sampling, num_answers: int = 1) -> Sampling:
@@ -42,7 +44,8 @@ class Completion:
     """What a model wrote. `token_ids` include the end token; `finished` is False where the length limit cut it off.
 
     Log-probs in nats, one for each token: `logprobs` of the distribution that it was drawn from (0 where greedy),
-    `model_logprobs` of the model's own, at temperature 1, where asked for.
+    `model_logprobs` of the model's own, at temperature 1, where asked for. `entropies`, likewise: in nats, of the
+    distribution at each token, at the sampling temperature, before `top_p`, `top_k` and `min_p`.
     """
 
     token_ids: tuple[int, ...]
@@ -50,3 +53,4 @@ class Completion:
     finished: bool
     logprobs: tuple[float, ...] = ()
     model_logprobs: tuple[float, ...] | None = None
+    entropies: tuple[float, ...] | None = None

@@ -40,6 +40,7 @@ class PartialCompletion:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     model_logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     ended: bool = False
     """By an end token or a stop string."""
     over: bool = False
@@ -84,11 +85,14 @@ class GenerationRequest:
         chosen = choose(logits, self.settings, torch.tensor(drawn, dtype=torch.float64, device=logits.device), seen)
         logprobs = chosen.logprobs.tolist()
         model_logprobs = None if chosen.model_logprobs is None else chosen.model_logprobs.tolist()
+        entropies = None if chosen.entropies is None else chosen.entropies.tolist()
         for i, (sequence, token) in enumerate(zip(completions, chosen.tokens.tolist(), strict=True)):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprobs[i])
             if model_logprobs is not None:
                 sequence.model_logprobs.append(model_logprobs[i])
+            if entropies is not None:
+                sequence.entropies.append(entropies[i])
             if sequence.seen is not None:
                 sequence.seen[token] = True
             sequence.ended = token in self._ends or self._is_stopped(sequence)
@@ -122,18 +126,21 @@ class GenerationRequest:
         text = str(self._tokenizer.decode(sequence.tokens, skip_special_tokens=True))
         cut = min((text.find(stop) for stop in self.settings.stop if stop in text), default=len(text))
         model_logprobs = tuple(sequence.model_logprobs) if self.settings.with_model_logprobs else None
-        return Completion(tuple(sequence.tokens), text[:cut], sequence.ended, tuple(sequence.logprobs), model_logprobs)
+        entropies = tuple(sequence.entropies) if self.settings.with_entropies else None
+        logprobs = tuple(sequence.logprobs)
+        return Completion(tuple(sequence.tokens), text[:cut], sequence.ended, logprobs, model_logprobs, entropies)
 
 
 # ---- from logits to tokens --------------------------------------------------------------------------------------
 
 
 class Chosen(NamedTuple):
-    """`[R]` each: token ids, and their log-probs as in `Completion`."""
+    """`[R]` each: token ids, and their log-probs and entropies as in `Completion`."""
 
     tokens: Tensor
     logprobs: Tensor
     model_logprobs: Tensor | None
+    entropies: Tensor | None
 
 
 def seed_of(*parts: int) -> int:
@@ -161,14 +168,25 @@ def choose(logits: Tensor, settings: Sampling, drawn: Tensor, seen: Tensor | Non
     if settings.temperature == 0:
         tokens = scores.argmax(-1)
         logprobs = torch.zeros_like(tokens, dtype=logits.dtype)
+        entropies = torch.zeros_like(logprobs) if settings.with_entropies else None
     else:
         scores = scores if settings.temperature == 1 else scores / settings.temperature
+        entropies = entropy_of(scores) if settings.with_entropies else None
         scores = truncated(scores, settings.top_k, settings.top_p, settings.min_p)
         tokens, logprobs = draw(scores, drawn)
     model_logprobs = None
     if settings.with_model_logprobs:
         model_logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return Chosen(tokens, logprobs, model_logprobs)
+    return Chosen(tokens, logprobs, model_logprobs, entropies)
+
+
+def entropy_of(scores: Tensor) -> Tensor:
+    """`[R]`: entropy in nats of the softmax of each row of `[R, V]`."""
+    below = scores - scores.amax(-1, keepdim=True)
+    weights = below.exp()
+    total = weights.sum(-1)
+    expected: Tensor = torch.linalg.vecdot(weights, below) / total
+    return total.log() - expected
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -55,7 +55,7 @@ from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import PADDING, Scorer, reference_model
 
 TREES = "trees"
-"""Among the units of a step: how many trees have something to score."""
+"""Among the units of a step: how many trees are computed, those that have something to score."""
 
 
 # ---- what steps are computed from -------------------------------------------------------------------------------
@@ -75,11 +75,21 @@ class TreeSet:
 
 
 class StepTrees(NamedTuple):
-    """What a step is computed from: the trees of `data` at `indices`. `metrics`: of how they came about."""
+    """What a step is computed from: the trees of `data` at `indices`. `metrics`: of how they came about.
+
+    `left_out`: those of them whose loss is 0 and has no gradient. They count in what the loss is divided by, take no
+    pass, and add `left_out_metrics` to the algorithm's.
+    """
 
     data: TreeSet
     indices: Sequence[int]
     metrics: Mapping[str, float] = {}
+    left_out: frozenset[int] = frozenset()
+    left_out_metrics: Mapping[str, Metric] = {}
+
+    @property
+    def computed(self) -> list[int]:
+        return [i for i in self.indices if i not in self.left_out]
 
 
 Source = Callable[[int], StepTrees]
@@ -203,7 +213,7 @@ class TrainingLoop:
         step, started = self.state.global_step + 1, time.perf_counter()
         batch = self.source(step - 1)
         loss, metrics = self.compute_gradients(batch)
-        tokens = sum(self.scorer.size(batch.data.trees[i]) for i in batch.indices)
+        tokens = sum(self.scorer.size(batch.data.trees[i]) for i in batch.computed)
         self.record.time(step, time.perf_counter() - started, tokens)
 
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -233,18 +243,23 @@ class TrainingLoop:
         """
         while (result := self.scorer.attempt(partial(self._compute_gradients, batch), together=True)) is None:
             self.model.zero_grad()
-            self.scorer.lower_budget([batch.data.trees[i] for i in batch.indices])
+            self.scorer.lower_budget([batch.data.trees[i] for i in batch.computed])
         loss, outputs = result
         self.carried = outputs[-1].state if outputs else self.carried
-        names = dict.fromkeys(name for output in outputs for name in output.metrics)
-        parts = {name: [output.metrics[name] for output in outputs if name in output.metrics] for name in names}
+        every = [*(output.metrics for output in outputs), batch.left_out_metrics]
+        names = dict.fromkeys(name for metrics in every for name in metrics)
+        parts = {name: [metrics[name] for metrics in every if name in metrics] for name in names}
         return loss, {**batch.metrics, **{name: value_of(of_metric) for name, of_metric in parts.items()}}
 
     def _compute_gradients(self, batch: StepTrees) -> Gradients:
         self.model.train()
-        data, trees = batch.data, [batch.data.trees[i] for i in batch.indices]
-        rows = [[batch.indices[i] for i in row] for row in self.scorer.rows(trees, self.scorer.share(trees))]
-        units = {**self.algorithm.units(trees), TREES: sum(bool(tree.completions) for tree in trees)}
+        data, computed = batch.data, batch.computed
+        trees = [data.trees[i] for i in computed]
+        rows = [[computed[i] for i in row] for row in self.scorer.rows(trees, self.scorer.share(trees))]
+        units = {
+            **self.algorithm.units([data.trees[i] for i in batch.indices]),
+            TREES: sum(bool(tree.completions) for tree in trees),
+        }
         loss, outputs = (self.coupled if self.couples_step else self.row_by_row)(data, rows, units)
         shares = ranks.gather((loss, [replace(output, loss={}, kept={}) for output in outputs]))
         ranks.sum_gradients(self.model)
@@ -268,7 +283,7 @@ class TrainingLoop:
             output = self.loss_of(policy, data, row)
             part = per_unit(output, units) + auxiliary(policy, len(row) / units[TREES])
             self.accelerator.backward(part)
-            loss += part.detach()
+            loss = loss + part.detach()
             outputs.append(replace(output, loss={}))  # which would keep the graph of the row
         return loss, outputs
 

@@ -1,15 +1,16 @@
 """The trees of a step from the model's own completions: prompts -> completions -> rewards -> advantages -> trees.
 
-What is sampled at a step depends on the weights, the seed, the step and the prompt alone, so a resumed run samples what
-a straight one does. Checkpoints fall between rollouts, so none of them holds one. Of several processes each samples a
-share of the groups; the first one has the rewards score all of them.
+What is sampled at a step depends on the weights, the seed, the step, the prompt and how often it was drawn before, and
+on nothing else, so a resumed run samples what a straight one does. Checkpoints fall between rollouts, so none of them
+holds one. Of several processes each samples a share of the groups; the first one has the rewards score all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -18,14 +19,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefold import ranks
-from prefold.algorithms import Algorithm, Draws
-from prefold.data.examples import Examples, prompts_of
+from prefold.algorithms import Algorithm, Draws, Metric
+from prefold.data.examples import Example, Examples, prompts_of
 from prefold.generation.engine import require_end_token, sample
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import seed_of
 from prefold.rewards.scoring import Group, LoadedReward, scored_groups
 from prefold.training.loop import StepOrder, StepTrees, TreeSet
 from prefold.trees.attention import unwrapped, using_attention
+from prefold.trees.head import Statistics
+from prefold.trees.logprobs import TreeLogprobs, router_coefficient
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import compute_reference
 from prefold.trees.scorer import Scorer
@@ -68,35 +71,37 @@ class SampledTrees:
     ):
         require_end_token(unwrapped(scorer.model), tokenizer)
         assert algorithm.draws is not None
-        self.algorithm, self.scorer, self.sampling = algorithm, scorer, sampling_of(algorithm.draws)
+        self.algorithm, self.scorer = algorithm, scorer
         self.prompts, self.rewards, self.columns, self.tokenizer = prompts, rewards, columns, tokenizer
         self.order, self.show, self.seed, self.dtype = order, show, seed, dtype
         # Training switches the model to an attention that cannot generate.
         self.attention = unwrapped(scorer.model).config._attn_implementation
-        self.rollout = TreeSet([])
+        # The routers of a mixture of experts have a loss of their own.
+        self.leaves_out = algorithm.needs_advantages and not router_coefficient(scorer.model)
+        self.draws = algorithm.draws
+        self.sampling = replace(sampling_of(self.draws), with_entropies=self.leaves_out)
+        self.rollout = StepTrees(TreeSet([]), ())
 
     def __call__(self, step: int) -> StepTrees:
         """A rollout for the prompts of the step where one is due, else the one before once more."""
-        metrics: dict[str, float] = {}
         if step % self.order.iterations == 0:
-            self.rollout, metrics = self.roll_out(step)
-        return StepTrees(self.rollout, range(len(self.rollout.trees)), metrics)
+            self.rollout = self.roll_out(step)
+            return self.rollout
+        return self.rollout._replace(metrics={})
 
-    def roll_out(self, step: int) -> tuple[TreeSet, dict[str, float]]:
+    def roll_out(self, step: int) -> StepTrees:
         """A tree for each prompt of a step, with the completions that are trained on; some go to the run folder."""
         examples = [self.prompts[i] for i in self.order[step]]
-        prompts = [example.tree.prompt for example in examples]
-        completions = self.completions_of(prompts, [seed_of(self.seed, step, i) for i in range(len(prompts))])
-        groups = ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
-        advantages = self.algorithm.advantages(rewards_of(groups))
+        groups, advantages, drawn_again = self.drawn(step, examples)
+        completions = [group.completions for group in groups]
         shown = [group_record(*pair) for pair in zip(groups[:GROUPS_SHOWN], advantages, strict=False)]
         for show in self.show:
             show(step + 1, shown)
         kept = [[i for i, each in enumerate(group) if self.algorithm.trains_on(each.finished)] for group in completions]
         used = [[group[i] for i in indices] for group, indices in zip(completions, kept, strict=True)]
         trees = [
-            TokenTree(prompt, tuple(completion.token_ids for completion in group))
-            for prompt, group in zip(prompts, used, strict=True)
+            TokenTree(example.tree.prompt, tuple(completion.token_ids for completion in group))
+            for example, group in zip(examples, used, strict=True)
         ]
         reference = None
         if self.algorithm.needs_reference:
@@ -105,7 +110,60 @@ class SampledTrees:
         if (drawn_with := sampler_logprobs(used)) is not None:
             extras["sampled"] = drawn_with
         metrics = {**reward_metrics(groups), **length_metrics([each for group in completions for each in group])}
-        return TreeSet(trees, reference, extras), metrics
+        left_out = [i for i, values in enumerate(extras["advantages"]) if self.is_left_out(used[i], values)]
+        if self.leaves_out:
+            metrics["groups/left_out"] = len(left_out)
+        if self.draws.resample:
+            metrics["groups/drawn_again"] = drawn_again
+        of_left_out = self.metrics_of_left_out([used[i] for i in left_out])
+        data = TreeSet(trees, reference, extras)
+        return StepTrees(data, range(len(trees)), metrics, frozenset(left_out), of_left_out)
+
+    def drawn(self, step: int, examples: Sequence[Example]) -> tuple[list[Group], Tensor, int]:
+        """A group for each prompt of a step; their advantages `[B, G]`; and how many groups were drawn again.
+
+        Those without any advantage are, as long as the recipe allows (after arXiv 2503.14476, equation 11, where
+        further prompts take their place; here it is the same prompt's turn again). Scores of groups that were drawn
+        again are gone, but for the failures of their rewards.
+        """
+        groups = self.scored(examples, [seed_of(self.seed, step, i) for i in range(len(examples))])
+        advantages, drawn_again = advantages_of(self.algorithm, self.rewards, groups), 0
+        for draw in range(1, self.draws.resample + 1):
+            again = [i for i, values in enumerate(advantages) if not values.any()]
+            if not again:
+                break
+            fresh = self.scored([examples[i] for i in again], [seed_of(self.seed, step, i, draw) for i in again])
+            for i, group in zip(again, fresh, strict=True):
+                failed = {name: count + groups[i].failed[name] for name, count in group.failed.items()}
+                groups[i] = replace(group, failed=failed)
+            advantages = advantages_of(self.algorithm, self.rewards, groups)
+            drawn_again += len(again)
+        return groups, advantages, drawn_again
+
+    def scored(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[Group]:
+        """A group of completions for each prompt, with what the rewards say, the same in all processes."""
+        completions = self.completions_of([example.tree.prompt for example in examples], seeds)
+        return ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
+
+    def is_left_out(self, completions: Sequence[Completion], advantages: Tensor) -> bool:
+        """Whether these completions of a group need no pass: they have no advantages, and the sampler gives what the
+        metrics need."""
+        are_measured = all(each.entropies is not None and each.logprobs for each in completions)
+        return self.leaves_out and bool(completions) and are_measured and not advantages.any()
+
+    def metrics_of_left_out(self, groups: Sequence[Sequence[Completion]]) -> Mapping[str, Metric]:
+        """The algorithm's metrics of completions without advantages, by the model that drew them: they are those of the
+        first step on them, and none of their ratios is ever clipped."""
+        if not groups:
+            return {}
+        completions = [each for group in groups for each in group]
+        lengths = torch.tensor([len(each.token_ids) for each in completions])
+        logprobs = torch.tensor([value for each in completions for value in each.logprobs], dtype=torch.float64)
+        entropy = torch.tensor([value for each in completions for value in each.entropies or ()], dtype=torch.float64)
+        statistics = Statistics(entropy, torch.zeros_like(entropy), torch.zeros_like(entropy, dtype=torch.bool))
+        owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+        extras = {"advantages": torch.zeros(len(lengths))}
+        return self.algorithm.loss(TreeLogprobs(logprobs, owner, lengths, statistics, extras=extras), None).metrics
 
     def completions_of(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[list[Completion]]:
         """A group for each prompt, by the model as it is now."""
@@ -139,10 +197,16 @@ def sampler_logprobs(groups: Sequence[Sequence[Completion]]) -> list[Tensor] | N
 # ---- records of a rollout ---------------------------------------------------------------------------------------
 
 
-def rewards_of(groups: Sequence[Group]) -> Tensor:
-    """`[B, G]`, NaN where no reward says anything."""
-    rows = [[math.nan if value is None else value for value in group.rewards] for group in groups]
-    return torch.tensor(rows, dtype=torch.float64)
+def advantages_of(algorithm: Algorithm, rewards: Sequence[LoadedReward], groups: Sequence[Group]) -> Tensor:
+    """`[B, G]`."""
+    scores = [as_tensor([group.scores[name] for group in groups]) for name in groups[0].scores]
+    each = [(reward.weight, of_reward) for reward, of_reward in zip(rewards, scores, strict=True)]
+    return algorithm.advantages(as_tensor([group.rewards for group in groups]), each)
+
+
+def as_tensor(rows: Sequence[Sequence[float | None]]) -> Tensor:
+    """`[B, G]`, NaN for None."""
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)
 
 
 def group_record(group: Group, advantages: Tensor) -> dict[str, Any]:

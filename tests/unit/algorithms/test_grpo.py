@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,36 @@ def test_what_no_reward_speaks_of_has_no_advantage() -> None:
         assert found[1:].tolist() == [[0.0] * 3] * 2
 
 
+def test_leave_one_out_by_hand() -> None:
+    """Each of 1, 2, 3, 6 less the mean of the other three; 1 and 3 less the other; of a single one nothing."""
+    rewards = torch.tensor([[1, 2, 3, 6], [1, NAN, 3, NAN], [NAN, 2, NAN, NAN]], dtype=torch.float64)
+    found = GRPO(baseline="leave_one_out", scale_rewards="none").advantages(rewards)
+    assert found[0].tolist() == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 0, 6 - 2])
+    assert found[1:].tolist() == [[-2.0, 0.0, 2.0, 0.0], [0.0] * 4]
+    # The six differences: squares of -8/3, -4/3, 0, 4, -2 and 2, over 5.
+    scaled = GRPO(baseline="leave_one_out", scale_rewards="batch").advantages(rewards)
+    assert scaled[0, 3].item() == pytest.approx(4 / (math.sqrt((64 / 9 + 16 / 9 + 16 + 8) / 5) + 1e-4))
+
+
+def test_each_reward_by_itself_by_hand() -> None:
+    """Of two rewards of very different size, each says as much as its weight; the second group is equal in both."""
+    small = torch.tensor([[0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+    large = torch.tensor([[3000.0, 1000.0], [7.7, 7.7]], dtype=torch.float64)
+    gdpo = GRPO(multi_objective_aggregation="normalize_then_sum")
+    found = gdpo.advantages(3 * small + large, [(3.0, small), (1.0, large)])
+    # +-(3 - 1) / sqrt(2) in the first group, but for the small number; squares 2 + 2, over 3.
+    assert found[0].tolist() == pytest.approx([-math.sqrt(2) / math.sqrt(4 / 3), math.sqrt(2) / math.sqrt(4 / 3)], 1e-3)
+    assert found[1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage_at_all(scale: Any) -> None:
+    """The mean of three times 0.1 is not 0.1 in floating point."""
+    for size, value in itertools.product(range(2, 12), (0.1, 0.3, 1 / 3, -7.7)):
+        found = GRPO(scale_rewards=scale).advantages(torch.full((2, size), value, dtype=torch.float64))
+        assert found.tolist() == [[0.0] * size] * 2
+
+
 # ---- losses of tokens --------------------------------------------------------------------------------------------
 
 
@@ -61,6 +92,15 @@ def test_clipping_by_hand() -> None:
     assert losses.tolist() == pytest.approx([-1.3, -0.5, 1.5, 0.8, 2.2])
     (slopes,) = torch.autograd.grad(losses.sum(), ratios)
     assert slopes.tolist() == [0.0, -1.0, 1.0, 0.0, 2.0]
+
+
+def test_two_sided_clipping_by_hand() -> None:
+    """A ratio of 9 counts as 4 where the advantage is negative, and as 1.2 where it is positive; 3 as it is."""
+    ratios = numbers(9, 9, 3, 0.5, gradient=True)
+    losses = GRPO(delta=4.0).token_losses(ratios, numbers(-1, 1, -1, -1), numbers(-1, -1, -1, -1))
+    assert losses.tolist() == pytest.approx([4.0, -1.2, 3.0, 0.8])
+    (slopes,) = torch.autograd.grad(losses.sum(), ratios)
+    assert slopes.tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
 def test_cispo_by_hand() -> None:
@@ -202,6 +242,16 @@ def test_needs() -> None:
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token, sequence"),
         ({"loss_type": "cispo"}, "cispo clips at `epsilon_high` alone"),
         ({"loss_type": "cispo", "epsilon_high": 5.0, "epsilon": 0.1}, "cispo clips at `epsilon_high` alone"),
+        ({"loss_type": "cispo", "epsilon_high": 5.0, "delta": 9.0}, "remove `delta`"),
+        ({"delta": 0.0}, "delta must be greater than 0"),
+        ({"delta": 1.2}, "delta must be greater than 1 \\+ epsilon_high, here 1.2, got 1.2"),
+        ({"delta": 1.25, "epsilon_high": 0.3}, "delta must be greater than 1 \\+ epsilon_high, here 1.3, got 1.25"),
+        ({"resample": -1}, "resample must be at least 0"),
+        ({"baseline": "leave_one_out"}, "set `scale_rewards: none`, or `batch`"),
+        ({"baseline": "others"}, "baseline must be one of mean, leave_one_out"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation must be one of"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "remove `scale_rewards`"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "baseline": "leave_one_out"}, "remove `baseline`"),
     ],
     ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",
 )

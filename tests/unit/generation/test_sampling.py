@@ -83,3 +83,13 @@ def test_each_completion_has_its_own_numbers() -> None:
     streams = {tuple(stream_of(*of, 5)) for of in ((1, 2, 3), (1, 3, 2), (2, 1, 3), (0, 0, 0))}
     assert len(streams) == 4
     assert stream_of(1, 2, 3, 9)[:5] == stream_of(1, 2, 3, 5)
+
+
+def test_entropies_are_those_before_the_truncations() -> None:
+    logits, drawn = random_logits(), torch.full((16,), 0.5, dtype=torch.float64)
+    found = choose(logits, Sampling(temperature=0.7, top_k=5, top_p=0.5, min_p=0.1, with_entropies=True), drawn)
+    wanted = torch.distributions.Categorical(logits=logits.double() / 0.7).entropy()
+    torch.testing.assert_close(found.entropies, wanted.float(), rtol=1e-5, atol=1e-5)
+    greedy = choose(logits, Sampling(with_entropies=True), drawn).entropies
+    assert greedy is not None and greedy.tolist() == [0.0] * 16
+    assert choose(logits, Sampling(temperature=1.0), drawn).entropies is None

@@ -54,6 +54,7 @@ VALUES: dict[str, Any] = {
     "f_divergence_type": "js_divergence",
     "reward_funcs": ["think_format_reward"],
     "reward_weights": [0.5],
+    "delta": 4.0,
     "scale_rewards": "batch",
     "importance_sampling_level": "sequence",
     "alpha": 0.0,
@@ -117,6 +118,13 @@ def test_all_keys_at_once_at_their_defaults(method: str, imported, tmp_path) -> 
     assert not [note for note in result.notes if note.group == "unknown"]
     (tmp_path / "ours.yaml").write_text(result.text)
     assert load_recipe(str(tmp_path / "ours.yaml")).method == method
+
+
+def test_the_clipping_and_the_advantages_of_grpo(imported, tmp_path) -> None:
+    given = {"delta": 4.0, "multi_objective_aggregation": "normalize_then_sum"}
+    (tmp_path / "ours.yaml").write_text(imported({**BASE, **given}, "grpo").text)
+    algorithm: Any = load_recipe(str(tmp_path / "ours.yaml")).algorithm
+    assert {name: getattr(algorithm, name) for name in given} == given
 
 
 def test_every_key_of_a_data_set_in_a_list(imported) -> None:
