@@ -112,7 +112,15 @@ class DataReport:
 _NOTES = ("tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text", "wrong_decoding")
 _SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
 """Kinds whose problems name the markers that were seen, each in backticks."""
-_DETAILED = ("unread_field", "text_dropped", "header_trained", "empty_thought", "prompt_not_prefix", "template_refused")
+_DETAILED = (
+    "unread_field",
+    "unread_column",
+    "text_dropped",
+    "header_trained",
+    "empty_thought",
+    "prompt_not_prefix",
+    "template_refused",
+)
 """Kinds whose finding shows what was seen in the rows."""
 # kind -> what is said behind the number of rows, and advice
 _ABOUT_ROWS = {
@@ -160,17 +168,20 @@ _ABOUT_ROWS = {
     ),
     "media": (" left out: images, sound or video, which are not trained on", "use rows of text alone"),
     "unread_field": (
-        ": the chat template does not read what they carry",
-        "the model never sees it; name it as the template does, or remove it",
+        " with fields that the chat template does not read",
+        "the model never sees them; name them as the template does",
+    ),
+    "unread_column": (
+        " with a known column that holds something else, so it is not used",
+        "`prefold data` shows what it holds; `columns:` can name another",
     ),
     "text_dropped": (
-        ": the chat template leaves words of them out",
+        " with words that the chat template leaves out",
         "put thoughts into a field that it reads, or use a template that writes them",
     ),
     "empty_thought": (
-        ": the chat template writes an empty thought before the answer, and it is trained on",
-        "the model learns not to think; `model.chat_template_kwargs` can move it into the prompt, often by "
-        "`{enable_thinking: false}`",
+        " with an empty thought before the answer, which the template writes",
+        "it teaches not to think; see `model.chat_template_kwargs` (enable_thinking)",
     ),
     "header_trained": (
         ": the answer's header is trained as part of the answer",

@@ -93,7 +93,8 @@ class Shape:
 
     `parsed` are columns with lists that are written as text; `repeats_prompt`: both answers begin with the prompt's
     text; `values`: what votes or labels mean, where they are not 1 and 2 or true and false; `media`: columns that make
-    a row unfit where they are filled; `unused`: columns that nothing is made of.
+    a row unfit where they are filled; `unused`: columns that nothing is made of; `not_understood`: those of `tools`,
+    `history` and the like that hold something else.
     """
 
     layout: Layout
@@ -104,6 +105,7 @@ class Shape:
     values: Values | None = field(default=None, hash=False)
     media: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    not_understood: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prefold.data import findings, rankings
+from prefold.data.cells import is_empty
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
 from prefold.data.conversion import to_records
 from prefold.data.duplicates import REPEATS, Contamination, Match
@@ -203,7 +204,7 @@ class Side:
         results = [self.records_of(row, shape, rule) for row in rows]
         records = [result for of_row in results for result in of_row if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self.tokenizer, self.data.template))
-        for of_row in results:
+        for row, of_row in zip(rows, results, strict=True):
             made = [
                 result if isinstance(result, Problem) else self.example_of(result, next(tokenized)) for result in of_row
             ]
@@ -211,6 +212,8 @@ class Side:
             if len(examples) < len(made):
                 self._leave_out([result for result in made if isinstance(result, Problem)], bool(examples))
             if examples:
+                filled = [name for name in shape.not_understood if not is_empty((row.value or {}).get(name))]
+                self.oddities += [Problem("unread_column", f"`{name}`", row.origin) for name in filled]
                 yield examples
 
     def records_of(self, row: RawRow, shape: Shape, rule: rankings.Rule) -> list[Record | Problem]:

@@ -233,11 +233,14 @@ def _completed(
     scored = next(((first, second) for first, second in _SCORES if {first, second} <= present.keys()), None)
     if "vote" in columns and scored:
         columns |= dict(zip(("score_1", "score_2"), scored, strict=True))
+    not_understood = []
     for role, (form, names) in _EXTRAS.items():
         if role == "history" and ("prompt" not in columns or columns["prompt"] == "history"):
             continue
-        column = named.get(role) or _extra_column(form, names, given)
-        columns |= {role: column} if column else {}
+        if column := named.get(role) or _extra_column(form, names, given):
+            columns[role] = column
+        else:
+            not_understood.append(names[0])
     complete = replace(shape, columns=tuple(columns.items()), values=_meaning(columns, read, values, source))
     repeats = shape.layout.name == "text" and shape.writing == "plain" and _all_repeat_prompt(columns, given)
     used = {column if column in present else column.split(".")[0] for column in columns.values()}
@@ -247,6 +250,7 @@ def _completed(
         repeats_prompt=repeats,
         media=tuple(name for name in _MEDIA if name in present and name not in used),
         unused=() if shape.kind == "prompts" else _unused(complete, used, given),
+        not_understood=tuple(name for name in not_understood if name not in used),
     )
 
 

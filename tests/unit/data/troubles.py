@@ -210,6 +210,9 @@ MESSAGES = [
         ],
         "refused: text that",
     ),
+    Trouble("tools that are names", among(turns(assistant("So."), tools=["get_time"])), "unread_column"),
+    Trouble("tools that cannot be read", among(turns(assistant("So."), tools="[{oops")), "unread_column"),
+    Trouble("settings that are a word", among(turns(assistant("So."), chat_template_kwargs="off")), "unread_column"),
     Trouble(
         "half a history",
         [
