@@ -27,6 +27,7 @@ from prefold.data.cells import (
     is_text,
     is_texts,
     is_tools,
+    is_turns,
     listed,
     read_if_text,
     read_written,
@@ -467,6 +468,9 @@ def _misfit(layout: Layout, present: Mapping[str, str], value: dict[str, Any], n
     cell = cell_at(value, misfits[0])
     if isinstance(cell, dict) and cell:
         return f"but `{short(misfits[0])}` is an object with {_shown(cell)}:\n    reach into it by a path in `columns:`"
+    if isinstance(cell, list) and is_turns(cell):
+        last = cell[-1].get("role", cell[-1].get("from"))
+        return f"but `{short(misfits[0])}` is a list of messages that ends with one of the role `{short(last)}`"
     return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 

@@ -210,6 +210,11 @@ MESSAGES = [
         ],
         "refused: text that",
     ),
+    Trouble(
+        "a prompt that the assistant ends",
+        [turns(assistant("So."), [user("Why?"), assistant("Well,")])],
+        f"{REFUSED}messages that ends with one of the role `assistant`",
+    ),
     Trouble("tools that are names", among(turns(assistant("So."), tools=["get_time"])), "unread_column"),
     Trouble("tools that cannot be read", among(turns(assistant("So."), tools="[{oops")), "unread_column"),
     Trouble("settings that are a word", among(turns(assistant("So."), chat_template_kwargs="off")), "unread_column"),
