@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -153,6 +154,7 @@ def test_ctrl_c_in_a_terminal_stops_an_answer_and_then_the_chat(tiny_model: Path
     size = {**os.environ, "COLUMNS": "40", "TERM": "xterm"}
 
     def lead() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell may have had it ignored
         os.setsid()
         fcntl.ioctl(own, termios.TIOCSCTTY, 0)
 

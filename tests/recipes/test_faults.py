@@ -73,7 +73,7 @@ def test_a_signal_finishes_the_step_and_saves(
     signal.signal(number, before)
     assert ended.value.code == code
     said = capfd.readouterr().err
-    assert "stopping after this step, with a checkpoint" in said and "a run goes on from here" in said
+    assert "stopping after this step, with a checkpoint" in said and "goes on from here" in said
     assert "Traceback" not in said
     folder = recipe().run_folder
     assert len(lines(folder)) == 3 and (folder / "checkpoints" / "checkpoint-3").is_dir()

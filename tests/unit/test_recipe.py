@@ -22,6 +22,7 @@ from prefold.recipe import (
     parse_yaml,
 )
 from prefold.recipe.section import all_fields
+from prefold.recipe.values import Values
 
 MINIMAL = """\
 method: dpo
@@ -185,10 +186,10 @@ def attributes_read() -> set[str]:
 
 
 def test_every_field_is_read_somewhere() -> None:
-    # The guards and `data.mixture` read these by name, the card its tags from the run.
+    # The guards, `data.mixture` and `Values` read these by name, the card its tags from the run.
     from prefold.training.guards import AT_THE_END, GUARDS
 
-    passed_on = {*GUARDS, *AT_THE_END, "tags", "bad_rows"}
+    passed_on = {*GUARDS, *AT_THE_END, *Values.model_fields, "tags", "bad_rows"}
     read = attributes_read() | passed_on
     unread = [field for field in all_fields(Recipe) if field.split(".")[-1] not in read and field not in ALGORITHMS]
     assert unread == []

@@ -102,7 +102,7 @@ class DataReport:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "sources": [asdict(source) for source in self.sources],
+            "sources": [asdict(source) | {"unused": list(source.unused)} for source in self.sources],
             "findings": [asdict(finding) | {"rows": list(map(asdict, finding.rows))} for finding in self.findings],
             "tokens": {"train": self.train.as_json(), "held_out": self.held_out.as_json()},
             "contamination": [asdict(match) for match in self.contamination],

@@ -93,7 +93,13 @@ def whole_prompt(record: Record) -> Messages:
 
 def messages_key(*parts: Sequence[Message]) -> str:
     """A text that is the same for equal messages, whatever the order of their fields, and for nothing else."""
-    return json.dumps(parts, sort_keys=True, default=str)
+    return json.dumps([list(map(_message_key, part)) for part in parts], sort_keys=True, default=str)
+
+
+def _message_key(message: Message) -> tuple[Any, ...]:
+    """Without further fields the same as ever: what is held out hangs on it."""
+    further = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return (message["role"], message["content"], *([further] if further else []))
 
 
 def texts_of(message: Message) -> list[str]:

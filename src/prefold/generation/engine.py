@@ -118,11 +118,9 @@ class LocalEngine:
 
         Raises:
             StageError: out of memory with a single prompt.
-            UserError: a prompt has tokens, or with its completion a length, that the model has no rows for.
         """
         if not prompts:
             return
-        require_prompts(self._model, self._tokenizer, prompts, settings.max_new_tokens)
         ends = end_tokens(self._model, self._tokenizer) if settings.end_tokens is None else settings.end_tokens
         request = GenerationRequest(prompts, settings, self._tokenizer, ends, numbers, on_token)
         training = self._model.training
@@ -368,9 +366,13 @@ def answer(
         given: for each prompt what its chat template is given beside the messages, such as `tools`.
         label: of the progress bar.
         streamer: for a single prompt with one answer, receives the tokens as they come, in place of the bar.
+
+    Raises:
+        UserError: a prompt has tokens, or with its answer a length, that the model has no rows for.
     """
     beside = given or [{}] * len(prompts)
     ids = [render(prompt, tokenizer, template, more) for prompt, more in zip(prompts, beside, strict=True)]
+    require_prompts(model, tokenizer, ids, sampling.max_new_tokens)
     engine = LocalEngine(model, tokenizer)
     if streamer is None:
         with progress_bar(label, len(prompts)) as advance:

@@ -24,6 +24,7 @@ from prefold.generation.engine import LocalEngine
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.sampling import Sampling
 from prefold.models.fetch import fetch
+from prefold.models.gate import require_prompts
 from prefold.models.load import load_tokenizer, require_model
 from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
@@ -116,6 +117,7 @@ class LocalModel:
                 yield index, UserError(f"the chat template refuses the prompt: {error}", where=where)
         # Random numbers by a prompt's own index, so that its answers stay the same where others have theirs already.
         indices, ids = list(rendered), list(rendered.values())
+        require_prompts(model, tokenizer, ids, self._sampling.max_new_tokens)
         for done, completions in LocalEngine(model, tokenizer).stream(ids, self._sampling, indices):
             yield indices[done], [Answer(completion.text.strip(), completion.finished) for completion in completions]
         del model

@@ -195,6 +195,8 @@ def require_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> None:
     """Raises UserError: a prompt holds a token that the model has no row for, or no room is left for its answer."""
+    if not prompts:
+        return
     rows = model.config.get_text_config().vocab_size
     for number, prompt in enumerate(prompts, 1):
         if max(prompt, default=0) >= rows:

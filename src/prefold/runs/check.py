@@ -101,13 +101,13 @@ def examine(
         device_memory: bytes of a GPU to plan for; unset: this machine.
         measure: time what a step does on this machine; None: if that takes less than the run.
     """
-    run.require_usable()
+    shapes = run.require_usable()
     run.open_tasks()
     require_ready(run.recipe)
     recipe, prepared = run.recipe, run.prepared
     run.require_openable()
     order = order_of(recipe, len(prepared.train))
-    about_recipe = limits.examined(run, order)
+    about_recipe = limits.examined(run, shapes, order)
     train, held_out = prepared.train.lengths, prepared.held_out.lengths
     plan = make_plan(recipe, train, held_out, order, device_memory, measure)
     findings, separated = [*prepared.report.findings, *about_recipe, *plan.findings()], None
@@ -132,7 +132,6 @@ def _separation(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], li
 def check(run: Run) -> None:
     run.require_usable()  # as far as it can be known before weights are downloaded
     fetch(run.recipe.model.name, run.recipe.model.revision)
-    del run.shapes  # to be made once more, from the headers of what is there now
     report = examine(run, measure=None)
     report.require_ok("this", "`prefold check` shows it all")
     for finding in report.prepared.report.findings:

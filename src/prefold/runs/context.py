@@ -72,16 +72,12 @@ class Run:
         fingerprints = {**prepared.fingerprints, **inputs_of(self.recipe)}
         return {**prepared.report.as_json(), "fingerprint": fingerprints}
 
-    @cached_property
-    def shapes(self) -> PreTrainedModel | PeftModel:
-        """The model to train without its contents. Raises UserError: model, adapter or LoRA cannot be used."""
-        return policy_of(self.recipe, contents=False)
-
-    def require_usable(self) -> None:
-        """Raises UserError if model, adapter, LoRA, optimizer or schedule cannot be used, which costs seconds to
-        know."""
-        assert self.shapes is not None
+    def require_usable(self) -> PreTrainedModel | PeftModel:
+        """The model to train without its contents. Raises UserError if model, adapter, LoRA, optimizer or schedule
+        cannot be used, which costs seconds to know."""
+        shapes = policy_of(self.recipe, contents=False)
         require_optimizer(training_arguments(self.recipe, self.recipe.train.max_steps or UNKNOWN_STEPS))
+        return shapes
 
     def require_openable(self) -> None:
         """Raises UserError if a reward, the judge or a model to compare with cannot be used, as far as that costs

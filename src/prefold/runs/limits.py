@@ -22,20 +22,19 @@ from prefold.trees.attention import unwrapped
 from prefold.trees.logprobs import router_coefficient
 
 
-def examined(run: Run, order: StepOrder) -> list[Finding]:
-    """Findings about model, data and recipe together.
+def examined(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
+    """Findings about model, data and recipe together; `shapes` is the model without its contents.
 
     Raises:
         UserError: the data hold tokens or lengths that the model has no rows for.
     """
-    prepared, model = run.prepared, unwrapped(run.shapes)
+    prepared, model = run.prepared, unwrapped(shapes)
     for examples in (prepared.train, prepared.held_out):
-        _require_known_tokens(run, examples)
+        _require_known_tokens(run, examples, model.config.get_text_config().vocab_size)
     return [*_about_positions(run, model), *_about_steps(run, len(order)), *_about_objective(run, model)]
 
 
-def _require_known_tokens(run: Run, examples: Examples) -> None:
-    rows = unwrapped(run.shapes).config.get_text_config().vocab_size
+def _require_known_tokens(run: Run, examples: Examples, rows: int) -> None:
     token, index = examples.largest_token()
     if token >= rows:
         raise beyond_rows(token, run.tokenizer, rows, str(examples.origins[index]))

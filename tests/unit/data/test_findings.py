@@ -118,7 +118,7 @@ def test_report_as_json() -> None:
                 "rows_used": 1,
                 "rows_filtered": 0,
                 "rows_not_drawn": 0,
-                "unused": (),
+                "unused": [],
                 "examples": 0,
             }
         ],

@@ -17,6 +17,13 @@ HISTORY = [user("Hi"), assistant("Hello"), user("Why?")]
 WHOLE = {"chosen": [*HISTORY, assistant("So.")], "rejected": [*HISTORY, assistant("No.")]}
 
 
+def test_the_key_of_plain_messages_stays_as_it_is() -> None:
+    """Which prompts are held out hangs on it, so another one would be another split of every set."""
+    plain = {"content": "Why?", "role": "user"}
+    assert messages_key((plain,), ()) == '[[["user", "Why?"]], []]'
+    assert messages_key(({**plain, "name": "Ann"},)) == '[[["user", "Why?", {"name": "Ann"}]]]'
+
+
 def converted(value: dict[str, Any], like: dict[str, Any] | None = None) -> Any:
     """The record of a row in the shape of a source whose rows are `like` another."""
     row = RawRow(ORIGIN, value)

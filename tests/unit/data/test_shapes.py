@@ -403,7 +403,11 @@ def test_an_unknown_shape_shows_the_columns_and_the_nearest_one() -> None:
         ({"a": 1}, ("prompts",), ["one of\n    prompts: `prompt` or `question`"]),
         ({}, KINDS, ["its rows have no columns"]),
         ({"\ud800\n": 1, "x" * 99: 2}, KINDS, ["`\\ud800\\n`, `" + "x" * 27 + "...`"]),
-        ({"messages": [user("Why?"), assistant("So.")]}, KINDS, ["`messages`", "ends with one of the role `assistant`"]),
+        (
+            {"messages": [user("Why?"), assistant("So.")]},
+            KINDS,
+            ["`messages`", "one of the role `assistant`"],
+        ),
     ],
 )
 def test_an_unknown_shape(value: dict[str, Any], kinds: tuple[Kind, ...], expected: list[str]) -> None:

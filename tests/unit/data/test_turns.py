@@ -499,7 +499,7 @@ def test_findings_show_what_was_seen(load: Callable[..., Prepared]) -> None:
         {"prompt": "R?", "chosen": odd, "rejected": [assistant("B")]},
     ]
     found = kinds(load(CHATML, rows[:1] + rows[1:]))["unread_field"]
-    assert found.count == 1 and found.message.endswith("carry; `reasoning`") and found.rows[0].row == 2
+    assert found.count == 1 and found.message.endswith("does not read; `reasoning`") and found.rows[0].row == 2
 
 
 def test_prompts_are_written_with_what_they_are_given() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -382,6 +382,15 @@ def test_whatever_is_raised_is_a_failure_of_the_reward(
     assert "completion: 'bad'" in str(caught.value)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A shell may have had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_is_no_failure_of_the_reward(own: Own) -> None:
     pressed = "import os, signal\ndef press(): os.kill(os.getpid(), signal.SIGINT)\n"
     for body in ("press()", "\n    try: press()\n    except BaseException: pass"):
@@ -390,6 +399,7 @@ def test_ctrl_c_is_no_failure_of_the_reward(own: Own) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_first_ctrl_c_in_training_lets_the_reward_end_and_a_second_does_not(own: Own) -> None:
     pressed = "    for _ in completions: os.kill(os.getpid(), signal.SIGINT)\n"
     spec = own(f"import os, signal\ndef mine(completions):\n{pressed}    return [1.0] * len(completions)\n")
