@@ -296,6 +296,11 @@ def _parted(
         except Unfit as unfit:
             return Problem(unfit.kind, unfit.message, record.origin)
     tree = TokenTree(tuple(prompt[:cut]), completions, tuple(context) if any(context) else ())
+    if tree.context and len(completions) > 1:
+        said = {tuple(ids[i] for i in scored) for ids, scored in zip(completions, tree.scored, strict=True)}
+        if len(said) < len(completions):
+            what = "the assistant says the same in `chosen` and `rejected`, and what others say in between differs"
+            return Problem("identical", what, record.origin)
     endings = [ending(ids, tokenizer, special) for ids in completions]
     details = dict(written.details)
     if cut < len(prompt):

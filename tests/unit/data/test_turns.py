@@ -300,6 +300,12 @@ def test_what_a_row_gives_its_template_is_used_and_makes_another_prompt() -> Non
     assert len(set(examples.record_keys)) == 2
 
 
+def test_answers_that_differ_only_in_what_a_tool_returned_are_the_same() -> None:
+    answers = [(call(), {"role": "tool", "content": result}, assistant("So.")) for result in ("12:00", "13:00")]
+    problem = read(Preference((user("A"),), answers[0], answers[1], ORIGIN), tokenizer_of(AGENT))
+    assert isinstance(problem, Problem) and problem.kind == "identical" and "in between differs" in problem.message
+
+
 def test_words_that_the_template_drops_are_found() -> None:
     drops = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
     found = answered((assistant("<think>Hm, let me see.</think>So."),), tokenizer_of(drops))
