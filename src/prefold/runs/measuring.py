@@ -6,9 +6,11 @@ as in training, and a model that gives scores by the scores of pairs.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any, ClassVar
 
 from torch import nn
@@ -71,6 +73,11 @@ class Measuring(ABC):
         free_memory()
         return result, answers
 
+    @property
+    def keys(self) -> list[str]:
+        """Of what is held out, equal for equal pairs or prompts in whatever run."""
+        return [key.hex() for key in self.held_out.record_keys]
+
     @abstractmethod
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> Any: ...
 
@@ -90,22 +97,38 @@ class PairsByLogprobs(Measuring):
     def compare(self, before: PairScores | None, after: PairScores | None) -> Comparison:
         if before is None or after is None:
             return {"pairs": 0}, None
-        return compare_pairs(before, after, self.recipe.algorithm.reward_scale), by_pair(after.means, before.means)
+        lines = by_pair(self.keys, after.means, before.means)
+        return compare_pairs(before, after, self.recipe.algorithm.reward_scale), lines
 
 
 class MatchedPairs(PairsByLogprobs):
     """Each desirable completion with an undesirable one."""
 
-    def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
+    @property
+    def matches(self) -> list[tuple[int, int]]:
         labels = [record.label for record in self.held_out.records if isinstance(record, Unpaired)]
-        matches = match(self.held_out.prompt_keys, labels)
-        if not matches:
+        return match(self.held_out.prompt_keys, labels)
+
+    @property
+    def keys(self) -> list[str]:
+        keys = super().keys
+        return [f"{keys[desirable]}-{keys[undesirable]}" for desirable, undesirable in self.matches]
+
+    def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
+        if not self.matches:
             return None
-        return score_pairs(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, label, matches)
+        return score_pairs(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, label, self.matches)
 
 
 class PromptsByRewards(Measuring):
     metric = "reward"
+
+    @property
+    def keys(self) -> list[str]:
+        """What rewards read beside a prompt is a part of it."""
+        columns = (json.dumps(prompt.columns, sort_keys=True, default=str) for prompt in prompts_of(self.held_out))
+        keys = zip(super().keys, columns, strict=True)
+        return [blake2b(f"{key} {read}".encode(), digest_size=16).hexdigest() for key, read in keys]
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> list[Group]:
         """Rewards of a completion of each held-out prompt, sampled as in training."""
@@ -122,7 +145,7 @@ class PromptsByRewards(Measuring):
         return ranks.from_first(lambda: scored_groups(rewards, prompts, completions, columns))
 
     def compare(self, before: Sequence[Group], after: Sequence[Group]) -> Comparison:
-        return compare_rewards(before, after), by_prompt(before, after)
+        return compare_rewards(before, after), by_prompt(self.keys, before, after)
 
 
 class PairsByHead(PairsByLogprobs):
@@ -142,7 +165,7 @@ class PairsByHead(PairsByLogprobs):
     def compare(self, before: PairScores | None, after: PairScores | None) -> Comparison:
         if after is None:
             return {"pairs": 0, "chance": {"accuracy": CHANCE}}, None
-        return against_chance(after), by_pair(after.sums)
+        return against_chance(after), by_pair(self.keys, after.sums)
 
 
 MEASURING: dict[Kind, type[Measuring]] = {

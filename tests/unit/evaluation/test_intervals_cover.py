@@ -6,13 +6,10 @@ large and small tasks, for accuracies near one half and near 0.9, and for questi
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import pytest
 from simulated import World, scores
 
-from prefold.evaluation import paired
 from prefold.evaluation.paired import estimate, mean_interval
 from prefold.evaluation.task_comparison import compare_tasks
 from prefold.evaluation.win_rate import length_controlled
@@ -25,12 +22,6 @@ WORLDS = [
     for passage in (1, 4)
 ]
 QUICK = [World(50, 0.9, 0.06), World(200, 0.9, 0.0), World(200, 0.5, 0.06, passage=4), World(50, 0.5, 0.0, passage=4)]
-
-
-@pytest.fixture(autouse=True)
-def _without_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """statsmodels collects garbage at every correction, which costs more than everything else here."""
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 def shares(world: World, repeats: int) -> tuple[float, float]:
@@ -48,8 +39,7 @@ def shares(world: World, repeats: int) -> tuple[float, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS, ids=str)
-def test_intervals_cover(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paired, "RESAMPLES", 999)
+def test_intervals_cover(world: World) -> None:
     covered, different = shares(world, 1000)
     assert 0.93 <= covered <= 0.97
     if world.difference == 0:
@@ -57,9 +47,8 @@ def test_intervals_cover(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("world", QUICK, ids=str)
-def test_intervals_cover_quickly(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_cover_quickly(world: World) -> None:
     """300 repeats, of which a share of 95 % is known to 1.3 points."""
-    monkeypatch.setattr(paired, "RESAMPLES", 199)
     covered, different = shares(world, 300)
     assert 0.915 <= covered <= 0.985
     if world.difference == 0:
