@@ -40,7 +40,6 @@ FEW = 25
 """Values other than right and wrong for which the exact test is computed."""
 _CELLS = 2**15
 """Steps that the sum of such values is divided into, a rounding that no p-value shows."""
-_VERDICTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -224,10 +223,11 @@ def mean_interval(values: Floats, level: float = LEVEL) -> list[float] | None:
 
 
 def _scale(before: Floats, after: Floats) -> float:
-    """How far right is from wrong, where answers are right, wrong or half right; 0 for other values."""
+    """How far right is from wrong, where there are no other values, but half right among shares; else 0."""
     pooled = np.concatenate([before, after])
-    scale = 1.0 if are_shares(pooled) else float(np.ptp(pooled)) if len(before) > 2 else 0.0
-    return scale if scale and np.isin((after - before) / scale, _VERDICTS).all() else 0.0
+    if are_shares(pooled):
+        return float(np.isin(pooled, (0, 0.5, 1)).all())
+    return float(np.ptp(pooled)) if len(before) > 2 and len(np.unique(pooled)) == 2 else 0.0
 
 
 def _exchanged(moves: Floats, step: float | None) -> float:

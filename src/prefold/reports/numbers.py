@@ -96,14 +96,14 @@ def counted(value: Any, noun: str) -> str:
 
 
 def p_value(value: Any) -> str:
-    """Two digits, or as many as keep it on its side of 0.05; empty for what is no number."""
+    """Two digits, or as many as show on which side of 0.05 it is; empty for what is no number."""
     number = finite(value)
     if number is None:
         return ""
     if number < 0.001:
         return "p\u00a0<\u00a00.001"
-    texts = (f"{number:.{digits}g}" for digits in range(2, 18))
-    return f"p\u00a0=\u00a0{next(text for text in texts if (float(text) < 0.05) == (number < 0.05))}"
+    texts = [f"{number:.{digits}g}" for digits in range(2, 18)]
+    return f"p\u00a0=\u00a0{next((text for text in texts if float(text) != 0.05), texts[0])}"
 
 
 def ends(ci: Any, write: Callable[..., str], *settings: Any) -> str:

@@ -33,13 +33,11 @@ def decimals_of(facts: Values, least: int | None = None, even: float = 0.0) -> i
     shares = are_shares(facts)
     least = least if least is not None else 1 if shares else 2
     scale, difference = 100.0 if shares else 1.0, finite(facts.get("difference"))
-    visible = [] if difference is None else [difference]
-    digits = decimals(least, scale, visible, least + 3)
-    if outcome_of(facts) == "unclear":
-        return digits
+    digits = decimals(least, scale, [difference], least + 3)
+    most = least + 3 if outcome_of(facts) == "unclear" else 12
     # Rounded as it is written, and not the distance to `even`.
-    ends = [end for end in interval(facts.get("ci")) if end is not None]
-    return next((n for n in range(digits, 12) if all(round(scale * end, n) != scale * even for end in ends)), 12)
+    ends = [scale * end for end in interval(facts.get("ci")) if end is not None and end != even]
+    return next((n for n in range(digits, most) if all(round(end, n) != scale * even for end in ends)), most)
 
 
 def smallest(facts: Values) -> str:

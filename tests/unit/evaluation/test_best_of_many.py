@@ -36,8 +36,9 @@ def test_the_interval_of_the_best_holds_its_truth() -> None:
     for _ in range(300):
         values = {str(name): one for name, one in enumerate(equal_runs(generator, 12, 100))}
         found = best_of_many(values)
-        ordinary = proportion_confint(values[found["best"]].sum(), 100, method="wilson")
-        intervals = (found["runs"][found["best"]]["after_ci_of_all"], ordinary)
+        highest = found["best"] or found["tied"][0]
+        ordinary = proportion_confint(values[highest].sum(), 100, method="wilson")
+        intervals = (found["runs"][highest]["after_ci_of_all"], ordinary)
         holds = [low <= 0.70 <= high for low, high in intervals]
         kept, plain = kept + holds[0], plain + holds[1]
     assert kept / 300 >= 0.95 > plain / 300
@@ -48,7 +49,8 @@ def test_equal_runs_are_seldom_told_apart() -> None:
     wrong = 0
     for _ in range(100):
         values = {str(name): one for name, one in enumerate(equal_runs(generator, 5, 60))}
-        wrong += len(best_of_many(values)["as_good"]) < 4
+        found = best_of_many(values)
+        wrong += len(found["as_good"]) + max(1, len(found["tied"])) < 5
     assert wrong <= 6
 
 

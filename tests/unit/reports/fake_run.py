@@ -111,7 +111,7 @@ HELDOUT = {
     "pairs": 84,
     "before": {"accuracy": 0.3095, "accuracy_ci": [0.2207, 0.4146], "margin": -0.4012},
     "after": {"accuracy": 0.9167, "accuracy_ci": [0.8381, 0.9589], "margin": 0.8271},
-    "difference": {"accuracy": 0.6072, "ci": [0.5, 0.7024], "p_value": 1e-12},
+    "difference": {"accuracy": 0.6072, "ci": [0.5, 0.7024], "p_value": 1e-12, "verdict": "better"},
     "reward": {"accuracy": 0.9762, "margin": 3.2114},
 }
 
@@ -243,7 +243,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
     }
     contents |= changes
     evaluated = ("heldout", "tasks", "compared", "win_rate", "scores_before", "scores_after")
-    names = {"recipe": "recipe.yaml", **{name: f"evaluation/{name}.json" for name in evaluated}}
+    names = {"recipe": "recipe.yaml", "pairs": "evaluation/heldout.jsonl", **{name: f"evaluation/{name}.json" for name in evaluated}}
     for stem, content in contents.items():
         ending = ".jsonl" if isinstance(content, list) else ".json"
         path = folder / names.get(stem, stem + ending)
