@@ -22,29 +22,31 @@ from scipy.stats import norm
 from prefold.evaluation.paired import LEVEL, Floats, estimate, mean_interval, wilson
 
 
-def best_of_many(values: Mapping[str, Floats]) -> dict[str, Any]:
+def best_of_many(values: Mapping[str, Floats], of: str = "pair") -> dict[str, Any]:
     """Rank runs by their means.
 
     Args:
         values: of each run `[n]`, one for each held-out pair or prompt, in the same order for all runs.
+        of: what they are of, a pair or a prompt.
 
     Returns:
         `{"best": NAME, "tied": the NAMEs that share the highest mean, "as_good": the NAMEs that cannot be told from the
-        highest beside those, "luck": as `luck`, "runs": {NAME: {"after_ci_of_all": [low, high], "to_best":
-        {"difference", "ci", "p_value", "verdict"}}}}`. Of several that are equal none is the best: `best` is null.
-        `to_best` is null for the highest; of several highest ones it is to the one with the larger p-value.
+        highest beside those, "luck": as `luck`, "runs": {NAME: {"after_ci_of_all": [low, high], "to_best": as
+        `Difference.facts`}}}`. Of several that are equal none is the best: `best` is null. `to_best` is null for the
+        highest; of several highest ones it is to the one with the larger p-value.
     """
     means = {name: float(scores.mean()) for name, scores in values.items()}
     # Sums of the same numbers in another order differ in the last digits.
-    tied = [name for name, mean in means.items() if math.isclose(mean, max(means.values()), rel_tol=0, abs_tol=1e-12)]
+    tied = [
+        name for name, mean in means.items() if math.isclose(mean, max(means.values()), rel_tol=1e-12, abs_tol=1e-12)
+    ]
     pairs = math.comb(len(values), 2)
     behind = {
         name: max((estimate(values[top], values[name]).among(pairs) for top in tied), key=lambda two: two.p_value)
         for name in values
         if name not in tied
     }
-    wanted = ("difference", "ci", "p_value", "verdict")
-    to_best = {name: {key: two.facts(two.units)[key] for key in wanted} for name, two in behind.items()}
+    to_best = {name: two.facts(two.units, of, shares=of == "pair") for name, two in behind.items()}
     return {
         "best": tied[0] if len(tied) == 1 else None,
         "tied": tied if len(tied) > 1 else [],

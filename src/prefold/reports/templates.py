@@ -21,7 +21,17 @@ NUMBERS = (
 )
 TEXTS = (
     *(tasks.note, tasks.in_training_data, tasks.in_words, tasks.whisker, tasks.decimals_of, tasks.smallest),
-    *(tasks.outcome_of, tasks.are_shares, numbers.p_value, numbers.ends, numbers.counted, as_list, objects, section, turns),
+    *(
+        tasks.outcome_of,
+        tasks.are_shares,
+        numbers.p_value,
+        numbers.ends,
+        numbers.counted,
+        as_list,
+        objects,
+        section,
+        turns,
+    ),
 )
 
 

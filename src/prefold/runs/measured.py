@@ -111,7 +111,11 @@ def _held_out(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
     keys = _unique(line.get("key") or fingerprints["held_out"] for line in lines)
     values = [0.5 if even else _number(line[when]) for line in lines]
     what = PROMPTS if kind.samples else PAIRS
-    return {what: Measured("reward" if kind.samples else "accuracy", dict(zip(keys, values, strict=True)), settings, even, has_keys)}
+    return {
+        what: Measured(
+            "reward" if kind.samples else "accuracy", dict(zip(keys, values, strict=True)), settings, even, has_keys
+        )
+    }
 
 
 def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured]:

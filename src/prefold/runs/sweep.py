@@ -282,9 +282,9 @@ def _compared(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     known = ~np.isnan(np.stack(list(values.values()))).any(axis=0)
     if not known.any():
         return {"best": None}
-    ranked = best_of_many({name: of_run[known] for name, of_run in values.items()})
     shares = next(iter(measured.values()))["shares"]
     unit = "pair" if shares else "prompt"
+    ranked = best_of_many({name: of_run[known] for name, of_run in values.items()}, unit)
     for name, facts in measured.items():
         before, after = units[name]["before"], units[name]["after"]
         if facts["before"] is not None:

@@ -172,7 +172,7 @@ def test_right_and_wrong(n: int, accuracy: float, gain: float, passage: int) -> 
     held, shown = coverage(lambda draw: estimate(*World(n, accuracy, gain, passage).draw(draw)), gain)
     assert held >= 0.93
     assert gain or shown <= 0.06
-    assert n <= 60 or held <= 0.985
+    assert n <= 60 or held <= 0.99
 
 
 @pytest.mark.parametrize("n", [3, 6, 15, 26, 100])
@@ -181,7 +181,7 @@ def test_right_and_wrong(n: int, accuracy: float, gain: float, passage: int) -> 
 def test_other_values(n: int, shift: float, tails: str) -> None:
     def draw(generator: Draw) -> Difference:
         noise = generator.normal(size=n) if tails == "normal" else generator.standard_t(3, size=n)
-        return estimate(generator.normal(5, 9, n) * 0 + np.arange(n), np.arange(n) + noise + shift)
+        return estimate(np.arange(n, dtype=float), np.arange(n) + noise + shift)
 
     held, shown = coverage(draw, shift)
     assert held >= 0.93 and (n <= 6 or held <= 0.975)
@@ -215,8 +215,8 @@ def test_right_and_wrong_is_mcnemars_exact_test() -> None:
 
 
 def test_other_values_are_exchanged_in_every_way() -> None:
-    """Changes of 1, 2, 3 and -1: of the 16 sums of their signs those of 5 or more are 5 (7, 5, 5, 5 and ... by hand:
-    7 = 1+2+3+1, 5 with either 1 negative) on each side."""
+    """Changes of 1, 2, 3 and -1, which sum to 5: of the 16 sums of any signs three are 5 or more, 1 + 2 + 3 + 1 and
+    those with either 1 negative, and three are their mirror images."""
     before = np.array([0.0, 10.0, 20.0, 30.5])
     found = estimate(before, before + np.array([1.0, 2.0, 3.0, -1.0]))
     assert found.p_value == 2 * 3 / 16
@@ -251,7 +251,13 @@ def test_an_interval_agrees_at_every_number_of_comparisons() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0496, "p = 0.0496"), (0.04999, "p = 0.04999"), (0.0504, "p = 0.0504"), (0.05, "p = 0.05"), (0.0516, "p = 0.052")],
+    [
+        (0.0496, "p = 0.0496"),
+        (0.04999, "p = 0.04999"),
+        (0.0504, "p = 0.0504"),
+        (0.05, "p = 0.05"),
+        (0.0516, "p = 0.052"),
+    ],
 )
 def test_a_p_value_is_not_rounded_to_the_border(value: float, text: str) -> None:
     assert p_value(value).replace("\u00a0", " ") == text

@@ -243,7 +243,11 @@ def write_run(folder: Path, **changes: Any) -> Path:
     }
     contents |= changes
     evaluated = ("heldout", "tasks", "compared", "win_rate", "scores_before", "scores_after")
-    names = {"recipe": "recipe.yaml", "pairs": "evaluation/heldout.jsonl", **{name: f"evaluation/{name}.json" for name in evaluated}}
+    names = {
+        "recipe": "recipe.yaml",
+        "pairs": "evaluation/heldout.jsonl",
+        **{name: f"evaluation/{name}.json" for name in evaluated},
+    }
     for stem, content in contents.items():
         ending = ".jsonl" if isinstance(content, list) else ".json"
         path = folder / names.get(stem, stem + ending)

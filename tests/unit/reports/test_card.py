@@ -128,7 +128,10 @@ def test_rewards_and_win_rate(tmp_path: Path) -> None:
     (tmp_path / "evaluation" / "rewards.json").write_text(json.dumps(rewards))
     text = render_card(tmp_path)
     assert "Held-out prompts" in text and "| Reward:" in text
-    assert "- New answers preferred: 60 % (95 % interval 54 % to 66 %, p = 0.002, 56 % at equal lengths, 194 prompts" in text
+    assert (
+        "- New answers preferred: 60 % (95 % interval 54 % to 66 %, p = 0.002, 56 % at equal lengths, 194 prompts"
+        in text
+    )
     assert "judged by big)" in text
 
 

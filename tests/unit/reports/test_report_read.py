@@ -79,7 +79,12 @@ def test_rounding_neither_hides_a_difference_nor_belies_the_subtraction(
     ("ci", "p_value", "verdict_", "said"),
     [
         # Whole percentages would write the end that leaves out 0 as 0.
-        ([0.002, 0.106], 0.041, "better", "rose from 46.0 % to 52.0 % (+6.0 points, 95 % interval +0.2 to +10.6, p = 0.041"),
+        (
+            [0.002, 0.106],
+            0.041,
+            "better",
+            "rose from 46.0 % to 52.0 % (+6.0 points, 95 % interval +0.2 to +10.6, p = 0.041",
+        ),
         ([0.00004, 0.1], 0.0499, "better", "(+6.000 points, 95 % interval +0.004 to +10.000, p = 0.0499"),
         ([-0.0004, 0.1], 0.0501, "", "(+6.00 points, 95 % interval -0.04 to +10.00, p = 0.0501"),
         # An earlier version took both from two tests: nothing is shown, and the interval is not said.

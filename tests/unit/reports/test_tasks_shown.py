@@ -65,7 +65,8 @@ def test_the_headline_says_what_got_better_and_what_got_worse(facts: dict[str, A
     assert texts[3] == ("unclear", "No difference shown on 3 other tasks")
     assert texts[4][1].startswith("Average of the tasks: ")
     assert texts[5][1] == (
-        "New answers preferred: 60 % (95 % interval 54 % to 66 %, p = 0.002, 56 % at equal lengths, 194 prompts, judged by big)"
+        "New answers preferred: 60 % (95 % interval 54 % to 66 %, p = 0.002, 56 % at equal lengths, 194 prompts, "
+        "judged by big)"
     )
 
 
