@@ -74,10 +74,10 @@ def _with_verdict(facts: Values, even: float) -> Values:
     if "verdict" in facts:
         return facts
     (low, high), p_value = interval(facts.get("ci")), finite(facts.get("p_value"))
-    leaves_out = low is not None and high is not None and not low <= even <= high
-    if leaves_out != (p_value is not None and p_value < 0.05):
+    side = "" if low is None or high is None or low <= even <= high else "better" if low > even else "worse"
+    if bool(side) != (p_value is not None and p_value < 0.05):
         return {**facts, "ci": None, "verdict": ""}
-    return {**facts, "verdict": "" if not leaves_out else "better" if low > even else "worse"}
+    return {**facts, "verdict": side}
 
 
 def accuracies_of(run: RunRecord) -> dict[str, Values]:

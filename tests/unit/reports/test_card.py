@@ -89,7 +89,7 @@ def test_the_body(tmp_path: Path) -> None:
     for said in (
         "Held-out accuracy rose from 31 % to 92 %",
         "84 pairs",
-        "| arc_challenge | acc_norm | 41.0 % | 43.1 % | +2.1 (+0.4 to +3.9) | p = 0.02 | 1 172 |",
+        "| arc_challenge | acc_norm | 41.0 % | 43.1 % | +2.1 (+0.4 to +3.9) | p = 0.02 | 1 172 |",
         "| Average | | 41.0 % | 43.1 % | +2.1",
         "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
         "under the base's licence: apache-2.0",

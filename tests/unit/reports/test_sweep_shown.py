@@ -16,7 +16,9 @@ from statsmodels.stats.proportion import proportion_confint
 from test_report_html import Page
 
 from prefold.reports.run_files import readable
-from prefold.reports.sweep import summary, write_sweep
+from prefold.reports.sweep import _to_best, summary, write_sweep
+from prefold.reports.tasks import outcome_of
+from prefold.reports.verdict import change_sentence
 from prefold.runs.sweep import _compared, _confirm
 
 ACCURACIES = {
@@ -112,6 +114,39 @@ def test_headlines(accuracies: dict[str, float], headline: str) -> None:
     equal = len(set(accuracies.values())) < len(accuracies)
     assert ("by luck alone" in text) == (len(accuracies) > 1 and not equal) and "0.0 points too good" not in text
     assert (found["best"] is None) == equal == ("equal highest" in text) and (found["confirm"] is None) == equal
+
+
+def test_what_is_printed_agrees_in_1000_sweeps() -> None:
+    """Of each run against the model before training, and against the highest one: on few pairs and many, with ties."""
+    draw, shown, behind_shown = np.random.default_rng(3), 0, 0
+    for _ in range(1000):
+        n, runs = int(draw.choice((3, 6, 9, 20, 60))), int(draw.integers(1, 5))
+        hard, skill = draw.random(n), draw.choice((0.05, 0.3, 0.5, 0.7, 0.98), runs + 1)
+        sides = [(0.7 * hard + 0.3 * draw.random(n) < quality).astype(float) for quality in skill]
+        found = {f"a={run}": facts_of(sides[-1], sides[run]) for run in range(runs)}
+        compared = _compared(found)
+        for name, facts in found.items():
+            low, high, p_value, differs = read(change_sentence(facts))
+            assert (low > 0 or high < 0) == differs == (outcome_of(facts) in ("better", "worse"))
+            shown += differs
+            text = _to_best(facts, compared["best"], bool(compared["as_good"]))
+            if " to the highest" not in text:
+                assert text == {True: "equal highest"}.get(name in compared["tied"], text) and facts["to_best"] is None
+                continue
+            low, high, p_value, differs = read(text)
+            assert (high < 0) == differs == (name not in compared["as_good"]) and p_value != 0.05
+            behind_shown += differs
+        names = {name for name, facts in found.items() if facts["after"] == max(one["after"] for one in found.values())}
+        assert names == set(compared["tied"] or [compared["best"]])
+    assert shown > 300 and behind_shown > 100
+
+
+def read(text: str) -> tuple[float, float, float, bool]:
+    """Interval and p-value as they are written, and whether that is below 0.05."""
+    text = squeezed(text)
+    interval, p_value = re.search(r"([+-][\d.]+) to ([+-][\d.]+)", text), re.search(r"p [<=] ([\d.e-]+)", text)
+    assert interval and p_value, text
+    return float(interval[1]), float(interval[2]), float(p_value[1]), float(p_value[1]) < 0.05
 
 
 def test_a_run_that_is_better_than_all_others_is_said_to_be() -> None:
