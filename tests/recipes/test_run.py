@@ -32,7 +32,8 @@ def test_every_stage_leaves_its_outputs(recipe: MakeRecipe, tiny_model: Path) ->
     assert heldout["pairs"] == 6
     assert set(heldout) == {"pairs", "before", "after", "difference", "reward"}
     assert set(heldout["before"]) == {"accuracy", "accuracy_ci", "margin"}
-    assert set(heldout["difference"]) == {"accuracy", "ci", "p_value"}
+    known = {"accuracy", "ci", "p_value", "tests", "changed", "detectable", "verdict"}
+    assert set(heldout["difference"]) == known
     assert heldout["after"]["margin"] > heldout["before"]["margin"]
     assert heldout["reward"]["margin"] > 0
 

@@ -80,16 +80,16 @@ def verdict(sweep: Values) -> Verdict:
     if runs == 1:
         headline = f"{_spaced(highest[0])} is {than.get(outcome, f'not clearly better than {against}')}"
         return Verdict(outcome, headline, "", tuple(lines))
-    headline = _ranking(tied, _spaced(highest[0]), bool(as_good), runs)
+    headline = _ranking(tied, _spaced(highest[0]), bool(as_good), runs, _metric(facts))
     headline += "" if outcome == "better" else f", {than.get(outcome, f'not clearly better than {against}')}"
     lines = [*lines[:NAMED], *_chosen_by_luck(sweep, facts, runs), *_others(sweep, len(tied))]
     return Verdict("mixed" if outcome == "better" and (tied or as_good) else outcome, headline, "", tuple(lines))
 
 
-def _ranking(tied: Sequence[str], highest: str, as_good: bool, runs: int) -> str:
+def _ranking(tied: Sequence[str], highest: str, as_good: bool, runs: int, metric: str) -> str:
     if tied:
         which = ("both" if runs == 2 else "all") if len(tied) == runs else _listed(tied)
-        return f"No best of {runs}: {which} are equal"
+        return f"No best of {runs}: {which} have the same held-out {metric}"
     return f"No clear best of {runs}: {highest} is the highest" if as_good else f"Best of {runs}: {highest}"
 
 

@@ -67,11 +67,11 @@ def overall(run: RunRecord) -> Verdict:
     is_judged = finite(win_rate.get("win_rate")) is not None
     if not tasks_of(run.tasks) and not is_judged:
         return own
-    subjects = {f"held-out {run.held_out}": own.outcome} | _subjects(run.tasks)
-    lines = [Line(own.outcome, own.sentence)] if own.outcome != "missing" else []
-    lines += task_lines(run.tasks)
+    held_out = {} if own.outcome == "missing" else {f"held-out {run.held_out}": comparison_of(run)}
+    subjects = held_out | entries(run.tasks)
+    lines = [*([Line(own.outcome, own.sentence)] if held_out else []), *task_lines(run.tasks)]
     if is_judged:
-        subjects["open prompts"] = outcome_of(win_rate)
+        subjects["open prompts"] = win_rate
         lines.append(Line(outcome_of(win_rate), _win_rate_sentence(win_rate)))
     return _verdict_on(subjects, lines)
 
@@ -84,19 +84,18 @@ def verdict_on_comparison(comparison: Values) -> Verdict:
         Line(outcome_of(facts), f"{name}: {change_sentence(facts)}")
         for name, facts in tasks_of(comparison, "measures").items()
     ]
-    return _verdict_on(_subjects(comparison), lines + task_lines(comparison))
+    return _verdict_on(entries(comparison), lines + task_lines(comparison))
 
 
-def _subjects(comparison: Values | None) -> dict[str, Outcome]:
-    return {name: outcome_of(facts) for name, facts in entries(comparison).items()}
-
-
-def _verdict_on(subjects: dict[str, Outcome], lines: Sequence[Line]) -> Verdict:
-    better, worse = ([name for name, outcome in subjects.items() if outcome == side] for side in ("better", "worse"))
-    rest = "; no clear difference elsewhere" if "unclear" in subjects.values() else ""
+def _verdict_on(subjects: dict[str, Values], lines: Sequence[Line]) -> Verdict:
+    """`subjects`: the facts of whatever was measured."""
+    better, worse = ([name for name in subjects if outcome_of(subjects[name]) == side] for side in ("better", "worse"))
+    rest = "; no clear difference elsewhere" if len(better) + len(worse) < len(subjects) else ""
     outcome: Outcome = "unclear"
     headline = "No clear difference in anything that was measured"
-    if better and worse:
+    if all(map(is_same, subjects.values())):
+        headline = "No difference in anything that was measured: all came out the same"
+    elif better and worse:
         outcome, headline = "mixed", f"Better on {_listed(better)}; worse on {_listed(worse)}"
     elif better:
         outcome, headline = "better", f"Better on {_listed(better)}{rest}"

@@ -38,11 +38,14 @@ class Side:
     @property
     def section(self) -> Model:
         """How to load it; raises UserError for a run that has no merged model yet, or one that answers nothing."""
+        self.require_answers()
+        return self.run.model if self.run is not None and self.when == "before" else model_named(self.name)
+
+    def require_answers(self) -> None:
         if self.run is not None and self.run.algorithm.kind.scores:
             what = "this run trains a model that scores answers and gives none, so it cannot be asked tasks"
             advice = "runs of the method are compared with each other, by the held-out pairs that they share"
             raise UserError(what, where=self.label, expected="runs and models that answer", advice=advice)
-        return self.run.model if self.run is not None and self.when == "before" else model_named(self.name)
 
     @property
     def folder(self) -> Path:
@@ -72,6 +75,8 @@ def compare(
         UserError: nothing can be compared, a run folder has not been evaluated, a task or model cannot be had.
     """
     sides = _sides([str(model) for model in models])
+    for side in sides if tasks else ():
+        side.require_answers()
     runs = {side.label: _run_facts(side) for side in sides if side.run is not None and side.when == "after"}
     if tasks:
         settings = Evaluate(tasks=list(tasks), include_path=include_path, limit=limit, num_fewshot=num_fewshot)

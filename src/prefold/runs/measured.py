@@ -73,11 +73,13 @@ def _compared(what: str, first: Measured, second: Measured) -> dict[str, Any] | 
     unit, keys = UNITS[what], [key for key in first.values if key in second.values]
     if not keys and not (first.has_keys and second.has_keys):
         return f"measured by an earlier version that did not write down which {unit}s; `prefold evaluate` does"
+    if not keys:
+        return f"no {unit} is the same in both{', with the same answer before training' if what == WIN_RATE else ''}"
     before, after = (np.array([side.values[key] for key in keys], dtype=float) for side in (first, second))
     known = np.isfinite(before) & np.isfinite(after)
     before, after = before[known], after[known]
-    if not len(before):
-        return f"no {unit} is the same in both{', with the same answer before training' if what == WIN_RATE else ''}"
+    if not known.any():
+        return f"no {unit} that is the same in both has a value in both"
     shares, n = first.metric != "reward", len(before)
     difference = beyond_half(after) if first.even else estimate(before, after)
     return {
@@ -123,16 +125,16 @@ def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
     if recipe.evaluate.win_rate is None or not path.is_file():
         return {}
     facts, samples = read_json(path), _lines(folder / "samples.jsonl")
-    if not (outcomes := facts.get("outcomes")):
-        return {}
-    # Who was preferred to other answers was asked something else.
-    keys = _unique(_digest([*sample["prompt"], *_as_messages(sample["before"])]) for sample in samples)
-    even = when == "before"
-    known = [[outcome for outcome in of_prompt if outcome is not None] for of_prompt in outcomes]
-    values = [(0.5 if even else float(np.mean(of_prompt))) if of_prompt else np.nan for of_prompt in known]
     judge = {name: value for name, value in facts["judge"].items() if name != "cost"}
     settings = {"the judge": judge | {"settings": recipe.evaluate.win_rate.judge.model_dump()}}
-    return {WIN_RATE: Measured("win rate", dict(zip(keys, values, strict=True)), settings, even)}
+    even, outcomes = when == "before", facts.get("outcomes")
+    if outcomes is None:
+        return {WIN_RATE: Measured("win rate", {}, settings, even, has_keys=False)}
+    # Who was preferred to other answers was asked something else.
+    keys = _unique(_digest([*sample["prompt"], *_as_messages(sample["before"])]) for sample in samples)
+    known = [[outcome for outcome in of_prompt if outcome is not None] for of_prompt in outcomes]
+    values = [(0.5 if even else float(np.mean(of_prompt))) if of_prompt else np.nan for of_prompt in known]
+    return {WIN_RATE: Measured("win rate", dict(zip(keys, values, strict=True)), settings, even)} if keys else {}
 
 
 def _reward(spec: dict[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:

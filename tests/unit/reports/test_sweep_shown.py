@@ -102,9 +102,15 @@ def test_the_best_run_is_shown_with_what_it_is_worth(tmp_path: Path) -> None:
         ({"a=1": 0.47, "a=2": 0.44}, "No clear best of 2: a=1 is the highest, not clearly better than before training"),
         ({"a=1": 0.15, "a=2": 0.1}, "No clear best of 2: a=1 is the highest, worse than before training"),
         ({"a=1": 0.95}, "a=1 is better than before training"),
-        ({"a=1": 0.95, "a=2": 0.95}, "No best of 2: both are equal a=1: held-out accuracy"),
-        ({"a=1": 0.9, "a=2": 0.9, "a=3": 0.2}, "No best of 3: a=1 and a=2 are equal a=1: held-out accuracy"),
-        (dict.fromkeys(("a=1", "a=2", "a=3"), 0.2), "No best of 3: all are equal, worse than before training"),
+        ({"a=1": 0.95, "a=2": 0.95}, "No best of 2: both have the same held-out accuracy a=1: held-out"),
+        (
+            {"a=1": 0.9, "a=2": 0.9, "a=3": 0.2},
+            "No best of 3: a=1 and a=2 have the same held-out accuracy a=1: held-out",
+        ),
+        (
+            dict.fromkeys(("a=1", "a=2", "a=3"), 0.2),
+            "No best of 3: all have the same held-out accuracy, worse than before training",
+        ),
     ],
 )
 def test_headlines(accuracies: dict[str, float], headline: str) -> None:
