@@ -55,15 +55,11 @@ def compare_measured(
     first: Mapping[str, Measured], second: Mapping[str, Measured], names: tuple[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The facts of each measure that both have, as those of a task; and why the others cannot be compared."""
-    compared, reasons = {}, {}
-    for what in UNITS:
-        sides = [side.get(what) for side in (first, second)]
-        if None not in sides:
-            facts = _compared(what, *sides)
-            (reasons if isinstance(facts, str) else compared)[what] = facts
-        elif any(sides):
-            reasons[what] = f"only {names[0] if sides[0] else names[1]} has measured it"
-    return compared, reasons
+    both = {what: _compared(what, first[what], second[what]) for what in UNITS if what in first and what in second}
+    compared = {what: facts for what, facts in both.items() if not isinstance(facts, str)}
+    reasons = {what: reason for what, reason in both.items() if isinstance(reason, str)}
+    alone = {what: names[0] if what in first else names[1] for what in UNITS if (what in first) != (what in second)}
+    return compared, reasons | {what: f"only {name} has measured it" for what, name in alone.items()}
 
 
 def _compared(what: str, first: Measured, second: Measured) -> dict[str, Any] | str:

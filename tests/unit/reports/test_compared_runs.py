@@ -209,7 +209,7 @@ def test_reward_models_are_compared_with_each_other_and_with_chance(tmp_path: Pa
         compare(folders, ["everyday_facts"])
 
 
-def judged(folder: Path, outcomes: list[float | None], before: str = "", **judge: Any) -> str:
+def judged(folder: Path, outcomes: list[float | None], before: str = "", older: bool = False, **judge: Any) -> str:
     samples = [
         sample(f"{prompt} {row}", before or first, after) for row in range(3) for prompt, first, after in SAMPLES
     ]
@@ -222,8 +222,8 @@ def judged(folder: Path, outcomes: list[float | None], before: str = "", **judge
         "verdict": "no difference",
         "outcomes": [[outcome] for outcome in outcomes],
     }
-    if "outcomes" in judge:
-        del facts["outcomes"], facts["judge"]["outcomes"]  # type: ignore[attr-defined]
+    if older:
+        del facts["outcomes"]
     return run(folder, recipe=JUDGED, win_rate=facts, samples=samples)
 
 
@@ -236,7 +236,7 @@ def test_win_rates_on_the_same_prompts(tmp_path: Path) -> None:
     # Alone: how often it is preferred to its own model before training, against one half.
     alone = compare([two])["models"][two]["measures"]["win rate"]
     assert (alone["before"], alone["after"], alone["p_value"]) == (0.5, 10.5 / 12, pytest.approx(2 * 12 / 2**11))
-    older = judged(tmp_path / "older", [1.0] * 12, outcomes=None)
+    older = judged(tmp_path / "older", [1.0] * 12, older=True)
     assert "an earlier version that did not write down which prompts" in reason(one, older)
     other = judged(tmp_path / "other", [1.0] * 12, before="Another answer.")
     assert "win rate: no prompt is the same in both, with the same answer before training" in reason(one, other)
