@@ -1,8 +1,8 @@
 """Merge an adapter into its unquantised base, and prove it: what is loaded back from disk must give the logits of base +
 adapter on real tokens, and its tokenizer the same ids.
 
-Weights are rounded once more when they are merged in half precision. That is told from an adapter that was lost by what
-is left of the adapter's own change of the logits: rounding goes in all directions, a loss in that one.
+In half precision weights are rounded, those of the base too where it is stored in another dtype. That is told from an
+adapter that was lost by what is left of the adapter's own change of the logits, beside the base as it is rounded.
 """
 
 from __future__ import annotations
@@ -131,10 +131,12 @@ def _write_whole(
 
 
 class Logits(NamedTuple):
-    """Of base + adapter, `wanted`, and of the base alone; float32 on the CPU, as `logits_of` gives them."""
+    """Of base + adapter, `wanted`, of the base alone, and of that with its weights rounded to the dtype merged into;
+    float32 on the CPU, as `logits_of` gives them."""
 
     wanted: Tensor
     base: Tensor
+    rounded: Tensor
 
 
 @returning_allocations()
@@ -142,7 +144,8 @@ def _comparison(
     base: Model, adapter: Path | None, folder: Path, rows: Sequence[Sequence[int]], dtype: torch.dtype, seed: int | None
 ) -> dict[str, Any]:
     """One model at a time."""
-    wanted, plain = _logits_of_base(base, adapter, rows, seed)
+    wanted, plain, rounded = _logits_of_base(base, adapter, rows, dtype, seed)
+    free_memory()
     is_quantised = base.load_in_4bit or base.load_in_8bit
     trained = _trained_logits(base, adapter, rows, seed) if adapter is not None and is_quantised else None
     with _loaded_back(folder, dtype, seed is not None) as saved:
@@ -150,12 +153,13 @@ def _comparison(
         tolerance = tolerance_of(saved) * (1 if seed is None else SCORE_ALLOWANCE)
     moved = wanted - plain
     effect = relative_rms(moved, wanted)
-    kept = float((moved * (logits - plain)).sum() / moved.square().sum()) if effect > MEASURABLE else None
+    kept = float((moved * (logits - rounded)).sum() / moved.square().sum()) if effect > MEASURABLE else None
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "max_logit_difference": float((logits - wanted).abs().max()),
         "relative_difference": relative_rms(logits - wanted, wanted),
         "tolerance": tolerance,
+        "base_rounding": relative_rms(rounded - plain, wanted),
         "adapter_effect": None if adapter is None else effect,
         "adapter_kept": kept,
         "tokens_compared": wanted.shape[0],
@@ -164,20 +168,23 @@ def _comparison(
     }
 
 
-def _logits_of_base(base: Model, adapter: Path | None, rows: Sequence[Sequence[int]], seed: int | None) -> Logits:
+def _logits_of_base(
+    base: Model, adapter: Path | None, rows: Sequence[Sequence[int]], dtype: torch.dtype, seed: int | None
+) -> Logits:
     """By the weights as they are stored, mapped from their files on a CPU, in float32 arithmetic."""
     files = weight_files(fetch(base.name, base.revision))
-    model = load_model(base, dtype=_stored_dtype(files), head_seed=seed, device=_device_for(files))
-    adapted: Any = model if adapter is None else open_adapter(model, adapter)
-    with in_float32(adapted):
-        wanted = logits_of(adapted, rows)
-        if adapter is None:
-            return Logits(wanted, wanted)
-        with adapted.disable_adapter():
-            plain = logits_of(adapted, rows)
-    del adapted, model
-    free_memory()
-    return Logits(wanted, plain)
+    stored = _stored_dtype(files)
+    model = load_model(base, dtype=stored, head_seed=seed, device=_device_for(files))
+    with in_float32(model):
+        wanted = plain = rounded = logits_of(model, rows)
+    if getattr(torch, stored) != dtype != torch.float32:
+        with in_float32(model, dtype):
+            rounded = logits_of(model, rows)
+    if adapter is not None:
+        adapted = open_adapter(model, adapter)
+        with in_float32(adapted):
+            wanted = logits_of(adapted, rows)
+    return Logits(wanted, plain, rounded)
 
 
 def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]], head_seed: int | None) -> Tensor:
@@ -272,8 +279,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
         lines.append(f"the adapter moves them by {effect:.1e}, too little to say what is left of it")
     elif effect is not None and kept is not None and measured > effect:
         lines.append(
-            f"rounding in {result['dtype']} moves them further than the adapter, by {effect:.1e}; {kept:.0%} of what the "
-            "adapter does is there"
+            f"rounding in {result['dtype']} moves them further than the adapter ({effect:.1e}), the base's own by "
+            f"{result['base_rounding']:.1e}; {kept:.0%} of what the adapter does is there"
         )
     drift = result["difference_from_quantised"]
     if drift is not None:
