@@ -1,4 +1,4 @@
-"""The files of base + adapter, written tensor by tensor as they are computed: memory of a layer, whatever the model takes.
+"""The files of base + adapter, written tensor by tensor as they are computed: in the memory of a layer.
 
 The layers are merged by peft itself, each by itself: the model has shapes alone, and a layer that is due is given its
 weights. Files, names and bytes are those that transformers' `save_pretrained` writes for the merged model, its weights
@@ -144,10 +144,10 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Outermost modules that hold something trained, with their names in the base."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if not path.startswith(inside or "\0"):
-            if hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer"):
-                inside = (*inside, f"{path}.")
-                yield path, module
+        wraps = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
+        if wraps and not path.startswith(inside):
+            inside = (*inside, f"{path}.")
+            yield path, module
 
 
 @returning_allocations()

@@ -30,6 +30,7 @@ from prefold.models.quantised import quantised_bytes
 from prefold.recipe import Lora, Model, RecipeBase
 from prefold.trees.attention import lower_right, unwrapped
 
+
 class Sizes(NamedTuple):
     """`parameters` of the model without an adapter; `trained` ones; bytes of the frozen `weights` as they are kept
     (quantised or not), and of the `trained_bytes`; `linear`, parameters of the layers that every token meets in a
