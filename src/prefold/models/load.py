@@ -129,11 +129,10 @@ def load_model(
     if bits and contents:
         quantise_in_pieces()
     if contents:
-        mapped = bits or (device.type != "cpu" and not sharded)
+        placed = bits or (device.type != "cpu" and not sharded)
         settings |= {
-            # With a map each tensor goes from its file to its device; on the CPU what needs no cast stays in the file.
-            "device_map": section.device_map
-            or ({"": device} if bits or (device.type != "cpu" and not sharded) else None),
+            # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
+            "device_map": section.device_map or ({"": device} if placed else None),
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }
