@@ -164,7 +164,7 @@ def write_merged(
     model = load_model(base, dtype=dtype, head_seed=head_seed, contents=False)
     if head_seed is not None:
         set_padding(model, pad_token)
-    model.save_pretrained(folder, state_dict={})
+    _save_settings(model, folder)
     parameters = model.num_parameters()
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
@@ -182,6 +182,15 @@ def write_merged(
             "weight_map": {key: name for name, keys in parts.items() for key in keys},
         }
         write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _save_settings(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes beside the weights; itself it would remove those that are there already."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        cast(Any, model).generation_config.save_pretrained(folder)
 
 
 def _write_files(folder: Path, parts: Mapping[str, Sequence[str]], tensors: MergedTensors) -> None:

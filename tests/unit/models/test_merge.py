@@ -135,9 +135,9 @@ def test_a_merge_that_was_ended_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert 1 < len(done) < len(list((tmp_path / "base").glob("*.safetensors")))
     damaged, *kept = sorted(done)
     (aside / damaged).write_bytes(b"damaged")
-    before = {name: (aside / name).stat().st_ino for name in kept}
+    before = {name: (aside / name).stat().st_mtime_ns for name in kept}
     merged(section, tmp_path)
-    assert {name: (tmp_path / "merged" / name).stat().st_ino for name in kept} == before
+    assert {name: (tmp_path / "merged" / name).stat().st_mtime_ns for name in kept} == before
     resumed = contents(tmp_path / "merged")
     merged(section, tmp_path)
     assert contents(tmp_path / "merged") == resumed and not aside.exists()
