@@ -242,6 +242,9 @@ def in_steps(value: int | float, steps: int) -> int:
     return math.ceil(value * steps) if value < 1 else int(value)
 
 
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+
+
 class Train(Section):
     """Field names and meanings are those of transformers' `TrainingArguments`, but for `batch_size` and
     `max_tokens`."""
@@ -286,10 +289,10 @@ class Train(Section):
     """Go on with the best checkpoint instead of the last; `loss` decides unless `metric_for_best_model` is given."""
     early_stopping_patience: int | None = Field(None, gt=0)
     """Measurements in a row without a better metric after which training ends."""
-    report_to: list[Literal["wandb", "tensorboard"]] = []
+    report_to: list[Tracker] = []
     """Trackers that get every step's metrics."""
     project: str = "prefold"
-    """W&B project."""
+    """What the trackers call the group of runs: project, or experiment."""
     run_name: str | None = None
     """Name of the run in the trackers; unset: the name of the run folder."""
 

@@ -17,7 +17,7 @@ from prefold.runs.stages import Stage, stages_of
 
 # The recipe last: without it a folder is not known for a run's any more.
 RECORDS = (
-    *("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json", "gguf", "publish.json"),
+    *("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json", "gguf", "publish.json", "trackers.json"),
     *("timing.jsonl", "run.log", "trained", "adapter", "recipe.yaml"),
 )
 """What `--fresh` removes beside the outputs of the stages."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from prefold.training.pushes import Pushes
 from prefold.training.record import StepRecord
 from prefold.training.sampled_trees import SampledTrees
 from prefold.training.saved_state import save_weights
-from prefold.training.trackers import open_trackers, send_completions
+from prefold.training.trackers import send_completions, trackers
 from prefold.trees.memory import free_memory
 from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer
@@ -63,7 +62,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     free_memory()  # of the self-check and the reference
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))
-    with _trackers(recipe), progress_bar("train", len(order), done) as advance:
+    with _callbacks(recipe) as callbacks, progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
         loop = TrainingLoop(
             algorithm,
@@ -75,7 +74,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
             training_arguments(recipe, len(order)),
             held_out,
             recipe.train.early_stopping_patience,
-            _callbacks(recipe) if ranks.is_first() else (),
+            callbacks,
         )
         if checkpoint:
             say(f"  going on after step {done}")
@@ -113,9 +112,15 @@ def _sampled_trees(
     return SampledTrees(recipe.algorithm, scorer, prompts, rewards, columns, tokenizer, order, show, seed, dtype)
 
 
-def _callbacks(recipe: RecipeBase) -> list[TrainerCallback]:
+@contextmanager
+def _callbacks(recipe: RecipeBase) -> Iterator[list[TrainerCallback]]:
+    """Trackers, and what pushes checkpoints: those of the first process."""
+    if not ranks.is_first():
+        yield []
+        return
     pushes = [Pushes(partial(push_checkpoint, recipe))] if recipe.publish and recipe.publish.checkpoints else []
-    return [*open_trackers(recipe.train.report_to), *pushes]
+    with trackers(recipe.train, recipe.run_folder) as callbacks:
+        yield [*callbacks, *pushes]
 
 
 def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Guards:
@@ -163,26 +168,3 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
     trainable, total = trainable_parameters(model)
     say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
-
-
-@contextmanager
-def _trackers(recipe: RecipeBase) -> Iterator[None]:
-    """W&B and TensorBoard take their settings from the environment; their files go into the run folder."""
-    wanted = {
-        "WANDB_PROJECT": recipe.train.project,
-        "WANDB_DIR": str(recipe.run_folder),
-        "TENSORBOARD_LOGGING_DIR": str(recipe.run_folder / "tensorboard"),
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        if "wandb" in recipe.train.report_to:
-            import wandb
-
-            with suppress(Exception, SystemExit):  # a tracker that is down costs its curves, never the run
-                wandb.finish()
-                wandb.teardown()  # else it keeps this run's folder for the next one in the process
