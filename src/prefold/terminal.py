@@ -9,12 +9,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from io import StringIO
+from threading import Timer
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 IN_NOTEBOOK = Console().is_jupyter
 # Of several processes the first one talks. In a notebook plain lines: rich would make an output of each.
@@ -26,41 +39,98 @@ Advance = Callable[..., None]
 """Moves a bar on, in rich's words: `advance` is so many items, `text` what is shown beside it."""
 BETWEEN_UPDATES = 0.5
 """Seconds between two states of a bar in a notebook."""
+BETWEEN_LINES = 30.0
+"""Seconds between two lines about the same work, where there is no terminal."""
+UNTOLD = 1.0
+"""Seconds that work may take until it is said what it is, where there is no terminal."""
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Say what goes on whose end cannot be known: beside a clock, gone when it is done; on a stream that is no terminal
+    as a line, if it takes longer than a moment."""
+    if console.is_terminal and not IN_NOTEBOOK:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as progress:
+            progress.add_task(text, total=None)
+            yield
+        return
+    timer = Timer(UNTOLD, say, [f"{text} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A progress bar that fits 80 columns; on a stream that is no terminal, one line when it ends."""
+    """A progress bar that fits 80 columns; on a stream that is no terminal, a line now and then and when it ends."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
     task = progress.add_task(description, total=total, completed=done, text="")
-    if not IN_NOTEBOOK:
+    if console.is_terminal and not IN_NOTEBOOK:
         with progress:
             yield partial(progress.update, task)
         return
-    # One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has.
-    from IPython.display import display
-
-    shown, last = display(progress, display_id=True), time.monotonic()
+    show, between = (_lines(progress), BETWEEN_LINES) if not IN_NOTEBOOK else (_cell(progress), BETWEEN_UPDATES)
+    last = time.monotonic()
 
     def advance(**changes: Any) -> None:
         nonlocal last
         progress.update(task, **changes)
-        if time.monotonic() - last >= BETWEEN_UPDATES:
-            shown.update(progress)
+        if time.monotonic() - last >= between:
+            show()
             last = time.monotonic()
 
     try:
         yield advance
     finally:
-        shown.update(progress)
+        show()
+
+
+class _Rate(ProgressColumn):
+    """Items a second, or seconds an item."""
+
+    def render(self, task: Task) -> Text:
+        return Text(rate(task.speed), style="progress.data.speed")
+
+
+def rate(per_second: float | None) -> str:
+    if not per_second:
+        return ""
+    return f"{per_second:.3g}/s" if per_second >= 1 else f"{1 / per_second:.3g} s each"
+
+
+def _lines(progress: Progress) -> Callable[[], None]:
+    def show() -> None:
+        task = progress.tasks[0]
+        parts = [f"{task.completed:,.0f} of {task.total:,.0f}", rate(task.speed), f"{clock(task.elapsed)} so far"]
+        parts += [f"{clock(task.time_remaining)} left"] if task.time_remaining else []
+        say(f"  {task.description}: {', '.join(filter(None, parts))}  {task.fields['text']}".rstrip())
+
+    return show
+
+
+def clock(seconds: float | None) -> str:
+    return str(timedelta(seconds=round(seconds or 0)))
+
+
+def _cell(progress: Progress) -> Callable[[], None]:
+    # One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has.
+    from IPython.display import display
+
+    shown = display(progress, display_id=True)
+    return lambda: shown.update(progress)
 
 
 def say(text: str) -> None:

@@ -98,6 +98,13 @@ def _sources(data: Data) -> list[str | None]:
     return [identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)]
 
 
+def key_of_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> str | None:
+    """A digest of all that decides what `prepare` gives; None where that is not known. Raises UserError: there is no
+    such source."""
+    sources = _sources(data)
+    return None if None in sources else _key(data, tokenizer, seed, kind, sources)
+
+
 def _key(
     data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind, sources: list[str | None]
 ) -> str | None:

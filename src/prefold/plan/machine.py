@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,3 +69,9 @@ def bytes_of(text: str) -> int:
         what = f"`{text}` is no {'amount of memory' if size is None else 'memory at all'}"
         raise UserError(what, where="`--device-memory`", expected="e.g. 24GB or 80GiB")
     return size
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or would be."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from prefold.errors import StageError, UserError
 from prefold.models import merge
 from prefold.models.adapters import load_policy
-from prefold.models.load import load_model, tokenizer_of
+from prefold.models.load import load_model
 from prefold.models.merge import DEPTH, TOLERANCE, merge_adapter, merge_dtype, remarks, tolerance_of
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Lora, Model, make_recipe
 
 ROWS = [list(range(60, 100)), [5, 9, 256, 33, 257], [70, 71]]
