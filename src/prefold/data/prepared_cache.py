@@ -112,9 +112,10 @@ def _key(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    ids = json.loads(backend.to_str())
     # Set by each call anew.
-    del ids["padding"], ids["truncation"]
+    backend.no_padding()
+    backend.no_truncation()
+    ids = hashlib.sha256(backend.to_str().encode()).hexdigest()
     template, keywords = json.dumps(tokenizer.chat_template), keywords_of(tokenizer)
     has_date = DATE in template and DATE not in keywords
     parts = {

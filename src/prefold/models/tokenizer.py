@@ -5,11 +5,13 @@ takes seconds to import.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from prefold.data.templates import give_keywords
 from prefold.errors import UserError
+from prefold.files import read_json
 from prefold.models.chat_format import set_chat_format
 from prefold.models.fetch import fetch
 from prefold.models.messages import quiet, unreadable
@@ -27,12 +29,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(what, where=folder.name, expected=f"a file like {', '.join(VOCABULARY_FILES)}")
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            settings: Any = {"config": config} if (config := _plain_config(folder)) else {}
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, **settings, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # the tokenizers library raises plain `Exception` for a file that it cannot read
         raise unreadable("its tokenizer cannot be loaded", error, folder.name) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _plain_config(folder: Path) -> PreTrainedConfig | None:
+    """The model's configuration without a class of its own, whose import takes two seconds and is for nothing where the
+    tokenizer's files say what class it has."""
+    try:
+        named = read_json(folder / "tokenizer_config.json")
+        if not named.get("tokenizer_class") or "auto_map" in named:
+            return None
+        config = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, AttributeError):
+        return None
+    config.name_or_path = str(folder)
+    return config
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from prefold.errors import UserError
+from prefold.models.device import choose_device
 from prefold.trees.memory import free_memory
 
 CUDA_BYTES = 750 * 2**20
@@ -25,6 +26,13 @@ class Machine:
     device: str
     memory: int
     process: int
+
+    @staticmethod
+    def planned(device_memory: int | None) -> Machine:
+        """A machine with a GPU of so many bytes; unset: this one."""
+        if device_memory:
+            return Machine("cuda", device_memory, CUDA_BYTES)
+        return Machine.here(choose_device().type)
 
     @staticmethod
     def here(device: str) -> Machine:

@@ -19,7 +19,7 @@ from prefold.models.merge import merge_dtype
 from prefold.models.tokenizer import tokenizer_of
 from prefold.plan import timing
 from prefold.plan.flops import StepOrder, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
-from prefold.plan.machine import CUDA_BYTES, Machine, free_disk
+from prefold.plan.machine import Machine, free_disk
 from prefold.plan.memory import Memory, Rows, number_of_prompts
 from prefold.plan.meta_model import MetaModel, config_of
 from prefold.plan.passes import Lengths, training_pass
@@ -56,7 +56,7 @@ def make_plan(
     Raises:
         UserError: the model's configuration cannot be had.
     """
-    machine = Machine("cuda", device_memory, CUDA_BYTES) if device_memory else Machine.here(choose_device().type)
+    machine = Machine.planned(device_memory)
     steps = Steps(with_completions(recipe, train), order, sampled=recipe.algorithm.kind.samples)
     planner = Planner(recipe, config_of(recipe.model), machine, steps, held_out)
     plan = planner.plan()

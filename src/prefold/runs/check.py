@@ -17,7 +17,7 @@ from prefold.data.mixture import Prepared
 from prefold.data.row import SeenRow, see_row
 from prefold.errors import StageError, UserError
 from prefold.models.tokenizer import tokenizer_of
-from prefold.plan.machine import bytes_of
+from prefold.plan.machine import Machine, bytes_of
 from prefold.plan.plan import Plan
 from prefold.recipe import RecipeBase, as_recipe
 from prefold.reports.check import print_check
@@ -128,8 +128,9 @@ def examine(run: Run, reference: bool = False, device_memory: int | None = None,
         device_memory: bytes of a GPU to plan for; unset: this machine.
         measure: time what a step does on this machine.
     """
-    key = remembered.key_of(run, device_memory, measure)
-    known, asked = remembered.read(key, run, device_memory), run.recipe.evaluate
+    machine, asked = Machine.planned(device_memory), run.recipe.evaluate
+    key = remembered.key_of(run, machine, measure)
+    known = remembered.read(key, run, machine)
     others = run.recipe.rewards or run.recipe.publish or asked.win_rate or asked.compare_with
     if known is None or others or reference:
         with busy("loading libraries"):

@@ -19,9 +19,8 @@ from prefold.data.findings import Finding
 from prefold.data.prepared_cache import key_of_data
 from prefold.files import cache_folder, write_text
 from prefold.launch import launched
-from prefold.models.device import choose_device
 from prefold.models.fetch import fetch
-from prefold.plan.machine import CUDA_BYTES, Machine, free_disk
+from prefold.plan.machine import Machine, free_disk
 from prefold.plan.plan import Plan
 from prefold.recipe import RecipeBase, as_dict
 from prefold.runs.context import Run
@@ -37,23 +36,23 @@ Examined = tuple[list[Finding], Plan]
 _EXAMINED = TypeAdapter(Examined)
 
 
-def key_of(run: Run, device_memory: int | None, measure: bool) -> str | None:
+def key_of(run: Run, machine: Machine, measure: bool) -> str | None:
     """A digest of all that an examination depends on but the memory at hand; None where that cannot be known."""
     recipe = run.recipe
     data = key_of_data(recipe.data, run.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
     if data is None:
         return None
-    machine = asdict(_machine(device_memory)) | {"memory": device_memory, "process": None}
-    facts = [as_dict(recipe), data, _files_of(recipe), machine, measure, launched(), environment(), _code()]
+    device = asdict(machine) | {"memory": None, "process": None}
+    facts = [as_dict(recipe), data, _files_of(recipe), device, measure, launched(), environment(), _code()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def read(key: str | None, run: Run, device_memory: int | None) -> Examined | None:
+def read(key: str | None, run: Run, machine: Machine) -> Examined | None:
     """What was found, with the memory and the disk of now; None where there is no entry, or where it depends on how
     much memory there is."""
     with suppress(OSError, ValueError):
         findings, plan = _EXAMINED.validate_json(_entry(key).read_bytes())
-        now = _machine(device_memory).memory
+        now = machine.memory
         if now == plan.at_hand or (plan.device != "cuda" and min(now, plan.at_hand) >= ENOUGH * plan.peak):
             disk = replace(plan.disk, free=free_disk(run.folder))
             return findings, replace(plan, at_hand=now, disk=disk)
@@ -73,10 +72,6 @@ def write(key: str | None, examined: Examined) -> None:
 
 def _entry(key: str | None) -> Path:
     return cache_folder() / "plans" / f"{key}.json"
-
-
-def _machine(device_memory: int | None) -> Machine:
-    return Machine("cuda", device_memory, CUDA_BYTES) if device_memory else Machine.here(choose_device().type)
 
 
 def _files_of(recipe: RecipeBase) -> list[tuple[str, int, int]]:
