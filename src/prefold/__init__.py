@@ -71,4 +71,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `prefold` has no attribute `{name}`")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES.get(name, "prefold.runs.api")), name)
+    from prefold.terminal import loading
+
+    with loading():
+        return getattr(import_module(_HOMES.get(name, "prefold.runs.api")), name)

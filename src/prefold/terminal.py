@@ -3,6 +3,7 @@ to stdout, since its stderr looks like an error."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -43,25 +44,43 @@ BETWEEN_LINES = 30.0
 """Seconds between two lines about the same work, where there is no terminal."""
 UNTOLD = 1.0
 """Seconds that work may take until it is said what it is, where there is no terminal."""
+SOON = 0.2
+"""The same at the start of a command."""
 
 
 @contextmanager
-def busy(text: str) -> Iterator[None]:
+def busy(text: str, untold: float = UNTOLD) -> Iterator[None]:
     """Say what goes on whose end cannot be known: beside a clock, gone when it is done; on a stream that is no terminal
-    as a line, if it takes longer than a moment."""
+    as a line, if it takes longer than `untold` seconds."""
     if console.is_terminal and not IN_NOTEBOOK:
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True) as progress:
             progress.add_task(text, total=None)
             yield
         return
-    timer = Timer(UNTOLD, say, [f"{text} ..."])
+    timer = Timer(untold, say, [f"{text} ..."])
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """While open, libraries are imported: without looking for garbage, of which imports make none and which takes an
+    eighth of their time. In a command of ours what they have made is never looked at again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with busy("loading libraries", SOON):
+            yield
+    finally:
+        if "prefold.cli" in sys.modules:
+            gc.freeze()
+        if collects:
+            gc.enable()
 
 
 @contextmanager

@@ -17,8 +17,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.integrate import quad
-from scipy.stats import norm
+import scipy
 
 from prefold.evaluation.paired import LEVEL, Floats, holm, mean_interval, paired_test, wilson
 
@@ -71,7 +70,8 @@ def luck(values: Floats) -> float:
 @cache
 def expected_largest(number: int) -> float:
     """The mean of the largest of so many independent standard normal values."""
-    mean, _ = quad(lambda x: 1 - norm.cdf(x) ** number - norm.sf(x) ** number, 0, math.inf)
+    norm = scipy.stats.norm
+    mean, _ = scipy.integrate.quad(lambda x: 1 - norm.cdf(x) ** number - norm.sf(x) ** number, 0, math.inf)
     return float(mean)
 
 

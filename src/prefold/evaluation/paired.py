@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import binomtest, permutation_test, t
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 Key = TypeVar("Key", bound=Hashable)
 Floats = NDArray[np.float64]
@@ -60,7 +58,7 @@ class Estimate:
         """`[low, high]`, 95 %; None where nothing can be said about the spread: a single observation."""
         if not math.isfinite(self.error):
             return None
-        half = float(t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.error
+        half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.error
         low, high = self.centre - half, self.centre + half
         return [max(low, -1.0), min(high, 1.0)] if self.verdicts else [low, high]
 
@@ -68,7 +66,7 @@ class Estimate:
         """Of Student's test that the difference is 0; 1 where nothing can be said."""
         if not math.isfinite(self.error) or self.mean == 0:
             return 1.0
-        return float(2 * t.sf(abs(self.mean) / self.error, self.freedom)) if self.error else 0.0
+        return float(2 * scipy.stats.t.sf(abs(self.mean) / self.error, self.freedom)) if self.error else 0.0
 
     def detectable(self, level: float = LEVEL) -> float | None:
         """The smallest true difference that so many observations would show in 4 of 5 cases at this level; None if
@@ -76,7 +74,9 @@ class Estimate:
         needed = math.ceil(1 - math.log2(level))
         if self.units < needed or not math.isfinite(self.error):
             return None
-        smallest = float(t.ppf(1 - level / 2, self.freedom) + t.ppf(POWER, self.freedom)) * self.error
+        smallest = (
+            float(scipy.stats.t.ppf(1 - level / 2, self.freedom) + scipy.stats.t.ppf(POWER, self.freedom)) * self.error
+        )
         return min(1.0, max(smallest, needed / self.units)) if self.verdicts else smallest
 
 
@@ -110,6 +110,8 @@ def won(differences: Floats) -> Floats:
 
 def wilson(shares: Floats, level: float = LEVEL) -> list[float]:
     """The interval of a mean of right and wrong, `1 - level`."""
+    from statsmodels.stats.proportion import proportion_confint
+
     low, high = proportion_confint(shares.sum(), len(shares), alpha=level, method="wilson")
     return [float(low), float(high)]
 
@@ -118,7 +120,11 @@ def mean_interval(values: Floats, confidence: float = CONFIDENCE) -> list[float]
     """The interval of a mean of one model, Student's; None for a single value."""
     if len(values) < 2:
         return None
-    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = (
+        float(scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+        * float(values.std(ddof=1))
+        / math.sqrt(len(values))
+    )
     return [float(values.mean()) - half, float(values.mean()) + half]
 
 
@@ -141,7 +147,7 @@ def sign_test(change: Floats) -> float:
     """The exact p-value of as many for and against, among the differences that are not 0; for right and wrong answers
     that is McNemar's exact test."""
     better, worse = int((change > 0).sum()), int((change < 0).sum())
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return float(scipy.stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def paired_test(change: Floats, clusters: Sequence[str] | None = None) -> float:
@@ -160,7 +166,7 @@ def exchange_test(change: Floats, clusters: Sequence[str] | None = None, seed: i
     sums = sums[sums != 0]
     if len(sums) < 2:  # both signs are as large
         return 1.0
-    result = permutation_test(
+    result = scipy.stats.permutation_test(
         (sums,),
         np.mean,
         permutation_type="samples",
@@ -185,6 +191,8 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """P-values after Holm's correction (1979)."""
     if len(p_values) < 2:
         return dict(p_values)
+    from statsmodels.stats.multitest import multipletests
+
     adjusted = multipletests(list(p_values.values()), method="holm")[1]
     return dict(zip(p_values, map(float, adjusted), strict=True))
 

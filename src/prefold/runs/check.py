@@ -25,7 +25,7 @@ from prefold.reports.notebook import framed
 from prefold.reports.page import render_check
 from prefold.runs import remembered
 from prefold.runs.context import Run
-from prefold.terminal import as_text, busy
+from prefold.terminal import as_text, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def examine(run: Run, reference: bool = False, device_memory: int | None = None,
     known = remembered.read(key, run, machine)
     others = run.recipe.rewards or run.recipe.publish or asked.win_rate or asked.compare_with
     if known is None or others or reference:
-        with busy("loading libraries"):
+        with loading():
             from prefold.runs import examination
     if known is None:
         known = examination.examined(run, device_memory, measure)
