@@ -84,10 +84,11 @@ def loading() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A progress bar that fits 80 columns; on a stream that is no terminal, a line now and then and when it ends."""
+def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+    """A progress bar that fits 80 columns; on a stream that is no terminal, a line now and then and when it ends.
+    Without a total it counts, and is gone when it is done."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         _Rate(),
@@ -95,7 +96,7 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advanc
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
+    progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=total is None)
     task = progress.add_task(description, total=total, completed=done, text="")
     if console.is_terminal and not IN_NOTEBOOK:
         with progress:
@@ -114,7 +115,8 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advanc
     try:
         yield advance
     finally:
-        show()
+        if total is not None:
+            show()
 
 
 class _Rate(ProgressColumn):
@@ -133,7 +135,8 @@ def rate(per_second: float | None) -> str:
 def _lines(progress: Progress) -> Callable[[], None]:
     def show() -> None:
         task = progress.tasks[0]
-        parts = [f"{task.completed:,.0f} of {task.total:,.0f}", rate(task.speed), f"{clock(task.elapsed)} so far"]
+        of = "" if task.total is None else f" of {task.total:,.0f}"
+        parts = [f"{task.completed:,.0f}{of}", rate(task.speed), f"{clock(task.elapsed)} so far"]
         parts += [f"{clock(task.time_remaining)} left"] if task.time_remaining else []
         say(f"  {task.description}: {', '.join(filter(None, parts))}  {task.fields['text']}".rstrip())
 

@@ -49,6 +49,23 @@ def test_a_bar_on_a_terminal_has_rate_and_end(shown: Callable[[bool], io.StringI
     assert "250/400" in last and "/s" in last and "left" in last
 
 
+def test_what_has_no_end_is_counted(shown: Callable[[bool], io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a log only if it takes long."""
+    for between, lines in ((0.01, 2), (30.0, 0)):
+        monkeypatch.setattr(terminal, "BETWEEN_LINES", between)
+        log = shown(False)
+        with terminal.progress_bar("reading [a].jsonl", None) as advance:
+            for _ in range(2):
+                time.sleep(0.02)
+                advance(advance=256)
+        assert len(log.getvalue().splitlines()) == lines
+        assert not lines or log.getvalue().startswith("  reading [a].jsonl: 256, ")
+    seen = shown(True)
+    with terminal.progress_bar("reading [a].jsonl", None) as advance:
+        advance(advance=256)
+    assert "reading [a].jsonl" in seen.getvalue() and "256/?" in seen.getvalue()
+
+
 def test_what_takes_long_is_said(shown: Callable[[bool], io.StringIO]) -> None:
     log = shown(False)
     with terminal.busy("planning", untold=0.05):

@@ -27,6 +27,7 @@ from prefold.models.quantised import prepare_quantised, quantisation
 from prefold.models.score_head import set_up_head
 from prefold.models.tokenizer import has_tokenizer, load_tokenizer, tokenizer_of
 from prefold.recipe import Model
+from prefold.terminal import busy
 
 NOTHING_AMISS: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
 """transformers' report about a model whose tensors are all there."""
@@ -81,7 +82,8 @@ def load_model(
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }
-        model, report = _from_files(kind, folder, section.name, settings)
+        with busy(f"loading {without_home(section.name)}"):
+            model, report = _from_files(kind, folder, section.name, settings)
     elif weight_files(folder):
         model, report = _from_files(kind, folder, section.name, {**settings, "device_map": {"": "meta"}})
     else:

@@ -11,6 +11,7 @@ from prefold.files import read_json
 from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import RecipeBase
 from prefold.runs.fingerprints import inputs_of, require_unchanged
+from prefold.terminal import busy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,9 @@ class Run:
     @cached_property
     def prepared(self) -> Prepared:
         recipe = self.recipe
-        return prepare(recipe.data, self.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
+        tokenizer = self.tokenizer
+        with busy("reading the data"):
+            return prepare(recipe.data, tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
 
     def checked_data(self) -> Prepared:
         """The data that the run began with. Raises UserError: the data, or another file that the run reads, has changed
