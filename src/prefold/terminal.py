@@ -42,6 +42,8 @@ BETWEEN_UPDATES = 0.5
 """Seconds between two states of a bar in a notebook."""
 BETWEEN_LINES = 30.0
 """Seconds between two lines about the same work, where there is no terminal."""
+REMEMBERED = 3600.0
+"""Seconds whose items count for a rate: an optimizer step may take minutes."""
 UNTOLD = 1.0
 """Seconds that work may take until it is said what it is, where there is no terminal."""
 SOON = 0.2
@@ -95,8 +97,9 @@ def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
     )
-    progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=total is None)
+    progress = Progress(*columns, console=console, transient=total is None, speed_estimate_period=REMEMBERED)
     task = progress.add_task(description, total=total, completed=done, text="")
     if console.is_terminal and not IN_NOTEBOOK:
         with progress:
@@ -129,7 +132,8 @@ class _Rate(ProgressColumn):
 def rate(per_second: float | None) -> str:
     if not per_second:
         return ""
-    return f"{per_second:.3g}/s" if per_second >= 1 else f"{1 / per_second:.3g} s each"
+    number, unit = (per_second, "/s") if per_second >= 1 else (1 / per_second, " s each")
+    return f"{number:,.0f}{unit}" if number >= 100 else f"{number:.3g}{unit}"
 
 
 def _lines(progress: Progress) -> Callable[[], None]:

@@ -24,19 +24,22 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], io.StringIO]:
     return on
 
 
+@pytest.mark.parametrize(("between", "lines"), [(0.0, 5), (60.0, 1)])
 def test_a_bar_in_a_log_is_a_line_now_and_then(
-    shown: Callable[[bool], io.StringIO], monkeypatch: pytest.MonkeyPatch
+    between: float, lines: int, shown: Callable[[bool], io.StringIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(terminal, "BETWEEN_LINES", between)
     log = shown(False)
     with terminal.progress_bar("train", 4) as advance:
         for step in range(4):
             time.sleep(0.03)
             advance(advance=1, text=f"loss {step}")
-    line, *_, last = log.getvalue().splitlines()
-    assert 2 <= len(log.getvalue().splitlines()) <= 4
-    assert " of 4, " in line and "/s" in line and " so far, " in line and " left  loss " in line
+    *before, last = log.getvalue().splitlines()
+    assert len(before) == lines - 1
     assert last.startswith("  train: 4 of 4, ") and last.endswith("so far  loss 3")
+    if before:
+        assert before[2].startswith("  train: 3 of 4, ") and "/s, " in before[2]
+        assert " so far, " in before[2] and before[2].endswith(" left  loss 2")
 
 
 def test_a_bar_on_a_terminal_has_rate_and_end(shown: Callable[[bool], io.StringIO]) -> None:
@@ -51,7 +54,7 @@ def test_a_bar_on_a_terminal_has_rate_and_end(shown: Callable[[bool], io.StringI
 
 def test_what_has_no_end_is_counted(shown: Callable[[bool], io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     """In a log only if it takes long."""
-    for between, lines in ((0.01, 2), (30.0, 0)):
+    for between, lines in ((0.0, 2), (30.0, 0)):
         monkeypatch.setattr(terminal, "BETWEEN_LINES", between)
         log = shown(False)
         with terminal.progress_bar("reading [a].jsonl", None) as advance:
@@ -99,7 +102,16 @@ def test_garbage_is_looked_for_again_after_loading() -> None:
 
 
 @pytest.mark.parametrize(
-    ("per_second", "text"), [(None, ""), (0.0, ""), (12.34, "12.3/s"), (1.0, "1/s"), (0.25, "4 s each")]
+    ("per_second", "text"),
+    [
+        (None, ""),
+        (0.0, ""),
+        (4321.0, "4,321/s"),
+        (12.34, "12.3/s"),
+        (1.0, "1/s"),
+        (0.25, "4 s each"),
+        (0.001, "1,000 s each"),
+    ],
 )
 def test_rates(per_second: float | None, text: str) -> None:
     assert terminal.rate(per_second) == text
