@@ -179,7 +179,9 @@ def _largest_ids(batch: pa.RecordBatch) -> NDArray[np.int64]:
     """`[rows]`"""
     column = batch.column("ids")
     # `to_numpy` imports pandas, which takes half a second.
-    return np.maximum.reduceat(np.from_dlpack(column.values), np.from_dlpack(column.offsets)[:-1]).astype(np.int64)
+    ids: Any = np.from_dlpack(column.values)
+    offsets: Any = np.from_dlpack(column.offsets)
+    return np.maximum.reduceat(ids, offsets[:-1]).astype(np.int64)
 
 
 def _list(column: pa.ListArray, row: int) -> list[int]:
