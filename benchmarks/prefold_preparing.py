@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.sides import peak_bytes
 from benchmarks.workloads import BATCH
 from prefold.data.mixture import load_split
-from prefold.models.load import load_tokenizer
+from prefold.models.tokenizer import load_tokenizer
 from prefold.recipe import Data, Source
 from prefold.trees.packing import pack
 

@@ -31,7 +31,7 @@ from benchmarks.results import Ratio, parser_for, quieten, write
 from benchmarks.sides import Side, running
 from benchmarks.workloads import BATCH
 from prefold.models.fetch import fetch
-from prefold.models.load import load_tokenizer
+from prefold.models.tokenizer import load_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

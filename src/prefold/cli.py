@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic.fields import FieldInfo
@@ -25,6 +25,9 @@ from prefold.recipe import Chat, Generate, Pairs, Source, builtin_recipes, first
 from prefold.recipe.section import all_fields, meaning_of, with_fields
 from prefold.recipe.text import apply_override
 from prefold.terminal import console, print_json, stdout_for_results
+
+if TYPE_CHECKING:
+    from prefold.recipe import RecipeBase
 
 app = typer.Typer(
     name="prefold",
@@ -60,6 +63,17 @@ def _results_alone(context: typer.Context, wanted: bool) -> bool:
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_results_alone)
 ]
+
+
+def read(recipe: str, overrides: Sequence[str] | None) -> RecipeBase:
+    """The recipe of a command: what is wrong with it is said before anything is imported that takes seconds."""
+    if launched() > 1:
+        from prefold import ranks
+
+        ranks.join()  # so that one process says it
+    from prefold.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or [])
 
 
 def flag(name: str, field: FieldInfo) -> Any:
@@ -127,7 +141,8 @@ def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, n
     _restart_in_processes(nproc, "run", recipe, overrides, fresh)
     from prefold.reports.run_table import summary
 
-    console.print(summary(prefold.run(recipe, overrides or [], fresh=fresh)))
+    made = read(recipe, overrides)
+    console.print(summary(prefold.run(made, fresh=fresh)))
 
 
 @app.command()
@@ -156,7 +171,8 @@ def check(
     from prefold.reports.check import print_check
     from prefold.reports.page import write_check
 
-    result = prefold.check(recipe, overrides or [], reference=reference, device_memory=device_memory, measure=measure)
+    made = read(recipe, overrides)
+    result = prefold.check(made, reference=reference, device_memory=device_memory, measure=measure)
     facts = result.as_json()
     if html:
         write_check(html, recipe, facts)
@@ -169,7 +185,8 @@ def _check_row(recipe: str, row: str, overrides: list[str] | None, as_json: bool
 
     if more:
         raise UserError("it shows one row alone", where="`--row`", advice="leave the other options out, but `--json`")
-    facts = prefold.check_row(recipe, row, overrides or []).as_json()
+    made = read(recipe, overrides)
+    facts = prefold.check_row(made, row).as_json()
     print_json(facts, default=str) if as_json else print_row(facts)
 
 
@@ -206,7 +223,8 @@ def data(
 def train(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
     """Check and train, and leave the adapter."""
     _restart_in_processes(nproc, "train", recipe, overrides, fresh)
-    print(prefold.train(recipe, overrides or [], fresh=fresh))
+    made = read(recipe, overrides)
+    print(prefold.train(made, fresh=fresh))
 
 
 class ProcessesEnded(SystemExit):
@@ -226,7 +244,8 @@ def _restart_in_processes(number: int, command: str, recipe: str, overrides: lis
 @app.command()
 def merge(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Merge the adapter into its unquantised base and prove it."""
-    print(prefold.merge(recipe, overrides or []))
+    made = read(recipe, overrides)
+    print(prefold.merge(made))
 
 
 @app.command()
@@ -234,9 +253,9 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = 
     """Compare the model before and after: held-out pairs or prompts, tasks, win rate, as the recipe says."""
     from prefold.reports.run_table import summary
 
-    result = prefold.evaluate(recipe, overrides or [])
-    folder = prefold.load_recipe(recipe, overrides or []).run_folder
-    print_json(result) if as_json else console.print(summary(folder))
+    made = read(recipe, overrides)
+    result = prefold.evaluate(made)
+    print_json(result) if as_json else console.print(summary(made.run_folder))
 
 
 @app.command()
@@ -284,6 +303,7 @@ def sweep(
     """A run for each combination of values, and one comparison: which is best, and how far to believe it."""
     from prefold.reports.sweep import summary
 
+    read_text(recipe)  # before anything is imported that takes seconds
     result = prefold.sweep(recipe, overrides or [], output=output)
     print_json(result) if as_json else console.print(summary(result))
     raise typer.Exit(1 if any(point["status"] == "failed" for point in result["points"]) else 0)
@@ -292,7 +312,8 @@ def sweep(
 @app.command()
 def report(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Write report.html from what is in the run folder."""
-    print(prefold.report(recipe, overrides or []))
+    made = read(recipe, overrides)
+    print(prefold.report(made))
 
 
 @app.command()
@@ -307,7 +328,8 @@ def publish(
     """Push the result to the Hub, or put it into a folder, as the section `publish` says."""
     from prefold.reports.run_table import print_published
 
-    outcome = prefold.publish(recipe, overrides or [], dry_run=dry_run)
+    made = read(recipe, overrides)
+    outcome = prefold.publish(made, dry_run=dry_run)
     print_json(outcome) if as_json else print_published(outcome)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import equal_groups, margins, planned, prefold_run, preparing, rollouts, vs_lm_eval, vs_trl
+from benchmarks import equal_groups, margins, planned, prefold_run, preparing, rollouts, startup, vs_lm_eval, vs_trl
 from benchmarks.sides import SOURCE, Side, TakenStep
 from benchmarks.vs_trl import Measured
 
@@ -188,3 +188,16 @@ def test_margins(summary_of: Callable[..., dict[str, Any]], pairs: Path) -> None
 def test_planned(summary_of: Callable[..., dict[str, Any]]) -> None:
     [entry] = summary_of(planned.main, "dpo-512")["settings"]
     assert entry["planned_mb"] > 0 < entry["measured_mb"]
+
+
+def test_startup(summary_of: Callable[..., dict[str, Any]], pairs: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: dpo\nmodel: {{name: m}}\ndata: {{train: [{{path: {pairs}}}]}}\noutput_dir: run\n")
+    summary = summary_of(startup.main, "--rounds", "1", "--recipe", str(recipe))
+    assert all(summary[name] > 0 for name in ("missing_recipe", "recipes", "check_cold", "check_warm"))
+    assert (tmp_path / "results" / "startup-cpu.json").is_file()
+
+
+def test_startup_says_what_a_command_said(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no such recipe"):
+        startup.processor_seconds(["-m", "prefold", "check", "nowhere"], tmp_path, expected=0)

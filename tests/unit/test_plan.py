@@ -28,7 +28,7 @@ from prefold.plan.plan import Plan
 from prefold.plan.planner import Planner
 from prefold.plan.timing import Rate, Rates
 from prefold.recipe import RecipeBase, make_recipe
-from prefold.runs.api import check
+from prefold.runs.check import check
 from prefold.trees.attention import lower_right
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer

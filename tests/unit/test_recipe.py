@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 import prefold
 from prefold.algorithms import ALGORITHMS
@@ -22,6 +24,7 @@ from prefold.recipe import (
     parse_yaml,
 )
 from prefold.recipe.section import all_fields
+from prefold.recipe.sections import OPTIMIZERS, SCHEDULERS, UNUSABLE
 from prefold.recipe.values import Values
 
 MINIMAL = """\
@@ -54,6 +57,15 @@ def test_dump_and_load_are_inverse(recipe_file: str, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file, ["dpo.beta=0.3", "lora=none", "evaluate.prompts=[a, b]"])
     (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(str(tmp_path / "dumped.yaml")) == recipe
+
+
+def test_names_of_transformers() -> None:
+    """They are written down, since importing them takes seconds."""
+    schedulers = {scheduler.value for scheduler in SchedulerType}
+    assert schedulers - SCHEDULERS == {"reduce_lr_on_plateau", "greedy"} and schedulers > SCHEDULERS
+    optimizers = {optimizer.value for optimizer in OptimizerNames}
+    assert optimizers > OPTIMIZERS
+    assert all(name.startswith(tuple(UNUSABLE)) for name in optimizers - OPTIMIZERS)
 
 
 def test_what_is_published_is_spelt_out(recipe_file: str) -> None:

@@ -16,8 +16,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.integrate import quad
-from scipy.stats import norm
+import scipy
 
 from prefold.evaluation.paired import LEVEL, Floats, estimate, mean_interval, wilson
 
@@ -76,7 +75,8 @@ def luck(values: Floats) -> float:
 @cache
 def expected_largest(number: int) -> float:
     """The mean of the largest of so many independent standard normal values."""
-    mean, _ = quad(lambda x: 1 - norm.cdf(x) ** number - norm.sf(x) ** number, 0, math.inf)
+    norm = scipy.stats.norm
+    mean, _ = scipy.integrate.quad(lambda x: 1 - norm.cdf(x) ** number - norm.sf(x) ** number, 0, math.inf)
     return float(mean)
 
 

@@ -28,9 +28,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import t
-from statsmodels.stats.proportion import proportion_confint
 
 Floats = NDArray[np.float64]
 
@@ -81,7 +80,7 @@ class Difference:
             return 1.0
         if self.step is not None or np.count_nonzero(self.moves) <= FEW:
             return _exchanged(self.moves, self.step)
-        return 2 * float(t.sf(abs(self.centre) / self.error, self.freedom)) if self.error else 0.0
+        return 2 * float(scipy.stats.t.sf(abs(self.centre) / self.error, self.freedom)) if self.error else 0.0
 
     @property
     def p_value(self) -> float:
@@ -95,10 +94,10 @@ class Difference:
         """`[low, high]`, 95 % for all of the comparisons at once; None for a single observation."""
         if not math.isfinite(self.error):
             return None
-        quantile = float(t.isf(LEVEL / self.tests / 2, self.freedom))
+        quantile = float(scipy.stats.t.isf(LEVEL / self.tests / 2, self.freedom))
         half = quantile * self.error
         if (half < abs(self.centre)) != self.is_shown and self.alone < 1:
-            half = quantile * abs(self.centre) / float(t.isf(self.alone / 2, self.freedom))
+            half = quantile * abs(self.centre) / float(scipy.stats.t.isf(self.alone / 2, self.freedom))
         low, high = self.centre - half, self.centre + half
         if not self.is_shown:  # to the last digit
             low, high = min(low, 0.0), max(high, 0.0)
@@ -111,7 +110,8 @@ class Difference:
         needed = math.ceil(1 - math.log2(level))
         if self.units < needed or not math.isfinite(self.error):
             return None
-        smallest = float(t.isf(level / 2, self.freedom) + t.ppf(POWER, self.freedom)) * self.error
+        distance = scipy.stats.t.isf(level / 2, self.freedom) + scipy.stats.t.ppf(POWER, self.freedom)
+        smallest = float(distance) * self.error
         if self.step is None:
             return smallest
         return min(self.largest, max(smallest, self.largest * needed / self.units))
@@ -210,6 +210,9 @@ def won(differences: Floats) -> Floats:
 
 def wilson(shares: Floats, level: float = LEVEL) -> list[float]:
     """The interval of a mean of right and wrong, `1 - level`."""
+
+    from statsmodels.stats.proportion import proportion_confint
+
     low, high = proportion_confint(shares.sum(), len(shares), alpha=level, method="wilson")
     return [float(low), float(high)]
 
@@ -218,7 +221,7 @@ def mean_interval(values: Floats, level: float = LEVEL) -> list[float] | None:
     """The interval of a mean of one model, Student's, `1 - level`; None for a single value."""
     if len(values) < 2:
         return None
-    half = float(t.isf(level / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = float(scipy.stats.t.isf(level / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return [float(values.mean()) - half, float(values.mean()) + half]
 
 

@@ -30,8 +30,8 @@ from prefold.evaluation.task_names import WHERE, manager_of
 from prefold.files import cache_folder, without_home, without_secrets
 from prefold.models.adapters import load_start
 from prefold.models.device import choose_device
-from prefold.models.load import tokenizer_of
 from prefold.models.messages import quiet
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Evaluate, Model
 from prefold.trees.memory import free_memory
 from prefold.user_code import UserCodeFailed, call_user_code, summary_of

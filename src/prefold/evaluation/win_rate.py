@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import expit
-from statsmodels.genmod.families import Binomial
-from statsmodels.genmod.generalized_linear_model import GLM
 
 from prefold.data.preference import Message
 from prefold.errors import StageError
@@ -206,6 +204,9 @@ def length_controlled(wins: Floats, longer: Floats) -> dict[str, Any] | None:
     design = np.column_stack([np.ones(len(gap) + 4), np.concatenate([gap, ends])])
     won = np.concatenate([wins, [0.0, 1.0, 0.0, 1.0]])
     weights = np.concatenate([np.ones(len(wins)), np.full(4, 0.25)])
+    from statsmodels.genmod.families import Binomial
+    from statsmodels.genmod.generalized_linear_model import GLM
+
     fitted = GLM(won, design, family=Binomial(), freq_weights=weights).fit()
     low, high = fitted.conf_int()[0]
     shared, p_value = float(expit(fitted.params[0])), float(fitted.pvalues[0])

@@ -17,7 +17,7 @@ from prefold.errors import UserError
 from prefold.generation.engine import answer
 from prefold.generation.sampling import Sampling
 from prefold.models.adapters import load_start
-from prefold.models.load import tokenizer_of
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Generate, Model, RecipeBase, load_recipe, make_section
 from prefold.recipe.section import with_fields
 

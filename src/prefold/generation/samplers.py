@@ -25,7 +25,8 @@ from prefold.generation.journal import Journal, key_of
 from prefold.generation.sampling import Sampling
 from prefold.models.fetch import fetch
 from prefold.models.gate import require_prompts
-from prefold.models.load import load_tokenizer, require_model
+from prefold.models.load import require_model
+from prefold.models.tokenizer import load_tokenizer
 from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
 

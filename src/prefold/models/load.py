@@ -1,4 +1,4 @@
-"""A base model and its tokenizer, from the folder that a recipe's name stands for."""
+"""A base model, from the folder that a recipe's name stands for."""
 
 from __future__ import annotations
 
@@ -11,72 +11,30 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import GLOBAL_WORKERS
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
 from prefold import ranks
-from prefold.data.templates import give_keywords
 from prefold.errors import UserError
 from prefold.files import without_home
-from prefold.models.chat_format import fit_vocabulary, set_chat_format
+from prefold.models.chat_format import fit_vocabulary
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch, is_hub_id, require_safetensors_on_hub, weight_files
 from prefold.models.gate import require_known_tokens, require_usable
 from prefold.models.messages import UNREADABLE, quiet, unreadable
 from prefold.models.quantised import UNPACKED, prepare_quantised, quantisation, quantise_in_pieces, quantised_bytes
 from prefold.models.score_head import set_up_head
+from prefold.models.tokenizer import has_tokenizer, load_tokenizer, tokenizer_of
 from prefold.recipe import Model
+from prefold.terminal import busy
 from prefold.trees.memory import returning_allocations
-
-VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
-"""Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
-
 
 LINEAR = (nn.Linear, Conv1D)
 NOTHING_AMISS: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
 """transformers' report about a model whose tensors are all there."""
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; a missing pad token becomes the end token, in memory only. Raises UserError if
-    there is none, or it cannot be read."""
-    if not _has_tokenizer(folder):
-        what = "the model folder has no tokenizer"
-        raise UserError(what, where=folder.name, expected=f"a file like {', '.join(VOCABULARY_FILES)}")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain `Exception` for a file that it cannot read
-        raise unreadable("its tokenizer cannot be loaded", error, folder.name) from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
-
-
-def tokenizer_of(section: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model as a recipe names it, with the chat format that it is to learn and what its template is
-    given. Raises UserError: there is none, it cannot be read, or its template does not read what it is given."""
-    tokenizer = load_tokenizer(fetch(section.name, section.revision, weights=False))
-    if section.chat_template:
-        set_chat_format(tokenizer, section.chat_template)
-    give_keywords(tokenizer, section.chat_template_kwargs)
-    return tokenizer
-
-
-def chat_tokens(section: Model) -> list[int]:
-    """Ids of the tokens of a new chat format, whose rows of the embeddings are trained."""
-    if not section.chat_template:
-        return []
-    return set_chat_format(load_tokenizer(fetch(section.name, section.revision, weights=False)), section.chat_template)
 
 
 def read_config(section: Model, folder: Path, **settings: Any) -> Any:
@@ -122,7 +80,7 @@ def load_model(
     kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification
     config = read_config(section, folder, **({} if head_seed is None else {"num_labels": 1}))
     require_usable(config, folder, section.name, scores=head_seed is not None)
-    if _has_tokenizer(folder) and not section.chat_template:
+    if has_tokenizer(folder) and not section.chat_template:
         require_known_tokens(config, load_tokenizer(folder), folder, section.name)
     settings: dict[str, Any] = {"config": config, "dtype": chosen}
     settings["attn_implementation"] = plain_attention(section.attn_implementation, config)
@@ -136,7 +94,8 @@ def load_model(
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }
-        model, report = _from_files(kind, folder, section.name, settings)
+        with busy(f"loading {without_home(section.name)}"):
+            model, report = _from_files(kind, folder, section.name, settings)
     elif weight_files(folder):
         model, report = _from_files(kind, folder, section.name, {**settings, "device_map": {"": "meta"}})
     else:

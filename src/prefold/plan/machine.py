@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import psutil
 import torch
 
 from prefold.errors import UserError
+from prefold.models.device import choose_device
 from prefold.trees.memory import free_memory
 
 CUDA_BYTES = 750 * 2**20
@@ -24,6 +26,13 @@ class Machine:
     device: str
     memory: int
     process: int
+
+    @staticmethod
+    def planned(device_memory: int | None) -> Machine:
+        """A machine with a GPU of so many bytes; unset: this one."""
+        if device_memory:
+            return Machine("cuda", device_memory, CUDA_BYTES)
+        return Machine.here(choose_device().type)
 
     @staticmethod
     def here(device: str) -> Machine:
@@ -68,3 +77,9 @@ def bytes_of(text: str) -> int:
         what = f"`{text}` is no {'amount of memory' if size is None else 'memory at all'}"
         raise UserError(what, where="`--device-memory`", expected="e.g. 24GB or 80GiB")
     return size
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or would be."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free

@@ -17,6 +17,7 @@ from prefold.plan.flops import plain_size
 from prefold.plan.machine import Machine
 from prefold.plan.meta_model import MetaModel
 from prefold.plan.passes import Row, attention_on, scoring_pass, training_pass
+from prefold.plan.plan import Parts
 from prefold.recipe import RecipeBase
 from prefold.training.arguments import training_arguments
 
@@ -30,8 +31,6 @@ UNSAMPLED = (32, 32, 32)
 """Lengths of what the self-check takes for completions that are yet to be sampled."""
 PROBE = 512
 """Rows and columns of the matrix that an optimizer takes a step with, to see what it keeps."""
-
-Parts = dict[str, int]
 
 
 class Rows(NamedTuple):

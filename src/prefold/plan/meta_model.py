@@ -24,9 +24,10 @@ from prefold.launch import launched
 from prefold.models.adapters import add_lora, ready_to_train
 from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
-from prefold.models.load import chat_tokens, plain_attention, prepare_forward, read_config, tokenizer_of
+from prefold.models.load import plain_attention, prepare_forward, read_config
 from prefold.models.messages import quiet
 from prefold.models.quantised import quantised_bytes
+from prefold.models.tokenizer import chat_tokens, tokenizer_of
 from prefold.recipe import Lora, Model, RecipeBase
 from prefold.trees.attention import lower_right, unwrapped
 

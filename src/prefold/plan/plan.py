@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from prefold.data.findings import Finding
-from prefold.plan.memory import Parts
 
+Parts = dict[str, int]
+"""Bytes by what they are taken for."""
+STEP_OF_BUDGETS = 64
 SPREAD = (
     "`train.fsdp` divides the weights by the processes that were started, `model.device_map` by devices that are not "
     "counted here"
@@ -29,6 +31,21 @@ class Disk:
     @property
     def needed(self) -> int:
         return self.checkpoints + self.adapter + self.merged + self.reference
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that training takes for rows of so many tokens: `fixed + per_token * tokens`; `longest` is the least that a
+    row may have."""
+
+    fixed: float
+    per_token: float
+    longest: int
+
+    def largest(self, at_hand: int) -> int | None:
+        """Tokens of the largest rows that fit; None if none do."""
+        fitting = int((at_hand - self.fixed) / self.per_token)
+        return None if fitting < self.longest else max(fitting // STEP_OF_BUDGETS * STEP_OF_BUDGETS, self.longest)
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ def overrides_of(fields: dict[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
-    device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices,
+    device. `spread`: the weights go to several devices,
     of which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is
     not in them."""
 
@@ -69,7 +86,7 @@ class Plan:
     batch_size: int
     max_tokens: int | str
     budget: int
-    largest_budget: int | None
+    growth: Growth
     device: str
     dtype: str
     at_hand: int
@@ -99,11 +116,18 @@ class Plan:
     def fits(self) -> bool:
         return self.peak <= self.at_hand
 
+    @property
+    def largest_budget(self) -> int | None:
+        """The largest token budget that fits; None if none does."""
+        return self.growth.largest(self.at_hand)
+
     def as_json(self) -> dict[str, Any]:
         change = self.change and {**asdict(self.change), "yaml": self.change.yaml, "overrides": self.change.overrides}
-        more = {"peaks": self.peaks, "peak": self.peak, "fits": self.fits}
+        more = {name: getattr(self, name) for name in ("largest_budget", "peaks", "peak", "fits")}
         disk = {**asdict(self.disk), "needed": self.disk.needed}
-        return {**asdict(self), **more, "disk": disk, "change": change}
+        plan = {**asdict(self), **more, "disk": disk, "change": change}
+        del plan["growth"]
+        return plan
 
     def findings(self) -> list[Finding]:
         """What of the plan cannot be."""

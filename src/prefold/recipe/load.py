@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,6 +37,15 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> RecipeBase:
     for override in overrides:
         apply_override(values, override)
     return make_recipe(values, where, lines=None if overrides else field_lines(text))
+
+
+def as_recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> RecipeBase:
+    """A recipe by name, read; one that is read already."""
+    if not isinstance(recipe, RecipeBase):
+        return load_recipe(str(recipe), overrides)
+    if overrides:
+        raise UserError("overrides are for a recipe by name", advice="give them to `prefold.load_recipe`")
+    return recipe
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe", lines: dict[str, int] | None = None) -> RecipeBase:

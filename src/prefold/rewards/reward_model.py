@@ -17,8 +17,8 @@ from prefold.data.preference import Message
 from prefold.errors import UserError, first_line
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch
-from prefold.models.load import load_tokenizer
 from prefold.models.messages import UNREADABLE, quiet
+from prefold.models.tokenizer import load_tokenizer
 from prefold.recipe import rewards as settings
 from prefold.trees.budget import pad
 

@@ -19,7 +19,8 @@ from prefold.evaluation.tasks import measure_model, open_tasks
 from prefold.files import read_json, without_home
 from prefold.generation.answers import model_named, run_recipe
 from prefold.models.fetch import is_hub_id
-from prefold.models.load import require_model, tokenizer_of
+from prefold.models.load import require_model
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Evaluate, Model, RecipeBase
 from prefold.reports.run_files import read_run
 from prefold.reports.verdict import overall

@@ -15,11 +15,12 @@ from prefold.files import write_json, write_jsonl
 from prefold.runs.context import Run
 from prefold.runs.fingerprints import inputs_of
 from prefold.runs.measuring import MEASURING, Measuring, held_out_sampling
+from prefold.runs.opened import tasks_of
 from prefold.terminal import say
 
 
 def evaluate(run: Run) -> None:
-    tasks = run.open_tasks()
+    tasks = tasks_of(run)
     _evaluate_held_out(run)
     if tasks:
         _evaluate_tasks(run, tasks)

@@ -35,10 +35,12 @@ from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
 from prefold.models.adapters import load_start
 from prefold.models.device import choose_device
-from prefold.models.load import load_model, tokenizer_of
+from prefold.models.load import load_model
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Model, RecipeBase
 from prefold.rewards.scoring import Group, column_names, scored_groups
-from prefold.runs.context import Run, head_seed_of, loaded_rewards, scorer_of
+from prefold.runs.context import Run
+from prefold.runs.opened import head_seed_of, loaded_rewards, scorer_of
 from prefold.terminal import progress_bar
 from prefold.training.sampled_trees import sampling_of
 from prefold.trees.memory import free_memory

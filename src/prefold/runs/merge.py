@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from prefold.files import write_json
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.load import tokenizer_of
 from prefold.models.merge import compared, merge_adapter, merge_dtype, remarks
 from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Model
-from prefold.runs.context import Run, head_seed_of, sample_trees
+from prefold.runs.context import Run
+from prefold.runs.opened import head_seed_of, sample_trees
 from prefold.terminal import say
 
 

@@ -17,12 +17,14 @@ from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_folder
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.load import tokenizer_of, trainable_parameters
+from prefold.models.load import trainable_parameters
+from prefold.models.tokenizer import tokenizer_of
 from prefold.publishing.hub import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
-from prefold.runs.context import Run, loaded_rewards, order_of, policy_of, scorer_of
+from prefold.runs.context import Run
 from prefold.runs.fingerprints import row_list
+from prefold.runs.opened import loaded_rewards, order_of, policy_of, require_openable, scorer_of
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
 from prefold.training.checkpoints import last_checkpoint, step_of
@@ -42,7 +44,7 @@ def train(run: Run) -> None:
     """Train; where a guard rolls back, once more from the checkpoint before."""
     _require_sharing(run.recipe)
     with ranks.first_ahead():
-        run.require_openable()
+        require_openable(run)
         prepared = run.checked_data()
     while True:
         try:

@@ -7,11 +7,12 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CPU_TOKENS = 1024
 """Where rows are fastest on a CPU: small enough for its caches, large enough for its matrix products."""
@@ -60,6 +61,8 @@ def auto_max_tokens(model: PreTrainedModel, gradient_checkpointing: bool) -> int
     """The token budget for a model on its device, by the device's total memory, so that it is the same in every run."""
     if model.device.type != "cuda":
         return CPU_TOKENS
+    from torch.distributed.tensor import DTensor
+
     own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
     weights = sum(weight.numel() * weight.element_size() for weight in own)
     total = torch.cuda.get_device_properties(model.device).total_memory

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from prefold.errors import StageError, UserError
 from prefold.models import merge
 from prefold.models.adapters import load_policy
-from prefold.models.load import load_model, tokenizer_of
+from prefold.models.load import load_model
 from prefold.models.merge import DEPTH, TOKENS, TOLERANCE, compared, merge_adapter, merge_dtype, remarks, tolerance_of
 from prefold.models.merged_files import MergedTensors, write_merged
 from prefold.models.messages import quiet
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Lora, Model, make_recipe
 
 ROWS = [list(range(60, 100)), [5, 9, 256, 33, 257], [70, 71]]
