@@ -124,3 +124,24 @@ def test_held_out_rows_are_scored_at_their_first_measurement(
     scored.clear()
     prefold.train(recipe(train={"max_steps": 4, "eval_steps": 1}, output_dir=str(tmp_path / "again")))
     assert not scored
+
+
+# ---- what was prepared once -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
+def test_a_second_check_reads_no_rows(method: str, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards = {"rewards": [{"name": "length", "target": 8}]} if method == "grpo" else {}
+    mine = recipe(method=method, **rewards)
+    first = prefold.check(mine).as_json()
+
+    def not_again(*args: Any, **settings: Any) -> Any:
+        raise AssertionError("rows were read again")
+
+    for name in ("prefold.data.selection.read_rows", "prefold.data.mixture.to_records", "prefold.data.mixture.fit"):
+        monkeypatch.setattr(name, not_again)
+    again = prefold.check(mine).as_json()
+    for name in ("sources", "findings", "tokens", "fingerprint", "examples"):
+        assert again[name] == first[name], name
+    with pytest.raises(AssertionError, match="read again"):
+        prefold.check(recipe(method=method, **rewards, train={"seed": 5}))
