@@ -76,8 +76,8 @@ class TreeSet:
 
     def drawn(self, indices: Sequence[int]) -> TreeSet:
         """With the reference's log-probs of the trees at these indices; all processes compute them together."""
-        computed = isinstance(self.reference, Reference)
-        return replace(self, reference=self.reference.of(indices)) if computed else self
+        reference = self.reference
+        return replace(self, reference=reference.of(indices)) if isinstance(reference, Reference) else self
 
 
 class StepTrees(NamedTuple):
