@@ -23,8 +23,11 @@ def prepare(connection: Connection, work: tuple[Path, Path]) -> None:
     connection.send(peak_bytes())
 
 
+def settings_for(file: Path) -> Data:
+    return Data(train=[Source(path=str(file))], eval_fraction=0.01, max_length=MAX_LENGTH)
+
+
 def prepare_prefold(file: Path, tokenizer: Any) -> None:
-    data = Data(train=[Source(path=str(file))], eval_fraction=0.01, max_length=MAX_LENGTH)
-    trees = load_split(data, tokenizer, seed=1).train.trees
+    trees = load_split(settings_for(file), tokenizer, seed=1).train.trees
     for start in range(0, len(trees), BATCH):
         pack(trees[start : start + BATCH])

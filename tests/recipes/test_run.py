@@ -273,7 +273,7 @@ def test_the_reference_is_computed_once(recipe: MakeRecipe, tmp_path: Path, monk
     shutil.rmtree(first)
     prefold.train(recipe())
     with pytest.raises(AssertionError):
-        prefold.train(recipe(data={"eval_fraction": 0.2}), fresh=True)
+        prefold.train(recipe(data={"eval_fraction": 0.05}), fresh=True)
     assert cached.is_file()
 
 

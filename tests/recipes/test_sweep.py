@@ -143,7 +143,7 @@ def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monk
     assert "by luck alone" in " ".join(err.split()) and "data that did not choose it" in err
     # Once before, for both, and once after each; the reference once for both.
     assert [arguments[-1] for arguments in measured] == ["before", "after", "after"]
-    assert len(computed) == 1
+    assert sum(len(trees) for _, trees, *_ in computed) == len({tree for _, trees, *_ in computed for tree in trees})
 
     found = json.loads((folder / "sweep.json").read_text())
     assert [point["name"] for point in found["points"]] == [SLOW, FAST]

@@ -475,12 +475,17 @@ A_TOKEN = Rate(1.0 / LAYERS, 0.0)
 """One second for a token of all layers."""
 
 
-def seconds_of(monkeypatch: pytest.MonkeyPatch, recipe: RecipeBase, held_out: Sequence[tuple[int, ...]]) -> Any:
+def seconds_of(
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: RecipeBase,
+    held_out: Sequence[tuple[int, ...]],
+    order: Sequence[list[int]] = ([0, 1], [2, 3]),
+) -> Any:
     """Of four trees in two steps; a decoding step of one row takes a second."""
     rates = Rates(A_TOKEN, A_TOKEN, A_TOKEN, decoding=1.0, rows=1)
     monkeypatch.setattr(timing, "measure", lambda *args: rates)
     monkeypatch.setattr("prefold.plan.planner.tokenizer_of", lambda section: None)
-    steps = Steps(with_completions(recipe, TREES), [[0, 1], [2, 3]])
+    steps = Steps(with_completions(recipe, TREES), order)
     return Planner(recipe, config_of(), Machine("cpu", 100 * GB, 0), steps, held_out).seconds()
 
 
@@ -496,6 +501,12 @@ def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     launch(2, monkeypatch)
     shared = seconds_of(monkeypatch, recipe_of(evaluate=asked, train={"eval_steps": 0.5}), [(5, 3, 2)])
     assert shared == {name: value / 2 for name, value in found.items()}
+
+
+def test_the_reference_takes_what_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = seconds_of(monkeypatch, recipe_of(), [(5, 3, 2)], order=[[2, 0], [0, 2], [2]])
+    drawn = sum(TREES[0]) + sum(TREES[2])
+    assert (found["train"], found["reference"]) == (2 * drawn + sum(TREES[2]), drawn)
 
 
 def test_time_of_a_reward_model_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -161,11 +162,15 @@ class Planner:
         return tokens.unique if self.packed else tokens.plain
 
     def _referenced(self) -> Tokens:
-        """What the reference scores: stored completions once, sampled ones once for each time they are sampled."""
+        """What the reference scores: of what is stored all that is drawn, once; completions each time they are
+        sampled."""
         algorithm = self.recipe.algorithm
         if algorithm.kind.samples:
             return Tokens(*(number // algorithm.iterations for number in self.steps.tokens(False)))
-        return Tokens.of([*self.steps.trees, *(self.held_out if self.recipe.train.eval_steps else ())])
+        order, trees = self.steps.order, self.steps.trees
+        drawn = dict.fromkeys(chain.from_iterable(order[step] for step in range(len(order))))
+        measured = self.held_out if self.recipe.train.eval_steps else ()
+        return Tokens.of([*(trees[index] for index in drawn), *measured])
 
     def seconds(self) -> dict[str, float]:
         """Of each phase, as measured on this machine; sampled completions at their full length. Loading and merging,

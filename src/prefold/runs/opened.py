@@ -94,13 +94,13 @@ def scorer_of(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) ->
     setting = recipe.train.max_tokens
     budget = auto_max_tokens(unwrapped(model), recipe.train.gradient_checkpointing) if setting == "auto" else setting
     draws = recipe.algorithm.draws
-    longest = max(prompt + max(completions, default=0) for prompt, *completions in examples.lengths)
-    longest += draws.max_completion_length if draws else 0
+    lengths = [prompt + max(completions, default=0) for prompt, *completions in examples.lengths]
+    longest = max(lengths) + (draws.max_completion_length if draws else 0)
     # For the self-check, the last 32 tokens of prompts stand in where completions are yet to be sampled.
-    trees = sample_trees(examples)
+    trees = [*sample_trees(examples), examples.trees[lengths.index(max(lengths))]]
     stand_ins = tuple(tree.prompt[-32:] for tree in trees)
-    checked = [tree if tree.completions else replace(tree, completions=stand_ins) for tree in trees]
-    return choose_scorer(model, checked, budget, recipe.model.attn_implementation, longest)
+    *checked, deepest = [tree if tree.completions else replace(tree, completions=stand_ins) for tree in trees]
+    return choose_scorer(model, checked, budget, recipe.model.attn_implementation, longest, deepest)
 
 
 def sample_trees(examples: Examples) -> list[TokenTree]:

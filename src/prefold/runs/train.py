@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,12 @@ from prefold.training.sampled_trees import SampledTrees
 from prefold.training.saved_state import save_weights
 from prefold.training.trackers import send_completions, trackers
 from prefold.trees.memory import free_memory
-from prefold.trees.reference import reference_logprobs
-from prefold.trees.scorer import Scorer
+from prefold.trees.packing import TokenTree
+from prefold.trees.reference import Reference
+from prefold.trees.scorer import Scorer, can_be_reference
+
+BETWEEN_WRITES = 300.0
+"""Seconds between two files of the reference's log-probs, of which a long run is not to leave thousands."""
 
 
 def train(run: Run) -> None:
@@ -59,12 +64,18 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     model = _policy(recipe)
     scorer = scorer_of(recipe, model, prepared.train)
     _require_packing(scorer)
-    stored = None if algorithm.draws else _tree_set(recipe, scorer, prepared.train)
-    held_out = _tree_set(recipe, scorer, prepared.held_out) if stored and recipe.train.eval_steps else None
-    free_memory()  # of the self-check and the reference
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))
-    with _callbacks(recipe) as callbacks, progress_bar("train", len(order), done) as advance:
+    reference = _reference(recipe, scorer, prepared.train.trees)
+    stored = None if algorithm.draws else _tree_set(recipe, prepared.train, reference)
+    held_out = None
+    if stored and recipe.train.eval_steps:
+        of_held_out = reference and reference.of_others(prepared.held_out.trees)
+        held_out = _tree_set(recipe, prepared.held_out, of_held_out)
+    if reference and not can_be_reference(model):
+        _compute_now(reference, [order[step] for step in range(done, len(order))], held_out)
+    free_memory()  # of the self-check and the reference
+    with _callbacks(recipe, reference) as callbacks, progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
         loop = TrainingLoop(
             algorithm,
@@ -86,19 +97,52 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         save_weights(model, aside)
         if recipe.model.chat_template and ranks.is_first():
             tokenizer_of(recipe.model).save_pretrained(aside)
-    del loop, model, scorer
+    del loop, model, scorer, reference, stored, held_out
     free_memory()
 
 
-def _tree_set(recipe: RecipeBase, scorer: Scorer, examples: Examples) -> TreeSet:
+def _reference(recipe: RecipeBase, scorer: Scorer, trees: Sequence[TokenTree]) -> Reference | None:
+    """None where no reference is needed, or only of what is yet to be sampled."""
+    if recipe.algorithm.draws or not recipe.algorithm.needs_reference:
+        return None
+    return Reference(scorer, trees, cache_folder(), choose_dtype(recipe.model.dtype, choose_device()))
+
+
+def _tree_set(recipe: RecipeBase, examples: Examples, reference: Reference | None) -> TreeSet:
     """Examples with what the algorithm asks for."""
-    algorithm, dtype = recipe.algorithm, choose_dtype(recipe.model.dtype, choose_device())
-    reference = reference_logprobs(scorer, examples.trees, cache_folder(), dtype) if algorithm.needs_reference else None
     extras: dict[str, Any] = {
         name: torch.tensor([getattr(record, name) for record in examples.records])[:, None]
-        for name in algorithm.record_fields
+        for name in recipe.algorithm.record_fields
     }
     return TreeSet(examples.trees, reference, extras)
+
+
+def _compute_now(reference: Reference, steps: Sequence[Sequence[int]], held_out: TreeSet | None) -> None:
+    """All that is yet to be drawn, while the weights are still the reference's."""
+    measured = range(len(held_out.trees)) if held_out else ()
+    with progress_bar("reference", sum(map(len, steps)) + len(measured)) as advance:
+        for indices in steps:
+            reference.of(indices)
+            advance(advance=len(indices))
+        if held_out:
+            held_out.drawn(measured)
+            advance(advance=len(measured))
+    reference.keep()
+
+
+class _Keeping(TrainerCallback):
+    """Writes the reference's log-probs to the cache at the end of training, and with a checkpoint now and then."""
+
+    def __init__(self, reference: Reference):
+        self.reference, self.kept = reference, time.monotonic()
+
+    def on_save(self, *args: Any, **news: Any) -> None:
+        if time.monotonic() - self.kept > BETWEEN_WRITES:
+            self.on_train_end()
+
+    def on_train_end(self, *args: Any, **news: Any) -> None:
+        self.reference.keep()
+        self.kept = time.monotonic()
 
 
 def _sampled_trees(
@@ -115,14 +159,15 @@ def _sampled_trees(
 
 
 @contextmanager
-def _callbacks(recipe: RecipeBase) -> Iterator[list[TrainerCallback]]:
-    """Trackers, and what pushes checkpoints: those of the first process."""
+def _callbacks(recipe: RecipeBase, reference: Reference | None) -> Iterator[list[TrainerCallback]]:
+    """Trackers, what keeps the reference and what pushes checkpoints: those of the first process."""
     if not ranks.is_first():
         yield []
         return
+    keeping = [_Keeping(reference)] if reference else []
     pushes = [Pushes(partial(push_checkpoint, recipe))] if recipe.publish and recipe.publish.checkpoints else []
     with trackers(recipe.train, recipe.run_folder) as callbacks:
-        yield [*callbacks, *pushes]
+        yield [*callbacks, *keeping, *pushes]
 
 
 def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Guards:

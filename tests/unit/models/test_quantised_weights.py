@@ -199,7 +199,7 @@ def test_the_key_of_the_reference_knows_the_bits(folder: Path) -> None:
         EIGHT,
     ):
         model = load_policy(section(folder, **settings), Lora(r=2), seed=0)
-        keys.add(_key(Scorer(model, 64, "prefold_joined"), random_trees(2), torch.float32))
+        keys.add(_key(Scorer(model, 64, "prefold_joined"), torch.float32))
     assert len(keys) == 5
 
 
