@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from transformers import Trainer
 from prefold.algorithms import Draws
 from prefold.errors import UserError
 from prefold.generation.engine import CACHE_BYTES, ROWS
+from prefold.generation.weights import SHARE
+from prefold.models.device import is_half
 from prefold.models.merge import merge_dtype
 from prefold.plan.flops import plain_size
 from prefold.plan.machine import Machine
@@ -28,6 +31,8 @@ BUFFERS = 150 * 10**6
 """What libraries allocate for themselves once they compute, on a CPU."""
 UNSAMPLED = (32, 32, 32)
 """Lengths of what the self-check takes for completions that are yet to be sampled."""
+SHARD = 5 * 10**9
+"""Most that a file of the merged model holds where those of its base are not here."""
 PROBE = 512
 """Rows and columns of the matrix that an optimizer takes a step with, to see what it keeps."""
 
@@ -53,16 +58,26 @@ class Memory:
         self.attention = attention_on(machine.device, meta.dtype) if packed else None
 
     def phases(self) -> dict[str, Parts]:
-        phases = {"self-check": self._checking()} if self.attention else {}
+        phases = {"load": self._loading()}
+        if self.attention:
+            phases["self-check"] = self._checking()
         phases["train"] = self._training()
         if draws := self.meta.recipe.algorithm.draws:
             phases["rollouts"] = self._sampling(draws)
-        phases |= {"merge": self._merging(), "evaluate": self._evaluating()}
-        for parts in phases.values():
-            # Weights are mapped from their files on a CPU, and allocated first and for good on a GPU.
-            comes_and_goes = sum(size for part, size in parts.items() if part not in ("process", "weights"))
-            parts["allocator"] = int(self.slack * comes_and_goes) + (BUFFERS if self.on_cpu else 0)
-        return phases
+        phases |= {"merge": self._merging(), "evaluate": self._evaluating(self.in_16_bits)}
+        return {phase: self._with_allocator(parts) for phase, parts in phases.items()}
+
+    def _with_allocator(self, parts: Parts) -> Parts:
+        # Weights are allocated first and for good, or mapped from their files.
+        comes_and_goes = sum(size for part, size in parts.items() if part not in ("process", "weights", "mapped"))
+        return {**parts, "allocator": int(self.slack * comes_and_goes) + (BUFFERS if self.on_cpu else 0)}
+
+    @cached_property
+    def in_16_bits(self) -> bool:
+        """Whether models are evaluated with their weights in 16 bits, since float32 does not fit: each module is
+        widened for its call."""
+        in_float32 = self._with_allocator(self._evaluating(in_16_bits=False))
+        return self.on_cpu and sum(in_float32.values()) > self.machine.memory
 
     @property
     def slack(self) -> float:
@@ -89,16 +104,33 @@ class Memory:
             "head": head,
         }
 
+    def _whole(self, dtype: torch.dtype, *stored: torch.dtype | None) -> Parts:
+        """A whole model in a dtype: mapped where that is what its files have, of several models each; of a mapped file
+        the pages can be given back and are read again, which is slow in the midst of work."""
+        mapped = self.on_cpu and all(each == dtype for each in stored)
+        return {"mapped" if mapped else "weights": self.sizes.parameters * dtype.itemsize}
+
+    def _loading(self) -> Parts:
+        """One tensor at a time comes from the files to where it stays, in their dtype and in its own."""
+        parts, stored = self._policy(), self.meta.stored_dtype or self.meta.weights_dtype
+        if self.machine.counts_mapped:
+            parts["mapped"] = self.sizes.parameters * stored.itemsize
+        return {**parts, "activations": 2 * 4 * self.sizes.widest}
+
     def _policy(self) -> Parts:
         """What is there as long as the policy is."""
         sizes, meta = self.sizes, self.meta
+        kept = (sizes.trained_bytes if meta.trains_all else sizes.weights) // meta.shards
+        as_stored = self.on_cpu and not meta.trains_all and not meta.is_quantised and meta.shards == 1
+        mapped = as_stored and meta.stored_dtype == meta.dtype
         # Of weights that are sharded, those that are whole at a time: the layer at work, the next one and the
         # vocabulary; with their gradients, where they are trained.
         numbers = sizes.parameters - sizes.linear + 2 * sizes.linear // meta.layers
         gathered = numbers * meta.weights_dtype.itemsize * (2 if meta.trains_all else 1)
         return {
             "process": self.machine.process,
-            "weights": (sizes.trained_bytes if meta.trains_all else sizes.weights) // meta.shards,
+            "weights": 0 if mapped else kept,
+            "mapped": kept if mapped else 0,
             "gathered": 0 if meta.shards == 1 else gathered,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
             # Training that goes on with an adapter keeps a frozen copy of it.
@@ -120,41 +152,64 @@ class Memory:
         more, in the order that products with few rows like."""
         meta = self.meta
         plain = 0 if meta.is_quantised else self.sizes.linear * meta.weights_dtype.itemsize
-        copies = (0 if meta.trains_all else plain) + self._reordered(plain)
+        folded, policy = 0 if meta.trains_all else plain, self._policy()
+        copies = folded + self._reordered(plain, policy["process"] + policy["weights"] + folded)
         cache = self._cache(meta.recipe.train.batch_size, draws.num_generations, draws.max_completion_length)
-        return {**self._policy(), "optimizer": self.optimizer, "cache": copies + cache}
+        return {**policy, "optimizer": self.optimizer, "cache": copies + cache}
 
     def _merging(self) -> Parts:
-        """One model at a time: base with adapter, then what was saved, loaded back."""
-        dtype = merge_dtype(self.meta.recipe, self.meta.dtype)
-        tokens = sum(sum(tree[:2]) for tree in self.rows.checked)
-        logits = 4 * tokens * self.meta.text_config.vocab_size if self.on_cpu else 0
-        return {
-            "process": self.machine.process,
-            "weights": self.sizes.parameters * dtype.itemsize,
+        """The largest shard of the output, whose tensors are computed in float32, and beside it the adapter; or, where
+        that takes more, the logits of the models that are compared, of which one is loaded at a time, from its files:
+        a quantised one that was trained, and whole ones, which stay mapped and are passed over a few times."""
+        meta, sizes, process = self.meta, self.sizes, {"process": self.machine.process}
+        dtype = merge_dtype(meta.recipe, meta.dtype)
+        adapter = 0 if meta.trains_all else sizes.trained_bytes
+        shard = min(sizes.parameters * dtype.itemsize, self._largest_file(dtype))
+        writing = {**process, "weights": shard, "adapter": adapter, "activations": 2 * 4 * sizes.widest}
+        tokens, whole = sum(sum(tree[:2]) for tree in self.rows.checked), sizes.parameters * dtype.itemsize
+        comparing = {
+            **process,
+            "weights": (sizes.weights if meta.is_quantised else 0) if self.on_cpu else whole,
+            "mapped": whole if self.machine.counts_mapped else 0,
+            "adapter": adapter,
             # Of the base, of base + adapter and of what was loaded back, and their differences.
-            "head": 5 * logits,
+            "head": 5 * 4 * tokens * meta.text_config.vocab_size if self.on_cpu else 0,
         }
+        return max(writing, comparing, key=lambda parts: sum(parts.values()))
 
-    def _evaluating(self) -> Parts:
-        """Held-out rows are scored and prompts answered, by one whole model at a time."""
-        settings, dtype = self.meta.recipe.evaluate, self.machine.evaluation_dtype(self.meta.dtype)
-        attention = self.attention and attention_on(self.machine.device, dtype)
+    def _largest_file(self, dtype: torch.dtype) -> int:
+        """Bytes that the largest file of the merged model takes, whose shards are those of the base."""
+        folder, stored = Path(self.meta.recipe.model.name).expanduser(), self.meta.stored_dtype or dtype
+        sizes = [file.stat().st_size for file in folder.glob("*.safetensors")] if folder.is_dir() else []
+        return max(sizes) * dtype.itemsize // stored.itemsize if sizes else SHARD
+
+    def _evaluating(self, in_16_bits: bool) -> Parts:
+        """Held-out rows are scored and prompts answered, by one whole model at a time: that before training and the
+        merged one."""
+        meta, settings, device = self.meta, self.meta.recipe.evaluate, self.machine.device
+        base, merged = meta.stored_dtype, merge_dtype(meta.recipe, meta.dtype)
+        computed = self.machine.evaluation_dtype(meta.dtype)
+        attention = self.attention and attention_on(device, computed)
+        whole = self._whole(computed, base, merged)
+        if in_16_bits:
+            whole = self._whole(torch.bfloat16, *(torch.bfloat16 if is_half(each) else each for each in (base, merged)))
         scoring = cache = 0
         if self.rows.evaluation:
-            scoring = scoring_pass(self.meta, dtype, self.rows.evaluation, self.budget, attention)
-        if prompts := number_of_prompts(self.meta.recipe):
-            cache = self._reordered(self.sizes.linear * dtype.itemsize)
+            scoring = scoring_pass(meta, computed, self.rows.evaluation, self.budget, attention)
+        if prompts := number_of_prompts(meta.recipe):
+            linear = 0 if in_16_bits else self.sizes.linear * computed.itemsize
+            cache = self._reordered(linear, self.machine.process + whole.get("weights", 0))
             cache += self._cache(prompts, settings.num_answers, settings.max_new_tokens)
         return {
             "process": self.machine.process,
-            "weights": self.sizes.parameters * dtype.itemsize,
-            "activations": max(scoring - cache, 0),
+            **whole,
+            "activations": max(scoring - cache, 0) + (4 * self.sizes.widest if in_16_bits else 0),
             "cache": cache,
         }
 
-    def _reordered(self, linear: int) -> int:
-        return linear if self.on_cpu and 2 * linear <= self.machine.memory else 0
+    def _reordered(self, linear: int, taken: int) -> int:
+        """A second copy of the weights, where half of what is left can hold it."""
+        return linear if self.on_cpu and linear <= SHARE * (self.machine.memory - taken) else 0
 
     def _cache(self, prompts: int, answers: int, new_tokens: int) -> int:
         """Keys and values that are kept at a time, in all layers; a CPU keeps them in float32."""

@@ -38,7 +38,8 @@ BLOCK_OF_SCALES = 256
 class Sizes(NamedTuple):
     """`parameters` of the model without an adapter; `trained` ones; bytes of the frozen `weights` as they are kept
     (quantised or not), and of the `trained_bytes`; `linear`, parameters of the layers that every token meets in a
-    product, `adapter_products` those of the adapter, `head` those of the vocabulary matrix."""
+    product, `adapter_products` those of the adapter, `head` those of the vocabulary matrix, `widest` the most that a
+    single module has."""
 
     parameters: int
     trained: int
@@ -47,6 +48,7 @@ class Sizes(NamedTuple):
     linear: int
     adapter_products: int
     head: int
+    widest: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +107,12 @@ class MetaModel:
     def trains_all(self) -> bool:
         """Full fine-tuning, whose weights are kept in float32."""
         return self.recipe.lora == "none"
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """Of the weights in their files, as far as the configuration says it."""
+        named = getattr(self.config, "dtype", None)
+        return getattr(torch, named, None) if isinstance(named, str) else named
 
     @property
     def is_quantised(self) -> bool:
@@ -182,6 +190,9 @@ def sizes_of(meta: MetaModel) -> Sizes:
     embeddings, head = (cast(Any, layer()).weight for layer in (base.get_input_embeddings, base.get_output_embeddings))
     sizes["linear"] -= head.numel() + (embeddings.numel() if embeddings is not head else 0)
     sizes["head"] = head.numel()
+    sizes["widest"] = max(
+        sum(weight.numel() for weight in module.parameters(recurse=False)) for module in base.modules()
+    )
     return Sizes(**sizes)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from prefold.data.findings import Finding
+from prefold.memory import gigabytes
 from prefold.plan.memory import Parts
 
 SPREAD = (
@@ -63,7 +64,8 @@ class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
     device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices,
     of which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is
-    not in them."""
+    not in them. `in_16_bits`: float32 weights would not fit where models are evaluated, so each module is widened for
+    its call."""
 
     optimizer_steps: int
     batch_size: int
@@ -84,6 +86,7 @@ class Plan:
     flops: float
     disk: Disk
     untimed: list[str]
+    in_16_bits: bool = False
     change: Change | None = None
     seconds: dict[str, float] | None = None
 
@@ -114,20 +117,16 @@ class Plan:
             hopeless = self.weights > self.at_hand and not self.spread
             if hopeless:
                 message = f"the weights alone take {gigabytes(self.weights)}, {gigabytes(self.at_hand)} are at hand"
-            findings.append(Finding("memory", "error" if hopeless else "warning", 1, (), message, self._advice()))
+            findings.append(Finding("memory", "error" if hopeless else "warning", 1, (), message, self.advice()))
         if self.disk.needed > self.disk.free:
             message = f"the run leaves {gigabytes(self.disk.needed)} on disk, {gigabytes(self.disk.free)} are free"
             advice = "make room, take another `output_dir`, or lower `train.save_total_limit`"
             findings.append(Finding("disk", "warning", 1, (), message, advice))
         return findings
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
         spread = f"{SPREAD}; " if self.spread else ""
         if self.change is None:
             return f"{spread}no field of the recipe changes that: take a smaller model, or a machine with more memory"
         what = "this fits" if self.change.fits else "this comes nearest"
         return f"{spread}{what}: {' '.join(self.change.overrides)}"
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

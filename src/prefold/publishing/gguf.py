@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefold.errors import StageError, UserError, first_line
 from prefold.files import new_folder, read_json, write_json
-from prefold.models.device import choose_device
+from prefold.generation.opening import open_model
+from prefold.models.device import choose_device, is_half
 from prefold.models.from_gguf import DAMAGED, FREQUENCIES, open_gguf, rope_divisors
 from prefold.models.load import load_model
 from prefold.models.merge import TOLERANCE as ROUNDING
@@ -39,6 +40,7 @@ from prefold.publishing.gguf_tokenizer import add_vocabulary, read_vocabulary
 from prefold.recipe import Model
 from prefold.terminal import console, say
 from prefold.trees.memory import free_memory
+from prefold.trees.self_check import compute_in_float32
 
 FAMILIES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -297,9 +299,9 @@ class Original:
 
 def _original(merged: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Original:
     ids: Any = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    # On a CPU float32 costs memory only; a GPU may hold no more than the model as it is.
-    dtype = str(AutoConfig.from_pretrained(merged, local_files_only=True).dtype).removeprefix("torch.")
-    model = load_model(Model(name=str(merged)), dtype="float32" if choose_device().type == "cpu" else dtype)
+    # A GPU may hold no more than the model as it is.
+    dtype: Any = str(AutoConfig.from_pretrained(merged, local_files_only=True).dtype).removeprefix("torch.")
+    model = open_model(Model(name=str(merged), dtype=dtype), "GGUF", measured=True, load=load_model)
     original = Original(tokenizer, texts, ids, logits_of(model, ids), model.dtype)
     del model
     free_memory()
@@ -315,6 +317,8 @@ def _check(file: Path, kind: str, original: Original) -> float:
         except DAMAGED as error:
             raise StageError(f"{file.name} cannot be loaded back: {first_line(error)}") from None
     _require_same_tokenizer(original, tokenizer, file.name)
+    if choose_device().type == "cpu" and is_half(original.dtype):
+        compute_in_float32(model)
     logits = logits_of(cast(Any, model).to(choose_device()), original.ids)
     del model
     free_memory()

@@ -18,10 +18,9 @@ from prefold.evaluation.held_out_pairs import score_pairs
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
 from prefold.files import write_json
-from prefold.models.adapters import load_start
+from prefold.generation.opening import open_model
 from prefold.models.fetch import fetch
 from prefold.plan.plan import Plan
-from prefold.plan.planner import make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
 from prefold.reports.check import print_check
@@ -31,7 +30,6 @@ from prefold.reports.plan import in_two_lines
 from prefold.runs import limits
 from prefold.runs.context import Run, order_of, scorer_of
 from prefold.runs.environment import environment
-from prefold.runs.measuring import measuring_dtype
 from prefold.terminal import as_text, say
 
 EXAMPLES_SHOWN = 3
@@ -108,8 +106,7 @@ def examine(
     run.require_openable()
     order = order_of(recipe, len(prepared.train))
     about_recipe = limits.examined(run, shapes, order)
-    train, held_out = prepared.train.lengths, prepared.held_out.lengths
-    plan = make_plan(recipe, train, held_out, order, device_memory, measure)
+    plan = limits.plan_of(run, device_memory, measure)
     findings, separated = [*prepared.report.findings, *about_recipe, *plan.findings()], None
     if reference:
         separated, more = _separation(recipe, prepared.train)
@@ -124,7 +121,7 @@ def _separation(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], li
         what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
         raise UserError(what, where=recipe.output_dir, advice="check without it")
     pairs = train.select(shuffled(len(train), recipe.train.seed)[:PAIRS_SCORED])
-    model = load_start(recipe.model, dtype=measuring_dtype())
+    model = open_model(recipe.model, "`check --reference`", measured=True)
     scores = score_pairs(scorer_of(recipe, model, pairs), pairs.trees, "pairs under the model")
     return separation(scores), separation_findings(scores, pairs.origins)
 

@@ -1,5 +1,5 @@
-"""What of a recipe does not go with its model, its data or its own steps: what cannot be computed is refused, and of
-what can be, but is hardly meant, there is a finding.
+"""What of a recipe does not go with its model, its data, its own steps or the memory at hand: what cannot be computed
+is refused, and of what can be, but is hardly meant, there is a finding.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from prefold import memory
 from prefold.data.chat import render
 from prefold.data.examples import Examples
 from prefold.data.findings import ROWS_SHOWN, Finding
 from prefold.data.preference import RowId, Unfit
 from prefold.errors import UserError, first_line
 from prefold.models.gate import beyond_rows, require_positions, rotary_positions
-from prefold.runs.context import Run
+from prefold.plan.plan import Plan
+from prefold.plan.planner import make_plan
+from prefold.runs.context import Run, order_of
 from prefold.runs.measuring import evaluation_prompts
 from prefold.training.loop import StepOrder
 from prefold.trees.attention import unwrapped
@@ -32,6 +35,35 @@ def examined(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
     for examples in (prepared.train, prepared.held_out):
         _require_known_tokens(run, examples, model.config.get_text_config().vocab_size)
     return [*_about_positions(run, model), *_about_steps(run, len(order)), *_about_objective(run, model)]
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+PHASES = {
+    "train": ("load", "self-check", "train", "rollouts"),
+    "merge": ("merge",),
+    "evaluate": ("evaluate",),
+}
+"""Of the plan, by the stage that they belong to."""
+
+
+def plan_of(run: Run, device_memory: int | None = None, measure: bool | None = False) -> Plan:
+    train, held_out = run.prepared.train.lengths, run.prepared.held_out.lengths
+    return make_plan(run.recipe, train, held_out, order_of(run.recipe, len(train)), device_memory, measure)
+
+
+def require_memory(run: Run, stage: str) -> None:
+    """Raises UserError: the stage needs more memory than is at hand now. Devices over which a model is spread are not
+    known well enough for that."""
+    if stage not in PHASES:
+        return
+    plan = plan_of(run)
+    needed = max(size for phase, size in plan.peaks.items() if phase in PHASES[stage])
+    if not plan.spread:
+        memory.require(f"{run.recipe.output_dir}, `{stage}`", needed, plan.at_hand, plan.advice())
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
 
 
 def _require_known_tokens(run: Run, examples: Examples, rows: int) -> None:
