@@ -38,29 +38,30 @@ def gigabytes(size: float) -> str:
 # ---- what the process holds -------------------------------------------------------------------------------------
 
 
-def held() -> int | None:
-    """Bytes of RAM that this process needs: its own pages, also those in swap, and not those that are mapped from
-    files, which can be given back. None where the system does not say."""
+def held(process: int | None = None) -> int | None:
+    """Bytes of RAM that a process needs (unset: this one): its own pages, also those in swap, and not those that are
+    mapped from files, which can be given back. None where the system does not say."""
     if sys.platform.startswith("linux"):
-        status = _status()
+        status = _status(process)
         return status["RssAnon"] + status.get("VmSwap", 0) if "RssAnon" in status else None
-    return _footprint() if sys.platform == "darwin" else None
+    return _footprint(process or os.getpid()) if sys.platform == "darwin" else None
 
 
-def _status() -> dict[str, int]:
-    """What Linux says of this process, in bytes."""
+def _status(process: int | None = None) -> dict[str, int]:
+    """What Linux says of a process, in bytes."""
+    path = Path(f"/proc/{process}/status") if process else STATUS
     try:
-        lines = STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return {}
     words = ((name, value.split()) for name, _, value in (line.partition(":") for line in lines))
     return {name: int(value[0]) * 1024 for name, value in words if value[-1:] == ["kB"]}
 
 
-def _footprint() -> int | None:
+def _footprint(process: int) -> int | None:
     """macOS' own measure of what a process needs (`proc_pid_rusage`)."""
     buffer = ctypes.create_string_buffer(FOOTPRINT_BYTES)
-    if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), INFO_VERSION, buffer):
+    if ctypes.CDLL(None).proc_pid_rusage(process, INFO_VERSION, buffer):
         return None
     return ctypes.c_uint64.from_buffer(buffer, FOOTPRINT).value
 

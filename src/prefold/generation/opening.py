@@ -98,10 +98,10 @@ def how_to_keep(
     narrow = kept(stored.dtype if is_half(stored.dtype) else torch.bfloat16, True)
     if machine.device != "cpu" or wanted != torch.float32 or narrow.needed >= whole.needed:
         return whole
-    if in_16_bits is None:
-        in_16_bits = whole.needed > machine.memory
-    reason = f"float32 needs {gigabytes(whole.needed)}, {gigabytes(machine.memory)} are at hand"
-    return narrow._replace(reason=reason) if in_16_bits else whole
+    fits, reason = whole.needed <= machine.memory, "as what it is compared with"
+    if not fits:
+        reason = f"float32 needs {gigabytes(whole.needed)}, {gigabytes(machine.memory)} are at hand"
+    return narrow._replace(reason=reason) if in_16_bits or (in_16_bits is None and not fits) else whole
 
 
 def _working(config: Any, device: str, tokens: int) -> int:
@@ -137,13 +137,10 @@ def open_model(
     shown = without_home(section.name)
     if section.device_map is None:
         memory.require(f"{where}, {shown}", kept.needed, machine.memory, ADVICE)
-    model = load(section, dtype=str(kept.dtype).removeprefix("torch."))
+    dtype = str(kept.dtype).removeprefix("torch.")
+    model = load(section, dtype=dtype)
     if kept.widened:
-        say(
-            f"  {shown}: weights in {kept.dtype}, each module widened for its call ({kept.reason})".replace(
-                "torch.", ""
-            )
-        )
+        say(f"  {shown}: weights in {dtype}, each module widened for its call ({kept.reason})")
         compute_in_float32(model)
     return model
 
