@@ -103,7 +103,8 @@ def available() -> int:
     """Bytes of RAM that this process can have beside what it holds: without swapping, within the limits of control
     groups and of `ulimit`."""
     free: int = psutil.virtual_memory().available
-    return max(0, min(free, *_left_by_groups(), *(left for left in (left_by_ulimit(),) if left is not None)))
+    limit = left_by_ulimit()
+    return max(0, min([free, *_left_by_groups(), *([] if limit is None else [limit])]))
 
 
 def left_by_ulimit() -> int | None:

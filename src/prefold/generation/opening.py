@@ -96,12 +96,14 @@ def how_to_keep(
 
     whole = kept(wanted, False)
     narrow = kept(stored.dtype if is_half(stored.dtype) else torch.bfloat16, True)
-    if machine.device != "cpu" or wanted != torch.float32 or narrow.needed >= whole.needed:
+    fits = whole.needed <= machine.memory or narrow.needed >= whole.needed
+    if machine.device != "cpu" or wanted != torch.float32 or not (in_16_bits or (in_16_bits is None and not fits)):
         return whole
-    fits, reason = whole.needed <= machine.memory, "as what it is compared with"
-    if not fits:
-        reason = f"float32 needs {gigabytes(whole.needed)}, {gigabytes(machine.memory)} are at hand"
-    return narrow._replace(reason=reason) if in_16_bits or (in_16_bits is None and not fits) else whole
+    if fits:
+        return narrow._replace(reason="as what it is compared with")
+    return narrow._replace(
+        reason=f"float32 needs {gigabytes(whole.needed)}, {gigabytes(machine.memory)} are at hand"
+    )
 
 
 def _working(config: Any, device: str, tokens: int) -> int:

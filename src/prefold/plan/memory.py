@@ -76,8 +76,8 @@ class Memory:
     def in_16_bits(self) -> bool:
         """Whether models are evaluated with their weights in 16 bits, since float32 does not fit: each module is
         widened for its call."""
-        in_float32 = self._with_allocator(self._evaluating(in_16_bits=False))
-        return self.on_cpu and sum(in_float32.values()) > self.machine.memory
+        whole, narrow = (sum(self._with_allocator(self._evaluating(each)).values()) for each in (False, True))
+        return self.on_cpu and whole > self.machine.memory and narrow < whole
 
     @property
     def slack(self) -> float:
