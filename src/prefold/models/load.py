@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import GLOBAL_WORKERS
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.pytorch_utils import Conv1D
 
 from prefold import ranks
 from prefold.data.templates import give_keywords
@@ -26,14 +28,16 @@ from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch, is_hub_id, require_safetensors_on_hub, weight_files
 from prefold.models.gate import require_known_tokens, require_usable
 from prefold.models.messages import UNREADABLE, quiet, unreadable
-from prefold.models.quantised import prepare_quantised, quantisation
+from prefold.models.quantised import UNPACKED, prepare_quantised, quantisation, quantise_in_pieces, quantised_bytes
 from prefold.models.score_head import set_up_head
 from prefold.recipe import Model
+from prefold.trees.memory import returning_allocations
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
 """Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
 
 
+LINEAR = (nn.Linear, Conv1D)
 NOTHING_AMISS: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
 """transformers' report about a model whose tensors are all there."""
 
@@ -84,6 +88,7 @@ def read_config(section: Model, folder: Path, **settings: Any) -> Any:
         raise unreadable("its configuration cannot be read", error, section.name) from None
 
 
+@returning_allocations()
 def load_model(
     section: Model,
     *,
@@ -118,9 +123,12 @@ def load_model(
         require_known_tokens(config, load_tokenizer(folder), folder, section.name)
     settings: dict[str, Any] = {"config": config, "dtype": chosen}
     settings["attn_implementation"] = plain_attention(section.attn_implementation, config)
+    if bits and contents:
+        quantise_in_pieces()
     if contents:
         settings |= {
-            "device_map": {"": device} if bits and not section.device_map else section.device_map,
+            # With a map each tensor goes from its file to its device; on the CPU what needs no cast stays in the file.
+            "device_map": section.device_map or ({"": device} if bits or device.type != "cpu" and not sharded else None),
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }
@@ -133,7 +141,6 @@ def load_model(
     if head_seed is not None:
         report = set_up_head(model, report, head_seed, section.name)
     _require_complete(report, section.name)
-    model = model.to(device) if contents and not (section.device_map or bits or sharded) else model
     if section.chat_template:
         with quiet():
             fit_vocabulary(model, tokenizer_of(section), known=len(load_tokenizer(folder)))
@@ -229,6 +236,42 @@ def _require_complete(report: dict[str, Any], name: str) -> None:
             what = f"its weights {problem.format(count=len(keys))}, e.g. {min(keys)}"
             advice = "the download may be incomplete, or the config.json of another model"
             raise UserError(what, where=name, advice=advice)
+
+
+class Loading(NamedTuple):
+    """Bytes that loading takes at its peak: `host` of the machine, mapped files left out, and on the `device`."""
+
+    host: int
+    device: int
+
+
+def loading_peak(
+    shapes: PreTrainedModel, section: Model, stored: torch.dtype, device: str, quantised: bool = False
+) -> Loading:
+    """What `load_model` takes at its peak: the weights as they stay, and what is passing through.
+
+    Args:
+        shapes: what `load_model` gives without contents, in the dtype that is to be loaded.
+        stored: dtype of the files.
+        device: its type.
+    """
+    head, on_cpu = shapes.get_output_embeddings(), device == "cpu"
+    linear = {id(layer.weight) for layer in shapes.modules() if type(layer) in LINEAR and layer is not head}
+    embedded = {id(layer.weight) for layer in (shapes.get_input_embeddings(), head) if layer is not None}
+    stays, passing, cast_on_host = 0, [0], [0]
+    for weight in shapes.parameters():
+        if quantised and id(weight) in linear:
+            stays += quantised_bytes(weight, section)
+            passing.append(weight.numel() * (UNPACKED[section.load_in_4bit] if on_cpu else stored.itemsize))
+            continue
+        grown = bool(section.chat_template) and id(weight) in embedded
+        stays += 0 if on_cpu and weight.dtype == stored and not grown else weight.nbytes
+        if grown:  # as it was, and in float32 for its mean and spread
+            passing.append(weight.nbytes + 8 * weight.numel())
+        cast_on_host.append(weight.nbytes if weight.dtype != stored else 0)
+    if on_cpu:
+        return Loading(stays + max(passing), 0)
+    return Loading(GLOBAL_WORKERS * max(cast_on_host), stays + max(passing))
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

@@ -26,14 +26,9 @@ from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
 from prefold.models.load import chat_tokens, plain_attention, prepare_forward, read_config, tokenizer_of
 from prefold.models.messages import quiet
+from prefold.models.quantised import quantised_bytes
 from prefold.recipe import Lora, Model, RecipeBase
 from prefold.trees.attention import lower_right, unwrapped
-
-BLOCK = 64
-"""Weights that share a scale in 4 bits."""
-BLOCK_OF_SCALES = 256
-"""Scales that share one of their own, where scales are quantised too."""
-
 
 class Sizes(NamedTuple):
     """`parameters` of the model without an adapter; `trained` ones; bytes of the frozen `weights` as they are kept
@@ -238,16 +233,6 @@ def move_to_cpu(model: nn.Module) -> None:
     for module in model.modules():
         for group in (module._parameters, module._buffers):
             group.update({name: on_cpu(tensor) for name, tensor in group.items() if tensor is not None})  # type: ignore[misc]
-
-
-def quantised_bytes(weight: Tensor, section: Model) -> int:
-    """A matrix with its scales: one for 64 weights in 4 bits, one for each row in 8."""
-    if section.load_in_8bit:
-        return weight.numel() + 4 * weight.shape[0]
-    scales = -(-weight.numel() // BLOCK)
-    if section.bnb_4bit_use_double_quant:
-        return weight.numel() // 2 + scales + 4 * -(-scales // BLOCK_OF_SCALES)
-    return weight.numel() // 2 + 4 * scales
 
 
 class QuantisedLinear(nn.Linear):
