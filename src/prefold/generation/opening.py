@@ -101,9 +101,7 @@ def how_to_keep(
         return whole
     if fits:
         return narrow._replace(reason="as what it is compared with")
-    return narrow._replace(
-        reason=f"float32 needs {gigabytes(whole.needed)}, {gigabytes(machine.memory)} are at hand"
-    )
+    return narrow._replace(reason=f"float32 needs {gigabytes(whole.needed)}, {gigabytes(machine.memory)} are at hand")
 
 
 def _working(config: Any, device: str, tokens: int) -> int:

@@ -15,6 +15,7 @@ from prefold.errors import UserError
 from prefold.generation.engine import CACHE_BYTES, ROWS
 from prefold.generation.weights import SHARE
 from prefold.models.device import is_half
+from prefold.models.load import Loading, loading_peak
 from prefold.models.merge import merge_dtype
 from prefold.plan.flops import plain_size
 from prefold.plan.machine import Machine
@@ -107,30 +108,44 @@ class Memory:
     def _whole(self, dtype: torch.dtype, *stored: torch.dtype | None) -> Parts:
         """A whole model in a dtype: mapped where that is what its files have, of several models each; of a mapped file
         the pages can be given back and are read again, which is slow in the midst of work."""
-        mapped = self.on_cpu and all(each == dtype for each in stored)
-        return {"mapped" if mapped else "weights": self.sizes.parameters * dtype.itemsize}
+        whole = self.sizes.parameters * dtype.itemsize
+        mapped = whole - self._grown(dtype) if self.on_cpu and all(each == dtype for each in stored) else 0
+        return {"weights": whole - mapped, "mapped": mapped}
+
+    def _grown(self, dtype: torch.dtype) -> int:
+        """Bytes at both ends of the model that are made anew, for the tokens of a chat format."""
+        return self.sizes.vocabulary * dtype.itemsize if self.meta.recipe.model.chat_template else 0
 
     def _loading(self) -> Parts:
-        """One tensor at a time comes from the files to where it stays, in their dtype and in its own."""
-        parts, stored = self._policy(), self.meta.stored_dtype or self.meta.weights_dtype
+        """One tensor at a time comes from the files to where it stays."""
+        peak, mapped = self.loading, self._policy()["mapped"]
         if self.machine.counts_mapped:
-            parts["mapped"] = self.sizes.parameters * stored.itemsize
-        return {**parts, "activations": 2 * 4 * self.sizes.widest}
+            mapped = self.sizes.parameters * (self.meta.stored_dtype or self.meta.weights_dtype).itemsize
+        weights = (peak.host if self.on_cpu else peak.device) // self.meta.shards
+        return {"process": self.machine.process, "weights": weights, "mapped": mapped}
+
+    @cached_property
+    def loading(self) -> Loading:
+        meta, dtype = self.meta, self.meta.weights_dtype
+        quantised = not meta.trains_all and meta.is_quantised
+        # What is not known is taken for another dtype, so that every weight is cast.
+        stored = meta.stored_dtype or (torch.bfloat16 if dtype == torch.float32 else torch.float32)
+        return loading_peak(meta.base(dtype), meta.recipe.model, stored, self.machine.device, quantised)
 
     def _policy(self) -> Parts:
         """What is there as long as the policy is."""
         sizes, meta = self.sizes, self.meta
         kept = (sizes.trained_bytes if meta.trains_all else sizes.weights) // meta.shards
-        as_stored = self.on_cpu and not meta.trains_all and not meta.is_quantised and meta.shards == 1
-        mapped = as_stored and meta.stored_dtype == meta.dtype
+        as_stored = self.on_cpu and not meta.trains_all and meta.shards == 1 and meta.stored_dtype == meta.dtype
+        mapped = sizes.whole - self._grown(meta.dtype) if as_stored else 0
         # Of weights that are sharded, those that are whole at a time: the layer at work, the next one and the
         # vocabulary; with their gradients, where they are trained.
         numbers = sizes.parameters - sizes.linear + 2 * sizes.linear // meta.layers
         gathered = numbers * meta.weights_dtype.itemsize * (2 if meta.trains_all else 1)
         return {
             "process": self.machine.process,
-            "weights": 0 if mapped else kept,
-            "mapped": kept if mapped else 0,
+            "weights": kept - mapped,
+            "mapped": mapped,
             "gathered": 0 if meta.shards == 1 else gathered,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
             # Training that goes on with an adapter keeps a frozen copy of it.
@@ -198,7 +213,7 @@ class Memory:
             scoring = scoring_pass(meta, computed, self.rows.evaluation, self.budget, attention)
         if prompts := number_of_prompts(meta.recipe):
             linear = 0 if in_16_bits else self.sizes.linear * computed.itemsize
-            cache = self._reordered(linear, self.machine.process + whole.get("weights", 0))
+            cache = self._reordered(linear, self.machine.process + whole["weights"])
             cache += self._cache(prompts, settings.num_answers, settings.max_new_tokens)
         return {
             "process": self.machine.process,

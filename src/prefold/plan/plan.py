@@ -64,8 +64,8 @@ class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
     device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices,
     of which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is
-    not in them. `in_16_bits`: float32 weights would not fit where models are evaluated, so each module is widened for
-    its call."""
+    not in them. `host`: bytes of RAM that loading takes where the device has memory of its own. `in_16_bits`: float32
+    weights would not fit where models are evaluated, so each module is widened for its call."""
 
     optimizer_steps: int
     batch_size: int
@@ -87,6 +87,7 @@ class Plan:
     disk: Disk
     untimed: list[str]
     in_16_bits: bool = False
+    host: int = 0
     change: Change | None = None
     seconds: dict[str, float] | None = None
 

@@ -60,7 +60,9 @@ def require_memory(run: Run, stage: str) -> None:
     plan = plan_of(run)
     needed = max(size for phase, size in plan.peaks.items() if phase in PHASES[stage])
     if not plan.spread:
-        memory.require(f"{run.recipe.output_dir}, `{stage}`", needed, plan.at_hand, plan.advice())
+        where = f"{run.recipe.output_dir}, `{stage}`"
+        memory.require(where, needed, plan.at_hand, plan.advice())
+        memory.require(where, plan.host, memory.available())
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
