@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -40,17 +41,46 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`; on success it takes the place of `path`, on failure it is
     removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old.tmp"))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        flush_to_disk(temporary)
+        _exchange(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def unfinished_folder(path: Path, made_from: str) -> Iterator[Path]:
+    """Like `new_folder`, but a process that is ended leaves the temporary folder to the next one that makes `path` from
+    the same: whoever writes in it says which of its files are whole. Removed if what is done in it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    mark = temporary / ".made_from"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != made_from:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_text(mark, made_from)
+    for left_over in temporary.glob(".*.tmp"):
+        left_over.unlink()
+    try:
+        yield temporary
+        mark.unlink()
+        _exchange(temporary, path)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _exchange(temporary: Path, path: Path) -> None:
+    """Put a folder that is whole where another one may be."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    flush_to_disk(temporary)
+    try:
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -123,6 +153,11 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def require_writable(folder: Path) -> None:

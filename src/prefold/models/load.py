@@ -97,6 +97,7 @@ def load_model(
     head_seed: int | None = None,
     sharded: bool = False,
     contents: bool = True,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
@@ -108,12 +109,14 @@ def load_model(
         sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
         contents: without them the model has shapes alone, on the meta device: what is refused is refused all the same,
             and no weight is read. Nor are weights of the Hub downloaded for that.
+        device: instead of the best there is.
 
     Raises:
         UserError: it cannot be had, is of a kind that cannot be used, needs code of its own, lacks some of its weights,
             or has a tokenizer with tokens that it does not know.
     """
-    folder, device = fetch(section.name, section.revision, weights=contents or not _on_hub(section)), choose_device()
+    folder = fetch(section.name, section.revision, weights=contents or not _on_hub(section))
+    device = device or choose_device()
     chosen = choose_dtype(dtype or section.dtype, device)
     bits = quantisation(section, chosen) if quantised else None
     kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification

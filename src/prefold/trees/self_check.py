@@ -151,11 +151,11 @@ def _attends_otherwise(model: nn.Module, row: PackedTrees, attention: str, sures
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
+def in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> Iterator[None]:
     """While open, every module with half-precision weights computes in float32, its weights cast for the call alone;
-    4-bit layers unpack theirs to float32."""
+    4-bit layers unpack theirs to float32. With `rounded`, as if the weights were kept in that dtype."""
     packed: dict[Any, Any] = {each: each.compute_dtype for each in model.modules() if hasattr(each, "compute_dtype")}
-    handles = compute_in_float32(model)
+    handles = compute_in_float32(model, rounded)
     for module in packed:
         module.compute_dtype = torch.float32
     try:
@@ -167,17 +167,16 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             module.compute_dtype = dtype
 
 
-def compute_in_float32(model: nn.Module) -> list[RemovableHandle]:
-    """Have every module with half-precision weights compute in float32 from now on, its weights cast for the call
-    alone."""
+def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> list[RemovableHandle]:
+    """The same from now on."""
     kept: list[tuple[nn.Module, nn.Parameter, Tensor]] = []
 
     def widen(module: nn.Module, *arguments: Any) -> None:
         # What PEFT wraps is not always called, but its weights are used.
         for parameter in module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper)):
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+            if parameter.dtype in (torch.float16, torch.bfloat16) or rounded and parameter.is_floating_point():
                 kept.append((module, parameter, parameter.data))
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(rounded or parameter.dtype).float()
 
     def narrow(module: nn.Module, *arguments: Any) -> None:
         # By the module: sharded weights have been exchanged for their shards when this is called.
