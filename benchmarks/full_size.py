@@ -217,9 +217,13 @@ def performing(folder: Path, enter_limit: Callable[[], None]) -> Perform:
         with (folder / "out").open("w+b") as out, (folder / "err").open("w+b") as err:
             command = [sys.executable, "-m", "prefold", *arguments]
             child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, preexec_fn=begin)
-            while child.poll() is None:
-                peak = max(peak, held(child.pid) or 0)
-                time.sleep(BETWEEN_SAMPLES)
+            try:
+                while child.poll() is None:
+                    peak = max(peak, held(child.pid) or 0)
+                    time.sleep(BETWEEN_SAMPLES)
+            finally:
+                child.kill()
+                child.wait()
             seconds = time.perf_counter() - started
             texts = []
             for file in (out, err):
@@ -330,7 +334,10 @@ def measured(options: argparse.Namespace, folder: Path, perform: Perform) -> lis
     stages = []
     for done in perform_all(perform, recipe, grpo, folder / "run"):
         said = f": {done.said}" if done.said else ""
-        console.print(f"{done.stage}: exit {done.code}, {done.seconds:.0f} s{said}", highlight=False, markup=False)
+        peak = f", {done.peak / 1e9:.2f} GB" if done.peak else ""
+        console.print(
+            f"{done.stage}: exit {done.code}, {done.seconds:.0f} s{peak}{said}", highlight=False, markup=False
+        )
         stages.append(done)
     return stages
 

@@ -16,6 +16,7 @@ TREES = [(400, 300, 300)] * 16
 TOKENS = 2048
 CARDS = (8, 12, 16, 24, 32, 48, 80)
 MEMORY = (8, 16, 24, 32, 64, 128, 256)
+STAGES = ("train", "merge", "evaluate")
 PROCESS = 500 * 10**6
 """Of a CPU run, before a model is loaded."""
 
@@ -85,12 +86,16 @@ def gpu_row(model: str) -> str:
 
 
 def cpu_row(model: str) -> str:
-    """In 4 bits, on a CPU; evaluated in float32 and in 16 bits."""
-    ample = plan_of(model, Machine("cpu", 10**13, PROCESS), "LoRA, 4 bits")
-    tight = plan_of(model, Machine("cpu", ample.peaks["evaluate"] - 1, PROCESS), "LoRA, 4 bits")
-    needs = [peak_of_training(ample), ample.peaks["merge"], ample.peaks["evaluate"], tight.peaks["evaluate"]]
-    numbers = " | ".join(f"{needed / 1e9:.1f}" for needed in needs)
-    return f"| {model} | {numbers} | {smallest(max(needs[0], needs[1], min(needs[2:])), MEMORY)} |"
+    """In 4 bits, on a CPU with the least memory in which every stage fits; else the most there is in the list."""
+    for size in MEMORY:
+        plan = plan_of(model, Machine("cpu", size * 10**9, PROCESS), "LoRA, 4 bits")
+        if plan.fits:
+            break
+    own = [size - plan.memory[phase]["mapped"] for phase, size in plan.peaks.items() if phase in STAGES]
+    numbers = " | ".join(f"{needed / 1e9:.1f}" for needed in own)
+    mapped = plan.memory["evaluate"]["mapped"] / 1e9
+    kept = "16 bits" if plan.in_16_bits else "float32"
+    return f"| {model} | {size if plan.fits else f'over {size}'} GB | {numbers} | {mapped:.1f} | {kept} |"
 
 
 GPU_HEAD = f"""\
@@ -98,8 +103,8 @@ GPU_HEAD = f"""\
 |---|{"---|" * len(SETTINGS)}---|
 """
 CPU_HEAD = """\
-| model | train | merge | evaluate, float32 | evaluate, 16 bits | all of it in |
-|---|---|---|---|---|---|
+| model | RAM | train | merge | evaluate | and mapped | evaluated in |
+|---|---|---|---|---|---|---|
 """
 
 

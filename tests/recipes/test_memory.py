@@ -128,7 +128,7 @@ def test_each_stage_is_refused_before_it_loads(recipe: MakeRecipe, monkeypatch: 
         for name in ("load_policy", "load_model"):
             patch.setattr(f"prefold.runs.context.{name}", lambda *args, **kwargs: pytest.fail("a model was loaded"))
         for stage in ("merge", "evaluate"):
-            with pytest.raises(UserError, match=rf"`{stage}`: needs \d+ MB of memory, and 1 MB are at hand") as refused:
+            with pytest.raises(UserError, match=rf"`{stage}`: needs .* of memory, and 1 MB are at hand") as refused:
                 getattr(prefold, stage)(ours)
             assert "--anyway" in str(refused.value)
         patch.setenv(ANYWAY, "1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from prefold.generation.engine import CACHE_BYTES, ROWS
 from prefold.generation.weights import SHARE
 from prefold.models.device import is_half
 from prefold.models.load import Loading, loading_peak
+from prefold.models.merge import TOKENS as COMPARED
 from prefold.models.merge import merge_dtype
 from prefold.plan.flops import plain_size
 from prefold.plan.machine import Machine
@@ -32,8 +32,9 @@ BUFFERS = 150 * 10**6
 """What libraries allocate for themselves once they compute, on a CPU."""
 UNSAMPLED = (32, 32, 32)
 """Lengths of what the self-check takes for completions that are yet to be sampled."""
-SHARD = 5 * 10**9
-"""Most that a file of the merged model holds where those of its base are not here."""
+LOGITS = 6
+"""Sets that merging keeps: of the base, as it is and rounded, of base + adapter, of the model that was trained and of
+what was loaded back, and differences."""
 PROBE = 512
 """Rows and columns of the matrix that an optimizer takes a step with, to see what it keeps."""
 
@@ -173,30 +174,19 @@ class Memory:
         return {**policy, "optimizer": self.optimizer, "cache": copies + cache}
 
     def _merging(self) -> Parts:
-        """The largest shard of the output, whose tensors are computed in float32, and beside it the adapter; or, where
-        that takes more, the logits of the models that are compared, of which one is loaded at a time, from its files:
-        a quantised one that was trained, and whole ones, which stay mapped and are passed over a few times."""
-        meta, sizes, process = self.meta, self.sizes, {"process": self.machine.process}
-        dtype = merge_dtype(meta.recipe, meta.dtype)
-        adapter = 0 if meta.trains_all else sizes.trained_bytes
-        shard = min(sizes.parameters * dtype.itemsize, self._largest_file(dtype))
-        writing = {**process, "weights": shard, "adapter": adapter, "activations": 2 * 4 * sizes.widest}
-        tokens, whole = sum(sum(tree[:2]) for tree in self.rows.checked), sizes.parameters * dtype.itemsize
-        comparing = {
-            **process,
-            "weights": (sizes.weights if meta.is_quantised else 0) if self.on_cpu else whole,
+        """Tensor by tensor into the files; then, one after the other, what gives logits to compare: whole models, which
+        stay mapped, are passed over a few times and computed in float32, and a quantised one that was trained."""
+        meta, sizes = self.meta, self.sizes
+        tokens = min(sum(sum(tree[:2]) for tree in self.rows.checked), COMPARED)
+        whole = sizes.parameters * merge_dtype(meta.recipe, meta.dtype).itemsize
+        return {
+            "process": self.machine.process,
+            "weights": sizes.weights if meta.is_quantised else 0,
             "mapped": whole if self.machine.counts_mapped else 0,
-            "adapter": adapter,
-            # Of the base, of base + adapter and of what was loaded back, and their differences.
-            "head": 5 * 4 * tokens * meta.text_config.vocab_size if self.on_cpu else 0,
+            "adapter": 0 if meta.trains_all else sizes.trained_bytes,
+            "activations": 2 * 4 * sizes.widest if self.on_cpu else 0,
+            "head": LOGITS * 4 * tokens * meta.text_config.vocab_size if self.on_cpu else 0,
         }
-        return max(writing, comparing, key=lambda parts: sum(parts.values()))
-
-    def _largest_file(self, dtype: torch.dtype) -> int:
-        """Bytes that the largest file of the merged model takes, whose shards are those of the base."""
-        folder, stored = Path(self.meta.recipe.model.name).expanduser(), self.meta.stored_dtype or dtype
-        sizes = [file.stat().st_size for file in folder.glob("*.safetensors")] if folder.is_dir() else []
-        return max(sizes) * dtype.itemsize // stored.itemsize if sizes else SHARD
 
     def _evaluating(self, in_16_bits: bool) -> Parts:
         """Held-out rows are scored and prompts answered, by one whole model at a time: that before training and the
