@@ -25,10 +25,14 @@ FOOTPRINT, FOOTPRINT_BYTES, INFO_VERSION = 72, 512, 4
 
 def require(where: str, needed: int, at_hand: int, advice: str = "") -> None:
     """Raises UserError: what is about to be loaded takes more memory than is at hand, and nobody said `--anyway`."""
-    if needed > at_hand and not os.environ.get(ANYWAY):
+    if needed > at_hand and not anyway():
         what = f"needs {gigabytes(needed)} of memory, and {gigabytes(at_hand)} are at hand"
         advice = f"{advice}; " if advice else ""
         raise UserError(what, where=where, advice=f"{advice}`--anyway` tries it all the same")
+
+
+def anyway() -> bool:
+    return bool(os.environ.get(ANYWAY))
 
 
 def gigabytes(size: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from prefold.data.findings import Finding
-from prefold.memory import gigabytes
+from prefold.memory import anyway, gigabytes
 from prefold.plan.memory import Parts
 
 SPREAD = (
@@ -115,7 +115,7 @@ class Plan:
         if not self.fits:
             phase = max(self.peaks, key=self.peaks.__getitem__)
             message = f"`{phase}` takes {gigabytes(self.peak)} of memory, {gigabytes(self.at_hand)} are at hand"
-            hopeless = self.weights > self.at_hand and not self.spread
+            hopeless = self.weights > self.at_hand and not self.spread and not anyway()
             if hopeless:
                 message = f"the weights alone take {gigabytes(self.weights)}, {gigabytes(self.at_hand)} are at hand"
             findings.append(Finding("memory", "error" if hopeless else "warning", 1, (), message, self.advice()))
