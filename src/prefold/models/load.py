@@ -131,8 +131,7 @@ def load_model(
     if contents:
         settings |= {
             # With a map each tensor goes from its file to its device; on the CPU what needs no cast stays in the file.
-            "device_map": section.device_map
-            or ({"": device} if bits or device.type != "cpu" and not sharded else None),
+            "device_map": section.device_map or ({"": device} if bits or device.type != "cpu" and not sharded else None),
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }

@@ -287,9 +287,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
         lines.append(f"from those of the quantised model that was trained they differ by {drift:.1e}")
     equal, tokens = result["likeliest_equal"], result["tokens_compared"]
     if equal is not None and equal < tokens:
-        lines.append(
-            f"the likeliest next token is another one at {tokens - equal} of {tokens} tokens, by that rounding"
-        )
+        lines.append(f"the likeliest next token is another one at {tokens - equal} of {tokens} tokens, by that rounding")
     return lines
 
 
