@@ -142,6 +142,7 @@ def test_evaluating_in_16_bits_is_said(
     ours = recipe()
     in_float32 = json.loads((prefold.run(ours) / "evaluation" / "heldout.json").read_text())
     assert "widened" not in as_text(lambda console: console.print(summary(ours.run_folder)))
+    monkeypatch.setattr("prefold.runs.limits._is_ample", lambda run: False)
     monkeypatch.setattr("prefold.plan.memory.Memory.in_16_bits", True)
     found = prefold.evaluate(ours)
     assert "weights in bfloat16" in capsys.readouterr().err

@@ -14,14 +14,14 @@ from prefold.evaluation.tasks import measure_model, recorded_settings
 from prefold.files import write_json, write_jsonl
 from prefold.runs.context import Run
 from prefold.runs.fingerprints import inputs_of
-from prefold.runs.limits import plan_of
+from prefold.runs.limits import evaluated_in_16_bits
 from prefold.runs.measuring import MEASURING, Measuring, held_out_sampling
 from prefold.terminal import say
 
 
 def evaluate(run: Run) -> None:
     tasks = run.open_tasks()
-    in_16_bits = ranks.from_first(lambda: plan_of(run).in_16_bits)
+    in_16_bits = ranks.from_first(lambda: evaluated_in_16_bits(run))
     _evaluate_held_out(run, in_16_bits)
     if tasks:
         _evaluate_tasks(run, tasks, in_16_bits)

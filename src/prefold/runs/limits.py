@@ -15,7 +15,10 @@ from prefold.data.examples import Examples
 from prefold.data.findings import ROWS_SHOWN, Finding
 from prefold.data.preference import RowId, Unfit
 from prefold.errors import UserError, first_line
+from prefold.files import read_json
+from prefold.models.device import choose_device
 from prefold.models.gate import beyond_rows, require_positions, rotary_positions
+from prefold.plan.machine import Machine
 from prefold.plan.plan import Plan
 from prefold.plan.planner import make_plan
 from prefold.runs.context import Run, order_of
@@ -45,6 +48,8 @@ PHASES = {
     "evaluate": ("evaluate",),
 }
 """Of the plan, by the stage that they belong to."""
+ENOUGH = 3
+"""Times a planned peak; settings that may have changed since then do not change it by more."""
 
 
 def plan_of(run: Run, device_memory: int | None = None, measure: bool | None = False) -> Plan:
@@ -52,10 +57,23 @@ def plan_of(run: Run, device_memory: int | None = None, measure: bool | None = F
     return make_plan(run.recipe, train, held_out, order_of(run.recipe, len(train)), device_memory, measure)
 
 
+def evaluated_in_16_bits(run: Run) -> bool:
+    """Whether float32 weights do not fit where this run's models are evaluated."""
+    return not _is_ample(run) and plan_of(run).in_16_bits
+
+
+def _is_ample(run: Run) -> bool:
+    """Whether the plan that the run began with leaves no doubt, so that none need be made anew."""
+    path = run.folder / "data.json"
+    plan = read_json(path).get("plan") if path.is_file() else None
+    machine = Machine.here(choose_device().type)
+    return bool(plan) and plan["device"] == machine.device and machine.memory >= ENOUGH * plan["peak"]
+
+
 def require_memory(run: Run, stage: str) -> None:
     """Raises UserError: the stage needs more memory than is at hand now. Devices over which a model is spread are not
     known well enough for that."""
-    if stage not in PHASES:
+    if stage not in PHASES or _is_ample(run):
         return
     plan = plan_of(run)
     needed = max(size for phase, size in plan.peaks.items() if phase in PHASES[stage])
