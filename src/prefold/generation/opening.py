@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prefold import memory
 from prefold.files import without_home
 from prefold.generation.engine import CACHE_BYTES, PREFILL_TOKENS
+from prefold.launch import launched_here
 from prefold.memory import gigabytes
 from prefold.models.adapters import load_start
 from prefold.models.device import choose_device, choose_dtype, is_half
@@ -135,7 +136,8 @@ def open_model(
     machine = Machine.here(choose_device().type)
     kept = how_to_keep(section, machine, measured=measured, tokens=tokens, in_16_bits=in_16_bits)
     shown = without_home(section.name)
-    if section.device_map is None:
+    # Of several processes each takes from what the others see; their stage has asked for all of them.
+    if section.device_map is None and launched_here() == 1:
         memory.require(f"{where}, {shown}", kept.needed, machine.memory, ADVICE)
     dtype = str(kept.dtype).removeprefix("torch.")
     model = load(section, dtype=dtype)
