@@ -179,14 +179,15 @@ class Memory:
         meta, sizes = self.meta, self.sizes
         tokens = min(sum(sum(tree[:2]) for tree in self.rows.checked), COMPARED)
         whole = sizes.parameters * merge_dtype(meta.recipe, meta.dtype).itemsize
-        return {
+        parts = {
             "process": self.machine.process,
-            "weights": sizes.weights if meta.is_quantised else 0,
             "mapped": whole if self.machine.counts_mapped else 0,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
-            "activations": 2 * 4 * sizes.widest if self.on_cpu else 0,
             "head": LOGITS * 4 * tokens * meta.text_config.vocab_size if self.on_cpu else 0,
         }
+        quantised = {**parts, "weights": self._policy()["weights"] if meta.is_quantised else 0}
+        widened = {**parts, "activations": 2 * 4 * sizes.widest if self.on_cpu else 0}
+        return max(quantised, widened, key=lambda each: sum(each.values()))
 
     def _evaluating(self, in_16_bits: bool) -> Parts:
         """Held-out rows are scored and prompts answered, by one whole model at a time: that before training and the
