@@ -43,7 +43,7 @@ from benchmarks.workloads import random_rows
 from prefold.memory import held
 from prefold.models.fetch import fetch
 from prefold.models.load import load_tokenizer
-from prefold.recipe.load import read_text
+from prefold.recipe import read_text
 from prefold.runs.limits import PHASES
 
 WIDE = {
