@@ -18,6 +18,7 @@ import prefold
 from prefold.data import mixture
 from prefold.data.examples import Examples
 from prefold.errors import StageError, UserError
+from prefold.models.merged_files import MergedTensors
 from prefold.recipe import RecipeBase
 from prefold.training.loop import TrainingLoop
 from prefold.trees.packing import TokenTree
@@ -197,12 +198,7 @@ def test_fresh_keeps_what_is_not_ours(recipe: MakeRecipe) -> None:
 def test_a_wrong_merge_fails_the_stage_and_keeps_the_adapter(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft import PeftModel
-
-    def forgets_the_adapter(self: PeftModel, **settings: Any) -> Any:
-        return self.unload()
-
-    monkeypatch.setattr(PeftModel, "merge_and_unload", forgets_the_adapter, raising=False)
+    monkeypatch.setattr(MergedTensors, "__getitem__", MergedTensors._base)
     with pytest.raises(StageError, match="not base \\+ adapter"):
         prefold.run(recipe())
     folder = recipe().run_folder

@@ -129,9 +129,10 @@ def load_model(
     if bits and contents:
         quantise_in_pieces()
     if contents:
+        placed = bits or (device.type != "cpu" and not sharded)
         settings |= {
-            # With a map each tensor goes from its file to its device; on the CPU what needs no cast stays in the file.
-            "device_map": section.device_map or ({"": device} if bits or device.type != "cpu" and not sharded else None),
+            # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
+            "device_map": section.device_map or ({"": device} if placed else None),
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }
@@ -259,6 +260,7 @@ def loading_peak(
         device: its type.
     """
     head, on_cpu = shapes.get_output_embeddings(), device == "cpu"
+    quantised = quantised and (section.load_in_4bit or section.load_in_8bit)
     linear = {id(layer.weight) for layer in shapes.modules() if type(layer) in LINEAR and layer is not head}
     embedded = {id(layer.weight) for layer in (shapes.get_input_embeddings(), head) if layer is not None}
     stays, passing, cast_on_host = 0, [0], [0]

@@ -1,5 +1,5 @@
-"""Merge an adapter into its unquantised base, and prove it: what is loaded back from disk must give the logits of base +
-adapter on real tokens, and its tokenizer the same ids.
+"""Merge an adapter into its unquantised base, and prove it: what is loaded back from disk must give the logits of base
+and adapter on real tokens, and its tokenizer the same ids.
 
 In half precision weights are rounded, those of the base too where it is stored in another dtype. That is told from an
 adapter that was lost by what is left of the adapter's own change of the logits, beside the base as it is rounded.
@@ -56,7 +56,7 @@ KEPT = 0.5
 """Of the adapter's change of the logits, what must be left in the merged model."""
 MEASURABLE = 1e-5
 """Share of the logits' size; of a smaller change what is left cannot be told."""
-TOKENS = 512
+TOKENS = 192
 """On which the logits are compared, at most: less than a training step takes."""
 SHARD = "5GB"
 """Most that a weight file holds, of a model that is not merged file by file."""
@@ -287,7 +287,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
         lines.append(f"from those of the quantised model that was trained they differ by {drift:.1e}")
     equal, tokens = result["likeliest_equal"], result["tokens_compared"]
     if equal is not None and equal < tokens:
-        lines.append(f"the likeliest next token is another one at {tokens - equal} of {tokens} tokens, by that rounding")
+        lines.append(
+            f"the likeliest next token is another one at {tokens - equal} of {tokens} tokens, by that rounding"
+        )
     return lines
 
 
@@ -298,8 +300,9 @@ def _require_equal(result: dict[str, Any]) -> None:
         raise StageError(f"the merged model is not base + adapter: {measured}; adapter kept")
     if kept is not None and not abs(kept - 1) < KEPT:
         raise StageError(
-            f"merging into {result['dtype']} loses the adapter: it moves the logits by {result['adapter_effect']:.2g} of "
-            f"their size, and {kept:.0%} of that is left; adapter kept. To do: `merge.dtype=float32`"
+            f"merging into {result['dtype']} loses the adapter: it moves the logits by "
+            f"{result['adapter_effect']:.2g} of their size, and {kept:.0%} of that is left; adapter kept. To do: "
+            "`merge.dtype=float32`"
         )
 
 

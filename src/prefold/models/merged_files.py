@@ -1,4 +1,4 @@
-"""The files of base + adapter, written tensor by tensor as they are computed: memory of a layer, whatever the model takes.
+"""The files of base + adapter, written tensor by tensor as they are computed: in the memory of a layer.
 
 The layers are merged by peft itself, each by itself: the model has shapes alone, and a layer that is due is given its
 weights. Files, names and bytes are those that transformers' `save_pretrained` writes for the merged model, its weights
@@ -144,10 +144,10 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Outermost modules that hold something trained, with their names in the base."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if not path.startswith(inside or "\0"):
-            if hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer"):
-                inside = (*inside, f"{path}.")
-                yield path, module
+        wraps = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
+        if wraps and not path.startswith(inside):
+            inside = (*inside, f"{path}.")
+            yield path, module
 
 
 @returning_allocations()
@@ -164,7 +164,7 @@ def write_merged(
     model = load_model(base, dtype=dtype, head_seed=head_seed, contents=False)
     if head_seed is not None:
         set_padding(model, pad_token)
-    model.save_pretrained(folder, state_dict={})
+    _save_settings(model, folder)
     parameters = model.num_parameters()
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
@@ -182,6 +182,15 @@ def write_merged(
             "weight_map": {key: name for name, keys in parts.items() for key in keys},
         }
         write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _save_settings(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes beside the weights; itself it would remove those that are there already."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        cast(Any, model).generation_config.save_pretrained(folder)
 
 
 def _write_files(folder: Path, parts: Mapping[str, Sequence[str]], tensors: MergedTensors) -> None:

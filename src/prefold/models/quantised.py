@@ -62,7 +62,6 @@ def quantised_bytes(weight: Tensor, section: Model) -> int:
 def quantise_in_pieces() -> None:
     """Have bitsandbytes quantise to 4 bits piece by piece on a CPU. Of itself it holds 20 bytes for each number of a
     matrix meanwhile, 1 GB for one of a 7B model, and takes three times as long for the same bits."""
-    import bitsandbytes  # makes the operator known
     from bitsandbytes.functional import get_4bit_type
 
     name = "bitsandbytes::quantize_4bit"

@@ -174,7 +174,7 @@ def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> 
     def widen(module: nn.Module, *arguments: Any) -> None:
         # What PEFT wraps is not always called, but its weights are used.
         for parameter in module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper)):
-            if parameter.dtype in (torch.float16, torch.bfloat16) or rounded and parameter.is_floating_point():
+            if parameter.dtype in (torch.float16, torch.bfloat16) or (rounded and parameter.is_floating_point()):
                 kept.append((module, parameter, parameter.data))
                 parameter.data = parameter.data.to(rounded or parameter.dtype).float()
 

@@ -17,7 +17,7 @@ from prefold.errors import StageError, UserError
 from prefold.models import merge
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model, tokenizer_of
-from prefold.models.merge import DEPTH, TOLERANCE, TOKENS, compared, merge_adapter, merge_dtype, remarks, tolerance_of
+from prefold.models.merge import DEPTH, TOKENS, TOLERANCE, compared, merge_adapter, merge_dtype, remarks, tolerance_of
 from prefold.models.merged_files import MergedTensors, write_merged
 from prefold.models.messages import quiet
 from prefold.recipe import Lora, Model, make_recipe
@@ -135,9 +135,9 @@ def test_a_merge_that_was_ended_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert 1 < len(done) < len(list((tmp_path / "base").glob("*.safetensors")))
     damaged, *kept = sorted(done)
     (aside / damaged).write_bytes(b"damaged")
-    before = {name: (aside / name).stat().st_ino for name in kept}
+    before = {name: (aside / name).stat().st_mtime_ns for name in kept}
     merged(section, tmp_path)
-    assert {name: (tmp_path / "merged" / name).stat().st_ino for name in kept} == before
+    assert {name: (tmp_path / "merged" / name).stat().st_mtime_ns for name in kept} == before
     resumed = contents(tmp_path / "merged")
     merged(section, tmp_path)
     assert contents(tmp_path / "merged") == resumed and not aside.exists()
@@ -198,7 +198,7 @@ def test_tokens_that_part_are_reported(tmp_path: Path) -> None:
     result = merged(trained(save_base(tmp_path / "base"), tmp_path / "adapter"), tmp_path)
     assert len(remarks(result)) == 1
     said = remarks({**result, "likeliest_equal": result["tokens_compared"] - 3})[-1]
-    assert f"another one at 3 of {sum(map(len, ROWS))} tokens" in said
+    assert f"another at 3 of {sum(map(len, ROWS))} tokens" in said
 
 
 def test_what_is_compared_is_bounded() -> None:

@@ -19,6 +19,7 @@ from prefold.models.adapters import load_policy
 from prefold.models.load import load_model, loading_peak, tokenizer_of
 from prefold.models.merge import merge_adapter
 from prefold.recipe import Lora, Model
+from prefold.trees.memory import arrange_allocations, free_memory
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["prefold.models.merge"])
@@ -93,14 +94,47 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_memory_and_kills(section: Model, tmp_path: Path) -> None:
+def test_memory_is_that_of_a_layer(section: Model, tmp_path: Path) -> None:
+    """And of a matrix of the proof, which computes in float32."""
     sizes = [file.stat().st_size for file in Path(section.name).glob("*.safetensors")]
     assert len(sizes) > 5 and sum(sizes) > 350e6
-    peak = merge(section, tmp_path / "straight")
+    peak = merge(section, tmp_path / "merged")
     assert 0 < peak < MATRIX + max(sizes) < 0.4 * sum(sizes)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(section: Model, tmp_path: Path) -> None:
+    merge(section, tmp_path / "straight")
     draw = random.Random(0)
     for _ in range(3):
-        merge(section, tmp_path / "killed", draw.uniform(0.05, 1.5))
+        merge(section, tmp_path / "killed", draw.uniform(0.5, 4))
+        print(sorted(file.name for file in (tmp_path / ".killed.unfinished").iterdir()))
     assert not (tmp_path / "killed").exists()
     merge(section, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+def load(section: Model, peak: Any) -> None:
+    arrange_allocations(kept=True)
+    blocks = [torch.ones(size * 2**18) for size in range(1, 30)]
+    del blocks[::2]  # holes of many sizes, as a stage before leaves them
+    load_model(section, quantised=True)  # what libraries allocate once
+    free_memory()
+    threading.Thread(target=watch, args=(peak,), daemon=True).start()
+    time.sleep(0.1)
+    load_model(section, quantised=True)
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"dtype": "float32"}, {}])
+def test_loading_takes_what_is_planned(section: Model, bits: dict[str, Any]) -> None:
+    """In a process that keeps what is freed, as one that trains on a CPU does."""
+    pytest.importorskip("bitsandbytes")
+    asked = Model(**{**section.model_dump(), **bits})
+    shapes = load_model(asked, contents=False)
+    planned = loading_peak(shapes, asked, torch.bfloat16, "cpu", quantised=True)
+    peak = CONTEXT.Value("q", 0)
+    process = CONTEXT.Process(target=load, args=(asked, peak))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and planned.device == 0
+    assert peak.value == pytest.approx(planned.host, rel=0.15, abs=12e6)
