@@ -4,9 +4,9 @@
     python -m benchmarks.planned dpo-1024 grpo   # those named
 
 Each setting is a run in a process of its own, which plans, trains and, where the setting says so, merges and evaluates
-in further processes. Memory is that of the process on a CPU (the largest resident set, interpreter and libraries
-included), and what torch has allocated on a GPU, which nobody has run yet. Prints a table and, as its last line, JSON;
-writes `results/planned-cpu.json` (`planned-cuda.json` on a GPU).
+in further processes. Memory is that of the process on a CPU (interpreter and libraries included, and neither here nor
+in the plan what is mapped from files), and what torch has allocated on a GPU, which nobody has run yet. Prints a table
+and, as its last line, JSON; writes `results/planned-cpu.json` (`planned-cuda.json` on a GPU).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.sides import Side, running
 from benchmarks.workloads import HELD_OUT, random_rows
 from prefold.models.fetch import fetch
 from prefold.plan import planner as planning
+from prefold.runs.limits import PHASES
 
 SHORT, LONG = (128, 96, 80), (700, 500, 450)
 """Words of a prompt and its two answers."""
@@ -164,12 +165,16 @@ def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
     peaks = {line["stage"]: line["peak_memory_mb"] * 2**20 for line in lines if "stage" in line}
     entries = []
     for stage in stages:
-        phases = [stage, *({"self-check", "rollouts"} & set(plan["memory"]) if stage == "train" else [])]
-        phase = max(phases, key=lambda one: plan["peaks"][one])
+        own = {
+            phase: sum(parts.values()) - parts["mapped"]
+            for phase, parts in plan["memory"].items()
+            if phase in PHASES[stage]
+        }
+        phase = max(own, key=own.__getitem__)
         entry = {
             "setting": setting.name,
             "phase": phase,
-            "planned_mb": round(plan["peaks"][phase] / 1e6),
+            "planned_mb": round(own[phase] / 1e6),
             "measured_mb": round(peaks[stage] / 1e6),
             "parts_mb": {part: round(size / 1e6) for part, size in plan["memory"][phase].items()},
         }

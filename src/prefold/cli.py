@@ -60,6 +60,15 @@ def _results_alone(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
+def _try_anyway(wanted: bool) -> bool:
+    if wanted:
+        os.environ["PREFOLD_ANYWAY"] = "1"
+    return wanted
+
+
+Anyway = Annotated[
+    bool, typer.Option("--anyway", help="Load models even where memory looks too small.", callback=_try_anyway)
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_results_alone)
 ]
@@ -136,7 +145,9 @@ def _name_of(argument: str) -> str:
 
 
 @app.command()
-def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
+def run(
+    recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1, anyway: Anyway = False
+) -> None:
     """Every stage in order: check, train, merge, evaluate, report, publish. Skips what is done."""
     _restart_in_processes(nproc, "run", recipe, overrides, fresh)
     from prefold.reports.run_table import summary
@@ -164,6 +175,7 @@ def check(
     ] = None,
     html: Html = None,
     as_json: AsJson = False,
+    anyway: Anyway = False,
 ) -> None:
     """What will be trained on, what is wrong with it, and what it will take."""
     if row is not None:
@@ -220,7 +232,9 @@ def data(
 
 
 @app.command()
-def train(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
+def train(
+    recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1, anyway: Anyway = False
+) -> None:
     """Check and train, and leave the adapter."""
     _restart_in_processes(nproc, "train", recipe, overrides, fresh)
     made = read(recipe, overrides)
@@ -242,14 +256,14 @@ def _restart_in_processes(number: int, command: str, recipe: str, overrides: lis
 
 
 @app.command()
-def merge(recipe: RecipeName, overrides: Overrides = None) -> None:
+def merge(recipe: RecipeName, overrides: Overrides = None, anyway: Anyway = False) -> None:
     """Merge the adapter into its unquantised base and prove it."""
     made = read(recipe, overrides)
     print(prefold.merge(made))
 
 
 @app.command()
-def evaluate(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def evaluate(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False, anyway: Anyway = False) -> None:
     """Compare the model before and after: held-out pairs or prompts, tasks, win rate, as the recipe says."""
     from prefold.reports.run_table import summary
 
@@ -272,6 +286,7 @@ def compare(
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     html: Html = None,
     as_json: AsJson = False,
+    anyway: Anyway = False,
 ) -> None:
     """Compare run folders and models with the first of them, question by question; one run folder with its base."""
     from prefold.reports.comparison import summary, write_comparison
@@ -299,6 +314,7 @@ def sweep(
         str | None, typer.Option(help="Folder of the runs. Unset: the recipe's `output_dir`, with `-sweep` behind it.")
     ] = None,
     as_json: AsJson = False,
+    anyway: Anyway = False,
 ) -> None:
     """A run for each combination of values, and one comparison: which is best, and how far to believe it."""
     from prefold.reports.sweep import summary
@@ -324,6 +340,7 @@ def publish(
         bool, typer.Option("--dry-run", help="List every file, its size and where it would go.")
     ] = False,
     as_json: AsJson = False,
+    anyway: Anyway = False,
 ) -> None:
     """Push the result to the Hub, or put it into a folder, as the section `publish` says."""
     from prefold.reports.run_table import print_published
@@ -341,6 +358,7 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="Prompts: one a line, or .jsonl with a field `prompt`.")] = None,
     *,
     as_json: AsJson = False,
+    anyway: Anyway = False,
     **settings: Any,
 ) -> None:
     """Answers to prompts, from arguments or a file."""
@@ -357,6 +375,7 @@ def chat(
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer with the base model of a run folder as well.")
     ] = False,
+    anyway: Anyway = False,
     **settings: Any,
 ) -> None:
     """Talk to a model in the terminal."""
@@ -371,6 +390,7 @@ def pairs(
     prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help=meaning_of(Pairs.model_fields["prompts"]))],
     *,
     as_json: AsJson = False,
+    anyway: Anyway = False,
     **settings: Any,
 ) -> None:
     """Preference pairs from a model's own answers to prompts, scored by rewards or a judge."""

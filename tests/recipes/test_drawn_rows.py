@@ -11,9 +11,9 @@ from run_files import lines
 
 import prefold
 from prefold.data.mixture import load_split
-from prefold.models.load import tokenizer_of
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import RecipeBase
-from prefold.runs.context import order_of
+from prefold.runs.opened import order_of
 from prefold.training.loop import TrainingLoop
 from prefold.trees import reference as references
 from prefold.trees.packing import TokenTree

@@ -28,8 +28,9 @@ from prefold.files import new_file, read_json, sha256_of, write_json, write_text
 from prefold.models.adapters import WEIGHTS, open_adapter
 from prefold.models.chat_format import grown, new_rows
 from prefold.models.fetch import INDEX, fetch, weight_files
-from prefold.models.load import load_model, load_tokenizer, tokenizer_of
+from prefold.models.load import load_model
 from prefold.models.score_head import set_padding
+from prefold.models.tokenizer import load_tokenizer, tokenizer_of
 from prefold.recipe import Model
 from prefold.terminal import progress_bar
 from prefold.trees.memory import returning_allocations

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from prefold.data.findings import Finding
+from prefold.memory import anyway, gigabytes
 
 Parts = dict[str, int]
 """Bytes by what they are taken for."""
@@ -80,7 +81,8 @@ class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
     device. `spread`: the weights go to several devices,
     of which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is
-    not in them."""
+    not in them. `host`: bytes of RAM that loading takes where the device has memory of its own. `in_16_bits`: float32
+    weights would not fit where models are evaluated, so each module is widened for its call."""
 
     optimizer_steps: int
     batch_size: int
@@ -101,6 +103,8 @@ class Plan:
     flops: float
     disk: Disk
     untimed: list[str]
+    in_16_bits: bool = False
+    host: int = 0
     change: Change | None = None
     seconds: dict[str, float] | None = None
 
@@ -135,23 +139,19 @@ class Plan:
         if not self.fits:
             phase = max(self.peaks, key=self.peaks.__getitem__)
             message = f"`{phase}` takes {gigabytes(self.peak)} of memory, {gigabytes(self.at_hand)} are at hand"
-            hopeless = self.weights > self.at_hand and not self.spread
+            hopeless = self.weights > self.at_hand and not self.spread and not anyway()
             if hopeless:
                 message = f"the weights alone take {gigabytes(self.weights)}, {gigabytes(self.at_hand)} are at hand"
-            findings.append(Finding("memory", "error" if hopeless else "warning", 1, (), message, self._advice()))
+            findings.append(Finding("memory", "error" if hopeless else "warning", 1, (), message, self.advice()))
         if self.disk.needed > self.disk.free:
             message = f"the run leaves {gigabytes(self.disk.needed)} on disk, {gigabytes(self.disk.free)} are free"
             advice = "make room, take another `output_dir`, or lower `train.save_total_limit`"
             findings.append(Finding("disk", "warning", 1, (), message, advice))
         return findings
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
         spread = f"{SPREAD}; " if self.spread else ""
         if self.change is None:
             return f"{spread}no field of the recipe changes that: take a smaller model, or a machine with more memory"
         what = "this fits" if self.change.fits else "this comes nearest"
         return f"{spread}{what}: {' '.join(self.change.overrides)}"
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

@@ -102,13 +102,15 @@ class Planner:
             spread=recipe.train.fsdp or recipe.model.device_map is not None,
             parameters=meta.sizes.parameters,
             trained=meta.sizes.trained,
-            weights=phases["train"]["weights"],
+            weights=phases["train"]["weights"] + phases["train"]["mapped"],
             memory=phases,
             tokens=self._computed(tokens),
             plain_tokens=tokens.plain,
             flops=flops,
             disk=self._disk(memory),
             untimed=[name for name in UNTIMED if getattr(recipe.evaluate, name)],
+            in_16_bits=memory.in_16_bits,
+            host=0 if memory.on_cpu else memory.loading.host,
         )
 
     @cached_property

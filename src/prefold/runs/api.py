@@ -21,9 +21,10 @@ from prefold.publishing.publish import require_section
 from prefold.recipe import RecipeBase, as_recipe
 from prefold.runs.context import Run
 from prefold.runs.folder import open_run_folder
+from prefold.runs.limits import require_memory
 from prefold.runs.stages import Stage, stages_of
 from prefold.terminal import say
-from prefold.training.record import record_stage
+from prefold.training.record import record_stage, restart_peaks
 from prefold.trees.memory import arrange_allocations, is_out_of_memory
 
 BY_COMMAND = {"check": "train", "compare": "evaluate", "judge": "evaluate"}
@@ -127,9 +128,11 @@ def _perform(stage: Stage, run: Run) -> None:
         return
     arrange_allocations(kept=not run.recipe.train.gradient_checkpointing)
     say(stage.name)
+    restart_peaks()
     started = time.perf_counter()
     try:
         with nullcontext() if stage.shared else ranks.alone():
+            ranks.from_first(partial(require_memory, run, stage.name))
             stage.perform(run)
     except Exception as error:
         if not is_out_of_memory(error):

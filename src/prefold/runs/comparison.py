@@ -15,9 +15,10 @@ from typing import Any
 from prefold.errors import UserError
 from prefold.evaluation.scores import TaskScores
 from prefold.evaluation.task_comparison import compare_tasks
-from prefold.evaluation.tasks import measure_model, open_tasks
+from prefold.evaluation.tasks import TOKENS, measure_model, open_tasks
 from prefold.files import read_json, without_home
 from prefold.generation.answers import model_named, run_recipe
+from prefold.generation.opening import fits_in_float32
 from prefold.models.fetch import is_hub_id
 from prefold.models.load import require_model
 from prefold.models.tokenizer import tokenizer_of
@@ -205,4 +206,8 @@ def _scores_of_runs(sides: Sequence[Side]) -> tuple[dict[str, list[TaskScores]],
 def _measured(sides: Sequence[Side], settings: Evaluate) -> dict[str, list[TaskScores]]:
     sections = {side.label: side.section for side in sides}
     tasks = open_tasks(settings, tokenizer_of(next(iter(sections.values()))))
-    return {label: measure_model(section, tasks, settings, label) for label, section in sections.items()}
+    in_16_bits = not fits_in_float32(list(sections.values()), TOKENS)
+    return {
+        label: measure_model(section, tasks, settings, label, in_16_bits=in_16_bits)
+        for label, section in sections.items()
+    }

@@ -14,14 +14,12 @@ from prefold.errors import UserError
 from prefold.evaluation.held_out_pairs import score_pairs
 from prefold.evaluation.separation import findings_of as separation_findings
 from prefold.evaluation.separation import separation
-from prefold.models.adapters import load_start
+from prefold.generation.opening import open_model
 from prefold.plan.plan import Plan
-from prefold.plan.planner import make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
 from prefold.runs import limits
 from prefold.runs.context import Run
-from prefold.runs.measuring import measuring_dtype
 from prefold.runs.opened import order_of, require_openable, require_usable, scorer_of, tasks_of
 from prefold.terminal import busy
 
@@ -40,13 +38,10 @@ def examined(run: Run, device_memory: int | None, measure: bool) -> tuple[list[F
     with busy("looking at the tasks"):
         tasks_of(run)
     require_ready(recipe)
-    prepared = run.prepared
     require_openable(run)
-    order = order_of(recipe, len(prepared.train))
-    findings = limits.examined(run, shapes, order)
-    train, held_out = prepared.train.lengths, prepared.held_out.lengths
+    findings = limits.examined(run, shapes, order_of(recipe, len(run.prepared.train)))
     with busy("planning" if not measure else "planning, and timing this machine"):
-        return findings, make_plan(recipe, train, held_out, order, device_memory, measure)
+        return findings, limits.plan_of(run, device_memory, measure)
 
 
 def require_others(run: Run) -> None:
@@ -61,6 +56,6 @@ def separated(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], list
         what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
         raise UserError(what, where=recipe.output_dir, advice="check without it")
     pairs = train.select(shuffled(len(train), recipe.train.seed)[:PAIRS_SCORED])
-    model = load_start(recipe.model, dtype=measuring_dtype())
+    model = open_model(recipe.model, "`check --reference`", measured=True)
     scores = score_pairs(scorer_of(recipe, model, pairs), pairs.trees, "pairs under the model")
     return separation(scores), separation_findings(scores, pairs.origins)

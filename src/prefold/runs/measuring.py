@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from typing import Any, ClassVar
 
@@ -31,10 +32,10 @@ from prefold.evaluation.held_out_pairs import (
 )
 from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
 from prefold.generation.engine import answer, sample
+from prefold.generation.opening import open_model
 from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
 from prefold.models.adapters import load_start
-from prefold.models.device import choose_device
 from prefold.models.load import load_model
 from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Model, RecipeBase
@@ -60,14 +61,14 @@ class Measuring(ABC):
     metric: ClassVar[str] = "accuracy"
     has_before: ClassVar[bool] = True
 
-    def __init__(self, run: Run, held_out: Examples):
-        self.recipe, self.held_out = run.recipe, held_out
+    def __init__(self, run: Run, held_out: Examples, in_16_bits: bool = False):
+        self.recipe, self.held_out, self.in_16_bits = run.recipe, held_out, in_16_bits
         self.prompts, self.given = evaluation_prompts(run.recipe, held_out)
 
     def measure(self, section: Model, when: str) -> tuple[Any, Answers]:
         """What held-out data say of a model, and its answers. The model is released afterwards."""
         recipe = self.recipe
-        model, tokenizer = load_start(section, dtype=measuring_dtype()), tokenizer_of(section)
+        model, tokenizer = self.open(section), tokenizer_of(section)
         result, template = self.score(model, tokenizer, when), recipe.data.template
         sampling = Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)
         answers = answer(model, tokenizer, self.prompts, sampling, f"answers {when}", None, template, self.given)
@@ -79,6 +80,9 @@ class Measuring(ABC):
     def keys(self) -> list[str]:
         """Of what is held out, equal for equal pairs or prompts in whatever run."""
         return [key.hex() for key in self.held_out.record_keys]
+
+    def open(self, section: Model, load: Callable[..., PreTrainedModel] = load_start) -> PreTrainedModel:
+        return open_model(section, "`evaluate`", measured=True, in_16_bits=self.in_16_bits, load=load)
 
     @abstractmethod
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> Any: ...
@@ -158,7 +162,7 @@ class PairsByHead(PairsByLogprobs):
     def measure(self, section: Model, when: str) -> tuple[PairScores | None, Answers]:
         if not self.held_out:
             return None, []
-        model = load_model(section, dtype=measuring_dtype(), head_seed=head_seed_of(self.recipe))
+        model = self.open(section, partial(load_model, head_seed=head_seed_of(self.recipe)))
         scores = self.pair_scores(model, "held-out pairs")
         del model
         free_memory()
@@ -176,11 +180,6 @@ MEASURING: dict[Kind, type[Measuring]] = {
     SAMPLED: PromptsByRewards,
     SCORING: PairsByHead,
 }
-
-
-def measuring_dtype() -> str | None:
-    """On a CPU float32 costs little and keeps rounding out of the comparison."""
-    return "float32" if choose_device().type == "cpu" else None
 
 
 def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> tuple[list[list[Message]], list[dict[str, Any]]]:

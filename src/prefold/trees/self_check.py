@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prefold.trees.attention import BACKENDS, Shape, candidates, unwrapped, using_attention
 from prefold.trees.head import head_obstacle, score_layer
@@ -207,8 +208,22 @@ def _attends_otherwise(model: nn.Module, row: PackedTrees, attention: str, sures
 def in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> Iterator[None]:
     """While open, every module with half-precision weights computes in float32, its weights cast for the call alone;
     4-bit layers unpack theirs to float32. With `rounded`, as if the weights were kept in that dtype."""
-    kept: list[tuple[nn.Module, nn.Parameter, Tensor]] = []
     packed: dict[Any, Any] = {each: each.compute_dtype for each in model.modules() if hasattr(each, "compute_dtype")}
+    handles = compute_in_float32(model, rounded)
+    for module in packed:
+        module.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, dtype in packed.items():
+            module.compute_dtype = dtype
+
+
+def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> list[RemovableHandle]:
+    """The same from now on."""
+    kept: list[tuple[nn.Module, nn.Parameter, Tensor]] = []
 
     def widen(module: nn.Module, *arguments: Any) -> None:
         # What PEFT wraps is not always called, but its weights are used.
@@ -224,13 +239,4 @@ def in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> Iterator
             parameter.data = data
 
     handles = [module.register_forward_pre_hook(widen) for module in model.modules()]
-    handles += [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]
-    for module in packed:
-        module.compute_dtype = torch.float32
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, dtype in packed.items():
-            module.compute_dtype = dtype
+    return handles + [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]

@@ -16,8 +16,9 @@ from base_model import base_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefold.models.adapters import load_policy
-from prefold.models.load import load_model, loading_peak, tokenizer_of
+from prefold.models.load import load_model, loading_peak
 from prefold.models.merge import merge_adapter
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Lora, Model
 from prefold.trees.memory import arrange_allocations, free_memory
 
