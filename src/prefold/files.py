@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,30 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+LARGE = 2**24
+"""Bytes of a file whose digest is worth keeping."""
+RECENT = 2 * 10**9
+"""Nanoseconds in which a file may be written twice and have the same times."""
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes. That of a large file is kept in the cache for as long as its size and times, as the
+    file system has them, stay what they are. Raises OSError: it cannot be read."""
+    facts = path.stat()
+    changed = max(facts.st_mtime_ns, facts.st_ctime_ns)
+    state = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
+    kept = cache_folder() / "digests" / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if facts.st_size >= LARGE:
+        with suppress(OSError):
+            return kept.read_text()
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if facts.st_size >= LARGE and time.time_ns() - changed > RECENT:
+        with suppress(OSError):  # a cache that cannot be written to costs time alone
+            write_text(kept, digest)
+    return digest
 
 
 def write_text(path: Path, text: str) -> None:

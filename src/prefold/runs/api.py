@@ -24,6 +24,7 @@ from prefold.publishing.publish import require_section
 from prefold.recipe import RecipeBase, load_recipe
 from prefold.runs.check import CheckReport, examine
 from prefold.runs.context import Run
+from prefold.runs.fingerprints import record_failure, record_inputs, say_changes
 from prefold.runs.folder import open_run_folder
 from prefold.runs.stages import Stage, stages_of
 from prefold.terminal import say
@@ -130,6 +131,7 @@ def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, d
     recipe = _recipe(recipe, overrides)
     section = require_section(recipe)
     if dry_run:
+        say_changes(recipe, recipe.run_folder)
         return publishing.planned(recipe.run_folder, section)
     return dict(read_json(_redo("publish", Run(recipe)) / "publish.json"))
 
@@ -157,7 +159,7 @@ def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> P
 
 def _redo(name: str, run: Run) -> Path:
     """One stage, whether it was done or not; a report is of what there is."""
-    with open_run_folder(run.recipe, alone=name != "report") as folder:
+    with open_run_folder(run.recipe, alone=name != "report", only=name) as folder:
         for stage in stages_of(run.recipe):
             if stage.name == name:
                 _perform(stage, run)
@@ -176,11 +178,17 @@ def _perform(stage: Stage, run: Run) -> None:
     arrange_allocations(kept=not run.recipe.train.gradient_checkpointing)
     say(stage.name)
     started = time.perf_counter()
+    if ranks.is_first():
+        record_inputs(run.folder, run.recipe, stage.name)
     try:
         with nullcontext() if stage.shared else ranks.alone():
             stage.perform(run)
     except Exception as error:
+        if ranks.is_first() and stage.name == "train" and isinstance(error, UserError):
+            record_failure(run.folder, run.recipe, error)
         if not is_out_of_memory(error):
             raise
         raise StageError(f"out of memory: the model itself does not fit ({str(error).splitlines()[0]})") from None
+    if ranks.is_first():
+        record_inputs(run.folder, run.recipe, stage.name, ended=True)
     record_stage(run.folder, stage.name, time.perf_counter() - started)

@@ -140,4 +140,4 @@ def check(run: Run) -> None:
     for line in in_two_lines(report.plan.as_json()):
         say(f"  {line}")
     write_json(run.folder / "environment.json", environment())
-    write_json(run.folder / "data.json", {**report.as_json(), **run.as_read(report.prepared)})
+    write_json(run.folder / "data.json", report.as_json())

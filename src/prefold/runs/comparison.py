@@ -22,6 +22,7 @@ from prefold.models.load import require_model, tokenizer_of
 from prefold.recipe import Evaluate, Model, RecipeBase
 from prefold.reports.run_files import read_run
 from prefold.reports.verdict import overall
+from prefold.runs.fingerprints import say_changes
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def _sides(names: Sequence[str]) -> list[Side]:
 def _side(name: str) -> Side:
     """Raises UserError for a run that trains a reward model: that answers nothing."""
     side = Side(name, without_home(name), run_recipe(name))
+    if side.run is not None:
+        say_changes(side.run, side.folder)
     if side.run is not None and side.run.algorithm.kind.scores:
         what = "this run trains a model that scores answers and gives none, so there is nothing to compare"
         advice = "its report says how well it tells held-out pairs apart; it can judge others (`evaluate.win_rate`)"

@@ -1,48 +1,59 @@
-"""The folder of a run: opened by one process at a time, with its log, for the recipe that it was begun with."""
+"""The folder of a run: opened by one process at a time, with its log, for the recipe that it was begun with and for what
+that reads. What has changed of either is said, and the stages that depend on it are done again; but training that has
+begun is not begun anew unless it is asked for."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prefold.errors import UserError
+from prefold.errors import Explained, UserError
 from prefold.files import locked, remove, remove_left_over, require_writable, write_text
-from prefold.recipe import RecipeBase, as_dict, dump_recipe
+from prefold.recipe import RecipeBase, as_dict
+from prefold.recipe.paths import INPUTS, start_of_paths, with_paths_from
+from prefold.runs.fingerprints import SHOWN, Change, changes, record_start, say_changes
 from prefold.runs.stages import Stage, stages_of
+from prefold.terminal import say
+from prefold.training.checkpoints import step_of
 
 # The recipe last: without it a folder is not known for a run's any more.
 RECORDS = (
     *("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json", "gguf", "publish.json"),
-    *("timing.jsonl", "run.log", "trained", "adapter", "recipe.yaml"),
+    *("timing.jsonl", "run.log", "trained", "adapter", INPUTS, "recipe.yaml"),
 )
 """What `--fresh` removes beside the outputs of the stages."""
 
 
 @contextmanager
-def open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True) -> Iterator[Path]:
+def open_run_folder(
+    recipe: RecipeBase, fresh: bool = False, alone: bool = True, only: str | None = None
+) -> Iterator[Path]:
     """The run folder, ready for this recipe; the log goes to its `run.log` meanwhile.
 
     Args:
         fresh: remove what an earlier run left in it.
         alone: what is done in it cannot be done beside another process: two would write the same lines.
+        only: the stage that is performed by itself. A report is of the run as it is, and changes nothing else.
 
     Raises:
         UserError: it cannot be written to, another process is at work in it, or it holds something else. A recipe that
             is refused leaves no folder that was not there.
     """
     folder = recipe.run_folder
+    if only == "report" and not (folder / "recipe.yaml").is_file():
+        raise UserError("there is no run in this folder", where=recipe.output_dir, advice="`prefold run` makes it")
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     before = set(folder.iterdir()) if folder.is_dir() else set()
     require_writable(folder)
     try:
-        with _opened(recipe, folder, fresh, alone):
+        with _opened(recipe, folder, fresh, alone, only):
             yield folder
-    except UserError:
+    except Explained:
         if folder / "recipe.yaml" not in before and not (folder / "data.json").exists():
             # Refused at its first stage: nothing of it is to be left.
             for path in set(folder.iterdir()) - before:
@@ -54,61 +65,130 @@ def open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True)
 
 
 @contextmanager
-def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool) -> Iterator[None]:
+def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool, only: str | None) -> Iterator[None]:
     with locked(folder, recipe.output_dir) if alone else nullcontext():
-        _make_ready(recipe, folder, fresh)
+        remove_left_over(folder)
+        if any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+            what = "is neither empty nor a run folder"
+            raise UserError(what, where=recipe.output_dir, advice="choose another `output_dir`")
+        logger = logging.getLogger("prefold")
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk has a message of its own
-        logger = logging.getLogger("prefold")
         logger.addHandler(handler)
         try:
+            if only == "report":
+                _say_of_what_it_is(recipe, folder)
+            else:
+                _make_ready(recipe, folder, fresh, only)
             yield
         finally:
             logger.removeHandler(handler)
             handler.close()
 
 
-def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool) -> None:
-    remove_left_over(folder)
-    if any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
-        what = "is neither empty nor a run folder"
-        raise UserError(what, where=recipe.output_dir, advice="choose another `output_dir`")
-    if fresh:
-        for stage in stages_of(recipe):
-            stage.remove_outputs(folder)
-        for name in RECORDS:
-            remove(folder / name)
-    for stage in outdated_stages(recipe, folder):
+def _say_of_what_it_is(recipe: RecipeBase, folder: Path) -> None:
+    for difference in _differences(recipe, folder).values():
+        say(f"  {difference}; the report is of the run as it was")
+    say_changes(recipe, folder)
+
+
+def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None) -> None:
+    """Remove what is outdated, and write down the recipe."""
+    stages = stages_of(recipe)
+    for stage in stages if fresh else ():
         stage.remove_outputs(folder)
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    for name in RECORDS if fresh else ():
+        remove(folder / name)
+    changed = changes(recipe, folder)
+    if only == "publish":  # what goes out is what was made
+        say_changes(recipe, folder)
+        changed = []
+    outdated, reasons = _outdated(recipe, folder, changed)
+    again = [stage for stage in outdated if any((folder / output).exists() for output in stage.outputs)]
+    if only and (earlier := [stage.name for stage in stages[: _index(stages, only)] if stage in again]):
+        what = f"`{only}` needs what `{earlier[0]}` leaves, and that is to be done again:{_listed(reasons)}"
+        raise UserError(what, where=recipe.output_dir, advice="`prefold run` does so")
+    if again:
+        say(f"done again: {', '.join(stage.name for stage in again)}, since{_listed(reasons)}")
+    for stage in outdated:
+        stage.remove_outputs(folder)
+    for change in changed:
+        if change.is_gone:
+            say(f"  {change.text}; what was made of it is kept")
+        elif change.has_failed:
+            say(f"  {change.text} since it failed, and the run goes on with it as it is now")
+    _write_recipe(recipe, folder)
 
 
 def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
-    """The stages whose outputs in a run folder a changed recipe would make differently. Raises UserError: training has
-    begun with other settings."""
-    if not (folder / "recipe.yaml").is_file():
-        return []
-    old = _by_dotted_path(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    new = _by_dotted_path(as_dict(recipe))
-    changed = sorted(
-        name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name != "output_dir"
-    )
-    # Who judges, or is asked beside them, is no part of the evaluation of the run's own models.
-    apart = ("evaluate.compare_with", "evaluate.win_rate")
-    sections = {name.split(".")[1 if name.startswith(apart) else 0] for name in changed}
+    """The stages whose outputs in a run folder would come out differently: by the recipe, or by what it names. Raises
+    UserError: training has begun with others."""
+    return _outdated(recipe, folder, changes(recipe, folder))[0]
+
+
+def _outdated(recipe: RecipeBase, folder: Path, changed: Sequence[Change]) -> tuple[list[Stage], list[str]]:
+    """These stages, and why, in words."""
+    different = _differences(recipe, folder)
     outdated: list[Stage] = []
+    settings: list[str] = []
+    inputs: list[str] = []
     for stage in stages_of(recipe):
-        if not (outdated or sections.intersection(stage.sections)):
+        is_done, at = stage.is_done(folder), max(map(step_of, (folder / "checkpoints").glob("checkpoint-*")), default=0)
+        settings += [text for name, text in different.items() if _section(name) in stage.sections]
+        of_stage = [change for change in changed if change.stage == stage.name and not change.is_gone]
+        inputs += [change.text for change in of_stage if is_done or not change.has_failed]
+        if not (settings or inputs):
             continue
         outdated.append(stage)
-        has_checkpoints = any((folder / "checkpoints").glob("checkpoint-*"))
-        if stage.name == "train" and (stage.is_done(folder) or has_checkpoints):
-            shown = "; ".join(f"`{name}` was {old.get(name)!r}, is {new.get(name)!r}" for name in changed[:5])
-            what = f"holds a run that was trained with other settings: {shown}"
+        if stage.name == "train" and (is_done or at):
             advice = "take another `output_dir`, or `--fresh` to remove that run and start over"
+            if settings:
+                what = f"holds a run that was trained with other settings: {'; '.join(settings[:SHOWN])}"
+            else:
+                when = "it was trained" if is_done else f"this run began, which is at step {at}"
+                what, advice = f"has changed since {when}:{_listed(inputs)}", f"restore it, {advice}"
             raise UserError(what, where=recipe.output_dir, advice=advice)
-    return outdated
+    return outdated, [*settings, *inputs]
+
+
+def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:
+    """The fields of the recipe that are not as the run folder has them, in words; paths that lead to the same are."""
+    if not (folder / "recipe.yaml").is_file():
+        return {}
+    was: Any = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    now, start = as_dict(recipe), start_of_paths(folder)
+    old, new = _by_dotted_path(was), _by_dotted_path(now)
+    led, leads = _by_dotted_path(with_paths_from(start, was)), _by_dotted_path(with_paths_from(Path.cwd(), now))
+    names = [name for name in sorted(old.keys() | new.keys()) if name != "output_dir"]
+    return {
+        name: f"`{name}` was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in names
+        if old.get(name) != new.get(name) and led.get(name) != leads.get(name)
+    }
+
+
+def _section(field: str) -> str:
+    # Who judges, or is asked beside them, is no part of the evaluation of the run's own models.
+    apart = ("evaluate.compare_with", "evaluate.win_rate")
+    return field.split(".")[1 if field.startswith(apart) else 0]
+
+
+def _listed(reasons: Sequence[str]) -> str:
+    more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+    return "".join(f"\n  {reason}" for reason in [*reasons[:SHOWN], *more])
+
+
+def _index(stages: Sequence[Stage], name: str) -> int:
+    return [stage.name for stage in stages].index(name)
+
+
+def _write_recipe(recipe: RecipeBase, folder: Path) -> None:
+    """With absolute paths where the run's relative ones begin elsewhere than here."""
+    values = as_dict(recipe)
+    if record_start(folder) != Path.cwd():
+        values = with_paths_from(Path.cwd(), values)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _by_dotted_path(values: Any, path: str = "") -> dict[str, Any]:

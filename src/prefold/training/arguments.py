@@ -15,7 +15,7 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
     dtype = choose_dtype(recipe.model.dtype, device)
     arguments = TrainingArguments(
         output_dir=str(recipe.run_folder / "checkpoints"),
-        run_name=settings.run_name or recipe.run_folder.name,
+        run_name=settings.run_name or recipe.run_folder.resolve().name,
         report_to="none",  # see `open_trackers`
         use_cpu=device.type == "cpu",
         bf16=dtype == torch.bfloat16,
