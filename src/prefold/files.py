@@ -150,15 +150,18 @@ def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, advice: str = "") -> None:
     """Create `folder` and prove that a file can be written in it. Raises UserError: that is not so."""
+    advice = advice or "choose another one, e.g. `output_dir=runs/mine`, or change its permissions"
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        what = "is a file, not a folder" if folder.exists() else "is a link that leads nowhere"
+        raise UserError(what, where=str(folder), advice=advice)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        advice = "choose another one, e.g. `output_dir=runs/mine`, or change its permissions"
         what = f"cannot write to the folder ({error.strerror})"
         raise UserError(what, where=str(folder), advice=advice) from None
 

@@ -11,7 +11,8 @@ from typing import Any
 from prefold.files import without_home
 
 INPUTS = "inputs.json"
-"""In a run folder: `paths_from`, the folder that the recipe's relative paths begin in, and what the stages `read`."""
+"""In a run folder: `paths_from`, the folder that the recipe's relative paths begin in, and the way `to_it` from the run
+folder; what the stages have `read`; which rewards `failed`."""
 PATHS = {
     *("model.name", "model.adapter", "model.chat_template"),
     *("data.train.path", "data.eval.path", "data.decontaminate.path", "rewards.file", "rewards.model"),
@@ -30,12 +31,13 @@ def run_folder(name: str) -> Path | None:
 
 
 def start_of_paths(folder: Path) -> Path:
-    """Where the relative paths in the recipe of a run folder begin: where they did when the run began, as long as that
-    folder is there; else here."""
+    """Where the relative paths in the recipe of a run folder begin: where they did when the run began; if that is gone,
+    where it would be had it moved together with the run; else here."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        start = Path(json.loads((folder / INPUTS).read_text(encoding="utf-8"))["paths_from"]).expanduser()
-        if start.is_dir():
-            return start
+        record = json.loads((folder / INPUTS).read_text(encoding="utf-8"))
+        for start in (Path(record["paths_from"]).expanduser(), folder.resolve() / record["to_it"]):
+            if start.is_dir():
+                return start.resolve()
     return Path.cwd()
 
 

@@ -22,7 +22,7 @@ from prefold.plan.machine import bytes_of
 from prefold.publishing import publish as publishing
 from prefold.publishing.publish import require_section
 from prefold.recipe import RecipeBase, load_recipe
-from prefold.runs.check import CheckReport, examine
+from prefold.runs.check import CheckReport, examine, require_usable
 from prefold.runs.context import Run
 from prefold.runs.fingerprints import record_failure, record_inputs, say_changes
 from prefold.runs.folder import open_run_folder
@@ -146,6 +146,9 @@ def _recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> Recipe
 
 def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> Path:
     """The stages that are not done, up to the one named; returns the run folder."""
+    if fresh and ranks.is_first() and (run.folder / "recipe.yaml").is_file():
+        with ranks.alone():
+            require_usable(run)  # before the run that is there is removed
     with open_run_folder(run.recipe, fresh) if ranks.is_first() else nullcontext(run.folder) as folder:
         for stage in stages_of(run.recipe):
             if ranks.from_first(partial(stage.is_done, folder)):
@@ -184,7 +187,7 @@ def _perform(stage: Stage, run: Run) -> None:
         with nullcontext() if stage.shared else ranks.alone():
             stage.perform(run)
     except Exception as error:
-        if ranks.is_first() and stage.name == "train" and isinstance(error, UserError):
+        if ranks.is_first() and isinstance(error, UserError):
             record_failure(run.folder, run.recipe, error)
         if not is_out_of_memory(error):
             raise

@@ -167,11 +167,17 @@ def _separation(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], li
     return separation(scores), separation_findings(scores, pairs.origins)
 
 
-def check(run: Run) -> None:
+def require_usable(run: Run, measure: bool | None = False) -> CheckReport:
+    """What the run would be, if it can be one, its base model fetched. `measure`, and errors: see `examine`."""
     run.require_usable()  # as far as it can be known before weights are downloaded
     fetch(run.recipe.model.name, run.recipe.model.revision)
-    report = examine(run, measure=None)
+    report = examine(run, measure=measure)
     report.require_ok("this", "`prefold check` shows it all")
+    return report
+
+
+def check(run: Run) -> None:
+    report = require_usable(run, measure=None)
     for finding in report.prepared.report.findings:
         if finding.severity == "warning":
             say(f"  warning: {finding.message}")

@@ -51,7 +51,7 @@ class Change:
     text: str
     is_gone: bool
     has_failed: bool
-    """Training stopped because of it."""
+    """A stage stopped because of it."""
 
 
 def inputs_of(recipe: RecipeBase, start: Path | None = None) -> dict[str, dict[str, Input]]:
@@ -134,16 +134,19 @@ def _reward(reward: RewardBase | EndpointJudge) -> Input:
 
 
 def record_inputs(folder: Path, recipe: RecipeBase, stage: str, ended: bool = False) -> None:
-    """Write down what a stage reads, as it begins; once it has `ended`, what it had to fetch first as well."""
-    record = _record(folder)
-    known = {field: read.files for field, read in inputs_of(recipe).get(stage, {}).items() if read.files}
-    known |= record["read"].get(stage, {}) if ended else {}
-    if record["read"].get(stage, {}) != known:
-        write_json(folder / INPUTS, {**record, "read": {**record["read"], stage: known}, "failed": []})
+    """Write down what a stage reads, as it begins; once it has `ended`, what it had to fetch first as well. A reward
+    that has been mended is what the run goes on with."""
+    record, inputs = _record(folder), inputs_of(recipe)
+    known = {field: read.files for field, read in inputs.get(stage, {}).items() if read.files}
+    read = {**record["read"], stage: {**known, **(record["read"].get(stage, {}) if ended else {})}}
+    if not ended and record["failed"]:
+        read["train"] = {**read["train"], **{field: inputs["train"][field].files for field in record["failed"]}}
+        record["failed"] = []
+    write_json(folder / INPUTS, {**record, "read": read})
 
 
 def record_failure(folder: Path, recipe: RecipeBase, error: UserError) -> None:
-    """Write down which reward file an error of training names: that one may be mended."""
+    """Write down which reward file the error of a stage names: that one may be mended."""
     failed = [
         f"rewards.{index}"
         for index, reward in enumerate(recipe.rewards)
@@ -155,9 +158,11 @@ def record_failure(folder: Path, recipe: RecipeBase, error: UserError) -> None:
 
 def record_start(folder: Path) -> Path:
     """Write down where the relative paths of the run begin, and return it."""
-    record, start = _record(folder), start_of_paths(folder)
-    if not (folder / INPUTS).is_file() or record["paths_from"] != without_home(str(start)):
-        write_json(folder / INPUTS, {**record, "paths_from": without_home(str(start))})
+    start = start_of_paths(folder)
+    where = {"paths_from": without_home(str(start)), "to_it": os.path.relpath(start, folder.resolve())}
+    record = _record(folder)
+    if record != {**record, **where}:
+        write_json(folder / INPUTS, {**record, **where})
     return start
 
 
@@ -165,7 +170,7 @@ def _record(folder: Path) -> dict[str, Any]:
     before = {}
     with suppress(OSError, ValueError):
         before = read_json(folder / INPUTS)
-    return {"paths_from": "", "read": {}, "failed": [], **before}
+    return {"paths_from": "", "to_it": "", "read": {}, "failed": [], **before}
 
 
 # ---- what has changed -------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def changes(recipe: RecipeBase, folder: Path) -> list[Change]:
     for stage, inputs in inputs_of(recipe, start_of_paths(folder)).items():
         for field, now in inputs.items():
             was = record["read"].get(stage, {}).get(field)
-            if not was or now.files is None or was == now.files:
+            if not was or was == now.files or (now.files is None and COMMIT in was):
                 continue
             is_gone = not now.files
             text = f"{now.name} is not there any more" if is_gone else _in_words(field, was, now, recipe, folder)
@@ -189,6 +194,8 @@ def _in_words(field: str, was: Mapping[str, str], now: Input, recipe: RecipeBase
     files = now.files or {}
     if COMMIT in was and COMMIT in files:
         return f"{now.name}: commit {was[COMMIT][:7]} when this run read it, {files[COMMIT][:7]} now"
+    if COMMIT in was or COMMIT in files:
+        return f"{now.name} is another model than the one that this run read"
     if len(was) == len(files) == 1 and (rows := _rows_in_words(field, recipe, folder)):
         return f"{now.name}{rows}"
     by_fate = {
@@ -228,8 +235,8 @@ def require_unchanged(recipe: RecipeBase, folder: Path) -> None:
     say, which has been fetched anew."""
     texts = [change.text for change in changes(recipe, folder) if change.stage == "check" and not change.is_gone]
     if texts:
-        what = "\n  ".join(["has changed since this run began:", *texts[:SHOWN]])
-        advice = "restore it, take another `output_dir`, or `--fresh` to remove that run and start over"
+        what = "\n  ".join(["holds a run whose inputs have changed since it began:", *texts[:SHOWN]])
+        advice = "restore them, take another `output_dir`, or `--fresh` to remove that run and start over"
         raise UserError(what, where=recipe.output_dir, advice=advice)
 
 
@@ -247,8 +254,10 @@ def require_same_tokens(began: Mapping[str, Any], prepared: Prepared, where: str
 
 def say_changes(recipe: RecipeBase, folder: Path) -> None:
     """What is shown of a run is of what it has read, whatever that is by now."""
-    for change in changes(recipe, folder)[:SHOWN]:
-        say(f"  {change.text}; what is shown is of what it was")
+    if changed := changes(recipe, folder):
+        say(f"{without_home(str(folder))}: made of inputs that are no longer what they were")
+    for change in changed[:SHOWN]:
+        say(f"  {change.text}")
 
 
 def say_changes_of(name: str) -> None:

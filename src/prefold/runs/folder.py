@@ -5,8 +5,9 @@ begun is not begun anew unless it is asked for."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from prefold.recipe.paths import INPUTS, start_of_paths, with_paths_from
 from prefold.runs.fingerprints import SHOWN, Change, changes, record_start, say_changes
 from prefold.runs.stages import Stage, stages_of
 from prefold.terminal import say
-from prefold.training.checkpoints import step_of
+from prefold.training.checkpoints import checkpoints_in, step_of
 
 # The recipe last: without it a folder is not known for a run's any more.
 RECORDS = (
@@ -49,7 +50,7 @@ def open_run_folder(
         raise UserError("there is no run in this folder", where=recipe.output_dir, advice="`prefold run` makes it")
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     before = set(folder.iterdir()) if folder.is_dir() else set()
-    require_writable(folder)
+    require_writable(folder, "change its permissions, or name a copy of it" if folder / "recipe.yaml" in before else "")
     try:
         with _opened(recipe, folder, fresh, alone, only):
             yield folder
@@ -71,16 +72,16 @@ def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool, only: st
         if any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
             what = "is neither empty nor a run folder"
             raise UserError(what, where=recipe.output_dir, advice="choose another `output_dir`")
+        if only == "report":
+            _say_of_what_it_is(recipe, folder)
+        else:
+            _make_ready(recipe, folder, fresh, only)
         logger = logging.getLogger("prefold")
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk has a message of its own
         logger.addHandler(handler)
         try:
-            if only == "report":
-                _say_of_what_it_is(recipe, folder)
-            else:
-                _make_ready(recipe, folder, fresh, only)
             yield
         finally:
             logger.removeHandler(handler)
@@ -104,52 +105,62 @@ def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None)
     if only == "publish":  # what goes out is what was made
         say_changes(recipe, folder)
         changed = []
-    outdated, reasons = _outdated(recipe, folder, changed)
-    again = [stage for stage in outdated if any((folder / output).exists() for output in stage.outputs)]
-    if only and (earlier := [stage.name for stage in stages[: _index(stages, only)] if stage in again]):
-        what = f"`{only}` needs what `{earlier[0]}` leaves, and that is to be done again:{_listed(reasons)}"
-        raise UserError(what, where=recipe.output_dir, advice="`prefold run` does so")
-    if again:
-        say(f"done again: {', '.join(stage.name for stage in again)}, since{_listed(reasons)}")
+    outdated = _outdated(recipe, folder, changed)
+    again = {stage.name: why for stage, why in outdated.items() if any((folder / it).exists() for it in stage.outputs)}
+    before = list(takewhile(lambda name: name != only, (stage.name for stage in stages))) if only else []
+    if earlier := next((name for name in before if name in again), None):
+        what = f"`{only}` needs what `{earlier}` leaves, and that is out of date:{_listed(again[earlier])}"
+        raise UserError(what, where=recipe.output_dir, advice="`prefold run` does it again")
+    if names := [name for name in again if name != only]:
+        say("\n  ".join([f"out of date: {', '.join(names)}", *again[names[-1]][:SHOWN]]))
     for stage in outdated:
         stage.remove_outputs(folder)
     for change in changed:
         if change.is_gone:
             say(f"  {change.text}; what was made of it is kept")
         elif change.has_failed:
-            say(f"  {change.text} since it failed, and the run goes on with it as it is now")
+            say(f"  {change.text}; that reward failed, and the run goes on with it as it is now")
     _write_recipe(recipe, folder)
 
 
 def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
     """The stages whose outputs in a run folder would come out differently: by the recipe, or by what it names. Raises
     UserError: training has begun with others."""
-    return _outdated(recipe, folder, changes(recipe, folder))[0]
+    return list(_outdated(recipe, folder, changes(recipe, folder)))
 
 
-def _outdated(recipe: RecipeBase, folder: Path, changed: Sequence[Change]) -> tuple[list[Stage], list[str]]:
-    """These stages, and why, in words."""
+def _outdated(recipe: RecipeBase, folder: Path, changed: Sequence[Change]) -> dict[Stage, list[str]]:
+    """These stages, each with all that it depends on and that has changed, in words."""
     different = _differences(recipe, folder)
-    outdated: list[Stage] = []
+    outdated: dict[Stage, list[str]] = {}
     settings: list[str] = []
-    inputs: list[str] = []
+    of_inputs: list[str] = []
     for stage in stages_of(recipe):
-        is_done, at = stage.is_done(folder), max(map(step_of, (folder / "checkpoints").glob("checkpoint-*")), default=0)
-        settings += [text for name, text in different.items() if _section(name) in stage.sections]
-        of_stage = [change for change in changed if change.stage == stage.name and not change.is_gone]
-        inputs += [change.text for change in of_stage if is_done or not change.has_failed]
-        if not (settings or inputs):
+        read = [change for change in changed if change.stage == stage.name]
+        of_inputs += [change.text for change in read if not (change.is_gone or change.has_failed)]
+        settings += [text for field, text in different.items() if _section(field) in stage.sections]
+        if not (settings or of_inputs):
             continue
-        outdated.append(stage)
-        if stage.name == "train" and (is_done or at):
-            advice = "take another `output_dir`, or `--fresh` to remove that run and start over"
-            if settings:
-                what = f"holds a run that was trained with other settings: {'; '.join(settings[:SHOWN])}"
-            else:
-                when = "it was trained" if is_done else f"this run began, which is at step {at}"
-                what, advice = f"has changed since {when}:{_listed(inputs)}", f"restore it, {advice}"
-            raise UserError(what, where=recipe.output_dir, advice=advice)
-    return outdated, [*settings, *inputs]
+        outdated[stage] = settings + of_inputs
+        if stage.name == "train":
+            _require_untrained(recipe, folder, stage, settings, of_inputs)
+    return outdated
+
+
+def _require_untrained(
+    recipe: RecipeBase, folder: Path, train: Stage, settings: Sequence[str], of_inputs: Sequence[str]
+) -> None:
+    is_done, at = train.is_done(folder), max(map(step_of, checkpoints_in(folder / "checkpoints")), default=0)
+    if not (is_done or at):
+        return
+    advice = "take another `output_dir`, or `--fresh` to remove that run and start over"
+    if settings:
+        what = f"holds a run that was trained with other settings:{_listed(settings)}"
+    else:
+        when = "it was trained" if is_done else f"it began; it is at step {at}"
+        what = f"holds a run whose inputs have changed since {when}:{_listed(of_inputs)}"
+        advice = f"restore them, {advice}"
+    raise UserError(what, where=recipe.output_dir, advice=advice)
 
 
 def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:
@@ -160,12 +171,19 @@ def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:
     now, start = as_dict(recipe), start_of_paths(folder)
     old, new = _by_dotted_path(was), _by_dotted_path(now)
     led, leads = _by_dotted_path(with_paths_from(start, was)), _by_dotted_path(with_paths_from(Path.cwd(), now))
-    names = [name for name in sorted(old.keys() | new.keys()) if name != "output_dir"]
+    # Of a section or source that is only in one of them, what is set.
+    names = [
+        name for name in old.keys() | new.keys() if (name in old and name in new) or old.get(name) or new.get(name)
+    ]
     return {
-        name: f"`{name}` was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in names
-        if old.get(name) != new.get(name) and led.get(name) != leads.get(name)
+        name: f"`{name}` was {_shown(name, old)}, is {_shown(name, new)}"
+        for name in sorted(names, key=lambda name: (name != "method", name))
+        if old.get(name) != new.get(name) and led.get(name) != leads.get(name) and name != "output_dir"
     }
+
+
+def _shown(name: str, values: Mapping[str, Any]) -> str:
+    return repr(values[name]) if name in values else "not there"
 
 
 def _section(field: str) -> str:
@@ -175,12 +193,10 @@ def _section(field: str) -> str:
 
 
 def _listed(reasons: Sequence[str]) -> str:
+    if len(reasons) == 1:
+        return f" {reasons[0]}"
     more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
     return "".join(f"\n  {reason}" for reason in [*reasons[:SHOWN], *more])
-
-
-def _index(stages: Sequence[Stage], name: str) -> int:
-    return [stage.name for stage in stages].index(name)
 
 
 def _write_recipe(recipe: RecipeBase, folder: Path) -> None:
@@ -192,8 +208,9 @@ def _write_recipe(recipe: RecipeBase, folder: Path) -> None:
 
 
 def _by_dotted_path(values: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings."""
-    if not isinstance(values, dict) or not values:
+    """The leaves of nested mappings and lists."""
+    if not isinstance(values, dict | list) or not values:
         return {path: values}
-    inner = [_by_dotted_path(value, f"{path}.{key}".lstrip(".")) for key, value in values.items()]
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    inner = [_by_dotted_path(value, f"{path}.{key}".lstrip(".")) for key, value in items]
     return {name: leaf for leaves in inner for name, leaf in leaves.items()}
