@@ -105,7 +105,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-LARGE = 2**24
+LARGE = 2**20
 """Bytes of a file whose digest is worth keeping."""
 RECENT = 2 * 10**9
 """Nanoseconds in which a file may be written twice and have the same times."""

@@ -18,8 +18,10 @@ from tiny_tokenizer import save_chat_model
 
 import prefold
 from prefold.errors import UserError
-from prefold.files import digest_of
+from prefold.files import digest_of, write_text
+from prefold.recipe import dump_recipe
 from prefold.runs import fingerprints
+from prefold.runs.folder import outdated_stages
 from prefold.training.loop import TrainingLoop
 
 REWARDS = """import sys
@@ -394,7 +396,7 @@ def test_a_reward_that_failed_may_be_mended(
     mended = Path("code/rewards.py").read_text()
     failing = mended.replace("    from", f"    CALLS.append(1)\n    assert {works}\n    from")
     Path("code/rewards.py").write_text(f"CALLS = []\n{failing}")
-    with pytest.raises(UserError, match="code/rewards.py, line"):
+    with pytest.raises(UserError, match=r"code/rewards\.py, line"):
         prefold.run("grpo.yaml")
     assert (folder / "adapter").exists() == ("merged" in works)
     replaced("1.0", "2.0")(Path("code/helpers/scale.py"))
@@ -406,7 +408,7 @@ def test_a_reward_that_failed_may_be_mended(
     prefold.run("grpo.yaml")
     assert "changed" not in unwrapped(capfd)
     Path("code/rewards.py").write_text(f"{mended}\n")
-    with pytest.raises(UserError, match="code/rewards.py has changed"):
+    with pytest.raises(UserError, match=r"code/rewards\.py has changed"):
         prefold.run("grpo.yaml")
 
 
@@ -438,7 +440,7 @@ def test_fresh_removes_nothing_for_a_recipe_that_cannot_run(project: Callable[[s
     folder = project("dpo", "finished")
     before = contents(folder)
     Path("data/pairs.jsonl").unlink()
-    with pytest.raises(UserError, match="data/pairs.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"data/pairs\.jsonl: no such file"):
         prefold.run("dpo.yaml", fresh=True)
     assert contents(folder) == before
 
@@ -459,7 +461,16 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mo
     fingerprints.record_inputs(tmp_path, recipe, "check", ended=True)
     assert fingerprints.changes(recipe, tmp_path) == []
     [change] = fingerprints.changes(recipe, tmp_path)
-    assert change.text == "org/model: commit 1a2b3c4 when this run read it, 9f8e7d6 now"
+    assert change.text.startswith("org/model: commit 1a2b3c4 when this run read it, 9f8e7d6 now; `model.revision=1a2b")
+    # Named by the recipe, it is no change of that.
+    write_text(tmp_path / "recipe.yaml", dump_recipe(recipe))
+    monkeypatch.setattr(
+        fingerprints, "try_to_load_from_cache", lambda *_, revision: f"/snapshots/{revision}/config.json"
+    )
+    names = [
+        prefold.load_recipe(_written(tmp_path, "org/model"), [f"model.revision={it}"]) for it in ("1a2b3c4d5e", "ff")
+    ]
+    assert [[stage.name for stage in outdated_stages(recipe, tmp_path)][:1] for recipe in names] == [[], ["check"]]
 
 
 def _written(folder: Path, model: str) -> str:

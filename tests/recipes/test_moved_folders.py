@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,9 +67,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def project(made: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(made: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of it that was moved as a whole: nothing in it leads to the first one, which is out of the way."""
-    state, original = made
+    original = made[1]
     folder, away = tmp_path / "project", original.with_name("away")
     shutil.copytree(original, folder)
     original.rename(away)
@@ -192,7 +192,7 @@ def test_paths_lead_where_they_did(made: tuple[str, Path], project: Path, monkey
     assert load_recipe("runs/mine").data.train[0].path == str(project / "data" / "pairs.jsonl")
     (other / "mine.jsonl").write_text((project / "data" / "pairs.jsonl").read_text())
     monkeypatch.chdir(other)
-    with pytest.raises(UserError, match="`data.train.0.path` was '.*/project/data/pairs.jsonl', is 'mine.jsonl'"):
+    with pytest.raises(UserError, match=r"`data\.train\.0\.path` was '.*/project/data/pairs\.jsonl', is 'mine\.jsonl'"):
         prefold.run(run, ["data.train.0.path=mine.jsonl"])
     prefold.train(run, ["data.train.0.path=mine.jsonl"], fresh=True)
     monkeypatch.chdir(project)

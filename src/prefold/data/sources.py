@@ -16,12 +16,12 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from prefold.data.formats import READABLE, RawRow, read_file, reader_for
 from prefold.data.preference import RowId
 from prefold.errors import UserError, did_you_mean
-from prefold.files import without_home, without_secrets
+from prefold.files import digest_of, without_home, without_secrets
 from prefold.recipe import Rows
 
 BUILTIN_PREFIX = "builtin:"
@@ -60,8 +60,7 @@ def identity_of(source: Rows) -> str | None:
     digest = hashlib.sha256()
     try:
         for name, file in files.items():
-            with file.open("rb") as opened:
-                digest.update(f"{name}\n".encode() + hashlib.file_digest(cast(Any, opened), "sha256").digest())
+            digest.update(f"{name}\n{digest_of(Path(str(file)))}\n".encode())
     except OSError:
         return None
     return digest.hexdigest()

@@ -97,8 +97,10 @@ def _homeless(value: Any) -> Any:
     return without_home(value) if isinstance(value, str) else value
 
 
-def dump_recipe(recipe: RecipeBase) -> str:
-    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+def dump_recipe(recipe: RecipeBase, start: Path | None = None) -> str:
+    """The resolved recipe as YAML; with `start`, its relative paths begin there, and become absolute."""
+    values = as_dict(recipe) if start is None else with_paths_from(start, as_dict(recipe))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def json_schema() -> dict[str, Any]:

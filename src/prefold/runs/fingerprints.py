@@ -61,6 +61,7 @@ def inputs_of(recipe: RecipeBase, start: Path | None = None) -> dict[str, dict[s
         start: where relative paths in the user's own tasks begin; unset: here.
     """
     model, data, asked = recipe.model, recipe.data, recipe.evaluate
+    sources: dict[str, Sequence[Rows]]
     sources = {"train": data.train, "eval": data.eval, "decontaminate": data.decontaminate}
     rows = {f"data.{kind}.{i}": _rows(source) for kind, rows in sources.items() for i, source in enumerate(rows)}
     checked = {**rows, "model": _model(model.name, model.revision)}
@@ -140,7 +141,8 @@ def record_inputs(folder: Path, recipe: RecipeBase, stage: str, ended: bool = Fa
     known = {field: read.files for field, read in inputs.get(stage, {}).items() if read.files}
     read = {**record["read"], stage: {**known, **(record["read"].get(stage, {}) if ended else {})}}
     if not ended and record["failed"]:
-        read["train"] = {**read["train"], **{field: inputs["train"][field].files for field in record["failed"]}}
+        mended = {field: reward.files for field, reward in inputs["train"].items() if field in record["failed"]}
+        read["train"] = {**read.get("train", {}), **mended}
         record["failed"] = []
     write_json(folder / INPUTS, {**record, "read": read})
 
@@ -164,6 +166,11 @@ def record_start(folder: Path) -> Path:
     if record != {**record, **where}:
         write_json(folder / INPUTS, {**record, **where})
     return start
+
+
+def is_commit_of(folder: Path, revision: Any) -> bool:
+    """Whether this is the commit of the base model that the run has read."""
+    return _record(folder)["read"].get("check", {}).get("model", {}).get(COMMIT) == revision
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -193,7 +200,8 @@ def changes(recipe: RecipeBase, folder: Path) -> list[Change]:
 def _in_words(field: str, was: Mapping[str, str], now: Input, recipe: RecipeBase, folder: Path) -> str:
     files = now.files or {}
     if COMMIT in was and COMMIT in files:
-        return f"{now.name}: commit {was[COMMIT][:7]} when this run read it, {files[COMMIT][:7]} now"
+        text = f"{now.name}: commit {was[COMMIT][:7]} when this run read it, {files[COMMIT][:7]} now"
+        return f"{text}; `model.revision={was[COMMIT]}` names the former" if field == "model" else text
     if COMMIT in was or COMMIT in files:
         return f"{now.name} is another model than the one that this run read"
     if len(was) == len(files) == 1 and (rows := _rows_in_words(field, recipe, folder)):
@@ -209,14 +217,14 @@ def _in_words(field: str, was: Mapping[str, str], now: Input, recipe: RecipeBase
 
 def _rows_in_words(field: str, recipe: RecipeBase, folder: Path) -> str:
     """How many rows a source of data had and has; empty for other inputs, and where it is not known."""
-    _, kind, index = [*field.split("."), "", ""][:3]
-    if kind not in ("train", "eval") or not field.startswith("data."):
+    train, held_out = recipe.data.train, recipe.data.eval
+    names = [f"data.train.{i}" for i in range(len(train))] + [f"data.eval.{i}" for i in range(len(held_out))]
+    if field not in names:
         return ""
-    sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     with suppress(OSError, ValueError, LookupError, UserError):
-        then = read_json(folder / "data.json")["sources"]
-        position = int(index) + (len(recipe.data.train) if kind == "eval" else 0)
-        before, after = int(then[position]["rows_in"]), sum(1 for _ in read_rows(sources[kind][int(index)]))
+        source = [*train, *held_out][names.index(field)]
+        before = int(read_json(folder / "data.json")["sources"][names.index(field)]["rows_in"])
+        after = sum(1 for _ in read_rows(source))
         if before == after:
             return f" has other rows than when this run read it, {before:,} as before"
         return f": {counted(before, 'row')} when this run read it, {after:,} now"

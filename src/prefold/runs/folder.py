@@ -1,6 +1,7 @@
-"""The folder of a run: opened by one process at a time, with its log, for the recipe that it was begun with and for what
-that reads. What has changed of either is said, and the stages that depend on it are done again; but training that has
-begun is not begun anew unless it is asked for."""
+"""The folder of a run: opened by one process at a time, with its log, for a recipe and for what that reads. What has
+changed of either since is said, and the stages that depend on it are done again; but what was trained is not removed
+unless that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ import yaml
 
 from prefold.errors import Explained, UserError
 from prefold.files import locked, remove, remove_left_over, require_writable, write_text
-from prefold.recipe import RecipeBase, as_dict
+from prefold.recipe import RecipeBase, as_dict, dump_recipe
 from prefold.recipe.paths import INPUTS, start_of_paths, with_paths_from
-from prefold.runs.fingerprints import SHOWN, Change, changes, record_start, say_changes
+from prefold.runs.fingerprints import SHOWN, Change, changes, is_commit_of, record_start, say_changes
 from prefold.runs.stages import Stage, stages_of
 from prefold.terminal import say
 from prefold.training.checkpoints import checkpoints_in, step_of
@@ -120,7 +121,9 @@ def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None)
             say(f"  {change.text}; what was made of it is kept")
         elif change.has_failed:
             say(f"  {change.text}; that reward failed, and the run goes on with it as it is now")
-    _write_recipe(recipe, folder)
+    # The run's relative paths may begin elsewhere than here.
+    start = None if record_start(folder) == Path.cwd() else Path.cwd()
+    write_text(folder / "recipe.yaml", dump_recipe(recipe, start))
 
 
 def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
@@ -178,7 +181,10 @@ def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:
     return {
         name: f"`{name}` was {_shown(name, old)}, is {_shown(name, new)}"
         for name in sorted(names, key=lambda name: (name != "method", name))
-        if old.get(name) != new.get(name) and led.get(name) != leads.get(name) and name != "output_dir"
+        if old.get(name) != new.get(name)
+        and led.get(name) != leads.get(name)
+        and name != "output_dir"
+        and not (name == "model.revision" and is_commit_of(folder, new.get(name)))
     }
 
 
@@ -197,14 +203,6 @@ def _listed(reasons: Sequence[str]) -> str:
         return f" {reasons[0]}"
     more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
     return "".join(f"\n  {reason}" for reason in [*reasons[:SHOWN], *more])
-
-
-def _write_recipe(recipe: RecipeBase, folder: Path) -> None:
-    """With absolute paths where the run's relative ones begin elsewhere than here."""
-    values = as_dict(recipe)
-    if record_start(folder) != Path.cwd():
-        values = with_paths_from(Path.cwd(), values)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _by_dotted_path(values: Any, path: str = "") -> dict[str, Any]:
