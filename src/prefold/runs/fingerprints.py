@@ -170,7 +170,7 @@ def record_start(folder: Path) -> Path:
 
 def is_commit_of(folder: Path, revision: Any) -> bool:
     """Whether this is the commit of the base model that the run has read."""
-    return _record(folder)["read"].get("check", {}).get("model", {}).get(COMMIT) == revision
+    return bool(_record(folder)["read"].get("check", {}).get("model", {}).get(COMMIT) == revision)
 
 
 def _record(folder: Path) -> dict[str, Any]:
