@@ -421,6 +421,7 @@ def test_changed_settings(project: Callable[[str, str], Path], capfd: pytest.Cap
     for changes, said in {
         ("data.train=[{path: data/pairs.jsonl}]",): "`data.train.1.path` was 'data/more', is not there",
         ("train.max_steps=9", "method=orpo"): "settings: `method` was 'dpo', is 'orpo'",
+        ("model.revision=main", "train.seed=1"): "`model.revision` was None, is 'main' `train.seed` was 42, is 1",
         ("model.name=models/other",): "`model.name` was 'models/tiny', is 'models/other'",
     }.items():
         with pytest.raises(UserError, match="was trained with other settings") as refused:

@@ -170,7 +170,8 @@ def record_start(folder: Path) -> Path:
 
 def is_commit_of(folder: Path, revision: Any) -> bool:
     """Whether this is the commit of the base model that the run has read."""
-    return bool(_record(folder)["read"].get("check", {}).get("model", {}).get(COMMIT) == revision)
+    commit = _record(folder)["read"].get("check", {}).get("model", {}).get(COMMIT)
+    return commit is not None and bool(commit == revision)
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool, only: st
 
 
 def _say_of_what_it_is(recipe: RecipeBase, folder: Path) -> None:
-    for difference in _differences(recipe, folder).values():
+    for difference in [*_differences(recipe, folder).values()][:SHOWN]:
         say(f"  {difference}; the report is of the run as it was")
     say_changes(recipe, folder)
 
