@@ -363,7 +363,9 @@ def generate(
 ) -> None:
     """Answers to prompts, from arguments or a file."""
     from prefold.generation.answers import print_answers
+    from prefold.runs.fingerprints import say_changes_of
 
+    say_changes_of(model)
     answers = prefold.generate(model, prompts or [], file=file, **settings)
     print_json({"answers": answers}, ensure_ascii=False) if as_json else print_answers(answers)
 
@@ -380,7 +382,9 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal."""
     from prefold.generation.chat import chat_loop
+    from prefold.runs.fingerprints import say_changes_of
 
+    say_changes_of(model)
     chat_loop(model, compare, make_section(Chat, settings))
 
 

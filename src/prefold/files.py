@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,30 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+LARGE = 2**20
+"""Bytes of a file whose digest is worth keeping."""
+RECENT = 2 * 10**9
+"""Nanoseconds in which a file may be written twice and have the same times."""
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes. That of a large file is kept in the cache for as long as its size and times, as the
+    file system has them, stay what they are. Raises OSError: it cannot be read."""
+    facts = path.stat()
+    changed = max(facts.st_mtime_ns, facts.st_ctime_ns)
+    state = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
+    kept = cache_folder() / "digests" / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if facts.st_size >= LARGE:
+        with suppress(OSError):
+            return kept.read_text()
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if facts.st_size >= LARGE and time.time_ns() - changed > RECENT:
+        with suppress(OSError):  # a cache that cannot be written to costs time alone
+            write_text(kept, digest)
+    return digest
+
+
 def write_text(path: Path, text: str) -> None:
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -160,15 +184,18 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, advice: str = "") -> None:
     """Create `folder` and prove that a file can be written in it. Raises UserError: that is not so."""
+    advice = advice or "choose another one, e.g. `output_dir=runs/mine`, or change its permissions"
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        what = "is a file, not a folder" if folder.exists() else "is a link that leads nowhere"
+        raise UserError(what, where=str(folder), advice=advice)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        advice = "choose another one, e.g. `output_dir=runs/mine`, or change its permissions"
         what = f"cannot write to the folder ({error.strerror})"
         raise UserError(what, where=str(folder), advice=advice) from None
 

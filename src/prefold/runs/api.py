@@ -20,9 +20,10 @@ from prefold.publishing import publish as publishing
 from prefold.publishing.publish import require_section
 from prefold.recipe import RecipeBase, as_recipe
 from prefold.runs.context import Run
+from prefold.runs.fingerprints import record_failure, record_inputs, say_changes
 from prefold.runs.folder import open_run_folder
 from prefold.runs.limits import require_memory
-from prefold.runs.stages import Stage, stages_of
+from prefold.runs.stages import Stage, examined, stages_of
 from prefold.terminal import say
 from prefold.training.record import record_stage, restart_peaks
 from prefold.trees.memory import arrange_allocations, is_out_of_memory
@@ -91,12 +92,16 @@ def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, d
     recipe = as_recipe(recipe, overrides)
     section = require_section(recipe)
     if dry_run:
+        say_changes(recipe, recipe.run_folder)
         return publishing.planned(recipe.run_folder, section)
     return dict(read_json(_redo("publish", Run(recipe)) / "publish.json"))
 
 
 def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> Path:
     """The stages that are not done, up to the one named; returns the run folder."""
+    if fresh and ranks.is_first() and (run.folder / "recipe.yaml").is_file():
+        with ranks.alone():
+            examined(run)  # before the run that is there is removed
     with open_run_folder(run.recipe, fresh) if ranks.is_first() else nullcontext(run.folder) as folder:
         for stage in stages_of(run.recipe):
             if ranks.from_first(partial(stage.is_done, folder)):
@@ -110,7 +115,7 @@ def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> P
 
 def _redo(name: str, run: Run) -> Path:
     """One stage, whether it was done or not; a report is of what there is."""
-    with open_run_folder(run.recipe, alone=name != "report") as folder:
+    with open_run_folder(run.recipe, alone=name != "report", only=name) as folder:
         for stage in stages_of(run.recipe):
             if stage.name == name:
                 _perform(stage, run)
@@ -130,12 +135,18 @@ def _perform(stage: Stage, run: Run) -> None:
     say(stage.name)
     restart_peaks()
     started = time.perf_counter()
+    if ranks.is_first():
+        record_inputs(run.folder, run.recipe, stage.name)
     try:
         with nullcontext() if stage.shared else ranks.alone():
             ranks.from_first(partial(require_memory, run, stage.name))
             stage.perform(run)
     except Exception as error:
+        if ranks.is_first() and isinstance(error, UserError):
+            record_failure(run.folder, run.recipe, error)
         if not is_out_of_memory(error):
             raise
         raise StageError(f"out of memory: the model itself does not fit ({str(error).splitlines()[0]})") from None
+    if ranks.is_first():
+        record_inputs(run.folder, run.recipe, stage.name, ended=True)
     record_stage(run.folder, stage.name, time.perf_counter() - started)

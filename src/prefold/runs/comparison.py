@@ -25,6 +25,7 @@ from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Evaluate, Model, RecipeBase
 from prefold.reports.run_files import read_run
 from prefold.reports.verdict import overall
+from prefold.runs.fingerprints import say_changes
 from prefold.runs.measured import compare_measured, measured_by
 
 
@@ -163,7 +164,10 @@ def _sides(names: Sequence[str]) -> list[Side]:
 
 
 def _side(name: str) -> Side:
-    return Side(name, without_home(name), run_recipe(name))
+    side = Side(name, without_home(name), run_recipe(name))
+    if side.run is not None:
+        say_changes(side.run, side.folder)
+    return side
 
 
 def _run_facts(side: Side) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from prefold.data.prepared_cache import prepare
 from prefold.files import read_json
 from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import RecipeBase
-from prefold.runs.fingerprints import inputs_of, require_unchanged
+from prefold.runs.fingerprints import require_same_tokens, require_unchanged
 from prefold.terminal import busy
 
 if TYPE_CHECKING:
@@ -40,12 +40,8 @@ class Run:
             return prepare(recipe.data, tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
 
     def checked_data(self) -> Prepared:
-        """The data that the run began with. Raises UserError: the data, or another file that the run reads, has changed
-        since."""
-        require_unchanged(read_json(self.folder / "data.json"), self.as_read(self.prepared), self.recipe.output_dir)
-        return self.prepared
-
-    def as_read(self, prepared: Prepared) -> dict[str, Any]:
-        """What a run must find unchanged when it goes on: its data, and what it reads beside it."""
-        fingerprints = {**prepared.fingerprints, **inputs_of(self.recipe)}
-        return {**prepared.report.as_json(), "fingerprint": fingerprints}
+        """The data that the run began with. Raises UserError: the data have changed since, or what was fetched anew."""
+        began, prepared = read_json(self.folder / "data.json"), self.prepared
+        require_unchanged(self.recipe, self.folder)
+        require_same_tokens(began, prepared, self.recipe.output_dir)
+        return prepared

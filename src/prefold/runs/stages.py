@@ -22,7 +22,7 @@ from prefold.reports.plan import in_two_lines
 from prefold.runs import evaluate as evaluating
 from prefold.runs import merge as merging
 from prefold.runs import train as training
-from prefold.runs.check import examine
+from prefold.runs.check import CheckReport, examine
 from prefold.runs.comparison import compare_with, read_scores
 from prefold.runs.context import Run
 from prefold.runs.environment import environment
@@ -72,20 +72,26 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     ]
 
 
-def _check(run: Run) -> None:
+def examined(run: Run) -> CheckReport:
+    """What the run would be, if it can be one, its base model fetched. Errors: see `examine`."""
     model = run.recipe.model
     if not weight_files(fetch(model.name, model.revision, weights=False)):
         require_usable(run.recipe)  # as far as it can be known before weights are downloaded
         fetch(model.name, model.revision)
     report = examine(run)
     report.require_ok("this", "`prefold check` shows it all")
+    return report
+
+
+def _check(run: Run) -> None:
+    report = examined(run)
     for finding in report.prepared.report.findings:
         if finding.severity == "warning":
             say(f"  warning: {finding.message}")
     for line in in_two_lines(report.plan.as_json()):
         say(f"  {line}")
     write_json(run.folder / "environment.json", environment())
-    write_json(run.folder / "data.json", {**report.as_json(), **run.as_read(report.prepared)})
+    write_json(run.folder / "data.json", report.as_json())
 
 
 def _compare(run: Run) -> None:

@@ -15,7 +15,7 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
     dtype = choose_dtype(recipe.model.dtype, device)
     arguments = TrainingArguments(
         output_dir=str(recipe.run_folder / "checkpoints"),
-        run_name=settings.run_name or recipe.run_folder.name,
+        run_name=settings.run_name or recipe.run_folder.resolve().name,
         report_to="none",  # see `trackers`
         project=settings.project,
         use_cpu=device.type == "cpu",
