@@ -30,7 +30,6 @@ from benchmarks.results import parser_for, quieten, write
 from benchmarks.sides import Side, running
 from benchmarks.workloads import HELD_OUT, random_rows
 from prefold.models.fetch import fetch
-from prefold.plan import planner as planning
 from prefold.runs.limits import PHASES
 
 SHORT, LONG = (128, 96, 80), (700, 500, 450)
@@ -138,13 +137,12 @@ def make_model(name: str, smollm2: Path, folder: Path) -> str:
 
 
 def perform(connection: Connection, work: tuple[str, bool, Path]) -> None:
-    """A side that performs a stage of a recipe, timed in its plan or not."""
+    """A side that performs a stage of a recipe, its step timed first or not; sends what the plan says that takes."""
     stage, timed, recipe = work
-    if not timed:
-        planning.WORTH_TIMING = float("inf")
     quieten()
+    seconds = prefold.check(recipe, measure=True).plan.seconds if timed else None
     getattr(prefold, stage)(recipe)
-    connection.send("done")
+    connection.send(seconds)
 
 
 def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
@@ -155,11 +153,12 @@ def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
         write_rows(setting, values["train"]["batch_size"], folder / "rows.jsonl")
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(values, sort_keys=False))
-        stages = ["train", *(["merge", "evaluate"] if setting.later else [])]
+        stages, seconds = ["train", *(["merge", "evaluate"] if setting.later else [])], {}
         for stage in stages:
-            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", (stage, setting.timed, recipe))
+            work = (stage, setting.timed and stage == "train", recipe)
+            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", work)
             with running(side):
-                side.receive()
+                seconds[stage] = side.receive()
         plan = json.loads((folder / "run" / "data.json").read_text())["plan"]
         lines = [json.loads(line) for line in (folder / "run" / "timing.jsonl").read_text().splitlines()]
     peaks = {line["stage"]: line["peak_memory_mb"] * 2**20 for line in lines if "stage" in line}
@@ -178,9 +177,9 @@ def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
             "measured_mb": round(peaks[stage] / 1e6),
             "parts_mb": {part: round(size / 1e6) for part, size in plan["memory"][phase].items()},
         }
-        if stage == "train" and setting.timed and plan["seconds"]:
+        if seconds[stage]:
             steps = [line["seconds"] for line in lines if "step" in line]
-            planned = sum(plan["seconds"][one] for one in ("train", "rollouts") if one in plan["seconds"])
+            planned = sum(seconds[stage].get(phase, 0) for phase in ("train", "rollouts"))
             # The first step warms up.
             entry["planned_step_s"] = round(planned / plan["optimizer_steps"], 2)
             entry["measured_step_s"] = round(sum(steps[1:]) / len(steps[1:]), 2)

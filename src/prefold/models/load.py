@@ -87,10 +87,10 @@ def load_model(
     if bits and contents:
         quantise_in_pieces()
     if contents:
-        placed = bits or (device.type != "cpu" and not sharded)
+        placed: dict[str, str | int] | None = {"": device} if bits or (device.type != "cpu" and not sharded) else None
         settings |= {
             # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
-            "device_map": section.device_map or ({"": device} if placed else None),
+            "device_map": section.device_map or placed,
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }

@@ -121,7 +121,7 @@ def _write_whole(
     """`write_merged` of a model that fits into memory."""
     model: Any = load_model(base, dtype=dtype, head_seed=head_seed)
     if adapter is not None:
-        model = open_adapter(model, adapter).merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        model = open_adapter(model, adapter).merge_and_unload(safe_merge=True)
     if head_seed is not None:
         set_padding(model, pad_token)
     model.save_pretrained(folder, max_shard_size=SHARD)

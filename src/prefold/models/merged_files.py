@@ -101,7 +101,7 @@ class MergedTensors:
         """The weights of a layer with what is trained in it, in peft's own arithmetic."""
         layer, given = copy.deepcopy(layer), [self.names.get(id(weight)) for weight in layer.parameters()]
         for (inner, weight), name in zip(list(layer.named_parameters()), given, strict=True):
-            if name in self.stored:
+            if name is not None and name in self.stored:
                 owner, _, attribute = inner.rpartition(".")
                 setattr(layer.get_submodule(owner), attribute, nn.Parameter(self._base(name), weight.requires_grad))
         special = getattr(layer, "unload_and_optionally_merge_module", None)
@@ -231,7 +231,7 @@ def _write_file(path: Path, names: list[str], tensors: MergedTensors, advance: A
         for name in names:
             tensor = tensors[name]
             assert tensor.shape == shapes[name].shape and not tensor.is_meta, name
-            content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
             file.write(content)
             digest.update(content)
             advance(advance=1)

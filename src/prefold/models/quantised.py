@@ -69,7 +69,7 @@ def quantise_in_pieces() -> None:
         return
     whole, otherwise = torch.ops.bitsandbytes.quantize_4bit.default, torch._C.DispatchKey.CompositeExplicitAutograd
 
-    @torch.library.register_kernel(name, "cpu")
+    @torch.library.register_kernel(name, "cpu")  # type: ignore[untyped-decorator]
     def quantise(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
         if A.numel() % blocksize or quant_storage != torch.uint8:
             split: tuple[Tensor, Tensor] = whole.redispatch(

@@ -168,9 +168,15 @@ def record_start(folder: Path) -> Path:
     return start
 
 
+def files_read(folder: Path, stage: str, field: str) -> dict[str, str]:
+    """Digests of the files that a stage has read for a field of the recipe; empty where that is not known."""
+    read: dict[str, str] = _record(folder)["read"].get(stage, {}).get(field, {})
+    return read
+
+
 def is_commit_of(folder: Path, revision: Any) -> bool:
     """Whether this is the commit of the base model that the run has read."""
-    commit = _record(folder)["read"].get("check", {}).get("model", {}).get(COMMIT)
+    commit = files_read(folder, "check", "model").get(COMMIT)
     return commit is not None and bool(commit == revision)
 
 

@@ -68,7 +68,7 @@ def _is_ample(run: Run) -> bool:
     path = run.folder / "data.json"
     plan = read_json(path).get("plan") if path.is_file() else None
     machine = Machine.here(choose_device().type)
-    return bool(plan) and plan["device"] == machine.device and machine.memory >= ENOUGH * plan["peak"]
+    return plan is not None and plan["device"] == machine.device and machine.memory >= ENOUGH * plan["peak"]
 
 
 def require_memory(run: Run, stage: str) -> None:

@@ -21,6 +21,7 @@ from prefold.errors import UserError
 from prefold.evaluation.paired import beyond_half, estimate
 from prefold.files import read_json, read_jsonl, without_home
 from prefold.recipe import RecipeBase
+from prefold.runs.fingerprints import files_read
 
 PAIRS, PROMPTS, WIN_RATE = "held-out pairs", "held-out prompts", "win rate"
 DRAWN = ("max_completion_length", "temperature", "top_p", "top_k", "min_p")
@@ -97,7 +98,11 @@ def _held_out(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
     data, fingerprints = recipe.data, read_json(folder / "data.json")["fingerprint"]
     settings: dict[str, Any] = {"`data.template`": data.template}
     if kind.samples:
-        settings["the rewards"] = [_reward(spec.model_dump(), fingerprints) for spec in recipe.rewards]
+        settings["the rewards"] = [
+            # The contents of its file in place of the path.
+            spec.model_dump() | {"file": sorted(files_read(folder, "train", f"rewards.{index}").values()) or spec.file}
+            for index, spec in enumerate(recipe.rewards)
+        ]
         drawn = recipe.algorithm.draws
         settings |= {f"`{name}`": getattr(drawn, name) for name in DRAWN}
     else:
@@ -131,14 +136,6 @@ def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
     known = [[outcome for outcome in of_prompt if outcome is not None] for of_prompt in outcomes]
     values = [(0.5 if even else float(np.mean(of_prompt))) if of_prompt else np.nan for of_prompt in known]
     return {WIN_RATE: Measured("win rate", dict(zip(keys, values, strict=True)), settings, even)} if keys else {}
-
-
-def _reward(spec: dict[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """With the contents of its file in place of the path."""
-    if not spec["file"]:
-        return spec
-    path = without_home(spec["file"])
-    return spec | {"file": next((digest for name, digest in fingerprints.items() if name.endswith(path)), path)}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

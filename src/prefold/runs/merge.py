@@ -25,9 +25,8 @@ def merge(run: Run) -> None:
         rows = compared([sum(tree.completions[:1], tree.prompt) for tree in trees])
     computed = choose_dtype(recipe.model.dtype, choose_device())
     dtype, seed = str(merge_dtype(recipe, computed)).removeprefix("torch."), head_seed_of(recipe)
-    base, adapter = recipe.model, folder / "adapter"
-    if recipe.lora == "none":
-        base, adapter = Model(name=str(folder / "trained")), None
+    whole = recipe.lora == "none"
+    base, adapter = (Model(name=str(folder / "trained")), None) if whole else (recipe.model, folder / "adapter")
     result = merge_adapter(base, adapter, folder / "merged", tokenizer, rows, dtype, seed)
     for remark in remarks(result):
         say(f"  {remark}")

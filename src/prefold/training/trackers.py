@@ -39,7 +39,7 @@ def trackers(settings: Train, folder: Path) -> Iterator[list[TrainerCallback]]:
     """
     path = folder / STATE
     state: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
-    goes_on = {name for name in settings.report_to if name in state}
+    goes_on = set(state)
     for name in settings.report_to:
         # MLflow names its runs itself.
         state.setdefault(name, {"id": None if name == "mlflow" else secrets.token_hex(4), "step": 0})
@@ -57,8 +57,8 @@ def trackers(settings: Train, folder: Path) -> Iterator[list[TrainerCallback]]:
         makers = get_reporting_integration_callbacks(settings.report_to)
         yield [_forgiven(name, make, state[name], sent) for name, make in zip(settings.report_to, makers, strict=True)]
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        for variable, value in before.items():
+            os.environ.pop(variable, None) if value is None else os.environ.update({variable: value})
         for name in settings.report_to:
             # A tracker that is down costs its curves, never the run.
             with suppress(Exception, SystemExit):

@@ -17,6 +17,7 @@ from test_report_html import Page
 
 from prefold.cli import main
 from prefold.errors import UserError
+from prefold.files import write_json
 from prefold.reports.comparison import summary, write_comparison
 from prefold.runs.comparison import compare
 
@@ -148,8 +149,9 @@ def test_a_reward_file_is_known_by_its_contents(tmp_path: Path) -> None:
         file = tmp_path / f"{name}.py"
         file.write_text("def mine(completions):\n    return [1.0 for _ in completions]\n")
         recipe = GRPO.replace("{name: length, target: 50}", f"{{file: {file}, name: mine}}")
-        fingerprint = DATA["fingerprint"] | {f"reward file {file}": digest}  # type: ignore[operator]
-        return rewarded(tmp_path / name, recipe, data=DATA | {"fingerprint": fingerprint})
+        folder = rewarded(tmp_path / name, recipe)
+        write_json(Path(folder) / "inputs.json", {"read": {"train": {"rewards.0": {file.name: digest}}}})
+        return folder
 
     one, moved, changed = own("one", "abc"), own("moved", "abc"), own("changed", "def")
     assert compare([one, moved])["models"][moved]["measures"]["held-out prompts"]["n"] == 9
