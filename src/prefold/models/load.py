@@ -87,7 +87,7 @@ def load_model(
     if bits and contents:
         quantise_in_pieces()
     if contents:
-        placed: dict[str, str | int] | None = {"": device} if bits or (device.type != "cpu" and not sharded) else None
+        placed: dict[str, Any] | None = {"": device} if bits or (device.type != "cpu" and not sharded) else None
         settings |= {
             # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
             "device_map": section.device_map or placed,

@@ -231,7 +231,7 @@ def _write_file(path: Path, names: list[str], tensors: MergedTensors, advance: A
         for name in names:
             tensor = tensors[name]
             assert tensor.shape == shapes[name].shape and not tensor.is_meta, name
-            content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            content = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
             file.write(content)
             digest.update(content)
             advance(advance=1)
