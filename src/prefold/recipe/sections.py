@@ -342,7 +342,7 @@ class Guards(Section):
     chosen_falling: Acts = "warn"
     """Log-probs of the chosen answers collapse while the margin grows."""
     too_easy: Stops = "warn"
-    """Every pair is told right after a few steps."""
+    """The model prefers the chosen answer in every pair after a few steps."""
     held_out_falling: Acts = "warn"
     """The margin on held-out pairs falls (with `train.eval_steps`)."""
     kl_running_off: Acts = "warn"

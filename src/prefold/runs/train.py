@@ -38,6 +38,9 @@ from prefold.trees.memory import free_memory
 from prefold.trees.reference import reference_logprobs
 from prefold.trees.scorer import Scorer
 
+TELLING = ("length_bias", "telling_opening")
+"""Findings of the check about what tells chosen from rejected without reading them."""
+
 
 def train(run: Run) -> None:
     """Train; where a guard rolls back, once more from the checkpoint before."""
@@ -121,7 +124,9 @@ def _callbacks(recipe: RecipeBase) -> list[TrainerCallback]:
 def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Guards:
     dtype = choose_dtype(recipe.model.dtype, choose_device())
     settings = recipe.train
-    facts = Facts(len(order), settings.learning_rate, settings.batch_size, scales_gradients=dtype == torch.float16)
+    telling = [finding.message for finding in prepared.report.findings if finding.kind in TELLING]
+    in_float16 = dtype == torch.float16
+    facts = Facts(len(order), settings.learning_rate, settings.batch_size, telling, in_float16)
     origins = prepared.train.origins
     return Guards(
         recipe.guards.model_dump(),

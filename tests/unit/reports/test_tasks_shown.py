@@ -122,7 +122,7 @@ def test_questions_of_the_training_data_are_told(tmp_path: Path) -> None:
     assert squeezed("3 in the training data; -10.0 without") in text and squeezed("0 in the training data") not in text
     none = {"tasks": {"b": tasks["b"]}}
     unknown = {"tasks": {"a": task("better", contaminated=None)}}
-    said = "None of the questions stands in the training data."
+    said = "None of the questions is in the training data."
     found = [said in report(tmp_path, recipe=ASKED, tasks=one).text for one in ({"tasks": tasks}, none, unknown)]
     assert found == [False, True, False]
 
