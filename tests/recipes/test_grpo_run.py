@@ -392,7 +392,7 @@ def test_a_reward_has_no_say_in_anything_but_rewards(grpo: MakeRecipe, tmp_path:
 def test_check(grpo: MakeRecipe) -> None:
     facts = prefold.check(grpo(train={"max_steps": None, "batch_size": 3}, grpo={"num_iterations": 2})).as_json()
     assert facts["plan"]["optimizer_steps"] == 3 * 2  # 8 prompts, 3 a rollout
-    assert facts["examples"][0]["completions"] == []
+    assert list(facts["examples"][0]["tokens"]) == ["prompt"]
 
 
 def test_a_model_without_an_end_token(grpo: MakeRecipe, tiny_model: Path, tmp_path: Path) -> None:

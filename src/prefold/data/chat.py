@@ -183,7 +183,7 @@ class Writer:
         names = dict.fromkeys(name for part in parts for message in part if len(message) > 2 for name in message)
         if self._reads_reasoning:
             names = {name: None for name in names if name not in REASONING}
-        unread = [name for name in names if name not in ("role", "content") and name not in self._reads.fields]
+        unread = [name for name in names if name not in ("role", "content", "weight", *self._reads.fields)]
         unread += [name for name in record.template_kwargs if name not in self._reads.variables]
         return {"unread_field": ", ".join(f"`{short(name)}`" for name in unread)} if unread else {}
 

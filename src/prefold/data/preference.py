@@ -146,6 +146,8 @@ _CALL_TURNS = ("function_call", "tool_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The names of what an assistant thinks before it speaks; a template reads one or two of them."""
 _SAID = ("role", "content", *REASONING, "tool_calls")
+_WEIGHTS = ("weight", "train", "loss")
+"""The names under which files say whether a turn is trained on; a message has only the first, and only as 0."""
 _MEDIA = re.compile(r"(?:input_)?(?:image|video|audio)(?:s|_url)?")
 
 Writing = Literal["plain", "ShareGPT", "ChatML", "transcripts"]
@@ -225,9 +227,26 @@ def _with_all_fields(item: dict[str, Any], role: str, names: tuple[str, str], wh
         raise Unfit("null_field", f"{where}: `{words}` is null")
     if odd := [name for name in REASONING if not isinstance(more.get(name, ""), str)]:
         raise Unfit("not_text", f"{where}: `{odd[0]}` is {json_type(more[odd[0]])}, not text")
+    if role == "assistant":
+        _read_weight(more, where)
+    else:  # others' turns have no weight but 0
+        more = {name: value for name, value in more.items() if value or name not in _WEIGHTS}
     if more:
         _check_characters(json.dumps(more, ensure_ascii=False, default=str), where)
     return message(role, text, where, role in ("system", "tool") or "tool_calls" in more) | more
+
+
+def _read_weight(more: dict[str, Any], where: str) -> None:
+    """Leaves `weight: 0` in the fields of a turn that is only read, and no weight in those of others."""
+    weights = {name: more.pop(name) for name in _WEIGHTS if name in more}
+    for name, weight in weights.items():
+        if weight not in (0, 1):
+            what = (
+                f"{where} has the `{name}` {short(str(weight))}; a turn is trained on (1, true) or only read (0, false)"
+            )
+            raise Unfit("bad_message", what)
+    if not all(weights.values()):
+        more["weight"] = 0
 
 
 def _joined(content: Any, more: dict[str, Any], where: str) -> Any:
@@ -317,7 +336,8 @@ def check_prompt(prompt: list[Message], where: str) -> None:
 
 
 def check_answer(answer: list[Message], where: str) -> None:
-    """An answer begins and ends with the assistant; what tools return, and what a user says, may stand between."""
+    """An answer begins and ends with the assistant, a turn of which is trained on; what tools return, and what a user
+    says, may come between."""
     if not answer:
         raise Unfit("empty_text", f"{where} has no answer")
     for turn in (answer[0], answer[-1]):
@@ -326,6 +346,8 @@ def check_answer(answer: list[Message], where: str) -> None:
             raise Unfit("bad_message", f"the answer in {where} has a message of the role {turn['role']} at its {side}")
     if any(turn["role"] == "system" for turn in answer):
         raise Unfit("bad_message", f"the answer in {where} has a message of the role system")
+    if all("weight" in turn for turn in answer if turn["role"] == "assistant"):
+        raise Unfit("bad_message", f"the answer in {where} has no turn to train on: each has the weight 0")
 
 
 def check_pair(answers: Sequence[list[Message]], where: Sequence[str]) -> None:

@@ -5,11 +5,11 @@ Data in: where the row is (`12`, `pairs.jsonl:12`); data out: `SeenRow`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, takewhile
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prefold.data.chat import Writer, require_chat_template, tokenize_all
 from prefold.data.duplicates import Contamination
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 Seen = tuple[Record, list[str] | None, TokenTree | None]
 """A record, its rendered texts (the prompt, and the conversation with each answer), and its tree; None where there is
 none."""
+
+
+LONGEST_CHARACTER = 4
+"""Tokens that a character takes at most: its bytes in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -62,25 +66,42 @@ class SeenRow:
             "rendered": [
                 texts and dict(zip(parts_of(record), texts, strict=True)) for record, texts, _ in self.records
             ],
-            "tokens": [tree and self._tokens(record, tree) for record, _, tree in self.records],
+            "tokens": [tree and tokens_of(record, tree, self.tokenizer) for record, _, tree in self.records],
         }
 
-    def _tokens(self, record: Record, tree: TokenTree) -> dict[str, Any]:
-        """Of each part `{id, text, part}`, the last being prompt, context or scored."""
-        context = tree.context or ((),) * len(tree.completions)
-        shown = {"prompt": [self._token(token, "prompt") for token in tree.prompt]}
-        for name, ids, spans in zip(parts_of(record)[1:], tree.completions, context, strict=True):
-            unscored = {index for start, stop in spans for index in range(start, stop)}
-            shown[name] = [
-                self._token(token, "context" if index in unscored else "scored") for index, token in enumerate(ids)
-            ]
-        return shown
 
-    def _token(self, token: int, part: str) -> dict[str, Any]:
-        text = str(self.tokenizer.decode([token], skip_special_tokens=False))
-        # A part of a character has no text of its own.
-        text = str(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
-        return {"id": token, "text": text, "part": part}
+def tokens_of(record: Record, tree: TokenTree, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict[str, Any]]]:
+    """Of each part of a record its tokens as `{id, text, part}`, the last being prompt, context or scored."""
+    context = tree.context or ((),) * len(tree.completions)
+    parts = [["prompt"] * len(tree.prompt)]
+    for ids, spans in zip(tree.completions, context, strict=True):
+        unscored = {index for start, stop in spans for index in range(start, stop)}
+        parts.append(["context" if index in unscored else "scored" for index in range(len(ids))])
+    return {
+        name: [
+            {"id": token, "text": text, "part": part}
+            for token, text, part in zip(ids, _texts(ids, tokenizer), of_tokens, strict=True)
+        ]
+        for name, ids, of_tokens in zip(parts_of(record), (tree.prompt, *tree.completions), parts, strict=True)
+    }
+
+
+def _texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What each token adds to the text; a character of several tokens is added by the last of them."""
+
+    def decoded(first: int, last: int) -> str:
+        settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return cast(str, tokenizer.decode(list(ids[first:last]), **settings))
+
+    before = start = 0
+    for stop in range(1, len(ids) + 1):
+        # With the tokens before it, since some decoders drop the space before the first.
+        known, text = decoded(before, start), decoded(before, stop)
+        if text.endswith("\ufffd") and stop - start < LONGEST_CHARACTER and stop < len(ids):
+            yield ""
+        else:
+            yield text[len(known) :]
+            before, start = start, stop
 
 
 def see_row(row: str, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> SeenRow:

@@ -1,4 +1,4 @@
-"""Which tokens of an answer of several turns the assistant writes: those are scored, what stands between them is read.
+"""Which tokens of an answer of several turns are scored: those that the assistant writes, in turns without `weight: 0`.
 
 A template is asked twice for each of the assistant's turns: for the conversation before it, up to where it writes, and
 for the conversation that ends with it. Both are found again in the ids of the whole conversation. Templates that write
@@ -57,7 +57,7 @@ def context_of(
     tokenizer: PreTrainedTokenizerBase,
     special: Collection[int],
 ) -> tuple[Span, ...]:
-    """Spans of the tokens of an answer that the assistant does not write, relative to its start.
+    """Spans of the tokens of an answer that are read and not scored, relative to its start.
 
     Args:
         ids: of the whole conversation, whose first `cut` are the prompt.
@@ -77,14 +77,27 @@ def context_of(
             between = cast(str, tokenizer.decode(ids[end:start]))
             if not all(is_written(turn["content"], between) for turn in answer[numbers[position - 1] + 1 : number]):
                 raise _unknown()
-            context += [(end - cut, start - cut)] if end < start else []
+            context.append((end - cut, start - cut))
         end = len(ids)
         if position < len(numbers) - 1:
             # Where what asks for the next turn is not found, a turn may be as long as what is left.
             limit = common(ids, steps[position + 1][0])
             left = ids[start : limit if limit > start else len(ids)]
             end = start + _length(answer[number], left, until[common(asked, until) :], tokenizer, special)
-    return tuple(context)
+        if "weight" in answer[number]:
+            context.append((start - cut, end - cut))
+    return tuple(_joined(context))
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Without empty spans, and with those that touch as one."""
+    joined: list[Span] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif start < stop:
+            joined.append((start, stop))
+    return joined
 
 
 def _start(ids: Sequence[int], end: int, asked: list[int], before: list[int]) -> int:

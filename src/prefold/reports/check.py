@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
@@ -42,11 +43,12 @@ def print_check(facts: Values, console: Console | None = None) -> None:
 
 def print_findings(console: Console, findings: Sequence[Values]) -> None:
     for finding in findings:
-        severity = Text(finding["severity"], style=SEVERITY_STYLE[finding["severity"]])
-        console.print(severity.append(f"  {finding['message']}", style="default"))
-        if finding["rows"]:
-            console.print(indented(Text(rows_of(finding, ROWS_NAMED), style="dim"), 9))
-        console.print(indented(Text(finding["advice"], style="dim"), 9, 1))
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_row(Text(finding["severity"], SEVERITY_STYLE[finding["severity"]]), Text(finding["message"]))
+        for text in filter(None, (rows_of(finding, ROWS_NAMED), finding["advice"])):
+            table.add_row("", Text(text, "dim"))
+        table.columns[0].min_width = 7
+        console.print(table, "")
 
 
 def _sources(sources: Sequence[Values]) -> Table:
@@ -84,16 +86,19 @@ def _print_separation(console: Console, separation: Values) -> None:
 
 
 def _print_example(console: Console, shown: Values) -> None:
-    _, prompt, completions = example(shown)
-    console.print(indented(Text(prompt.translate(CONTROL), style="dim")))
-    for label, pieces, tokens in completions:
-        style = "red" if label == "rejected" else "green"
-        console.print(Text(f"{label}, {tokens} tokens", style=f"bold {style}"))
+    _, parts = example(shown)
+    for name, (count, tokens) in parts.items():
+        if name == "prompt":
+            console.print(indented(Text("".join(token.text for token in tokens).translate(CONTROL), style="dim")))
+            continue
+        console.print(Text(f"{name}, {count} tokens", style=f"bold {'red' if name == 'rejected' else 'green'}"))
         shown_text = Text()
-        for text, is_context in pieces:
+        for part, run in groupby(tokens, lambda token: token.part):
             # A visible mark for white space at the end, which is trained on as well.
-            marked = text.translate(CONTROL).replace("\n", "\u23ce\n")
-            shown_text.append(f"~{marked}~" if is_context else marked, style="dim" if is_context else "underline")
+            marked = "".join(token.text for token in run).translate(CONTROL).replace("\n", "\u23ce\n")
+            shown_text.append(
+                f"~{marked}~" if part == "context" else marked, "underline" if part == "scored" else "dim"
+            )
         shown_text.rstrip()
         console.print(indented(shown_text, 2, 1))
 

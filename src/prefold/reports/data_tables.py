@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
-from typing import Any
+from difflib import SequenceMatcher
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from prefold.reports.numbers import finite
 from prefold.reports.run_files import Values, as_list, objects, section
@@ -49,6 +50,8 @@ def data_tables(data: Values) -> Values:
         },
         "separation": section(data, "separation"),
         "histogram": histogram(section(data, "separation")),
+        "lengths": lengths(data),
+        "opened": False,
         "findings": sorted(findings, key=lambda finding: SEVERITIES.get(str(finding["severity"]), 3)),
         "examples": [example(shown) for shown in objects(data.get("examples"))],
         "has_context": any(map(has_context, objects(data.get("examples")))),
@@ -84,33 +87,68 @@ def histogram(separation: Values) -> list[tuple[Any, Any, Any]]:
     return list(zip(edges, edges[1:], counts, strict=False))
 
 
-Pieces = list[tuple[str, bool]]
-"""A completion's text in pieces, each with whether it is context: read, and not trained on."""
+class Token(NamedTuple):
+    """`part`: prompt, context (read, and not trained on), scored, or left_out. `differs`: from the other completion."""
+
+    text: str
+    part: str
+    differs: bool
+    id: Any
 
 
-def example(shown: Values) -> tuple[str, str, list[tuple[str, Pieces, Any]]]:
-    """A row as it is trained on: where it is from, its prompt, and label, text and tokens of each completion."""
-    row, texts = section(shown, "row"), as_list(shown.get("completions"))
-    labels = ("chosen", "rejected") if len(texts) == 2 else ("completion",)
-    spans = [*as_list(shown.get("context")), *([[]] * len(texts))]
-    pieces = [pieces_of(str(text), as_list(of_text)) for text, of_text in zip(texts, spans, strict=False)]
-    completions = zip(labels, pieces, as_list(shown.get("tokens"))[1:], strict=False)
-    return f"{row.get('source', '')}, row {row.get('row', '')}", str(shown.get("prompt", "")), list(completions)
+def example(shown: Values) -> tuple[str, dict[str, tuple[Any, list[Token]]]]:
+    """A row as it is trained on: where it is from, and by part its number of tokens and those that are shown."""
+    row, counts, parts = section(shown, "row"), section(shown, "counts"), section(shown, "tokens")
+    tokens = {name: objects(parts[name]) for name in parts}
+    sides = [tokens.get("chosen", []), tokens.get("rejected", [])]
+    differing = dict(zip(("chosen", "rejected"), _differing(*sides), strict=True))
+    return f"{row.get('source', '')}, row {row.get('row', '')}", {
+        name: (
+            counts.get(name),
+            [
+                Token(
+                    str(token.get("text", "")),
+                    str(token.get("part", "")),
+                    number in differing.get(name, ()),
+                    token.get("id"),
+                )
+                for number, token in enumerate(of_part)
+            ],
+        )
+        for name, of_part in tokens.items()
+    }
 
 
-def pieces_of(text: str, context: list[Any]) -> Pieces:
-    """A text cut at its spans of context, which are given as offsets of characters."""
-    spans = [(int(span[0]), int(span[1])) for span in map(as_list, context) if len([*filter(is_offset, span)]) == 2]
-    bounds = [0, *chain.from_iterable(spans), len(text)]
-    return [(text[start:stop], (start, stop) in spans) for start, stop in pairwise(bounds) if start < stop]
-
-
-def is_offset(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
+def _differing(chosen: list[Values], rejected: list[Values]) -> tuple[set[int], set[int]]:
+    """The tokens of each of two completions that the other has not, in the order in which they are written."""
+    texts = [[str(token.get("text", "")) for token in side] for side in (chosen, rejected)]
+    left = set(range(len(chosen))), set(range(len(rejected)))
+    for block in SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks():
+        left[0].difference_update(range(block.a, block.a + block.size))
+        left[1].difference_update(range(block.b, block.b + block.size))
+    return left
 
 
 def has_context(shown: Values) -> bool:
-    return any(is_context for _, pieces, _ in example(shown)[2] for _, is_context in pieces)
+    return any(token.part == "context" for _, tokens in example(shown)[1].values() for token in tokens)
+
+
+def lengths(data: Values) -> list[tuple[dict[str, Any], list[tuple[str, list[Any]]]]]:
+    """Histograms of lengths, those with the same bins as one: medians by part, and of each bin its name and counts."""
+    parts = section(data, "lengths")
+    by_edges: dict[tuple[Any, ...], dict[str, Values]] = {}
+    for name in parts:
+        of_part = section(parts, name)
+        by_edges.setdefault(tuple(as_list(of_part.get("edges"))), {})[name] = of_part
+    drawn = []
+    for edges, same in by_edges.items():
+        if not all(isinstance(edge, int) for edge in edges):
+            continue
+        names = [f"{low} to {high - 1}" if high - low > 1 else f"{low}" for low, high in pairwise(edges)]
+        counts = zip(*(as_list(of_part.get("counts")) for of_part in same.values()), strict=False)
+        medians = {name: of_part.get("median") for name, of_part in same.items()}
+        drawn.append((medians, list(zip(names, map(list, counts), strict=False))))
+    return drawn
 
 
 def rows_of(finding: Values, most: int = 8) -> str:

@@ -24,7 +24,7 @@ from prefold.reports.curves import curves, drawing, library
 from prefold.reports.data_tables import SEVERITIES, data_tables
 from prefold.reports.held_out import accuracies_of, accuracy_digits, columns_of, rows_of
 from prefold.reports.numbers import count, counted, duration, finite
-from prefold.reports.plan import change_title, memory_rows, plan_lines
+from prefold.reports.plan import LINES, PARTS, change_title, memory_rows, plan_lines
 from prefold.reports.rollouts import sampled
 from prefold.reports.run_files import RunRecord, Values, as_list, cleaned, read_run, section, turns
 from prefold.reports.tasks import judge_of, score_table, task_table
@@ -59,15 +59,20 @@ def render_check(recipe: str, facts: Values) -> str:
     facts = cleaned({**facts, "recipe": recipe})
     severities = [finding["severity"] for finding in facts["findings"]]
     numbers = [counted(severities.count(severity), severity) for severity in SEVERITIES if severity in severities]
-    plan = facts["plan"]
+    plan, splits = facts["plan"], {name: counts.get("trees", 0) for name, counts in facts["tokens"].items()}
+    held_out = f", {splits['held_out']:,} more held out" if splits.get("held_out") else ""
     return page_template("check.html.j2")(
         recipe=facts["recipe"],
-        summary=", ".join(numbers) or "Nothing odd was found.",
+        method=facts["method"],
+        model=facts["model"],
+        summary=f"{facts['trains']} on {counted(splits.get('train', 0), 'row')}{held_out}, in "
+        f"{counted(plan['optimizer_steps'], 'step')}. {', '.join(numbers)}",
         ok=facts["ok"],
-        data=data_tables(facts),
+        data=data_tables(facts) | {"opened": True},
         phases=list(plan["memory"]),
         memory=list(memory_rows(plan)),
-        lines=plan_lines(plan),
+        parts=PARTS,
+        lines=[(label, text, LINES[label]) for label, text in plan_lines(plan)],
         change=plan["change"] and {"title": change_title(plan), **plan["change"]},
     )
 

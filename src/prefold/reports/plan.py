@@ -11,6 +11,29 @@ from prefold.reports.numbers import about_count, about_duration, size
 from prefold.reports.run_files import Values
 from prefold.reports.terminal_tables import grid, indented
 
+PARTS = {
+    "process": "Python and its libraries",
+    "weights": "of the model, as they are loaded",
+    "gathered": "of one layer, put together from all processes",
+    "adapter": "LoRA's own weights",
+    "reference": "the adapter that training began with",
+    "gradients": "of what is trained",
+    "optimizer": "its running means of the gradients",
+    "activations": "what the layers keep for the backward pass",
+    "head": "scores of the vocabulary",
+    "cache": "keys and values of the tokens that are generated",
+    "allocator": "memory that is not given back at once",
+}
+"""What the parts of a plan's memory are."""
+LINES = {
+    "steps": "updates of the weights",
+    "fits": "peak against what is at hand",
+    "budget": "tokens that are computed at once (`train.max_tokens`)",
+    "tokens": "that training reads, each prompt once",
+    "work": "floating-point operations",
+    "time": "on this machine",
+    "disk": "what the run leaves",
+}
 DEVICES = {"cpu": "this machine", "cuda": "the GPU", "mps": "this Mac"}
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import Finding, by_severity
 from prefold.data.mixture import Prepared
+from prefold.data.row import tokens_of
 from prefold.data.selection import shuffled
+from prefold.data.survey import parts_of
 from prefold.errors import StageError, UserError
 from prefold.evaluation.held_out_pairs import score_pairs
 from prefold.evaluation.separation import findings_of as separation_findings
@@ -24,6 +26,7 @@ from prefold.plan.plan import Plan
 from prefold.plan.planner import make_plan
 from prefold.publishing.publish import require_ready
 from prefold.recipe import RecipeBase
+from prefold.recipe.sections import Lora
 from prefold.reports.check import print_check
 from prefold.reports.notebook import framed
 from prefold.reports.page import render_check
@@ -35,6 +38,9 @@ from prefold.runs.measuring import measuring_dtype
 from prefold.terminal import as_text, say
 
 EXAMPLES_SHOWN = 3
+TOKENS_SHOWN = 1000
+"""Of each part of a row that is shown."""
+LENGTH_BINS = 10
 
 PAIRS_SCORED = 128
 """Enough to tell an accuracy to 9 points."""
@@ -44,6 +50,7 @@ PAIRS_SCORED = 128
 class CheckReport:
     """What `prefold check` found. `ok` is False if a finding is an error; `separation` is there on request."""
 
+    recipe: RecipeBase
     prepared: Prepared
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
@@ -69,27 +76,50 @@ class CheckReport:
     def as_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
+            "method": self.recipe.method,
+            "model": self.recipe.model.name,
+            "trains": _what_is_trained(self.recipe),
             **self.prepared.report.as_json(),
             "fingerprint": self.prepared.fingerprints,
             "plan": self.plan.as_json(),
             **({"separation": self.separation} if self.separation else {}),
+            "lengths": _lengths(self.prepared.train),
             "examples": [self._shown(example) for example in self.prepared.train[:EXAMPLES_SHOWN]],
         }
 
     def _shown(self, example: Example) -> dict[str, Any]:
-        """An example as it is trained on: the text of its ids, and which parts of the completions are read only."""
-        tree = example.tree
-        prompt, *completions = map(self._text, (tree.prompt, *tree.completions))
-        tokens = [len(part) for part in (tree.prompt, *tree.completions)]
-        context = [
-            [[len(self._text(ids[:bound])) for bound in span] for span in spans]
-            for ids, spans in zip(tree.completions, tree.context, strict=False)
-        ]
-        shown = {"row": asdict(example.record.origin), "prompt": prompt, "completions": completions, "tokens": tokens}
-        return {**shown, **({"context": context} if any(context) else {})}
+        """An example as it is trained on, token by token; of long parts the middle is left out."""
+        parts = tokens_of(example.record, example.tree, self.tokenizer)
+        half = TOKENS_SHOWN // 2
+        return {
+            "row": asdict(example.record.origin),
+            "counts": {name: len(tokens) for name, tokens in parts.items()},
+            "tokens": {
+                name: tokens
+                if len(tokens) <= TOKENS_SHOWN
+                else [*tokens[:half], _left_out(len(tokens) - 2 * half), *tokens[-half:]]
+                for name, tokens in parts.items()
+            },
+        }
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+def _left_out(number: int) -> dict[str, Any]:
+    return {"id": None, "text": f" [... {number:,} tokens ...] ", "part": "left_out"}
+
+
+def _lengths(examples: Examples) -> dict[str, Any]:
+    """Histograms of tokens by part; those of the completions have the same bins."""
+    if not len(examples):
+        return {}
+    columns = dict(zip(parts_of(examples.records[0]), zip(*examples.lengths, strict=True), strict=True))
+    completions = [length for name, column in columns.items() if name != "prompt" for length in column]
+    lengths = {}
+    for name, column in columns.items():
+        binned = column if name == "prompt" else completions
+        edges = np.unique(np.linspace(min(binned), max(binned) + 1, LENGTH_BINS + 1).astype(int))
+        counts = np.histogram(column, edges)[0]
+        lengths[name] = {"median": float(np.median(column)), "edges": edges.tolist(), "counts": counts.tolist()}
+    return lengths
 
 
 def examine(
@@ -115,7 +145,15 @@ def examine(
         separated, more = _separation(recipe, prepared.train)
         findings += more
     report = replace(prepared.report, findings=by_severity(findings))
-    return CheckReport(replace(prepared, report=report), run.tokenizer, plan, separated)
+    return CheckReport(recipe, replace(prepared, report=report), run.tokenizer, plan, separated)
+
+
+def _what_is_trained(recipe: RecipeBase) -> str:
+    model = recipe.model
+    bits = next((f", over weights in {bits} bits" for bits in (4, 8) if getattr(model, f"load_in_{bits}bit")), "")
+    if model.adapter:
+        return f"The adapter {model.adapter} goes on{bits}"
+    return f"LoRA of rank {recipe.lora.r}{bits}" if isinstance(recipe.lora, Lora) else "All weights"
 
 
 def _separation(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], list[Finding]]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from data_samples import assistant, text_rows, user
+from tokenizers import decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefold.data.mixture import load_split
-from prefold.data.row import SeenRow, see_row
+from prefold.data.preference import Prompt, RowId
+from prefold.data.row import SeenRow, see_row, tokens_of
 from prefold.errors import UserError
 from prefold.recipe import Benchmark, Data, Source
 from prefold.reports.row import print_row
 from prefold.terminal import as_text
+from prefold.trees.packing import TokenTree
 
 Write = Callable[..., str]
 ROW = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
@@ -204,3 +208,19 @@ def test_what_a_row_gives_to_the_template_is_shown(see: Callable[..., SeenRow]) 
     assert facts["messages"][0]["tools"] == tools
     assert [finding["kind"] for finding in facts["findings"]] == ["unread_field"]
     assert "tools:" in as_text(lambda console: print_row(facts, console))
+
+
+@pytest.mark.parametrize("decoder", ["bytes", "metaspace"])
+@pytest.mark.parametrize(
+    "text", ["A cat.", "日本語 naïve 🦙!", "tabs\tand\nlines  ", "\ufffd", "half 🦙"[:5] + "\ufffd"]
+)
+def test_the_texts_of_tokens_make_up_the_whole(chatml: PreTrainedTokenizerFast, text: str, decoder: str) -> None:
+    tokenizer = copy.deepcopy(chatml)
+    if decoder == "metaspace":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback()])
+    ids = tokenizer(text)["input_ids"]
+    record = Prompt(({"role": "user", "content": text},), {}, RowId("a", 1))
+    tokens = tokens_of(record, TokenTree(tuple(ids), ()), tokenizer)["prompt"]
+    assert [token["id"] for token in tokens] == ids
+    assert "".join(token["text"] for token in tokens) == tokenizer.decode(ids)

@@ -221,6 +221,53 @@ def test_users_within_an_answer_are_context_where_both_sides_have_the_same(chatm
     assert isinstance(other, Problem) and other.kind == "prompts_differ"
 
 
+@pytest.mark.parametrize("template", SCORED)
+@pytest.mark.parametrize("unweighted", [(0,), (1,), (2,), (0, 2), (0, 1)])
+def test_turns_of_weight_0_are_read_and_not_scored(template: str, unweighted: tuple[int, ...]) -> None:
+    numbers = [number for number, message in enumerate(STEPS) if message["role"] == "assistant"]
+    steps = tuple(
+        message | {"weight": 0} if n in [numbers[i] for i in unweighted] else message for n, message in enumerate(STEPS)
+    )
+    tokenizer = tokenizer_of(template)
+    found = answered(steps, tokenizer, tools=TOOLS)
+    texts = [text for text in scored(found, tokenizer) if text]
+    assert texts == [text for number, text in enumerate(SCORED[template]) if number not in unweighted]
+    assert found.tree.completions == answered(STEPS, tokenizer, tools=TOOLS).tree.completions
+    assert "weight" not in found.details.get("unread_field", "")
+
+
+@pytest.mark.parametrize(
+    "field, weight, kept",
+    [
+        ({}, None, {}),
+        ({"weight": 1}, None, {}),
+        ({"train": True, "loss": None}, None, {}),
+        ({"weight": 0}, 0, {"weight": 0}),
+        ({"train": False}, 0, {"weight": 0}),
+        ({"loss": False}, 0, {"weight": 0}),
+        ({"weight": 1.0, "loss": False}, 0, {"weight": 0}),
+    ],
+)
+def test_weights_have_three_names_and_two_values(field: dict[str, Any], weight: Any, kept: dict[str, Any]) -> None:
+    assert turn({**assistant("A"), **field}) == assistant("A") | kept
+
+
+def test_a_weight_on_what_others_say_changes_nothing_or_is_named() -> None:
+    assert turn({**user("A"), "weight": 0}) == user("A")
+    assert turn({**user("A"), "train": True}) == user("A") | {"train": True}
+
+
+def test_an_answer_without_a_turn_to_train_on_is_refused() -> None:
+    rows = [
+        {"messages": [user("Why?"), {**assistant("So."), "weight": 0}], "label": True},
+        {"messages": [user("Why?"), {**assistant("So."), "weight": 1}], "label": True},
+    ]
+    shape = find_shape([RawRow(ORIGIN, rows[0])], "pairs.jsonl")
+    refused, read_row = (to_record(RawRow(ORIGIN, row), shape) for row in rows)
+    assert isinstance(refused, Problem) and "no turn to train on" in refused.message
+    assert isinstance(read_row, Unpaired) and read_row.completion == (assistant("So."),)
+
+
 def test_turns_whose_tokens_cannot_be_known_are_refused() -> None:
     # Without end tokens, an earlier turn that is written otherwise has no known end.
     template = NO_END.replace(
@@ -275,12 +322,12 @@ def test_pairs_that_differ_in_thoughts_alone_are_pairs() -> None:
 
 
 def test_fields_and_keywords_that_the_template_does_not_read_are_named(chatml: PreTrainedTokenizerFast) -> None:
-    answer = {**assistant("So."), "reasoning": "Hm.", "weight": 1}
+    answer = {**assistant("So."), "reasoning": "Hm.", "mood": 1}
     found = answered((answer,), chatml, tools=TOOLS, enable_thinking=False)
     assert found.oddities == ("unread_field",)
-    assert found.details["unread_field"] == "`reasoning`, `weight`, `tools`, `enable_thinking`"
+    assert found.details["unread_field"] == "`reasoning`, `mood`, `tools`, `enable_thinking`"
     [bare] = tokenize_all([Unpaired((user("A"),), (answer,), True, ORIGIN)], chatml, "none")
-    assert isinstance(bare, Tokenized) and bare.details["unread_field"] == "`reasoning`, `weight`"
+    assert isinstance(bare, Tokenized) and bare.details["unread_field"] == "`reasoning`, `mood`"
 
 
 def test_what_a_row_gives_its_template_is_used_and_makes_another_prompt() -> None:
@@ -402,6 +449,8 @@ def test_a_call_keeps_its_id_and_fields_and_no_calls_are_none() -> None:
         (user("") | {"content": [{"type": "text", "text": None}]}, "not_text", "`text` is null"),
         (user("") | {"content": [7]}, "bad_message", "a part that is a number"),
         (user("") | {"content": []}, "empty_text", "is empty"),
+        ({**assistant("A"), "weight": 0.5}, "bad_message", "has the `weight` 0.5; a turn is trained on"),
+        ({**assistant("A"), "train": "no"}, "bad_message", "has the `train` no"),
     ],
 )
 def test_what_cannot_be_read_is_named(item: dict[str, Any], kind: str, words: str) -> None:

@@ -20,7 +20,7 @@ from prefold.errors import UserError
 from prefold.reports import curves
 from prefold.reports import page as html
 from prefold.reports.check import print_check
-from prefold.reports.data_tables import data_tables
+from prefold.reports.data_tables import data_tables, example
 from prefold.reports.page import write_check, write_report
 from prefold.reports.run_files import readable
 from prefold.terminal import as_text
@@ -67,7 +67,18 @@ def report(folder: Path, **changes: Any) -> Page:
 
 
 def shown_row(text: str) -> dict[str, Any]:
-    return {"row": {"source": text, "row": 1}, "prompt": text, "completions": [text, text], "tokens": [1, 2, 3]}
+    tokens = {"prompt": [(text, "prompt")], "chosen": [(text, "scored")], "rejected": [(text, "scored")]}
+    return row_of(tokens, text)
+
+
+def row_of(parts: dict[str, list[tuple[str, str]]], source: str = "words") -> dict[str, Any]:
+    """A row as `prefold check` shows it, of texts and what each of them is."""
+    tokens = {
+        name: [{"id": number, "text": text, "part": part} for number, (text, part) in enumerate(of_part)]
+        for name, of_part in parts.items()
+    }
+    counts = {name: len(of_part) for name, of_part in parts.items()}
+    return {"row": {"source": source, "row": 1}, "counts": counts, "tokens": tokens}
 
 
 def run_of_texts(text: str) -> dict[str, Any]:
@@ -122,7 +133,8 @@ def checked(text: str) -> dict[str, Any]:
     """What `prefold check --reference` found, of one text wherever there is text."""
     histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3, 9]}
     separation = {"pairs": 12, "accuracy": 0.75, "quartiles": [0.0, 0.4, 0.6], "histogram": histogram}
-    return {**run_of_texts(text)["data"], "ok": True, "separation": separation, "plan": planned(text)}
+    trains = {"method": text, "model": text, "trains": text}
+    return {**run_of_texts(text)["data"], **trains, "ok": True, "separation": separation, "plan": planned(text)}
 
 
 def planned(text: str) -> dict[str, Any]:
@@ -169,23 +181,52 @@ def test_the_page_of_a_check(tmp_path: Path) -> None:
     assert "does not fit into 1.0 GB" in page.text and "train: {max_tokens: 512}" in page.text
     bars = [attributes for tag, attributes in page.elements if tag == "i" and "style" in attributes]
     assert [(bar.get("class"), bar["style"]) for bar in bars] == [("against", "width: 33.3%"), (None, "width: 100.0%")]
-    trained = [attributes["class"] for _, attributes in page.elements if "trained" in (attributes.get("class") or "")]
-    assert trained == ["trained chosen", "trained rejected"]
+    trained = [
+        attributes["class"] for _, attributes in page.elements if "token" in (attributes.get("class") or "").split()
+    ]
+    assert trained == ["token differs", "token", "token trained", "token trained"], "the legend, prompt and completions"
     assert not [tag for tag, attributes in page.elements if attributes.get("class") == "context"]
 
 
 def test_context_within_a_completion_is_not_shown_as_trained(tmp_path: Path) -> None:
     facts = checked("words") | {"sources": [], "tokens": {}}
-    shown = shown_row("words") | {"completions": ["I look. 42 So.", "No."], "context": [[[7, 11]], []]}
+    texts = [("I look.", "scored"), (" 42", "context"), (" ", "context"), ("So.", "scored")]
+    shown = row_of({"prompt": [("Why?", "prompt")], "chosen": texts, "rejected": [("No.", "scored")]})
     write_check(tmp_path / "check.html", "mine.yaml", facts | {"examples": [shown]})
     page = Page((tmp_path / "check.html").read_text(encoding="utf-8"))
     classes = [attributes["class"] for tag, attributes in page.elements if tag == "span" and attributes.get("class")]
-    assert classes.count("context") == 2, "the legend and the span"
+    assert classes.count("context") == 1 and classes.count("token context") == 2, "the legend and the tokens"
     assert "what is grey is read only" in page.text and "I look. 42 So." in page.text
     text = as_text(lambda console: print_check({**facts, "examples": [shown]}, console))
     assert "I look.~ 42 ~So." in text and "what is between ~ and ~ is read only" in " ".join(text.split())
     plain = as_text(lambda console: print_check({**facts, "examples": [shown_row("words")]}, console))
     assert "~" not in plain
+
+
+def test_tokens_that_differ_are_marked_and_lengths_are_drawn(tmp_path: Path) -> None:
+    sides = {"chosen": ["A", " cat", " purrs"], "rejected": ["A", " dog", " purrs", "!"]}
+    shown = row_of({name: [(text, "scored") for text in texts] for name, texts in sides.items()})
+    assert {
+        name: [token.text for token in tokens if token.differs] for name, (_, tokens) in example(shown)[1].items()
+    } == {
+        "chosen": [" cat"],
+        "rejected": [" dog", "!"],
+    }
+    lengths = {
+        "prompt": {"median": 4.0, "edges": [4, 5], "counts": [9]},
+        "chosen": {"median": 3.0, "edges": [2, 3, 9], "counts": [1, 8]},
+        "rejected": {"median": 5.0, "edges": [2, 3, 9], "counts": [0, 9]},
+    }
+    drawn = data_tables({"lengths": lengths})["lengths"]
+    assert drawn == [
+        ({"prompt": 4.0}, [("4", [9])]),
+        ({"chosen": 3.0, "rejected": 5.0}, [("2", [1, 0]), ("3 to 8", [8, 9])]),
+    ]
+    write_check(tmp_path / "check.html", "mine.yaml", checked("words") | {"lengths": lengths, "examples": [shown]})
+    page = Page((tmp_path / "check.html").read_text(encoding="utf-8"))
+    bars = [attributes for tag, attributes in page.elements if tag == "i" and "of-" in (attributes.get("class") or "")]
+    assert [bar["style"] for bar in bars] == [f"width: {width}%" for width in (100.0, 11.1, 0.0, 88.9, 100.0)]
+    assert "chosen, median 3; rejected, median 5" in page.text
 
 
 def test_unused_columns_and_examples_of_sources(tmp_path: Path) -> None:
@@ -319,7 +360,7 @@ def test_files_with_empty_or_odd_values_do_not_break_the_page(tmp_path: Path) ->
     page = report(tmp_path, recipe="[]\n", metrics=[{}], timing=[{"step": 1}], samples=[{}], **empty)
     assert "Reproduce" in page.text
     odd = {"sources": "x", "findings": [7], "tokens": [], "fingerprint": None}
-    assert "Nothing odd was found" in report(tmp_path, data=odd).text
+    assert "Nothing odd was seen" in report(tmp_path, data=odd).text
 
 
 def test_the_answers_stand_side_by_side_right_after_the_verdict(tmp_path: Path) -> None:
