@@ -114,7 +114,7 @@ class Rows(Section):
 
     path: str = Field(min_length=1)
     """A file (.jsonl, .json, .csv, .parquet; the first three also .gz, .bz2, .xz or .zst), a folder or a glob of files,
-    a built-in set (`builtin:plain_words`), or a data set of the Hub (`org/name`)."""
+    a built-in set (`builtin:short_answers`), or a data set of the Hub (`org/name`)."""
     name: str | None = None
     """Configuration of a Hub data set, where it has several."""
     split: str | None = None
