@@ -121,9 +121,9 @@ def example(shown: Values) -> tuple[str, dict[str, tuple[Any, list[Token]]]]:
 
 def _differing(chosen: list[Values], rejected: list[Values]) -> tuple[set[int], set[int]]:
     """The tokens of each of two completions that the other has not, in the order in which they are written."""
-    texts = [[str(token.get("text", "")) for token in side] for side in (chosen, rejected)]
+    first, second = ([str(token.get("text", "")) for token in side] for side in (chosen, rejected))
     left = set(range(len(chosen))), set(range(len(rejected)))
-    for block in SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks():
+    for block in SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks():
         left[0].difference_update(range(block.a, block.a + block.size))
         left[1].difference_update(range(block.b, block.b + block.size))
     return left
