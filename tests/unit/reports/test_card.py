@@ -154,7 +154,7 @@ def test_questions_of_the_training_data(tmp_path: Path) -> None:
     facts = TASKS["tasks"]["arc_challenge"] | {"contaminated": seen, "clean": clean}  # type: ignore[index]
     text = card(tmp_path / "some", {"tasks": {"arc_challenge": facts}})
     assert "None of these questions" not in text
-    said = "arc_challenge: 12 of 1 172 questions stand in the training data; without: 41.0 % to 42.0 % (+1.0 points"
+    said = "arc_challenge: 12 of 1 172 questions are in the training data; without: 41.0 % to 42.0 % (+1.0 points"
     assert said in text
     unknown = TASKS["tasks"]["arc_challenge"] | {"contaminated": None, "clean": None}  # type: ignore[index]
     assert (

@@ -113,8 +113,8 @@ def test_questions_of_the_training_data_are_told(tmp_path: Path) -> None:
     said = [plain(line.text) for line in overall(read_run(run)).lines if "training data" in line.text]
     without = "50.0 % to 40.0 % (-10.0 points, 95 % interval -20.0 to +10.0, p = 0.6)"
     assert said == [
-        f"a: 3 of 9 questions stand in the training data; without: {without}",
-        "c: 9 of 9 questions stand in the training data",
+        f"a: 3 of 9 questions are in the training data; without: {without}",
+        "c: 9 of 9 questions are in the training data",
     ]
     shown = plain(printed(summary(run)))
     assert "3 in the training data" in shown and "-10.0 without" in shown
