@@ -354,6 +354,12 @@ class Guards(Section):
     undertrained: Warns = "warn"
     """At the end, pairs are hardly told apart."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def off_is_a_word(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
+
 
 class Merge(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
