@@ -39,7 +39,9 @@ app = typer.Typer(
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, a built-in recipe or a run folder.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.field=value]...", help="Fields of the recipe with other values.", show_default=False),
+    typer.Argument(
+        metavar="[section.field=value]...", help="Fields of the recipe with other values.", show_default=False
+    ),
 ]
 Processes = Annotated[
     int, typer.Option("--nproc", help="Processes of this machine to train with: as many as it has GPUs.", min=1)

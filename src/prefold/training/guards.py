@@ -163,17 +163,19 @@ def too_easy(history: History, facts: Facts) -> Trouble | None:
     values = _latest(history, _named(ACCURACIES, history[-1]), needed)
     if not values or min(values) < 1 or len(history) > max(2 * SOME, facts.steps // 10, needed):
         return None
-    return Trouble(
-        f"in the last {needed} steps the model preferred the chosen answer in every pair, after {len(history)} steps of "
-        f"{facts.steps}: the difference is easy to learn",
-        (
+    advice = (
+        "the check of the data found neither length nor an opening that tells the sides apart, so it may be the very "
+        "thing you teach: read the answers after training"
+    )
+    if facts.telling:
+        advice = (
             f"the check of the data says by what the sides differ: {'; '.join(facts.telling)}. Unless that is what you "
             "want to teach, balance the pairs"
-            if facts.telling
-            else "the check of the data found neither length nor an opening that tells the sides apart, so it may be the "
-            "very thing you teach: read the answers after training"
         )
-        + ". Where the loss fell to 0 at once, lower `train.learning_rate`",
+    return Trouble(
+        f"in the last {needed} steps the model preferred the chosen answer in every pair, after {len(history)} steps "
+        f"of {facts.steps}: the difference is easy to learn",
+        f"{advice}. Where the loss fell to 0 at once, lower `train.learning_rate`",
     )
 
 

@@ -84,7 +84,12 @@ def row_of(parts: dict[str, list[tuple[str, str]]], source: str = "words") -> di
 def run_of_texts(text: str) -> dict[str, Any]:
     """Changes that put one text wherever a run has text."""
     finding = {"kind": text, "severity": "warning", "count": 1, "rows": [{"source": text, "row": 1}]}
-    recipe = yaml.safe_load(RECIPE) | {"method": text, "description": text, "model": {"name": text}, "evaluate": {"prompts": [text]}}
+    recipe = yaml.safe_load(RECIPE) | {
+        "method": text,
+        "description": text,
+        "model": {"name": text},
+        "evaluate": {"prompts": [text]},
+    }
     return {
         "recipe": yaml.safe_dump(recipe),
         "environment": ENVIRONMENT | {"device_name": text, "packages": {text: text}},
@@ -417,7 +422,13 @@ def test_findings_are_sorted_by_severity_and_name_their_rows(tmp_path: Path) -> 
 
 def test_what_the_guards_saw(tmp_path: Path) -> None:
     seen = report(tmp_path).text
-    for words in ("too easy", "57", "preferred the chosen answer", "Rows of the step: more_pairs.jsonl 3, 9", "went back to step 50"):
+    for words in (
+        "too easy",
+        "57",
+        "preferred the chosen answer",
+        "Rows of the step: more_pairs.jsonl 3, 9",
+        "went back to step 50",
+    ):
         assert words in seen
     assert "no sign of a run that diverges" in report(tmp_path, guards={"events": []}).text
 
