@@ -414,7 +414,7 @@ def telling_opening(facts: Sequence[PairFacts], tokenizer: PreTrainedTokenizerBa
     shares = [_percent(count, len(facts)) for count in either]
     text = json.dumps(tokenizer.decode(list(best)), ensure_ascii=False)
     message = f"{text} begins {shares[0]} of the chosen and {shares[1]} of the rejected answers"
-    advice = "the model learns it first: fine where you teach it, else cut it from the text"
+    advice = "the model learns it first: fine where you teach it, else cut it away"
     return Finding("telling_opening", "warning", max(either), (), message, advice)
 
 
