@@ -27,7 +27,8 @@ from prefold.data.examples import Example, Examples
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.models.adapters import add_lora
 from prefold.models.fetch import fetch
-from prefold.models.load import load_model, load_tokenizer
+from prefold.models.load import load_model
+from prefold.models.tokenizer import load_tokenizer
 from prefold.recipe import Lora, Model, make_recipe
 from prefold.rewards.scoring import LoadedReward
 from prefold.training.arguments import training_arguments

@@ -15,7 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks.results import quieten
 from benchmarks.sides import peak_bytes
 from prefold.evaluation.harness import TreeLM
-from prefold.models.load import load_model, load_tokenizer
+from prefold.models.load import load_model
+from prefold.models.tokenizer import load_tokenizer
 from prefold.recipe import Model
 from prefold.trees.memory import arrange_allocations
 

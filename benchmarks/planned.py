@@ -4,9 +4,9 @@
     python -m benchmarks.planned dpo-1024 grpo   # those named
 
 Each setting is a run in a process of its own, which plans, trains and, where the setting says so, merges and evaluates
-in further processes. Memory is that of the process on a CPU (the largest resident set, interpreter and libraries
-included), and what torch has allocated on a GPU, which nobody has run yet. Prints a table and, as its last line, JSON;
-writes `results/planned-cpu.json` (`planned-cuda.json` on a GPU).
+in further processes. Memory is that of the process on a CPU (interpreter and libraries included, and neither here nor
+in the plan what is mapped from files), and what torch has allocated on a GPU, which nobody has run yet. Prints a table
+and, as its last line, JSON; writes `results/planned-cpu.json` (`planned-cuda.json` on a GPU).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.results import parser_for, quieten, write
 from benchmarks.sides import Side, running
 from benchmarks.workloads import HELD_OUT, random_rows
 from prefold.models.fetch import fetch
-from prefold.plan import planner as planning
+from prefold.runs.limits import PHASES
 
 SHORT, LONG = (128, 96, 80), (700, 500, 450)
 """Words of a prompt and its two answers."""
@@ -137,13 +137,12 @@ def make_model(name: str, smollm2: Path, folder: Path) -> str:
 
 
 def perform(connection: Connection, work: tuple[str, bool, Path]) -> None:
-    """A side that performs a stage of a recipe, timed in its plan or not."""
+    """A side that performs a stage of a recipe, its step timed first or not; sends what the plan says that takes."""
     stage, timed, recipe = work
-    if not timed:
-        planning.WORTH_TIMING = float("inf")
     quieten()
+    seconds = prefold.check(recipe, measure=True).plan.seconds if timed else None
     getattr(prefold, stage)(recipe)
-    connection.send("done")
+    connection.send(seconds)
 
 
 def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
@@ -154,28 +153,33 @@ def measured(setting: Setting, smollm2: Path) -> list[dict[str, Any]]:
         write_rows(setting, values["train"]["batch_size"], folder / "rows.jsonl")
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(values, sort_keys=False))
-        stages = ["train", *(["merge", "evaluate"] if setting.later else [])]
+        stages, seconds = ["train", *(["merge", "evaluate"] if setting.later else [])], {}
         for stage in stages:
-            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", (stage, setting.timed, recipe))
+            work = (stage, setting.timed and stage == "train", recipe)
+            side = Side(f"{setting.name}, {stage}", "benchmarks.planned:perform", work)
             with running(side):
-                side.receive()
+                seconds[stage] = side.receive()
         plan = json.loads((folder / "run" / "data.json").read_text())["plan"]
         lines = [json.loads(line) for line in (folder / "run" / "timing.jsonl").read_text().splitlines()]
     peaks = {line["stage"]: line["peak_memory_mb"] * 2**20 for line in lines if "stage" in line}
     entries = []
     for stage in stages:
-        phases = [stage, *({"self-check", "rollouts"} & set(plan["memory"]) if stage == "train" else [])]
-        phase = max(phases, key=lambda one: plan["peaks"][one])
+        own = {
+            phase: sum(parts.values()) - parts["mapped"]
+            for phase, parts in plan["memory"].items()
+            if phase in PHASES[stage]
+        }
+        phase = max(own, key=own.__getitem__)
         entry = {
             "setting": setting.name,
             "phase": phase,
-            "planned_mb": round(plan["peaks"][phase] / 1e6),
+            "planned_mb": round(own[phase] / 1e6),
             "measured_mb": round(peaks[stage] / 1e6),
             "parts_mb": {part: round(size / 1e6) for part, size in plan["memory"][phase].items()},
         }
-        if stage == "train" and setting.timed and plan["seconds"]:
+        if seconds[stage]:
             steps = [line["seconds"] for line in lines if "step" in line]
-            planned = sum(plan["seconds"][one] for one in ("train", "rollouts") if one in plan["seconds"])
+            planned = sum(seconds[stage].get(phase, 0) for phase in ("train", "rollouts"))
             # The first step warms up.
             entry["planned_step_s"] = round(planned / plan["optimizer_steps"], 2)
             entry["measured_step_s"] = round(sum(steps[1:]) / len(steps[1:]), 2)

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.sides import peak_bytes
 from benchmarks.workloads import BATCH
 from prefold.data.mixture import load_split
-from prefold.models.load import load_tokenizer
+from prefold.models.tokenizer import load_tokenizer
 from prefold.recipe import Data, Source
 from prefold.trees.packing import pack
 
@@ -23,8 +23,11 @@ def prepare(connection: Connection, work: tuple[Path, Path]) -> None:
     connection.send(peak_bytes())
 
 
+def settings_for(file: Path) -> Data:
+    return Data(train=[Source(path=str(file))], eval_fraction=0.01, max_length=MAX_LENGTH)
+
+
 def prepare_prefold(file: Path, tokenizer: Any) -> None:
-    data = Data(train=[Source(path=str(file))], eval_fraction=0.01, max_length=MAX_LENGTH)
-    trees = load_split(data, tokenizer, seed=1).train.trees
+    trees = load_split(settings_for(file), tokenizer, seed=1).train.trees
     for start in range(0, len(trees), BATCH):
         pack(trees[start : start + BATCH])

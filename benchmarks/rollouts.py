@@ -27,7 +27,8 @@ from benchmarks.workloads import make_prompts, render_prompt
 from prefold.generation.engine import LocalEngine
 from prefold.generation.sampling import Sampling
 from prefold.models.fetch import fetch
-from prefold.models.load import load_model, load_tokenizer
+from prefold.models.load import load_model
+from prefold.models.tokenizer import load_tokenizer
 from prefold.recipe import Model
 
 Side = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[list[int]], Sampling], int]

@@ -32,7 +32,7 @@ from benchmarks.lm_eval_sides import Answered, Request, Task
 from benchmarks.results import Ratio, parser_for, save
 from benchmarks.sides import Side, running
 from prefold.models.fetch import fetch
-from prefold.models.load import load_tokenizer
+from prefold.models.tokenizer import load_tokenizer
 from prefold.trees.forest import Text, pack_forest
 from prefold.trees.packing import Node
 

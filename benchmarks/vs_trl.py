@@ -47,7 +47,7 @@ from benchmarks.workloads import (
 )
 from prefold.files import read_jsonl
 from prefold.models.fetch import fetch
-from prefold.models.load import load_tokenizer
+from prefold.models.tokenizer import load_tokenizer
 from prefold.trees.packing import TokenTree
 
 SIDES = {"dpo": ("dpo", "pairs"), "orpo": ("orpo", "pairs"), "grpo": ("grpo", "grpo")}

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from prefold.pairing.make import pairs
     from prefold.recipe import load_recipe
     from prefold.reports.notebook import show
-    from prefold.runs.api import check, check_row, evaluate, merge, publish, report, run, train
+    from prefold.runs.api import evaluate, merge, publish, report, run, train
+    from prefold.runs.check import check, check_row
     from prefold.runs.comparison import compare
     from prefold.runs.sweep import sweep
 
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "check": "prefold.runs.check",
+    "check_row": "prefold.runs.check",
     "compare": "prefold.runs.comparison",
     "describe_data": "prefold.data.survey",
     "fetch": "prefold.models.fetch",
@@ -68,4 +71,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `prefold` has no attribute `{name}`")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES.get(name, "prefold.runs.api")), name)
+    from prefold.terminal import loading
+
+    with loading():
+        return getattr(import_module(_HOMES.get(name, "prefold.runs.api")), name)

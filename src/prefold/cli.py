@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic.fields import FieldInfo
@@ -25,6 +25,9 @@ from prefold.recipe import Chat, Generate, Pairs, Source, builtin_recipes, first
 from prefold.recipe.section import all_fields, meaning_of, with_fields
 from prefold.recipe.text import apply_override
 from prefold.terminal import console, print_json, stdout_for_results
+
+if TYPE_CHECKING:
+    from prefold.recipe import RecipeBase
 
 app = typer.Typer(
     name="prefold",
@@ -59,9 +62,29 @@ def _results_alone(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
+def _try_anyway(wanted: bool) -> bool:
+    if wanted:
+        os.environ["PREFOLD_ANYWAY"] = "1"
+    return wanted
+
+
+Anyway = Annotated[
+    bool, typer.Option("--anyway", help="Load models even where memory looks too small.", callback=_try_anyway)
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_results_alone)
 ]
+
+
+def read(recipe: str, overrides: Sequence[str] | None) -> RecipeBase:
+    """The recipe of a command: what is wrong with it is said before anything is imported that takes seconds."""
+    if launched() > 1:
+        from prefold import ranks
+
+        ranks.join()  # so that one process says it
+    from prefold.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or [])
 
 
 def flag(name: str, field: FieldInfo) -> Any:
@@ -124,12 +147,15 @@ def _name_of(argument: str) -> str:
 
 
 @app.command()
-def run(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
+def run(
+    recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1, anyway: Anyway = False
+) -> None:
     """Every stage in order: check, train, merge, evaluate, report, publish. Skips what is done."""
     _restart_in_processes(nproc, "run", recipe, overrides, fresh)
     from prefold.reports.run_table import summary
 
-    console.print(summary(prefold.run(recipe, overrides or [], fresh=fresh)))
+    made = read(recipe, overrides)
+    console.print(summary(prefold.run(made, fresh=fresh)))
 
 
 @app.command()
@@ -151,6 +177,7 @@ def check(
     ] = None,
     html: Html = None,
     as_json: AsJson = False,
+    anyway: Anyway = False,
 ) -> None:
     """What will be trained on, what is wrong with it, and what it will take."""
     if row is not None:
@@ -158,7 +185,8 @@ def check(
     from prefold.reports.check import print_check
     from prefold.reports.page import write_check
 
-    result = prefold.check(recipe, overrides or [], reference=reference, device_memory=device_memory, measure=measure)
+    made = read(recipe, overrides)
+    result = prefold.check(made, reference=reference, device_memory=device_memory, measure=measure)
     facts = result.as_json()
     if html:
         write_check(html, recipe, facts)
@@ -171,7 +199,8 @@ def _check_row(recipe: str, row: str, overrides: list[str] | None, as_json: bool
 
     if more:
         raise UserError("it shows one row alone", where="`--row`", advice="leave the other options out, but `--json`")
-    facts = prefold.check_row(recipe, row, overrides or []).as_json()
+    made = read(recipe, overrides)
+    facts = prefold.check_row(made, row).as_json()
     print_json(facts, default=str) if as_json else print_row(facts)
 
 
@@ -205,10 +234,13 @@ def data(
 
 
 @app.command()
-def train(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1) -> None:
+def train(
+    recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1, anyway: Anyway = False
+) -> None:
     """Check and train, and leave the adapter."""
     _restart_in_processes(nproc, "train", recipe, overrides, fresh)
-    print(prefold.train(recipe, overrides or [], fresh=fresh))
+    made = read(recipe, overrides)
+    print(prefold.train(made, fresh=fresh))
 
 
 class ProcessesEnded(SystemExit):
@@ -226,19 +258,20 @@ def _restart_in_processes(number: int, command: str, recipe: str, overrides: lis
 
 
 @app.command()
-def merge(recipe: RecipeName, overrides: Overrides = None) -> None:
+def merge(recipe: RecipeName, overrides: Overrides = None, anyway: Anyway = False) -> None:
     """Merge the adapter into its unquantised base and prove it."""
-    print(prefold.merge(recipe, overrides or []))
+    made = read(recipe, overrides)
+    print(prefold.merge(made))
 
 
 @app.command()
-def evaluate(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def evaluate(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False, anyway: Anyway = False) -> None:
     """Compare the model before and after: held-out pairs or prompts, tasks, win rate, as the recipe says."""
     from prefold.reports.run_table import summary
 
-    result = prefold.evaluate(recipe, overrides or [])
-    folder = prefold.load_recipe(recipe, overrides or []).run_folder
-    print_json(result) if as_json else console.print(summary(folder))
+    made = read(recipe, overrides)
+    result = prefold.evaluate(made)
+    print_json(result) if as_json else console.print(summary(made.run_folder))
 
 
 @app.command()
@@ -255,6 +288,7 @@ def compare(
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     html: Html = None,
     as_json: AsJson = False,
+    anyway: Anyway = False,
 ) -> None:
     """Compare run folders and models with the first of them, question by question; one run folder with its base."""
     from prefold.reports.comparison import summary, write_comparison
@@ -282,10 +316,12 @@ def sweep(
         str | None, typer.Option(help="Folder of the runs. Unset: the recipe's `output_dir`, with `-sweep` behind it.")
     ] = None,
     as_json: AsJson = False,
+    anyway: Anyway = False,
 ) -> None:
     """A run for each combination of values, and one comparison: which is best, and how far to believe it."""
     from prefold.reports.sweep import summary
 
+    read_text(recipe)  # before anything is imported that takes seconds
     result = prefold.sweep(recipe, overrides or [], output=output)
     print_json(result) if as_json else console.print(summary(result))
     raise typer.Exit(1 if any(point["status"] == "failed" for point in result["points"]) else 0)
@@ -294,7 +330,8 @@ def sweep(
 @app.command()
 def report(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Write report.html from what is in the run folder."""
-    print(prefold.report(recipe, overrides or []))
+    made = read(recipe, overrides)
+    print(prefold.report(made))
 
 
 @app.command()
@@ -305,11 +342,13 @@ def publish(
         bool, typer.Option("--dry-run", help="List every file, its size and where it would go.")
     ] = False,
     as_json: AsJson = False,
+    anyway: Anyway = False,
 ) -> None:
     """Push the result to the Hub, or put it into a folder, as the section `publish` says."""
     from prefold.reports.run_table import print_published
 
-    outcome = prefold.publish(recipe, overrides or [], dry_run=dry_run)
+    made = read(recipe, overrides)
+    outcome = prefold.publish(made, dry_run=dry_run)
     print_json(outcome) if as_json else print_published(outcome)
 
 
@@ -321,11 +360,14 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="Prompts: one a line, or .jsonl with a field `prompt`.")] = None,
     *,
     as_json: AsJson = False,
+    anyway: Anyway = False,
     **settings: Any,
 ) -> None:
     """Answers to prompts, from arguments or a file."""
     from prefold.generation.answers import print_answers
+    from prefold.runs.fingerprints import say_changes_of
 
+    say_changes_of(model)
     answers = prefold.generate(model, prompts or [], file=file, **settings)
     print_json({"answers": answers}, ensure_ascii=False) if as_json else print_answers(answers)
 
@@ -337,11 +379,14 @@ def chat(
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer with the base model of a run folder as well.")
     ] = False,
+    anyway: Anyway = False,
     **settings: Any,
 ) -> None:
     """Talk to a model in the terminal."""
     from prefold.generation.chat import chat_loop
+    from prefold.runs.fingerprints import say_changes_of
 
+    say_changes_of(model)
     chat_loop(model, compare, make_section(Chat, settings))
 
 
@@ -351,6 +396,7 @@ def pairs(
     prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help=meaning_of(Pairs.model_fields["prompts"]))],
     *,
     as_json: AsJson = False,
+    anyway: Anyway = False,
     **settings: Any,
 ) -> None:
     """Preference pairs from a model's own answers to prompts, scored by rewards or a judge."""

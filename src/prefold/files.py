@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,46 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`; on success it takes the place of `path`, on failure it is
     removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old.tmp"))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        flush_to_disk(temporary)
+        _exchange(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def unfinished_folder(path: Path, made_from: str) -> Iterator[Path]:
+    """Like `new_folder`, but a process that is ended leaves the temporary folder to the next one that makes `path` from
+    the same: whoever writes in it says which of its files are whole. Removed if what is done in it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    mark = temporary / ".made_from"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != made_from:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_text(mark, made_from)
+    for left_over in temporary.glob(".*.tmp"):
+        left_over.unlink()
+    try:
+        yield temporary
+        mark.unlink()
+        _exchange(temporary, path)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _exchange(temporary: Path, path: Path) -> None:
+    """Put a folder that is whole where another one may be."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    flush_to_disk(temporary)
+    try:
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -104,6 +134,30 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+LARGE = 2**20
+"""Bytes of a file whose digest is worth keeping."""
+RECENT = 2 * 10**9
+"""Nanoseconds in which a file may be written twice and have the same times."""
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes. That of a large file is kept in the cache for as long as its size and times, as the
+    file system has them, stay what they are. Raises OSError: it cannot be read."""
+    facts = path.stat()
+    changed = max(facts.st_mtime_ns, facts.st_ctime_ns)
+    state = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
+    kept = cache_folder() / "digests" / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if facts.st_size >= LARGE:
+        with suppress(OSError):
+            return kept.read_text()
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if facts.st_size >= LARGE and time.time_ns() - changed > RECENT:
+        with suppress(OSError):  # a cache that cannot be written to costs time alone
+            write_text(kept, digest)
+    return digest
+
+
 def write_text(path: Path, text: str) -> None:
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -125,15 +179,23 @@ def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def require_writable(folder: Path) -> None:
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def require_writable(folder: Path, advice: str = "") -> None:
     """Create `folder` and prove that a file can be written in it. Raises UserError: that is not so."""
+    advice = advice or "choose another one, e.g. `output_dir=runs/mine`, or change its permissions"
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        what = "is a file, not a folder" if folder.exists() else "is a link that leads nowhere"
+        raise UserError(what, where=str(folder), advice=advice)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        advice = "choose another one, e.g. `output_dir=runs/mine`, or change its permissions"
         what = f"cannot write to the folder ({error.strerror})"
         raise UserError(what, where=str(folder), advice=advice) from None
 

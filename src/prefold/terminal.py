@@ -3,18 +3,32 @@ to stdout, since its stderr looks like an error."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from io import StringIO
+from threading import Timer
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 IN_NOTEBOOK = Console().is_jupyter
 # Of several processes the first one talks. In a notebook plain lines: rich would make an output of each.
@@ -26,41 +40,123 @@ Advance = Callable[..., None]
 """Moves a bar on, in rich's words: `advance` is so many items, `text` what is shown beside it."""
 BETWEEN_UPDATES = 0.5
 """Seconds between two states of a bar in a notebook."""
+BETWEEN_LINES = 30.0
+"""Seconds between two lines about the same work, where there is no terminal."""
+REMEMBERED = 3600.0
+"""Seconds whose items count for a rate: an optimizer step may take minutes."""
+UNTOLD = 1.0
+"""Seconds that work may take until it is said what it is, where there is no terminal."""
+SOON = 0.2
+"""The same at the start of a command."""
 
 
 @contextmanager
-def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A progress bar that fits 80 columns; on a stream that is no terminal, one line when it ends."""
+def busy(text: str, untold: float = UNTOLD) -> Iterator[None]:
+    """Say what goes on whose end cannot be known: beside a clock, gone when it is done; on a stream that is no terminal
+    as a line, if it takes longer than `untold` seconds."""
+    if console.is_terminal and not IN_NOTEBOOK:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as progress:
+            progress.add_task(text, total=None)
+            yield
+        return
+    timer = Timer(untold, say, [f"{text} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """While open, libraries are imported: without looking for garbage, of which imports make none and which takes an
+    eighth of their time. In a command of ours what they have made is never looked at again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with busy("loading libraries", SOON):
+            yield
+    finally:
+        if "prefold.cli" in sys.modules:
+            gc.freeze()
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+    """A progress bar that fits 80 columns; on a stream that is no terminal, a line now and then and when it ends.
+    Without a total it counts, and is gone when it is done."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
     )
-    progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
+    progress = Progress(*columns, console=console, transient=total is None, speed_estimate_period=REMEMBERED)
     task = progress.add_task(description, total=total, completed=done, text="")
-    if not IN_NOTEBOOK:
+    if console.is_terminal and not IN_NOTEBOOK:
         with progress:
             yield partial(progress.update, task)
         return
-    # One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has.
-    from IPython.display import display
-
-    shown, last = display(progress, display_id=True), time.monotonic()
+    show, between = (_lines(progress), BETWEEN_LINES) if not IN_NOTEBOOK else (_cell(progress), BETWEEN_UPDATES)
+    last = time.monotonic()
 
     def advance(**changes: Any) -> None:
         nonlocal last
         progress.update(task, **changes)
-        if time.monotonic() - last >= BETWEEN_UPDATES:
-            shown.update(progress)
+        if time.monotonic() - last >= between:
+            show()
             last = time.monotonic()
 
     try:
         yield advance
     finally:
-        shown.update(progress)
+        if total is not None:
+            show()
+
+
+class _Rate(ProgressColumn):
+    """Items a second, or seconds an item."""
+
+    def render(self, task: Task) -> Text:
+        return Text(rate(task.speed), style="progress.data.speed")
+
+
+def rate(per_second: float | None) -> str:
+    if not per_second:
+        return ""
+    number, unit = (per_second, "/s") if per_second >= 1 else (1 / per_second, " s each")
+    return f"{number:,.0f}{unit}" if number >= 100 else f"{number:.3g}{unit}"
+
+
+def _lines(progress: Progress) -> Callable[[], None]:
+    def show() -> None:
+        task = progress.tasks[0]
+        of = "" if task.total is None else f" of {task.total:,.0f}"
+        parts = [f"{task.completed:,.0f}{of}", rate(task.speed), f"{clock(task.elapsed)} so far"]
+        parts += [f"{clock(task.time_remaining)} left"] if task.time_remaining else []
+        say(f"  {task.description}: {', '.join(filter(None, parts))}  {task.fields['text']}".rstrip())
+
+    return show
+
+
+def clock(seconds: float | None) -> str:
+    return str(timedelta(seconds=round(seconds or 0)))
+
+
+def _cell(progress: Progress) -> Callable[[], None]:
+    # One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has.
+    from IPython.display import display
+
+    shown = display(progress, display_id=True)
+    return lambda: shown.update(progress)
 
 
 def say(text: str) -> None:

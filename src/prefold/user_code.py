@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -125,6 +126,35 @@ class _CtrlC:
         if (handler := signal.getsignal(number)) != self._catch:
             self.handler = handler
             signal.signal(number, self._catch)
+
+
+def files_of_code(file: Path) -> list[Path]:
+    """A Python file, and those of its folder that it imports, directly or through others; none where there is no such
+    file. Imports in functions count, names that are put together do not."""
+    files: list[Path] = []
+    pending = [file]
+    while pending:
+        path = pending.pop()
+        if path in files or not path.is_file():
+            continue
+        files.append(path)
+        with suppress(OSError, SyntaxError, ValueError, IndexError):  # loading it will say so
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                pending += _imported(node, file.parent, path)
+    return files
+
+
+def _imported(node: ast.AST, folder: Path, path: Path) -> list[Path]:
+    """The files that an import statement in `path` may stand for, those that are not there too."""
+    names: list[str] = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        folder = path.parents[node.level - 1] if node.level else folder
+        names = [f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names]
+    parts = [name.split(".")[: length + 1] for name in names for length in range(name.count(".") + 1)]
+    modules = [folder.joinpath(*some) for some in parts]
+    return [file for module in modules for file in (module / "__init__.py", module.with_name(f"{module.name}.py"))]
 
 
 # ---- in words ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing import Pipe
@@ -12,10 +13,27 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from benchmarks import equal_groups, margins, planned, prefold_run, preparing, rollouts, vs_lm_eval, vs_trl
+from benchmarks import (
+    equal_groups,
+    full_size,
+    margins,
+    planned,
+    prefold_run,
+    preparing,
+    rollouts,
+    startup,
+    vs_lm_eval,
+    vs_trl,
+)
 from benchmarks.sides import SOURCE, Side, TakenStep
 from benchmarks.vs_trl import Measured
+from prefold.cli import app
+from prefold.models.tokenizer import load_tokenizer
 
 Main = Callable[[list[str]], None]
 
@@ -188,3 +206,66 @@ def test_margins(summary_of: Callable[..., dict[str, Any]], pairs: Path) -> None
 def test_planned(summary_of: Callable[..., dict[str, Any]]) -> None:
     [entry] = summary_of(planned.main, "dpo-512")["settings"]
     assert entry["planned_mb"] > 0 < entry["measured_mb"]
+
+
+def test_startup(summary_of: Callable[..., dict[str, Any]], pairs: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: dpo\nmodel: {{name: m}}\ndata: {{train: [{{path: {pairs}}}]}}\noutput_dir: run\n")
+    summary = summary_of(startup.main, "--rounds", "1", "--recipe", str(recipe))
+    assert all(summary[name] > 0 for name in ("missing_recipe", "recipes", "check_cold", "check_warm"))
+    assert (tmp_path / "results" / "startup-cpu.json").is_file()
+
+
+def test_startup_says_what_a_command_said(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no such recipe"):
+        startup.processor_seconds(["-m", "prefold", "check", "nowhere"], tmp_path, expected=0)
+
+
+def test_full_size(long_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every stage of the shipped recipe, here in this process: one by one they take as long as it takes to start."""
+    # Cut as GGUF has a name for.
+    tokenizer = load_tokenizer(long_model)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    chats = shutil.copytree(long_model, tmp_path / "chats")
+    tokenizer.save_pretrained(chats)
+
+    def performing(folder: Path, enter_limit: Callable[[], None]) -> full_size.Perform:
+        def perform(stage: str, arguments: Sequence[str]) -> full_size.Performed:
+            monkeypatch.setenv("PREFOLD_CACHE", str(folder / "cache"))
+            done = CliRunner().invoke(app, list(arguments))
+            why = repr(done.exception) if done.exit_code else ""
+            return full_size.Performed(stage, done.exit_code, 1.0, 10**9, said=why, output=done.stdout)
+
+        return perform
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(full_size, "performing", performing)
+    monkeypatch.setattr(full_size, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(full_size.signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as ended:
+        full_size.main(["tiny", "--rows", "4", "--model", str(chats), "--results", str(tmp_path / "results")])
+    saved = json.loads((tmp_path / "results" / "full-size-tiny-cpu.json").read_text())
+    assert not ended.value.code, saved
+    planned = {stage["stage"] for stage in saved["stages"] if stage["planned"]}
+    assert planned == {"train", "merge", "evaluate", "grpo: train"}
+    assert all(stage["code"] == 0 for stage in saved["stages"])
+
+
+def test_weights_of_a_full_size_model_are_made_file_by_file(long_model: Path, tmp_path: Path) -> None:
+    full_size.make_model("tiny-llama", long_model, tmp_path)
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.get_input_embeddings().weight.shape[0] == 1024 > len(load_tokenizer(tmp_path))
+    up = model.get_submodule("model.layers.0.mlp.up_proj").weight.float()
+    assert up.std().item() == pytest.approx(full_size.SPREAD, rel=0.05) and not torch.equal(up[0], up[1])
+
+
+def test_a_stage_under_a_limit(tmp_path: Path) -> None:
+    """Its memory is sampled, and what does not fit says so by itself; the folder goes with the process."""
+    with full_size.scratch_folder() as folder, full_size.limited(0.5) as (kind, enter):
+        done = full_size.performing(folder, enter)("version", ["--version"])
+        assert (done.code, kind in ("cgroup", "ulimit -d")) == (0, True)
+        assert done.peak is not None and 10**6 < done.peak < 500 * 10**6
+        assert full_size.performing(folder, enter)("none", ["report", "nowhere"]).said.startswith("prefold: ")
+    assert not folder.exists()

@@ -27,7 +27,7 @@ from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.head import Statistics
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import Span, TokenTree
-from prefold.trees.reference import reference_logprobs
+from prefold.trees.reference import Reference
 from prefold.trees.scorer import Scorer, choose_scorer, reference_model
 
 BACKENDS = ("prefold_joined", "prefold_segments", None)
@@ -127,7 +127,9 @@ def test_reference_of_other_context_is_not_mixed_up(tmp_path: Path) -> None:
     sets = [trees, [replace(tree, context=()) for tree in trees]]
     moved = [TokenTree(PROMPT, (FIRST, SECOND), (((i, i + 1),), ())) for i in (1, 2)]
     for given in (*sets, moved[:1], moved[1:]) * 2:  # computed, and then read
-        found = reference_logprobs(scorer, given, tmp_path)
+        reference = Reference(scorer, given, tmp_path)
+        found = [*reference.of(range(len(given))).values()]
+        reference.keep()
         with torch.no_grad(), reference_model(model):
             wanted = [dense_logprobs(model, [tree]) for tree in given]
         for tree, own, dense in zip(given, found, wanted, strict=True):

@@ -32,7 +32,7 @@ from prefold.training.guards import Facts, Guards
 from prefold.training.loop import StepOrder, StoredTrees, TrainingLoop, TreeSet
 from prefold.training.record import StepRecord
 from prefold.trees.packing import TokenTree
-from prefold.trees.reference import reference_logprobs
+from prefold.trees.reference import Reference
 from prefold.trees.scorer import Scorer
 
 STEPS, BATCH, RATE = 10, 4, 1e-3
@@ -116,7 +116,7 @@ def prefold_steps(
         }
     )
     scorer = Scorer(model, max_tokens, "prefold_joined")
-    reference = reference_logprobs(scorer, trees, folder) if recipe.algorithm.needs_reference else None
+    reference = Reference(scorer, trees, folder) if recipe.algorithm.needs_reference else None
     record = StepRecord(folder, 0, lambda **changes: None)
     order = GivenOrder(len(trees), BATCH, STEPS * BATCH, seed=0)
     args = training_arguments(recipe, STEPS)

@@ -331,7 +331,7 @@ def test_ctrl_c_says_how_to_go_on(cli: Cli, recipe_file: str, monkeypatch: pytes
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prefold.runs.train.reference_logprobs", interrupted)
+    monkeypatch.setattr("prefold.runs.train.Reference", interrupted)
     code, _, err = cli("run", recipe_file, "train.seed=3", "--fresh")
     assert code == 130
     assert f"to do: `prefold run {recipe_file} train.seed=3` goes on from here" in err

@@ -49,6 +49,10 @@ def test_runs_and_models_are_compared(
     found = prefold.compare([first, str(second), str(tiny_model)])
     assert found["baseline"] == first and list(found["models"]) == [str(second), str(tiny_model)]
     assert found["models"][str(second)]["tasks"]["tiny_passages"]["n"] == 3
+    pairs = [json.loads(line)["key"] for line in (second / "evaluation" / "heldout.jsonl").read_text().splitlines()]
+    facts = found["models"][str(second)]["measures"]["held-out pairs"]
+    assert facts["n"] == len(set(pairs)) > 0 and facts["changed"] == 0
+    assert found["models"][str(tiny_model)]["left_out"] == {"held-out pairs": f"only {first} has measured it"}
     after = {name: one["after"] for name, one in found["models"][str(tiny_model)]["tasks"].items()}
     own = json.loads((second / "evaluation" / "tasks.json").read_text())["tasks"]
     assert after == {name: one["before"] for name, one in own.items()}

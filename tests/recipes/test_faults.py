@@ -300,7 +300,7 @@ def test_a_changed_base_is_refused(recipe: MakeRecipe, tiny_model: Path, tmp_pat
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     for stage in (prefold.merge, prefold.run):
-        with pytest.raises(UserError, match=r"base model: is not what it was when this run began \(base model was"):
+        with pytest.raises(UserError, match=r"base/model\.safetensors has changed"):
             stage(recipe(model={"name": str(base)}))
 
 
@@ -314,14 +314,14 @@ def test_the_same_weights_with_other_settings_are_another_base(
     prefold.train(recipe(model={"name": str(base)}))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    with pytest.raises(UserError, match="base model: is not what it was when this run began"):
+    with pytest.raises(UserError, match=r"base/config\.json has changed"):
         prefold.merge(recipe(model={"name": str(base)}))
 
 
 def test_changed_data_is_shown_in_rows(recipe: MakeRecipe, pairs: Path) -> None:
     prefold.train(recipe())
     pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match=r"train was \w+ \(14 rows\), is \w+ \(13 rows\)"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl: 20 rows when this run read it, 19 now"):
         prefold.run(recipe())
 
 

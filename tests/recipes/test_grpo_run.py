@@ -427,7 +427,7 @@ def test_wrong_recipes(grpo: MakeRecipe, changes: dict[str, Any], message: str) 
 
 def test_a_changed_reward_is_refused_once_training_has_begun(grpo: MakeRecipe) -> None:
     prefold.train(grpo())
-    with pytest.raises(UserError, match="`rewards` was"):
+    with pytest.raises(UserError, match=r"`rewards\.0\.target` was 3, is 4"):
         prefold.train(grpo(rewards=[{"name": "length", "target": 4}]))
 
 

@@ -1,4 +1,5 @@
-"""Out of memory, injected: the budget is lowered, the step done again, and nothing else changes."""
+"""Out of memory, injected: the budget is lowered, the step done again, and nothing else changes. What is known not to
+fit is refused before it is loaded."""
 
 from __future__ import annotations
 
@@ -14,8 +15,12 @@ from safetensors.torch import load_file
 from tiny import random_trees, tiny_llama
 
 import prefold
-from prefold.errors import StageError
+from prefold.errors import StageError, UserError
+from prefold.memory import ANYWAY
+from prefold.models.load import load_model
 from prefold.recipe import RecipeBase
+from prefold.reports.run_table import summary
+from prefold.terminal import as_text
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
@@ -108,3 +113,55 @@ def test_other_errors_are_not_taken_for_it(recipe: MakeRecipe, monkeypatch: pyte
     room_for(5, RuntimeError("shapes do not match"), monkeypatch)
     with pytest.raises(RuntimeError, match="shapes"):
         prefold.train(recipe())
+
+
+# ---- known before -----------------------------------------------------------------------------------------------
+
+
+def test_each_stage_is_refused_before_it_loads(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = recipe(evaluate={"tasks": []})
+    prefold.train(ours)
+    prefold.merge(ours)
+    with monkeypatch.context() as patch:
+        patch.setattr("prefold.plan.machine.available", lambda: 0)
+        patch.setattr("prefold.plan.machine.held", lambda: 10**6)
+        for name in ("load_policy", "load_model"):
+            patch.setattr(f"prefold.runs.context.{name}", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+        for stage in ("merge", "evaluate"):
+            with pytest.raises(UserError, match=rf"`{stage}`: needs .* of memory, and 1 MB are at hand") as refused:
+                getattr(prefold, stage)(ours)
+            assert "--anyway" in str(refused.value)
+        patch.setenv(ANYWAY, "1")
+        patch.setattr("prefold.runs.context.load_model", load_model)
+        assert prefold.evaluate(ours)["pairs"] > 0
+
+
+def test_evaluating_in_16_bits_is_said(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = recipe()
+    in_float32 = json.loads((prefold.run(ours) / "evaluation" / "heldout.json").read_text())
+    assert "widened" not in as_text(lambda console: console.print(summary(ours.run_folder)))
+    monkeypatch.setattr("prefold.runs.limits._is_ample", lambda run: False)
+    monkeypatch.setattr("prefold.plan.memory.Memory.in_16_bits", True)
+    found = prefold.evaluate(ours)
+    assert "weights in bfloat16" in capsys.readouterr().err
+    assert found["weights_in_16_bits"] and "weights_in_16_bits" not in in_float32
+    assert found["after"]["margin"] == pytest.approx(in_float32["after"]["margin"], abs=0.02)
+    prefold.report(ours)
+    for text in (
+        (ours.run_folder / "report.html").read_text(),
+        (ours.run_folder / "merged" / "README.md").read_text(),
+        as_text(lambda console: console.print(summary(ours.run_folder))),
+    ):
+        assert "weights in 16 bits" in " ".join(text.split())
+
+
+def test_the_timing_is_of_the_stage(recipe: MakeRecipe) -> None:
+    """Not of the process so far: each stage begins anew."""
+    stages = {
+        line["stage"]: line["peak_memory_mb"]
+        for line in lines(prefold.train(recipe()), "timing.jsonl")
+        if "stage" in line
+    }
+    assert set(stages) == {"check", "train"} and all(50 < peak < 10_000 for peak in stages.values())

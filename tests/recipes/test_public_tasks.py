@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from prefold.evaluation.tasks import measure, open_tasks
-from prefold.models.load import load_model, load_tokenizer
+from prefold.models.load import load_model
+from prefold.models.tokenizer import load_tokenizer
 from prefold.recipe import Evaluate, Model
 
 DATA = Path(os.environ.get("PREFOLD_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))

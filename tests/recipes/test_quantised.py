@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import prefold
 from prefold.errors import StageError, UserError
-from prefold.models import merge
 from prefold.recipe import RecipeBase
 from prefold.training.loop import TrainingLoop
 
@@ -57,7 +56,7 @@ def test_quantised_training_ends_in_a_whole_model(
     record = merge_record(folder)
     assert record["dtype"] == dtype
     assert 0 < record["difference_from_quantised"] < 1
-    assert record["answers_compared"] == 3
+    assert 0 < record["likeliest_equal"] <= record["tokens_compared"]
 
 
 # ---- a base model learns a chat format --------------------------------------------------------------------------
@@ -109,10 +108,7 @@ def test_a_base_model_learns_where_its_turns_end(recipe: MakeRecipe, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [MistralForCausalLM, LlamaForCausalLM])
-def test_orpo_teaches_a_base_model_in_shards_to_chat(
-    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
-) -> None:
-    monkeypatch.setattr(merge, "SHARD", "40KB")
+def test_orpo_teaches_a_base_model_in_shards_to_chat(recipe: MakeRecipe, tmp_path: Path, kind: Any) -> None:
     base = save_base(tmp_path / "base")
     shape = {**SHAPE, "vocab_size": len(base_tokenizer()), "initializer_range": 0.05, "tie_word_embeddings": False}
     torch.manual_seed(0)
@@ -121,7 +117,8 @@ def test_orpo_teaches_a_base_model_in_shards_to_chat(
     )
     (base / "model.safetensors").unlink()
     merged = learns_to_chat(recipe, base, method="orpo") / "merged"
-    assert len(list(base.glob("model-*.safetensors"))) > 2 < len(list(merged.glob("model-*.safetensors")))
+    files = {path.name for path in base.glob("model-*.safetensors")}
+    assert {path.name for path in merged.glob("*.safetensors")} == files and len(files) > 2
     model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
     assert type(model) is kind
     turns = [{"role": "user", "content": "Say word 3"}]

@@ -11,7 +11,8 @@ from run_files import lines
 
 import prefold
 from prefold.data.mixture import load_split
-from prefold.models.load import load_model, load_tokenizer
+from prefold.models.load import load_model
+from prefold.models.tokenizer import load_tokenizer
 from prefold.recipe import Model, load_recipe
 from prefold.trees.scorer import Scorer, choose_scorer
 

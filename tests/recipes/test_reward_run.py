@@ -109,8 +109,10 @@ def test_a_run(recipe: MakeRecipe, tmp_path: Path, lora: Any, attention: str) ->
     assert set(heldout) == {"pairs", "after", "chance"}
     assert heldout["pairs"] == 6 and heldout["after"]["accuracy"] == 1.0 and heldout["after"]["accuracy_ci"][0] > 0.5
     assert heldout["after"]["margin"] == pytest.approx(metrics[-1]["eval_margin"], rel=1e-4)
-    assert heldout["chance"] == {"accuracy": 0.5, "p_value": 2 * 0.5**6}
-    assert (folder / "evaluation" / "heldout.jsonl").read_text() == '{"after": 1.0}\n' * 6
+    chance = heldout["chance"]
+    assert (chance["accuracy"], chance["p_value"], chance["verdict"]) == (0.5, 2 * 0.5**6, "better")
+    pairs = [json.loads(line) for line in (folder / "evaluation" / "heldout.jsonl").read_text().splitlines()]
+    assert [pair["after"] for pair in pairs] == [1.0] * 6 and len({pair["key"] for pair in pairs}) == 6
     assert not (folder / "samples.jsonl").exists()
     page = (folder / "report.html").read_text()
     assert "Held-out accuracy is 100" in page and 'id="answers"' not in page

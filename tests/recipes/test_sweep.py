@@ -143,7 +143,7 @@ def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monk
     assert "by luck alone" in " ".join(err.split()) and "data that did not choose it" in err
     # Once before, for both, and once after each; the reference once for both.
     assert [arguments[-1] for arguments in measured] == ["before", "after", "after"]
-    assert len(computed) == 1
+    assert sum(len(trees) for _, trees, *_ in computed) == len({tree for _, trees, *_ in computed for tree in trees})
 
     found = json.loads((folder / "sweep.json").read_text())
     assert [point["name"] for point in found["points"]] == [SLOW, FAST]
@@ -292,7 +292,7 @@ def test_a_model_that_scores_answers_is_compared_with_chance(
     found = sweeping._compared(measured)
     assert (found["best"], found["held_out"]) == ("a", {"unit": "pair", "number": 4})
     assert (measured["a"]["before"], measured["a"]["difference"]) == (None, 0.25)
-    assert measured["a"]["verdict"] == "no difference shown"
+    assert measured["a"]["verdict"] == "no difference that 4 pairs can show (too few to show any)"
 
 
 def test_rewards_choose_where_completions_are_sampled(
@@ -313,7 +313,7 @@ def test_rewards_choose_where_completions_are_sampled(
     assert found["held_out"] == {"unit": "prompt", "number": 4} and found["chosen_by"] == "held-out reward"
     rewards = json.loads((tmp_path / "sweep" / "beta=0.04" / "evaluation" / "rewards.json").read_text())
     assert found["points"][1]["held_out"]["after"] == rewards["after"]["reward"]
-    assert "Held-out reward" in (tmp_path / "sweep" / "sweep.html").read_text()
+    assert "held-out reward" in (tmp_path / "sweep" / "sweep.html").read_text()
     # More completions to learn from are measured no other way; drawing them otherwise is.
     points, _ = sweeping._points(file, {"grpo.num_generations": [2, 4]}, [], str(tmp_path / "other"))
     sweeping._require_comparable(points)

@@ -69,5 +69,7 @@ def test_a_judge_that_is_down_leaves_the_evaluation(
 def test_runs_are_compared_by_command(recipe: MakeRecipe, tmp_path: Path) -> None:
     folders = [str(prefold.run(recipe(output_dir=str(tmp_path / name)))) for name in ("one", "two")]
     found = prefold.compare(folders)
-    assert list(found["runs"]) == folders and found["models"] == {}
+    assert list(found["runs"]) == folders
+    facts = found["models"][folders[1]]["measures"]["held-out pairs"]
+    assert facts["n"] == 6 and facts["changed"] == 0
     assert found["runs"][folders[0]]["method"] == "dpo"

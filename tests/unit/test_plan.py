@@ -28,7 +28,7 @@ from prefold.plan.plan import Plan
 from prefold.plan.planner import Planner
 from prefold.plan.timing import Rate, Rates
 from prefold.recipe import RecipeBase, make_recipe
-from prefold.runs.api import check
+from prefold.runs.check import check
 from prefold.trees.attention import lower_right
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
@@ -199,10 +199,47 @@ def test_rollouts_by_hand() -> None:
     assert parts["optimizer"] > 0
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_merging_holds_one_model_at_a_time(device: str) -> None:
-    parts = plan_of(recipe_of(), machine=Machine(device, 100 * GB, 0)).memory["merge"]
-    assert parts["weights"] == 4 * PARAMETERS
+@pytest.mark.parametrize("counts_mapped", [False, True])
+def test_merging_by_hand(counts_mapped: bool) -> None:
+    """Two float32 copies of the largest tensor and six sets of logits, of three trees' prompts and first completions;
+    the models stay in their files, which only some limits count."""
+    parts = plan_of(recipe_of(), machine=Machine("cpu", 100 * GB, 0, counts_mapped)).memory["merge"]
+    assert parts["mapped"] == (4 * PARAMETERS if counts_mapped else 0)
+    assert parts["head"] == 6 * 4 * (22 + 39 + 50) * SHAPE["vocab_size"]
+    assert (parts["activations"], parts["adapter"]) == (2 * 4 * VOCABULARY, 4 * LORA)
+    assert plan_of(recipe_of(), machine=Machine("cuda", 100 * GB, 0)).peaks["merge"] < 4 * PARAMETERS
+
+
+def test_weights_that_need_no_cast_stay_in_their_files() -> None:
+    config, linear = config_of(dtype="bfloat16"), LAYERS * sum(LINEAR.values())
+    as_stored, cast = (plan_of(recipe_of(model={"dtype": dtype}), config) for dtype in ("bfloat16", "float32"))
+    for phase in ("load", "train"):
+        assert as_stored.memory[phase]["mapped"] == as_stored.weights == 2 * PARAMETERS
+        assert as_stored.memory[phase]["weights"] == cast.memory[phase]["mapped"] == 0
+        assert cast.memory[phase]["weights"] == 4 * PARAMETERS
+    pytest.importorskip("bitsandbytes")
+    quantised = plan_of(recipe_of(model={"dtype": "bfloat16", "load_in_4bit": True}), config).memory["train"]
+    assert quantised["mapped"] == 2 * (PARAMETERS - linear) and quantised["weights"] == pytest.approx(linear * 0.5625)
+    whole = plan_of(recipe_of(lora="none", model={"dtype": "bfloat16"}), config).memory["train"]
+    assert (whole["mapped"], whole["weights"]) == (0, 4 * PARAMETERS)
+
+
+def test_evaluating_in_16_bits_where_float32_does_not_fit() -> None:
+    recipe = recipe_of(model={"dtype": "bfloat16"}, evaluate={"prompts": 0})
+    config = config_of(dtype="bfloat16", num_hidden_layers=12)
+    ample = plan_of(recipe, config)
+    bound = plan_of(recipe, config, Machine("cpu", ample.peaks["evaluate"] - 1, 0))
+    assert (ample.in_16_bits, bound.in_16_bits) == (False, True)
+    whole, narrow = ample.memory["evaluate"], bound.memory["evaluate"]
+    assert (whole["mapped"], whole["weights"]) == (0, 4 * ample.parameters)
+    assert (narrow["mapped"], narrow["weights"]) == (2 * ample.parameters, 0)
+    assert narrow["activations"] == whole["activations"] + 4 * VOCABULARY
+    on_gpu = plan_of(recipe, config, Machine("cuda", 1, 0))
+    assert not on_gpu.in_16_bits and on_gpu.memory["evaluate"]["weights"] == 2 * ample.parameters
+    assert on_gpu.host < 10**6
+
+
+LOADED = 10**8 + BUFFERS + 4 * PARAMETERS
 
 
 def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
@@ -219,17 +256,24 @@ def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
     [
         (
             recipe_of(),
-            {"self-check": 250314097, "train": 251284789, "merge": 250369835, "evaluate": 250714531},
+            {
+                "load": LOADED,
+                "self-check": 250314097,
+                "train": 251284789,
+                "merge": 250357449,
+                "evaluate": 250714531,
+            },
             78419328,
             13880640,
         ),
         (
             recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=GROUPS),
             {
+                "load": LOADED,
                 "self-check": 250437742,
                 "train": 251742259,
                 "rollouts": 250505167,
-                "merge": 250340328,
+                "merge": 250322040,
                 "evaluate": 250714531,
             },
             75571456,
@@ -237,13 +281,19 @@ def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
         ),
         (
             recipe_of(lora="none"),
-            {"self-check": 250288038, "train": 251731898, "merge": 250369835, "evaluate": 250714531},
+            {
+                "load": LOADED,
+                "self-check": 250288038,
+                "train": 251731898,
+                "merge": 250331390,
+                "evaluate": 250714531,
+            },
             85258624,
             12438976,
         ),
         (
             recipe_of(model={"attn_implementation": "sdpa"}),
-            {"train": 252652014, "merge": 250369835, "evaluate": 250714531},
+            {"load": LOADED, "train": 252652014, "merge": 250357449, "evaluate": 250714531},
             99017088,
             8236416,
         ),
@@ -475,12 +525,17 @@ A_TOKEN = Rate(1.0 / LAYERS, 0.0)
 """One second for a token of all layers."""
 
 
-def seconds_of(monkeypatch: pytest.MonkeyPatch, recipe: RecipeBase, held_out: Sequence[tuple[int, ...]]) -> Any:
+def seconds_of(
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: RecipeBase,
+    held_out: Sequence[tuple[int, ...]],
+    order: Sequence[list[int]] = ([0, 1], [2, 3]),
+) -> Any:
     """Of four trees in two steps; a decoding step of one row takes a second."""
     rates = Rates(A_TOKEN, A_TOKEN, A_TOKEN, decoding=1.0, rows=1)
     monkeypatch.setattr(timing, "measure", lambda *args: rates)
     monkeypatch.setattr("prefold.plan.planner.tokenizer_of", lambda section: None)
-    steps = Steps(with_completions(recipe, TREES), [[0, 1], [2, 3]])
+    steps = Steps(with_completions(recipe, TREES), order)
     return Planner(recipe, config_of(), Machine("cpu", 100 * GB, 0), steps, held_out).seconds()
 
 
@@ -496,6 +551,12 @@ def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     launch(2, monkeypatch)
     shared = seconds_of(monkeypatch, recipe_of(evaluate=asked, train={"eval_steps": 0.5}), [(5, 3, 2)])
     assert shared == {name: value / 2 for name, value in found.items()}
+
+
+def test_the_reference_takes_what_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = seconds_of(monkeypatch, recipe_of(), [(5, 3, 2)], order=[[2, 0], [0, 2], [2]])
+    drawn = sum(TREES[0]) + sum(TREES[2])
+    assert (found["train"], found["reference"]) == (2 * drawn + sum(TREES[2]), drawn)
 
 
 def test_time_of_a_reward_model_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

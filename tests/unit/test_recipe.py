@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 import prefold
 from prefold.algorithms import ALGORITHMS
@@ -22,6 +24,7 @@ from prefold.recipe import (
     parse_yaml,
 )
 from prefold.recipe.section import all_fields
+from prefold.recipe.sections import OPTIMIZERS, SCHEDULERS, UNUSABLE
 from prefold.recipe.values import Values
 
 MINIMAL = """\
@@ -60,6 +63,15 @@ def test_a_guard_may_be_off_without_quotes(recipe_file: str) -> None:
     assert load_recipe(recipe_file, ["guards.cut_off=off"]).guards.cut_off == "off"
     with pytest.raises(UserError, match="not_finite"):
         load_recipe(recipe_file, ["guards.not_finite=off"])
+
+
+def test_names_of_transformers() -> None:
+    """They are written down, since importing them takes seconds."""
+    schedulers = {scheduler.value for scheduler in SchedulerType}
+    assert schedulers - SCHEDULERS == {"reduce_lr_on_plateau", "greedy"} and schedulers > SCHEDULERS
+    optimizers = {optimizer.value for optimizer in OptimizerNames}
+    assert optimizers > OPTIMIZERS
+    assert all(name.startswith(tuple(UNUSABLE)) for name in optimizers - OPTIMIZERS)
 
 
 def test_what_is_published_is_spelt_out(recipe_file: str) -> None:

@@ -13,9 +13,7 @@ Left out: WPO's weights, which belong to pairs that the sort takes apart; other 
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from prefold.algorithms.base import Smoothing
+from prefold.algorithms.base import Smoothing, Tensor
 from prefold.algorithms.dpo import dpo_loss
 from prefold.algorithms.pairwise import AgainstReference, Pairs
 

@@ -12,8 +12,7 @@ Left out: the unpaired variant.
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from prefold.algorithms.base import Tensor
 from prefold.algorithms.pairwise import Pairs, Pairwise
 
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor as Tensor
+
     from prefold.trees.logprobs import TreeLogprobs as TreeLogprobs
     from prefold.trees.packing import TokenTree as TokenTree
-else:  # losses are read with a recipe, long before the engine
-    TreeLogprobs = TokenTree = Any
+else:  # losses are read with a recipe, long before torch and the engine
+    Tensor = TreeLogprobs = TokenTree = Any
 
 State = Mapping[str, float]
 """What an algorithm carries from step to step: numbers by name, kept in the checkpoint."""
@@ -104,6 +104,13 @@ class Bound(NamedTuple):
 
     holds: Callable[[float], bool]
     text: str
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-x))), any shape."""
+    from torch.nn import functional
+
+    return functional.logsigmoid(x)
 
 
 POSITIVE = Bound(lambda value: value > 0, "greater than 0")

@@ -13,11 +13,7 @@ Left out: unpaired data and the matching of its prompt distributions.
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-from prefold.algorithms.base import NO_STATE, LossOutput, Positive, State, TreeLogprobs
+from prefold.algorithms.base import NO_STATE, LossOutput, Positive, State, Tensor, TreeLogprobs, logsigmoid
 from prefold.algorithms.pairwise import Pairs, Pairwise, compare
 
 
@@ -42,7 +38,9 @@ class BCO(Pairwise):
         if not self.reward_shift:
             return super().loss(policy, reference)
         pairs = compare(policy, reference, self.ld_alpha)
-        rewards = self.beta * torch.cat([pairs.chosen_ratios, pairs.rejected_ratios]).detach()
+        from torch import cat
+
+        rewards = self.beta * cat([pairs.chosen_ratios, pairs.rejected_ratios]).detach()
         before, seen = state.get("mean", 0.0), state.get("count", 0.0)
         count = seen + len(rewards)
         mean = before + (float(rewards.mean()) - before) * len(rewards) / count

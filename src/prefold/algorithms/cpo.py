@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from prefold.algorithms.base import (
     NO_STATE,
     Algorithm,
@@ -23,6 +21,7 @@ from prefold.algorithms.base import (
     Positive,
     Smoothing,
     State,
+    Tensor,
     TokenTree,
     TreeLogprobs,
 )

@@ -12,10 +12,7 @@ Left out: the search that found it.
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-from prefold.algorithms.base import POSITIVE, Bound, Positive
+from prefold.algorithms.base import POSITIVE, Bound, Positive, Tensor, logsigmoid
 from prefold.algorithms.pairwise import ByDifference, Pairs
 
 

@@ -14,9 +14,7 @@ the alpha divergence of a = 0.
 import math
 from typing import Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from prefold.algorithms.base import Tensor, logsigmoid
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
@@ -31,4 +29,4 @@ def divergence_scores(log_ratios: Tensor, kind: Divergence, alpha: float) -> Ten
     power = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha_divergence": alpha - 1.0}[kind]
     if abs(power) < 1e-6:
         return log_ratios
-    return torch.expm1((power * log_ratios).clamp(max=LARGEST_EXPONENT)) / power
+    return (power * log_ratios).clamp(max=LARGEST_EXPONENT).expm1() / power

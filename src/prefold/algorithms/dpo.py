@@ -15,10 +15,7 @@ Left out: the partition function Z(x) of equation 5, which cancels in the differ
 
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-from prefold.algorithms.base import Positive, Smoothing
+from prefold.algorithms.base import Positive, Smoothing, Tensor, logsigmoid
 from prefold.algorithms.pairwise import ByDifference, Pairs
 
 

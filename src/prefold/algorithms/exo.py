@@ -13,10 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-from prefold.algorithms.base import Bound
+from prefold.algorithms.base import Bound, Tensor, logsigmoid
 from prefold.algorithms.pairwise import ByDifference, Pairs
 
 

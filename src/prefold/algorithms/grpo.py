@@ -40,9 +40,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
-
 from prefold.algorithms.base import (
     ADAPTER_DEFAULTS,
     NO_STATE,
@@ -55,6 +52,7 @@ from prefold.algorithms.base import (
     Mean,
     Positive,
     State,
+    Tensor,
     TokenTree,
     TreeLogprobs,
 )
@@ -203,10 +201,12 @@ class GRPO(Algorithm):
         `scale_rewards` says of what the standard deviation (of a sample) is: the group, the batch, or none. RLOO's
         is that of the differences, as in TRL."""
         if self.by_reward:
+            from torch import stack
+
             alone = [(weight, centred(scores) / (deviation(scores) + _SMALL)) for weight, scores in each]
             parts = [weight * scaled.nan_to_num(0.0) for weight, scaled in alone]
             # Those of a group add up to 0, so their mean is 0, and groups of equal rewards stay at exactly that.
-            rewards = advantages = torch.stack(parts).sum(0).where(rewards.isfinite(), math.nan)
+            rewards = advantages = stack(parts).sum(0).where(rewards.isfinite(), math.nan)
         else:
             advantages = centred(rewards)
         if self.baseline == "leave_one_out":
@@ -258,7 +258,7 @@ class GRPO(Algorithm):
             return -ratios.detach().clamp(max=self.high) * advantages * logprobs
         # Equation 3 of arXiv 2402.03300.
         bounded = ratios if self.delta is None else ratios.clamp(max=self.delta)
-        return -torch.minimum(bounded * advantages, ratios.clamp(1 - self.epsilon, 1 + self.high) * advantages)
+        return -(bounded * advantages).minimum(ratios.clamp(1 - self.epsilon, 1 + self.high) * advantages)
 
     def reduced(self, policy: TreeLogprobs, losses: Tensor) -> Tensor:
         """The losses of tokens as the sum that is to be divided by `units`."""

@@ -10,15 +10,13 @@ Left out: SLiC's cross-entropy regulariser (`mixed` with `sft` adds one).
 
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn.functional import relu
-
+from prefold.algorithms.base import Tensor
 from prefold.algorithms.pairwise import ByDifference, Pairs
 
 
 def hinge_loss(difference: Tensor, *, beta: float) -> Tensor:
     """Losses from the difference of the log-ratios in nats, any shape."""
-    return relu(1 - beta * difference)
+    return (1 - beta * difference).relu()
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,6 @@ Left out: TRL's `apo_zero_unpaired`; finding the weights from the balance of the
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from prefold.algorithms.base import (
     NO_STATE,
     UNPAIRED,
@@ -26,6 +23,7 @@ from prefold.algorithms.base import (
     Mean,
     Positive,
     State,
+    Tensor,
     TokenTree,
     TreeLogprobs,
 )
@@ -66,9 +64,9 @@ class KTO(Algorithm):
         logprobs, labels = policy.sums(), policy.extras["label"]
         kl = (policy.extras["mismatched"] - reference.extras["mismatched"]).detach().mean().clamp(min=0)
         ratios = logprobs - reference.sums()
-        gains = torch.where(labels, ratios - kl, kl - ratios)
+        gains = (ratios - kl).where(labels, kl - ratios)
         losses = (-self.beta * gains).sigmoid()
-        losses = torch.where(labels, self.desirable_weight * losses, self.undesirable_weight * losses)
+        losses = (self.desirable_weight * losses).where(labels, self.undesirable_weight * losses)
         metrics = {"kl": Mean(kl, 1), **label_metrics(logprobs, self.beta * ratios, labels)}
         return LossOutput({"completions": losses.sum()}, metrics)
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from torch import Tensor
-
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Metric, State, TokenTree, TreeLogprobs
+from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Metric, State, Tensor, TokenTree, TreeLogprobs
 
 
 def of_any_part(need: str) -> Any:

@@ -10,10 +10,7 @@ Left out: more than two completions with explicit rewards.
 
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-from prefold.algorithms.base import Positive
+from prefold.algorithms.base import Positive, Tensor, logsigmoid
 from prefold.algorithms.pairwise import Pairs, Pairwise
 
 

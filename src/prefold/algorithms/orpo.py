@@ -15,11 +15,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
-from prefold.algorithms.base import NO_STATE, Algorithm, LossOutput, Positive, State, TokenTree, TreeLogprobs
+from prefold.algorithms.base import (
+    NO_STATE,
+    Algorithm,
+    LossOutput,
+    Positive,
+    State,
+    Tensor,
+    TokenTree,
+    TreeLogprobs,
+    logsigmoid,
+)
 from prefold.algorithms.pairwise import means, pair_metrics
 from prefold.algorithms.sft import chosen_nll, chosen_tokens
 
@@ -30,9 +36,11 @@ def log1mexp(x: Tensor) -> Tensor:
     At 0, where it is minus infinity, the value is that of the smallest normal number below 0 (-87 in float32) and there
     is no gradient. The branch for small exp(x) is kept from arguments near 0, where its slope is infinite.
     """
-    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    from torch import finfo
+
+    x = x.clamp(max=-finfo(x.dtype).tiny)
     near = x > -math.log(2)
-    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x.where(~near, -1.0))))
+    return (-x.expm1()).log().where(near, (-x.where(~near, -1.0).exp()).log1p())
 
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import torch
-from torch import Tensor
-
 from prefold.algorithms.base import (
     NO_STATE,
     Algorithm,
@@ -20,6 +17,7 @@ from prefold.algorithms.base import (
     Mean,
     Positive,
     State,
+    Tensor,
     TokenTree,
     TreeLogprobs,
 )
@@ -58,11 +56,13 @@ def compare(policy: TreeLogprobs, reference: TreeLogprobs | None, ld_alpha: floa
 
 def discount_tails(logprobs: TreeLogprobs, ld_alpha: float) -> TreeLogprobs:
     """Every token behind the length of the shorter completion of its pair, times `ld_alpha` (arXiv 2409.06411)."""
+    from torch import arange
+
     lengths, completion = logprobs.lengths, logprobs.completion
     first = lengths.cumsum(0) - lengths
-    position = torch.arange(len(completion), device=completion.device) - first[completion]
+    position = arange(len(completion), device=completion.device) - first[completion]
     shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
-    tokens = torch.where(position < shared[completion], logprobs.tokens, ld_alpha * logprobs.tokens)
+    tokens = logprobs.tokens.where(position < shared[completion], ld_alpha * logprobs.tokens)
     return replace(logprobs, tokens=tokens)
 
 

@@ -17,9 +17,6 @@ Left out: margins given with the pairs (TRL's column `margin`); weighing the K (
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from torch.nn.functional import logsigmoid
-
 from prefold.algorithms.base import (
     ADAPTER_DEFAULTS,
     NO_STATE,
@@ -29,6 +26,7 @@ from prefold.algorithms.base import (
     LossOutput,
     State,
     TreeLogprobs,
+    logsigmoid,
 )
 from prefold.algorithms.pairwise import PerPair, means
 
@@ -47,11 +45,13 @@ class BradleyTerry(PerPair):
     defaults = ADAPTER_DEFAULTS | {"train.learning_rate": 1e-4}
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
+        from torch import cat
+
         chosen, rejected = policy.pairs()
         losses = -logsigmoid(chosen - rejected)
         if self.center_rewards_coefficient is not None:
             losses = losses + self.center_rewards_coefficient * (chosen + rejected).square()
-        scores = torch.cat([chosen, rejected]).detach()
+        scores = cat([chosen, rejected]).detach()
         averages = means({"accuracy": (chosen > rejected).float(), "margin": chosen - rejected, "mean_reward": scores})
         extremes = {"min_reward": Extreme(scores.min(), min), "max_reward": Extreme(scores.max(), max)}
         return LossOutput({"pairs": losses.sum()}, {**averages, **extremes})

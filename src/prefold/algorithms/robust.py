@@ -10,9 +10,7 @@ Left out: nothing.
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from prefold.algorithms.base import Smoothing
+from prefold.algorithms.base import Smoothing, Tensor
 from prefold.algorithms.dpo import dpo_loss
 from prefold.algorithms.pairwise import ByDifference, Pairs
 

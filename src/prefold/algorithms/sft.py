@@ -8,8 +8,6 @@ Left out: the loss on prompts; data without a rejected side.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from prefold.algorithms.base import (
     ADAPTER_DEFAULTS,
     NO_STATE,
@@ -17,6 +15,7 @@ from prefold.algorithms.base import (
     LossOutput,
     Mean,
     State,
+    Tensor,
     TokenTree,
     TreeLogprobs,
 )

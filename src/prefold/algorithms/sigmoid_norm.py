@@ -9,9 +9,7 @@ Left out: nothing.
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from prefold.algorithms.base import Positive
+from prefold.algorithms.base import Positive, Tensor
 from prefold.algorithms.dpo import dpo_loss
 from prefold.algorithms.pairwise import ByDifference, Pairs
 

@@ -11,9 +11,7 @@ one), AlphaPO's `alpha`.
 
 from dataclasses import dataclass
 
-from torch.nn.functional import logsigmoid
-
-from prefold.algorithms.base import NO_STATE, LossOutput, NotNegative, Positive, State, TreeLogprobs
+from prefold.algorithms.base import NO_STATE, LossOutput, NotNegative, Positive, State, TreeLogprobs, logsigmoid
 from prefold.algorithms.pairwise import PerPair, pair_metrics
 
 

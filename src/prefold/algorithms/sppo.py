@@ -10,9 +10,7 @@ Left out: win probabilities from a preference model, and the rounds of self-play
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from prefold.algorithms.base import Positive
+from prefold.algorithms.base import Positive, Tensor
 from prefold.algorithms.pairwise import Pairs, Pairwise
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
@@ -104,7 +104,8 @@ class Examples(Sequence[Example]):
     @property
     def lengths(self) -> list[tuple[int, ...]]:
         """Tokens of each tree's prompt and of its completions, scored or not, without reading the tokens."""
-        return list(map(tuple, self._column("lengths")))
+        values = list(chain.from_iterable(_tuples(batch.column("lengths")) for batch in self._batches))
+        return [values[row] for row in self.order.tolist()]
 
     @property
     def records(self) -> Sequence[Record]:
@@ -131,7 +132,7 @@ class Examples(Sequence[Example]):
 
     def _column(self, name: str) -> list[Any]:
         values = [value for batch in self._batches for value in batch.column(name).to_pylist()]
-        return [values[row] for row in self.order]
+        return [values[row] for row in self.order.tolist()]
 
     def _at(self, index: int) -> tuple[pa.RecordBatch, int]:
         number, row = divmod(int(self.order[index]), _BATCH_ROWS)
@@ -178,11 +179,19 @@ class _View(Sequence[Item]):
 def _largest_ids(batch: pa.RecordBatch) -> NDArray[np.int64]:
     """`[rows]`"""
     column = batch.column("ids")
-    return np.maximum.reduceat(column.values.to_numpy(), column.offsets.to_numpy()[:-1]).astype(np.int64)
+    # `to_numpy` imports pandas, which takes half a second.
+    ids: Any = np.from_dlpack(column.values)
+    offsets: Any = np.from_dlpack(column.offsets)
+    return np.maximum.reduceat(ids, offsets[:-1]).astype(np.int64)
+
+
+def _tuples(column: pa.ListArray) -> Iterator[tuple[int, ...]]:
+    values = column.values.to_numpy().tolist()
+    return (tuple(values[start:stop]) for start, stop in pairwise(column.offsets.to_numpy().tolist()))
 
 
 def _list(column: pa.ListArray, row: int) -> list[int]:
-    values: list[int] = column[row].values.to_numpy().tolist()
+    values: list[int] = np.from_dlpack(column[row].values).tolist()
     return values
 
 
@@ -208,6 +217,8 @@ def _key(*parts: Sequence[Message]) -> bytes:
     return hashlib.blake2b(messages_key(*parts).encode(), digest_size=16).digest()
 
 
-def prompts_of(examples: Iterable[Example]) -> list[Prompt]:
+def prompts_of(examples: Examples | Iterable[Example]) -> list[Prompt]:
     """The records of examples of a set of prompts."""
-    return [example.record for example in examples if isinstance(example.record, Prompt)]
+    # Trees are not made for them.
+    records = examples.records if isinstance(examples, Examples) else (example.record for example in examples)
+    return [record for record in records if isinstance(record, Prompt)]

@@ -347,7 +347,7 @@ def small_held_out(held_out: Examples) -> Finding | None:
     return Finding("small_held_out", "warning", len(held_out), (), message, advice)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairFacts:
     """What the findings about pairs need of each: hashes of the pair and of the same pair turned round, and per side
     the number of tokens and the first ones."""

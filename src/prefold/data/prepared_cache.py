@@ -98,6 +98,13 @@ def _sources(data: Data) -> list[str | None]:
     return [identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)]
 
 
+def key_of_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> str | None:
+    """A digest of all that decides what `prepare` gives; None where that is not known. Raises UserError: there is no
+    such source."""
+    sources = _sources(data)
+    return None if None in sources else _key(data, tokenizer, seed, kind, sources)
+
+
 def _key(
     data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind, sources: list[str | None]
 ) -> str | None:
@@ -105,9 +112,10 @@ def _key(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    ids = json.loads(backend.to_str())
     # Set by each call anew.
-    del ids["padding"], ids["truncation"]
+    backend.no_padding()
+    backend.no_truncation()
+    ids = hashlib.sha256(backend.to_str().encode()).hexdigest()
     template, keywords = json.dumps(tokenizer.chat_template), keywords_of(tokenizer)
     has_date = DATE in template and DATE not in keywords
     parts = {

@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 
 from prefold.data.formats import RawRow
 from prefold.data.preference import Problem, RowId
@@ -22,6 +19,10 @@ from prefold.data.sources import read_rows, source_name
 from prefold.errors import UserError, did_you_mean, json_type
 from prefold.recipe import Benchmark, Rows, Source
 from prefold.recipe.where import Mismatch, Where
+from prefold.terminal import progress_bar
+
+ROWS_BETWEEN = 256
+"""Rows between two states of a bar."""
 
 
 @dataclass
@@ -144,7 +145,10 @@ def shuffled(number: int, seed: int) -> list[int]:
     return order
 
 
-def watched(rows: Iterable[RawRow], name: str) -> Iterable[RawRow]:
-    """The rows, with a progress bar on stderr where a person sits before it."""
-    console = Console(stderr=True)
-    return track(rows, f"reading {escape(name)}", console=console, transient=True, disable=not console.is_terminal)
+def watched(rows: Iterable[RawRow], name: str) -> Iterator[RawRow]:
+    """The rows, with a count that goes on as they are read."""
+    with progress_bar(f"reading {name}", None) as advance:
+        for number, row in enumerate(rows, 1):
+            yield row
+            if number % ROWS_BETWEEN == 0:
+                advance(advance=ROWS_BETWEEN)

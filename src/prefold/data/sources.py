@@ -16,12 +16,12 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from prefold.data.formats import READABLE, RawRow, read_file, reader_for
 from prefold.data.preference import RowId
 from prefold.errors import UserError, did_you_mean
-from prefold.files import without_home, without_secrets
+from prefold.files import digest_of, without_home, without_secrets
 from prefold.recipe import Rows
 
 BUILTIN_PREFIX = "builtin:"
@@ -38,13 +38,13 @@ def source_name(source: Rows) -> str:
 
 def names_of_rows(source: Rows) -> list[str]:
     """What the rows of a source may call where they are from. Raises UserError: there is no such source."""
-    return list(_named_files(source)) or [source_name(source)]
+    return list(named_files(source)) or [source_name(source)]
 
 
 def read_rows(source: Rows) -> Iterator[RawRow]:
     """Find the source now, read its rows as they are asked for. Raises UserError: there is no such source, or it is not
     of its format; for what only reading can tell, while reading."""
-    files = _named_files(source)
+    files = named_files(source)
     if not files:
         return _hub_rows(_load_from_hub(source), source)
     return chain.from_iterable(read_file(file, name) for name, file in files.items())
@@ -53,21 +53,20 @@ def read_rows(source: Rows) -> Iterator[RawRow]:
 def identity_of(source: Rows) -> str | None:
     """A text that is another one once the rows are others; None where only reading them can tell. Raises UserError:
     there is no such source."""
-    files = _named_files(source)
+    files = named_files(source)
     if not files:
         # Of a commit, configuration and split.
         return None if source.streaming else getattr(_load_from_hub(source), "_fingerprint", None)
     digest = hashlib.sha256()
     try:
         for name, file in files.items():
-            with file.open("rb") as opened:
-                digest.update(f"{name}\n".encode() + hashlib.file_digest(cast(Any, opened), "sha256").digest())
+            digest.update(f"{name}\n{digest_of(Path(str(file)))}\n".encode())
     except OSError:
         return None
     return digest.hexdigest()
 
 
-def _named_files(source: Rows) -> dict[str, Traversable]:
+def named_files(source: Rows) -> dict[str, Traversable]:
     """The files of a source by what messages call them; none where it may be a data set of the Hub."""
     if source.path.startswith(BUILTIN_PREFIX):
         _require_no_hub_fields(source, "a built-in set", ("name", "revision", "streaming"))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefold.evaluation.paired import Floats, estimate, sign_test, wilson, won
+from prefold.evaluation.paired import Floats, estimate, rate, wilson, won
 from prefold.terminal import progress_bar
 from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
@@ -73,43 +73,33 @@ def match(prompts: Sequence[bytes], labels: Sequence[bool]) -> list[tuple[int, i
 def compare_pairs(before: PairScores, after: PairScores, reward_scale: float) -> dict[str, Any]:
     """The content of `evaluation/heldout.json`.
 
-    Intervals are 95 %: Wilson's for an accuracy, that of `paired` for the difference. The p-value is the exact sign
-    test on the pairs whose verdict changed (McNemar's exact test).
+    Intervals are 95 %: Wilson's for an accuracy, that of `paired` for the difference.
     """
     first, second = _wins(before.means), _wins(after.means)
-    rewards, change = reward_scale * (after.sums - before.sums), second - first
+    rewards, facts = reward_scale * (after.sums - before.sums), estimate(first, second).facts(len(first), "pair")
     return {
-        "pairs": len(change),
+        "pairs": len(first),
         "before": _one_model(first, before.means),
         "after": _one_model(second, after.means),
-        "difference": {
-            "accuracy": float(change.mean()),
-            "ci": estimate(first, second).interval(),
-            "p_value": sign_test(change),
-        },
+        "difference": {"accuracy": facts.pop("difference"), **facts},
         "reward": {"accuracy": float(_wins(rewards).mean()), "margin": float((rewards[:, 0] - rewards[:, 1]).mean())},
     }
 
 
-def by_pair(after: Floats, before: Floats | None = None) -> list[dict[str, float]]:
-    """The lines of `evaluation/heldout.jsonl`: whether the chosen one of each pair is the higher one, 1, 0 or 0.5."""
+def by_pair(keys: Sequence[str], after: Floats, before: Floats | None = None) -> list[dict[str, Any]]:
+    """The lines of `evaluation/heldout.jsonl`: whether the chosen one of each pair is the higher one, 1, 0 or 0.5.
+    `keys` are equal for equal pairs, in whatever run."""
     sides = {"before": before, "after": after}
     wins = {when: _wins(values).tolist() for when, values in sides.items() if values is not None}
-    return [dict(zip(wins, pair, strict=True)) for pair in zip(*wins.values(), strict=True)]
+    return [dict(zip(("key", *wins), pair, strict=True)) for pair in zip(keys, *wins.values(), strict=True)]
 
 
 def against_chance(scores: PairScores) -> dict[str, Any]:
-    """The content of `evaluation/heldout.json` for scores of conversations.
-
-    The interval is Wilson's, 95 %; the p-value that of the exact sign test: how often as many pairs of equally good
-    answers would be told apart the same way.
-    """
+    """The content of `evaluation/heldout.json` for scores of conversations: the accuracy against chance."""
     wins = _wins(scores.sums)
-    return {
-        "pairs": len(wins),
-        "after": _one_model(wins, scores.sums),
-        "chance": {"accuracy": CHANCE, "p_value": sign_test(wins - CHANCE)},
-    }
+    facts = rate(wins, of="pair")
+    after = _one_model(wins, scores.sums) | {"accuracy_ci": facts.pop("ci")}
+    return {"pairs": len(wins), "after": after, "chance": {"accuracy": CHANCE, **facts}}
 
 
 def _wins(values: Floats) -> Floats:

@@ -8,37 +8,35 @@ from typing import Any
 
 import numpy as np
 
-from prefold.evaluation.paired import Floats, estimate, exchange_test, mean_interval
+from prefold.evaluation.paired import Floats, estimate, mean_interval
 from prefold.rewards.scoring import Group
 
 
-def compare_rewards(before: Sequence[Group], after: Sequence[Group], seed: int = 0) -> dict[str, Any]:
+def compare_rewards(before: Sequence[Group], after: Sequence[Group]) -> dict[str, Any]:
     """The content of `evaluation/rewards.json`.
 
     Compared are the prompts whose completions both have a reward: of several completions, their mean. Intervals are
-    95 %, over prompts; null for a single one. The p-value is that of the paired permutation test: how often a mean
-    difference as large comes about if before and after are exchanged at random within the prompts.
+    95 %, over prompts; null for a single one.
     """
     known = [both for both in zip(before, after, strict=True) if None not in map(_mean, both)]
     if not known:
         return {"prompts": 0}
     first, second = zip(*known, strict=True)
     was, became = (np.array([_mean(group) for group in side], dtype=float) for side in (first, second))
+    facts = estimate(was, became).facts(len(known), "prompt", shares=False)
     return {
         "prompts": len(known),
         "before": _one_model(first, was),
         "after": _one_model(second, became),
-        "difference": {
-            "reward": float((became - was).mean()),
-            "ci": estimate(was, became).interval(),
-            "p_value": exchange_test(became - was, seed=seed),
-        },
+        "difference": {"reward": facts.pop("difference"), **facts},
     }
 
 
-def by_prompt(before: Sequence[Group], after: Sequence[Group]) -> list[dict[str, float | None]]:
-    """The lines of `evaluation/heldout.jsonl`: the mean reward of each prompt; null where nothing is said."""
-    return [{"before": _mean(first), "after": _mean(second)} for first, second in zip(before, after, strict=True)]
+def by_prompt(keys: Sequence[str], before: Sequence[Group], after: Sequence[Group]) -> list[dict[str, Any]]:
+    """The lines of `evaluation/heldout.jsonl`: the mean reward of each prompt; null where nothing is said. `keys` are
+    equal for equal prompts, in whatever run."""
+    rows = zip(keys, before, after, strict=True)
+    return [{"key": key, "before": _mean(first), "after": _mean(second)} for key, first, second in rows]
 
 
 def _mean(group: Group) -> float | None:

@@ -1,102 +1,202 @@
-"""Two models on the same questions, pairs or prompts: the interval of their mean difference, and tests of it.
+"""Two models on the same questions, pairs or prompts: one rule for estimate, interval, p-value and verdict.
 
-The one place for the statistics of whatever is compared. What they promise is held by simulation in
-`tests/unit/evaluation/test_intervals_cover.py`: 95 % intervals hold the truth in 93 to 97 % of all repeats.
+A difference is shown where its p-value is below 0.05, and exactly then the interval leaves out 0: whatever the measure,
+both come from one `Difference`. What they promise is held by simulation in
+`tests/unit/evaluation/test_intervals_cover.py` and `test_verdicts_agree.py`.
 
-The interval is Student's with the jackknife's standard error, over clusters: differences that belong together
-(questions about one passage) are left out together. Where each stands for itself that is the ordinary interval of a
-mean. Verdicts (one model is right and the other wrong: -1, 0, 1 and halves) have two made-up ones added, of
-+-sqrt(1/2), which is the interval of Agresti and Min (Statistics in Medicine 24, 2005): with few verdicts that changed
-the ordinary interval covers too rarely, as does the percentile bootstrap, and with none it has no width at all. Where
-questions share passages they are +-1/2: with few passages Student's quantile has widened the interval already.
+The p-value is the exact one of the sign-flip (permutation) test: how often a difference as large comes about if the two
+models are exchanged at random, question by question, or cluster by cluster where questions belong together (those about
+one passage). For right and wrong answers that is McNemar's exact test, and it is computed for any number of them. For
+more than `FEW` other values it is Student's, which is the same by then.
+
+The interval is Student's, with the jackknife's standard error over clusters. Right and wrong answers (differences of
+-1, 0, 1 and halves) have two made-up ones added, one each way, as Bonett and Price do (Journal of Educational and
+Behavioral Statistics 37, 2012): with few answers that changed Student's interval covers too rarely, and with none it
+has no width. Where Student's test and the p-value do not agree whether there is a difference, the standard error is
+that with which they do (Miettinen's test-based limits, American Journal of Epidemiology 103, 1976).
+
+Several comparisons are corrected together by Bonferroni, the simple correction that intervals have too: p-values are
+multiplied by their number, and the intervals hold for all of them at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import binomtest, permutation_test, t
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
-Key = TypeVar("Key", bound=Hashable)
 Floats = NDArray[np.float64]
 
-CONFIDENCE = 0.95
 LEVEL = 0.05
 POWER = 0.8
-RESAMPLES = 10_000
-_VERDICTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-_MADE_UP = math.sqrt(0.5)
-_MADE_UP_OF_CLUSTERS = 0.5
+FEW = 25
+"""Values other than right and wrong for which the exact test is computed."""
+_CELLS = 2**15
+"""Steps that the sum of such values is divided into, a rounding that no p-value shows."""
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean difference, and how well it is known.
+class Difference:
+    """A mean difference, and what is known of it.
 
     Args:
         mean: the difference that was measured.
-        centre: of its interval; other than `mean` for verdicts alone.
-        error: standard error.
+        centre: of its interval; other than `mean` for right and wrong answers alone.
+        error: standard error; infinite for a single observation.
         freedom: degrees of freedom of Student's distribution.
-        units: independent observations, which are clusters.
-        verdicts: whether the difference is one of verdicts, and cannot be beyond -1 and 1.
+        moves: by how much each independent observation, which is a cluster, moves the mean.
+        largest: the mean cannot be beyond this; infinite where that is not known.
+        step: all of `moves` are multiples of it; None where they are any numbers.
+        tests: comparisons that are corrected together.
     """
 
     mean: float
     centre: float
     error: float
     freedom: float
-    units: int
-    verdicts: bool
+    moves: Floats
+    largest: float = math.inf
+    step: float | None = None
+    tests: int = 1
+
+    def among(self, tests: int) -> Difference:
+        """The same as one of so many comparisons."""
+        return replace(self, tests=tests)
+
+    @property
+    def units(self) -> int:
+        return len(self.moves)
+
+    @cached_property
+    def alone(self) -> float:
+        """The p-value before any correction; 1 where nothing can be said."""
+        if not math.isfinite(self.error) or self.mean * self.centre <= 0:
+            return 1.0
+        if self.step is not None or np.count_nonzero(self.moves) <= FEW:
+            return _exchanged(self.moves, self.step)
+        return 2 * float(scipy.stats.t.sf(abs(self.centre) / self.error, self.freedom)) if self.error else 0.0
+
+    @property
+    def p_value(self) -> float:
+        return min(1.0, self.tests * self.alone)
+
+    @property
+    def is_shown(self) -> bool:
+        return self.p_value < LEVEL
 
     def interval(self) -> list[float] | None:
-        """`[low, high]`, 95 %; None where nothing can be said about the spread: a single observation."""
+        """`[low, high]`, 95 % for all of the comparisons at once; None for a single observation."""
         if not math.isfinite(self.error):
             return None
-        half = float(t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.error
+        quantile = float(scipy.stats.t.isf(LEVEL / self.tests / 2, self.freedom))
+        half = quantile * self.error
+        if (half < abs(self.centre)) != self.is_shown and self.alone < 1:
+            half = quantile * abs(self.centre) / float(scipy.stats.t.isf(self.alone / 2, self.freedom))
         low, high = self.centre - half, self.centre + half
-        return [max(low, -1.0), min(high, 1.0)] if self.verdicts else [low, high]
+        if not self.is_shown:  # to the last digit
+            low, high = min(low, 0.0), max(high, 0.0)
+        return [max(low, -self.largest), min(high, self.largest)]
 
-    def p_value(self) -> float:
-        """Of Student's test that the difference is 0; 1 where nothing can be said."""
-        if not math.isfinite(self.error) or self.mean == 0:
-            return 1.0
-        return float(2 * t.sf(abs(self.mean) / self.error, self.freedom)) if self.error else 0.0
-
-    def detectable(self, level: float = LEVEL) -> float | None:
-        """The smallest true difference that so many observations would show in 4 of 5 cases at this level; None if
-        they are too few to show any, because even if all agreed that would come about by chance more often."""
+    def detectable(self) -> float | None:
+        """The smallest true difference that so many observations would show in 4 of 5 cases; None if they are too few
+        to show any, because even if all agreed that would come about by chance too often."""
+        level = LEVEL / self.tests
         needed = math.ceil(1 - math.log2(level))
         if self.units < needed or not math.isfinite(self.error):
             return None
-        smallest = float(t.ppf(1 - level / 2, self.freedom) + t.ppf(POWER, self.freedom)) * self.error
-        return min(1.0, max(smallest, needed / self.units)) if self.verdicts else smallest
+        distance = scipy.stats.t.isf(level / 2, self.freedom) + scipy.stats.t.ppf(POWER, self.freedom)
+        smallest = float(distance) * self.error
+        if self.step is None:
+            return smallest
+        return min(self.largest, max(smallest, self.largest * needed / self.units))
+
+    def facts(self, n: int, of: str = "question", shares: bool = True, higher_is_better: bool = True) -> dict[str, Any]:
+        """What every comparison has under these names, here and in the files of a run. `n`: how many `of` there are;
+        `shares`: whether the difference is one of shares, which is given in points."""
+        return {
+            "difference": self.mean,
+            "ci": self.interval(),
+            "p_value": self.p_value,
+            "tests": self.tests,
+            "changed": int(np.count_nonzero(self.moves)),
+            "detectable": self.detectable(),
+            "verdict": self._in_words(n, of, shares, higher_is_better),
+        }
+
+    def _in_words(self, n: int, of: str, shares: bool, higher_is_better: bool) -> str:
+        if self.is_shown:
+            return "better" if (self.mean > 0) == higher_is_better else "worse"
+        smallest = self.detectable()
+        limits = ["all came out the same"] if n > 1 and not self.moves.any() else []
+        if smallest is None:
+            limits.append("too few to show any")
+        elif smallest:
+            in_words = f"{100 * smallest:.1f} points" if shares else f"{smallest:.3g}"
+            limits.append(f"smallest one they could show: {in_words}")
+        return f"no difference that {n:,} {of}{'' if n == 1 else 's'} can show ({'; '.join(limits)})"
 
 
-def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = None) -> Estimate:
+def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = None) -> Difference:
     """The mean difference `after - before` of values `[n]`. `clusters` has one for each question; those of one cluster
     belong together (unset: each stands for itself)."""
     change = after - before
     sums, sizes = _by_cluster(change, clusters)
-    units, verdicts = len(sums), are_shares(before, after) and bool(np.isin(change, _VERDICTS).all())
-    mean = float(change.mean())
-    if verdicts:
-        made_up = _MADE_UP if units == len(change) else _MADE_UP_OF_CLUSTERS
-        sums, sizes = np.append(sums, (made_up, -made_up)), np.append(sizes, (1, 1))
-    elif units < 2:
-        return Estimate(mean, mean, math.inf, 1.0, units, verdicts)
+    n, scale = len(change), _scale(before, after)
+    mean, moves = float(change.mean()), sums / n
+    if scale:
+        sums, sizes = np.append(sums, (scale, -scale)), np.append(sizes, (1, 1))
+    elif len(sums) < 2:
+        return Difference(mean, mean, math.inf, 1.0, moves)
     total, observations = int(sizes.sum()), len(sums)
     centre = float(sums.sum()) / total
     moved = (sums - sizes * centre) / (total - sizes)  # by which the mean changes without that cluster
     error = math.sqrt((observations - 1) / observations * float((moved**2).sum()))
-    return Estimate(mean, centre, error, observations - 1.0, units, verdicts)
+    largest = scale or (1.0 if are_shares(before, after) else math.inf)
+    return Difference(mean, centre, error, observations - 1.0, moves, largest, scale / 2 / n if scale else None)
+
+
+def weighted_mean(parts: Sequence[Difference], weights: Sequence[float]) -> Difference:
+    """Of independent differences; the degrees of freedom are Satterthwaite's."""
+    if len(parts) == 1:
+        return parts[0]
+    variances = [(weight * part.error) ** 2 for part, weight in zip(parts, weights, strict=True)]
+    error = math.sqrt(math.fsum(variances))
+    known = [variance**2 / part.freedom for variance, part in zip(variances, parts, strict=True) if variance]
+    return Difference(
+        mean=math.fsum(weight * part.mean for part, weight in zip(parts, weights, strict=True)),
+        centre=math.fsum(weight * part.centre for part, weight in zip(parts, weights, strict=True)),
+        error=error,
+        freedom=error**4 / math.fsum(known) if known and math.isfinite(error) else 1.0,
+        moves=np.concatenate([weight * part.moves for part, weight in zip(parts, weights, strict=True)]),
+        largest=math.fsum(weight * part.largest for part, weight in zip(parts, weights, strict=True)),
+    )
+
+
+def rate(wins: Floats, clusters: Sequence[str] | None = None, of: str = "prompt") -> dict[str, Any]:
+    """The facts of a share of wins `[n]`, ties counted one half, against one half; `ci` is that of the share."""
+    difference = beyond_half(wins, clusters)
+    facts = difference.facts(difference.units, of)
+    return facts | {"ci": facts["ci"] and [0.5 + end for end in facts["ci"]]}
+
+
+def beyond_half(wins: Floats, clusters: Sequence[str] | None = None) -> Difference:
+    """Of a share of wins to one half."""
+    twice = estimate(1 - wins, wins, clusters)
+    return replace(
+        twice,
+        mean=twice.mean / 2,
+        centre=twice.centre / 2,
+        error=twice.error / 2,
+        moves=twice.moves / 2,
+        largest=0.5,
+        step=twice.step and twice.step / 2,
+    )
 
 
 def are_shares(*values: Floats) -> bool:
@@ -110,66 +210,40 @@ def won(differences: Floats) -> Floats:
 
 def wilson(shares: Floats, level: float = LEVEL) -> list[float]:
     """The interval of a mean of right and wrong, `1 - level`."""
+
+    from statsmodels.stats.proportion import proportion_confint
+
     low, high = proportion_confint(shares.sum(), len(shares), alpha=level, method="wilson")
     return [float(low), float(high)]
 
 
-def mean_interval(values: Floats, confidence: float = CONFIDENCE) -> list[float] | None:
-    """The interval of a mean of one model, Student's; None for a single value."""
+def mean_interval(values: Floats, level: float = LEVEL) -> list[float] | None:
+    """The interval of a mean of one model, Student's, `1 - level`; None for a single value."""
     if len(values) < 2:
         return None
-    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = float(scipy.stats.t.isf(level / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return [float(values.mean()) - half, float(values.mean()) + half]
 
 
-def weighted_mean(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """Of independent estimates; the degrees of freedom are Satterthwaite's."""
-    variances = [(weight * part.error) ** 2 for part, weight in zip(estimates, weights, strict=True)]
-    error = math.sqrt(math.fsum(variances))
-    known = [variance**2 / part.freedom for variance, part in zip(variances, estimates, strict=True) if variance]
-    return Estimate(
-        mean=math.fsum(weight * part.mean for part, weight in zip(estimates, weights, strict=True)),
-        centre=math.fsum(weight * part.centre for part, weight in zip(estimates, weights, strict=True)),
-        error=error,
-        freedom=error**4 / math.fsum(known) if known and math.isfinite(error) else 1.0,
-        units=sum(part.units for part in estimates),
-        verdicts=all(part.verdicts for part in estimates),
-    )
+def _scale(before: Floats, after: Floats) -> float:
+    """How far right is from wrong, where there are no other values, but half right among shares; else 0."""
+    pooled = np.concatenate([before, after])
+    if are_shares(pooled):
+        return float(np.isin(pooled, (0, 0.5, 1)).all())
+    return float(np.ptp(pooled)) if len(before) > 2 and len(np.unique(pooled)) == 2 else 0.0
 
 
-def sign_test(change: Floats) -> float:
-    """The exact p-value of as many for and against, among the differences that are not 0; for right and wrong answers
-    that is McNemar's exact test."""
-    better, worse = int((change > 0).sum()), int((change < 0).sum())
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-
-
-def paired_test(change: Floats, clusters: Sequence[str] | None = None) -> float:
-    """The p-value of no difference: exact where each difference is one answer more or less that is right, else that of
-    the permutation test."""
-    alone = clusters is None or len(set(clusters)) == len(clusters)
-    if alone and np.isin(change, (-1, 0, 1)).all():
-        return sign_test(change)
-    return exchange_test(change, clusters)
-
-
-def exchange_test(change: Floats, clusters: Sequence[str] | None = None, seed: int = 0) -> float:
-    """The p-value of the paired permutation test: how often a mean difference as large comes about if the two models
-    are exchanged at random, within each cluster as a whole."""
-    sums, _ = _by_cluster(change, clusters)
-    sums = sums[sums != 0]
-    if len(sums) < 2:  # both signs are as large
-        return 1.0
-    result = permutation_test(
-        (sums,),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=1000,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+def _exchanged(moves: Floats, step: float | None) -> float:
+    """The exact p-value of the sign-flip test. Values without a common step are rounded to `_CELLS` steps."""
+    steps = np.rint(moves / (step or float(np.abs(moves).sum()) / _CELLS)).astype(np.int64)
+    probabilities = np.ones(1)  # of the sums -total, -total + 2, ..., total
+    for size in np.abs(steps[steps != 0]).tolist():
+        flipped = np.zeros(len(probabilities) + size)
+        flipped[: len(probabilities)] = probabilities / 2
+        flipped[size:] += probabilities / 2
+        probabilities = flipped
+    beyond = (len(probabilities) - 1 - abs(int(steps.sum()))) // 2
+    return min(1.0, 2 * float(probabilities[: beyond + 1].sum()))
 
 
 def _by_cluster(change: Floats, clusters: Sequence[str] | None) -> tuple[Floats, NDArray[np.int64]]:
@@ -179,25 +253,3 @@ def _by_cluster(change: Floats, clusters: Sequence[str] | None) -> tuple[Floats,
     _, numbers = np.unique(np.asarray(clusters), return_inverse=True)
     sums: Floats = np.bincount(numbers, change).astype(np.float64)
     return sums, np.bincount(numbers).astype(np.int64)
-
-
-def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
-    """P-values after Holm's correction (1979)."""
-    if len(p_values) < 2:
-        return dict(p_values)
-    adjusted = multipletests(list(p_values.values()), method="holm")[1]
-    return dict(zip(p_values, map(float, adjusted), strict=True))
-
-
-def in_words(
-    gain: float, p_adjusted: float, detectable: float | None, n: int, shares: bool = True, of: str = "question"
-) -> str:
-    """The verdict on a comparison of `n` questions (or others, `of`). `gain` is the difference, above 0 where it is one
-    for the better, `detectable` the smallest that could have been shown, if there is one; of `shares` in points."""
-    if p_adjusted < LEVEL and gain:
-        return "better" if gain > 0 else "worse"
-    of_what = f"{n} {of}" if n == 1 else f"{n:,} {of}s"
-    if detectable is None:
-        return f"no difference that {of_what} can show (too few to show any)"
-    smallest = f"{100 * detectable:.1f} points" if shares else f"{detectable:.3g}"
-    return f"no difference that {of_what} can show (smallest one they could show: {smallest})"

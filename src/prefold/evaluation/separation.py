@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import median_abs_deviation
+import scipy
 
 from prefold.data.findings import ROWS_SHOWN, Finding
 from prefold.data.preference import RowId
@@ -42,7 +42,7 @@ def findings_of(scores: PairScores, origins: Sequence[RowId]) -> list[Finding]:
         message = f"the model prefers the chosen completion of {accuracy:.0%} of the pairs already"
         advice = "there is little to learn from them; take harder pairs"
         findings.append(Finding("already_separated", "warning", int((margins > 0).sum()), (), message, advice))
-    spread = float(median_abs_deviation(margins, scale="normal"))
+    spread = float(scipy.stats.median_abs_deviation(margins, scale="normal"))
     against = np.flatnonzero((margins < np.median(margins) - _FAR * spread) & (margins < 0))
     if len(against):
         worst = sorted(against.tolist(), key=lambda index: float(margins[index]))[:ROWS_SHOWN]

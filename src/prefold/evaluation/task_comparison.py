@@ -1,33 +1,21 @@
 """Two models on the same tasks, question by question: what got better, what got worse, and how sure that is.
 
-A task whose questions are right or wrong is tested by McNemar's exact test; where questions share a passage, or the
-metric is another number, by exchanging the two models at random. The p-values of several tasks are corrected together
-(Holm, 1979), and what is left of them gives the verdict. The tasks of a group count as one in that, and as one in
-the average, as the leaderboards have it; the tasks inside of a group are corrected among themselves.
+Interval, p-value and verdict are those of `paired`, for all tasks at once. The tasks of a group count as one in that,
+and as one in the average, as the leaderboards have it; the tasks inside of a group are corrected among themselves.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefold.evaluation.paired import (
-    LEVEL,
-    Estimate,
-    Floats,
-    are_shares,
-    estimate,
-    holm,
-    in_words,
-    paired_test,
-    weighted_mean,
-)
+from prefold.evaluation.paired import Difference, Floats, are_shares, estimate, weighted_mean
 from prefold.evaluation.scores import TaskScores
 
 FLIPPED_SHOWN = 5
@@ -45,8 +33,7 @@ class _Task:
     """Where each stands in `scores` and in `other`."""
     before: Floats
     after: Floats
-    difference: Estimate
-    p_value: float
+    difference: Difference
     contaminated: Marks | None
     """Questions that either model was trained on; None where no training data is known."""
 
@@ -59,6 +46,9 @@ class _Task:
     def averaged(self) -> bool:
         return self.shares and self.scores.higher_is_better
 
+    def among(self, tests: int) -> _Task:
+        return replace(self, difference=self.difference.among(tests))
+
 
 def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> dict[str, Any]:
     """The content of `evaluation/tasks.json`.
@@ -67,10 +57,10 @@ def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> 
     of several tasks, `average` is over all of them (`suites`: over those of each suite, where there are several), a
     group counting once. `left_out` names the tasks that cannot be compared, with the reason.
 
-    A difference is `after - before`. `ci` is its 95 % interval, null for a single question whose score is not right or
-    wrong. `fixed` and `broken` count answers that became right and wrong; they are null for other scores.
-    `contaminated` are the questions that stand in the training data of either model, `clean` all others, each set
-    compared by itself; null where no training data is known.
+    A difference is `after - before`. `ci` and `p_value` are corrected for the number of `tests` made together; `ci` is
+    null for a single question whose score is not right or wrong. `fixed` and `broken` count answers that became right
+    and wrong; they are null for other scores. `contaminated` are the questions that stand in the training data of
+    either model, `clean` all others, each set compared by itself; null where no training data is known.
     """
     tasks, left_out = _matched(before, after)
     groups = _groups(tasks)
@@ -79,14 +69,13 @@ def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> 
         name: weighted_mean([task.difference for task in members], [1 / len(members)] * len(members))
         for name, members in several.items()
     }
-    families = [{name: means[name].p_value() if name in means else tasks[name].p_value for name in groups}]
-    families += [{name: tasks[name].p_value for name in groups[group]} for group in means]
-    # Of each task and group the p-value after the correction, and how many were corrected together.
-    adjusted = {name: (p_value, len(family)) for family in families for name, p_value in holm(family).items()}
+    together = dict.fromkeys(tasks, len(groups))
+    together |= {name: len(members) for members in groups.values() if len(members) > 1 for name in members}
     result: dict[str, Any] = {
-        "tasks": {name: _facts(task, *adjusted[name]) for name, task in tasks.items()},
+        "tasks": {name: _facts(task.among(together[name])) for name, task in tasks.items()},
         "groups": {
-            name: _group_facts(groups[name], members, means[name], *adjusted[name]) for name, members in several.items()
+            name: _group_facts(groups[name], members, means[name].among(len(groups)))
+            for name, members in several.items()
         },
         "average": _average(tasks, groups),
     }
@@ -133,14 +122,13 @@ def _paired(before: TaskScores, after: TaskScores) -> _Task | str:
     first = np.array([before.values[here] for here, _ in questions], dtype=float)
     second = np.array([after.values[there] for _, there in questions], dtype=float)
     clusters = [before.clusters[here] for here, _ in questions]
-    difference, p_value = estimate(first, second, clusters), paired_test(second - first, clusters)
     marks = [
         [side.contaminated[index] for index in column]
         for side, column in zip((before, after), zip(*questions, strict=True), strict=True)
         if side.contaminated is not None
     ]
     contaminated: Marks | None = np.logical_or.reduce(np.array(marks, dtype=np.bool_), axis=0) if marks else None
-    return _Task(before, after, questions, first, second, difference, p_value, contaminated)
+    return _Task(before, after, questions, first, second, estimate(first, second, clusters), contaminated)
 
 
 def _same_questions(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -156,37 +144,26 @@ def _same_questions(first: Sequence[str], second: Sequence[str]) -> Iterator[tup
 # ---- one task ---------------------------------------------------------------------------------------------------
 
 
-def _facts(task: _Task, p_adjusted: float, tests: int) -> dict[str, Any]:
-    scores, n = task.scores, len(task.before)
+def _facts(task: _Task) -> dict[str, Any]:
+    scores, n, marks = task.scores, len(task.before), task.contaminated
     gain = (task.after - task.before) * (1 if scores.higher_is_better else -1)
     right_or_wrong = bool(np.isin(np.concatenate([task.before, task.after]), (0, 1)).all())
     flips = {"fixed": gain > 0, "broken": gain < 0} if right_or_wrong else {}
-    detectable, marks = task.difference.detectable(LEVEL / tests), task.contaminated
     return {
         **{name: getattr(scores, name) for name in ("metric", "suite", "group", "num_fewshot", "version")},
         "higher_is_better": scores.higher_is_better,
         "shares": task.shares,
-        **_before_and_after(task.before, task.after, task.difference, task.p_value),
-        "p_adjusted": p_adjusted,
+        "before": float(task.before.mean()),
+        "after": float(task.after.mean()),
+        **task.difference.facts(n, shares=task.shares, higher_is_better=scores.higher_is_better),
         "n": n,
+        "asked": [len(scores.questions), len(task.other.questions)],
         "clusters": task.difference.units,
-        "detectable": detectable,
-        "verdict": in_words(float(gain.mean()), p_adjusted, detectable, n, task.shares),
         "fixed": int(flips["fixed"].sum()) if flips else None,
         "broken": int(flips["broken"].sum()) if flips else None,
         "flipped": {name: _texts(task, flips[name]) if flips else [] for name in ("fixed", "broken")},
         "contaminated": None if marks is None else _some_questions(task, marks),
         "clean": None if marks is None else _some_questions(task, ~marks),
-    }
-
-
-def _before_and_after(before: Floats, after: Floats, difference: Estimate, p_value: float) -> dict[str, Any]:
-    return {
-        "before": float(before.mean()),
-        "after": float(after.mean()),
-        "difference": difference.mean,
-        "ci": difference.interval(),
-        "p_value": p_value,
     }
 
 
@@ -197,8 +174,9 @@ def _some_questions(task: _Task, marks: Marks) -> dict[str, Any]:
         return {"n": 0}
     before, after = task.before[chosen], task.after[chosen]
     clusters = [task.scores.clusters[task.questions[index][0]] for index in chosen]
-    difference, p_value = estimate(before, after, clusters), paired_test(after - before, clusters)
-    return {"n": len(chosen), **_before_and_after(before, after, difference, p_value)}
+    difference = estimate(before, after, clusters).among(task.difference.tests)
+    facts = difference.facts(len(chosen), shares=task.shares, higher_is_better=task.scores.higher_is_better)
+    return {"n": len(chosen), "before": float(before.mean()), "after": float(after.mean()), **facts}
 
 
 def _texts(task: _Task, marks: Marks) -> list[dict[str, str]]:
@@ -232,22 +210,15 @@ def _groups(tasks: dict[str, _Task]) -> dict[str, list[str]]:
     return groups
 
 
-def _group_facts(
-    members: Sequence[str], tasks: Sequence[_Task], mean: Estimate, p_adjusted: float, tests: int
-) -> dict[str, Any]:
-    n, detectable = sum(len(task.before) for task in tasks), mean.detectable(LEVEL / tests)
+def _group_facts(members: Sequence[str], tasks: Sequence[_Task], mean: Difference) -> dict[str, Any]:
+    n = sum(len(task.before) for task in tasks)
     return {
         "suite": tasks[0].scores.suite,
         "members": list(members),
         "before": fmean(float(task.before.mean()) for task in tasks),
         "after": fmean(float(task.after.mean()) for task in tasks),
-        "difference": mean.mean,
-        "ci": mean.interval(),
-        "p_value": mean.p_value(),
-        "p_adjusted": p_adjusted,
+        **mean.facts(n),
         "n": n,
-        "detectable": detectable,
-        "verdict": in_words(mean.mean, p_adjusted, detectable, n),
     }
 
 
@@ -259,13 +230,12 @@ def _average(tasks: dict[str, _Task], groups: dict[str, list[str]]) -> dict[str,
         return {"tasks": 0}
     weighted = [(task, 1 / len(of_group) / len(members)) for of_group in members for task in of_group]
     mean = weighted_mean([task.difference for task, _ in weighted], [weight for _, weight in weighted])
+    n = sum(len(task.before) for task, _ in weighted)
     return {
         "tasks": len(weighted),
         "groups": len(members),
         "before": sum(weight * float(task.before.mean()) for task, weight in weighted),
         "after": sum(weight * float(task.after.mean()) for task, weight in weighted),
-        "difference": mean.mean,
-        "ci": mean.interval(),
-        "p_value": mean.p_value() if len(weighted) > 1 else weighted[0][0].p_value,
-        "n": sum(len(task.before) for task, _ in weighted),
+        **mean.facts(n),
+        "n": n,
     }

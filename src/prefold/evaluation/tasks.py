@@ -28,10 +28,9 @@ from prefold.evaluation.scores import OpenTask, TaskScores, primary_metric, scor
 from prefold.evaluation.suites import SUITES, Wanted, wanted_by
 from prefold.evaluation.task_names import WHERE, manager_of
 from prefold.files import cache_folder, without_home, without_secrets
-from prefold.models.adapters import load_start
-from prefold.models.device import choose_device
-from prefold.models.load import tokenizer_of
+from prefold.generation.opening import open_model
 from prefold.models.messages import quiet
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Evaluate, Model
 from prefold.trees.memory import free_memory
 from prefold.user_code import UserCodeFailed, call_user_code, summary_of
@@ -39,6 +38,8 @@ from prefold.user_code import UserCodeFailed, call_user_code, summary_of
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+TOKENS = 4096
+"""Of questions and answers that are kept at a time, as far as memory is reckoned with."""
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """The harness's own."""
 
@@ -135,11 +136,11 @@ def measure_model(
     settings: Evaluate,
     when: str,
     trained_on: Collection[str] | None = None,
+    in_16_bits: bool | None = None,
 ) -> list[TaskScores]:
     """Load a model, ask it, and let go of it. `when` is what the progress bars say beside the name of the task, e.g.
-    `before`; `trained_on` as in `scores_of`."""
-    # On a CPU float32 costs little and keeps rounding out of the comparison.
-    model = load_start(section, dtype="float32" if choose_device().type == "cpu" else None)
+    `before`; `trained_on` as in `scores_of`, `in_16_bits` as in `how_to_keep`."""
+    model = open_model(section, "`evaluate.tasks`", measured=True, tokens=TOKENS, in_16_bits=in_16_bits)
     scores = measure(model, tokenizer_of(section), tasks, settings, when, trained_on)
     del model
     free_memory()

@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 from scipy.special import expit
-from statsmodels.genmod.families import Binomial
-from statsmodels.genmod.generalized_linear_model import GLM
 
 from prefold.data.preference import Message
 from prefold.errors import StageError
-from prefold.evaluation.paired import Floats, estimate, in_words, paired_test
+from prefold.evaluation.paired import LEVEL, Floats, rate
 from prefold.files import cache_folder
 from prefold.generation.endpoint import Endpoint, Refused
 from prefold.recipe import EndpointJudge, RewardBase
@@ -56,7 +54,7 @@ TokenIds = Callable[[Sequence[str]], list[list[int]]]
 
 
 def measure_win_rate(judge: Compares, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of `evaluation/win_rate.json`.
+    """The content of `evaluation/win_rate.json`; `outcomes` has for each sample those of its answers.
 
     Args:
         samples: `{"prompt", "before": [...], "after": [...]}`, as in `samples.jsonl`; the first answer before is
@@ -83,7 +81,10 @@ def measure_win_rate(judge: Compares, samples: Sequence[Mapping[str, Any]]) -> d
     outcomes = [by_index[index] for index in range(len(pairs))]
     if outcomes and not any(isinstance(outcome, float) for outcome in outcomes):
         raise _nothing_said(outcomes[-1], f"any of {len(outcomes)} pairs of answers")
-    return {"judge": judge.facts(), **win_rate(pairs, outcomes)}
+    by_sample: list[list[float | None]] = [[] for _ in samples]
+    for pair, outcome in zip(pairs, outcomes, strict=True):
+        by_sample[pair.number].append(outcome if isinstance(outcome, float) else None)
+    return {"judge": judge.facts(), **win_rate(pairs, outcomes), "outcomes": by_sample}
 
 
 def _nothing_said(outcome: Outcome, what: str) -> StageError:
@@ -167,18 +168,16 @@ def win_rate(pairs: Sequence[AnswerPair], outcomes: Sequence[Outcome]) -> dict[s
     wins = np.array([outcome for _, outcome in judged])
     lengths = np.array([(len(pair.before), len(pair.after)) for pair, _ in judged], dtype=float)
     prompts = [str(pair.number) for pair, _ in judged]
-    change, p_value, n = estimate(1 - wins, wins, prompts), paired_test(2 * wins - 1, prompts), len(set(prompts))
-    ends, detectable = change.interval(), change.detectable()
+    against_even = rate(wins, prompts)
+    del against_even["difference"]
     return {
-        "prompts": n,
+        "prompts": len(set(prompts)),
         **facts,
         "wins": int((wins > 0.5).sum()),
         "ties": int((wins == 0.5).sum()),
         "losses": int((wins < 0.5).sum()),
         "win_rate": float(wins.mean()),
-        "ci": None if ends is None else [(1 + end) / 2 for end in ends],
-        "p_value": p_value,
-        "verdict": in_words(change.mean, p_value, None if detectable is None else detectable / 2, n, of="prompt"),
+        **against_even,
         "length_controlled": _of_prompts(wins, lengths, prompts),
         "characters": {"before": float(lengths[:, 0].mean()), "after": float(lengths[:, 1].mean())},
     }
@@ -193,8 +192,8 @@ def _of_prompts(wins: Floats, lengths: Floats, prompts: Sequence[str]) -> dict[s
 
 
 def length_controlled(wins: Floats, longer: Floats) -> dict[str, Any] | None:
-    """The rate at equal lengths with its 95 % interval; None for fewer than `LEAST_PROMPTS`. `wins` `[n]` are shares
-    from 0 to 1, `longer` `[n]` the characters that the answer after training has more."""
+    """The rate at equal lengths, with Wald's 95 % interval and p-value; None for fewer than `LEAST_PROMPTS`. `wins`
+    `[n]` are shares from 0 to 1, `longer` `[n]` the characters that the answer after training has more."""
     if len(wins) < LEAST_PROMPTS:
         return None
     spread = float(longer.std())
@@ -205,6 +204,11 @@ def length_controlled(wins: Floats, longer: Floats) -> dict[str, Any] | None:
     design = np.column_stack([np.ones(len(gap) + 4), np.concatenate([gap, ends])])
     won = np.concatenate([wins, [0.0, 1.0, 0.0, 1.0]])
     weights = np.concatenate([np.ones(len(wins)), np.full(4, 0.25)])
+    from statsmodels.genmod.families import Binomial
+    from statsmodels.genmod.generalized_linear_model import GLM
+
     fitted = GLM(won, design, family=Binomial(), freq_weights=weights).fit()
     low, high = fitted.conf_int()[0]
-    return {"win_rate": float(expit(fitted.params[0])), "ci": [float(expit(low)), float(expit(high))]}
+    shared, p_value = float(expit(fitted.params[0])), float(fitted.pvalues[0])
+    verdict = "no difference" if p_value >= LEVEL else "better" if shared > 0.5 else "worse"
+    return {"win_rate": shared, "ci": [float(expit(low)), float(expit(high))], "p_value": p_value, "verdict": verdict}

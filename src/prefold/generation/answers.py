@@ -10,14 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.data.preference import Message
 from prefold.errors import UserError
 from prefold.generation.engine import answer
+from prefold.generation.opening import open_model
 from prefold.generation.sampling import Sampling
-from prefold.models.adapters import load_start
-from prefold.models.load import tokenizer_of
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Generate, Model, RecipeBase, load_recipe, make_section
 from prefold.recipe.section import with_fields
 
@@ -47,7 +46,8 @@ def generate(
     if not texts:
         raise UserError("no prompt", expected="a prompt as argument, or `--file prompts.txt`")
     before = [Message(role="system", content=wanted.system)] if wanted.system else []
-    loaded, tokenizer = open_model(str(model))
+    section = model_named(str(model))
+    loaded, tokenizer = open_model(section, "`generate`"), tokenizer_of(section)
     conversations = [[*before, Message(role="user", content=text)] for text in texts]
     answers = answer(loaded, tokenizer, conversations, Sampling.of(wanted, wanted.num_answers))
     return [
@@ -90,15 +90,6 @@ def _prompt_of(line: str, where: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError("`prompt` is not text", where=where, expected='{"prompt": "..."}')
     return prompt
-
-
-def open_model(name: str, base: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by name, or the merged model of a run folder; with `base` the one that the run started from."""
-    recipe = run_recipe(name) if base else None
-    if base and recipe is None:
-        raise UserError("`--compare` needs to know the base", where=name, expected="a run folder")
-    section = recipe.model if recipe else model_named(name)
-    return load_start(section), tokenizer_of(section)
 
 
 def model_named(name: str) -> Model:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -16,12 +18,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from prefold.data.preference import Message
 from prefold.errors import StageError, UserError, did_you_mean
 from prefold.files import write_text
-from prefold.generation.answers import open_model
+from prefold.generation.answers import model_named, run_recipe
 from prefold.generation.engine import answer
+from prefold.generation.opening import how_to_keep, open_model
 from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
+from prefold.models.device import choose_device
+from prefold.models.tokenizer import tokenizer_of
+from prefold.plan.machine import Machine
 from prefold.recipe import Chat, make_section
 from prefold.recipe.text import parse_yaml
+from prefold.terminal import say
+from prefold.trees.memory import free_memory
+
+CHAT_TOKENS = 4096
+"""Of a conversation, as far as memory is reckoned with."""
 
 COMMANDS = {
     "/help": ("", "lists these commands"),
@@ -69,10 +80,14 @@ class WrappedStream(TextStreamer):
 
 
 class Speaker:
-    """One model in the conversation, with its own memory of it; `before` is that of the turn before."""
+    """One model in the conversation, with its own memory of it; `before` is that of the turn before. It is loaded when
+    it first speaks; `stays`: and kept, since there is memory for all."""
 
-    def __init__(self, label: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.label, self.model, self.tokenizer = label, model, tokenizer
+    def __init__(
+        self, label: str, load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, stays: bool = True
+    ):
+        self.label, self.load, self.tokenizer, self.stays = label, load, tokenizer, stays
+        self.model: PreTrainedModel | None = None
         self.messages: list[Message] = []
         self.before: list[Message] = []
 
@@ -80,6 +95,7 @@ class Speaker:
         """Answer on stdout as the tokens come. Ctrl-C ends the answer, and what there is of it is remembered."""
         self.before = self.messages
         asked = [*self.messages, Message(role="user", content=text)]
+        self.model = self.model or self.load()
         console.print(Text(f"{self.label}: ", style="bold cyan"), end="")
         stream = WrappedStream(self.tokenizer, console, column=len(self.label) + 2)
         try:
@@ -95,6 +111,9 @@ class Speaker:
             reply = stream.text.strip()
         if reply:
             self.messages = [*asked, Message(role="assistant", content=reply)]
+        if not self.stays:
+            self.model = None
+            free_memory()
 
 
 class Conversation:
@@ -194,8 +213,7 @@ class Conversation:
 
 def chat_loop(name: str, compare: bool, settings: Chat) -> None:
     console = Console(highlight=False)
-    speakers = [Speaker("before", *open_model(name, base=True))] if compare else []
-    speakers.append(Speaker("after" if compare else "model", *open_model(name)))
+    speakers = _speakers(name, compare)
     conversation = Conversation(speakers, settings, console)
     conversation.say("An empty line or Ctrl-D ends; /help lists the commands.")
     while (line := _line()) and line != "/exit":
@@ -203,6 +221,29 @@ def chat_loop(name: str, compare: bool, settings: Chat) -> None:
             conversation.take(line)
         except (UserError, StageError) as error:
             console.print(Text(str(error), style="red"))
+
+
+def _speakers(name: str, compare: bool) -> list[Speaker]:
+    """With `compare` the model that the run started from as well, which speaks first. Raises UserError: one of them
+    cannot be used, or is too large for the memory at hand."""
+    after = model_named(name)
+    sections, stays = {"model": after}, True
+    if compare:
+        recipe = run_recipe(name)
+        if recipe is None:
+            raise UserError("`--compare` needs to know the base", where=name, expected="a run folder")
+        sections, machine = {"before": recipe.model, "after": after}, Machine.here(choose_device().type)
+        needed = [how_to_keep(section, machine, tokens=CHAT_TOKENS).needed for section in sections.values()]
+        stays = sum(needed) - machine.process <= machine.memory
+        if not stays:
+            say("  both models do not fit into memory at once: each is loaded for its turn")
+    speakers = [
+        Speaker(label, partial(open_model, section, "`chat`", tokens=CHAT_TOKENS), tokenizer_of(section), stays)
+        for label, section in sections.items()
+    ]
+    for speaker in speakers if stays else ():
+        speaker.model = speaker.load()
+    return speakers
 
 
 def _line() -> str:

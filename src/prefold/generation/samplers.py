@@ -19,13 +19,16 @@ from prefold.data.chat import render, require_chat_template
 from prefold.data.preference import Prompt, whole_prompt
 from prefold.data.templates import REFUSALS
 from prefold.errors import UserError
-from prefold.generation.answers import model_named, open_model, run_recipe
-from prefold.generation.engine import LocalEngine
+from prefold.generation.answers import model_named, run_recipe
+from prefold.generation.engine import ROWS, LocalEngine
 from prefold.generation.journal import Journal, key_of
+from prefold.generation.opening import open_model
 from prefold.generation.sampling import Sampling
+from prefold.models.device import choose_device
 from prefold.models.fetch import fetch
 from prefold.models.gate import require_prompts
-from prefold.models.load import load_tokenizer, require_model
+from prefold.models.load import require_model
+from prefold.models.tokenizer import load_tokenizer, tokenizer_of
 from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
 
@@ -106,7 +109,9 @@ class LocalModel:
         return self.name, files_of(self._folder), asdict(self._sampling), keywords
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
-        model, tokenizer = open_model(self.name)
+        section, new_tokens = model_named(self.name), self._sampling.max_new_tokens
+        model = open_model(section, "`pairs`", tokens=ROWS.get(choose_device().type, 64) * new_tokens)
+        tokenizer = tokenizer_of(section)
         require_chat_template(tokenizer)
         rendered: dict[int, list[int]] = {}
         for index in wanted:

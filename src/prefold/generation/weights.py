@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from prefold.memory import available
 from prefold.trees.head import computing_by
 
 ROWS = 32
@@ -72,9 +72,10 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
         and module.weight.dtype in (torch.float32, torch.bfloat16)
         and module.weight.device.type == "cpu"
         and "forward" not in module.__dict__
+        and not module._forward_pre_hooks  # such as cast weights for the call
     ]
     size = sum(layer.weight.nbytes for layer in layers)
-    fits = torch.backends.mkldnn.is_available() and size <= SHARE * _free_memory()
+    fits = torch.backends.mkldnn.is_available() and size <= SHARE * available()
     with ExitStack() as stack:
         for layer in layers if fits else ():
             stack.enter_context(computing_by(layer, _packed_forward(layer)))
@@ -92,10 +93,3 @@ def _packed_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         return out
 
     return forward
-
-
-def _free_memory() -> int:
-    """Bytes; 0 where the system does not say."""
-    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return 0
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

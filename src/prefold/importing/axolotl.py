@@ -52,10 +52,13 @@ def _write_steps(draft: Draft) -> None:
         draft.fill("train.warmup_steps", min(int(0.03 * steps), 100), f"0.03 of {steps} steps")
     else:
         draft.fill("train.warmup_steps", 0.03, "a share of all steps, and at most 100 there")
-    trackers = {"wandb": ("use_wandb", "wandb_project"), "tensorboard": ("use_tensorboard",)}
-    if wanted := [name for name, keys in trackers.items() if any(draft.look(key) for key in keys)]:
-        draft.carry("train.report_to", wanted, *filter(draft.has, ("use_wandb", "use_tensorboard")))
-    draft.off("use_wandb", "use_tensorboard")
+    switches = {f"use_{name}": name for name in ("wandb", "tensorboard", "mlflow", "trackio")}
+    wanted = [
+        name for key, name in switches.items() if draft.look(key) or (name == "wandb" and draft.look("wandb_project"))
+    ]
+    if wanted:
+        draft.carry("train.report_to", wanted, *filter(draft.has, switches))
+    draft.off(*switches)
     measured = has_held_out(draft) and not samples(draft)
     why_not = "" if measured else "nothing is measured while training, for want of held-out pairs"
     evals, saves = draft.look("evals_per_epoch", 0), draft.look("saves_per_epoch", 0)

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Any, Literal, NamedTuple
 
 from prefold.recipe import parse_yaml
-from prefold.recipe.sections import optimizers, schedulers
+from prefold.recipe.sections import OPTIMIZERS, SCHEDULERS
 
 COUNTED = "`prefold check` says how many there are"
 
@@ -19,11 +19,11 @@ class NoCounterpartError(Exception):
     """A value that no recipe can hold; the message says what to do."""
 
 
-def of_names(names: Callable[[], Collection[str]], advice: str) -> Callable[[Any], Any]:
+def of_names(names: Collection[str], advice: str) -> Callable[[Any], Any]:
     """A conversion that takes these names as they are."""
 
     def convert(value: Any) -> Any:
-        if isinstance(value, str) and value in names():
+        if isinstance(value, str) and value in names:
             return value
         raise NoCounterpartError(advice)
 
@@ -76,9 +76,9 @@ def modules(value: Any) -> Any:
 
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "same": lambda value: value,
-    "scheduler": of_names(schedulers, "choose one of transformers' schedules for `train.lr_scheduler_type`"),
+    "scheduler": of_names(SCHEDULERS, "choose one of transformers' schedules for `train.lr_scheduler_type`"),
     "optimizer": of_names(
-        optimizers, "not one of transformers' optimizers that work here; set `train.optim`, e.g. to `adamw_torch`"
+        OPTIMIZERS, "not one of transformers' optimizers that work here; set `train.optim`, e.g. to `adamw_torch`"
     ),
     "steps": whole_or_share,
     "overlong": overlong,

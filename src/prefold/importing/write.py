@@ -7,14 +7,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from prefold.algorithms import ALGORITHMS
 from prefold.importing.draft import Draft
 from prefold.importing.sources import drop_splits_of_files
 from prefold.importing.tables import COUNTED, Entry, is_number, listed, read_tool, table_of, whole_or_share
 from prefold.importing.weights import write_weights
-from prefold.recipe.sections import HUB_MODEL_ID
+from prefold.recipe.sections import HUB_MODEL_ID, Tracker
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,12 @@ def write_trackers(draft: Draft) -> None:
     if not draft.has("report_to"):
         return
     names = [name for name in listed(draft.take("report_to")) if name not in ("none", False)]
-    if known := [name for name in names if name in ("wandb", "tensorboard")]:
+    if known := [name for name in names if name in get_args(Tracker)]:
         draft.carry("train.report_to", known, "report_to")
     elif not names:
         draft.note("off", "report_to")
     if others := [str(name) for name in names if name not in known]:
-        text = f"{', '.join(others)}: prefold reports to wandb and tensorboard; metrics.jsonl has every step"
+        text = f"{', '.join(others)}: not a tracker that prefold reports to; metrics.jsonl has every step"
         draft.note("missing", "report_to", text=text)
 
 

@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from prefold.errors import UserError, first_line
 from prefold.files import without_home
 from prefold.models.chat_format import vocabulary_rows
-from prefold.models.load import chat_tokens, load_model
+from prefold.models.load import load_model
 from prefold.models.messages import UNREADABLE, quiet
+from prefold.models.tokenizer import chat_tokens
 from prefold.recipe import Lora, Model
 from prefold.trees.fused_layers import fuse_lora, fuse_trained_rows
 from prefold.trees.head import SCORE, score_layer

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHATML = (
     "{% for message in messages %}"
@@ -81,12 +83,25 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
     if len(tokenizer) > rows:
         with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=MULTIPLE, mean_resizing=False)
-    new = slice(min(known, rows), None if len(tokenizer) > rows else len(tokenizer))
+    new = new_rows(tokenizer, known, rows)
     head: Any = model.get_output_embeddings()
     for values in {model.get_input_embeddings().weight, getattr(head, "weight", None), getattr(head, "bias", None)}:
         if values is not None:
             _begin_near_the_mean(cast(Tensor, values), new)
     _set_end(model, tokenizer)
+
+
+def new_rows(tokenizer: PreTrainedTokenizerBase, known: int, rows: int) -> slice:
+    """The rows that the tokens of a chat format take, in a matrix that had `rows`; see `fit_vocabulary`."""
+    return slice(min(known, rows), None if len(tokenizer) > rows else len(tokenizer))
+
+
+def grown(values: Tensor, rows: int, new: slice) -> Tensor:
+    """A copy of a stored matrix or bias, as `fit_vocabulary` leaves it."""
+    fitted = values.new_empty((rows, *values.shape[1:]))
+    fitted[: len(values)] = values
+    _begin_near_the_mean(fitted, new)
+    return fitted
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:

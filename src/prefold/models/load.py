@@ -1,9 +1,9 @@
-"""A base model and its tokenizer, from the folder that a recipe's name stands for."""
+"""A base model, from the folder that a recipe's name stands for."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -11,68 +11,30 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import GLOBAL_WORKERS
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.pytorch_utils import Conv1D
 
 from prefold import ranks
-from prefold.data.templates import give_keywords
 from prefold.errors import UserError
 from prefold.files import without_home
-from prefold.models.chat_format import fit_vocabulary, set_chat_format
+from prefold.models.chat_format import fit_vocabulary
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch, is_hub_id, require_safetensors_on_hub, weight_files
 from prefold.models.gate import require_known_tokens, require_usable
 from prefold.models.messages import UNREADABLE, quiet, unreadable
-from prefold.models.quantised import prepare_quantised, quantisation
+from prefold.models.quantised import UNPACKED, prepare_quantised, quantisation, quantise_in_pieces, quantised_bytes
 from prefold.models.score_head import set_up_head
+from prefold.models.tokenizer import has_tokenizer, load_tokenizer, tokenizer_of
 from prefold.recipe import Model
+from prefold.terminal import busy
+from prefold.trees.memory import returning_allocations
 
-VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
-"""Without any of these transformers can make an empty tokenizer of the class that tokenizer_config.json names."""
-
-
+LINEAR = (nn.Linear, Conv1D)
 NOTHING_AMISS: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
 """transformers' report about a model whose tensors are all there."""
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; a missing pad token becomes the end token, in memory only. Raises UserError if
-    there is none, or it cannot be read."""
-    if not _has_tokenizer(folder):
-        what = "the model folder has no tokenizer"
-        raise UserError(what, where=folder.name, expected=f"a file like {', '.join(VOCABULARY_FILES)}")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain `Exception` for a file that it cannot read
-        raise unreadable("its tokenizer cannot be loaded", error, folder.name) from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
-
-
-def tokenizer_of(section: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model as a recipe names it, with the chat format that it is to learn and what its template is
-    given. Raises UserError: there is none, it cannot be read, or its template does not read what it is given."""
-    tokenizer = load_tokenizer(fetch(section.name, section.revision, weights=False))
-    if section.chat_template:
-        set_chat_format(tokenizer, section.chat_template)
-    give_keywords(tokenizer, section.chat_template_kwargs)
-    return tokenizer
-
-
-def chat_tokens(section: Model) -> list[int]:
-    """Ids of the tokens of a new chat format, whose rows of the embeddings are trained."""
-    if not section.chat_template:
-        return []
-    return set_chat_format(load_tokenizer(fetch(section.name, section.revision, weights=False)), section.chat_template)
 
 
 def read_config(section: Model, folder: Path, **settings: Any) -> Any:
@@ -84,6 +46,7 @@ def read_config(section: Model, folder: Path, **settings: Any) -> Any:
         raise unreadable("its configuration cannot be read", error, section.name) from None
 
 
+@returning_allocations()
 def load_model(
     section: Model,
     *,
@@ -92,6 +55,7 @@ def load_model(
     head_seed: int | None = None,
     sharded: bool = False,
     contents: bool = True,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The base model on its device, in eval mode, with the attention of the plain path; no adapter on it.
 
@@ -103,28 +67,35 @@ def load_model(
         sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
         contents: without them the model has shapes alone, on the meta device: what is refused is refused all the same,
             and no weight is read. Nor are weights of the Hub downloaded for that.
+        device: instead of the best there is.
 
     Raises:
         UserError: it cannot be had, is of a kind that cannot be used, needs code of its own, lacks some of its weights,
             or has a tokenizer with tokens that it does not know.
     """
-    folder, device = fetch(section.name, section.revision, weights=contents or not _on_hub(section)), choose_device()
+    folder = fetch(section.name, section.revision, weights=contents or not _on_hub(section))
+    device = device or choose_device()
     chosen = choose_dtype(dtype or section.dtype, device)
     bits = quantisation(section, chosen) if quantised else None
     kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification
     config = read_config(section, folder, **({} if head_seed is None else {"num_labels": 1}))
     require_usable(config, folder, section.name, scores=head_seed is not None)
-    if _has_tokenizer(folder) and not section.chat_template:
+    if has_tokenizer(folder) and not section.chat_template:
         require_known_tokens(config, load_tokenizer(folder), folder, section.name)
     settings: dict[str, Any] = {"config": config, "dtype": chosen}
     settings["attn_implementation"] = plain_attention(section.attn_implementation, config)
+    if bits and contents:
+        quantise_in_pieces()
     if contents:
+        placed: dict[str, str | int] | None = {"": device} if bits or (device.type != "cpu" and not sharded) else None
         settings |= {
-            "device_map": {"": device} if bits and not section.device_map else section.device_map,
+            # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
+            "device_map": section.device_map or placed,
             "quantization_config": bits,
             "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
         }
-        model, report = _from_files(kind, folder, section.name, settings)
+        with busy(f"loading {without_home(section.name)}"):
+            model, report = _from_files(kind, folder, section.name, settings)
     elif weight_files(folder):
         model, report = _from_files(kind, folder, section.name, {**settings, "device_map": {"": "meta"}})
     else:
@@ -133,7 +104,6 @@ def load_model(
     if head_seed is not None:
         report = set_up_head(model, report, head_seed, section.name)
     _require_complete(report, section.name)
-    model = model.to(device) if contents and not (section.device_map or bits or sharded) else model
     if section.chat_template:
         with quiet():
             fit_vocabulary(model, tokenizer_of(section), known=len(load_tokenizer(folder)))
@@ -229,6 +199,43 @@ def _require_complete(report: dict[str, Any], name: str) -> None:
             what = f"its weights {problem.format(count=len(keys))}, e.g. {min(keys)}"
             advice = "the download may be incomplete, or the config.json of another model"
             raise UserError(what, where=name, advice=advice)
+
+
+class Loading(NamedTuple):
+    """Bytes that loading takes at its peak: `host` of the machine, mapped files left out, and on the `device`."""
+
+    host: int
+    device: int
+
+
+def loading_peak(
+    shapes: PreTrainedModel, section: Model, stored: torch.dtype, device: str, quantised: bool = False
+) -> Loading:
+    """What `load_model` takes at its peak: the weights as they stay, and what is passing through.
+
+    Args:
+        shapes: what `load_model` gives without contents, in the dtype that is to be loaded.
+        stored: dtype of the files.
+        device: its type.
+    """
+    head, on_cpu = shapes.get_output_embeddings(), device == "cpu"
+    quantised = quantised and (section.load_in_4bit or section.load_in_8bit)
+    linear = {id(layer.weight) for layer in shapes.modules() if type(layer) in LINEAR and layer is not head}
+    embedded = {id(layer.weight) for layer in (shapes.get_input_embeddings(), head) if layer is not None}
+    stays, passing, cast_on_host = 0, [0], [0]
+    for weight in shapes.parameters():
+        if quantised and id(weight) in linear:
+            stays += quantised_bytes(weight, section)
+            passing.append(weight.numel() * (UNPACKED[section.load_in_4bit] if on_cpu else stored.itemsize))
+            continue
+        grown = bool(section.chat_template) and id(weight) in embedded
+        stays += 0 if on_cpu and weight.dtype == stored and not grown else weight.nbytes
+        if grown:  # as it was, and in float32 for its mean and spread
+            passing.append(weight.nbytes + 8 * weight.numel())
+        cast_on_host.append(weight.nbytes if weight.dtype != stored else 0)
+    if on_cpu:
+        return Loading(stays + max(passing), 0)
+    return Loading(GLOBAL_WORKERS * max(cast_on_host), stays + max(passing))
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

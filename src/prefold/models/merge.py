@@ -1,78 +1,82 @@
-"""Merge an adapter into its unquantised base, saved whole, and proven: what is loaded back from disk must give the
-logits of base + adapter on real tokens, and its tokenizer the same ids. How far it is from a quantised model that was
-trained, and whether both models write the same, is measured and reported.
+"""Merge an adapter into its unquantised base, and prove it: what is loaded back from disk must give the logits of base
+and adapter on real tokens, and its tokenizer the same ids.
+
+In half precision weights are rounded, those of the base too where it is stored in another dtype. That is told from an
+adapter that was lost by what is left of the adapter's own change of the logits, beside the base as it is rounded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from prefold.errors import StageError
-from prefold.files import new_folder
-from prefold.models.adapters import open_adapter
+from prefold.files import sha256_of, unfinished_folder
+from prefold.models.adapters import CONFIG, WEIGHTS, open_adapter
 from prefold.models.device import choose_device, choose_dtype
+from prefold.models.fetch import fetch, weight_files
 from prefold.models.load import load_model
+from prefold.models.merged_files import Unmergeable, write_merged
 from prefold.models.messages import quiet
 from prefold.models.score_head import set_padding
 from prefold.recipe import Model, RecipeBase
+from prefold.terminal import say
 from prefold.trees.budget import pad
 from prefold.trees.head import score_layer
 from prefold.trees.logprobs import scores_of
-from prefold.trees.memory import free_memory
+from prefold.trees.memory import free_memory, returning_allocations
+from prefold.trees.self_check import in_float32
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest root-mean-square difference of the logits, as a share of their own root mean square, by the dtype merged
-into; of a model with `DEPTH` layers. SmolLM2-135M, of 30 layers, is off by 1.7e-6, 3e-3 to 5.3e-3 and 2.4e-2: merged
-weights are rounded once more, and so is what each layer makes of them."""
+into; of a model with `DEPTH` layers. All are computed in float32."""
 DEPTH = 8
 SCORE_ALLOWANCE = 4
 """Times as much is tolerated of scores: they lack the offset that logits share and that makes those large beside what
 rounding does."""
-NEW_TOKENS = 24
-"""Tokens that each model writes to each prompt, greedily, to see whether they write the same."""
+KEPT = 0.5
+"""Of the adapter's change of the logits, what must be left in the merged model."""
+MEASURABLE = 1e-5
+"""Share of the logits' size; of a smaller change what is left cannot be told."""
+TOKENS = 192
+"""On which the logits are compared, at most: less than a training step takes."""
 SHARD = "5GB"
-"""Most that a weight file of the merged model holds."""
-
-
-class Behaviour(NamedTuple):
-    """What a model does on real tokens: `logits` `[tokens of all rows, V]`, float32 on the CPU, and the ids that it
-    writes to each prompt. Of a model that scores conversations, the scores `[rows]`."""
-
-    logits: Tensor
-    answers: list[list[int]]
+"""Most that a weight file holds, of a model that is not merged file by file."""
 
 
 def merge_adapter(
     base: Model,
-    adapter: Path,
+    adapter: Path | None,
     merged: Path,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
     dtype: str,
-    prompts: Sequence[Sequence[int]] = (),
     head_seed: int | None = None,
 ) -> dict[str, Any]:
     """Write `merged` (weights, configuration, generation settings, tokenizer, chat template) and check it.
 
     Args:
-        rows: token ids on which the logits are compared.
+        adapter: None after full fine-tuning: `base` is what was trained, and is cast.
+        rows: token ids on which the logits are compared; see `compared`.
         dtype: of the merged weights.
-        prompts: token ids that both models go on from.
         head_seed: see `load_model`.
 
     Returns:
@@ -82,58 +86,175 @@ def merge_adapter(
         StageError: the merged model is not base + adapter; nothing is written, the adapter is kept.
         UserError: the adapter belongs to another base, or the base is stored quantised.
     """
-    trained = _trained_logits(base, adapter, rows, head_seed) if base.load_in_4bit or base.load_in_8bit else None
-    model = load_model(base, dtype=dtype, head_seed=head_seed)
-    base_logits = logits_of(model, rows)
-    adapted: Any = open_adapter(model, adapter)
-    wanted = Behaviour(logits_of(adapted, rows), _answers(adapted, prompts))
-    effect = relative_rms(base_logits - wanted.logits, wanted.logits)
-    with quiet():
-        whole = adapted.merge_and_unload(safe_merge=True)
-    return save_and_check(whole, merged, tokenizer, rows, prompts, wanted, effect, trained)
-
-
-def save_and_check(
-    model: PreTrainedModel,
-    merged: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Sequence[int]],
-    prompts: Sequence[Sequence[int]] = (),
-    wanted: Behaviour | None = None,
-    adapter_effect: float | None = None,
-    trained: Tensor | None = None,
-) -> dict[str, Any]:
-    """Save a model whole, load it back and compare it with `wanted` (unset: itself); see `merge_adapter`. `trained` are
-    the logits of the quantised model that was trained, on the same rows."""
-    dtype, device, scores = model.dtype, model.device, score_layer(model) is not None
-    wanted = Behaviour(logits_of(model, rows), _answers(model, prompts)) if wanted is None else wanted
-    tolerance = tolerance_of(model) * (SCORE_ALLOWANCE if scores else 1)
-    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    if scores:
-        set_padding(model, tokenizer.pad_token_id)
-    with new_folder(merged) as folder, quiet():
-        model.save_pretrained(folder, max_shard_size=SHARD)
-        tokenizer.save_pretrained(folder)
-        # Whoever called may still hold the model, and there is to be one at a time.
-        for weight in model.parameters():
-            weight.data = weight.data.new_empty(0)
+    with unfinished_folder(merged, _made_from(base, adapter, dtype, head_seed)) as folder, quiet():
+        try:
+            write_merged(base, adapter, folder, dtype, head_seed, tokenizer.pad_token_id)
+        except Unmergeable as reason:
+            say(f"  merged as a whole, in memory: {reason}")
+            _write_whole(base, adapter, folder, dtype, head_seed, tokenizer.pad_token_id)
         free_memory()
+        tokenizer.save_pretrained(folder)
         _require_same_tokenizer(tokenizer, folder, rows)
-        saved = kind.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
-        logits, answers = (_scores_as_read if scores else logits_of)(saved, rows), _answers(saved, prompts)
-        result = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_logit_difference": float((logits - wanted.logits).abs().max()),
-            "relative_difference": relative_rms(logits - wanted.logits, wanted.logits),
-            "tolerance": tolerance,
-            "adapter_effect": adapter_effect,
-            "tokens_compared": wanted.logits.shape[0],
-            "answers_compared": len(prompts),
-            "answers_equal": sum(a == b for a, b in zip(answers, wanted.answers, strict=True)),
-            "difference_from_quantised": None if trained is None else relative_rms(logits - trained, trained),
-        }
+        result = _comparison(base, adapter, folder, rows, getattr(torch, dtype), head_seed)
         _require_equal(result)
     return result
+
+
+def compared(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Of real rows what the logits are compared on: their ends, where what was trained on is."""
+    return [list(row[-(TOKENS // len(rows)) :]) for row in rows]
+
+
+def _made_from(base: Model, adapter: Path | None, dtype: str, head_seed: int | None) -> str:
+    """What decides the bytes of the merged files."""
+    folder = fetch(base.name, base.revision)
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*"))]
+    trained = [sha256_of(adapter / name) for name in (CONFIG, WEIGHTS)] if adapter is not None else []
+    versions = [version(name) for name in ("prefold", "torch", "transformers", "peft", "safetensors")]
+    facts = (str(folder), stats, trained, versions, base.model_dump(mode="json"), dtype, head_seed)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _write_whole(
+    base: Model, adapter: Path | None, folder: Path, dtype: str, head_seed: int | None, pad_token: int | None
+) -> None:
+    """`write_merged` of a model that fits into memory."""
+    model: Any = load_model(base, dtype=dtype, head_seed=head_seed)
+    if adapter is not None:
+        model = open_adapter(model, adapter).merge_and_unload(safe_merge=True)
+    if head_seed is not None:
+        set_padding(model, pad_token)
+    model.save_pretrained(folder, max_shard_size=SHARD)
+
+
+# ---- the proof ----------------------------------------------------------------------------------------------------
+
+
+class Logits(NamedTuple):
+    """Of base + adapter, `wanted`, of the base alone, and of that with its weights rounded to the dtype merged into;
+    float32 on the CPU, as `logits_of` gives them."""
+
+    wanted: Tensor
+    base: Tensor
+    rounded: Tensor
+
+
+@returning_allocations()
+def _comparison(
+    base: Model, adapter: Path | None, folder: Path, rows: Sequence[Sequence[int]], dtype: torch.dtype, seed: int | None
+) -> dict[str, Any]:
+    """One model at a time."""
+    wanted, plain, rounded = _logits_of_base(base, adapter, rows, dtype, seed)
+    free_memory()
+    is_quantised = base.load_in_4bit or base.load_in_8bit
+    trained = _trained_logits(base, adapter, rows, seed) if adapter is not None and is_quantised else None
+    with _loaded_back(folder, dtype, seed is not None) as saved:
+        logits = (logits_of if seed is None else _scores_as_read)(saved, rows)
+        tolerance = tolerance_of(saved) * (1 if seed is None else SCORE_ALLOWANCE)
+    moved = wanted - plain
+    effect = relative_rms(moved, wanted)
+    kept = float((moved * (logits - rounded)).sum() / moved.square().sum()) if effect > MEASURABLE else None
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_logit_difference": float((logits - wanted).abs().max()),
+        "relative_difference": relative_rms(logits - wanted, wanted),
+        "tolerance": tolerance,
+        "base_rounding": relative_rms(rounded - plain, wanted),
+        "adapter_effect": None if adapter is None else effect,
+        "adapter_kept": kept,
+        "tokens_compared": wanted.shape[0],
+        "likeliest_equal": int((logits.argmax(-1) == wanted.argmax(-1)).sum()) if seed is None else None,
+        "difference_from_quantised": None if trained is None else relative_rms(logits - trained, trained),
+    }
+
+
+def _logits_of_base(
+    base: Model, adapter: Path | None, rows: Sequence[Sequence[int]], dtype: torch.dtype, seed: int | None
+) -> Logits:
+    """By the weights as they are stored, mapped from their files on a CPU, in float32 arithmetic."""
+    files = weight_files(fetch(base.name, base.revision))
+    stored = _stored_dtype(files)
+    model = load_model(base, dtype=stored, head_seed=seed, device=_device_for(files))
+    with in_float32(model):
+        wanted = plain = rounded = logits_of(model, rows)
+    if getattr(torch, stored) != dtype != torch.float32:
+        with in_float32(model, dtype):
+            rounded = logits_of(model, rows)
+    if adapter is not None:
+        adapted = open_adapter(model, adapter)
+        with in_float32(adapted):
+            wanted = logits_of(adapted, rows)
+    return Logits(wanted, plain, rounded)
+
+
+def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]], head_seed: int | None) -> Tensor:
+    """Logits of the quantised base with its adapter, computed as in training."""
+    adapted: PeftModel = open_adapter(load_model(base, quantised=True, head_seed=head_seed), adapter)
+    dtype = choose_dtype(base.dtype, choose_device())
+    with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
+        logits = logits_of(adapted, rows)
+    del adapted
+    free_memory()
+    return logits
+
+
+@contextmanager
+def _loaded_back(folder: Path, dtype: torch.dtype, scores: bool) -> Iterator[PreTrainedModel]:
+    """The merged model as transformers reads it."""
+    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    device = _device_for(weight_files(folder))
+    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+    saved = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **placed).eval()
+    with in_float32(saved):
+        yield saved
+    del saved
+    free_memory()
+
+
+def _device_for(files: Sequence[Path]) -> torch.device:
+    """A GPU that has room for the weights in these files, else the CPU."""
+    device = choose_device()
+    needed = 1.5 * sum(file.stat().st_size for file in files)
+    roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > needed
+    return device if roomy else torch.device("cpu")
+
+
+def _stored_dtype(files: Sequence[Path]) -> str:
+    """What most tensors are stored in."""
+    counted: Counter[str] = Counter()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            counted.update(opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118  # no mapping
+    return {"BF16": "bfloat16", "F16": "float16"}.get(counted.most_common(1)[0][0], "float32")
+
+
+@torch.no_grad()
+def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """`[tokens of all rows, V]` float32 on the CPU, computed in one batch; or `[rows]`, scores."""
+    model.eval()
+    if score_layer(model) is not None:
+        return scores_of(model, rows, model.device).float().cpu()
+    ids, mask = pad(rows, model.device, 0)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return torch.cat([of_row[: len(row)].float().cpu() for of_row, row in zip(logits, rows, strict=True)])
+
+
+@torch.no_grad()
+def _scores_as_read(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """`[rows]`: what transformers itself reads, in one batch if the model has a pad token."""
+    padding = model.config.get_text_config().pad_token_id
+    batches = [rows] if padding is not None else [[row] for row in rows]
+    padded = (pad(batch, model.device, padding or 0) for batch in batches)
+    return torch.cat([model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu() for ids, mask in padded])
+
+
+def relative_rms(difference: Tensor, wanted: Tensor) -> float:
+    """Scores below 1 count as 1: near zero they mean little, and rounding does not shrink with them."""
+    size = wanted.square().mean().sqrt()
+    return float(difference.square().mean().sqrt() / (size.clamp(min=1) if wanted.dim() == 1 else size))
+
+
+# ---- what it says -------------------------------------------------------------------------------------------------
 
 
 def merge_dtype(recipe: RecipeBase, dtype: torch.dtype) -> torch.dtype:
@@ -153,28 +274,35 @@ def remarks(result: dict[str, Any]) -> list[str]:
     """What the checks of a merge found, in lines for people."""
     measured, allowed = result["relative_difference"], result["tolerance"]
     lines = [f"logits differ by {measured:.1e} of their size, {allowed:.0e} is allowed"]
+    effect, kept = result["adapter_effect"], result["adapter_kept"]
+    if effect is not None and kept is None:
+        lines.append(f"the adapter moves them by {effect:.1e}, too little to say what is left of it")
+    elif effect is not None and kept is not None and measured > effect:
+        lines.append(
+            f"rounding in {result['dtype']} moves them further than the adapter ({effect:.1e}), the base's own by "
+            f"{result['base_rounding']:.1e}; {kept:.0%} of what the adapter does is there"
+        )
     drift = result["difference_from_quantised"]
     if drift is not None:
         lines.append(f"from those of the quantised model that was trained they differ by {drift:.1e}")
-    equal, compared = result["answers_equal"], result["answers_compared"]
-    if equal < compared:
+    equal, tokens = result["likeliest_equal"], result["tokens_compared"]
+    if equal is not None and equal < tokens:
         lines.append(
-            f"greedy answers differ from those of base + adapter at {compared - equal} of {compared} prompts: rounding "
-            f"in {result['dtype']} tips the scales where two tokens are nearly as likely"
+            f"the likeliest next token is another one at {tokens - equal} of {tokens} tokens, by that rounding"
         )
     return lines
 
 
 def _require_equal(result: dict[str, Any]) -> None:
-    difference, tolerance, effect = (result[name] for name in ("relative_difference", "tolerance", "adapter_effect"))
-    measured = f"logits differ by {difference:.2g} of their size"
+    difference, tolerance, kept = (result[name] for name in ("relative_difference", "tolerance", "adapter_kept"))
     if not difference <= tolerance:
-        allowed = f"{tolerance:.2g} is allowed"
-        raise StageError(f"the merged model is not base + adapter: {measured}, {allowed}; adapter kept")
-    if effect is not None and difference > effect > 0:
+        measured = f"logits differ by {difference:.2g} of their size, {tolerance:.2g} is allowed"
+        raise StageError(f"the merged model is not base + adapter: {measured}; adapter kept")
+    if kept is not None and not abs(kept - 1) < KEPT:
         raise StageError(
-            f"merging into {result['dtype']} loses the adapter: {measured}, the adapter itself moves them by "
-            f"{effect:.2g}; adapter kept. To do: `merge.dtype=float32`"
+            f"merging into {result['dtype']} loses the adapter: it moves the logits by "
+            f"{result['adapter_effect']:.2g} of their size, and {kept:.0%} of that is left; adapter kept. To do: "
+            "`merge.dtype=float32`"
         )
 
 
@@ -187,55 +315,3 @@ def _require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, ro
     if ids != again or changed:
         what = f"has another {changed[0]}" if changed else "writes other ids for the same text"
         raise StageError(f"the saved tokenizer {what} than the one that was trained with; adapter kept")
-
-
-def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]], head_seed: int | None) -> Tensor:
-    """Logits of the quantised base with its adapter, computed as in training."""
-    adapted: PeftModel = open_adapter(load_model(base, quantised=True, head_seed=head_seed), adapter)
-    dtype = choose_dtype(base.dtype, choose_device())
-    with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
-        logits = logits_of(adapted, rows)
-    del adapted
-    free_memory()
-    return logits
-
-
-@torch.no_grad()
-def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """`[tokens of all rows, V]` float32 on the CPU; or `[rows]`, scores."""
-    model.eval()
-    if score_layer(model) is not None:
-        return scores_of(model, rows, model.device).float().cpu()
-    batches = (torch.tensor([list(row)], device=model.device) for row in rows)
-    return torch.cat([model(ids, use_cache=False).logits[0].float().cpu() for ids in batches])
-
-
-@torch.no_grad()
-def _scores_as_read(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """`[rows]`: what transformers itself reads, in one batch if the model has a pad token."""
-    padding = model.config.get_text_config().pad_token_id
-    batches = [rows] if padding is not None else [[row] for row in rows]
-    padded = (pad(batch, model.device, padding or 0) for batch in batches)
-    return torch.cat([model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu() for ids, mask in padded])
-
-
-@torch.no_grad()
-def _answers(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    if not prompts:
-        return []
-    model.eval()
-    stops = model.generation_config.eos_token_id
-    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=0)
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=model.device)
-        with quiet():
-            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        answers.append(written[0, len(prompt) :].tolist())
-    return answers
-
-
-def relative_rms(difference: Tensor, wanted: Tensor) -> float:
-    """Scores below 1 count as 1: near zero they mean little, and rounding does not shrink with them."""
-    size = wanted.square().mean().sqrt()
-    return float(difference.square().mean().sqrt() / (size.clamp(min=1) if wanted.dim() == 1 else size))

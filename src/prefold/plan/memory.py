@@ -12,11 +12,16 @@ from transformers import Trainer
 from prefold.algorithms import Draws
 from prefold.errors import UserError
 from prefold.generation.engine import CACHE_BYTES, ROWS
+from prefold.generation.weights import SHARE
+from prefold.models.device import is_half
+from prefold.models.load import Loading, loading_peak
+from prefold.models.merge import TOKENS as COMPARED
 from prefold.models.merge import merge_dtype
 from prefold.plan.flops import plain_size
 from prefold.plan.machine import Machine
 from prefold.plan.meta_model import MetaModel
 from prefold.plan.passes import Row, attention_on, scoring_pass, training_pass
+from prefold.plan.plan import Parts
 from prefold.recipe import RecipeBase
 from prefold.training.arguments import training_arguments
 
@@ -28,10 +33,11 @@ BUFFERS = 150 * 10**6
 """What libraries allocate for themselves once they compute, on a CPU."""
 UNSAMPLED = (32, 32, 32)
 """Lengths of what the self-check takes for completions that are yet to be sampled."""
+LOGITS = 6
+"""Sets that merging keeps: of the base, as it is and rounded, of base + adapter, of the model that was trained and of
+what was loaded back, and differences."""
 PROBE = 512
 """Rows and columns of the matrix that an optimizer takes a step with, to see what it keeps."""
-
-Parts = dict[str, int]
 
 
 class Rows(NamedTuple):
@@ -53,16 +59,26 @@ class Memory:
         self.attention = attention_on(machine.device, meta.dtype) if packed else None
 
     def phases(self) -> dict[str, Parts]:
-        phases = {"self-check": self._checking()} if self.attention else {}
+        phases = {"load": self._loading()}
+        if self.attention:
+            phases["self-check"] = self._checking()
         phases["train"] = self._training()
         if draws := self.meta.recipe.algorithm.draws:
             phases["rollouts"] = self._sampling(draws)
-        phases |= {"merge": self._merging(), "evaluate": self._evaluating()}
-        for parts in phases.values():
-            # Weights are mapped from their files on a CPU, and allocated first and for good on a GPU.
-            comes_and_goes = sum(size for part, size in parts.items() if part not in ("process", "weights"))
-            parts["allocator"] = int(self.slack * comes_and_goes) + (BUFFERS if self.on_cpu else 0)
-        return phases
+        phases |= {"merge": self._merging(), "evaluate": self._evaluating(self.in_16_bits)}
+        return {phase: self._with_allocator(parts) for phase, parts in phases.items()}
+
+    def _with_allocator(self, parts: Parts) -> Parts:
+        # Weights are allocated first and for good, or mapped from their files.
+        comes_and_goes = sum(size for part, size in parts.items() if part not in ("process", "weights", "mapped"))
+        return {**parts, "allocator": int(self.slack * comes_and_goes) + (BUFFERS if self.on_cpu else 0)}
+
+    @cached_property
+    def in_16_bits(self) -> bool:
+        """Whether models are evaluated with their weights in 16 bits, since float32 does not fit: each module is
+        widened for its call."""
+        whole, narrow = (sum(self._with_allocator(self._evaluating(each)).values()) for each in (False, True))
+        return self.on_cpu and whole > self.machine.memory and narrow < whole
 
     @property
     def slack(self) -> float:
@@ -89,16 +105,47 @@ class Memory:
             "head": head,
         }
 
+    def _whole(self, dtype: torch.dtype, *stored: torch.dtype | None) -> Parts:
+        """A whole model in a dtype: mapped where that is what its files have, of several models each; of a mapped file
+        the pages can be given back and are read again, which is slow in the midst of work."""
+        whole = self.sizes.parameters * dtype.itemsize
+        mapped = whole - self._grown(dtype) if self.on_cpu and all(each == dtype for each in stored) else 0
+        return {"weights": whole - mapped, "mapped": mapped}
+
+    def _grown(self, dtype: torch.dtype) -> int:
+        """Bytes at both ends of the model that are made anew, for the tokens of a chat format."""
+        return self.sizes.vocabulary * dtype.itemsize if self.meta.recipe.model.chat_template else 0
+
+    def _loading(self) -> Parts:
+        """One tensor at a time comes from the files to where it stays."""
+        peak, mapped = self.loading, self._policy()["mapped"]
+        if self.machine.counts_mapped:
+            mapped = self.sizes.parameters * (self.meta.stored_dtype or self.meta.weights_dtype).itemsize
+        weights = (peak.host if self.on_cpu else peak.device) // self.meta.shards
+        return {"process": self.machine.process, "weights": weights, "mapped": mapped}
+
+    @cached_property
+    def loading(self) -> Loading:
+        meta, dtype = self.meta, self.meta.weights_dtype
+        quantised = not meta.trains_all and meta.is_quantised
+        # What is not known is taken for another dtype, so that every weight is cast.
+        stored = meta.stored_dtype or (torch.bfloat16 if dtype == torch.float32 else torch.float32)
+        return loading_peak(meta.base(dtype), meta.recipe.model, stored, self.machine.device, quantised)
+
     def _policy(self) -> Parts:
         """What is there as long as the policy is."""
         sizes, meta = self.sizes, self.meta
+        kept = (sizes.trained_bytes if meta.trains_all else sizes.weights) // meta.shards
+        as_stored = self.on_cpu and not meta.trains_all and meta.shards == 1 and meta.stored_dtype == meta.dtype
+        mapped = sizes.whole - self._grown(meta.dtype) if as_stored else 0
         # Of weights that are sharded, those that are whole at a time: the layer at work, the next one and the
         # vocabulary; with their gradients, where they are trained.
         numbers = sizes.parameters - sizes.linear + 2 * sizes.linear // meta.layers
         gathered = numbers * meta.weights_dtype.itemsize * (2 if meta.trains_all else 1)
         return {
             "process": self.machine.process,
-            "weights": (sizes.trained_bytes if meta.trains_all else sizes.weights) // meta.shards,
+            "weights": kept - mapped,
+            "mapped": mapped,
             "gathered": 0 if meta.shards == 1 else gathered,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
             # Training that goes on with an adapter keeps a frozen copy of it.
@@ -120,41 +167,54 @@ class Memory:
         more, in the order that products with few rows like."""
         meta = self.meta
         plain = 0 if meta.is_quantised else self.sizes.linear * meta.weights_dtype.itemsize
-        copies = (0 if meta.trains_all else plain) + self._reordered(plain)
+        folded, policy = 0 if meta.trains_all else plain, self._policy()
+        copies = folded + self._reordered(plain, policy["process"] + policy["weights"] + folded)
         cache = self._cache(meta.recipe.train.batch_size, draws.num_generations, draws.max_completion_length)
-        return {**self._policy(), "optimizer": self.optimizer, "cache": copies + cache}
+        return {**policy, "optimizer": self.optimizer, "cache": copies + cache}
 
     def _merging(self) -> Parts:
-        """One model at a time: base with adapter, then what was saved, loaded back."""
-        dtype = merge_dtype(self.meta.recipe, self.meta.dtype)
-        tokens = sum(sum(tree[:2]) for tree in self.rows.checked)
-        logits = 4 * tokens * self.meta.text_config.vocab_size if self.on_cpu else 0
-        return {
+        """Tensor by tensor into the files; then, one after the other, what gives logits to compare: whole models, which
+        stay mapped, are passed over a few times and computed in float32, and a quantised one that was trained."""
+        meta, sizes = self.meta, self.sizes
+        tokens = min(sum(sum(tree[:2]) for tree in self.rows.checked), COMPARED)
+        whole = sizes.parameters * merge_dtype(meta.recipe, meta.dtype).itemsize
+        parts = {
             "process": self.machine.process,
-            "weights": self.sizes.parameters * dtype.itemsize,
-            # Of the base, of base + adapter and of what was loaded back, and their differences.
-            "head": 5 * logits,
+            "mapped": whole if self.machine.counts_mapped else 0,
+            "adapter": 0 if meta.trains_all else sizes.trained_bytes,
+            "head": LOGITS * 4 * tokens * meta.text_config.vocab_size if self.on_cpu else 0,
         }
+        quantised = {**parts, "weights": self._policy()["weights"] if meta.is_quantised else 0}
+        widened = {**parts, "activations": 2 * 4 * sizes.widest if self.on_cpu else 0}
+        return max(quantised, widened, key=lambda each: sum(each.values()))
 
-    def _evaluating(self) -> Parts:
-        """Held-out rows are scored and prompts answered, by one whole model at a time."""
-        settings, dtype = self.meta.recipe.evaluate, self.machine.evaluation_dtype(self.meta.dtype)
-        attention = self.attention and attention_on(self.machine.device, dtype)
+    def _evaluating(self, in_16_bits: bool) -> Parts:
+        """Held-out rows are scored and prompts answered, by one whole model at a time: that before training and the
+        merged one."""
+        meta, settings, device = self.meta, self.meta.recipe.evaluate, self.machine.device
+        base, merged = meta.stored_dtype, merge_dtype(meta.recipe, meta.dtype)
+        computed = self.machine.evaluation_dtype(meta.dtype)
+        attention = self.attention and attention_on(device, computed)
+        whole = self._whole(computed, base, merged)
+        if in_16_bits:
+            whole = self._whole(torch.bfloat16, *(torch.bfloat16 if is_half(each) else each for each in (base, merged)))
         scoring = cache = 0
         if self.rows.evaluation:
-            scoring = scoring_pass(self.meta, dtype, self.rows.evaluation, self.budget, attention)
-        if prompts := number_of_prompts(self.meta.recipe):
-            cache = self._reordered(self.sizes.linear * dtype.itemsize)
+            scoring = scoring_pass(meta, computed, self.rows.evaluation, self.budget, attention)
+        if prompts := number_of_prompts(meta.recipe):
+            linear = 0 if in_16_bits else self.sizes.linear * computed.itemsize
+            cache = self._reordered(linear, self.machine.process + whole["weights"])
             cache += self._cache(prompts, settings.num_answers, settings.max_new_tokens)
         return {
             "process": self.machine.process,
-            "weights": self.sizes.parameters * dtype.itemsize,
-            "activations": max(scoring - cache, 0),
+            **whole,
+            "activations": max(scoring - cache, 0) + (4 * self.sizes.widest if in_16_bits else 0),
             "cache": cache,
         }
 
-    def _reordered(self, linear: int) -> int:
-        return linear if self.on_cpu and 2 * linear <= self.machine.memory else 0
+    def _reordered(self, linear: int, taken: int) -> int:
+        """A second copy of the weights, where half of what is left can hold it."""
+        return linear if self.on_cpu and linear <= SHARE * (self.machine.memory - taken) else 0
 
     def _cache(self, prompts: int, answers: int, new_tokens: int) -> int:
         """Keys and values that are kept at a time, in all layers; a CPU keeps them in float32."""

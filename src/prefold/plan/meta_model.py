@@ -24,21 +24,20 @@ from prefold.launch import launched
 from prefold.models.adapters import add_lora, ready_to_train
 from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
-from prefold.models.load import chat_tokens, plain_attention, prepare_forward, read_config, tokenizer_of
+from prefold.models.load import plain_attention, prepare_forward, read_config
 from prefold.models.messages import quiet
+from prefold.models.quantised import quantised_bytes
+from prefold.models.tokenizer import chat_tokens, tokenizer_of
 from prefold.recipe import Lora, Model, RecipeBase
 from prefold.trees.attention import lower_right, unwrapped
-
-BLOCK = 64
-"""Weights that share a scale in 4 bits."""
-BLOCK_OF_SCALES = 256
-"""Scales that share one of their own, where scales are quantised too."""
 
 
 class Sizes(NamedTuple):
     """`parameters` of the model without an adapter; `trained` ones; bytes of the frozen `weights` as they are kept
     (quantised or not), and of the `trained_bytes`; `linear`, parameters of the layers that every token meets in a
-    product, `adapter_products` those of the adapter, `head` those of the vocabulary matrix."""
+    product, `adapter_products` those of the adapter, `head` those of the vocabulary matrix, `vocabulary` those
+    of both ends, `widest` the most that a single module has; `whole`, of the bytes of `weights` those that are not
+    quantised."""
 
     parameters: int
     trained: int
@@ -47,6 +46,9 @@ class Sizes(NamedTuple):
     linear: int
     adapter_products: int
     head: int
+    vocabulary: int
+    widest: int
+    whole: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +107,12 @@ class MetaModel:
     def trains_all(self) -> bool:
         """Full fine-tuning, whose weights are kept in float32."""
         return self.recipe.lora == "none"
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """Of the weights in their files, as far as the configuration says it."""
+        named = getattr(self.config, "dtype", None)
+        return getattr(torch, named, None) if isinstance(named, str) else named
 
     @property
     def is_quantised(self) -> bool:
@@ -173,15 +181,20 @@ def sizes_of(meta: MetaModel) -> Sizes:
             sizes["trained"] += size
             sizes["trained_bytes"] += weight.nbytes
         else:
-            sizes["weights"] += quantised_bytes(weight, meta.recipe.model) if id(weight) in quantised else weight.nbytes
+            is_whole = id(weight) not in quantised
+            sizes["weights"] += weight.nbytes if is_whole else quantised_bytes(weight, meta.recipe.model)
+            sizes["whole"] += weight.nbytes if is_whole else 0
         if "lora_" not in name and "trainable_tokens" not in name:
             sizes["parameters"] += size
             sizes["linear"] += _met_by_a_token(weight, meta.text_config) if weight.ndim > 1 else 0
         elif weight.ndim == 2:
             sizes["adapter_products"] += size
     embeddings, head = (cast(Any, layer()).weight for layer in (base.get_input_embeddings, base.get_output_embeddings))
-    sizes["linear"] -= head.numel() + (embeddings.numel() if embeddings is not head else 0)
-    sizes["head"] = head.numel()
+    sizes["head"], sizes["vocabulary"] = head.numel(), head.numel() + (0 if embeddings is head else embeddings.numel())
+    sizes["linear"] -= sizes["vocabulary"]
+    sizes["widest"] = max(
+        sum(weight.numel() for weight in module.parameters(recurse=False)) for module in base.modules()
+    )
     return Sizes(**sizes)
 
 
@@ -227,16 +240,6 @@ def move_to_cpu(model: nn.Module) -> None:
     for module in model.modules():
         for group in (module._parameters, module._buffers):
             group.update({name: on_cpu(tensor) for name, tensor in group.items() if tensor is not None})  # type: ignore[misc]
-
-
-def quantised_bytes(weight: Tensor, section: Model) -> int:
-    """A matrix with its scales: one for 64 weights in 4 bits, one for each row in 8."""
-    if section.load_in_8bit:
-        return weight.numel() + 4 * weight.shape[0]
-    scales = -(-weight.numel() // BLOCK)
-    if section.bnb_4bit_use_double_quant:
-        return weight.numel() // 2 + scales + 4 * -(-scales // BLOCK_OF_SCALES)
-    return weight.numel() // 2 + 4 * scales
 
 
 class QuantisedLinear(nn.Linear):

@@ -8,8 +8,11 @@ from typing import Any
 import yaml
 
 from prefold.data.findings import Finding
-from prefold.plan.memory import Parts
+from prefold.memory import anyway, gigabytes
 
+Parts = dict[str, int]
+"""Bytes by what they are taken for."""
+STEP_OF_BUDGETS = 64
 SPREAD = (
     "`train.fsdp` divides the weights by the processes that were started, `model.device_map` by devices that are not "
     "counted here"
@@ -29,6 +32,21 @@ class Disk:
     @property
     def needed(self) -> int:
         return self.checkpoints + self.adapter + self.merged + self.reference
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that training takes for rows of so many tokens: `fixed + per_token * tokens`; `longest` is the least that a
+    row may have."""
+
+    fixed: float
+    per_token: float
+    longest: int
+
+    def largest(self, at_hand: int) -> int | None:
+        """Tokens of the largest rows that fit; None if none do."""
+        fitting = int((at_hand - self.fixed) / self.per_token)
+        return None if fitting < self.longest else max(fitting // STEP_OF_BUDGETS * STEP_OF_BUDGETS, self.longest)
 
 
 @dataclass(frozen=True)
@@ -61,15 +79,16 @@ def overrides_of(fields: dict[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
-    device, `largest_budget` the largest that fits, None if no budget does. `spread`: the weights go to several devices,
+    device. `spread`: the weights go to several devices,
     of which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is
-    not in them."""
+    not in them. `host`: bytes of RAM that loading takes where the device has memory of its own. `in_16_bits`: float32
+    weights would not fit where models are evaluated, so each module is widened for its call."""
 
     optimizer_steps: int
     batch_size: int
     max_tokens: int | str
     budget: int
-    largest_budget: int | None
+    growth: Growth
     device: str
     dtype: str
     at_hand: int
@@ -84,6 +103,8 @@ class Plan:
     flops: float
     disk: Disk
     untimed: list[str]
+    in_16_bits: bool = False
+    host: int = 0
     change: Change | None = None
     seconds: dict[str, float] | None = None
 
@@ -99,11 +120,18 @@ class Plan:
     def fits(self) -> bool:
         return self.peak <= self.at_hand
 
+    @property
+    def largest_budget(self) -> int | None:
+        """The largest token budget that fits; None if none does."""
+        return self.growth.largest(self.at_hand)
+
     def as_json(self) -> dict[str, Any]:
         change = self.change and {**asdict(self.change), "yaml": self.change.yaml, "overrides": self.change.overrides}
-        more = {"peaks": self.peaks, "peak": self.peak, "fits": self.fits}
+        more = {name: getattr(self, name) for name in ("largest_budget", "peaks", "peak", "fits")}
         disk = {**asdict(self.disk), "needed": self.disk.needed}
-        return {**asdict(self), **more, "disk": disk, "change": change}
+        plan = {**asdict(self), **more, "disk": disk, "change": change}
+        del plan["growth"]
+        return plan
 
     def findings(self) -> list[Finding]:
         """What of the plan cannot be."""
@@ -111,23 +139,19 @@ class Plan:
         if not self.fits:
             phase = max(self.peaks, key=self.peaks.__getitem__)
             message = f"`{phase}` takes {gigabytes(self.peak)} of memory, {gigabytes(self.at_hand)} are at hand"
-            hopeless = self.weights > self.at_hand and not self.spread
+            hopeless = self.weights > self.at_hand and not self.spread and not anyway()
             if hopeless:
                 message = f"the weights alone take {gigabytes(self.weights)}, {gigabytes(self.at_hand)} are at hand"
-            findings.append(Finding("memory", "error" if hopeless else "warning", 1, (), message, self._advice()))
+            findings.append(Finding("memory", "error" if hopeless else "warning", 1, (), message, self.advice()))
         if self.disk.needed > self.disk.free:
             message = f"the run leaves {gigabytes(self.disk.needed)} on disk, {gigabytes(self.disk.free)} are free"
             advice = "make room, take another `output_dir`, or lower `train.save_total_limit`"
             findings.append(Finding("disk", "warning", 1, (), message, advice))
         return findings
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
         spread = f"{SPREAD}; " if self.spread else ""
         if self.change is None:
             return f"{spread}no field of the recipe changes that: take a smaller model, or a machine with more memory"
         what = "this fits" if self.change.fits else "this comes nearest"
         return f"{spread}{what}: {' '.join(self.change.overrides)}"
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

@@ -6,34 +6,31 @@ Nothing is downloaded but the configuration and the tokenizer.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 
 from prefold.launch import launched
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.load import tokenizer_of
 from prefold.models.merge import merge_dtype
+from prefold.models.tokenizer import tokenizer_of
 from prefold.plan import timing
 from prefold.plan.flops import StepOrder, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
-from prefold.plan.machine import CUDA_BYTES, Machine
-from prefold.plan.memory import Memory, Parts, Rows, number_of_prompts
+from prefold.plan.machine import Machine, free_disk
+from prefold.plan.memory import Memory, Rows, number_of_prompts
 from prefold.plan.meta_model import MetaModel, config_of
 from prefold.plan.passes import Lengths, training_pass
-from prefold.plan.plan import Change, Disk, Plan, overrides_of
+from prefold.plan.plan import STEP_OF_BUDGETS, Change, Disk, Growth, Parts, Plan, overrides_of
 from prefold.recipe import RecipeBase, as_dict, make_recipe
 from prefold.recipe.sections import in_steps
 from prefold.recipe.text import apply_override
 from prefold.trees.memory import CPU_TOKENS, budget_for
 from prefold.trees.self_check import obstacle, stretched_positions
 
-STEP_OF_BUDGETS = 64
-WORTH_TIMING = 1e12
-"""FLOPs that take a few seconds on a CPU."""
 UNTIMED = ("tasks", "compare_with", "win_rate")
 """Of the section `evaluate`: what they take depends on what is asked of whom."""
 CHECKED = 3
@@ -46,7 +43,7 @@ def make_plan(
     held_out: Sequence[Lengths],
     order: StepOrder,
     device_memory: int | None = None,
-    measure: bool | None = False,
+    measure: bool = False,
 ) -> Plan:
     """Plan a run.
 
@@ -55,16 +52,16 @@ def make_plan(
         held_out: of the held-out ones.
         order: which of the trees each optimizer step covers.
         device_memory: bytes of a GPU to plan for; unset: this machine.
-        measure: time the engine on this machine; None: unless the run itself is shorter.
+        measure: time the engine on this machine.
 
     Raises:
         UserError: the model's configuration cannot be had.
     """
-    machine = Machine("cuda", device_memory, CUDA_BYTES) if device_memory else Machine.here(choose_device().type)
+    machine = Machine.planned(device_memory)
     steps = Steps(with_completions(recipe, train), order, sampled=recipe.algorithm.kind.samples)
     planner = Planner(recipe, config_of(recipe.model), machine, steps, held_out)
     plan = planner.plan()
-    if measure or (measure is None and plan.flops > WORTH_TIMING):
+    if measure:
         plan = replace(plan, seconds=planner.seconds())
     return plan if plan.fits else planner.with_change(plan)
 
@@ -97,7 +94,7 @@ class Planner:
             batch_size=recipe.train.batch_size,
             max_tokens=recipe.train.max_tokens,
             budget=self.budget,
-            largest_budget=self._largest_budget(memory, phases["train"]),
+            growth=self._growth(memory, phases["train"]),
             device=self.machine.device,
             dtype=str(meta.dtype).removeprefix("torch."),
             at_hand=self.machine.memory,
@@ -105,13 +102,15 @@ class Planner:
             spread=recipe.train.fsdp or recipe.model.device_map is not None,
             parameters=meta.sizes.parameters,
             trained=meta.sizes.trained,
-            weights=phases["train"]["weights"],
+            weights=phases["train"]["weights"] + phases["train"]["mapped"],
             memory=phases,
             tokens=self._computed(tokens),
             plain_tokens=tokens.plain,
             flops=flops,
             disk=self._disk(memory),
             untimed=[name for name in UNTIMED if getattr(recipe.evaluate, name)],
+            in_16_bits=memory.in_16_bits,
+            host=0 if memory.on_cpu else memory.loading.host,
         )
 
     @cached_property
@@ -135,7 +134,7 @@ class Planner:
         )
         return Memory(self.meta, self.machine, rows, self.budget, self.packed)
 
-    def _largest_budget(self, memory: Memory, parts: Parts) -> int | None:
+    def _growth(self, memory: Memory, parts: Parts) -> Growth:
         """Activations grow with the tokens of a row; a row of half the lengths says by how much."""
         row, slack = memory.rows.training, 1 + memory.slack
         half = tuple(tuple(max(1, length // 2) for length in tree) for tree in row)
@@ -143,10 +142,8 @@ class Planner:
         size = sum if self.packed else plain_size
         tokens, fewer = (sum(map(size, trees)) for trees in (row, half))
         slope = max((whole - less) / max(tokens - fewer, 1), 1.0)
-        left = self.machine.memory - (sum(parts.values()) - slack * (parts["activations"] + parts["head"]))
-        fitting = int(tokens + (left / slack - whole) / slope)
-        largest = max(map(size, self.steps.trees))
-        return None if fitting < largest else max(fitting // STEP_OF_BUDGETS * STEP_OF_BUDGETS, largest)
+        rest = sum(parts.values()) - slack * (parts["activations"] + parts["head"])
+        return Growth(rest + slack * (whole - slope * tokens), slack * slope, max(map(size, self.steps.trees)))
 
     def _disk(self, memory: Memory) -> Disk:
         sizes, settings, algorithm = self.meta.sizes, self.recipe.train, self.recipe.algorithm
@@ -155,24 +152,27 @@ class Planner:
         kept = min(settings.save_total_limit, -(-steps // in_steps(settings.save_steps, steps)))
         kept += 1 + int(settings.load_best_model_at_end)
         stored = algorithm.needs_reference and not algorithm.kind.samples
-        folder = self.recipe.run_folder.absolute()
         return Disk(
             checkpoints=kept * (sizes.trained_bytes + memory.optimizer),
             adapter=sizes.trained_bytes,
             merged=sizes.parameters * merge_dtype(self.recipe, self.meta.dtype).itemsize,
             reference=4 * self._referenced().scored if stored else 0,
-            free=shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free,
+            free=free_disk(self.recipe.run_folder),
         )
 
     def _computed(self, tokens: Tokens) -> int:
         return tokens.unique if self.packed else tokens.plain
 
     def _referenced(self) -> Tokens:
-        """What the reference scores: stored completions once, sampled ones once for each time they are sampled."""
+        """What the reference scores: of what is stored all that is drawn, once; completions each time they are
+        sampled."""
         algorithm = self.recipe.algorithm
         if algorithm.kind.samples:
             return Tokens(*(number // algorithm.iterations for number in self.steps.tokens(False)))
-        return Tokens.of([*self.steps.trees, *(self.held_out if self.recipe.train.eval_steps else ())])
+        order, trees = self.steps.order, self.steps.trees
+        drawn = dict.fromkeys(chain.from_iterable(order[step] for step in range(len(order))))
+        measured = self.held_out if self.recipe.train.eval_steps else ()
+        return Tokens.of([*(trees[index] for index in drawn), *measured])
 
     def seconds(self) -> dict[str, float]:
         """Of each phase, as measured on this machine; sampled completions at their full length. Loading and merging,

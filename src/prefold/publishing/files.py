@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from prefold.errors import UserError, first_line
 from prefold.files import read_json, without_home
 from prefold.models.fetch import fetch
-from prefold.models.load import load_tokenizer
+from prefold.models.tokenizer import load_tokenizer
 from prefold.publishing.gguf import expected_bytes, file_name
 from prefold.recipe import Publish
 from prefold.reports.card import CARD, render_card

@@ -27,18 +27,22 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from prefold import memory
 from prefold.errors import StageError, UserError, first_line
 from prefold.files import new_folder, read_json, write_json
-from prefold.models.device import choose_device
+from prefold.generation.opening import WORKING, open_model, stored_weights
+from prefold.models.device import choose_device, is_half
 from prefold.models.from_gguf import DAMAGED, FREQUENCIES, open_gguf, rope_divisors
 from prefold.models.load import load_model
 from prefold.models.merge import TOLERANCE as ROUNDING
 from prefold.models.merge import logits_of, relative_rms
 from prefold.models.messages import quiet
+from prefold.plan.machine import Machine
 from prefold.publishing.gguf_tokenizer import add_vocabulary, read_vocabulary
 from prefold.recipe import Model
 from prefold.terminal import console, say
 from prefold.trees.memory import free_memory
+from prefold.trees.self_check import compute_in_float32
 
 FAMILIES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -286,21 +290,23 @@ def _describe(writer: GGUFWriter, config: Any, kind: str, title: str) -> None:
 
 @dataclass(frozen=True)
 class Original:
-    """What a file is held against: the merged model's tokenizer, and its `logits` `[tokens of all texts, V]`."""
+    """What a file is held against: the merged model's tokenizer, its `logits` `[tokens of all texts, V]`, and how many
+    `numbers` its weights are, which are unpacked to `dtype`."""
 
     tokenizer: PreTrainedTokenizerBase
     texts: Sequence[str]
     ids: Sequence[Sequence[int]]
     logits: Tensor
     dtype: torch.dtype
+    numbers: int
 
 
 def _original(merged: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Original:
     ids: Any = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    # On a CPU float32 costs memory only; a GPU may hold no more than the model as it is.
-    dtype = str(AutoConfig.from_pretrained(merged, local_files_only=True).dtype).removeprefix("torch.")
-    model = load_model(Model(name=str(merged)), dtype="float32" if choose_device().type == "cpu" else dtype)
-    original = Original(tokenizer, texts, ids, logits_of(model, ids), model.dtype)
+    # A GPU may hold no more than the model as it is.
+    dtype: Any = str(AutoConfig.from_pretrained(merged, local_files_only=True).dtype).removeprefix("torch.")
+    model = open_model(Model(name=str(merged), dtype=dtype), "GGUF", measured=True, load=load_model)
+    original = Original(tokenizer, texts, ids, logits_of(model, ids), model.dtype, stored_weights(merged).numbers)
     del model
     free_memory()
     return original
@@ -309,12 +315,16 @@ def _original(merged: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
 def _check(file: Path, kind: str, original: Original) -> float:
     """How far the logits of a file are from the original's. Raises StageError: further than its kind explains, or its
     tokenizer gives other ids."""
+    machine = Machine.here(choose_device().type)
+    memory.require(file.name, machine.process + WORKING + original.numbers * original.dtype.itemsize, machine.memory)
     with quiet(), redirect_stderr(StringIO()):
         try:
             model, tokenizer = open_gguf(file, original.dtype)
         except DAMAGED as error:
             raise StageError(f"{file.name} cannot be loaded back: {first_line(error)}") from None
     _require_same_tokenizer(original, tokenizer, file.name)
+    if choose_device().type == "cpu" and is_half(original.dtype):
+        compute_in_float32(model)
     logits = logits_of(cast(Any, model).to(choose_device()), original.ids)
     del model
     free_memory()

@@ -26,7 +26,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 )
 
 from prefold.errors import StageError, UserError, first_line
-from prefold.models.load import tokenizer_of
+from prefold.models.tokenizer import tokenizer_of
 from prefold.publishing.files import WEIGHTS, Item, checkpoint_items
 from prefold.recipe import Publish, RecipeBase
 from prefold.terminal import say

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from prefold.errors import UserError
 from prefold.files import new_folder, read_json, read_jsonl, without_home, write_json
 from prefold.models.fetch import fetch
-from prefold.models.load import tokenizer_of
+from prefold.models.tokenizer import tokenizer_of
 from prefold.publishing.files import Item, items_of, require_whole, title_of
 from prefold.publishing.gguf import export_gguf, require_exportable
 from prefold.publishing.hub import push, require_token

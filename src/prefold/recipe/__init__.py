@@ -36,6 +36,7 @@ from prefold.recipe.values import Values as Values
 
 if TYPE_CHECKING:
     from prefold.recipe.load import as_dict as as_dict
+    from prefold.recipe.load import as_recipe as as_recipe
     from prefold.recipe.load import dump_recipe as dump_recipe
     from prefold.recipe.load import json_schema as json_schema
     from prefold.recipe.load import load_recipe as load_recipe
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
     from prefold.recipe.recipe import RecipeBase as RecipeBase
 
 _WITH_ALGORITHMS = {
-    "load": ("as_dict", "dump_recipe", "json_schema", "load_recipe", "make_recipe"),
+    "load": ("as_dict", "as_recipe", "dump_recipe", "json_schema", "load_recipe", "make_recipe"),
     "recipe": ("Recipe", "RecipeBase"),
 }
-"""Imported when they are used: algorithms import torch, which takes seconds, and the commands' flags need none."""
+"""Imported when they are used: the commands' flags need none of the methods."""
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from prefold.algorithms import ALGORITHMS, Algorithm
 from prefold.errors import UserError
 from prefold.files import without_home
+from prefold.recipe.paths import run_folder, start_of_paths, with_paths_from
 from prefold.recipe.recipe import Recipe, RecipeBase
 from prefold.recipe.section import describe
 from prefold.recipe.text import apply_override, field_lines, parse_yaml, read_text
@@ -24,6 +26,8 @@ EVAL_FRACTION = 0.1
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> RecipeBase:
     """Read a recipe, apply `section.field=value` overrides, fill in the method's defaults and check everything.
 
+    That of a run folder is for this folder, wherever it was before, and its paths lead where they did.
+
     Raises:
         UserError: for the first thing that is wrong, with its field and line.
     """
@@ -33,9 +37,23 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> RecipeBase:
         raise UserError(
             "the recipe is empty" if values is None else "the recipe is not a mapping of sections", where=where
         )
+    folder = run_folder(name)
+    if folder is not None:
+        if (start := start_of_paths(folder)) != Path.cwd():
+            values = with_paths_from(start, values)
+        values["output_dir"] = without_home(str(folder))
     for override in overrides:
         apply_override(values, override)
-    return make_recipe(values, where, lines=None if overrides else field_lines(text))
+    return make_recipe(values, where, lines=None if overrides or folder else field_lines(text))
+
+
+def as_recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> RecipeBase:
+    """A recipe by name, read; one that is read already."""
+    if not isinstance(recipe, RecipeBase):
+        return load_recipe(str(recipe), overrides)
+    if overrides:
+        raise UserError("overrides are for a recipe by name", advice="give them to `prefold.load_recipe`")
+    return recipe
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe", lines: dict[str, int] | None = None) -> RecipeBase:
@@ -88,8 +106,10 @@ def _homeless(value: Any) -> Any:
     return without_home(value) if isinstance(value, str) else value
 
 
-def dump_recipe(recipe: RecipeBase) -> str:
-    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+def dump_recipe(recipe: RecipeBase, start: Path | None = None) -> str:
+    """The resolved recipe as YAML; with `start`, its relative paths begin there, and become absolute."""
+    values = as_dict(recipe) if start is None else with_paths_from(start, as_dict(recipe))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def json_schema() -> dict[str, Any]:

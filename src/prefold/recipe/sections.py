@@ -210,19 +210,23 @@ class Data(Section):
         return self
 
 
-def schedulers() -> set[str]:
-    """transformers' schedules, without the two that follow a metric which training on steps does not have."""
-    from transformers.trainer_utils import SchedulerType
-
-    return {scheduler.value for scheduler in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
-def optimizers() -> set[str]:
-    from transformers.training_args import OptimizerNames
-
-    return {optimizer.value for optimizer in OptimizerNames if not _unusable(optimizer.value)}
-
-
+# Written down, since reading them from transformers takes seconds.
+SCHEDULERS = _names("""
+    constant constant_with_warmup cosine cosine_warmup_with_min_lr cosine_with_min_lr cosine_with_restarts inverse_sqrt
+    linear polynomial warmup_stable_decay
+""")
+"""transformers' schedules, without the two that follow a metric which training on steps does not have."""
+OPTIMIZERS = _names("""
+    adafactor adagrad adamw_8bit adamw_anyprecision adamw_bnb_8bit adamw_torch adamw_torch_4bit adamw_torch_8bit
+    adamw_torch_fused adamw_torch_npu_fused adamw_torch_xla ademamix ademamix_8bit grokadamw lion_32bit lion_8bit
+    paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop
+    rmsprop_bnb rmsprop_bnb_32bit rmsprop_bnb_8bit sgd stable_adamw
+""")
+"""transformers' optimizers that work here."""
 UNUSABLE = {
     "galore": "works on modules that `optim_target_modules` names, which a recipe cannot",
     "apollo": "works on modules that `optim_target_modules` names, which a recipe cannot",
@@ -240,6 +244,9 @@ def _unusable(optimizer: str) -> str:
 def in_steps(value: int | float, steps: int) -> int:
     """A number of steps, or what a share below 1 of all these steps comes to, as transformers rounds it."""
     return math.ceil(value * steps) if value < 1 else int(value)
+
+
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 
 
 class Train(Section):
@@ -286,10 +293,10 @@ class Train(Section):
     """Go on with the best checkpoint instead of the last; `loss` decides unless `metric_for_best_model` is given."""
     early_stopping_patience: int | None = Field(None, gt=0)
     """Measurements in a row without a better metric after which training ends."""
-    report_to: list[Literal["wandb", "tensorboard"]] = []
+    report_to: list[Tracker] = []
     """Trackers that get every step's metrics."""
     project: str = "prefold"
-    """W&B project."""
+    """What the trackers call the group of runs: project, or experiment."""
     run_name: str | None = None
     """Name of the run in the trackers; unset: the name of the run folder."""
 
@@ -298,7 +305,7 @@ class Train(Section):
     def known_to_transformers(cls, value: str, info: ValidationInfo) -> str:
         if info.field_name == "optim" and (why := _unusable(value)):
             raise ValueError(f"`{value}` {why}; take another, such as `adamw_torch` or `adamw_bnb_8bit`")
-        known = schedulers() if info.field_name == "lr_scheduler_type" else optimizers()
+        known = SCHEDULERS if info.field_name == "lr_scheduler_type" else OPTIMIZERS
         if value not in known:
             raise ValueError(f"`{value}` is unknown; {did_you_mean(value, known) or ', '.join(sorted(known))}")
         return value

@@ -101,8 +101,13 @@ def read_text(name: str) -> tuple[str, str]:
             raise UserError(f"cannot be read: {error}", where=name, expected="a recipe in YAML, UTF-8") from None
     if name in builtin_recipes():
         return (resources.files("prefold.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), name
+    what = "no such recipe"
+    if Path(name).expanduser().is_dir():
+        what = "a folder without recipe.yaml, so no run folder"
+        if runs := sorted(path.parent.name for path in Path(name).expanduser().glob("*/recipe.yaml")):
+            raise UserError(what, where=name, advice=f"name a run in it: {', '.join(runs[:8])}")
     raise UserError(
-        "no such recipe",
+        what,
         where=name,
         expected="a YAML file, a run folder, or one of the built-in recipes: " + ", ".join(builtin_recipes()),
         advice=did_you_mean(name, builtin_recipes()) or "`prefold recipes` lists the built-in ones",

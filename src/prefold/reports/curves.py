@@ -13,11 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bokeh.embed import json_item
-from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, NumeralTickFormatter, Styles
-from bokeh.plotting import figure
-from bokeh.resources import Resources
-
 from prefold.reports.numbers import decimal, finite, percent
 from prefold.reports.run_files import RunRecord, Values
 
@@ -29,6 +24,8 @@ SMOOTH_FROM = 40
 
 def library() -> str:
     """Bokeh's own script, whole."""
+    from bokeh.resources import Resources
+
     return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
 
 
@@ -157,6 +154,10 @@ def _curve(kind: CurveKind, target: str, metrics: Sequence[Values]) -> Curve | N
 
 
 def _plot(kind: CurveKind, target: str, steps: list[float], values: dict[str, list[float]], window: int) -> Any:
+    from bokeh.embed import json_item
+    from bokeh.models import ColumnDataSource, HoverTool, Styles
+    from bokeh.plotting import figure
+
     plot = figure(height=210, sizing_mode="stretch_width", tools=[], toolbar_location=None, min_border=0)
     plot.styles = Styles(width="100%")
     columns = {"step": _thinned(steps)} | {line.metric: _thinned(values[line.metric]) for line in kind.lines}
@@ -179,7 +180,9 @@ def _plot(kind: CurveKind, target: str, steps: list[float], values: dict[str, li
     return json_item(plot, target)  # type: ignore[arg-type]
 
 
-def _quiet_axes(plot: figure, kind: CurveKind) -> None:
+def _quiet_axes(plot: Any, kind: CurveKind) -> None:
+    from bokeh.models import BasicTicker, NumeralTickFormatter
+
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
     plot.xgrid.visible = False
     plot.yaxis.axis_line_color = None

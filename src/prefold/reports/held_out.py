@@ -9,6 +9,7 @@ from typing import Any
 
 from prefold.reports.numbers import decimal, finite, interval, percent, points, signed, written
 from prefold.reports.run_files import RunRecord, Values, section
+from prefold.reports.tasks import decimals_of
 
 NOT_BEFORE = "measured against the model before training"
 
@@ -38,9 +39,45 @@ def columns_of(run: RunRecord) -> tuple[str, ...]:
 
 
 def rows_of(run: RunRecord) -> list[Row]:
+    comparison = comparison_of(run)
     if run.scores:
-        return _score_rows(section(run.heldout, "after"))
-    return _pair_rows(run.heldout) if run.heldout else _reward_rows(run.rewards or {})
+        return _score_rows(section(run.heldout, "after"), accuracy_digits(comparison))
+    if run.heldout:
+        return _pair_rows(run.heldout, accuracy_digits(comparison))
+    return _reward_rows(run.rewards or {}, decimals_of(comparison))
+
+
+def comparison_of(run: RunRecord) -> Values:
+    """The held-out comparison with the facts that every comparison has, under their names; empty where there is none.
+    A model that scores answers is compared with chance, `even`."""
+    if run.heldout is None:
+        return _one_comparison(run.rewards or {}, "reward", "prompt")
+    chance, after = section(run.heldout, "chance"), section(run.heldout, "after")
+    if not chance:
+        return _one_comparison(run.heldout, "accuracy", "pair")
+    even, ci = chance.get("accuracy"), after.get("accuracy_ci")
+    own = {"before": even, "after": after.get("accuracy"), "even": even, "ci": ci}
+    facts = {**chance, **own, "n": run.heldout.get("pairs"), "metric": "accuracy", "unit": "pair", "shares": True}
+    return _with_verdict(facts, finite(even) or 0.0)
+
+
+def _one_comparison(facts: Values, metric: str, unit: str) -> Values:
+    sides = {when: section(facts, when).get(metric) for when in ("before", "after")}
+    difference = section(facts, "difference")
+    own = {"difference": difference.get(metric), "metric": metric, "unit": unit, "shares": metric == "accuracy"}
+    return _with_verdict({**difference, **sides, **own, "n": facts.get(f"{unit}s")}, 0.0) if facts else {}
+
+
+def _with_verdict(facts: Values, even: float) -> Values:
+    """Earlier versions wrote none, and took interval and p-value from two tests: where these do not agree, nothing is
+    shown, and the interval is left out."""
+    if "verdict" in facts:
+        return facts
+    (low, high), p_value = interval(facts.get("ci")), finite(facts.get("p_value"))
+    side = "" if low is None or high is None or low <= even <= high else "better" if low > even else "worse"
+    if bool(side) != (p_value is not None and p_value < 0.05):
+        return {**facts, "ci": None, "verdict": ""}
+    return {**facts, "verdict": side}
 
 
 def accuracies_of(run: RunRecord) -> dict[str, Values]:
@@ -49,7 +86,7 @@ def accuracies_of(run: RunRecord) -> dict[str, Values]:
     return sides if all(finite(facts.get("accuracy")) is not None for facts in sides.values()) else {}
 
 
-def _score_rows(after: Values) -> list[Row]:
+def _score_rows(after: Values, digits: int) -> list[Row]:
     """Of a model that scores answers; none if there were no pairs."""
     if not after:
         return []
@@ -57,14 +94,13 @@ def _score_rows(after: Values) -> list[Row]:
     gap = "score of the chosen minus the rejected answer"
     intervals = {"after": after.get("accuracy_ci")}
     return [
-        Row("Accuracy", share, {"after": after.get("accuracy")}, percent, intervals=intervals),
+        Row("Accuracy", share, {"after": after.get("accuracy")}, partial(percent, digits=digits), intervals=intervals),
         Row("Margin", gap, {"after": after.get("margin")}),
     ]
 
 
-def _pair_rows(heldout: Values) -> list[Row]:
+def _pair_rows(heldout: Values, digits: int) -> list[Row]:
     before, after, difference = (section(heldout, name) for name in ("before", "after", "difference"))
-    digits = accuracy_digits(heldout)
     rows = [
         Row(
             "Accuracy",
@@ -87,17 +123,18 @@ def _pair_rows(heldout: Values) -> list[Row]:
     return rows
 
 
-def _reward_rows(rewards: Values) -> list[Row]:
+def _reward_rows(rewards: Values, digits: int) -> list[Row]:
     """Of a run whose method samples; none if there was no prompt to compare."""
     before, after = section(rewards, "before"), section(rewards, "after")
     if not before or not after:
         return []
     intervals = _columns(before.get("reward_ci"), after.get("reward_ci"), section(rewards, "difference").get("ci"))
-    total = _row("Reward", "mean of a sampled completion of each held-out prompt", before, after, "reward")
+    write = partial(signed, digits=digits)
+    total = _row("Reward", "mean of a sampled completion of each held-out prompt", before, after, "reward", write)
     single = section(before, "rewards") if len(section(before, "rewards")) > 1 else {}
     finished = _columns(before.get("finished"), after.get("finished"), None)
     return [
-        replace(total, intervals=intervals),
+        replace(total, intervals=intervals, write_change=write),
         *(_row(name, "this reward alone, unweighted", single, section(after, "rewards"), name) for name in single),
         _row("Length", "tokens of a completion", before, after, "tokens", decimal),
         Row("Finished", "share of completions that ended", finished, percent),
@@ -114,12 +151,11 @@ def _columns(before: Any, after: Any, change: Any) -> dict[str, Any]:
     return {"before": before, "after": after, "change": change}
 
 
-def accuracy_digits(heldout: Values) -> int:
-    """Decimals of a percentage: one where rounding to whole ones would hide the difference or belie the subtraction."""
-    before, after = (finite(section(heldout, when).get("accuracy")) or 0.0 for when in ("before", "after"))
-    difference = finite(section(heldout, "difference").get("accuracy"))
+def accuracy_digits(comparison: Values) -> int:
+    """Decimals of a held-out accuracy: one where rounding to whole percentages would belie the subtraction, or more
+    where the verdict needs them."""
+    before, after = (finite(comparison.get(when)) or 0.0 for when in ("before", "after"))
+    difference = finite(comparison.get("difference"))
     difference = after - before if difference is None else difference
     adds_up = round(100 * after) - round(100 * before) == round(100 * difference)
-    ends = [end for end in interval(section(heldout, "difference").get("ci")) if end is not None]
-    rounds_to_zero = any(end != 0 and round(100 * end) == 0 for end in [*ends, difference])
-    return 0 if adds_up and not rounds_to_zero else 1
+    return decimals_of(comparison, 0 if adds_up else 1, finite(comparison.get("even")) or 0.0)

@@ -57,23 +57,29 @@ def points(share: Any, digits: int = 0) -> str:
     return _write(share, lambda value: f"{100 * value:+z.{digits}f}")
 
 
-def signed(value: Any) -> str:
-    return _write(value, lambda number: f"{number:+z.2f}")
+def signed(value: Any, digits: int = 2) -> str:
+    return _write(value, lambda number: f"{number:+z.{digits}f}")
 
 
-def decimal(value: Any) -> str:
-    """Three decimals where they say something, else three significant digits."""
-    return _write(value, lambda number: f"{number:.3f}" if 1e-3 <= abs(number) < 100 else f"{number:.3g}")
+def decimal(value: Any, digits: int = 3) -> str:
+    """Three decimals, or more, where they say something, else three significant digits."""
+    return _write(value, lambda number: f"{number:.{digits}f}" if 1e-3 <= abs(number) < 100 else f"{number:.3g}")
 
 
-def score(value: Any, shares: bool) -> str:
+def score(value: Any, shares: bool, digits: int = 1) -> str:
     """What a task, or a run, scores: a share in percent, or another number."""
-    return percent(value, 1) if shares else decimal(value)
+    return percent(value, digits) if shares else decimal(value, max(3, digits))
 
 
-def change(value: Any, shares: bool, unit: str = "") -> str:
+def change(value: Any, shares: bool, digits: int | None = None, unit: str = "") -> str:
     """A difference of two scores; `unit` stands behind the one of shares."""
-    return points(value, 1) + unit if shares else signed(value)
+    return points(value, 1 if digits is None else digits) + unit if shares else signed(value, digits or 2)
+
+
+def decimals(least: int, scale: float, visible: Sequence[float | None], most: int = 12) -> int:
+    """The decimals, `least` or more, with which none of these numbers, times `scale`, is written as 0 that is not 0."""
+    numbers = [scale * abs(value) for value in visible if value is not None and abs(value) > 1e-12]
+    return next((digits for digits in range(least, most) if all(round(value, digits) for value in numbers)), most)
 
 
 def scientific(value: Any) -> str:
@@ -90,11 +96,14 @@ def counted(value: Any, noun: str) -> str:
 
 
 def p_value(value: Any) -> str:
-    """Empty for what is no number."""
+    """Two digits, or as many as show on which side of 0.05 it is; empty for what is no number."""
     number = finite(value)
     if number is None:
         return ""
-    return "p\u00a0<\u00a00.001" if number < 0.001 else f"p\u00a0=\u00a0{number:.2g}"
+    if number < 0.001:
+        return "p\u00a0<\u00a00.001"
+    texts = [f"{number:.{digits}g}" for digits in range(2, 18)]
+    return f"p\u00a0=\u00a0{next((text for text in texts if float(text) != 0.05), texts[0])}"
 
 
 def ends(ci: Any, write: Callable[..., str], *settings: Any) -> str:

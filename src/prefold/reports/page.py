@@ -22,7 +22,7 @@ from prefold.errors import UserError
 from prefold.files import write_text
 from prefold.reports.curves import curves, drawing, library
 from prefold.reports.data_tables import SEVERITIES, data_tables
-from prefold.reports.held_out import accuracies_of, accuracy_digits, columns_of, rows_of
+from prefold.reports.held_out import accuracies_of, accuracy_digits, columns_of, comparison_of, rows_of
 from prefold.reports.numbers import count, counted, duration, finite
 from prefold.reports.plan import LINES, PARTS, change_title, memory_rows, plan_lines
 from prefold.reports.rollouts import sampled
@@ -84,7 +84,7 @@ def render(run: RunRecord) -> str:
         run=run,
         verdict=overall(run),
         accuracies=accuracies_of(run),
-        accuracy_digits=accuracy_digits(run.heldout or {}),
+        accuracy_digits=accuracy_digits(comparison_of(run)),
         rows=rows_of(run),
         columns=columns_of(run),
         tasks=task_table(run.tasks),

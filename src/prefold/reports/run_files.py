@@ -68,6 +68,16 @@ class RunRecord:
         """What was kept out of training."""
         return "prompts" if (self.rewards or self.recipe.get("rewards")) and not self.heldout else "pairs"
 
+    @property
+    def precision(self) -> str:
+        """What to know of how the models were evaluated; empty where it was as usual."""
+        if not (self.heldout or self.rewards or {}).get("weights_in_16_bits"):
+            return ""
+        return (
+            "Both models were evaluated with their weights in 16 bits, each module widened to float32 for its call: "
+            "float32 weights did not fit into memory."
+        )
+
 
 def read_run(folder: Path) -> RunRecord:
     """Read what a run has written so far. Raises UserError: it holds no recipe, or one of its files cannot be read."""

@@ -25,6 +25,7 @@ def summary(run_folder: Path) -> RenderableType:
     lines.append(plain(verdict.headline, STYLES[verdict.outcome]))
     lines += [plain(verdict.evidence)] if verdict.evidence else []
     lines += [indented(coloured(line.text, line.outcome)) for line in verdict.lines]
+    lines += [plain(run.precision, "dim")] if run.precision else []
     tables = []
     if rows := rows_of(run):
         tables.append(held_out_table(rows, f"held-out {run.held_out}", columns_of(run)))

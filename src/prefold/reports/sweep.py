@@ -1,22 +1,25 @@
-"""What `prefold sweep` found, as a page and for a terminal of 80 columns: the best of many runs, and how far to believe
-it."""
+"""What `prefold sweep` found, as a page and for a terminal of 80 columns: the best of many runs, if one is, and how far
+to believe it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 
 from prefold.files import write_text
-from prefold.reports.numbers import NARROW_SPACE, change, counted, ends, p_value, score
-from prefold.reports.run_files import Values, cleaned, objects, read_run, section
-from prefold.reports.tasks import TaskTable, outcome_of, score_table, task_table, tasks_of
+from prefold.reports.numbers import NARROW_SPACE, change, counted, decimals, ends, finite, p_value, score
+from prefold.reports.run_files import Values, as_list, cleaned, objects, read_run, section
+from prefold.reports.tasks import TaskTable, decimals_of, outcome_of, score_table, task_table, tasks_of
 from prefold.reports.templates import page_template
 from prefold.reports.terminal_tables import STYLES, indented, plain, tasks_table
 from prefold.reports.verdict import Line, Verdict, change_sentence, overall
 
 PAGE = "sweep.html"
+CHANCE = 0.5
 NAMED = 3
 """Runs that a sentence names."""
 CONFIRM = "Before you rely on it, measure it on data that did not choose it"
@@ -63,22 +66,38 @@ def summary(sweep: Values) -> RenderableType:
 
 
 def verdict(sweep: Values) -> Verdict:
-    """Which run is best, what that is worth, and which others may be as good."""
+    """Which run is best, if one is; what that is worth, and which others may be as good."""
     measured = _measured(sweep)
-    if sweep.get("best") not in measured:
+    tied = [name for name in as_list(sweep.get("tied")) if name in measured]
+    highest = tied or [name for name in [sweep.get("best")] if name in measured]
+    if not highest:
         return Verdict("missing", _without_best(sweep))
-    facts, name, runs = measured[sweep["best"]], _spaced(sweep["best"]), len(measured)
-    outcome = outcome_of(facts)
-    headline = {
-        "better": f"Best of {runs}: {name}",
-        "worse": f"The best of {runs}, {name}, is worse than before training",
-    }.get(outcome, f"Best of {runs}, but not clearly better than before training: {name}")
-    # A model that scores answers was none before.
-    alone = score(facts.get("after"), bool(facts.get("shares"))) if facts.get("before") is None else ""
-    lines = [Line(outcome, f"Held-out {_metric(facts)}: {alone or change_sentence(facts)}")]
-    if runs > 1:
-        lines += [Line("mixed", _chosen_by_luck(sweep, facts, runs)), _others(sweep)]
-    return Verdict(outcome, headline, "", tuple(lines))
+    runs, facts = len(measured), measured[highest[0]]
+    outcome, as_good = outcome_of(facts), as_list(sweep.get("as_good"))
+    against = "before training" if finite(facts.get("before")) is not None else "chance"
+    than = {"better": f"better than {against}", "worse": f"worse than {against}"}
+    lines = [Line(outcome_of(measured[name]), f"{_spaced(name)}: {_sentence(measured[name])}") for name in highest]
+    if runs == 1:
+        headline = f"{_spaced(highest[0])} is {than.get(outcome, f'not clearly better than {against}')}"
+        return Verdict(outcome, headline, "", tuple(lines))
+    headline = _ranking(tied, _spaced(highest[0]), bool(as_good), runs, _metric(facts))
+    headline += "" if outcome == "better" else f", {than.get(outcome, f'not clearly better than {against}')}"
+    lines = [*lines[:NAMED], *_chosen_by_luck(sweep, facts, runs), *_others(sweep, len(tied))]
+    return Verdict("mixed" if outcome == "better" and (tied or as_good) else outcome, headline, "", tuple(lines))
+
+
+def _ranking(tied: Sequence[str], highest: str, as_good: bool, runs: int, metric: str) -> str:
+    if tied:
+        which = ("both" if runs == 2 else "all") if len(tied) == runs else _listed(tied)
+        return f"No best of {runs}: {which} have the same held-out {metric}"
+    return f"No clear best of {runs}: {highest} is the highest" if as_good else f"Best of {runs}: {highest}"
+
+
+def _sentence(facts: Values) -> str:
+    """A model that scores answers was none before: it is compared with chance."""
+    if finite(facts.get("before")) is not None:
+        return f"held-out {_metric(facts)} {change_sentence(facts)}"
+    return f"held-out {_metric(facts)} against chance {change_sentence({**facts, 'before': CHANCE})}"
 
 
 def _without_best(sweep: Values) -> str:
@@ -92,22 +111,32 @@ def _metric(facts: Values) -> str:
     return "accuracy" if facts.get("shares") else "reward"
 
 
-def _chosen_by_luck(sweep: Values, facts: Values, runs: int) -> str:
-    shares = bool(facts.get("shares"))
-    luck = change(sweep.get("luck"), shares, " points").lstrip("+")
+def _chosen_by_luck(sweep: Values, facts: Values, runs: int) -> list[Line]:
+    """Nothing where none was chosen, or where luck could not move it."""
+    shares, luck = bool(facts.get("shares")), finite(sweep.get("luck"))
+    if sweep.get("tied") or not luck:
+        return []
+    too_good = change(luck, shares, decimals(1 if shares else 2, 100 if shares else 1, [luck]), " points").lstrip("+")
     text = f"Chosen by the {_units(sweep)} that it is measured on: the best of {runs} equally good runs would look"
-    text += f" {luck} too good, by luck alone"
-    if not (interval := ends(facts.get("after_ci_of_all"), score, shares)):
-        return text
-    return f"{text}. With allowance for the choice, its {_metric(facts)} is {interval} (95{NARROW_SPACE}% interval)"
+    text += f" {too_good} too good, by luck alone"
+    if interval := ends(facts.get("after_ci_of_all"), score, shares):
+        text += f". With allowance for the choice, its {_metric(facts)} is {interval} (95{NARROW_SPACE}% interval)"
+    return [Line("mixed", text)]
 
 
-def _others(sweep: Values) -> Line:
-    alike = [_spaced(str(name)) for name in sweep.get("as_good") or ()]
+def _others(sweep: Values, tied: int) -> list[Line]:
+    alike, rest = as_list(sweep.get("as_good")), len(_measured(sweep)) - max(tied, 1)
+    if not rest:
+        return []
     if not alike:
-        return Line("better", "Better than each of the others, after correction for all comparisons")
-    named = "; ".join([*alike[:NAMED], *([f"{len(alike) - NAMED} more"] if len(alike) > NAMED else [])])
-    return Line("unclear", f"{_units(sweep)} do not show it to be better than {named}")
+        return [Line("better", "Better than each of the others, after correction for all comparisons")]
+    those = "them" if tied else "it"
+    return [Line("unclear", f"{_units(sweep)} do not show {those} to be better than {_listed(alike)}")]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = list(map(_spaced, names[:NAMED])) + ([f"{len(names) - NAMED} more"] if len(names) > NAMED else [])
+    return " and ".join(filter(None, ["; ".join(shown[:-1]), shown[-1]]))
 
 
 def _units(sweep: Values) -> str:
@@ -117,18 +146,22 @@ def _units(sweep: Values) -> str:
 
 def _table(sweep: Values) -> TaskTable | None:
     """The runs as tasks are shown: before, after, change. Below each name what is between it and the best run."""
-    rows = {_spaced(name): {**facts, "metric": _to_best(facts)} for name, facts in _measured(sweep).items()}
-    return task_table({"tasks": rows})
+    choice = sweep.get("best"), bool(sweep.get("as_good"))
+    # The number of pairs is said above, once.
+    notes = {name: {"metric": _to_best(facts, *choice), "n": None} for name, facts in _measured(sweep).items()}
+    return task_table({"tasks": {_spaced(name): facts | notes[name] for name, facts in _measured(sweep).items()}})
 
 
-def _to_best(facts: Values) -> str:
+def _to_best(facts: Values, best: Any, as_good: bool) -> str:
     if "to_best" not in facts:
         return ""
-    behind = section(facts, "to_best")
-    if not behind:
-        return "best"
-    by = change(behind.get("difference"), bool(facts.get("shares")), " points")
-    return f"{by} to the best, {p_value(behind.get('p_adjusted'))}"
+    behind = {**section(facts, "to_best"), "shares": facts.get("shares")}
+    if "difference" not in behind:
+        return "equal highest" if best is None else "highest" if as_good else "best"
+    shares, digits = bool(facts.get("shares")), decimals_of(behind)
+    interval = ends(behind.get("ci"), change, shares, digits)
+    text = f"{change(behind['difference'], shares, digits, ' points')} to the highest"
+    return ", ".join(filter(None, [f"{text} ({interval})" if interval else text, p_value(behind.get("p_value"))]))
 
 
 def _spaced(name: str) -> str:

@@ -1,6 +1,7 @@
-"""Compared tasks and the win rate as pages and terminal show them: what counts once, and what is said beside a score.
+"""Comparisons as pages and terminal show them: what counts once, and what is said beside a score.
 
-`facts` are those of a task, a group or an average, as `evaluation/tasks.json` has them.
+`facts` are those of a comparison, of whatever measure, as `evaluation/tasks.json` has them: what `Difference.facts`
+says, with `before`, `after` and `n`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from prefold.reports.numbers import change, count, counted, finite, interval
+from prefold.reports.numbers import change, count, counted, decimals, finite, interval
 from prefold.reports.run_files import Values, as_list, objects, section
 
 Outcome = Literal["better", "worse", "mixed", "unclear", "missing"]
@@ -19,6 +20,36 @@ def outcome_of(facts: Values) -> Outcome:
     if verdict == "better":
         return "better"
     return "worse" if verdict == "worse" else "unclear"
+
+
+def is_same(facts: Values) -> bool:
+    """Whether nothing changed anywhere."""
+    return facts.get("changed") == 0 and outcome_of(facts) == "unclear"
+
+
+def decimals_of(facts: Values, least: int | None = None, even: float = 0.0) -> int:
+    """How many decimals its numbers are written with, so that they say what the verdict says: what leaves out `even`,
+    which is no difference, is not written as if it held it, and a difference is not written as none."""
+    shares = are_shares(facts)
+    least = least if least is not None else 1 if shares else 2
+    scale, difference = 100.0 if shares else 1.0, finite(facts.get("difference"))
+    digits = decimals(least, scale, [difference], least + 3)
+    most = least + 3 if outcome_of(facts) == "unclear" else 12
+    # Rounded as it is written, and not the distance to `even`.
+    ends = [scale * end for end in interval(facts.get("ci")) if end is not None and end != even]
+    return next((n for n in range(digits, most) if all(round(end, n) != scale * even for end in ends)), most)
+
+
+def smallest(facts: Values) -> str:
+    """Where no difference is shown, what it would have taken; empty where that is not known."""
+    if outcome_of(facts) != "unclear" or "detectable" not in facts:
+        return ""
+    detectable = finite(facts["detectable"])
+    if detectable is None:
+        return "too few to show any difference"
+    shares = are_shares(facts)
+    size = change(detectable, shares, decimals(1 if shares else 2, 100 if shares else 1, [detectable]), " points")
+    return f"{size.lstrip('+')} or more would show" if detectable else ""
 
 
 def are_shares(facts: Values) -> bool:
@@ -35,8 +66,8 @@ def members_of(group: Values) -> list[str]:
 
 
 def entries(comparison: Values | None) -> dict[str, Values]:
-    """What counts once, in the order of the tasks: groups, and the tasks that are in none."""
-    groups, counting = tasks_of(comparison, "groups"), {}
+    """What counts once: other measures, then, in the order of the tasks, groups and the tasks that are in none."""
+    groups, counting = tasks_of(comparison, "groups"), tasks_of(comparison, "measures")
     group_of = {task: name for name, group in groups.items() for task in members_of(group)}
     for task, facts in tasks_of(comparison).items():
         name = group_of.get(task, task)
@@ -117,13 +148,16 @@ def score_table(comparisons: dict[str, Values]) -> dict[str, list[Values | None]
 
 
 def note(facts: Values) -> str:
-    """`acc_norm, 25-shot, 1 172 questions`; of a group or an average, how many tasks."""
+    """`acc_norm, 25-shot, 1 172 questions`; of a group or an average, how many tasks; of questions that not all were
+    asked of both, how many there were."""
     shots, several = finite(facts.get("num_fewshot")), len(members_of(facts)) or finite(facts.get("tasks"))
+    n, asked = facts.get("n"), as_list(facts.get("asked"))
+    shared = f"shared, of {' and '.join(map(count, asked))}" if asked and any(number != n for number in asked) else ""
     parts = [
         str(facts.get("metric") or ""),
         "" if shots is None else f"{shots:.0f}-shot",
         f"{several:.0f} tasks" if several else "",
-        counted(facts.get("n"), "question"),
+        f"{counted(n, str(facts.get('unit') or 'question'))} {shared}".strip(),
     ]
     return ", ".join(filter(None, parts))
 
@@ -132,15 +166,18 @@ def in_training_data(facts: Values) -> str:
     number, clean = finite(section(facts, "contaminated").get("n")), section(facts, "clean")
     if not number:
         return ""
-    without = f"; {change(clean.get('difference'), are_shares(facts))} without" if finite(clean.get("n")) else ""
-    return f"{count(number)} in the training data{without}"
+    text = f"{count(number)} in the training data"
+    if not finite(clean.get("n")):
+        return text
+    clean = {**clean, "shares": facts.get("shares")}
+    return f"{text}; {change(clean.get('difference'), are_shares(clean), decimals_of(clean))} without"
 
 
 def in_words(facts: Values) -> str:
     if "verdict" not in facts:
         return ""
     outcome = outcome_of(facts)
-    return "no difference shown" if outcome == "unclear" else outcome
+    return ("no difference" if is_same(facts) else "no difference shown") if outcome == "unclear" else outcome
 
 
 def whisker(value: Any, ci: Any, reach: float | None = None) -> tuple[float, float, float] | None:

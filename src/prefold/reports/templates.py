@@ -20,8 +20,18 @@ NUMBERS = (
     *(numbers.duration, numbers.memory, numbers.score, numbers.change, numbers.written),
 )
 TEXTS = (
-    *(tasks.note, tasks.in_training_data, tasks.in_words, tasks.whisker),
-    *(tasks.outcome_of, tasks.are_shares, numbers.ends, numbers.counted, as_list, objects, section, turns),
+    *(tasks.note, tasks.in_training_data, tasks.in_words, tasks.whisker, tasks.decimals_of, tasks.smallest),
+    *(
+        tasks.outcome_of,
+        tasks.are_shares,
+        numbers.p_value,
+        numbers.ends,
+        numbers.counted,
+        as_list,
+        objects,
+        section,
+        turns,
+    ),
 )
 
 

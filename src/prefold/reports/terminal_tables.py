@@ -10,8 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from prefold.reports.held_out import Row
-from prefold.reports.numbers import NARROW_SPACE, change, ends, score
-from prefold.reports.tasks import Outcome, TaskTable, are_shares, in_training_data, in_words, note, outcome_of
+from prefold.reports.numbers import NARROW_SPACE, change, ends, p_value, score
+from prefold.reports.tasks import (
+    Outcome,
+    TaskTable,
+    are_shares,
+    decimals_of,
+    in_training_data,
+    in_words,
+    note,
+    outcome_of,
+)
 
 STYLES: dict[Outcome, str] = {
     "better": "bold green",
@@ -57,11 +66,15 @@ def tasks_table(tasks: TaskTable, first: str = "before", second: str = "after", 
     table = grid(heading, first, second, "change", whole=True)
     table.add_column("", overflow="fold")
     for name, facts in (*tasks.rows.items(), *tasks.averages.items()):
-        shares = are_shares(facts)
+        shares, digits = are_shares(facts), decimals_of(facts)
         table.add_row(
             _above(name, note(facts), in_training_data(facts)),
-            *(plain(score(facts.get(when), shares)) for when in ("before", "after")),
-            _above(change(facts.get("difference"), shares), ends(facts.get("ci"), change, shares)),
+            *(plain(score(facts.get(when), shares, digits)) for when in ("before", "after")),
+            _above(
+                change(facts.get("difference"), shares, digits),
+                ends(facts.get("ci"), change, shares, digits),
+                p_value(facts.get("p_value")),
+            ),
             coloured(in_words(facts), outcome_of(facts)),
         )
     return table

@@ -1,4 +1,5 @@
-"""The verdict on a run in words, by one rule: an interval that holds 0, or chance, is no difference."""
+"""The verdict on a run in words: those of `evaluation/paired.py`, by which an interval leaves out 0, or chance, exactly
+where the p-value is below 0.05 and a difference is said."""
 
 from __future__ import annotations
 
@@ -7,14 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from prefold.reports.held_out import accuracy_digits
+from prefold.reports.held_out import accuracy_digits, comparison_of
 from prefold.reports.numbers import (
     MINUS,
     change,
     count,
     counted,
     finite,
-    interval,
     interval_95,
     p_value,
     percent,
@@ -23,7 +23,17 @@ from prefold.reports.numbers import (
     signed,
 )
 from prefold.reports.run_files import RunRecord, Values, section
-from prefold.reports.tasks import Outcome, are_shares, entries, judge_of, outcome_of, tasks_of
+from prefold.reports.tasks import (
+    Outcome,
+    are_shares,
+    decimals_of,
+    entries,
+    is_same,
+    judge_of,
+    outcome_of,
+    smallest,
+    tasks_of,
+)
 
 NAMES_SHOWN = 3
 LINES_SHOWN = 6
@@ -57,30 +67,35 @@ def overall(run: RunRecord) -> Verdict:
     is_judged = finite(win_rate.get("win_rate")) is not None
     if not tasks_of(run.tasks) and not is_judged:
         return own
-    subjects = {f"held-out {run.held_out}": own.outcome} | _subjects(run.tasks)
-    lines = [Line(own.outcome, own.sentence)] if own.outcome != "missing" else []
-    lines += task_lines(run.tasks)
+    held_out = {} if own.outcome == "missing" else {f"held-out {run.held_out}": comparison_of(run)}
+    subjects = held_out | entries(run.tasks)
+    lines = [*([Line(own.outcome, own.sentence)] if held_out else []), *task_lines(run.tasks)]
     if is_judged:
-        subjects["open prompts"] = outcome_of(win_rate)
+        subjects["open prompts"] = win_rate
         lines.append(Line(outcome_of(win_rate), _win_rate_sentence(win_rate)))
     return _verdict_on(subjects, lines)
 
 
-def verdict_on_tasks(comparison: Values | None) -> Verdict:
-    """The same of tasks alone, as `prefold compare` has them."""
-    return _verdict_on(_subjects(comparison), task_lines(comparison))
+def verdict_on_comparison(comparison: Values) -> Verdict:
+    """The same of two of those that `prefold compare` compares."""
+    if not entries(comparison):
+        return Verdict("missing", "Nothing could be compared")
+    lines = [
+        Line(outcome_of(facts), f"{name}: {change_sentence(facts)}")
+        for name, facts in tasks_of(comparison, "measures").items()
+    ]
+    return _verdict_on(entries(comparison), lines + task_lines(comparison))
 
 
-def _subjects(comparison: Values | None) -> dict[str, Outcome]:
-    return {name: outcome_of(facts) for name, facts in entries(comparison).items()}
-
-
-def _verdict_on(subjects: dict[str, Outcome], lines: Sequence[Line]) -> Verdict:
-    better, worse = ([name for name, outcome in subjects.items() if outcome == side] for side in ("better", "worse"))
-    rest = "; no clear difference elsewhere" if "unclear" in subjects.values() else ""
+def _verdict_on(subjects: dict[str, Values], lines: Sequence[Line]) -> Verdict:
+    """`subjects`: the facts of whatever was measured."""
+    better, worse = ([name for name in subjects if outcome_of(subjects[name]) == side] for side in ("better", "worse"))
+    rest = "; no clear difference elsewhere" if len(better) + len(worse) < len(subjects) else ""
     outcome: Outcome = "unclear"
     headline = "No clear difference in anything that was measured"
-    if better and worse:
+    if all(map(is_same, subjects.values())):
+        headline = "No difference in anything that was measured: all came out the same"
+    elif better and worse:
         outcome, headline = "mixed", f"Better on {_listed(better)}; worse on {_listed(worse)}"
     elif better:
         outcome, headline = "better", f"Better on {_listed(better)}{rest}"
@@ -99,76 +114,47 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def held_out_verdict(run: RunRecord) -> Verdict:
-    if run.rewards and run.heldout is None:
-        return _on_rewards(run.rewards)
-    if run.heldout is None:
+    facts = comparison_of(run)
+    if not facts:
         return Verdict("missing", "Not evaluated yet")
-    return _against_chance(run.heldout) if run.scores else _on_pairs(run.heldout)
-
-
-def _on_pairs(heldout: Values) -> Verdict:
-    difference, digits = section(heldout, "difference"), accuracy_digits(heldout)
-    gain = points(difference.get("accuracy"), digits)
+    if finite(facts["before"]) is None or finite(facts["after"]) is None:
+        return Verdict("missing", f"No verdict: the evaluation gave no finite {facts['metric']}")
+    outcome, against_chance = outcome_of(facts), "even" in facts
+    if facts["shares"]:
+        digits = accuracy_digits(facts)
+        write, write_change = partial(percent, digits=digits), partial(points, digits=digits)
+    else:
+        write = write_change = partial(signed, digits=decimals_of(facts))
+    gain = write_change(facts.get("difference"))
+    unit = "" if not facts["shares"] else " point" if gain in ("+1", f"{MINUS}1") else " points"
     evidence = (
-        f"{gain} {'point' if gain in ('+1', f'{MINUS}1') else 'points'}",
-        interval_95(difference.get("ci"), points, digits) or "no interval",
-        p_value(difference.get("p_value")),
-        counted(heldout.get("pairs"), "pair"),
+        "" if against_chance else gain + unit,
+        interval_95(facts.get("ci"), write if against_chance else write_change) or "no interval",
+        p_value(facts.get("p_value")),
+        counted(facts["n"], facts["unit"]),
+        smallest(facts),
     )
-    return _before_and_after(heldout, "accuracy", partial(percent, digits=digits), evidence)
+    headline = _against_chance if against_chance else _before_and_after
+    return Verdict(outcome, headline(facts, outcome, write), ", ".join(filter(None, evidence)))
 
 
-def _on_rewards(rewards: Values) -> Verdict:
-    """Of the mean reward of completions of held-out prompts."""
-    difference = section(rewards, "difference")
-    evidence = (
-        signed(difference.get("reward")),
-        interval_95(difference.get("ci"), signed),
-        p_value(difference.get("p_value")),
-        counted(rewards.get("prompts"), "prompt"),
-    )
-    return _before_and_after(rewards, "reward", signed, evidence)
+def _before_and_after(facts: Values, outcome: Outcome, write: Callable[[Any], str]) -> str:
+    subject = "Held-out accuracy" if facts["metric"] == "accuracy" else "The held-out reward"
+    inside, before, after = subject[0].lower() + subject[1:], write(facts["before"]), write(facts["after"])
+    if is_same(facts):
+        return f"No difference: {inside} is {after} before and after, the same on every {facts['unit']}"
+    return {
+        "better": f"{subject} rose from {before} to {after}",
+        "worse": f"The model got worse: {inside} fell from {before} to {after}",
+    }.get(outcome, f"No clear difference: {inside} was {before} before and {after} after")
 
 
-def _before_and_after(facts: Values, name: str, write: Callable[[Any], str], evidence: Sequence[str]) -> Verdict:
-    before, after = (section(facts, when).get(name) for when in ("before", "after"))
-    if finite(before) is None or finite(after) is None:
-        return Verdict("missing", f"No verdict: the evaluation gave no finite {name}")
-    subject = "Held-out accuracy" if name == "accuracy" else "The held-out reward"
-    inside = subject[0].lower() + subject[1:]
-    outcome = _outcome_by(section(facts, "difference").get("ci"))
-    headline = {
-        "better": f"{subject} rose from {write(before)} to {write(after)}",
-        "worse": f"The model got worse: {inside} fell from {write(before)} to {write(after)}",
-    }.get(outcome, f"No clear difference: {inside} was {write(before)} before and {write(after)} after")
-    return Verdict(outcome, headline, ", ".join(filter(None, evidence)))
-
-
-def _against_chance(heldout: Values) -> Verdict:
-    """Of a model that scores answers, by the interval of its accuracy."""
-    after, chance = section(heldout, "after"), section(heldout, "chance")
-    guessed = finite(chance.get("accuracy"))
-    if finite(after.get("accuracy")) is None or guessed is None:
-        return Verdict("missing", "No verdict: the evaluation gave no finite accuracy")
-    evidence = (
-        interval_95(after.get("accuracy_ci"), percent) or "no interval",
-        p_value(chance.get("p_value")),
-        counted(heldout.get("pairs"), "pair"),
-    )
-    accuracy, by_chance = percent(after["accuracy"]), percent(guessed)
-    outcome = _outcome_by(after.get("accuracy_ci"), guessed)
-    headline = {
+def _against_chance(facts: Values, outcome: Outcome, write: Callable[[Any], str]) -> str:
+    accuracy, by_chance = write(facts["after"]), write(facts["even"])
+    return {
         "better": f"Held-out accuracy is {accuracy}, and {by_chance} by chance",
         "worse": f"Worse than chance: held-out accuracy is {accuracy}, not {by_chance}",
     }.get(outcome, f"Held-out accuracy is {accuracy}, which is not clearly more than chance")
-    return Verdict(outcome, headline, ", ".join(filter(None, evidence)))
-
-
-def _outcome_by(ci: Any, neutral: float = 0.0) -> Outcome:
-    low, high = interval(ci)
-    if low is None or high is None or low <= neutral <= high:
-        return "unclear"
-    return "better" if low > neutral else "worse"
 
 
 # ---- tasks and win rate -----------------------------------------------------------------------------------------
@@ -176,7 +162,7 @@ def _outcome_by(ci: Any, neutral: float = 0.0) -> Outcome:
 
 def task_lines(comparison: Values | None) -> list[Line]:
     """One for each task that changed, one for all others, one for the average, and what is in the training data."""
-    facts = entries(comparison)
+    facts = {name: task for name, task in entries(comparison).items() if name not in section(comparison, "measures")}
     changed = {name: task for name, task in facts.items() if outcome_of(task) != "unclear"}
     lines = [Line(outcome_of(task), f"{name}: {change_sentence(task)}") for name, task in changed.items()]
     lines = _at_most(lines, "tasks changed")
@@ -185,7 +171,7 @@ def task_lines(comparison: Values | None) -> list[Line]:
         lines.append(Line("unclear", f"No difference shown on {same}{others} task{'' if same == 1 else 's'}"))
     average = section(comparison, "average")
     if (finite(average.get("tasks")) or 0) > 1:
-        lines.append(Line(_outcome_by(average.get("ci")), f"Average of the tasks: {change_sentence(average)}"))
+        lines.append(Line(outcome_of(average), f"Average of the tasks: {change_sentence(average)}"))
     seen = [Line("unclear", f"{name}: {text}") for name, task in tasks_of(comparison).items() if (text := _seen(task))]
     return lines + _at_most(seen, "tasks have questions that are in the training data")
 
@@ -209,22 +195,26 @@ def _seen(facts: Values) -> str:
 
 def change_sentence(facts: Values) -> str:
     """`31.2 % to 35.4 % (+4.2 points, 95 % interval +1.0 to +7.4, p = 0.012)`."""
-    shares = are_shares(facts)
+    shares, digits = are_shares(facts), decimals_of(facts)
     evidence = (
-        change(facts.get("difference"), shares, " points"),
-        interval_95(facts.get("ci"), change, shares),
-        p_value(facts.get("p_adjusted", facts.get("p_value"))),
+        change(facts.get("difference"), shares, digits, " points"),
+        interval_95(facts.get("ci"), change, shares, digits),
+        p_value(facts.get("p_value")),
     )
-    before, after = (score(facts.get(when), shares) for when in ("before", "after"))
+    before, after = (score(facts.get(when), shares, digits) for when in ("before", "after"))
     return f"{before} to {after} ({', '.join(filter(None, evidence))})"
 
 
 def _win_rate_sentence(win_rate: Values) -> str:
+    digits = decimals_of(win_rate, 0, 0.5)
     alike = section(win_rate, "length_controlled").get("win_rate")
     evidence = (
-        interval_95(win_rate.get("ci"), percent),
+        interval_95(win_rate.get("ci"), percent, digits),
+        p_value(win_rate.get("p_value")),
+        smallest(win_rate),
         "" if finite(alike) is None else f"{percent(alike)} at equal lengths",
         counted(finite(win_rate.get("prompts")) or 0, "prompt"),
         f"judged by {judge_of(win_rate)}",
     )
-    return f"New answers preferred: {percent(win_rate.get('win_rate'))} ({', '.join(filter(None, evidence))})"
+    rate = percent(win_rate.get("win_rate"), digits)
+    return f"New answers preferred: {rate} ({', '.join(filter(None, evidence))})"

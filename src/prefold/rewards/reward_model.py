@@ -12,13 +12,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefold import memory
 from prefold.data.chat import require_chat_template
 from prefold.data.preference import Message
 from prefold.errors import UserError, first_line
+from prefold.generation.opening import how_to_keep
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch
-from prefold.models.load import load_tokenizer
 from prefold.models.messages import UNREADABLE, quiet
+from prefold.models.tokenizer import load_tokenizer
+from prefold.plan.machine import Machine
+from prefold.recipe import Model
 from prefold.recipe import rewards as settings
 from prefold.trees.budget import pad
 
@@ -67,6 +71,9 @@ def _load(name: str, contents: bool = True) -> tuple[PreTrainedModel, PreTrained
     folder, device = fetch(name), choose_device()
     tokenizer = load_tokenizer(folder)
     require_chat_template(tokenizer)
+    if contents:
+        machine = Machine.here(device.type)
+        memory.require(f"the reward model {name}", how_to_keep(Model(name=name), machine).needed, machine.memory)
     try:
         with quiet():
             model, report = AutoModelForSequenceClassification.from_pretrained(

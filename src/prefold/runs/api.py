@@ -14,60 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from prefold import ranks
-from prefold.data.row import SeenRow, see_row
 from prefold.errors import StageError, UserError
 from prefold.files import read_json
-from prefold.models.load import tokenizer_of
-from prefold.plan.machine import bytes_of
 from prefold.publishing import publish as publishing
 from prefold.publishing.publish import require_section
-from prefold.recipe import RecipeBase, load_recipe
-from prefold.runs.check import CheckReport, examine
+from prefold.recipe import RecipeBase, as_recipe
 from prefold.runs.context import Run
+from prefold.runs.fingerprints import record_failure, record_inputs, say_changes
 from prefold.runs.folder import open_run_folder
-from prefold.runs.stages import Stage, stages_of
+from prefold.runs.limits import require_memory
+from prefold.runs.stages import Stage, examined, stages_of
 from prefold.terminal import say
-from prefold.training.record import record_stage
+from prefold.training.record import record_stage, restart_peaks
 from prefold.trees.memory import arrange_allocations, is_out_of_memory
 
 BY_COMMAND = {"check": "train", "compare": "evaluate", "judge": "evaluate"}
 """Commands that perform the stages of other names; `prefold check` leaves nothing in the run folder."""
-
-
-def check(
-    recipe: str | Path | RecipeBase,
-    overrides: Sequence[str] = (),
-    *,
-    reference: bool = False,
-    device_memory: str | None = None,
-    measure: bool = False,
-) -> CheckReport:
-    """What would be trained on, what is wrong with it and what it would take; writes nothing but its cache.
-
-    Args:
-        reference: load the model and say how far it tells chosen from rejected already.
-        device_memory: of a GPU to plan for, e.g. `24GB`; unset: this machine.
-        measure: time the engine on this machine for some seconds, to say how long the run will take.
-    """
-    if device_memory and measure:
-        what = "times are measured on this machine, and the plan is for another"
-        raise UserError(what, where="`--measure`", advice="leave it or `--device-memory` out")
-    run = Run(_recipe(recipe, overrides))
-    return examine(run, reference, bytes_of(device_memory) if device_memory else None, measure)
-
-
-def check_row(recipe: str | Path | RecipeBase, row: str | int, overrides: Sequence[str] = ()) -> SeenRow:
-    """One row of the data as it is read, as messages, as text and as tokens, or why it is left out.
-
-    Args:
-        row: its 1-based number as findings name it; behind the source's name where there are several, `pairs.jsonl:12`.
-
-    Raises:
-        UserError: there is no such row, or its source cannot be read or recognised.
-    """
-    recipe = _recipe(recipe, overrides)
-    kind = recipe.algorithm.kind.data
-    return see_row(str(row), recipe.data, tokenizer_of(recipe.model), recipe.train.seed, kind)
 
 
 def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
@@ -81,25 +43,25 @@ def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh
         StageError: a stage failed; what was finished stays.
     """
     ranks.join()  # before anything can fail, so that one process says what
-    return perform_all(Run(_recipe(recipe, overrides)), fresh=fresh)
+    return perform_all(Run(as_recipe(recipe, overrides)), fresh=fresh)
 
 
 def train(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
     """The stages up to training, skipping what is done; returns the run folder."""
     ranks.join()
-    return perform_all(Run(_recipe(recipe, overrides)), until="train", fresh=fresh)
+    return perform_all(Run(as_recipe(recipe, overrides)), until="train", fresh=fresh)
 
 
 def merge(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
     """Merge (again, if it was done); returns the folder of the merged model."""
-    return _redo("merge", Run(_recipe(recipe, overrides))) / "merged"
+    return _redo("merge", Run(as_recipe(recipe, overrides))) / "merged"
 
 
 def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate (again, if it was done); returns the content of `evaluation/heldout.json`, or of `rewards.json` for a
     method that samples; with the content of `tasks.json`, `compared.json` and `win_rate.json` under these names, where
     the recipe asks for them."""
-    run = Run(_recipe(recipe, overrides))
+    run = Run(as_recipe(recipe, overrides))
     for stage in stages_of(run.recipe):
         if stage.name in ("evaluate", "compare", "judge"):
             _redo(stage.name, run)
@@ -111,7 +73,7 @@ def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> 
 
 def report(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
     """Write the report (again, if it was there); returns its path."""
-    return _redo("report", Run(_recipe(recipe, overrides))) / "report.html"
+    return _redo("report", Run(as_recipe(recipe, overrides))) / "report.html"
 
 
 def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
@@ -127,23 +89,19 @@ def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, d
         UserError: the run is not finished, its merge check failed, or the Hub lets nobody in with this token.
         StageError: the connection broke, or a GGUF file is not the model.
     """
-    recipe = _recipe(recipe, overrides)
+    recipe = as_recipe(recipe, overrides)
     section = require_section(recipe)
     if dry_run:
+        say_changes(recipe, recipe.run_folder)
         return publishing.planned(recipe.run_folder, section)
     return dict(read_json(_redo("publish", Run(recipe)) / "publish.json"))
 
 
-def _recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> RecipeBase:
-    if not isinstance(recipe, RecipeBase):
-        return load_recipe(str(recipe), overrides)
-    if overrides:
-        raise UserError("overrides are for a recipe by name", advice="give them to `prefold.load_recipe`")
-    return recipe
-
-
 def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> Path:
     """The stages that are not done, up to the one named; returns the run folder."""
+    if fresh and ranks.is_first() and (run.folder / "recipe.yaml").is_file():
+        with ranks.alone():
+            examined(run)  # before the run that is there is removed
     with open_run_folder(run.recipe, fresh) if ranks.is_first() else nullcontext(run.folder) as folder:
         for stage in stages_of(run.recipe):
             if ranks.from_first(partial(stage.is_done, folder)):
@@ -157,7 +115,7 @@ def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> P
 
 def _redo(name: str, run: Run) -> Path:
     """One stage, whether it was done or not; a report is of what there is."""
-    with open_run_folder(run.recipe, alone=name != "report") as folder:
+    with open_run_folder(run.recipe, alone=name != "report", only=name) as folder:
         for stage in stages_of(run.recipe):
             if stage.name == name:
                 _perform(stage, run)
@@ -175,12 +133,20 @@ def _perform(stage: Stage, run: Run) -> None:
         return
     arrange_allocations(kept=not run.recipe.train.gradient_checkpointing)
     say(stage.name)
+    restart_peaks()
     started = time.perf_counter()
+    if ranks.is_first():
+        record_inputs(run.folder, run.recipe, stage.name)
     try:
         with nullcontext() if stage.shared else ranks.alone():
+            ranks.from_first(partial(require_memory, run, stage.name))
             stage.perform(run)
     except Exception as error:
+        if ranks.is_first() and isinstance(error, UserError):
+            record_failure(run.folder, run.recipe, error)
         if not is_out_of_memory(error):
             raise
         raise StageError(f"out of memory: the model itself does not fit ({str(error).splitlines()[0]})") from None
+    if ranks.is_first():
+        record_inputs(run.folder, run.recipe, stage.name, ended=True)
     record_stage(run.folder, stage.name, time.perf_counter() - started)

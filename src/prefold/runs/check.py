@@ -1,49 +1,43 @@
-"""Check: what would be trained on, what is wrong with it, and what the run will take."""
+"""Check: what would be trained on, what is wrong with it, and what the run will take.
+
+Nothing here imports what only an examination needs, so that a second check of the same recipe is quick.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from prefold.data.examples import Example, Examples
-from prefold.data.findings import Finding, by_severity
+from prefold.data.findings import by_severity
 from prefold.data.mixture import Prepared
-from prefold.data.row import tokens_of
-from prefold.data.selection import shuffled
+from prefold.data.row import SeenRow, see_row, tokens_of
 from prefold.data.survey import parts_of
 from prefold.errors import StageError, UserError
-from prefold.evaluation.held_out_pairs import score_pairs
-from prefold.evaluation.separation import findings_of as separation_findings
-from prefold.evaluation.separation import separation
-from prefold.files import write_json
-from prefold.models.adapters import load_start
-from prefold.models.fetch import fetch
+from prefold.models.tokenizer import tokenizer_of
+from prefold.plan.machine import Machine, bytes_of
 from prefold.plan.plan import Plan
-from prefold.plan.planner import make_plan
-from prefold.publishing.publish import require_ready
-from prefold.recipe import RecipeBase
+from prefold.recipe import RecipeBase, as_recipe
 from prefold.recipe.sections import Lora
 from prefold.reports.check import print_check
 from prefold.reports.notebook import framed
 from prefold.reports.page import render_check
-from prefold.reports.plan import in_two_lines
-from prefold.runs import limits
-from prefold.runs.context import Run, order_of, scorer_of
-from prefold.runs.environment import environment
-from prefold.runs.measuring import measuring_dtype
-from prefold.terminal import as_text, say
+from prefold.runs import remembered
+from prefold.runs.context import Run
+from prefold.terminal import as_text, loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXAMPLES_SHOWN = 3
 TOKENS_SHOWN = 1000
 """Of each part of a row that is shown."""
 LENGTH_BINS = 10
-
-PAIRS_SCORED = 128
-"""Enough to tell an accuracy to 9 points."""
 
 
 @dataclass(frozen=True)
@@ -122,30 +116,68 @@ def _lengths(examples: Examples) -> dict[str, Any]:
     return lengths
 
 
-def examine(
-    run: Run, reference: bool = False, device_memory: int | None = None, measure: bool | None = False
+def check(
+    recipe: str | Path | RecipeBase,
+    overrides: Sequence[str] = (),
+    *,
+    reference: bool = False,
+    device_memory: str | None = None,
+    measure: bool = False,
 ) -> CheckReport:
+    """What would be trained on, what is wrong with it and what it would take; writes nothing but its cache.
+
+    Args:
+        reference: load the model and say how far it tells chosen from rejected already.
+        device_memory: of a GPU to plan for, e.g. `24GB`; unset: this machine.
+        measure: time the engine on this machine for some seconds, to say how long the run will take.
+    """
+    if device_memory and measure:
+        what = "times are measured on this machine, and the plan is for another"
+        raise UserError(what, where="`--measure`", advice="leave it or `--device-memory` out")
+    run = Run(as_recipe(recipe, overrides))
+    return examine(run, reference, bytes_of(device_memory) if device_memory else None, measure)
+
+
+def check_row(recipe: str | Path | RecipeBase, row: str | int, overrides: Sequence[str] = ()) -> SeenRow:
+    """One row of the data as it is read, as messages, as text and as tokens, or why it is left out.
+
+    Args:
+        row: its 1-based number as findings name it; behind the source's name where there are several, `pairs.jsonl:12`.
+
+    Raises:
+        UserError: there is no such row, or its source cannot be read or recognised.
+    """
+    recipe = as_recipe(recipe, overrides)
+    kind = recipe.algorithm.kind.data
+    return see_row(str(row), recipe.data, tokenizer_of(recipe.model), recipe.train.seed, kind)
+
+
+def examine(run: Run, reference: bool = False, device_memory: int | None = None, measure: bool = False) -> CheckReport:
     """Read and count the data, and plan the run; with `reference`, score pairs by the model as well.
 
     Args:
         device_memory: bytes of a GPU to plan for; unset: this machine.
-        measure: time what a step does on this machine; None: if that takes less than the run.
+        measure: time what a step does on this machine.
     """
-    shapes = run.require_usable()
-    run.open_tasks()
-    require_ready(run.recipe)
-    recipe, prepared = run.recipe, run.prepared
-    run.require_openable()
-    order = order_of(recipe, len(prepared.train))
-    about_recipe = limits.examined(run, shapes, order)
-    train, held_out = prepared.train.lengths, prepared.held_out.lengths
-    plan = make_plan(recipe, train, held_out, order, device_memory, measure)
-    findings, separated = [*prepared.report.findings, *about_recipe, *plan.findings()], None
+    machine, asked = Machine.planned(device_memory), run.recipe.evaluate
+    key = remembered.key_of(run, machine, measure)
+    known = remembered.read(key, run, machine)
+    others = run.recipe.rewards or run.recipe.publish or asked.win_rate or asked.compare_with
+    if known is None or others or reference:
+        with loading():
+            from prefold.runs import examination
+    if known is None:
+        known = examination.examined(run, device_memory, measure)
+        remembered.write(key, known)
+    elif others:
+        examination.require_others(run)
+    (findings, plan), separated = known, None
+    findings = [*run.prepared.report.findings, *findings, *plan.findings()]
     if reference:
-        separated, more = _separation(recipe, prepared.train)
+        separated, more = examination.separated(run.recipe, run.prepared.train)
         findings += more
-    report = replace(prepared.report, findings=by_severity(findings))
-    return CheckReport(recipe, replace(prepared, report=report), run.tokenizer, plan, separated)
+    report = replace(run.prepared.report, findings=by_severity(findings))
+    return CheckReport(run.recipe, replace(run.prepared, report=report), run.tokenizer, plan, separated)
 
 
 def _what_is_trained(recipe: RecipeBase) -> str:
@@ -154,28 +186,3 @@ def _what_is_trained(recipe: RecipeBase) -> str:
     if model.adapter:
         return f"The adapter {model.adapter} goes on{bits}"
     return f"LoRA of rank {recipe.lora.r}{bits}" if isinstance(recipe.lora, Lora) else "All weights"
-
-
-def _separation(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], list[Finding]]:
-    """How far the model tells chosen from rejected already, and what of that is odd."""
-    if recipe.algorithm.kind.data != "pairs":
-        what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
-        raise UserError(what, where=recipe.output_dir, advice="check without it")
-    pairs = train.select(shuffled(len(train), recipe.train.seed)[:PAIRS_SCORED])
-    model = load_start(recipe.model, dtype=measuring_dtype())
-    scores = score_pairs(scorer_of(recipe, model, pairs), pairs.trees, "pairs under the model")
-    return separation(scores), separation_findings(scores, pairs.origins)
-
-
-def check(run: Run) -> None:
-    run.require_usable()  # as far as it can be known before weights are downloaded
-    fetch(run.recipe.model.name, run.recipe.model.revision)
-    report = examine(run, measure=None)
-    report.require_ok("this", "`prefold check` shows it all")
-    for finding in report.prepared.report.findings:
-        if finding.severity == "warning":
-            say(f"  warning: {finding.message}")
-    for line in in_two_lines(report.plan.as_json()):
-        say(f"  {line}")
-    write_json(run.folder / "environment.json", environment())
-    write_json(run.folder / "data.json", {**report.as_json(), **run.as_read(report.prepared)})

@@ -1,4 +1,5 @@
-"""`prefold compare`: run folders and models, each against the first one, on the same questions.
+"""`prefold compare`: run folders and models, each against the first one, on all that both have measured: the same
+held-out pairs, prompts and questions.
 
 A run folder brings what its run has measured; a model, and everything where tasks are named, is asked here. One run
 folder alone is compared with itself before training.
@@ -6,7 +7,7 @@ folder alone is compared with itself before training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 from prefold.errors import UserError
 from prefold.evaluation.scores import TaskScores
 from prefold.evaluation.task_comparison import compare_tasks
-from prefold.evaluation.tasks import measure_model, open_tasks
+from prefold.evaluation.tasks import TOKENS, measure_model, open_tasks
 from prefold.files import read_json, without_home
 from prefold.generation.answers import model_named, run_recipe
+from prefold.generation.opening import fits_in_float32
 from prefold.models.fetch import is_hub_id
-from prefold.models.load import require_model, tokenizer_of
+from prefold.models.load import require_model
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Evaluate, Model, RecipeBase
 from prefold.reports.run_files import read_run
 from prefold.reports.verdict import overall
+from prefold.runs.fingerprints import say_changes
+from prefold.runs.measured import compare_measured, measured_by
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,15 @@ class Side:
 
     @property
     def section(self) -> Model:
-        """How to load it; raises UserError for a run that has no merged model yet."""
+        """How to load it; raises UserError for a run that has no merged model yet, or one that answers nothing."""
+        self.require_answers()
         return self.run.model if self.run is not None and self.when == "before" else model_named(self.name)
+
+    def require_answers(self) -> None:
+        if self.run is not None and self.run.algorithm.kind.scores:
+            what = "this run trains a model that scores answers and gives none, so it cannot be asked tasks"
+            advice = "runs of the method are compared with each other, by the held-out pairs that they share"
+            raise UserError(what, where=self.label, expected="runs and models that answer", advice=advice)
 
     @property
     def folder(self) -> Path:
@@ -59,28 +71,52 @@ def compare(
             task scores of the run folders count, and models are asked what the first of them was asked.
 
     Returns:
-        `{"baseline": NAME, "models": {NAME: as compare_tasks}, "runs": {NAME: {"method", "model", "outcome", "verdict",
-        "evidence"}}}`.
+        `{"baseline": NAME, "models": {NAME: as compare_tasks, with "measures": as compare_measured}, "runs": {NAME:
+        {"method", "model", "outcome", "verdict", "evidence"}}}`; `left_out` says what was not compared, and why.
 
     Raises:
-        UserError: there is nothing to compare, a run folder has not been evaluated, a task or model cannot be had.
+        UserError: nothing can be compared, a run folder has not been evaluated, a task or model cannot be had.
     """
     sides = _sides([str(model) for model in models])
+    for side in sides if tasks else ():
+        side.require_answers()
     runs = {side.label: _run_facts(side) for side in sides if side.run is not None and side.when == "after"}
     if tasks:
         settings = Evaluate(tasks=list(tasks), include_path=include_path, limit=limit, num_fewshot=num_fewshot)
-        scores = _measured(sides, settings)
+        scores, with_template = _measured(sides, settings), dict.fromkeys((side.label for side in sides), False)
     elif (include_path, limit, num_fewshot) != (None, None, None):
         raise UserError("--include-path, --limit and --num-fewshot are for --tasks", advice="name the tasks")
     else:
-        scores = _scores_of_runs(sides)
+        scores, with_template = _scores_of_runs(sides)
+    measured = {side.label: measured_by(side.folder, side.run, side.when) if side.run else {} for side in sides}
     baseline, *others = (side.label for side in sides)
-    compared = {label: compare_tasks(scores[baseline], scores[label]) for label in others if scores[label]}
-    if compared and not any(comparison["tasks"] for comparison in compared.values()):
-        label, comparison = next(iter(compared.items()))
-        reasons = "; ".join(f"{task}: {reason}" for task, reason in comparison.get("left_out", {}).items())
-        raise UserError(f"no task can be compared with those of {baseline} ({reasons})", where=label)
+    compared = {}
+    for label in others:
+        measures, reasons = compare_measured(measured[baseline], measured[label], (baseline, label))
+        facts = _compared_tasks(scores, with_template, (baseline, label))
+        compared[label] = facts | {"measures": measures, "left_out": reasons | facts.get("left_out", {})}
+    if not any(facts["measures"] or facts["tasks"] for facts in compared.values()):
+        label, facts = next(iter(compared.items()))
+        why = "; ".join(f"{what}: {reason}" for what, reason in facts["left_out"].items())
+        what = f"nothing can be compared with {baseline} ({why or 'neither has measured anything'})"
+        raise UserError(what, where=label, advice="name tasks to ask all of them (`--tasks`)")
     return {"baseline": baseline, "models": compared, "runs": runs}
+
+
+def _compared_tasks(
+    scores: Mapping[str, list[TaskScores]], with_template: Mapping[str, bool], names: tuple[str, str]
+) -> dict[str, Any]:
+    """The tasks of two of them, as `compare_tasks` has them."""
+    first, second = (scores[name] for name in names)
+    facts = compare_tasks(first, second)
+    if first and second and with_template[names[0]] != with_template[names[1]]:
+        using = next(name for name in names if with_template[name])
+        reason = f"only {using} was asked with its chat template"
+        return compare_tasks([], []) | {"left_out": {"tasks": reason}}
+    if bool(first) != bool(second):
+        reason = f"only {names[0] if first else names[1]} was asked tasks"
+        return facts | {"left_out": {"tasks": reason}}
+    return facts
 
 
 def compare_with(baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:
@@ -128,12 +164,9 @@ def _sides(names: Sequence[str]) -> list[Side]:
 
 
 def _side(name: str) -> Side:
-    """Raises UserError for a run that trains a reward model: that answers nothing."""
     side = Side(name, without_home(name), run_recipe(name))
-    if side.run is not None and side.run.algorithm.kind.scores:
-        what = "this run trains a model that scores answers and gives none, so there is nothing to compare"
-        advice = "its report says how well it tells held-out pairs apart; it can judge others (`evaluate.win_rate`)"
-        raise UserError(what, where=side.label, expected="runs and models that answer", advice=advice)
+    if side.run is not None:
+        say_changes(side.run, side.folder)
     return side
 
 
@@ -153,27 +186,32 @@ def _run_facts(side: Side) -> dict[str, Any]:
     }
 
 
-def _scores_of_runs(sides: Sequence[Side]) -> dict[str, list[TaskScores]]:
-    """What the runs have measured, and of models what they are asked now, by label; nothing where only runs are
-    compared that were asked no tasks."""
-    runs = [side for side in sides if side.run is not None]
+def _scores_of_runs(sides: Sequence[Side]) -> tuple[dict[str, list[TaskScores]], dict[str, bool]]:
+    """What the runs have measured, and of models what they are asked now, by label; and whether it was asked with the
+    chat template. Nothing where tasks were not asked."""
+    runs = {side.label: (side, side.run) for side in sides if side.run is not None}
     models = [side for side in sides if side.run is None]
-    scores = {run.label: read_scores(run.folder / "evaluation" / f"scores_{run.when}.json") for run in runs}
-    if not any(scores.values()) and not models:
-        return scores
-    if silent := next((label for label, of_run in scores.items() if not of_run), None):
-        advice = "name tasks to ask all of them (`--tasks`), or add `evaluate.tasks` to its recipe and run it again"
-        raise UserError("this run was asked no tasks", where=silent, advice=advice)
+    # What an earlier recipe asked for may still lie there.
+    scores = {
+        label: read_scores(side.folder / "evaluation" / f"scores_{side.when}.json") if run.evaluate.tasks else []
+        for label, (side, run) in runs.items()
+    }
+    with_template = {label: run.evaluate.apply_chat_template for label, (_, run) in runs.items()}
     if models:
-        settings = next((side.run.evaluate for side in runs if side.run and side.run.evaluate.tasks), None)
+        settings = next((run.evaluate for label, (_, run) in runs.items() if scores[label]), None)
         if settings is None:
             expected = "--tasks, or a run folder whose recipe has `evaluate.tasks`"
             raise UserError("nothing says what to ask the models", where=models[0].label, expected=expected)
         scores |= _measured(models, settings)
-    return scores
+        with_template |= {model.label: settings.apply_chat_template for model in models}
+    return scores, with_template
 
 
 def _measured(sides: Sequence[Side], settings: Evaluate) -> dict[str, list[TaskScores]]:
     sections = {side.label: side.section for side in sides}
     tasks = open_tasks(settings, tokenizer_of(next(iter(sections.values()))))
-    return {label: measure_model(section, tasks, settings, label) for label, section in sections.items()}
+    in_16_bits = not fits_in_float32(list(sections.values()), TOKENS)
+    return {
+        label: measure_model(section, tasks, settings, label, in_16_bits=in_16_bits)
+        for label, section in sections.items()
+    }

@@ -16,22 +16,25 @@ from prefold.files import write_json, write_jsonl
 from prefold.generation.sampling import Completion
 from prefold.runs.context import Run
 from prefold.runs.fingerprints import inputs_of
+from prefold.runs.limits import evaluated_in_16_bits
 from prefold.runs.measuring import MEASURING, Measuring, held_out_sampling
+from prefold.runs.opened import tasks_of
 from prefold.terminal import say
 
 
 def evaluate(run: Run) -> None:
-    tasks = run.open_tasks()
-    _evaluate_held_out(run)
+    tasks = tasks_of(run)
+    in_16_bits = ranks.from_first(lambda: evaluated_in_16_bits(run))
+    _evaluate_held_out(run, in_16_bits)
     if tasks:
-        _evaluate_tasks(run, tasks)
+        _evaluate_tasks(run, tasks, in_16_bits)
 
 
-def _evaluate_held_out(run: Run) -> None:
+def _evaluate_held_out(run: Run, in_16_bits: bool) -> None:
     recipe, folder = run.recipe, run.folder
     with ranks.first_ahead():
         held_out = run.checked_data().held_out
-    measuring = MEASURING[recipe.algorithm.kind](run, held_out)
+    measuring = MEASURING[recipe.algorithm.kind](run, held_out, in_16_bits)
     before, answers_before = _measured_before(run, measuring) if measuring.has_before else (None, [])
     after, answers_after = measuring.measure(recipe.model.whole(folder / "merged"), "after")
     if not ranks.is_first():
@@ -42,7 +45,8 @@ def _evaluate_held_out(run: Run) -> None:
     comparison, lines = measuring.compare(before, after)
     if lines is not None:
         write_jsonl(folder / "evaluation" / "heldout.jsonl", lines)
-    write_json(folder / "evaluation" / f"{recipe.algorithm.kind.measured}.json", comparison)
+    kept = {"weights_in_16_bits": True} if in_16_bits else {}
+    write_json(folder / "evaluation" / f"{recipe.algorithm.kind.measured}.json", {**comparison, **kept})
 
 
 def _sample(prompt: Sequence[Message], **answers: Sequence[Completion]) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def _measured_before(run: Run, measuring: Measuring) -> Any:
     settings = (recipe.model, recipe.data, recipe.algorithm.kind.data, recipe.rewards, recipe.evaluate)
     rounding = (train.seed, train.max_tokens, train.gradient_checkpointing)
     read = (run.prepared.fingerprints["held_out"], inputs_of(recipe))
-    key = repr((settings, held_out_sampling(recipe), rounding, read))
+    key = repr((settings, held_out_sampling(recipe), rounding, read, measuring.in_16_bits))
     if key in run.measured_before:
         say("  the model before training was measured for an earlier run")
     else:
@@ -66,13 +70,14 @@ def _measured_before(run: Run, measuring: Measuring) -> Any:
     return run.measured_before[key]
 
 
-def _evaluate_tasks(run: Run, tasks: Sequence[OpenTask]) -> None:
+def _evaluate_tasks(run: Run, tasks: Sequence[OpenTask], in_16_bits: bool) -> None:
     folder, settings = run.folder / "evaluation", run.recipe.evaluate
     number = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
     say(f"  {number}, chat template {'applied' if settings.apply_chat_template else 'off'}")
     trained_on = questions_in(run.prepared.train.records, tasks, settings.limit)
-    before = measure_model(run.recipe.model, tasks, settings, "before")
-    after = measure_model(run.recipe.model.whole(run.folder / "merged"), tasks, settings, "after", trained_on)
+    merged = run.recipe.model.whole(run.folder / "merged")
+    before = measure_model(run.recipe.model, tasks, settings, "before", in_16_bits=in_16_bits)
+    after = measure_model(merged, tasks, settings, "after", trained_on, in_16_bits)
     if ranks.is_first():
         write_json(folder / "scores_before.json", list(map(asdict, before)))
         write_json(folder / "scores_after.json", list(map(asdict, after)))

@@ -1,70 +1,284 @@
-"""What a run reads beside its recipe, told apart by fingerprints: a run goes on with what it began with, or not at all.
+"""What the stages of a run read beside its folder, file by file, and how it differs now, in words.
 
-Weights are too large to be read whole at every start, so of each file its size and a sample of its bytes counts: the
-whole of a small one, and of a large one its head and pieces from end to end, which any training changes.
+A stage that begins writes the digests of what it reads to `inputs.json`. What differs later belongs to another run, and
+`folder.py` says what follows. Of a model of the Hub its commit counts; a data set of the Hub shows in the tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
+from prefold.data.mixture import Prepared
 from prefold.data.preference import RowId
-from prefold.errors import UserError
-from prefold.files import without_home
-from prefold.models.fetch import fetch
-from prefold.recipe import RecipeBase
+from prefold.data.sources import named_files, read_rows
+from prefold.errors import UserError, counted
+from prefold.evaluation.task_files import task_files
+from prefold.files import digest_of, read_json, without_home, write_json
+from prefold.models.fetch import is_hub_id
+from prefold.recipe import EndpointJudge, RecipeBase, RewardBase, Rows, load_recipe
+from prefold.recipe.paths import INPUTS, run_folder, start_of_paths
 from prefold.terminal import say
+from prefold.user_code import files_of_code
 
-logger = logging.getLogger("prefold")
-
-PIECE, PIECES = 2**16, 256
-"""Bytes of a piece, and pieces of a file."""
-DATA = ("train", "held_out")
-WHOLE = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json")
-"""What makes a model or an adapter. Its tokenizer shows in the data."""
+OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+"""Weights, configuration, tokenizer, template and generation settings; also of an adapter."""
+COMMIT = "commit"
+SHOWN = 5
 
 
-def inputs_of(recipe: RecipeBase) -> dict[str, str]:
-    """Fingerprints of the base model, of the adapter to go on from and of the reward files."""
-    folders = {"base model": fetch(recipe.model.name, recipe.model.revision)}
-    if recipe.model.adapter:
-        folders["starting adapter"] = Path(recipe.model.adapter).expanduser()
-    # The same weights compute something else by another scaling of positions, or of LoRA.
-    files = {
-        name: sorted(path for pattern in WHOLE for path in folder.glob(pattern)) for name, folder in folders.items()
+@dataclass(frozen=True)
+class Input:
+    """A thing that a stage reads: what the recipe calls it, and the digest of each file by its path from `root`; no
+    files where there is nothing any more, None where that cannot be told without reading it."""
+
+    name: str
+    root: str
+    files: dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """An input that is not what a stage has read, in words."""
+
+    stage: str
+    text: str
+    is_gone: bool
+    has_failed: bool
+    """A stage stopped because of it."""
+
+
+def inputs_of(recipe: RecipeBase, start: Path | None = None) -> dict[str, dict[str, Input]]:
+    """What each stage is the first to read, by the fields that name it.
+
+    Args:
+        start: where relative paths in the user's own tasks begin; unset: here.
+    """
+    model, data, asked = recipe.model, recipe.data, recipe.evaluate
+    sources: dict[str, Sequence[Rows]]
+    sources = {"train": data.train, "eval": data.eval, "decontaminate": data.decontaminate}
+    rows = {f"data.{kind}.{i}": _rows(source) for kind, rows in sources.items() for i, source in enumerate(rows)}
+    checked = {**rows, "model": _model(model.name, model.revision)}
+    if model.adapter:
+        checked["model.adapter"] = _model(model.adapter)
+    if model.chat_template and model.chat_template != "chatml":
+        path = Path(model.chat_template).expanduser()
+        checked["model.chat_template"] = _input(model.chat_template, path.parent, [path])
+    compared, judge = asked.compare_with, asked.win_rate and asked.win_rate.judge
+    rewards = {f"rewards.{index}": _reward(reward) for index, reward in enumerate(recipe.rewards)}
+    judges = {"evaluate.win_rate": _reward(judge)} if judge else {}
+    tasks = {}
+    if asked.include_path:
+        root = Path(asked.include_path).expanduser()
+        files = task_files(root, asked.tasks, start or Path.cwd()).values()
+        tasks["evaluate.include_path"] = _input(asked.include_path, root, files)
+    return {
+        "check": checked,
+        "train": rewards,
+        "evaluate": tasks,
+        "compare": {f"evaluate.compare_with.{index}": _model(name) for index, name in enumerate(compared)},
+        "judge": judges,
     }
-    for reward in recipe.rewards:
-        if reward.file:
-            files[f"reward file {without_home(reward.file)}"] = [Path(reward.file).expanduser()]
-    return {name: _fingerprint(paths) for name, paths in files.items()}
 
 
-def require_unchanged(began: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
-    """Compare what `data.json` holds with what a check finds now. A reward may be mended under way, and that is said.
-    Raises UserError: something else differs; says what."""
-    was, now = began["fingerprint"], current["fingerprint"]
-    differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    changed = [name for name in differing if not name.startswith("reward file ")]
-    for name in differing:
-        if name not in changed:
-            text = f"the {name} is not what it was when this run began, and the run goes on with it as it is now"
-            logger.warning(text)
-            say(f"  {text}")
-    if not changed:
-        return
-    what = "the data is" if set(changed) <= set(DATA) else f"{' and '.join(changed)}: is"
-    shown = "; ".join(f"{name} was {_shown(began, name)}, is {_shown(current, name)}" for name in changed[:5])
-    advice = "restore the files, take another `output_dir`, or `--fresh` to start over"
-    raise UserError(f"{what} not what it was when this run began ({shown})", where=where, advice=advice)
+def _input(name: str, root: Path, files: Iterable[Path]) -> Input:
+    digests = {}
+    for file in files:
+        with suppress(OSError):
+            digests[os.path.relpath(file, root)] = digest_of(file)
+    return Input(without_home(name), without_home(str(root)), digests)
 
 
-def _shown(facts: Mapping[str, Any], name: str) -> str:
-    fingerprint = str(facts["fingerprint"].get(name, "not there"))
-    return f"{fingerprint} ({facts['tokens'][name]['trees']:,} rows)" if name in DATA else fingerprint
+def _rows(source: Rows) -> Input:
+    try:
+        files = [Path(str(file)) for file in named_files(source).values()]
+    except UserError:
+        return Input(without_home(source.path), "", {})
+    if not files:
+        return Input(source.path, "", None)
+    root = files[0].parent if ":" in source.path else Path(source.path).expanduser()
+    while not root.is_dir():  # a file, or a pattern of files
+        root = root.parent
+    return _input(source.path, root, files)
+
+
+def _model(name: str, revision: str | None = None) -> Input:
+    path = Path(name).expanduser()
+    if (path / "recipe.yaml").is_file():
+        path /= "merged"
+    if path.is_dir():
+        return _input(name, path, sorted(file for pattern in OF_A_MODEL for file in path.glob(pattern)))
+    if path.is_file():
+        return _input(name, path.parent, [path])
+    if name.startswith("pypi:"):  # of a version whose digest is known
+        return Input(name, "", None)
+    config = try_to_load_from_cache(name, "config.json", revision=revision) if is_hub_id(name) and "/" in name else None
+    return Input(name, "", {COMMIT: Path(config).parent.name} if isinstance(config, str) else None)
+
+
+def _reward(reward: RewardBase | EndpointJudge) -> Input:
+    if isinstance(reward, EndpointJudge):
+        return Input(reward.model, "", None)
+    if reward.file:
+        path = Path(reward.file).expanduser()
+        return _input(reward.file, path.parent, files_of_code(path))
+    return _model(reward.settings["model"]) if "model" in reward.settings else Input(reward.name, "", None)
+
+
+# ---- the record -------------------------------------------------------------------------------------------------
+
+
+def record_inputs(folder: Path, recipe: RecipeBase, stage: str, ended: bool = False) -> None:
+    """Write down what a stage reads, as it begins; once it has `ended`, what it had to fetch first as well. A reward
+    that has been mended is what the run goes on with."""
+    record, inputs = _record(folder), inputs_of(recipe)
+    known = {field: read.files for field, read in inputs.get(stage, {}).items() if read.files}
+    read = {**record["read"], stage: {**known, **(record["read"].get(stage, {}) if ended else {})}}
+    if not ended and record["failed"]:
+        mended = {field: reward.files for field, reward in inputs["train"].items() if field in record["failed"]}
+        read["train"] = {**read.get("train", {}), **mended}
+        record["failed"] = []
+    write_json(folder / INPUTS, {**record, "read": read})
+
+
+def record_failure(folder: Path, recipe: RecipeBase, error: UserError) -> None:
+    """Write down which reward file the error of a stage names: that one may be mended."""
+    failed = [
+        f"rewards.{index}"
+        for index, reward in enumerate(recipe.rewards)
+        if reward.file and error.where.startswith(without_home(reward.file))
+    ]
+    if failed:
+        write_json(folder / INPUTS, {**_record(folder), "failed": failed})
+
+
+def record_start(folder: Path) -> Path:
+    """Write down where the relative paths of the run begin, and return it."""
+    start = start_of_paths(folder)
+    where = {"paths_from": without_home(str(start)), "to_it": os.path.relpath(start, folder.resolve())}
+    record = _record(folder)
+    if record != {**record, **where}:
+        write_json(folder / INPUTS, {**record, **where})
+    return start
+
+
+def files_read(folder: Path, stage: str, field: str) -> dict[str, str]:
+    """Digests of the files that a stage has read for a field of the recipe; empty where that is not known."""
+    read: dict[str, str] = _record(folder)["read"].get(stage, {}).get(field, {})
+    return read
+
+
+def is_commit_of(folder: Path, revision: Any) -> bool:
+    """Whether this is the commit of the base model that the run has read."""
+    commit = files_read(folder, "check", "model").get(COMMIT)
+    return commit is not None and bool(commit == revision)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    before = {}
+    with suppress(OSError, ValueError):
+        before = read_json(folder / INPUTS)
+    return {"paths_from": "", "to_it": "", "read": {}, "failed": [], **before}
+
+
+# ---- what has changed -------------------------------------------------------------------------------------------
+
+
+def changes(recipe: RecipeBase, folder: Path) -> list[Change]:
+    """What differs from what the stages have read, by the stage that was the first to read it."""
+    record, found = _record(folder), []
+    for stage, inputs in inputs_of(recipe, start_of_paths(folder)).items():
+        for field, now in inputs.items():
+            was = record["read"].get(stage, {}).get(field)
+            if not was or was == now.files or (now.files is None and COMMIT in was):
+                continue
+            is_gone = not now.files
+            text = f"{now.name} is not there any more" if is_gone else _in_words(field, was, now, recipe, folder)
+            found.append(Change(stage, text, is_gone, field in record["failed"]))
+    return found
+
+
+def _in_words(field: str, was: Mapping[str, str], now: Input, recipe: RecipeBase, folder: Path) -> str:
+    files = now.files or {}
+    if COMMIT in was and COMMIT in files:
+        text = f"{now.name}: commit {was[COMMIT][:7]} when this run read it, {files[COMMIT][:7]} now"
+        return f"{text}; `model.revision={was[COMMIT]}` names the former" if field == "model" else text
+    if COMMIT in was or COMMIT in files:
+        return f"{now.name} is another model than the one that this run read"
+    if len(was) == len(files) == 1 and (rows := _rows_in_words(field, recipe, folder)):
+        return f"{now.name}{rows}"
+    by_fate = {
+        ("has changed", "have changed"): [name for name in was if name in files and files[name] != was[name]],
+        ("is gone", "are gone"): [name for name in was if name not in files],
+        ("is new", "are new"): [name for name in files if name not in was],
+    }
+    parts = [f"{_listed(now.root, names)} {fate[len(names) > 1]}" for fate, names in by_fate.items() if names]
+    return "; ".join(parts)
+
+
+def _rows_in_words(field: str, recipe: RecipeBase, folder: Path) -> str:
+    """How many rows a source of data had and has; empty for other inputs, and where it is not known."""
+    train, held_out = recipe.data.train, recipe.data.eval
+    names = [f"data.train.{i}" for i in range(len(train))] + [f"data.eval.{i}" for i in range(len(held_out))]
+    if field not in names:
+        return ""
+    with suppress(OSError, ValueError, LookupError, UserError):
+        source = [*train, *held_out][names.index(field)]
+        before = int(read_json(folder / "data.json")["sources"][names.index(field)]["rows_in"])
+        after = sum(1 for _ in read_rows(source))
+        if before == after:
+            return f" has other rows than when this run read it, {before:,} as before"
+        return f": {counted(before, 'row')} when this run read it, {after:,} now"
+    return ""
+
+
+def _listed(root: str, names: Sequence[str]) -> str:
+    shown = [os.path.normpath(os.path.join(root, name)) for name in names[:SHOWN]]
+    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    *first, last = [*shown, *more]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def require_unchanged(recipe: RecipeBase, folder: Path) -> None:
+    """Raises UserError: what a stage was about to go on with is no longer what the check has read. A model of the Hub,
+    say, which has been fetched anew."""
+    texts = [change.text for change in changes(recipe, folder) if change.stage == "check" and not change.is_gone]
+    if texts:
+        what = "\n  ".join(["holds a run whose inputs have changed since it began:", *texts[:SHOWN]])
+        advice = "restore them, take another `output_dir`, or `--fresh` to remove that run and start over"
+        raise UserError(what, where=recipe.output_dir, advice=advice)
+
+
+def require_same_tokens(began: Mapping[str, Any], prepared: Prepared, where: str) -> None:
+    """Raises UserError: the same files give other examples than they did in `data.json`."""
+    now = {"train": prepared.report.train.trees, "held_out": prepared.report.held_out.trees}
+    for split, fingerprint in prepared.fingerprints.items():
+        if fingerprint != began["fingerprint"].get(split):
+            then = began["tokens"][split]["trees"]
+            what = f"the {split.replace('_', '-')} examples are not those that this run began with, though no file of "
+            what += f"theirs has changed: {then:,} then, {now[split]:,} now"
+            advice = "a data set of the Hub has changed, or prefold or one of its libraries: go back to what it was, "
+            raise UserError(what, where=where, advice=f"{advice}take another `output_dir`, or `--fresh` to start over")
+
+
+def say_changes(recipe: RecipeBase, folder: Path) -> None:
+    """What is shown of a run is of what it has read, whatever that is by now."""
+    if changed := changes(recipe, folder):
+        say(f"{without_home(str(folder))}: made of inputs that are no longer what they were")
+    for change in changed[:SHOWN]:
+        say(f"  {change.text}")
+
+
+def say_changes_of(name: str) -> None:
+    """The same for a model by name, if that is a run folder."""
+    if folder := run_folder(name):
+        say_changes(load_recipe(name), folder)
 
 
 def row_list(rows: Sequence[RowId]) -> str:
@@ -73,19 +287,3 @@ def row_list(rows: Sequence[RowId]) -> str:
     for row in rows:
         by_source.setdefault(row.source, []).append(row.row)
     return "; ".join(f"{source} {', '.join(map(str, sorted(numbers)))}" for source, numbers in by_source.items())
-
-
-def _fingerprint(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            starts: Sequence[int] = range(0, size, PIECE)
-            if len(starts) > PIECES:
-                starts = [number * (size - PIECE) // (PIECES - 1) for number in range(PIECES)]
-            with path.open("rb") as opened:
-                for start in starts:
-                    opened.seek(start)
-                    digest.update(opened.read(PIECE))
-    return digest.hexdigest()[:12]

@@ -1,48 +1,61 @@
-"""The folder of a run: opened by one process at a time, with its log, for the recipe that it was begun with."""
+"""The folder of a run: opened by one process at a time, with its log, for a recipe and for what that reads. What has
+changed of either since is said, and the stages that depend on it are done again; but what was trained is not removed
+unless that is asked for.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prefold.errors import UserError
+from prefold.errors import Explained, UserError
 from prefold.files import locked, remove, remove_left_over, require_writable, write_text
 from prefold.recipe import RecipeBase, as_dict, dump_recipe
+from prefold.recipe.paths import INPUTS, start_of_paths, with_paths_from
+from prefold.runs.fingerprints import SHOWN, Change, changes, is_commit_of, record_start, say_changes
 from prefold.runs.stages import Stage, stages_of
+from prefold.terminal import say
+from prefold.training.checkpoints import checkpoints_in, step_of
 
 # The recipe last: without it a folder is not known for a run's any more.
 RECORDS = (
-    *("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json", "gguf", "publish.json"),
-    *("timing.jsonl", "run.log", "trained", "adapter", "recipe.yaml"),
+    *("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json", "gguf", "publish.json", "trackers.json"),
+    *("timing.jsonl", "run.log", "trained", "adapter", INPUTS, "recipe.yaml"),
 )
 """What `--fresh` removes beside the outputs of the stages."""
 
 
 @contextmanager
-def open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True) -> Iterator[Path]:
+def open_run_folder(
+    recipe: RecipeBase, fresh: bool = False, alone: bool = True, only: str | None = None
+) -> Iterator[Path]:
     """The run folder, ready for this recipe; the log goes to its `run.log` meanwhile.
 
     Args:
         fresh: remove what an earlier run left in it.
         alone: what is done in it cannot be done beside another process: two would write the same lines.
+        only: the stage that is performed by itself. A report is of the run as it is, and changes nothing else.
 
     Raises:
         UserError: it cannot be written to, another process is at work in it, or it holds something else. A recipe that
             is refused leaves no folder that was not there.
     """
     folder = recipe.run_folder
+    if only == "report" and not (folder / "recipe.yaml").is_file():
+        raise UserError("there is no run in this folder", where=recipe.output_dir, advice="`prefold run` makes it")
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     before = set(folder.iterdir()) if folder.is_dir() else set()
-    require_writable(folder)
+    require_writable(folder, "change its permissions, or name a copy of it" if folder / "recipe.yaml" in before else "")
     try:
-        with _opened(recipe, folder, fresh, alone):
+        with _opened(recipe, folder, fresh, alone, only):
             yield folder
-    except UserError:
+    except Explained:
         if folder / "recipe.yaml" not in before and not (folder / "data.json").exists():
             # Refused at its first stage: nothing of it is to be left.
             for path in set(folder.iterdir()) - before:
@@ -54,13 +67,20 @@ def open_run_folder(recipe: RecipeBase, fresh: bool = False, alone: bool = True)
 
 
 @contextmanager
-def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool) -> Iterator[None]:
+def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool, only: str | None) -> Iterator[None]:
     with locked(folder, recipe.output_dir) if alone else nullcontext():
-        _make_ready(recipe, folder, fresh)
+        remove_left_over(folder)
+        if any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+            what = "is neither empty nor a run folder"
+            raise UserError(what, where=recipe.output_dir, advice="choose another `output_dir`")
+        if only == "report":
+            _say_of_what_it_is(recipe, folder)
+        else:
+            _make_ready(recipe, folder, fresh, only)
+        logger = logging.getLogger("prefold")
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk has a message of its own
-        logger = logging.getLogger("prefold")
         logger.addHandler(handler)
         try:
             yield
@@ -69,51 +89,126 @@ def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool) -> Itera
             handler.close()
 
 
-def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool) -> None:
-    remove_left_over(folder)
-    if any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
-        what = "is neither empty nor a run folder"
-        raise UserError(what, where=recipe.output_dir, advice="choose another `output_dir`")
-    if fresh:
-        for stage in stages_of(recipe):
-            stage.remove_outputs(folder)
-        for name in RECORDS:
-            remove(folder / name)
-    for stage in outdated_stages(recipe, folder):
+def _say_of_what_it_is(recipe: RecipeBase, folder: Path) -> None:
+    for difference in [*_differences(recipe, folder).values()][:SHOWN]:
+        say(f"  {difference}; the report is of the run as it was")
+    say_changes(recipe, folder)
+
+
+def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None) -> None:
+    """Remove what is outdated, and write down the recipe."""
+    stages = stages_of(recipe)
+    for stage in stages if fresh else ():
         stage.remove_outputs(folder)
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    for name in RECORDS if fresh else ():
+        remove(folder / name)
+    changed = changes(recipe, folder)
+    if only == "publish":  # what goes out is what was made
+        say_changes(recipe, folder)
+        changed = []
+    outdated = _outdated(recipe, folder, changed)
+    again = {stage.name: why for stage, why in outdated.items() if any((folder / it).exists() for it in stage.outputs)}
+    before = list(takewhile(lambda name: name != only, (stage.name for stage in stages))) if only else []
+    if earlier := next((name for name in before if name in again), None):
+        what = f"`{only}` needs what `{earlier}` leaves, and that is out of date:{_listed(again[earlier])}"
+        raise UserError(what, where=recipe.output_dir, advice="`prefold run` does it again")
+    if names := [name for name in again if name != only]:
+        say("\n  ".join([f"out of date: {', '.join(names)}", *again[names[-1]][:SHOWN]]))
+    for stage in outdated:
+        stage.remove_outputs(folder)
+    for change in changed:
+        if change.is_gone:
+            say(f"  {change.text}; what was made of it is kept")
+        elif change.has_failed:
+            say(f"  {change.text}; that reward failed, and the run goes on with it as it is now")
+    # The run's relative paths may begin elsewhere than here.
+    start = None if record_start(folder) == Path.cwd() else Path.cwd()
+    write_text(folder / "recipe.yaml", dump_recipe(recipe, start))
 
 
 def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
-    """The stages whose outputs in a run folder a changed recipe would make differently. Raises UserError: training has
-    begun with other settings."""
-    if not (folder / "recipe.yaml").is_file():
-        return []
-    old = _by_dotted_path(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    new = _by_dotted_path(as_dict(recipe))
-    changed = sorted(
-        name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name != "output_dir"
-    )
-    # Who judges, or is asked beside them, is no part of the evaluation of the run's own models.
-    apart = ("evaluate.compare_with", "evaluate.win_rate")
-    sections = {name.split(".")[1 if name.startswith(apart) else 0] for name in changed}
-    outdated: list[Stage] = []
+    """The stages whose outputs in a run folder would come out differently: by the recipe, or by what it names. Raises
+    UserError: training has begun with others."""
+    return list(_outdated(recipe, folder, changes(recipe, folder)))
+
+
+def _outdated(recipe: RecipeBase, folder: Path, changed: Sequence[Change]) -> dict[Stage, list[str]]:
+    """These stages, each with all that it depends on and that has changed, in words."""
+    different = _differences(recipe, folder)
+    outdated: dict[Stage, list[str]] = {}
+    settings: list[str] = []
+    of_inputs: list[str] = []
     for stage in stages_of(recipe):
-        if not (outdated or sections.intersection(stage.sections)):
+        read = [change for change in changed if change.stage == stage.name]
+        of_inputs += [change.text for change in read if not (change.is_gone or change.has_failed)]
+        settings += [text for field, text in different.items() if _section(field) in stage.sections]
+        if not (settings or of_inputs):
             continue
-        outdated.append(stage)
-        has_checkpoints = any((folder / "checkpoints").glob("checkpoint-*"))
-        if stage.name == "train" and (stage.is_done(folder) or has_checkpoints):
-            shown = "; ".join(f"`{name}` was {old.get(name)!r}, is {new.get(name)!r}" for name in changed[:5])
-            what = f"holds a run that was trained with other settings: {shown}"
-            advice = "take another `output_dir`, or `--fresh` to remove that run and start over"
-            raise UserError(what, where=recipe.output_dir, advice=advice)
+        outdated[stage] = settings + of_inputs
+        if stage.name == "train":
+            _require_untrained(recipe, folder, stage, settings, of_inputs)
     return outdated
 
 
+def _require_untrained(
+    recipe: RecipeBase, folder: Path, train: Stage, settings: Sequence[str], of_inputs: Sequence[str]
+) -> None:
+    is_done, at = train.is_done(folder), max(map(step_of, checkpoints_in(folder / "checkpoints")), default=0)
+    if not (is_done or at):
+        return
+    advice = "take another `output_dir`, or `--fresh` to remove that run and start over"
+    if settings:
+        what = f"holds a run that was trained with other settings:{_listed(settings)}"
+    else:
+        when = "it was trained" if is_done else f"it began; it is at step {at}"
+        what = f"holds a run whose inputs have changed since {when}:{_listed(of_inputs)}"
+        advice = f"restore them, {advice}"
+    raise UserError(what, where=recipe.output_dir, advice=advice)
+
+
+def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:
+    """The fields of the recipe that are not as the run folder has them, in words; paths that lead to the same are."""
+    if not (folder / "recipe.yaml").is_file():
+        return {}
+    was: Any = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    now, start = as_dict(recipe), start_of_paths(folder)
+    old, new = _by_dotted_path(was), _by_dotted_path(now)
+    led, leads = _by_dotted_path(with_paths_from(start, was)), _by_dotted_path(with_paths_from(Path.cwd(), now))
+    # Of a section or source that is only in one of them, what is set.
+    names = [
+        name for name in old.keys() | new.keys() if (name in old and name in new) or old.get(name) or new.get(name)
+    ]
+    return {
+        name: f"`{name}` was {_shown(name, old)}, is {_shown(name, new)}"
+        for name in sorted(names, key=lambda name: (name != "method", name))
+        if old.get(name) != new.get(name)
+        and led.get(name) != leads.get(name)
+        and name != "output_dir"
+        and not (name == "model.revision" and is_commit_of(folder, new.get(name)))
+    }
+
+
+def _shown(name: str, values: Mapping[str, Any]) -> str:
+    return repr(values[name]) if name in values else "not there"
+
+
+def _section(field: str) -> str:
+    # Who judges, or is asked beside them, is no part of the evaluation of the run's own models.
+    apart = ("evaluate.compare_with", "evaluate.win_rate")
+    return field.split(".")[1 if field.startswith(apart) else 0]
+
+
+def _listed(reasons: Sequence[str]) -> str:
+    if len(reasons) == 1:
+        return f" {reasons[0]}"
+    more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+    return "".join(f"\n  {reason}" for reason in [*reasons[:SHOWN], *more])
+
+
 def _by_dotted_path(values: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings."""
-    if not isinstance(values, dict) or not values:
+    """The leaves of nested mappings and lists."""
+    if not isinstance(values, dict | list) or not values:
         return {path: values}
-    inner = [_by_dotted_path(value, f"{path}.{key}".lstrip(".")) for key, value in values.items()]
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    inner = [_by_dotted_path(value, f"{path}.{key}".lstrip(".")) for key, value in items]
     return {name: leaf for leaves in inner for name, leaf in leaves.items()}

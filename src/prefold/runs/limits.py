@@ -1,5 +1,5 @@
-"""What of a recipe does not go with its model, its data or its own steps: what cannot be computed is refused, and of
-what can be, but is hardly meant, there is a finding.
+"""What of a recipe does not go with its model, its data, its own steps or the memory at hand: what cannot be computed
+is refused, and of what can be, but is hardly meant, there is a finding.
 """
 
 from __future__ import annotations
@@ -9,14 +9,21 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from prefold import memory
 from prefold.data.chat import render
 from prefold.data.examples import Examples
 from prefold.data.findings import ROWS_SHOWN, Finding
 from prefold.data.preference import RowId, Unfit
 from prefold.errors import UserError, first_line
+from prefold.files import read_json
+from prefold.models.device import choose_device
 from prefold.models.gate import beyond_rows, require_positions, rotary_positions
+from prefold.plan.machine import Machine
+from prefold.plan.plan import Plan
+from prefold.plan.planner import make_plan
 from prefold.runs.context import Run
 from prefold.runs.measuring import evaluation_prompts
+from prefold.runs.opened import order_of
 from prefold.training.loop import StepOrder
 from prefold.trees.attention import unwrapped
 from prefold.trees.logprobs import router_coefficient
@@ -32,6 +39,52 @@ def examined(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
     for examples in (prepared.train, prepared.held_out):
         _require_known_tokens(run, examples, model.config.get_text_config().vocab_size)
     return [*_about_positions(run, model), *_about_steps(run, len(order)), *_about_objective(run, model)]
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+PHASES = {
+    "train": ("load", "self-check", "train", "rollouts"),
+    "merge": ("merge",),
+    "evaluate": ("evaluate",),
+}
+"""Of the plan, by the stage that they belong to."""
+ENOUGH = 3
+"""Times a planned peak; settings that may have changed since then do not change it by more."""
+
+
+def plan_of(run: Run, device_memory: int | None = None, measure: bool = False) -> Plan:
+    train, held_out = run.prepared.train.lengths, run.prepared.held_out.lengths
+    return make_plan(run.recipe, train, held_out, order_of(run.recipe, len(train)), device_memory, measure)
+
+
+def evaluated_in_16_bits(run: Run) -> bool:
+    """Whether float32 weights do not fit where this run's models are evaluated."""
+    return not _is_ample(run) and plan_of(run).in_16_bits
+
+
+def _is_ample(run: Run) -> bool:
+    """Whether the plan that the run began with leaves no doubt, so that none need be made anew."""
+    path = run.folder / "data.json"
+    plan = read_json(path).get("plan") if path.is_file() else None
+    machine = Machine.here(choose_device().type)
+    return plan is not None and plan["device"] == machine.device and machine.memory >= ENOUGH * plan["peak"]
+
+
+def require_memory(run: Run, stage: str) -> None:
+    """Raises UserError: the stage needs more memory than is at hand now. Devices over which a model is spread are not
+    known well enough for that."""
+    if stage not in PHASES or _is_ample(run):
+        return
+    plan = plan_of(run)
+    needed = max(size for phase, size in plan.peaks.items() if phase in PHASES[stage])
+    if not plan.spread:
+        where = f"{run.recipe.output_dir}, `{stage}`"
+        memory.require(where, needed, plan.at_hand, plan.advice())
+        memory.require(where, plan.host, memory.available())
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
 
 
 def _require_known_tokens(run: Run, examples: Examples, rows: int) -> None:

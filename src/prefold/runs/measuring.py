@@ -6,9 +6,12 @@ as in training, and a model that gives scores by the scores of pairs.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from hashlib import blake2b
 from typing import Any, ClassVar
 
 from torch import nn
@@ -29,14 +32,16 @@ from prefold.evaluation.held_out_pairs import (
 )
 from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
 from prefold.generation.engine import answer, sample
+from prefold.generation.opening import open_model
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import seed_of
 from prefold.models.adapters import load_start
-from prefold.models.device import choose_device
-from prefold.models.load import load_model, tokenizer_of
+from prefold.models.load import load_model
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Model, RecipeBase
 from prefold.rewards.scoring import Group, column_names, scored_groups
-from prefold.runs.context import Run, head_seed_of, loaded_rewards, scorer_of
+from prefold.runs.context import Run
+from prefold.runs.opened import head_seed_of, loaded_rewards, scorer_of
 from prefold.terminal import progress_bar
 from prefold.training.sampled_trees import sampling_of
 from prefold.trees.memory import free_memory
@@ -56,20 +61,28 @@ class Measuring(ABC):
     metric: ClassVar[str] = "accuracy"
     has_before: ClassVar[bool] = True
 
-    def __init__(self, run: Run, held_out: Examples):
-        self.recipe, self.held_out = run.recipe, held_out
+    def __init__(self, run: Run, held_out: Examples, in_16_bits: bool = False):
+        self.recipe, self.held_out, self.in_16_bits = run.recipe, held_out, in_16_bits
         self.prompts, self.given = evaluation_prompts(run.recipe, held_out)
 
     def measure(self, section: Model, when: str) -> tuple[Any, Answers]:
         """What held-out data say of a model, and its answers. The model is released afterwards."""
         recipe = self.recipe
-        model, tokenizer = load_start(section, dtype=measuring_dtype()), tokenizer_of(section)
+        model, tokenizer = self.open(section), tokenizer_of(section)
         result, template = self.score(model, tokenizer, when), recipe.data.template
         sampling = Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)
         answers = answer(model, tokenizer, self.prompts, sampling, f"answers {when}", None, template, self.given)
         del model
         free_memory()
         return result, answers
+
+    @property
+    def keys(self) -> list[str]:
+        """Of what is held out, equal for equal pairs or prompts in whatever run."""
+        return [key.hex() for key in self.held_out.record_keys]
+
+    def open(self, section: Model, load: Callable[..., PreTrainedModel] = load_start) -> PreTrainedModel:
+        return open_model(section, "`evaluate`", measured=True, in_16_bits=self.in_16_bits, load=load)
 
     @abstractmethod
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> Any: ...
@@ -90,22 +103,38 @@ class PairsByLogprobs(Measuring):
     def compare(self, before: PairScores | None, after: PairScores | None) -> Comparison:
         if before is None or after is None:
             return {"pairs": 0}, None
-        return compare_pairs(before, after, self.recipe.algorithm.reward_scale), by_pair(after.means, before.means)
+        lines = by_pair(self.keys, after.means, before.means)
+        return compare_pairs(before, after, self.recipe.algorithm.reward_scale), lines
 
 
 class MatchedPairs(PairsByLogprobs):
     """Each desirable completion with an undesirable one."""
 
-    def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
+    @property
+    def matches(self) -> list[tuple[int, int]]:
         labels = [record.label for record in self.held_out.records if isinstance(record, Unpaired)]
-        matches = match(self.held_out.prompt_keys, labels)
-        if not matches:
+        return match(self.held_out.prompt_keys, labels)
+
+    @property
+    def keys(self) -> list[str]:
+        keys = super().keys
+        return [f"{keys[desirable]}-{keys[undesirable]}" for desirable, undesirable in self.matches]
+
+    def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
+        if not self.matches:
             return None
-        return score_pairs(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, label, matches)
+        return score_pairs(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, label, self.matches)
 
 
 class PromptsByRewards(Measuring):
     metric = "reward"
+
+    @property
+    def keys(self) -> list[str]:
+        """What rewards read beside a prompt is a part of it."""
+        columns = (json.dumps(prompt.columns, sort_keys=True, default=str) for prompt in prompts_of(self.held_out))
+        keys = zip(super().keys, columns, strict=True)
+        return [blake2b(f"{key} {read}".encode(), digest_size=16).hexdigest() for key, read in keys]
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> list[Group]:
         """Rewards of a completion of each held-out prompt, sampled as in training."""
@@ -122,7 +151,7 @@ class PromptsByRewards(Measuring):
         return ranks.from_first(lambda: scored_groups(rewards, prompts, completions, columns))
 
     def compare(self, before: Sequence[Group], after: Sequence[Group]) -> Comparison:
-        return compare_rewards(before, after), by_prompt(before, after)
+        return compare_rewards(before, after), by_prompt(self.keys, before, after)
 
 
 class PairsByHead(PairsByLogprobs):
@@ -133,7 +162,7 @@ class PairsByHead(PairsByLogprobs):
     def measure(self, section: Model, when: str) -> tuple[PairScores | None, Answers]:
         if not self.held_out:
             return None, []
-        model = load_model(section, dtype=measuring_dtype(), head_seed=head_seed_of(self.recipe))
+        model = self.open(section, partial(load_model, head_seed=head_seed_of(self.recipe)))
         scores = self.pair_scores(model, "held-out pairs")
         del model
         free_memory()
@@ -142,7 +171,7 @@ class PairsByHead(PairsByLogprobs):
     def compare(self, before: PairScores | None, after: PairScores | None) -> Comparison:
         if after is None:
             return {"pairs": 0, "chance": {"accuracy": CHANCE}}, None
-        return against_chance(after), by_pair(after.sums)
+        return against_chance(after), by_pair(self.keys, after.sums)
 
 
 MEASURING: dict[Kind, type[Measuring]] = {
@@ -151,11 +180,6 @@ MEASURING: dict[Kind, type[Measuring]] = {
     SAMPLED: PromptsByRewards,
     SCORING: PairsByHead,
 }
-
-
-def measuring_dtype() -> str | None:
-    """On a CPU float32 costs little and keeps rounding out of the comparison."""
-    return "float32" if choose_device().type == "cpu" else None
 
 
 def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> tuple[list[list[Message]], list[dict[str, Any]]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from prefold.files import write_json
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.load import load_model, tokenizer_of
-from prefold.models.merge import merge_adapter, merge_dtype, remarks, save_and_check
+from prefold.models.merge import compared, merge_adapter, merge_dtype, remarks
 from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Model
-from prefold.runs.context import Run, head_seed_of, sample_trees
+from prefold.runs.context import Run
+from prefold.runs.opened import head_seed_of, sample_trees
 from prefold.terminal import say
 
 
@@ -17,18 +18,16 @@ def merge(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
     trees = sample_trees(run.checked_data().train)
     tokenizer = tokenizer_of(recipe.model)  # one of its own, since its padding may change
-    rows, prompts = [sum(tree.completions[:1], tree.prompt) for tree in trees], [tree.prompt for tree in trees]
     if recipe.algorithm.kind.scores:
-        rows, prompts = [tree.prompt + ids for tree in trees for ids in tree.completions], []
+        rows = compared([tree.prompt + ids for tree in trees for ids in tree.completions])
         pad_apart(tokenizer, {row[-1] for row in rows})
+    else:
+        rows = compared([sum(tree.completions[:1], tree.prompt) for tree in trees])
     computed = choose_dtype(recipe.model.dtype, choose_device())
     dtype, seed = str(merge_dtype(recipe, computed)).removeprefix("torch."), head_seed_of(recipe)
-    if recipe.lora == "none":
-        trained = load_model(Model(name=str(folder / "trained")), dtype=dtype, head_seed=seed)
-        result = save_and_check(trained, folder / "merged", tokenizer, rows, prompts)
-    else:
-        adapter, merged = folder / "adapter", folder / "merged"
-        result = merge_adapter(recipe.model, adapter, merged, tokenizer, rows, dtype, prompts, seed)
+    whole = recipe.lora == "none"
+    base, adapter = (Model(name=str(folder / "trained")), None) if whole else (recipe.model, folder / "adapter")
+    result = merge_adapter(base, adapter, folder / "merged", tokenizer, rows, dtype, seed)
     for remark in remarks(result):
         say(f"  {remark}")
     write_json(folder / "merge.json", {**result, "provenance": provenance(recipe.model, recipe.data)})

@@ -13,16 +13,21 @@ from pathlib import Path
 
 from prefold.evaluation.win_rate import measure_win_rate
 from prefold.files import read_jsonl, remove, write_json
+from prefold.models.fetch import fetch, weight_files
 from prefold.publishing.publish import publish_run, require_section
 from prefold.recipe import RecipeBase
 from prefold.reports.card import write_card
 from prefold.reports.page import write_report
-from prefold.runs import check as checking
+from prefold.reports.plan import in_two_lines
 from prefold.runs import evaluate as evaluating
 from prefold.runs import merge as merging
 from prefold.runs import train as training
+from prefold.runs.check import CheckReport, examine
 from prefold.runs.comparison import compare_with, read_scores
 from prefold.runs.context import Run
+from prefold.runs.environment import environment
+from prefold.runs.opened import judge_of, require_usable
+from prefold.terminal import say
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     judged = Stage("judge", ("evaluation/win_rate.json",), ("win_rate",), _judge)
     published = Stage("publish", ("publish.json",), ("publish",), _publish)
     return [
-        Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), checking.check),
+        Stage("check", ("data.json", "environment.json"), ("method", "model", "data"), _check),
         Stage("train", (trained,), ("lora", "train", "rewards", recipe.method), training.train, shared=True),
         Stage("merge", ("merged", "merge.json"), ("merge",), merging.merge),
         # Models that are sharded for training may be too large for a copy in each process.
@@ -67,6 +72,28 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     ]
 
 
+def examined(run: Run) -> CheckReport:
+    """What the run would be, if it can be one, its base model fetched. Errors: see `examine`."""
+    model = run.recipe.model
+    if not weight_files(fetch(model.name, model.revision, weights=False)):
+        require_usable(run.recipe)  # as far as it can be known before weights are downloaded
+        fetch(model.name, model.revision)
+    report = examine(run)
+    report.require_ok("this", "`prefold check` shows it all")
+    return report
+
+
+def _check(run: Run) -> None:
+    report = examined(run)
+    for finding in report.prepared.report.findings:
+        if finding.severity == "warning":
+            say(f"  warning: {finding.message}")
+    for line in in_two_lines(report.plan.as_json()):
+        say(f"  {line}")
+    write_json(run.folder / "environment.json", environment())
+    write_json(run.folder / "data.json", report.as_json())
+
+
 def _compare(run: Run) -> None:
     folder, settings = run.folder / "evaluation", run.recipe.evaluate
     compared = compare_with(read_scores(folder / "scores_before.json"), settings)
@@ -74,7 +101,7 @@ def _compare(run: Run) -> None:
 
 
 def _judge(run: Run) -> None:
-    win_rate = measure_win_rate(run.open_judge(), read_jsonl(run.folder / "samples.jsonl"))
+    win_rate = measure_win_rate(judge_of(run), read_jsonl(run.folder / "samples.jsonl"))
     write_json(run.folder / "evaluation" / "win_rate.json", win_rate)
 
 

@@ -23,8 +23,7 @@ import numpy as np
 from prefold import ranks
 from prefold.errors import StageError, UserError
 from prefold.evaluation.best_of_many import best_of_many
-from prefold.evaluation.held_out_pairs import CHANCE
-from prefold.evaluation.paired import LEVEL, holm
+from prefold.evaluation.paired import beyond_half, estimate
 from prefold.files import (
     read_json,
     read_jsonl,
@@ -256,51 +255,48 @@ def _write(
 
 
 def _held_out(point: Point) -> dict[str, Any] | None:
-    """What a finished run measured, under the names that a task's facts have; None if it could measure nothing."""
+    """What a finished run measured; None if it could measure nothing."""
     folder, kind = point.recipe.run_folder / "evaluation", point.recipe.algorithm.kind
     metric = MEASURING[kind].metric
     comparison = read_json(folder / f"{kind.measured}.json")
     if "after" not in comparison or not (folder / "heldout.jsonl").is_file():
         return None
-    before, after, difference = (comparison.get(name, {}) for name in ("before", "after", "difference"))
-    chance = comparison.get("chance")
+    before, after = (comparison.get(name, {}) for name in ("before", "after"))
+    lines = read_jsonl(folder / "heldout.jsonl")
     return {
         "before": before.get(metric),
         "after": after[metric],
         "after_ci": after[f"{metric}_ci"],
         "margin": after.get("margin"),
-        "difference": after[metric] - CHANCE if chance else difference[metric],
-        "ci": difference.get("ci"),
-        "p_value": (chance or difference)["p_value"],
         "shares": metric == "accuracy",
-        "by_unit": [line["after"] for line in read_jsonl(folder / "heldout.jsonl")],
+        # A prompt may lack a reward.
+        "by_unit": {when: np.array([line.get(when) for line in lines], dtype=float) for when in ("before", "after")},
     }
 
 
 def _compared(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is said of all runs together; what is said of each is added to it, and its single values are taken out."""
-    values = {name: np.array(facts.pop("by_unit"), dtype=float) for name, facts in measured.items()}
-    # A prompt may lack a reward in some run.
+    """What is said of all runs together; what is said of each is added to it, and its single values are taken out.
+    Every run is compared with the model before training, a model that scores answers with chance."""
+    units = {name: facts.pop("by_unit") for name, facts in measured.items()}
+    values = {name: of_run["after"] for name, of_run in units.items()}
     known = ~np.isnan(np.stack(list(values.values()))).any(axis=0)
     if not known.any():
         return {"best": None}
-    ranked = best_of_many(
-        {name: of_run[known] for name, of_run in values.items()},
-        {name: facts["margin"] or 0.0 for name, facts in measured.items()},
-    )
-    adjusted = holm({name: facts["p_value"] for name, facts in measured.items()})
-    for name, facts in measured.items():
-        verdict = "no difference shown"
-        if adjusted[name] < LEVEL and facts["difference"]:
-            verdict = "better" if facts["difference"] > 0 else "worse"
-        facts |= {"p_adjusted": adjusted[name], "verdict": verdict, **ranked["runs"][name]}
     shares = next(iter(measured.values()))["shares"]
+    unit = "pair" if shares else "prompt"
+    ranked = best_of_many({name: of_run[known] for name, of_run in values.items()}, unit)
+    for name, facts in measured.items():
+        before, after = units[name]["before"], units[name]["after"]
+        if facts["before"] is not None:
+            both = np.isfinite(before) & np.isfinite(after)
+            difference, number = estimate(before[both], after[both]), int(both.sum())
+        else:
+            difference, number = beyond_half(after), len(after)
+        facts |= {**difference.among(len(measured)).facts(number, unit, shares), **ranked["runs"][name]}
     return {
-        "chosen_by": "held-out accuracy, of equal ones the larger margin" if shares else "held-out reward",
-        "held_out": {"unit": "pair" if shares else "prompt", "number": int(known.sum())},
-        "best": ranked["best"],
-        "as_good": ranked["as_good"],
-        "luck": ranked["luck"],
+        "chosen_by": f"held-out {'accuracy' if shares else 'reward'}",
+        "held_out": {"unit": unit, "number": int(known.sum())},
+        **{name: ranked[name] for name in ("best", "tied", "as_good", "luck")},
     }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_folder
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.load import tokenizer_of, trainable_parameters
+from prefold.models.load import trainable_parameters
+from prefold.models.tokenizer import tokenizer_of
 from prefold.publishing.hub import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
-from prefold.runs.context import Run, loaded_rewards, order_of, policy_of, scorer_of
+from prefold.runs.context import Run
 from prefold.runs.fingerprints import row_list
+from prefold.runs.opened import loaded_rewards, order_of, policy_of, require_openable, scorer_of
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
 from prefold.training.checkpoints import last_checkpoint, step_of
@@ -33,10 +35,14 @@ from prefold.training.pushes import Pushes
 from prefold.training.record import StepRecord
 from prefold.training.sampled_trees import SampledTrees
 from prefold.training.saved_state import save_weights
-from prefold.training.trackers import open_trackers, send_completions
+from prefold.training.trackers import send_completions, trackers
 from prefold.trees.memory import free_memory
-from prefold.trees.reference import reference_logprobs
-from prefold.trees.scorer import Scorer
+from prefold.trees.packing import TokenTree
+from prefold.trees.reference import Reference
+from prefold.trees.scorer import Scorer, can_be_reference
+
+BETWEEN_WRITES = 300.0
+"""Seconds between two files of the reference's log-probs, of which a long run is not to leave thousands."""
 
 TELLING = ("length_bias", "telling_opening")
 """Findings of the check about what tells chosen from rejected without reading them."""
@@ -46,7 +52,7 @@ def train(run: Run) -> None:
     """Train; where a guard rolls back, once more from the checkpoint before."""
     _require_sharing(run.recipe)
     with ranks.first_ahead():
-        run.require_openable()
+        require_openable(run)
         prepared = run.checked_data()
     while True:
         try:
@@ -61,12 +67,18 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     model = _policy(recipe)
     scorer = scorer_of(recipe, model, prepared.train)
     _require_packing(scorer)
-    stored = None if algorithm.draws else _tree_set(recipe, scorer, prepared.train)
-    held_out = _tree_set(recipe, scorer, prepared.held_out) if stored and recipe.train.eval_steps else None
-    free_memory()  # of the self-check and the reference
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))
-    with _trackers(recipe), progress_bar("train", len(order), done) as advance:
+    reference = _reference(recipe, scorer, prepared.train.trees)
+    stored = None if algorithm.draws else _tree_set(recipe, prepared.train, reference)
+    held_out = None
+    if stored and recipe.train.eval_steps:
+        of_held_out = reference and reference.of_others(prepared.held_out.trees)
+        held_out = _tree_set(recipe, prepared.held_out, of_held_out)
+    if reference and not can_be_reference(model):
+        _compute_now(reference, [order[step] for step in range(done, len(order))], held_out)
+    free_memory()  # of the self-check and the reference
+    with _callbacks(recipe, reference) as callbacks, progress_bar("train", len(order), done) as advance:
         record = StepRecord(folder, done, advance)
         loop = TrainingLoop(
             algorithm,
@@ -78,7 +90,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
             training_arguments(recipe, len(order)),
             held_out,
             recipe.train.early_stopping_patience,
-            _callbacks(recipe) if ranks.is_first() else (),
+            callbacks,
         )
         if checkpoint:
             say(f"  going on after step {done}")
@@ -88,19 +100,52 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         save_weights(model, aside)
         if recipe.model.chat_template and ranks.is_first():
             tokenizer_of(recipe.model).save_pretrained(aside)
-    del loop, model, scorer
+    del loop, model, scorer, reference, stored, held_out
     free_memory()
 
 
-def _tree_set(recipe: RecipeBase, scorer: Scorer, examples: Examples) -> TreeSet:
+def _reference(recipe: RecipeBase, scorer: Scorer, trees: Sequence[TokenTree]) -> Reference | None:
+    """None where no reference is needed, or only of what is yet to be sampled."""
+    if recipe.algorithm.draws or not recipe.algorithm.needs_reference:
+        return None
+    return Reference(scorer, trees, cache_folder(), choose_dtype(recipe.model.dtype, choose_device()))
+
+
+def _tree_set(recipe: RecipeBase, examples: Examples, reference: Reference | None) -> TreeSet:
     """Examples with what the algorithm asks for."""
-    algorithm, dtype = recipe.algorithm, choose_dtype(recipe.model.dtype, choose_device())
-    reference = reference_logprobs(scorer, examples.trees, cache_folder(), dtype) if algorithm.needs_reference else None
     extras: dict[str, Any] = {
         name: torch.tensor([getattr(record, name) for record in examples.records])[:, None]
-        for name in algorithm.record_fields
+        for name in recipe.algorithm.record_fields
     }
     return TreeSet(examples.trees, reference, extras)
+
+
+def _compute_now(reference: Reference, steps: Sequence[Sequence[int]], held_out: TreeSet | None) -> None:
+    """All that is yet to be drawn, while the weights are still the reference's."""
+    measured = range(len(held_out.trees)) if held_out else ()
+    with progress_bar("reference", sum(map(len, steps)) + len(measured)) as advance:
+        for indices in steps:
+            reference.of(indices)
+            advance(advance=len(indices))
+        if held_out:
+            held_out.drawn(measured)
+            advance(advance=len(measured))
+    reference.keep()
+
+
+class _Keeping(TrainerCallback):
+    """Writes the reference's log-probs to the cache at the end of training, and with a checkpoint now and then."""
+
+    def __init__(self, reference: Reference):
+        self.reference, self.kept = reference, time.monotonic()
+
+    def on_save(self, *args: Any, **news: Any) -> None:
+        if time.monotonic() - self.kept > BETWEEN_WRITES:
+            self.on_train_end()
+
+    def on_train_end(self, *args: Any, **news: Any) -> None:
+        self.reference.keep()
+        self.kept = time.monotonic()
 
 
 def _sampled_trees(
@@ -116,9 +161,16 @@ def _sampled_trees(
     return SampledTrees(recipe.algorithm, scorer, prompts, rewards, columns, tokenizer, order, show, seed, dtype)
 
 
-def _callbacks(recipe: RecipeBase) -> list[TrainerCallback]:
+@contextmanager
+def _callbacks(recipe: RecipeBase, reference: Reference | None) -> Iterator[list[TrainerCallback]]:
+    """Trackers, what keeps the reference and what pushes checkpoints: those of the first process."""
+    if not ranks.is_first():
+        yield []
+        return
+    keeping = [_Keeping(reference)] if reference else []
     pushes = [Pushes(partial(push_checkpoint, recipe))] if recipe.publish and recipe.publish.checkpoints else []
-    return [*open_trackers(recipe.train.report_to), *pushes]
+    with trackers(recipe.train, recipe.run_folder) as callbacks:
+        yield [*callbacks, *keeping, *pushes]
 
 
 def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Guards:
@@ -168,26 +220,3 @@ def _policy(recipe: RecipeBase) -> torch.nn.Module:
     trainable, total = trainable_parameters(model)
     say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     return model
-
-
-@contextmanager
-def _trackers(recipe: RecipeBase) -> Iterator[None]:
-    """W&B and TensorBoard take their settings from the environment; their files go into the run folder."""
-    wanted = {
-        "WANDB_PROJECT": recipe.train.project,
-        "WANDB_DIR": str(recipe.run_folder),
-        "TENSORBOARD_LOGGING_DIR": str(recipe.run_folder / "tensorboard"),
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        if "wandb" in recipe.train.report_to:
-            import wandb
-
-            with suppress(Exception, SystemExit):  # a tracker that is down costs its curves, never the run
-                wandb.finish()
-                wandb.teardown()  # else it keeps this run's folder for the next one in the process

@@ -15,8 +15,9 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
     dtype = choose_dtype(recipe.model.dtype, device)
     arguments = TrainingArguments(
         output_dir=str(recipe.run_folder / "checkpoints"),
-        run_name=settings.run_name or recipe.run_folder.name,
-        report_to="none",  # see `open_trackers`
+        run_name=settings.run_name or recipe.run_folder.resolve().name,
+        report_to="none",  # see `trackers`
+        project=settings.project,
         use_cpu=device.type == "cpu",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,

@@ -30,6 +30,10 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+
+
 def write_manifest(checkpoint: Path, max_tokens: int, carried: State, best: int | None) -> None:
     """The last file of a checkpoint."""
     files = {name: _size_and_sum(path) for name, path in _files(checkpoint).items()}
@@ -48,8 +52,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
     Newer ones are broken, or the best one that they build on is. They are named, and put out of the way.
     """
-    folders = [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for checkpoint in sorted(folders, key=step_of, reverse=True):
+    for checkpoint in sorted(checkpoints_in(checkpoints), key=step_of, reverse=True):
         trouble = flaw(checkpoint) or _flaw_of_best(checkpoint)
         if not trouble:
             return checkpoint

@@ -52,6 +52,7 @@ from prefold.training.saved_state import load_states, load_weights, reshard, sav
 from prefold.trees.attention import unwrapped
 from prefold.trees.logprobs import TreeLogprobs, concatenated
 from prefold.trees.packing import TokenTree
+from prefold.trees.reference import Reference
 from prefold.trees.scorer import PADDING, Scorer, reference_model
 
 TREES = "trees"
@@ -65,13 +66,18 @@ TREES = "trees"
 class TreeSet:
     """Trees, and by the index of each tree what a loss reads beside its log-probs.
 
-    `reference`: the reference's log-probs of its scored tokens. `extras`: by name, values of its completions or of
-    their scored tokens; they go to the loss in `TreeLogprobs.extras`.
+    `reference`: the reference's log-probs of its scored tokens, or what computes them. `extras`: by name, values of its
+    completions or of their scored tokens; they go to the loss in `TreeLogprobs.extras`.
     """
 
     trees: Sequence[TokenTree]
-    reference: Sequence[Tensor] | None = None
+    reference: Sequence[Tensor] | Mapping[int, Tensor] | Reference | None = None
     extras: dict[str, Sequence[Tensor] | Mapping[int, Tensor] | Tensor] = field(default_factory=dict)
+
+    def drawn(self, indices: Sequence[int]) -> TreeSet:
+        """With the reference's log-probs of the trees at these indices; all processes compute them together."""
+        reference = self.reference
+        return replace(self, reference=reference.of(indices)) if isinstance(reference, Reference) else self
 
 
 class StepTrees(NamedTuple):
@@ -136,7 +142,8 @@ class StoredTrees:
     order: StepOrder
 
     def __call__(self, step: int) -> StepTrees:
-        return StepTrees(self.data, self.order[step])
+        indices = self.order[step]
+        return StepTrees(self.data.drawn(indices), indices)
 
 
 Gradients = tuple[Tensor, list[LossOutput]]
@@ -333,6 +340,7 @@ class TrainingLoop:
         extras = {name: torch.cat([values[i] for i in indices]).to(device) for name, values in data.extras.items()}
         policy, reference = replace(policy, extras=extras), None
         if data.reference is not None:
+            assert not isinstance(data.reference, Reference)
             tokens = torch.cat([data.reference[i] for i in indices]).to(policy.tokens)
             reference = TreeLogprobs(tokens, policy.completion, policy.lengths)
         if self.couples_step:
@@ -373,6 +381,7 @@ class TrainingLoop:
     def measure(self, held_out: TreeSet) -> dict[str, float]:
         """Loss and metrics of held-out trees under the policy as it is, by the names of training with `eval_`."""
         self.model.eval()
+        held_out = held_out.drawn(range(len(held_out.trees)))
         # In the same order everywhere: a process that rounds otherwise could take another checkpoint for the best.
         rows = sorted(self.scorer.scored(held_out.trees, **self.needs), key=itemgetter(0))
         policy = concatenated([scored for _, scored in rows])
@@ -536,8 +545,9 @@ def first_of_each(data: TreeSet) -> TreeSet:
     every = range(len(data.trees))
     firsts = {repr([values[i].tolist() for values in data.extras.values()]): i for i in reversed(every)}
     indices = sorted(firsts.values())
+    data = data.drawn(indices)
     return TreeSet(
         [data.trees[i] for i in indices],
-        data.reference and [data.reference[i] for i in indices],
+        [data.reference[i] for i in indices] if data.reference else None,  # type: ignore[index]
         {name: [values[i] for i in indices] for name, values in data.extras.items()},
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,25 @@ import torch
 
 from prefold import ranks
 from prefold.files import flush_to_disk, read_jsonl, write_text
+from prefold.memory import PEAK
 from prefold.terminal import Advance
 
 
-def peak_memory_mb() -> int:
-    """The most memory that this process has held: on the GPU if there is one, else in RAM."""
+def restart_peaks() -> None:
+    """Begin to measure what a stage takes."""
+    PEAK.restart()
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> dict[str, int | None]:
+    """The most memory that this stage has needed so far: on the GPU if there is one, and in RAM, where mapped files do
+    not count."""
+    peak = PEAK.read()
+    in_ram = None if peak is None else peak // 2**20
+    if torch.cuda.is_available():
+        return {"peak_memory_mb": torch.cuda.max_memory_allocated() // 2**20, "peak_host_memory_mb": in_ram}
+    return {"peak_memory_mb": in_ram}
 
 
 class StepRecord:
@@ -61,14 +69,12 @@ class StepRecord:
             flush_to_disk(path)
 
     def time(self, step: int, seconds: float, tokens: int) -> None:
-        line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens, "peak_memory_mb": peak_memory_mb()}
-        _append(self.timing, line)
+        _append(self.timing, {"step": step, "seconds": round(seconds, 3), "tokens": tokens, **peak_memory()})
 
 
 def record_stage(run_folder: Path, stage: str, seconds: float) -> None:
     """Add what a finished stage took to `timing.jsonl`."""
-    line = {"stage": stage, "seconds": round(seconds, 3), "peak_memory_mb": peak_memory_mb()}
-    _append(run_folder / "timing.jsonl", line)
+    _append(run_folder / "timing.jsonl", {"stage": stage, "seconds": round(seconds, 3), **peak_memory()})
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -1,58 +1,134 @@
-"""W&B and TensorBoard as callbacks that may fail: what is lost then is their curves, never the run."""
+"""Trackers as callbacks that may fail: what is lost then is their curves, never the run.
+
+A run that goes on does so in the tracker's own run and sends no step twice: `trackers.json` keeps the id and the last
+step of each.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
+import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from prefold.errors import UserError
+from prefold.files import read_json, write_json
+from prefold.recipe.sections import Train
 from prefold.terminal import say
 
 logger = logging.getLogger("prefold")
 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+STATE = "trackers.json"
 
 
-def open_trackers(names: Sequence[str]) -> list[TrainerCallback]:
-    """transformers' callbacks for the trackers of a recipe.
+@contextmanager
+def trackers(settings: Train, folder: Path) -> Iterator[list[TrainerCallback]]:
+    """transformers' callbacks for the trackers of a recipe, whose files go into the run folder.
 
     Raises:
         UserError: one of them is not installed.
     """
-    return [_forgiven(name, make) for name, make in zip(names, get_reporting_integration_callbacks(names), strict=True)]
+    path = folder / STATE
+    state: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+    goes_on = set(state)
+    for name in settings.report_to:
+        # MLflow names its runs itself.
+        state.setdefault(name, {"id": None if name == "mlflow" else secrets.token_hex(4), "step": 0})
+    wanted = _environment(settings.project, folder, {name: kept["id"] for name, kept in state.items()}, goes_on)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: value for name, value in wanted.items() if value is not None})
+
+    def sent(name: str, step: int) -> None:
+        if name == "mlflow":
+            state[name]["id"] = sys.modules["mlflow"].active_run().info.run_id
+        state[name]["step"] = step
+        write_json(path, state)
+
+    try:
+        makers = get_reporting_integration_callbacks(settings.report_to)
+        yield [_forgiven(name, make, state[name], sent) for name, make in zip(settings.report_to, makers, strict=True)]
+    finally:
+        for variable, value in before.items():
+            os.environ.pop(variable, None) if value is None else os.environ.update({variable: value})
+        for name in settings.report_to:
+            # A tracker that is down costs its curves, never the run.
+            with suppress(Exception, SystemExit):
+                _close(name)
 
 
-def _forgiven(name: str, make: Callable[[], TrainerCallback]) -> TrainerCallback:
-    """The tracker's callback, left alone after its first failure."""
+def _environment(project: str, folder: Path, ids: dict[str, str | None], goes_on: set[str]) -> dict[str, str | None]:
+    """Where trackers have their settings from; an id or address that the user has set stays."""
+    own = {
+        "WANDB_RUN_ID": ids.get("wandb"),
+        "WANDB_RESUME": "allow",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').resolve()}",
+        "MLFLOW_RUN_ID": ids.get("mlflow"),
+    }
+    return {
+        **{name: os.environ.get(name, value) for name, value in own.items()},
+        "WANDB_PROJECT": project,
+        "WANDB_DIR": str(folder),
+        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
+        "MLFLOW_EXPERIMENT_NAME": project,
+        # The parameters of a run of MLflow cannot change, and a run that goes on may be longer or elsewhere.
+        "MLFLOW_MAX_LOG_PARAMS": "0" if "mlflow" in goes_on else os.environ.get("MLFLOW_MAX_LOG_PARAMS"),
+    }
+
+
+def _forgiven(
+    name: str, make: Callable[[], TrainerCallback], kept: dict[str, Any], sent: Callable[[str, int], None]
+) -> TrainerCallback:
+    """The tracker's callback: it sends the steps that it has not sent, and is left alone after its first failure."""
     try:
         tracker = make()
     except (RuntimeError, ImportError):
-        what, advice = f"`{name}` is not installed", "`pip install 'prefold[trackers]'`, or take it out"
+        what, advice = f"`{name}` is not installed", f"`pip install 'prefold[{name}]'`, or take it out"
         raise UserError(what, where="`train.report_to`", advice=advice) from None
-    failed = False
+    failed, last = False, kept["step"]
 
-    def forgiving(event: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **settings: Any) -> Any:
+    def forgiving(event: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(arguments: Any, state: Any, control: Any, **settings: Any) -> None:
             nonlocal failed
-            if failed:
-                return None
+            if failed or (event == "on_log" and state.global_step <= last):
+                return
             try:
-                return event(*args, **settings)
+                if name == "trackio":  # knows a run by its name alone
+                    arguments = copy.copy(arguments)
+                    arguments.run_name += f"-{kept['id']}"
+                method(arguments, state, control, **settings)
+                if event == "on_log":
+                    sent(name, state.global_step)
             except Exception as error:  # whatever a client of a server can think of
                 failed = True
                 _say_failed(name, error)
-                return None
 
         return call
 
     for event in EVENTS:
-        setattr(tracker, event, forgiving(getattr(tracker, event)))
+        setattr(tracker, event, forgiving(event, getattr(tracker, event)))
     return tracker
+
+
+def _close(name: str) -> None:
+    """End what an interrupted run leaves open."""
+    client: Any = sys.modules.get(name)
+    if client is None:
+        return
+    if name == "mlflow":
+        client.end_run("KILLED")  # does nothing where it has ended
+    elif name != "tensorboard":
+        client.finish()
+    if name == "wandb":
+        client.teardown()  # else it keeps this run's folder for the next one in the process
 
 
 def _say_failed(name: str, error: Exception) -> None:

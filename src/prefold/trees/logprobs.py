@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from prefold.trees.attention import unwrapped
 from prefold.trees.budget import padded_batches
 from prefold.trees.head import (
     Statistics,
@@ -170,15 +172,19 @@ def plain_logprobs(
     tree_of = {first: tree for tree, first in enumerate(firsts)}
     prompts: list[Tensor] = [torch.empty(0)] * len(row.trees)
     auxiliary: list[Tensor] = []
+    can_keep = "logits_to_keep" in signature(type(unwrapped(model)).forward).parameters and row.owner is None
     for batch, padded, mask in padded_batches(rows, max_tokens, row.input_ids.device):
-        output = model(input_ids=padded, attention_mask=mask, use_cache=False)
+        # Logits are large, and none is read before the first completion of the batch begins.
+        kept = {"logits_to_keep": padded.shape[1] + 1 - min(starts[i] for i in batch)} if can_keep else {}
+        output = model(input_ids=padded, attention_mask=mask, use_cache=False, **kept)
+        dropped = padded.shape[1] - output.logits.shape[1]
         if getattr(output, "aux_loss", None) is not None:
             auxiliary.append(output.aux_loss * router_coefficient(model) * (len(batch) / len(rows)))
         for i, ids, logits in zip(batch, padded, output.logits, strict=True):
             start, stop = starts[i], len(rows[i])
             # A slice copies nothing, and logits are large.
             those = slice(None) if len(scored[i]) == stop - start else [*scored[i]]
-            own = logits[start - 1 : stop - 1][those]
+            own = logits[start - 1 - dropped : stop - 1 - dropped][those]
             own = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
             own = own / temperature if temperature != 1.0 else own
             targets = ids[start:stop][those, None]

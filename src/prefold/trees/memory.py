@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CPU_TOKENS = 1024
 """Where rows are fastest on a CPU: small enough for its caches, large enough for its matrix products."""
@@ -17,6 +20,8 @@ LEAST, MOST = 1024, 32768
 """Bounds of the budget that is derived for an accelerator."""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+_kept = False
+"""What was arranged last."""
 
 
 def arrange_allocations(kept: bool) -> None:
@@ -27,6 +32,8 @@ def arrange_allocations(kept: bool) -> None:
     and each page that is asked for anew costs a fault: up to a fifth of the time. Other C libraries and systems are
     left as they are.
     """
+    global _kept
+    _kept = kept
     if mallopt := _of_glibc("mallopt"):
         mallopt(M_MMAP_MAX, 0 if kept else 2**16)
         mallopt(M_MMAP_THRESHOLD, 2**20)
@@ -34,10 +41,28 @@ def arrange_allocations(kept: bool) -> None:
         mallopt(M_TOP_PAD, 2**28 if kept else 2**20)
 
 
+@contextmanager
+def returning_allocations() -> Iterator[None]:
+    """While open, blocks that are freed go back to the system, whatever is arranged. For what makes large tensors of
+    many sizes and keeps a small part of each, as loading in 4 bits does: where freed blocks are kept, what stays breaks
+    them up, no later one fits, and the process comes to hold several times what is in use."""
+    kept = _kept
+    if kept:
+        free_memory()
+        arrange_allocations(kept=False)
+    try:
+        yield
+    finally:
+        if kept:
+            arrange_allocations(kept=True)
+
+
 def auto_max_tokens(model: PreTrainedModel, gradient_checkpointing: bool) -> int:
     """The token budget for a model on its device, by the device's total memory, so that it is the same in every run."""
     if model.device.type != "cuda":
         return CPU_TOKENS
+    from torch.distributed.tensor import DTensor
+
     own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
     weights = sum(weight.numel() * weight.element_size() for weight in own)
     total = torch.cuda.get_device_properties(model.device).total_memory

@@ -19,6 +19,7 @@ Data in: `TokenTree`; data out: `PackedTrees`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,6 +53,11 @@ class TokenTree:
     def key(self) -> str:
         """The same for equal trees, and for nothing else."""
         return repr((self.prompt, self.completions, *([self.context] if self.context else [])))
+
+    @property
+    def digest(self) -> bytes:
+        """`key` in 16 bytes."""
+        return hashlib.blake2b(self.key.encode(), digest_size=16).digest()
 
     @property
     def scored(self) -> tuple[Sequence[int], ...]:

@@ -16,11 +16,12 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from prefold import ranks
 from prefold.errors import StageError
+from prefold.terminal import progress_bar
 from prefold.trees.attention import unwrapped, using_attention
 from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_budget
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
 from prefold.trees.packing import TokenTree, pack
-from prefold.trees.self_check import checked_backends, stretched_positions
+from prefold.trees.self_check import checked_backends, obstacle, revealing, stretched_positions, window_of
 
 T = TypeVar("T")
 
@@ -148,14 +149,20 @@ class Scorer:
 
 
 def choose_scorer(
-    model: nn.Module, trees: Sequence[TokenTree], max_tokens: int, setting: str = "auto", longest: int | None = None
+    model: nn.Module,
+    trees: Sequence[TokenTree],
+    max_tokens: int,
+    setting: str = "auto",
+    longest: int | None = None,
+    deepest: TokenTree | None = None,
 ) -> Scorer:
     """Packed if the model allows it and the self-check on `trees` passes, else plain, with the reason in the log.
 
     Args:
-        trees: real ones, a few. They are checked in one row, so that a token that sees a neighbouring tree shows.
+        trees: real ones, a few, parts of which are checked in one row: a token that sees a neighbouring tree shows.
         setting: `model.attn_implementation` of the recipe; `trees` raises instead of falling back.
         longest: tokens of the longest prompt with completion that will come; by default that of `trees`.
+        deepest: the longest tree, which is checked as well where it goes past the model's window.
 
     Raises:
         StageError: `trees` was asked for and cannot be had.
@@ -166,18 +173,39 @@ def choose_scorer(
     if setting in ("sdpa", "eager"):
         plain.reason = f"the recipe asks for {setting}"
         return plain
-    checked = Scorer(model, max(tree.plain_size for tree in trees), None)
-    with reference_model(model):
-        row = pack(trees, unwrapped(model).device)
-        backends, reason = checked_backends(model, row, packed_logprobs, lambda: checked.score(trees).tokens, stretched)
+    checked = [*trees, *([deepest] if deepest else [])]
+    backends, reason = ((), stretched) if stretched else _self_checked(model, checked)
     if backends:
-        seconds = {name: _seconds(model, trees, name) for name in backends} if len(backends) > 1 else {}
+        timed = [trees[i] for i in split_by_budget([tree.size for tree in trees], max_tokens)[0]]
+        seconds = {name: _seconds(model, timed, name) for name in backends} if len(backends) > 1 else {}
         return Scorer(model, max_tokens, ranks.from_first(lambda: min(backends, key=lambda name: seconds.get(name, 0))))
     if setting == "trees":
         raise StageError(f"`model.attn_implementation: trees` cannot be had for this model: {reason}")
     logger.warning("prompts are encoded once per completion (plain path): %s", reason)
     plain.reason = str(reason)
     return plain
+
+
+def _self_checked(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Sequence[str], str | None]:
+    """The backends that pass the self-check on parts of the trees; or none, and why."""
+    backends: Sequence[str] = ()
+    if reason := obstacle(model):
+        return backends, reason
+    rows = revealing(trees, window_of(model))
+    with reference_model(model), progress_bar("self-check", len(rows)) as advance:
+        for parts in rows:
+            advance(text=f"{sum(tree.size + tree.plain_size for tree in parts):,} tokens")
+            row, plain = pack(parts, unwrapped(model).device), partial(_plainly, model, parts)
+            backends, reason = checked_backends(model, row, packed_logprobs, plain, names=backends)
+            if reason is not None:
+                break
+            advance(advance=1)
+    return backends, reason
+
+
+def _plainly(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
+    """`[S]`. The longest is computed by itself, so that no more is there at once than in training."""
+    return Scorer(model, max(tree.longest for tree in trees), None).score(trees).tokens
 
 
 def _seconds(model: nn.Module, trees: Sequence[TokenTree], name: str) -> float:
@@ -212,13 +240,18 @@ def frozen_adapter(policy: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+def can_be_reference(policy: nn.Module) -> bool:
+    """Whether `reference_model` gives the reference while the policy is trained; not where the base's weights are."""
+    return hasattr(policy, "disable_adapter")
+
+
 @contextmanager
 def reference_model(policy: nn.Module) -> Iterator[None]:
     """While open, `policy` computes as the reference: adapter off, or as it was at first if it came with one; dropout
     off."""
     training, frozen = policy.training, frozen_adapter(policy)
     kept = [(parameter, parameter.data, name) for name, parameter in policy.named_parameters() if name in frozen]
-    can_be_off = hasattr(policy, "disable_adapter") and not frozen
+    can_be_off = can_be_reference(policy) and not frozen
     policy.eval()
     try:
         for parameter, _, name in kept:

@@ -14,17 +14,25 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prefold.trees.attention import BACKENDS, Shape, candidates, unwrapped, using_attention
 from prefold.trees.head import head_obstacle, score_layer
 from prefold.trees.logprobs import TreeLogprobs, router_coefficient
-from prefold.trees.packing import PackedTrees
+from prefold.trees.packing import PackedTrees, Span, TokenTree
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
 COARSE = 1.0
 """The same where 8-bit layers round their inputs, each row of tokens in its own way: half a nat is common there, a leak
 makes several."""
+PROMPT, COMPLETION, SIBLINGS = 160, 32, 4
+"""Most tokens of a prompt and of a completion, and completions of a tree, that are checked. A prompt of more than 128
+has more than one block of FlexAttention's mask."""
+LEAST = 3
+"""Tokens of a completion: what its last one sees shows in no log-prob."""
+BEYOND = 32
+"""Tokens by which a tree is checked past a window."""
 
 logger = logging.getLogger("prefold")
 
@@ -56,6 +64,53 @@ def stretched_positions(model: nn.Module, longest: int) -> str | None:
         if (kind == "longrope" or "dynamic" in kind) and longest > limit:
             return f"its {kind} positions change beyond {limit:,} tokens, and the longest row has {longest:,}"
     return None
+
+
+# ---- what is checked --------------------------------------------------------------------------------------------
+
+
+def revealing(trees: Sequence[TokenTree], window: int | None) -> list[list[TokenTree]]:
+    """Parts of real trees, in rows, that show a fault as the whole trees would, for the price of a few hundred tokens.
+
+    What a token sees is decided by where it lies: in a prompt or behind it, beside siblings, beside another tree,
+    within the window or beyond it. So there are trees of several completions, of different lengths, in one row; and
+    where a tree is longer than the window of the model, a second row with one that goes just past it.
+    """
+    by_length = sorted(trees, key=lambda tree: tree.longest)
+    deepest, within = by_length[-1], min(window or PROMPT + COMPLETION, PROMPT + COMPLETION)
+    completion = min(COMPLETION, max(LEAST, within // 4))
+    several = [_cut(tree, (within - completion) >> depth, completion) for depth, tree in enumerate(by_length[:-4:-1])]
+    if window is None or deepest.longest <= window:
+        return [several]
+    beyond = window + BEYOND
+    return [several, [_cut(deepest, beyond - COMPLETION, COMPLETION, beyond, 2), several[-1]]]
+
+
+def _cut(tree: TokenTree, prompt: int, completion: int, longest: int = 0, number: int = SIBLINGS) -> TokenTree:
+    """The end of a prompt with the beginnings of some of its completions, each shorter than the one before.
+    Where the prompt is too short for a tree of `longest` tokens, the longest completion makes up for it."""
+    asked = tree.prompt[-max(1, prompt) :]
+    completions = sorted(tree.completions[:number], key=len, reverse=True) if longest else tree.completions[:number]
+    lengths = [max(LEAST, completion - i * completion // 4) for i in range(len(completions))]
+    lengths[0] = max(lengths[0], longest - len(asked))
+    spans = dict(zip(tree.completions, tree.context, strict=False))
+    cut = tuple(ids[:length] for ids, length in zip(completions, lengths, strict=True))
+    context = (_within(spans.get(ids, ()), part) for ids, part in zip(completions, cut, strict=True))
+    return TokenTree(asked, cut, tuple(context))
+
+
+def _within(spans: Sequence[Span], part: Sequence[int]) -> tuple[Span, ...]:
+    """The spans of context in the beginning of a completion, of which at least one token is to be scored."""
+    inside = tuple((start, min(stop, len(part))) for start, stop in spans if start < len(part))
+    return inside if sum(stop - start for start, stop in inside) < len(part) else ()
+
+
+def window_of(model: nn.Module) -> int | None:
+    """The positions that a token sees in the layers with a sliding window; None where no layer has one."""
+    config = unwrapped(model).config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    slides = layers is None or "sliding_attention" in layers
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 # ---- packed against plain ---------------------------------------------------------------------------------------
@@ -150,27 +205,11 @@ def _attends_otherwise(model: nn.Module, row: PackedTrees, attention: str, sures
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
+def in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> Iterator[None]:
     """While open, every module with half-precision weights computes in float32, its weights cast for the call alone;
-    4-bit layers unpack theirs to float32."""
-    kept: list[tuple[nn.Module, nn.Parameter, Tensor]] = []
+    4-bit layers unpack theirs to float32. With `rounded`, as if the weights were kept in that dtype."""
     packed: dict[Any, Any] = {each: each.compute_dtype for each in model.modules() if hasattr(each, "compute_dtype")}
-
-    def widen(module: nn.Module, *arguments: Any) -> None:
-        # What PEFT wraps is not always called, but its weights are used.
-        for parameter in module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper)):
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                kept.append((module, parameter, parameter.data))
-                parameter.data = parameter.data.float()
-
-    def narrow(module: nn.Module, *arguments: Any) -> None:
-        # By the module: sharded weights have been exchanged for their shards when this is called.
-        while kept and kept[-1][0] is module:
-            _, parameter, data = kept.pop()
-            parameter.data = data
-
-    handles = [module.register_forward_pre_hook(widen) for module in model.modules()]
-    handles += [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]
+    handles = compute_in_float32(model, rounded)
     for module in packed:
         module.compute_dtype = torch.float32
     try:
@@ -180,3 +219,24 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             handle.remove()
         for module, dtype in packed.items():
             module.compute_dtype = dtype
+
+
+def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> list[RemovableHandle]:
+    """The same from now on."""
+    kept: list[tuple[nn.Module, nn.Parameter, Tensor]] = []
+
+    def widen(module: nn.Module, *arguments: Any) -> None:
+        # What PEFT wraps is not always called, but its weights are used.
+        for parameter in module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper)):
+            if parameter.dtype in (torch.float16, torch.bfloat16) or (rounded and parameter.is_floating_point()):
+                kept.append((module, parameter, parameter.data))
+                parameter.data = parameter.data.to(rounded or parameter.dtype).float()
+
+    def narrow(module: nn.Module, *arguments: Any) -> None:
+        # By the module: sharded weights have been exchanged for their shards when this is called.
+        while kept and kept[-1][0] is module:
+            _, parameter, data = kept.pop()
+            parameter.data = data
+
+    handles = [module.register_forward_pre_hook(widen) for module in model.modules()]
+    return handles + [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]

@@ -24,16 +24,16 @@ def one(before: Any, after: Any, **changes: Any) -> dict[str, Any]:
 def test_numbers_by_hand() -> None:
     """Of 20 questions, 12 right before. 8 became right and 1 became wrong: 19 right after.
 
-    McNemar: 2 * (C(9, 0) + C(9, 1)) / 2^9 = 20 / 512. Agresti and Min: the centre is (8 - 1) / 22, and the sum of
-    squares of the 22 differences 8 + 1 + 1; over 21 * 22, as for any mean, with Student's 2.0796 for 21.
+    McNemar: 2 * (C(9, 0) + C(9, 1)) / 2^9 = 20 / 512. Bonett and Price: the centre is (8 - 1) / 22, and the sum of
+    squares of the 22 differences 8 + 1 + 2; over 21 * 22, as for any mean, with Student's 2.0796 for 21.
     """
     before = [1] * 11 + [1] + [0] * 8
     after = [1] * 11 + [0] + [1] * 8
     facts = one(before, after)
     assert (facts["before"], facts["after"], facts["difference"]) == (0.6, 0.95, pytest.approx(0.35))
     assert (facts["n"], facts["fixed"], facts["broken"]) == (20, 8, 1)
-    assert facts["p_value"] == facts["p_adjusted"] == pytest.approx(2 * 10 / 2**9)
-    spread = (8 + 1 + 1 - 22 * (7 / 22) ** 2) / 21 / 22
+    assert facts["p_value"] == pytest.approx(2 * 10 / 2**9)
+    spread = (8 + 1 + 2 - 22 * (7 / 22) ** 2) / 21 / 22
     assert facts["ci"] == pytest.approx([7 / 22 - 2.0796 * spread**0.5, 7 / 22 + 2.0796 * spread**0.5], abs=1e-4)
     assert facts["verdict"] == "better"
 
@@ -68,9 +68,11 @@ def test_flipped_questions_can_be_read() -> None:
 def test_models_that_agree_everywhere_are_not_known_to_be_equal(value: int) -> None:
     facts = one([value] * 50, [value] * 50)
     low, high = facts["ci"]
-    assert -0.06 < low < -0.02 and 0.02 < high < 0.06
-    assert (facts["p_value"], facts["difference"]) == (1.0, 0.0)
-    assert facts["verdict"].startswith("no difference that 50 questions can show (smallest one they could show: 12.0")
+    # Student's 2.0076 for 51 times the root of 2 / 51 / 52.
+    assert (low, high) == pytest.approx((-0.05513, 0.05513), abs=1e-5)
+    assert (facts["p_value"], facts["difference"], facts["changed"]) == (1.0, 0.0, 0)
+    said = "no difference that 50 questions can show (all came out the same; smallest one they could show: 12.0"
+    assert facts["verdict"].startswith(said)
 
 
 @pytest.mark.parametrize(("before", "after"), [([0], [1]), ([1], [1]), ([0.3], [0.8])])
@@ -193,16 +195,18 @@ def test_the_interval_of_the_average_is_narrower_than_those_of_its_tasks() -> No
     before, after = [0, 1] * 50, [0, 1] * 40 + [1, 1] * 10
     found = compare_tasks(*sides(*((f"t{place}", before, after, None) for place in range(4))))
     width = {name: one["ci"][1] - one["ci"][0] for name, one in {**found["tasks"], "all": found["average"]}.items()}
-    assert width["all"] == pytest.approx(width["t0"] / 2, rel=0.03)
+    # Those of four tasks are at 98.75 %, where Student's quantile is 1.28 times as large.
+    assert width["all"] == pytest.approx(width["t0"] / 2 / 1.28, rel=0.02)
 
 
 def test_p_values_of_several_tasks_are_corrected_together() -> None:
-    """Holm: of 2 / 2^6, 2 / 2^8 and 1 the smallest is taken three times, the next twice."""
+    """Bonferroni: 2 / 2^6, 2 / 2^8 and 1 are taken three times each, and the intervals hold for all three at once."""
     tasks = (("a", [0] * 6, [1] * 6, None), ("b", [0] * 8, [1] * 8, None), ("c", [0, 1] * 4, [0, 1] * 4, None))
     found = compare_tasks(*sides(*tasks))["tasks"]
-    assert found["b"]["p_adjusted"] == pytest.approx(3 * 2 / 2**8) and found["b"]["verdict"] == "better"
-    assert found["a"]["p_adjusted"] == pytest.approx(2 * 2 / 2**6) and found["a"]["verdict"].startswith("no difference")
-    assert found["c"]["p_adjusted"] == 1.0
+    assert found["b"]["p_value"] == pytest.approx(3 * 2 / 2**8) and found["b"]["verdict"] == "better"
+    assert found["a"]["p_value"] == pytest.approx(3 * 2 / 2**6) and found["a"]["verdict"].startswith("no difference")
+    assert found["b"]["ci"][0] > 0 >= found["a"]["ci"][0]
+    assert (found["c"]["p_value"], found["c"]["tests"]) == (1.0, 3)
 
 
 def test_the_tasks_of_a_group_are_corrected_among_themselves() -> None:
@@ -217,19 +221,23 @@ def test_the_tasks_of_a_group_are_corrected_among_themselves() -> None:
         )
     )
     p = 2 / 2**8
-    assert found["tasks"]["a"]["p_adjusted"] == pytest.approx(3 * p)
-    assert found["tasks"]["d"]["p_adjusted"] == pytest.approx(2 * p)
-    assert found["groups"]["g"]["p_adjusted"] >= found["groups"]["g"]["p_value"] > 0
+    assert found["tasks"]["a"]["p_value"] == pytest.approx(3 * p)
+    assert found["tasks"]["d"]["p_value"] == pytest.approx(2 * p)
+    assert found["groups"]["g"]["tests"] == 2 and found["average"]["tests"] == 1
 
 
 def test_a_group_of_one_task_is_that_task() -> None:
     found = compare_tasks(*sides(("a", [0] * 8, [1] * 8, "g"), ("b", [0, 1] * 4, [0, 1] * 4, None)))
-    assert found["groups"] == {} and found["tasks"]["a"]["p_adjusted"] == pytest.approx(4 / 2**8)
+    assert found["groups"] == {} and found["tasks"]["a"]["p_value"] == pytest.approx(4 / 2**8)
 
 
-def test_an_estimate_without_any_spread_is_a_point() -> None:
-    before = estimate(scores_of([3.0, 4.0]), scores_of([4.0, 5.0]))
-    assert before.interval() == [1.0, 1.0]
+def test_an_estimate_without_any_spread() -> None:
+    """Twice the same change shows nothing: 2 / 2^2 is the smallest p-value of two. Student's quantile for one degree of
+    freedom is 12.706 at 95 %, and 1 at that p-value. Of six the p-value is 2 / 2^6, and the interval is a point."""
+    two = estimate(scores_of([3.0, 4.0]), scores_of([4.0, 5.0]))
+    assert two.interval() == pytest.approx([-11.706, 13.706], abs=1e-3) and two.p_value == 0.5
+    six = estimate(scores_of([1.0, 2, 3, 4, 5, 6]), scores_of([2.0, 3, 4, 5, 6, 7]))
+    assert six.interval() == [1.0, 1.0] and six.p_value == 2 / 2**6
 
 
 def scores_of(values: list[float]) -> Any:

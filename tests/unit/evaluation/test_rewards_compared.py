@@ -44,9 +44,13 @@ def test_nothing_to_compare() -> None:
 
 def test_nothing_changed() -> None:
     one = groups([1.0], [4.0], [-2.0])
-    assert compare_rewards(one, one)["difference"] == {"reward": 0.0, "ci": [0.0, 0.0], "p_value": 1.0}
+    difference = compare_rewards(one, one)["difference"]
+    assert (difference["reward"], difference["ci"], difference["p_value"]) == (0.0, [0.0, 0.0], 1.0)
+    assert difference["verdict"] == "no difference that 3 prompts can show (all came out the same; too few to show any)"
 
 
-def test_the_same_seed_gives_the_same_interval() -> None:
-    one, two = groups([1.0], [4.0], [-2.0], [0.5]), groups([2.0], [3.0], [0.0], [0.0])
-    assert compare_rewards(one, two) == compare_rewards(one, two)
+def test_rewards_of_right_and_wrong_are_tested_exactly() -> None:
+    """-1 and 1 are wrong and right: of 8 prompts 7 became right and 1 wrong, 2 * (1 + 8) / 2^8."""
+    one, two = groups(*[[-1.0]] * 7, [1.0]), groups(*[[1.0]] * 7, [-1.0])
+    difference = compare_rewards(one, two)["difference"]
+    assert difference["p_value"] == pytest.approx(18 / 256) and difference["ci"][0] < 0 < difference["ci"][1] <= 2

@@ -85,7 +85,9 @@ def test_several_answers_to_a_prompt_are_one_observation() -> None:
 def test_ties_count_one_half_and_say_nothing_about_a_difference() -> None:
     found = win_rate(asked(*[(1, 1)] * 30), [0.5] * 30)
     assert (found["win_rate"], found["ties"], found["p_value"]) == (0.5, 30, 1.0)
-    assert found["ci"] == pytest.approx([0.468, 0.532], abs=0.005)
+    # Student's 2.0395 for 31 times the root of 2 / 31 / 32, of which half.
+    assert found["ci"] == pytest.approx([0.4542, 0.5458], abs=1e-4)
+    assert found["verdict"].startswith("no difference that 30 prompts can show (all came out the same; ")
 
 
 def test_the_interval_stays_within_none_and_all() -> None:

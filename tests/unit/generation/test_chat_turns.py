@@ -48,7 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def conversation(console: Console, *labels: str) -> Conversation:
     tokenizer = make_tokenizer(CHATML)
-    return Conversation([Speaker(label, label, tokenizer) for label in labels], Chat(), console)  # type: ignore[arg-type]
+    return Conversation([Speaker(label, lambda name=label: name, tokenizer) for label in labels], Chat(), console)  # type: ignore[misc]
 
 
 def contents(call: dict[str, Any]) -> list[str]:
@@ -136,9 +136,9 @@ def test_a_model_answers_after_it_was_stopped_as_before(console: Console, monkey
     tokenizer = make_tokenizer(CHATML)
     model = tiny_llama(vocab_size=len(tokenizer))
     settings = Chat(max_new_tokens=12, temperature=0.0)
-    straight = Conversation([Speaker("model", model, tokenizer)], settings, console)
+    straight = Conversation([Speaker("model", lambda: model, tokenizer)], settings, console)
     straight.take("Hello")
-    stopped = Conversation([Speaker("model", model, tokenizer)], settings, console)
+    stopped = Conversation([Speaker("model", lambda: model, tokenizer)], settings, console)
     put = WrappedStream.put
 
     def stopping(self: WrappedStream, value: Any) -> None:

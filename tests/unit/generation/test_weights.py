@@ -148,6 +148,6 @@ def test_folded_weights_are_packed() -> None:
 
 def test_no_second_copy_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model: PreTrainedModel = tiny_llama()
-    monkeypatch.setattr(weights, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(weights, "available", lambda: 1000)
     with packed_weights(model):
         assert not any("forward" in layer.__dict__ for layer in linears(model))

@@ -130,7 +130,7 @@ def test_trl_qlora(tmp_path: Path) -> None:
     assert (recipe.data.train[0].path, recipe.data.train[0].name) == ("acme/helpful-pairs", "english")
     assert recipe.data.eval[0].split == "test"
     assert (recipe.train.eval_steps, recipe.train.metric_for_best_model) == (50, "loss")
-    assert recipe.train.report_to == ["wandb"]
+    assert recipe.train.report_to == ["wandb", "mlflow"]
     assert recipe.publish.hub_model_id == "acme/helpful-dpo"
 
 

@@ -85,7 +85,7 @@ def test_the_key_of_the_reference_knows_the_adapter(base: Path, tmp_path: Path) 
     def key(**settings: Any) -> str:
         lora = Lora(r=4) if not settings else None
         model = load_policy(section(base, **settings), lora, seed=0)
-        return _key(Scorer(model, 64, None), random_trees(2), torch.float32)
+        return _key(Scorer(model, 64, None), torch.float32)
 
     first, second = save_adapter(base, tmp_path / "1"), save_adapter(base, tmp_path / "2", seed=1)
     louder = Path(shutil.copytree(first, tmp_path / "3"))

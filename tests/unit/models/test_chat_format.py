@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from prefold.errors import UserError
 from prefold.models.chat_format import fit_vocabulary, set_chat_format
-from prefold.models.load import chat_tokens, load_model, tokenizer_of
+from prefold.models.load import load_model
+from prefold.models.tokenizer import chat_tokens, tokenizer_of
 from prefold.recipe import Model
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prefold.errors import StageError, UserError
 from prefold.models.fetch import fetch
-from prefold.models.load import load_model, load_tokenizer
+from prefold.models.load import load_model
+from prefold.models.tokenizer import load_tokenizer
 from prefold.publishing import gguf as export
 from prefold.publishing.gguf import export_gguf, interleaved, require_exportable, write_gguf
 from prefold.recipe import Model

@@ -25,7 +25,8 @@ from prefold.errors import UserError
 from prefold.models import load
 from prefold.models.adapters import add_lora
 from prefold.models.device import choose_device, choose_dtype
-from prefold.models.load import load_model, load_tokenizer, tokenizer_of, trainable_parameters
+from prefold.models.load import load_model, trainable_parameters
+from prefold.models.tokenizer import load_tokenizer, tokenizer_of
 from prefold.recipe import Lora, Model
 from prefold.trees.memory import free_memory
 

@@ -11,34 +11,43 @@ import torch
 from base_model import base_tokenizer, save_base
 from peft import PeftModel
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from prefold.errors import StageError, UserError
 from prefold.models import merge
 from prefold.models.adapters import load_policy
-from prefold.models.load import load_model, tokenizer_of
-from prefold.models.merge import DEPTH, TOLERANCE, merge_adapter, merge_dtype, remarks, tolerance_of
+from prefold.models.load import load_model
+from prefold.models.merge import DEPTH, TOKENS, TOLERANCE, compared, merge_adapter, merge_dtype, remarks, tolerance_of
+from prefold.models.merged_files import MergedTensors, write_merged
+from prefold.models.messages import quiet
+from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Lora, Model, make_recipe
 
 ROWS = [list(range(60, 100)), [5, 9, 256, 33, 257], [70, 71]]
-PROMPTS = [row[:2] for row in ROWS]
+CASES: list[tuple[bool, str | None, dict[str, Any]]] = [
+    (False, None, {"use_rslora": True}),
+    (False, "chatml", {}),
+    (False, "chatml", {"modules_to_save": ["lm_head"]}),
+    (True, "chatml", {"use_dora": True}),
+    (True, "chatml", {"modules_to_save": ["lm_head"]}),
+]
 
 
-def trained(base: Path, adapter: Path, lora: Lora | None = None, **settings: Any) -> Model:
+def trained(base: Path, adapter: Path, lora: Lora | None = None, change: float = 0.1, **settings: Any) -> Model:
     """A section for `base`, and a trained adapter for it."""
     section = Model(name=str(base), **{"dtype": "float32", **settings})
     model = load_policy(section, lora or Lora(r=4), seed=0)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += change * torch.randn_like(parameter)
     model.save_pretrained(adapter, save_embedding_layers=False)
     return section
 
 
 def merged(section: Model, folder: Path, dtype: str = "float32") -> dict[str, Any]:
     target = folder / "merged"
-    return merge_adapter(section, folder / "adapter", target, tokenizer_of(section), ROWS, dtype, PROMPTS)
+    return merge_adapter(section, folder / "adapter", target, tokenizer_of(section), ROWS, dtype)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -46,16 +55,7 @@ def logits(model: Any) -> torch.Tensor:
         return torch.cat([model(torch.tensor([row])).logits[0] for row in ROWS])
 
 
-@pytest.mark.parametrize(
-    ("tied", "chat", "lora"),
-    [
-        (False, None, {"use_rslora": True}),
-        (False, "chatml", {}),
-        (False, "chatml", {"modules_to_save": ["lm_head"]}),
-        (True, "chatml", {"use_dora": True}),
-        (True, "chatml", {"modules_to_save": ["lm_head"]}),
-    ],
-)
+@pytest.mark.parametrize(("tied", "chat", "lora"), CASES)
 def test_what_is_saved_is_base_and_adapter(tmp_path: Path, tied: bool, chat: str | None, lora: dict[str, Any]) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=tied, rows=259)
     section = trained(base, tmp_path / "adapter", Lora(r=4, **lora), chat_template=chat)
@@ -66,27 +66,92 @@ def test_what_is_saved_is_base_and_adapter(tmp_path: Path, tied: bool, chat: str
     assert saved.config.tie_word_embeddings == tied == (saved.lm_head.weight is saved.model.embed_tokens.weight)
     assert len(saved.lm_head.weight) == (320 if chat else 259)
     assert result["relative_difference"] < 3e-5 < result["adapter_effect"]
-    assert result["answers_compared"] == result["answers_equal"] == 3
+    assert result["likeliest_equal"] == result["tokens_compared"] == sum(map(len, ROWS))
+    assert result["adapter_kept"] == pytest.approx(1, abs=1e-3)
     assert result["difference_from_quantised"] is None
     assert len(remarks(result)) == 1
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert again.get_vocab() == tokenizer_of(section).get_vocab()
 
 
-def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Base and merged model in shards."""
-    model = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "whole"))
-    base = tmp_path / "base"
-    model.save_pretrained(base, max_shard_size="40KB")
-    base_tokenizer().save_pretrained(base)
-    assert len(list(base.glob("model-*.safetensors"))) > 2
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("tied", "chat", "lora"), CASES)
+def test_files_are_those_of_peft_and_transformers(
+    tmp_path: Path, tied: bool, chat: str | None, lora: dict[str, Any], dtype: str
+) -> None:
+    """Byte by byte what `merge_and_unload` and `save_pretrained` make of the whole model."""
+    base = save_base(tmp_path / "base", tie_word_embeddings=tied, rows=259)
+    section = trained(base, tmp_path / "adapter", Lora(r=4, **lora), chat_template=chat)
+    for write, name in ((merge._write_whole, "whole"), (write_merged, "by tensor")):
+        (tmp_path / name).mkdir()
+        with quiet():
+            write(section, tmp_path / "adapter", tmp_path / name, dtype, None, 0)
+    contents, wanted = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("by tensor", "whole"))  # fmt: skip  # noqa: E501
+    assert contents == wanted and len(wanted) == 3
+
+
+def sharded_base(folder: Path, **settings: Any) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(save_base(folder.with_name("whole"), **settings))
+    model.save_pretrained(folder, max_shard_size="40KB")
+    base_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_several_files(tmp_path: Path) -> None:
+    """The merged model's weights lie in files as the base's do, with an index that transformers could have written."""
+    base = sharded_base(tmp_path / "base")
     section = trained(base, tmp_path / "adapter")
-    monkeypatch.setattr(merge, "SHARD", "40KB")
     result = merged(section, tmp_path)
-    shards = list((tmp_path / "merged").glob("model-*.safetensors"))
-    assert len(shards) > 2 and result["relative_difference"] < 1e-5
-    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    names = {path.name for path in base.glob("model-*.safetensors")}
+    assert len(names) > 2 and result["relative_difference"] < 1e-5
+    assert {path.name for path in (tmp_path / "merged").glob("*.safetensors")} == names
+    index, wanted = (
+        json.loads((path / "model.safetensors.index.json").read_text()) for path in (tmp_path / "merged", base)
+    )
+    assert index == wanted
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in base.iterdir()}
+
+
+def test_a_merge_that_was_ended_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are whole are kept; one that was damaged meanwhile is written anew; another adapter starts over."""
+    section = trained(sharded_base(tmp_path / "base"), tmp_path / "adapter")
+    read, asked = MergedTensors.__getitem__, list[str]()
+
+    def ends(self: MergedTensors, name: str) -> torch.Tensor:
+        asked.append(name)
+        if len(asked) == 20:
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MergedTensors, "__getitem__", ends)
+        merged(section, tmp_path)
+    assert not (tmp_path / "merged").exists()
+    aside = tmp_path / ".merged.unfinished"
+    done = json.loads((aside / "written.json").read_text())
+    assert 1 < len(done) < len(list((tmp_path / "base").glob("*.safetensors")))
+    damaged, *kept = sorted(done)
+    (aside / damaged).write_bytes(b"damaged")
+    before = {name: (aside / name).stat().st_mtime_ns for name in kept}
+    merged(section, tmp_path)
+    assert {name: (tmp_path / "merged" / name).stat().st_mtime_ns for name in kept} == before
+    resumed = contents(tmp_path / "merged")
+    merged(section, tmp_path)
+    assert contents(tmp_path / "merged") == resumed and not aside.exists()
+
+    asked.clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MergedTensors, "__getitem__", ends)
+        merged(section, tmp_path)
+    trained(tmp_path / "base", tmp_path / "adapter", change=0.2)
+    merged(section, tmp_path)
+    other = contents(tmp_path / "merged")
+    merged(section, tmp_path)
+    assert contents(tmp_path / "merged") == other != resumed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -99,25 +164,48 @@ def test_after_quantised_training(tmp_path: Path, dtype: str, bits: str) -> None
     assert result["dtype"] == dtype and result["relative_difference"] <= result["tolerance"]
     quantised = load_model(section, quantised=True)
     there = logits(PeftModel.from_pretrained(quantised, tmp_path / "adapter").eval())
-    here = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)).float()
+    here = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32"))
     wanted = float((here - there).square().mean().sqrt() / there.square().mean().sqrt())
     assert result["difference_from_quantised"] == pytest.approx(wanted, rel=1e-3)
     assert 1e-3 < wanted < 0.5
     assert f"differ by {wanted:.1e}" in remarks(result)[1]
 
 
-def test_answers_that_part_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = trained(save_base(tmp_path / "base"), tmp_path / "adapter")
-    calls: list[int] = []
+def test_rounding_of_the_base_is_told_from_an_adapter_that_is_lost(tmp_path: Path) -> None:
+    """In bfloat16 the base is rounded by more than the adapters move it. One is there all the same; of another, that is
+    so small that hardly a weight changes, little is left."""
+    base = save_base(tmp_path / "base")
+    section = trained(base, tmp_path / "adapter", Lora(r=4), change=6e-5)
+    result = merged(section, tmp_path, "bfloat16")
+    assert result["relative_difference"] > result["base_rounding"] > result["adapter_effect"]
+    assert 0.6 < result["adapter_kept"] < 1.2
+    assert "further than the adapter" in remarks(result)[1]
 
-    def parting(model: Any, prompts: Any) -> list[list[int]]:
-        calls.append(1)
-        return [[len(calls) if place == 0 else 7] for place, _ in enumerate(prompts)]
+    section = trained(base, tmp_path / "adapter", Lora(r=4), change=3e-6)
+    with pytest.raises(StageError, match=r"merging into bfloat16 loses the adapter.*merge.dtype=float32"):
+        merged(section, tmp_path, "bfloat16")
+    result = merged(section, tmp_path, "float32")
+    assert result["adapter_kept"] == pytest.approx(1, abs=0.02) and result["base_rounding"] == 0
 
-    monkeypatch.setattr(merge, "_answers", parting)
-    result = merged(section, tmp_path)
-    assert (result["answers_equal"], result["answers_compared"]) == (2, 3)
-    assert "differ from those of base + adapter at 1 of 3 prompts" in remarks(result)[-1]
+
+def test_an_adapter_that_does_nothing(tmp_path: Path) -> None:
+    section = trained(save_base(tmp_path / "base"), tmp_path / "adapter", change=0.0)
+    result = merged(section, tmp_path, "bfloat16")
+    assert result["adapter_effect"] == 0 and result["adapter_kept"] is None
+    assert "too little to say" in remarks(result)[1]
+
+
+def test_tokens_that_part_are_reported(tmp_path: Path) -> None:
+    result = merged(trained(save_base(tmp_path / "base"), tmp_path / "adapter"), tmp_path)
+    assert len(remarks(result)) == 1
+    said = remarks({**result, "likeliest_equal": result["tokens_compared"] - 3})[-1]
+    assert f"another at 3 of {sum(map(len, ROWS))} tokens" in said
+
+
+def test_what_is_compared_is_bounded() -> None:
+    rows = compared([list(range(10_000)), [1, 2, 3], list(range(200))])
+    assert sum(map(len, rows)) <= TOKENS and rows[1] == [1, 2, 3]
+    assert rows[0][-1] == 9_999 and len(rows[0]) == len(rows[2]) == TOKENS // 3
 
 
 def fails(section: Model, folder: Path, message: str) -> None:
@@ -151,20 +239,22 @@ def test_rounding_is_allowed_by_the_root_of_the_depth() -> None:
 
 def test_a_wrong_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = trained(save_base(tmp_path / "base"), tmp_path / "adapter")
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **settings: self.unload(), raising=False)
+    monkeypatch.setattr(MergedTensors, "__getitem__", MergedTensors._base)
     fails(section, tmp_path, "not base \\+ adapter")
 
 
 def test_a_lost_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of 260 rows of the head."""
     section = trained(save_base(tmp_path / "base"), tmp_path / "adapter", chat_template="chatml")
-    save = PreTrainedModel.save_pretrained
+    read = MergedTensors.__getitem__
 
-    def loses_a_row(self: Any, folder: Any, **settings: Any) -> None:
-        self.lm_head.weight.data[259] = 0
-        save(self, folder, **settings)
+    def loses_a_row(self: MergedTensors, name: str) -> torch.Tensor:
+        tensor = read(self, name).clone()
+        if name == "lm_head.weight":
+            tensor[259] = 0
+        return tensor
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", loses_a_row)
+    monkeypatch.setattr(MergedTensors, "__getitem__", loses_a_row)
     fails(section, tmp_path, "not base \\+ adapter")
 
 

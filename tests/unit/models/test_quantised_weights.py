@@ -15,7 +15,7 @@ from prefold.errors import UserError
 from prefold.models import quantised
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model, trainable_parameters
-from prefold.models.quantised import quantisation
+from prefold.models.quantised import PIECE, quantisation, quantise_in_pieces
 from prefold.recipe import Lora, Model, dump_recipe, make_recipe, parse_yaml
 from prefold.trees.reference import _key, compute_reference
 from prefold.trees.scorer import Scorer, choose_scorer
@@ -113,6 +113,21 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
         quantisation(Model(name="a", **FOUR), torch.bfloat16)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantising_in_pieces_gives_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    import bitsandbytes  # noqa: F401  # makes the operator known
+
+    quantise_in_pieces()
+    operator, otherwise = torch.ops.bitsandbytes.quantize_4bit.default, torch._C.DispatchKey.CompositeExplicitAutograd
+    for shape in ((3 * PIECE // 64, 64), (100, 64), (7, 31)):
+        weights = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        weights[0] = 0
+        asked = (weights, 64, kind, torch.uint8)
+        wanted = operator.redispatch(torch._C.DispatchKeySet(otherwise), *asked)
+        assert all(map(torch.equal, operator(*asked), wanted))
+
+
 # ---- the model --------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +199,7 @@ def test_the_key_of_the_reference_knows_the_bits(folder: Path) -> None:
         EIGHT,
     ):
         model = load_policy(section(folder, **settings), Lora(r=2), seed=0)
-        keys.add(_key(Scorer(model, 64, "prefold_joined"), random_trees(2), torch.float32))
+        keys.add(_key(Scorer(model, 64, "prefold_joined"), torch.float32))
     assert len(keys) == 5
 
 

@@ -423,7 +423,7 @@ def test_nothing_is_made_twice(
     assert len(chat_server.requests) == 48
     local = changed(local, output=tmp_path / "local.jsonl")
     make_pairs(local)
-    monkeypatch.setattr(samples, "open_model", lambda name: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(samples, "open_model", lambda *args, **kwargs: pytest.fail("the model was loaded again"))
     make_pairs(changed(local, reward=["length:target=1"]))
 
 

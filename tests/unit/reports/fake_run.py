@@ -111,7 +111,7 @@ HELDOUT = {
     "pairs": 84,
     "before": {"accuracy": 0.3095, "accuracy_ci": [0.2207, 0.4146], "margin": -0.4012},
     "after": {"accuracy": 0.9167, "accuracy_ci": [0.8381, 0.9589], "margin": 0.8271},
-    "difference": {"accuracy": 0.6072, "ci": [0.5, 0.7024], "p_value": 1e-12},
+    "difference": {"accuracy": 0.6072, "ci": [0.5, 0.7024], "p_value": 1e-12, "verdict": "better"},
     "reward": {"accuracy": 0.9762, "margin": 3.2114},
 }
 
@@ -168,10 +168,11 @@ MERGE = {
     "max_logit_difference": 0.031,
     "relative_difference": 4.1e-4,
     "tolerance": 5e-3,
+    "base_rounding": 3.8e-4,
     "adapter_effect": 0.12,
+    "adapter_kept": 0.999,
     "tokens_compared": 412,
-    "answers_compared": 3,
-    "answers_equal": 2,
+    "likeliest_equal": 409,
     "difference_from_quantised": 0.083,
 }
 
@@ -243,7 +244,11 @@ def write_run(folder: Path, **changes: Any) -> Path:
     }
     contents |= changes
     evaluated = ("heldout", "tasks", "compared", "win_rate", "scores_before", "scores_after")
-    names = {"recipe": "recipe.yaml", **{name: f"evaluation/{name}.json" for name in evaluated}}
+    names = {
+        "recipe": "recipe.yaml",
+        "pairs": "evaluation/heldout.jsonl",
+        **{name: f"evaluation/{name}.json" for name in evaluated},
+    }
     for stem, content in contents.items():
         ending = ".jsonl" if isinstance(content, list) else ".json"
         path = folder / names.get(stem, stem + ending)

@@ -89,7 +89,7 @@ def test_the_body(tmp_path: Path) -> None:
     for said in (
         "Held-out accuracy rose from 31 % to 92 %",
         "84 pairs",
-        "| arc_challenge | acc_norm | 41.0 % | 43.1 % | +2.1 (+0.4 to +3.9) | 1 172 |",
+        "| arc_challenge | acc_norm | 41.0 % | 43.1 % | +2.1 (+0.4 to +3.9) | p = 0.02 | 1 172 |",
         "| Average | | 41.0 % | 43.1 % | +2.1",
         "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
         "under the base's licence: apache-2.0",
@@ -133,7 +133,10 @@ def test_rewards_and_win_rate(tmp_path: Path) -> None:
     (tmp_path / "evaluation" / "rewards.json").write_text(json.dumps(rewards))
     text = render_card(tmp_path)
     assert "Held-out prompts" in text and "| Reward:" in text
-    assert "- New answers preferred: 60 % (95 % interval 54 % to 66 %, 56 % at equal lengths, 194 prompts" in text
+    assert (
+        "- New answers preferred: 60 % (95 % interval 54 % to 66 %, p = 0.002, 56 % at equal lengths, 194 prompts"
+        in text
+    )
     assert "judged by big)" in text
 
 

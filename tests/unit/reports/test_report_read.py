@@ -20,12 +20,13 @@ def plain(text: str) -> str:
     return text.replace("\u202f", " ").replace("\u00a0", " ").replace("\u2212", "-")
 
 
-def heldout(before: float, after: float, ci: Any, p_value: float = 0.2, pairs: int = 84) -> dict[str, Any]:
+def heldout(before: float, after: float, ci: Any, p_value: float = 0.2, pairs: int = 84, **more: Any) -> dict[str, Any]:
+    """As earlier versions wrote it, without a verdict."""
     return {
         "pairs": pairs,
         "before": {"accuracy": before, "accuracy_ci": [before - 0.1, before + 0.1], "margin": -0.4},
         "after": {"accuracy": after, "accuracy_ci": [after - 0.1, after + 0.1], "margin": 0.2},
-        "difference": {"accuracy": after - before, "ci": ci, "p_value": p_value},
+        "difference": {"accuracy": after - before, "ci": ci, "p_value": p_value, **more},
     }
 
 
@@ -69,9 +70,43 @@ def test_an_interval_that_holds_zero_or_is_missing_is_no_clear_difference(ci: An
 def test_rounding_neither_hides_a_difference_nor_belies_the_subtraction(
     before: float, after: float, headline: str, difference: str
 ) -> None:
-    found = verdict(heldout(before, after, [0.02, 0.2]))
+    found = verdict(heldout(before, after, [0.02, 0.2], p_value=0.01))
     assert plain(found.headline).endswith(headline)
     assert plain(found.evidence).startswith(difference)
+
+
+@pytest.mark.parametrize(
+    ("ci", "p_value", "verdict_", "said"),
+    [
+        # Whole percentages would write the end that leaves out 0 as 0.
+        (
+            [0.002, 0.106],
+            0.041,
+            "better",
+            "rose from 46.0 % to 52.0 % (+6.0 points, 95 % interval +0.2 to +10.6, p = 0.041",
+        ),
+        ([0.00004, 0.1], 0.0499, "better", "(+6.000 points, 95 % interval +0.004 to +10.000, p = 0.0499"),
+        ([-0.0004, 0.1], 0.0501, "", "(+6.00 points, 95 % interval -0.04 to +10.00, p = 0.0501"),
+        # An earlier version took both from two tests: nothing is shown, and the interval is not said.
+        ([0.002, 0.106], 0.062, None, "52 % after (+6 points, no interval, p = 0.062"),
+        ([-0.02, 0.106], 0.04, None, "52 % after (+6 points, no interval, p = 0.04"),
+    ],
+)
+def test_what_is_printed_agrees(ci: list[float], p_value: float, verdict_: str | None, said: str) -> None:
+    more = {} if verdict_ is None else {"verdict": verdict_}
+    found = verdict(heldout(0.46, 0.52, ci, p_value, **more))
+    assert found.outcome == ("better" if verdict_ else "unclear") and said in plain(found.sentence)
+
+
+def test_nothing_changed_is_no_difference() -> None:
+    facts = {"verdict": "no difference ...", "changed": 0, "detectable": 0.0712}
+    found = verdict(heldout(0.46, 0.46, [-0.03, 0.03], 1.0, **facts))
+    assert plain(found.sentence) == (
+        "No difference: held-out accuracy is 46 % before and after, the same on every pair (+0 points, 95 % interval "
+        "-3 to +3, p = 1, 84 pairs, 7.1 points or more would show)"
+    )
+    few = verdict(heldout(0.4, 0.6, [-0.5, 0.8], 1.0, 5, verdict="no difference ...", changed=1, detectable=None))
+    assert few.sentence.endswith("5 pairs, too few to show any difference)")
 
 
 def test_no_evaluation_and_no_finite_accuracy_have_no_verdict() -> None:

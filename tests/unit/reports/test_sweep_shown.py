@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from rich.console import Console
 from statsmodels.stats.proportion import proportion_confint
 from test_report_html import Page
 
-from prefold.evaluation.paired import estimate, sign_test
 from prefold.reports.run_files import readable
-from prefold.reports.sweep import summary, write_sweep
+from prefold.reports.sweep import _to_best, summary, write_sweep
+from prefold.reports.tasks import outcome_of
+from prefold.reports.verdict import change_sentence
 from prefold.runs.sweep import _compared, _confirm
 
 ACCURACIES = {
@@ -35,23 +37,18 @@ def facts_of(before: Any, after: Any) -> dict[str, Any]:
         "after": float(after.mean()),
         "after_ci": list(proportion_confint(after.sum(), len(after), method="wilson")),
         "margin": 0.4,
-        "difference": float((after - before).mean()),
-        "ci": estimate(before, after).interval(),
-        "p_value": sign_test(after - before),
         "shares": True,
-        "by_unit": after.tolist(),
+        "by_unit": {"before": before, "after": after},
     }
 
 
 def sweep(accuracies: dict[str, float] = ACCURACIES, **changes: Any) -> dict[str, Any]:
-    """The content of `sweep.json`."""
+    """The content of `sweep.json`; runs of the same accuracy have the same answers."""
     hard = np.random.default_rng(5).random(PAIRS)
     noise = np.random.default_rng(6)
     before = (hard < 0.45).astype(float)
-    found = {
-        name: facts_of(before, (0.8 * hard + 0.2 * noise.random(PAIRS) < accuracy).astype(float))
-        for name, accuracy in accuracies.items()
-    }
+    drawn = {accuracy: 0.8 * hard + 0.2 * noise.random(PAIRS) < accuracy for accuracy in accuracies.values()}
+    found = {name: facts_of(before, drawn[accuracy].astype(float)) for name, accuracy in accuracies.items()}
     compared = _compared(found)
     points = [{"name": name, "settings": {}, "status": "done", "held_out": facts} for name, facts in found.items()]
     about = {"recipe": "demo", "folder": "runs/demo-sweep", "fields": {}, "overrides": []}
@@ -87,12 +84,12 @@ def test_the_best_run_is_shown_with_what_it_is_worth(tmp_path: Path) -> None:
     found = sweep()
     shown, text = page(found, tmp_path), squeezed(printed(found))
     for said in (squeezed(shown.text), text):
-        assert "Best of 4: learning_rate=5e-5, beta=0.1" in said
+        assert "No clear best of 4: learning_rate=5e-5, beta=0.1 is the highest" in said
         assert "Chosen by the 84 pairs that it is measured on: the best of 4 equally good runs would look" in said
         assert "84 pairs do not show it to be better than learning_rate=5e-5, beta=0.3" in said
         assert "prefold run runs/demo-sweep/learning_rate=5e-5,beta=0.1 \\ data.eval=" in said
         assert "With allowance for the choice, its accuracy is" in said
-    assert "points to the best, p" in squeezed(shown.text)
+    assert re.search(r"-\d+\.\d points to the highest \(-\d+\.\d to [+-]\d+\.\d\), p [=<]", squeezed(shown.text))
     links = [attributes["href"] for tag, attributes in shown.elements if tag == "a"]
     assert links[0] == "learning_rate%3D1e-5%2Cbeta%3D0.1/report.html" and len(links) == 4
     assert max(map(len, printed(found).splitlines())) <= 80
@@ -102,15 +99,60 @@ def test_the_best_run_is_shown_with_what_it_is_worth(tmp_path: Path) -> None:
     ("accuracies", "headline"),
     [
         ({"a=1": 0.95, "a=2": 0.6}, "Best of 2: a=1"),
-        ({"a=1": 0.46, "a=2": 0.44}, "Best of 2, but not clearly better than before training: a="),
-        ({"a=1": 0.15, "a=2": 0.1}, "The best of 2, a=1, is worse than before training"),
-        ({"a=1": 0.95}, "Best of 1: a=1"),
+        ({"a=1": 0.47, "a=2": 0.44}, "No clear best of 2: a=1 is the highest, not clearly better than before training"),
+        ({"a=1": 0.15, "a=2": 0.1}, "No clear best of 2: a=1 is the highest, worse than before training"),
+        ({"a=1": 0.95}, "a=1 is better than before training"),
+        ({"a=1": 0.95, "a=2": 0.95}, "No best of 2: both have the same held-out accuracy a=1: held-out"),
+        (
+            {"a=1": 0.9, "a=2": 0.9, "a=3": 0.2},
+            "No best of 3: a=1 and a=2 have the same held-out accuracy a=1: held-out",
+        ),
+        (
+            dict.fromkeys(("a=1", "a=2", "a=3"), 0.2),
+            "No best of 3: all have the same held-out accuracy, worse than before training",
+        ),
     ],
 )
 def test_headlines(accuracies: dict[str, float], headline: str) -> None:
-    text = squeezed(printed(sweep(accuracies)))
+    found = sweep(accuracies)
+    text = squeezed(printed(found))
     assert text.startswith(headline)
-    assert ("by luck alone" in text) == (len(accuracies) > 1)
+    equal = len(set(accuracies.values())) < len(accuracies)
+    assert ("by luck alone" in text) == (len(accuracies) > 1 and not equal) and "0.0 points too good" not in text
+    assert (found["best"] is None) == equal == ("equal highest" in text) and (found["confirm"] is None) == equal
+
+
+def test_what_is_printed_agrees_in_1000_sweeps() -> None:
+    """Of each run against the model before training, and against the highest one: on few pairs and many, with ties."""
+    draw, shown, behind_shown = np.random.default_rng(3), 0, 0
+    for _ in range(1000):
+        n, runs = int(draw.choice((3, 6, 9, 20, 60))), int(draw.integers(1, 5))
+        hard, skill = draw.random(n), draw.choice((0.05, 0.3, 0.5, 0.7, 0.98), runs + 1)
+        sides = [(0.7 * hard + 0.3 * draw.random(n) < quality).astype(float) for quality in skill]
+        found = {f"a={run}": facts_of(sides[-1], sides[run]) for run in range(runs)}
+        compared = _compared(found)
+        for name, facts in found.items():
+            low, high, p_value, differs = read(change_sentence(facts))
+            assert (low > 0 or high < 0) == differs == (outcome_of(facts) in ("better", "worse"))
+            shown += differs
+            text = _to_best(facts, compared["best"], bool(compared["as_good"]))
+            if " to the highest" not in text:
+                assert text == {True: "equal highest"}.get(name in compared["tied"], text) and facts["to_best"] is None
+                continue
+            low, high, p_value, differs = read(text)
+            assert (high < 0) == differs == (name not in compared["as_good"]) and p_value != 0.05
+            behind_shown += differs
+        names = {name for name, facts in found.items() if facts["after"] == max(one["after"] for one in found.values())}
+        assert names == set(compared["tied"] or [compared["best"]])
+    assert shown > 300 and behind_shown > 100
+
+
+def read(text: str) -> tuple[float, float, float, bool]:
+    """Interval and p-value as they are written, and whether that is below 0.05."""
+    text = squeezed(text)
+    interval, p_value = re.search(r"([+-][\d.]+) to ([+-][\d.]+)", text), re.search(r"p [<=] ([\d.e-]+)", text)
+    assert interval and p_value, text
+    return float(interval[1]), float(interval[2]), float(p_value[1]), float(p_value[1]) < 0.05
 
 
 def test_a_run_that_is_better_than_all_others_is_said_to_be() -> None:

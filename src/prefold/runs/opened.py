@@ -1,0 +1,118 @@
+"""What the recipe of a run names, opened: the model, rewards, tasks, the judge; and what cannot be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from prefold.data.chat import encode
+from prefold.data.examples import Examples, prompts_of
+from prefold.evaluation.scores import OpenTask
+from prefold.evaluation.tasks import open_tasks
+from prefold.evaluation.win_rate import Compares, open_judge
+from prefold.models.adapters import load_policy
+from prefold.models.load import load_model
+from prefold.recipe import RecipeBase
+from prefold.rewards.load import load_rewards, require_arguments
+from prefold.rewards.scoring import LoadedReward, column_names
+from prefold.runs.comparison import require_models
+from prefold.runs.context import Run
+from prefold.training.arguments import training_arguments
+from prefold.training.loop import StepOrder
+from prefold.training.optimizer import require_optimizer
+from prefold.trees.attention import unwrapped
+from prefold.trees.memory import auto_max_tokens
+from prefold.trees.packing import TokenTree
+from prefold.trees.scorer import Scorer, choose_scorer
+
+WITHOUT_COLUMNS = ("prompts", "completions", "completion_ids")
+"""What rewards are given, whatever columns the data have."""
+UNKNOWN_STEPS = 1000
+"""Stands for the steps of a run whose data have not been counted."""
+
+
+def require_usable(recipe: RecipeBase) -> PreTrainedModel | PeftModel:
+    """The model to train without its contents. Raises UserError if model, adapter, LoRA, optimizer or schedule cannot
+    be used, which costs seconds to know."""
+    shapes = policy_of(recipe, contents=False)
+    require_optimizer(training_arguments(recipe, recipe.train.max_steps or UNKNOWN_STEPS))
+    return shapes
+
+
+def require_openable(run: Run) -> None:
+    """Raises UserError if a reward, the judge or a model to compare with cannot be used, as far as that costs
+    little to know: what a later stage would stop at, after hours."""
+    recipe, data = run.recipe, run.prepared
+    if recipe.rewards:
+        rewards = loaded_rewards(recipe, column_names(prompts_of(data.train)))
+        if data.held_out:
+            columns = column_names(prompts_of(data.held_out))
+            require_arguments(rewards, [*WITHOUT_COLUMNS, *columns], "is no column of the held-out rows")
+    if recipe.evaluate.win_rate:
+        judge_of(run)
+    require_models(recipe.evaluate.compare_with)
+
+
+def tasks_of(run: Run) -> list[OpenTask]:
+    """Raises UserError if one of the tasks that the recipe names cannot be asked."""
+    return open_tasks(run.recipe.evaluate, run.tokenizer) if run.recipe.evaluate.tasks else []
+
+
+def judge_of(run: Run) -> Compares:
+    assert run.recipe.evaluate.win_rate is not None
+    return open_judge(run.recipe.evaluate.win_rate.judge, partial(encode, tokenizer=run.tokenizer))
+
+
+def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:
+    """Raises UserError if a reward cannot be loaded, or asks for what there is not."""
+    return load_rewards(recipe.rewards, [*WITHOUT_COLUMNS, *columns])
+
+
+def policy_of(recipe: RecipeBase, contents: bool = True) -> PreTrainedModel | PeftModel:
+    """The model to train; see `load_model`."""
+    section, settings = recipe.model, recipe.train
+    if recipe.lora == "none":
+        # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
+        return load_model(
+            section, dtype="float32", head_seed=head_seed_of(recipe), sharded=settings.fsdp, contents=contents
+        )
+    return load_policy(section, recipe.lora, settings.seed, head_seed_of(recipe), settings.fsdp, contents)
+
+
+def head_seed_of(recipe: RecipeBase) -> int | None:
+    """What a new head is drawn by, for a method that wants one that gives scores."""
+    return recipe.train.seed if recipe.algorithm.kind.scores else None
+
+
+def scorer_of(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) -> Scorer:
+    setting = recipe.train.max_tokens
+    budget = auto_max_tokens(unwrapped(model), recipe.train.gradient_checkpointing) if setting == "auto" else setting
+    draws = recipe.algorithm.draws
+    lengths = [prompt + max(completions, default=0) for prompt, *completions in examples.lengths]
+    longest = max(lengths) + (draws.max_completion_length if draws else 0)
+    # For the self-check, the last 32 tokens of prompts stand in where completions are yet to be sampled.
+    trees = [*sample_trees(examples), examples.trees[lengths.index(max(lengths))]]
+    stand_ins = tuple(tree.prompt[-32:] for tree in trees)
+    *checked, deepest = [tree if tree.completions else replace(tree, completions=stand_ins) for tree in trees]
+    return choose_scorer(model, checked, budget, recipe.model.attn_implementation, longest, deepest)
+
+
+def sample_trees(examples: Examples) -> list[TokenTree]:
+    """Two small trees and a middling one, for checks that should cost little."""
+    sizes = [sum(lengths) for lengths in examples.lengths]
+    by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
+    return [examples.trees[index] for index in (*by_size[:2], by_size[len(by_size) // 2])]
+
+
+def order_of(recipe: RecipeBase, trees: int) -> StepOrder:
+    settings, iterations = recipe.train, recipe.algorithm.iterations
+    draws = round(settings.num_train_epochs * trees)
+    if settings.max_steps:
+        draws = math.ceil(settings.max_steps / iterations) * settings.batch_size
+    return StepOrder(trees, settings.batch_size, max(1, draws), settings.seed, iterations)
