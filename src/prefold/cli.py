@@ -42,7 +42,9 @@ app = typer.Typer(
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, a built-in recipe or a run folder.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.field=value]...", help="Fields to set otherwise.", show_default=False),
+    typer.Argument(
+        metavar="[section.field=value]...", help="Fields of the recipe with other values.", show_default=False
+    ),
 ]
 Processes = Annotated[
     int, typer.Option("--nproc", help="Processes of this machine to train with: as many as it has GPUs.", min=1)
@@ -306,7 +308,7 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="section.field=value,value...",
-            help="Fields with several values each; and fields to set otherwise.",
+            help="Fields with several values each, and fields with another value.",
             show_default=False,
         ),
     ] = None,

@@ -60,6 +60,8 @@ addEventListener("load", () => setTimeout(() => {
     scripts: document.scripts.length,
     forty_nine: document.body.innerText.includes("{{7*7}}"),
     tallest_stage: Math.max(...[...document.querySelectorAll("#cost tbody th")].map((cell) => cell.offsetHeight)),
+    first_screen: ["h1", ".description", "#example .answer.after"].map(
+      (part) => document.querySelector(part)?.getBoundingClientRect().bottom),
     narrowest_bar: Math.min(...[...document.querySelectorAll(".bar")].map((bar) => bar.offsetWidth)),
   });
   document.body.append(found);
@@ -133,6 +135,18 @@ def test_no_script_of_a_hostile_text_runs(tmp_path: Path) -> None:
     assert not found["owned"] and found["title"].startswith("run: Held-out accuracy rose")
     assert found["forty_nine"]
     assert found["scripts"] == 4  # Data, library, drawing, and the probe.
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_the_first_screen_says_what_was_taught_with_an_answer(tmp_path: Path, width: int, height: int) -> None:
+    recipe = "description: The model learns to answer in one or two short sentences.\n" + FAKE_RUN["RECIPE"]
+    samples = [FAKE_RUN["sample"]("What does a compiler do?", "A lecture. " * 60, "It translates code.")]
+    page = write_report(FAKE_RUN["write_run"](tmp_path / "run", recipe=recipe, samples=samples))
+    # A window of Chromium is 500 wide at least.
+    text = page.read_text(encoding="utf-8").replace("</head>", f"<style>html {{ width: {width}px; }}</style></head>")
+    page.write_text(text, encoding="utf-8")
+    bottoms = probed(page, tmp_path, f"--window-size={max(width, 500)},{height}")["first_screen"]
+    assert bottoms == sorted(bottoms) and bottoms[-1] <= height
 
 
 def test_a_phone_need_not_scroll_sideways(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 import prefold
 from prefold.cli import main
+from prefold.generation.answers import print_answers
 from prefold.recipe import RecipeBase, dump_recipe
 
 MakeRecipe = Callable[..., RecipeBase]
@@ -114,7 +115,14 @@ def test_generate(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
         "--json",
     )
     assert code == 0
-    assert [answer["prompt"] for answer in json.loads(out)["answers"]] == ["Zero", "One", "Two"]
+    answers = json.loads(out)["answers"]
+    assert [answer["prompt"] for answer in answers] == ["Zero", "One", "Two"]
+    assert {reason for answer in answers for reason in answer["finish_reasons"]} <= {"stop", "length"}
+
+
+def test_an_answer_that_was_cut_off_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    print_answers([{"prompt": "Q?", "answers": ["whole", "half"], "finish_reasons": ["stop", "length"]}])
+    assert capsys.readouterr().out == "Q?\n\nwhole\n\nhalf\n(cut off here; --max-new-tokens allows more)\n\n"
 
 
 def test_chat_with_two_models(

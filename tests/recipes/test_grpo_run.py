@@ -94,7 +94,8 @@ def test_every_stage_leaves_its_outputs(grpo: MakeRecipe) -> None:
     assert set(found) == {"prompts", "before", "after", "difference"}
     assert found["difference"]["reward"] == pytest.approx(found["after"]["reward"] - found["before"]["reward"])
     assert not (folder / "evaluation" / "heldout.json").exists()
-    assert [set(sample) for sample in lines(folder / "samples.jsonl")] == [{"prompt", "before", "after"}] * 2
+    written = {"prompt", "before", "after", "finish_reasons"}
+    assert [set(sample) for sample in lines(folder / "samples.jsonl")] == [written] * 2
     assert (folder / "merged" / "model.safetensors").is_file()
     assert "reward" in (folder / "report.html").read_text()
 

@@ -45,7 +45,8 @@ def test_every_stage_leaves_its_outputs(recipe: MakeRecipe, tiny_model: Path) ->
     assert not {"seconds", "time", "runtime"} & set(metrics[0])
 
     samples = lines(folder / "samples.jsonl")
-    assert [set(sample) for sample in samples] == [{"prompt", "before", "after"}] * 2
+    assert [set(sample) for sample in samples] == [{"prompt", "before", "after", "finish_reasons"}] * 2
+    assert all(set(sample["finish_reasons"]) == {"before", "after"} for sample in samples)
     assert json.loads((folder / "merge.json").read_text())["relative_difference"] < 1e-4
     assert (folder / "report.html").stat().st_size > 10_000
 

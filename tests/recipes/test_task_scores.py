@@ -83,7 +83,7 @@ def test_questions_of_the_training_data_are_counted_apart(
     assert [tasks["tiny_sums"][part]["n"] for part in ("contaminated", "clean")] == [2, 1]
     assert tasks["tiny_passages"]["contaminated"] == {"n": 0}
     assert scores(folder, "before")[0].contaminated is None
-    assert "2 of 3 questions stand in the training data" in (folder / "merged" / "README.md").read_text()
+    assert "2 of 3 questions are in the training data" in (folder / "merged" / "README.md").read_text()
 
 
 def test_evaluating_shows_all_that_was_measured(

@@ -59,6 +59,12 @@ def test_dump_and_load_are_inverse(recipe_file: str, tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "dumped.yaml")) == recipe
 
 
+def test_a_guard_may_be_off_without_quotes(recipe_file: str) -> None:
+    assert load_recipe(recipe_file, ["guards.cut_off=off"]).guards.cut_off == "off"
+    with pytest.raises(UserError, match="not_finite"):
+        load_recipe(recipe_file, ["guards.not_finite=off"])
+
+
 def test_names_of_transformers() -> None:
     """They are written down, since importing them takes seconds."""
     schedulers = {scheduler.value for scheduler in SchedulerType}

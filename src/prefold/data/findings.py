@@ -390,7 +390,7 @@ def length_bias(facts: Sequence[PairFacts]) -> Finding | None:
         return None
     shares = [_percent(count, len(facts)) for count in (chosen, rejected)]
     message = f"chosen is the longer one in {shares[0]} of the pairs, rejected in {shares[1]}"
-    advice = "the model may learn length; compare answer lengths after training"
+    advice = "the model will learn length: fine where you teach it, else balance the pairs"
     return Finding("length_bias", "note", max(chosen, rejected), (), message, advice)
 
 
@@ -414,7 +414,7 @@ def telling_opening(facts: Sequence[PairFacts], tokenizer: PreTrainedTokenizerBa
     shares = [_percent(count, len(facts)) for count in either]
     text = json.dumps(tokenizer.decode(list(best)), ensure_ascii=False)
     message = f"{text} begins {shares[0]} of the chosen and {shares[1]} of the rejected answers"
-    advice = "it gives the side away, so little else is learned; cut it from the text"
+    advice = "the model learns it first: fine where you teach it, else cut it away"
     return Finding("telling_opening", "warning", max(either), (), message, advice)
 
 

@@ -34,7 +34,8 @@ def generate(
         **settings
 
     Returns:
-        `{"prompt": ..., "answers": [...]}` for each prompt.
+        `{"prompt": ..., "answers": [...], "finish_reasons": [...]}` for each prompt; the reason is `stop` where the
+        model ended the answer, `length` where `max_new_tokens` cut it off.
 
     Raises:
         UserError: there is no prompt, a value is out of its bounds, the file cannot be read, the model cannot be had.
@@ -49,15 +50,23 @@ def generate(
     loaded, tokenizer = open_model(section, "`generate`"), tokenizer_of(section)
     conversations = [[*before, Message(role="user", content=text)] for text in texts]
     answers = answer(loaded, tokenizer, conversations, Sampling.of(wanted, wanted.num_answers))
-    return [{"prompt": text, "answers": given} for text, given in zip(texts, answers, strict=True)]
+    return [
+        {
+            "prompt": text,
+            "answers": [completion.text for completion in group],
+            "finish_reasons": [completion.finish_reason for completion in group],
+        }
+        for text, group in zip(texts, answers, strict=True)
+    ]
 
 
 def print_answers(answers: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     for number, entry in enumerate(answers):
         console.print(f"[bold]{escape(entry['prompt'])}[/]", end="\n\n")
-        for text in entry["answers"]:
-            console.print(Text(text), end="\n\n")
+        for text, reason in zip(entry["answers"], entry["finish_reasons"], strict=True):
+            console.print(Text(text))
+            console.print("(cut off here; --max-new-tokens allows more)\n" if reason == "length" else "", style="dim")
         if number + 1 < len(answers):
             console.rule(style="dim")
 

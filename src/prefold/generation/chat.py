@@ -99,7 +99,12 @@ class Speaker:
         console.print(Text(f"{self.label}: ", style="bold cyan"), end="")
         stream = WrappedStream(self.tokenizer, console, column=len(self.label) + 2)
         try:
-            [[reply]] = answer(self.model, self.tokenizer, [[*opening, *asked]], sampling, streamer=stream)
+            [[completion]] = answer(self.model, self.tokenizer, [[*opening, *asked]], sampling, streamer=stream)
+            reply = completion.text
+            if not completion.finished:
+                limit = sampling.max_new_tokens
+                more = f"`/set max_new_tokens={2 * limit}` allows more"
+                console.print(f"(cut off after {limit} tokens; {more})", style="dim", markup=False)
         except KeyboardInterrupt:
             stream.end()
             console.print("(stopped)", style="dim")

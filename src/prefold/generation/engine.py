@@ -359,8 +359,8 @@ def answer(
     streamer: BaseStreamer | None = None,
     template: Template = "chat",
     given: Sequence[dict[str, Any]] | None = None,
-) -> list[list[str]]:
-    """`num_answers` answers to each conversation, in the order of `prompts`.
+) -> list[list[Completion]]:
+    """`num_answers` answers to each conversation, in the order of `prompts`, without spaces around their texts.
 
     Args:
         given: for each prompt what its chat template is given beside the messages, such as `tools`.
@@ -383,4 +383,4 @@ def answer(
             ids, sampling, on_token=lambda prompt, number, token: streamer.put(torch.tensor([token]))
         )
         streamer.end()
-    return [[completion.text.strip() for completion in completions] for completions in answers]
+    return [[replace(completion, text=completion.text.strip()) for completion in group] for group in answers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from prefold.recipe import sampling as settings
 
@@ -54,3 +55,8 @@ class Completion:
     logprobs: tuple[float, ...] = ()
     model_logprobs: tuple[float, ...] | None = None
     entropies: tuple[float, ...] | None = None
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """In the words of OpenAI's API."""
+        return "stop" if self.finished else "length"

@@ -16,6 +16,8 @@ from prefold.recipe.sections import Data, Evaluate, Guards, Lora, Merge, Model, 
 class RecipeBase(Section):
     method: Literal[tuple(ALGORITHMS)]  # type: ignore[valid-type]
     """How to align."""
+    description: str | None = Field(None, min_length=1)
+    """What the model is taught, in a sentence: shown in the terminal, the report and the model card."""
     model: Model
     lora: Lora | Literal["none"] | None = Lora()
     """LoRA settings, or `none` for full fine-tuning; empty only beside `model.adapter`, which brings its own."""

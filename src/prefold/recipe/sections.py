@@ -114,7 +114,7 @@ class Rows(Section):
 
     path: str = Field(min_length=1)
     """A file (.jsonl, .json, .csv, .parquet; the first three also .gz, .bz2, .xz or .zst), a folder or a glob of files,
-    a built-in set (`builtin:plain_words`), or a data set of the Hub (`org/name`)."""
+    a built-in set (`builtin:short_answers`), or a data set of the Hub (`org/name`)."""
     name: str | None = None
     """Configuration of a Hub data set, where it has several."""
     split: str | None = None
@@ -349,7 +349,7 @@ class Guards(Section):
     chosen_falling: Acts = "warn"
     """Log-probs of the chosen answers collapse while the margin grows."""
     too_easy: Stops = "warn"
-    """Every pair is told right after a few steps."""
+    """The model prefers the chosen answer in every pair after a few steps."""
     held_out_falling: Acts = "warn"
     """The margin on held-out pairs falls (with `train.eval_steps`)."""
     kl_running_off: Acts = "warn"
@@ -360,6 +360,12 @@ class Guards(Section):
     """Nearly all completions reach the longest length."""
     undertrained: Warns = "warn"
     """At the end, pairs are hardly told apart."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def off_is_a_word(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 class Merge(Section):

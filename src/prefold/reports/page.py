@@ -120,16 +120,25 @@ def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def exchanges(samples: Sequence[Values]) -> list[tuple[list[tuple[str, str]], list[tuple[Any, Any]]]]:
-    """Prompts as (role, text) messages, each with its answers as (before, after); None where one is missing."""
+Answer = tuple[Any, bool]
+"""A text, None where it is missing, and whether the token limit cut it off."""
+
+
+def exchanges(samples: Sequence[Values]) -> list[tuple[list[tuple[str, str]], list[tuple[Answer, Answer]]]]:
+    """Prompts as (role, text) messages, each with its answers as (before, after)."""
     skipped = 1 if shared_system(samples) else 0
     return [
         (
             turns(sample.get("prompt"))[skipped:],
-            list(zip_longest(as_list(sample.get("before")), as_list(sample.get("after")))),
+            list(zip_longest(_answers(sample, "before"), _answers(sample, "after"), fillvalue=(None, False))),
         )
         for sample in samples
     ]
+
+
+def _answers(sample: Values, when: str) -> list[Answer]:
+    texts, reasons = as_list(sample.get(when)), as_list(section(sample, "finish_reasons").get(when))
+    return [(text, reason == "length") for text, reason in zip_longest(texts, reasons[: len(texts)])]
 
 
 def shared_system(samples: Sequence[Values]) -> str:

@@ -47,6 +47,10 @@ class RunRecord:
         return readable(self.folder.resolve().name)
 
     @property
+    def description(self) -> str:
+        return " ".join(str(self.recipe.get("description") or "").split())
+
+    @property
     def method(self) -> str:
         return str(self.recipe.get("method", ""))
 

@@ -21,7 +21,8 @@ def summary(run_folder: Path) -> RenderableType:
     """Something for rich to print. Raises UserError: see `read_run`."""
     run = read_run(run_folder)
     verdict = overall(run)
-    lines: list[RenderableType] = [plain(verdict.headline, STYLES[verdict.outcome])]
+    lines: list[RenderableType] = [plain(run.description)] if run.description else []
+    lines.append(plain(verdict.headline, STYLES[verdict.outcome]))
     lines += [plain(verdict.evidence)] if verdict.evidence else []
     lines += [indented(coloured(line.text, line.outcome)) for line in verdict.lines]
     lines += [plain(run.precision, "dim")] if run.precision else []

@@ -161,7 +161,7 @@ def _against_chance(facts: Values, outcome: Outcome, write: Callable[[Any], str]
 
 
 def task_lines(comparison: Values | None) -> list[Line]:
-    """One for each task that changed, one for all others, one for the average, and what stands in the training data."""
+    """One for each task that changed, one for all others, one for the average, and what is in the training data."""
     facts = {name: task for name, task in entries(comparison).items() if name not in section(comparison, "measures")}
     changed = {name: task for name, task in facts.items() if outcome_of(task) != "unclear"}
     lines = [Line(outcome_of(task), f"{name}: {change_sentence(task)}") for name, task in changed.items()]
@@ -173,7 +173,7 @@ def task_lines(comparison: Values | None) -> list[Line]:
     if (finite(average.get("tasks")) or 0) > 1:
         lines.append(Line(outcome_of(average), f"Average of the tasks: {change_sentence(average)}"))
     seen = [Line("unclear", f"{name}: {text}") for name, task in tasks_of(comparison).items() if (text := _seen(task))]
-    return lines + _at_most(seen, "tasks have questions that stand in the training data")
+    return lines + _at_most(seen, "tasks have questions that are in the training data")
 
 
 def _at_most(lines: list[Line], words: str) -> list[Line]:
@@ -182,12 +182,12 @@ def _at_most(lines: list[Line], words: str) -> list[Line]:
 
 
 def _seen(facts: Values) -> str:
-    """`3 of 1,172 questions stand in the training data; without: 31.2 % to 35.4 % (...)`; empty where none does."""
+    """`3 of 1,172 questions are in the training data; without: 31.2 % to 35.4 % (...)`; empty where none does."""
     clean, number = section(facts, "clean"), finite(section(facts, "contaminated").get("n"))
     if not number:
         return ""
-    stand = "question stands" if number == 1 else "questions stand"
-    text = f"{count(number)} of {count(facts.get('n'))} {stand} in the training data"
+    are = "question is" if number == 1 else "questions are"
+    text = f"{count(number)} of {count(facts.get('n'))} {are} in the training data"
     if not finite(clean.get("n")):
         return text
     return f"{text}; without: {change_sentence({**clean, 'shares': facts.get('shares')})}"

@@ -7,11 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from prefold import ranks
+from prefold.data.preference import Message
 from prefold.evaluation.contamination import questions_in
 from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.task_comparison import compare_tasks
 from prefold.evaluation.tasks import measure_model, recorded_settings
 from prefold.files import write_json, write_jsonl
+from prefold.generation.sampling import Completion
 from prefold.runs.context import Run
 from prefold.runs.fingerprints import inputs_of
 from prefold.runs.limits import evaluated_in_16_bits
@@ -39,13 +41,19 @@ def _evaluate_held_out(run: Run, in_16_bits: bool) -> None:
         return
     if not recipe.algorithm.kind.scores:
         answers = zip(measuring.prompts, answers_before, answers_after, strict=True)
-        samples = [{"prompt": list(prompt), "before": first, "after": second} for prompt, first, second in answers]
-        write_jsonl(folder / "samples.jsonl", samples)
+        write_jsonl(folder / "samples.jsonl", [_sample(prompt, before=old, after=new) for prompt, old, new in answers])
     comparison, lines = measuring.compare(before, after)
     if lines is not None:
         write_jsonl(folder / "evaluation" / "heldout.jsonl", lines)
     kept = {"weights_in_16_bits": True} if in_16_bits else {}
     write_json(folder / "evaluation" / f"{recipe.algorithm.kind.measured}.json", {**comparison, **kept})
+
+
+def _sample(prompt: Sequence[Message], **answers: Sequence[Completion]) -> dict[str, Any]:
+    """A line of `samples.jsonl`: a prompt with the answers of each model, and how each of them ended."""
+    texts = {when: [completion.text for completion in group] for when, group in answers.items()}
+    reasons = {when: [completion.finish_reason for completion in group] for when, group in answers.items()}
+    return {"prompt": list(prompt), **texts, "finish_reasons": reasons}
 
 
 def _measured_before(run: Run, measuring: Measuring) -> Any:

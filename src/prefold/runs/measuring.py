@@ -33,7 +33,7 @@ from prefold.evaluation.held_out_pairs import (
 from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
 from prefold.generation.engine import answer, sample
 from prefold.generation.opening import open_model
-from prefold.generation.sampling import Sampling
+from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import seed_of
 from prefold.models.adapters import load_start
 from prefold.models.load import load_model
@@ -46,7 +46,7 @@ from prefold.terminal import progress_bar
 from prefold.training.sampled_trees import sampling_of
 from prefold.trees.memory import free_memory
 
-Answers = list[list[str]]
+Answers = list[list[Completion]]
 Comparison = tuple[dict[str, Any], list[dict[str, Any]] | None]
 """The content of the file in `evaluation/` that compares after with before, and the lines of `heldout.jsonl`."""
 

@@ -67,7 +67,7 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
         Stage("evaluate", evaluated, ("evaluate",), evaluating.evaluate, shared=not recipe.train.fsdp),
         *([compared] if recipe.evaluate.compare_with else []),
         *([judged] if recipe.evaluate.win_rate else []),
-        Stage("report", ("report.html", "merged/README.md"), (), _report),
+        Stage("report", ("report.html", "merged/README.md"), ("description",), _report),
         *([published] if recipe.publish else []),
     ]
 

@@ -44,6 +44,9 @@ from prefold.trees.scorer import Scorer, can_be_reference
 BETWEEN_WRITES = 300.0
 """Seconds between two files of the reference's log-probs, of which a long run is not to leave thousands."""
 
+TELLING = ("length_bias", "telling_opening")
+"""Findings of the check about what tells chosen from rejected without reading them."""
+
 
 def train(run: Run) -> None:
     """Train; where a guard rolls back, once more from the checkpoint before."""
@@ -173,7 +176,9 @@ def _callbacks(recipe: RecipeBase, reference: Reference | None) -> Iterator[list
 def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Guards:
     dtype = choose_dtype(recipe.model.dtype, choose_device())
     settings = recipe.train
-    facts = Facts(len(order), settings.learning_rate, settings.batch_size, scales_gradients=dtype == torch.float16)
+    telling = [finding.message for finding in prepared.report.findings if finding.kind in TELLING]
+    in_float16 = dtype == torch.float16
+    facts = Facts(len(order), settings.learning_rate, settings.batch_size, telling, in_float16)
     origins = prepared.train.origins
     return Guards(
         recipe.guards.model_dump(),

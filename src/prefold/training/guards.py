@@ -59,6 +59,7 @@ class Facts:
     """What guards know of a run beside its metrics.
 
     `steps`: of the whole run. `learning_rate`: the highest of its schedule. `batch_size`: pairs or prompts of a step.
+    `telling`: what the check of the data found to differ between chosen and rejected as such, in its words.
     `scales_gradients`: float16, where a step whose gradients overflow is left out by the loss scaler, and the scale
     lowered.
     """
@@ -66,6 +67,7 @@ class Facts:
     steps: int
     learning_rate: float
     batch_size: int
+    telling: Sequence[str] = ()
     scales_gradients: bool = False
 
 
@@ -156,16 +158,24 @@ def chosen_falling(history: History, facts: Facts) -> Trouble | None:
 
 
 def too_easy(history: History, facts: Facts) -> Trouble | None:
-    """Every pair told right within a few steps."""
+    """Chosen above rejected in every pair within a few steps."""
     needed = _steps_of_enough(facts)
     values = _latest(history, _named(ACCURACIES, history[-1]), needed)
     if not values or min(values) < 1 or len(history) > max(2 * SOME, facts.steps // 10, needed):
         return None
+    advice = (
+        "the check of the data found neither length nor an opening that tells the sides apart, so it may be the very "
+        "thing you teach: read the answers after training"
+    )
+    if facts.telling:
+        advice = (
+            f"the check of the data says by what the sides differ: {'; '.join(facts.telling)}. Unless that is what you "
+            "want to teach, balance the pairs"
+        )
     return Trouble(
-        f"every pair of the last {needed} steps is told right, after {len(history)} steps of {facts.steps}",
-        "chosen and rejected differ by something that is easy to see, such as length, an opening or a format: look at "
-        "the findings of `prefold check`; what is learnt may be that and nothing else. Where the loss fell to 0 at "
-        "once, lower `train.learning_rate`",
+        f"in the last {needed} steps the model preferred the chosen answer in every pair, after {len(history)} steps "
+        f"of {facts.steps}: the difference is easy to learn",
+        f"{advice}. Where the loss fell to 0 at once, lower `train.learning_rate`",
     )
 
 

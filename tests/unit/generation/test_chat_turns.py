@@ -15,6 +15,7 @@ from tiny_tokenizer import CHATML, make_tokenizer
 from prefold.errors import UserError
 from prefold.generation import chat
 from prefold.generation.chat import Conversation, Speaker, WrappedStream
+from prefold.generation.sampling import Completion
 from prefold.recipe import Chat
 
 
@@ -30,15 +31,16 @@ def printed(console: Console) -> str:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the models were asked; they answer with a number that counts up, and stop at `stop`."""
+    """What the models were asked; they answer with a number that counts up, are stopped
+    at `stop` and cut off at `long`."""
     calls: list[dict[str, Any]] = []
 
-    def answer(model: Any, tokenizer: Any, prompts: Any, sampling: Any, streamer: Any) -> list[list[str]]:
+    def answer(model: Any, tokenizer: Any, prompts: Any, sampling: Any, streamer: Any) -> list[list[Completion]]:
         calls.append({"model": model, "messages": list(prompts[0]), "sampling": sampling})
         if prompts[0][-1]["content"] == "stop":
             streamer.on_finalized_text("only this ")
             raise KeyboardInterrupt
-        return [[f"answer {len(calls)}"]]
+        return [[Completion((), f"answer {len(calls)}", prompts[0][-1]["content"] != "long")]]
 
     monkeypatch.setattr(chat, "answer", answer)
     return calls
@@ -118,6 +120,16 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(console: Console, asked
         talk.take(line)
     assert contents(asked[1]) == ["stop", "only this", "two"]
     assert "only this\n(stopped)\n" in printed(console)
+
+
+def test_an_answer_that_the_limit_cut_off_is_marked(console: Console, asked: list[dict[str, Any]]) -> None:
+    talk = conversation(console, "model")
+    talk.take("short")
+    assert "cut off" not in printed(console)
+    talk.take("long")
+    said = " ".join(printed(console).split())
+    assert "(cut off after 256 tokens; `/set max_new_tokens=512` allows more)" in said
+    assert [message["content"] for message in talk.speakers[0].messages[-2:]] == ["long", "answer 2"]
 
 
 def test_a_model_answers_after_it_was_stopped_as_before(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:

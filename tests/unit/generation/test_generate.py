@@ -406,11 +406,11 @@ def test_tokens_are_streamed(
         monkeypatch.setattr(generate, "why_not_shared", lambda *arguments: "a test")
     prompt = [Message(role="user", content="Hello")]
     listener = Listener()
-    [[text]] = answer(model, tokenizer, [prompt], Sampling(5), streamer=listener)  # type: ignore[arg-type]
+    [[completion]] = answer(model, tokenizer, [prompt], Sampling(5), streamer=listener)  # type: ignore[arg-type]
     assert "answers" not in capfd.readouterr().err
     rendered, *tokens = listener.heard
     assert len(rendered) > 5 and len(tokens) <= 5 and listener.ended
-    assert tokenizer.decode([token for [token] in tokens], skip_special_tokens=True).strip() == text
+    assert tokenizer.decode([token for [token] in tokens], skip_special_tokens=True).strip() == completion.text
 
 
 def test_answers_come_in_the_order_of_the_prompts(

@@ -39,7 +39,7 @@ def test_the_options_are_those_of_the_command(name: str) -> None:
 
 def test_generate(model: Path, prompts: Path) -> None:
     [alone] = prefold.generate(model, "Say 0", max_new_tokens=4)
-    assert alone["prompt"] == "Say 0" and len(alone["answers"]) == 1
+    assert alone["prompt"] == "Say 0" and len(alone["answers"]) == 1 and alone["finish_reasons"] == ["length"]
     found = prefold.generate(str(model), ["Hello"], file=prompts, max_new_tokens=4, num_answers=2, temperature=1.0)
     assert [entry["prompt"] for entry in found] == ["Hello", "Say 0", "Say 1", "Say 2", "Say 3"]
     assert all(len(entry["answers"]) == 2 for entry in found)

@@ -122,7 +122,7 @@ GUARDS = {
             "action": "roll_back",
             "step": 57,
             "after": 50,
-            "message": "every pair of the last 5 steps is told right",
+            "message": "in the last 5 steps the model preferred the chosen answer in every pair",
             "advice": "look at the findings of `prefold check`",
             "rows": "more_pairs.jsonl 3, 9",
         }

@@ -106,6 +106,11 @@ def test_the_body(tmp_path: Path) -> None:
         assert said in text, said
 
 
+def test_what_is_taught_stands_at_the_top(tmp_path: Path) -> None:
+    text = card(tmp_path, recipe=f"description: It learns to use <b>plain</b> words.\n{RECIPE}")
+    assert text.index("It learns to use &#60;b&#62;plain&#60;/b&#62; words.") < text.index("## What was measured")
+
+
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     text = card(tmp_path, **ABSENT)
     assert "license" not in head(text) and "base_model" not in head(text) and "model-index" not in head(text)
@@ -157,7 +162,7 @@ def test_questions_of_the_training_data(tmp_path: Path) -> None:
     facts = TASKS["tasks"]["arc_challenge"] | {"contaminated": seen, "clean": clean}  # type: ignore[index]
     text = card(tmp_path / "some", {"tasks": {"arc_challenge": facts}})
     assert "None of these questions" not in text
-    said = "arc_challenge: 12 of 1 172 questions stand in the training data; without: 41.0 % to 42.0 % (+1.0 points"
+    said = "arc_challenge: 12 of 1 172 questions are in the training data; without: 41.0 % to 42.0 % (+1.0 points"
     assert said in text
     unknown = TASKS["tasks"]["arc_challenge"] | {"contaminated": None, "clean": None}  # type: ignore[index]
     assert (

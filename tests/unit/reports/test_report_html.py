@@ -84,7 +84,12 @@ def row_of(parts: dict[str, list[tuple[str, str]]], source: str = "words") -> di
 def run_of_texts(text: str) -> dict[str, Any]:
     """Changes that put one text wherever a run has text."""
     finding = {"kind": text, "severity": "warning", "count": 1, "rows": [{"source": text, "row": 1}]}
-    recipe = yaml.safe_load(RECIPE) | {"method": text, "model": {"name": text}, "evaluate": {"prompts": [text]}}
+    recipe = yaml.safe_load(RECIPE) | {
+        "method": text,
+        "description": text,
+        "model": {"name": text},
+        "evaluate": {"prompts": [text]},
+    }
     return {
         "recipe": yaml.safe_dump(recipe),
         "environment": ENVIRONMENT | {"device_name": text, "packages": {text: text}},
@@ -97,7 +102,8 @@ def run_of_texts(text: str) -> dict[str, Any]:
         },
         "metrics": [{"step": step, "loss": 0.7, text: 1.0} for step in (1, 2)],
         "samples": [
-            {"prompt": [{"role": text, "content": text}], "before": [text, text], "after": [text, text]},
+            {"prompt": [{"role": text, "content": text}], "before": [text, text], "after": [text, text]}
+            | {"finish_reasons": {"before": [text, "length"], "after": text}},
             sample(text, text, text),
         ],
         "merge": MERGE | {"dtype": text},
@@ -364,11 +370,26 @@ def test_files_with_empty_or_odd_values_do_not_break_the_page(tmp_path: Path) ->
 
 def test_the_answers_stand_side_by_side_right_after_the_verdict(tmp_path: Path) -> None:
     answers = {"prompt": [{"role": "user", "content": "Q?"}], "before": ["one", "two"], "after": ["uno"]}
-    text = report(tmp_path, samples=[answers]).text
-    places = [
-        text.index(word) for word in ("rose from", "Answers", "Q?", "one", "uno", "two", "no answer", "Held-out pairs")
-    ]
+    text = report(tmp_path, samples=[answers, sample("R?", "b", "a")]).text
+    shown = ("rose from", "Q?", "one", "uno", "two", "no answer", "points, 95", "More answers", "R?", "Held-out pairs")
+    places = [text.index(word) for word in shown]
     assert places == sorted(places)
+
+
+def test_what_is_taught_stands_below_the_verdict(tmp_path: Path) -> None:
+    recipe = f"description: >\n  The model learns\n  to use plain words.\n{RECIPE}"
+    text = report(tmp_path, recipe=recipe).text
+    places = [text.index(words) for words in ("rose from", "The model learns to use plain words.", "compiler")]
+    assert places == sorted(places)
+
+
+def test_an_answer_that_was_cut_off_is_marked(tmp_path: Path) -> None:
+    ended = sample("Q?", "whole", "whole") | {"finish_reasons": {"before": ["stop"], "after": ["stop"]}}
+    cut = sample("Q?", "a long", "whole") | {"finish_reasons": {"before": ["length"], "after": ["stop"]}}
+    assert "Cut off" not in report(tmp_path, samples=[ended, sample("Q?", "of an older run", "a")]).text
+    text = report(tmp_path, samples=[cut, ended]).text
+    assert text.count("Cut off at the token limit") == 1
+    assert text.index("a long") < text.index("Cut off") < text.index("whole")
 
 
 def test_a_system_message_of_all_prompts_is_shown_once(tmp_path: Path) -> None:
@@ -401,7 +422,13 @@ def test_findings_are_sorted_by_severity_and_name_their_rows(tmp_path: Path) -> 
 
 def test_what_the_guards_saw(tmp_path: Path) -> None:
     seen = report(tmp_path).text
-    for words in ("too easy", "57", "is told right", "Rows of the step: more_pairs.jsonl 3, 9", "went back to step 50"):
+    for words in (
+        "too easy",
+        "57",
+        "preferred the chosen answer",
+        "Rows of the step: more_pairs.jsonl 3, 9",
+        "went back to step 50",
+    ):
         assert words in seen
     assert "no sign of a run that diverges" in report(tmp_path, guards={"events": []}).text
 

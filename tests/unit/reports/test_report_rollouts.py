@@ -49,7 +49,8 @@ def test_first_middle_and_last_step_are_shown_with_their_best_and_worst(tmp_path
         assert (worst["reward"], worst["text"], worst["finished"]) == (3.0, "text 0", False)
         assert (best["reward"], best["text"], best["finished"]) == (7.0, "text 2", True)
     text = squeezed(report(tmp_path, recipe=RECIPE, rollouts=groups[:2]))
-    assert "Reward +3.00, advantage +0.50; 5 tokens, cut off" in text  # a single reward is the reward
+    assert "Reward +3.00, advantage +0.50; 5 tokens" in text  # a single reward is the reward
+    assert "Cut off at the token limit" in text
     assert "Reward +7.00, advantage +0.50; 5 tokenstext 2" in text
 
 

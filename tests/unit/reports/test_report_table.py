@@ -40,6 +40,11 @@ def test_the_summary_holds_verdict_table_and_places(tmp_path: Path) -> None:
     assert str(folder / "report.html") in joined and str(folder / "merged") in joined
 
 
+def test_what_is_taught_stands_before_the_verdict(tmp_path: Path) -> None:
+    text = words(printed(tmp_path, recipe=f"description: >\n  It learns\n  [bold]plain[/] words.\n{RECIPE}"))
+    assert text.startswith("It learns [bold]plain[/] words. Held-out accuracy rose")
+
+
 def test_what_is_not_there_is_not_named(tmp_path: Path) -> None:
     text = printed(tmp_path, heldout=None)
     assert text.strip() == "Not evaluated yet"

@@ -114,8 +114,8 @@ def test_questions_of_the_training_data_are_told(tmp_path: Path) -> None:
     said = [plain(line.text) for line in overall(read_run(run)).lines if "training data" in line.text]
     without = "50.0 % to 40.0 % (-10.0 points, 95 % interval -20.0 to +10.0, p = 0.6)"
     assert said == [
-        f"a: 3 of 9 questions stand in the training data; without: {without}",
-        "c: 9 of 9 questions stand in the training data",
+        f"a: 3 of 9 questions are in the training data; without: {without}",
+        "c: 9 of 9 questions are in the training data",
     ]
     shown = plain(printed(summary(run)))
     assert "3 in the training data" in shown and "-10.0 without" in shown
@@ -123,7 +123,7 @@ def test_questions_of_the_training_data_are_told(tmp_path: Path) -> None:
     assert squeezed("3 in the training data; -10.0 without") in text and squeezed("0 in the training data") not in text
     none = {"tasks": {"b": tasks["b"]}}
     unknown = {"tasks": {"a": task("better", contaminated=None)}}
-    said = "None of the questions stands in the training data."
+    said = "None of the questions is in the training data."
     found = [said in report(tmp_path, recipe=ASKED, tasks=one).text for one in ({"tasks": tasks}, none, unknown)]
     assert found == [False, True, False]
 

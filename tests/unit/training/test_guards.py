@@ -141,6 +141,14 @@ def test_all_right_late_is_not_too_easy() -> None:
     assert said("too_easy", history(4, lambda step: {"rewards/accuracies": 1.0})) is None
 
 
+def test_too_easy_says_what_the_check_of_the_data_says() -> None:
+    opening = '"Sure" begins 90 % of the chosen and 0 % of the rejected answers'
+    found, alone = (said("too_easy", RED["too_easy"], replace(FACTS, telling=telling)) for telling in ([opening], []))
+    assert found is not None and alone is not None
+    assert f"by what the sides differ: {opening}." in found.advice and "neither" not in found.advice
+    assert "found neither length nor an opening" in alone.advice
+
+
 def test_steps_of_one_pair_are_right_by_luck() -> None:
     """Coins that are right seven times of ten."""
     draw, one = random.Random(1), replace(FACTS, batch_size=1)
