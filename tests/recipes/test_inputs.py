@@ -476,7 +476,7 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mo
 
 def _written(folder: Path, model: str) -> str:
     path = folder / "hub.yaml"
-    values = {**RECIPES["dpo"], "model": {"name": model}, "data": {"train": [{"path": "builtin:plain_words"}]}}
+    values = {**RECIPES["dpo"], "model": {"name": model}, "data": {"train": [{"path": "builtin:short_answers"}]}}
     path.write_text(yaml.safe_dump({**values, "evaluate": {}}))
     return str(path)
 

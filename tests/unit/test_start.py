@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (f"recipes import {IMPORTED} --method dpo", 0, 600),
         ("schema", 0, 550),
         ("data pairs.jsonl", 0, 650),
-        ("data builtin:plain_words --json", 0, 650),
+        ("data builtin:short_answers --json", 0, 650),
         ("data nowhere.jsonl", 2, 650),
         ("check wrong.yaml", 2, 550),
         ("check optim.yaml", 2, 550),
