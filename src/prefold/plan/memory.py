@@ -20,10 +20,11 @@ from prefold.models.merge import merge_dtype
 from prefold.plan.flops import plain_size
 from prefold.plan.machine import Machine
 from prefold.plan.meta_model import MetaModel
-from prefold.plan.passes import Row, attention_on, scoring_pass, training_pass
+from prefold.plan.passes import Lengths, Row, attention_on, scoring_pass, training_pass, trees_of
 from prefold.plan.plan import Parts
 from prefold.recipe import RecipeBase
 from prefold.training.arguments import training_arguments
+from prefold.trees.self_check import revealing, window_of
 
 SLACK = {"cpu": 0.17, "cuda": 0.05}
 """What an allocator holds beyond what is in use, as a share of all that comes and goes. On a CPU freed blocks are kept,
@@ -41,12 +42,14 @@ PROBE = 512
 
 
 class Rows(NamedTuple):
-    """Micro-batches as lengths of their trees: the fullest of `training`, the fullest held-out one of `evaluation`, the
-    few that the self-check scores and whose logits merging compares; and tokens of the longest `prompt`."""
+    """Micro-batches as lengths of their trees: the fullest of `training`, the fullest held-out one of `evaluation`; the
+    few trees whose logits merging has `compared`, of which the self-check takes parts, and of the `longest` tree; and
+    tokens of the longest `prompt`."""
 
     training: Row
     evaluation: Row
-    checked: Row
+    compared: Row
+    longest: Lengths
     prompt: int
 
 
@@ -153,13 +156,15 @@ class Memory:
         }
 
     def _checking(self) -> Parts:
-        """A few trees on the plain path, all of whose logits are there at once, in float32: half-precision weights are
-        widened for it module by module, the vocabulary matrix the largest."""
-        meta, row = self.meta, self.rows.checked
+        """Parts of a few trees on the plain path, in float32: half-precision weights are widened for it module by
+        module, the vocabulary matrix the largest."""
+        meta, row = self.meta, (*self.rows.compared, self.rows.longest)
         if meta.recipe.algorithm.kind.samples:
             row = tuple((prompt, *UNSAMPLED) for prompt, *_ in row)
         wide = 4 * self.sizes.head if meta.weights_dtype != torch.float32 else 0
-        activations = scoring_pass(meta, torch.float32, row, max(map(plain_size, row)), None)
+        parts = revealing(trees_of(row), window_of(meta.text_config))
+        sizes = [tuple((len(tree.prompt), *map(len, tree.completions)) for tree in part) for part in parts]
+        activations = max(scoring_pass(meta, torch.float32, size, max(map(plain_size, size)), None) for size in sizes)
         return {**self._policy(), "activations": activations, "head": wide}
 
     def _sampling(self, draws: Draws) -> Parts:
@@ -176,7 +181,7 @@ class Memory:
         """Tensor by tensor into the files; then, one after the other, what gives logits to compare: whole models, which
         stay mapped, are passed over a few times and computed in float32, and a quantised one that was trained."""
         meta, sizes = self.meta, self.sizes
-        tokens = min(sum(sum(tree[:2]) for tree in self.rows.checked), COMPARED)
+        tokens = min(sum(sum(tree[:2]) for tree in self.rows.compared), COMPARED)
         whole = sizes.parameters * merge_dtype(meta.recipe, meta.dtype).itemsize
         parts = {
             "process": self.machine.process,

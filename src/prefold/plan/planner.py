@@ -129,7 +129,8 @@ class Planner:
         rows = Rows(
             training=self.steps.fullest_row(self.budget, self.packed),
             evaluation=Steps(scored, [range(len(scored))]).fullest_row(self.budget, self.packed) if scored else (),
-            checked=(*by_size[: CHECKED - 1], by_size[len(by_size) // 2]),
+            compared=(*by_size[: CHECKED - 1], by_size[len(by_size) // 2]),
+            longest=max(by_size, key=lambda tree: tree[0] + max(tree[1:], default=0)),
             prompt=max(tree[0] for tree in (*self.steps.trees, *self.held_out)),
         )
         return Memory(self.meta, self.machine, rows, self.budget, self.packed)

@@ -14,7 +14,6 @@ from prefold.reports.terminal_tables import grid, indented
 PARTS = {
     "process": "Python and its libraries",
     "weights": "of the model, as they are loaded",
-    "mapped": "weights that stay in their files, which can be given back",
     "mapped": "weights that stay in their files, whose pages can be given back",
     "gathered": "of one layer, put together from all processes",
     "adapter": "LoRA's own weights",

@@ -191,7 +191,7 @@ def _self_checked(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Sequenc
     backends: Sequence[str] = ()
     if reason := obstacle(model):
         return backends, reason
-    rows = revealing(trees, window_of(model))
+    rows = revealing(trees, window_of(unwrapped(model).config.get_text_config()))
     with reference_model(model), progress_bar("self-check", len(rows)) as advance:
         for parts in rows:
             advance(text=f"{sum(tree.size + tree.plain_size for tree in parts):,} tokens")

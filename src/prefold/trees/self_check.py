@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -20,6 +20,9 @@ from prefold.trees.attention import BACKENDS, Shape, candidates, unwrapped, usin
 from prefold.trees.head import head_obstacle, score_layer
 from prefold.trees.logprobs import TreeLogprobs, router_coefficient
 from prefold.trees.packing import PackedTrees, Span, TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
@@ -105,9 +108,8 @@ def _within(spans: Sequence[Span], part: Sequence[int]) -> tuple[Span, ...]:
     return inside if sum(stop - start for start, stop in inside) < len(part) else ()
 
 
-def window_of(model: nn.Module) -> int | None:
+def window_of(config: PreTrainedConfig) -> int | None:
     """The positions that a token sees in the layers with a sliding window; None where no layer has one."""
-    config = unwrapped(model).config.get_text_config()
     layers = getattr(config, "layer_types", None)
     slides = layers is None or "sliding_attention" in layers
     return getattr(config, "sliding_window", None) if slides else None
