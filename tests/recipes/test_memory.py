@@ -126,13 +126,13 @@ def test_each_stage_is_refused_before_it_loads(recipe: MakeRecipe, monkeypatch: 
         patch.setattr("prefold.plan.machine.available", lambda: 0)
         patch.setattr("prefold.plan.machine.held", lambda: 10**6)
         for name in ("load_policy", "load_model"):
-            patch.setattr(f"prefold.runs.context.{name}", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+            patch.setattr(f"prefold.runs.opened.{name}", lambda *args, **kwargs: pytest.fail("a model was loaded"))
         for stage in ("merge", "evaluate"):
             with pytest.raises(UserError, match=rf"`{stage}`: needs .* of memory, and 1 MB are at hand") as refused:
                 getattr(prefold, stage)(ours)
             assert "--anyway" in str(refused.value)
         patch.setenv(ANYWAY, "1")
-        patch.setattr("prefold.runs.context.load_model", load_model)
+        patch.setattr("prefold.runs.opened.load_model", load_model)
         assert prefold.evaluate(ours)["pairs"] > 0
 
 

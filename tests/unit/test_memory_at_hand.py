@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 # ---- what is held -----------------------------------------------------------------------------------------------
 
 
-@linux
-def test_mapped_files_are_not_held(tmp_path: Path) -> None:
+def mapped_files_are_not_held(path: Path) -> None:
+    path.write_bytes(bytes(64 * MB))
     before = held() or 0
-    (tmp_path / "file").write_bytes(bytes(64 * MB))
-    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert sum(mapped[::4096]) == 0
         assert (held() or 0) - before < 16 * MB
     own = bytearray(64 * MB)
@@ -45,8 +45,7 @@ def test_mapped_files_are_not_held(tmp_path: Path) -> None:
     assert (held() or 0) - before > 48 * MB
 
 
-@linux
-def test_the_peak_is_seen_and_starts_anew_with_each_stage() -> None:
+def the_peak_is_seen_and_starts_anew_with_each_stage(path: Path) -> None:
     peak, before = PeakMemory(), held() or 0
     peak.restart()
     own = b"1" * (96 * MB)
@@ -55,6 +54,16 @@ def test_the_peak_is_seen_and_starts_anew_with_each_stage() -> None:
     assert (peak.read() or 0) - before > 80 * MB
     peak.restart()
     assert (peak.read() or 0) - before < 40 * MB
+
+
+@linux
+@pytest.mark.parametrize("case", [mapped_files_are_not_held, the_peak_is_seen_and_starts_anew_with_each_stage])
+def test_what_a_process_holds(case: Callable[[Path], None], tmp_path: Path) -> None:
+    """In one of its own: what other tests have freed is taken up again in theirs."""
+    process = get_context("spawn").Process(target=case, args=(tmp_path / "file",))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:

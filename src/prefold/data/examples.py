@@ -186,8 +186,8 @@ def _largest_ids(batch: pa.RecordBatch) -> NDArray[np.int64]:
 
 
 def _tuples(column: pa.ListArray) -> Iterator[tuple[int, ...]]:
-    values = column.values.to_numpy().tolist()
-    return (tuple(values[start:stop]) for start, stop in pairwise(column.offsets.to_numpy().tolist()))
+    values, offsets = (np.from_dlpack(part).tolist() for part in (column.values, column.offsets))
+    return (tuple(values[start:stop]) for start, stop in pairwise(offsets))
 
 
 def _list(column: pa.ListArray, row: int) -> list[int]:

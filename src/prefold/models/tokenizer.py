@@ -28,8 +28,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         what = "the model folder has no tokenizer"
         raise UserError(what, where=folder.name, expected=f"a file like {', '.join(VOCABULARY_FILES)}")
     try:
+        if (config := folder / "config.json").is_file():
+            read_json(config)
+    except ValueError as error:
+        raise unreadable("its configuration cannot be read", error, folder.name) from None
+    try:
         with quiet():
-            settings: Any = {"config": config} if (config := _plain_config(folder)) else {}
+            settings: Any = {"config": plain} if (plain := _plain_config(folder)) else {}
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, **settings, local_files_only=True, trust_remote_code=False
             )

@@ -95,4 +95,4 @@ def test_table_is_up_to_date() -> None:
 def test_links_between_the_pages(path: Path) -> None:
     for link in path.read_text(encoding="utf-8").split("](")[1:]:
         target = link.split(")")[0]
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+        assert target.startswith("https://") or (path.parent / target.split("#")[0]).exists(), target

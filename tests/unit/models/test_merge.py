@@ -199,7 +199,7 @@ def test_tokens_that_part_are_reported(tmp_path: Path) -> None:
     result = merged(trained(save_base(tmp_path / "base"), tmp_path / "adapter"), tmp_path)
     assert len(remarks(result)) == 1
     said = remarks({**result, "likeliest_equal": result["tokens_compared"] - 3})[-1]
-    assert f"another at 3 of {sum(map(len, ROWS))} tokens" in said
+    assert f"another one at 3 of {sum(map(len, ROWS))} tokens" in said
 
 
 def test_what_is_compared_is_bounded() -> None:
