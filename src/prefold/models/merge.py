@@ -118,10 +118,10 @@ def _made_from(base: Model, adapter: Path | None, dtype: str, head_seed: int | N
 def _write_whole(
     base: Model, adapter: Path | None, folder: Path, dtype: str, head_seed: int | None, pad_token: int | None
 ) -> None:
-    """`write_merged` of a model that fits into memory."""
-    model: Any = load_model(base, dtype=dtype, head_seed=head_seed)
+    """`write_merged` of a model that fits into memory in float32."""
+    model: Any = load_model(base, dtype="float32" if adapter else dtype, head_seed=head_seed)
     if adapter is not None:
-        model = open_adapter(model, adapter).merge_and_unload(safe_merge=True)
+        model = open_adapter(model, adapter).merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     if head_seed is not None:
         set_padding(model, pad_token)
     model.save_pretrained(folder, max_shard_size=SHARD)

@@ -82,28 +82,33 @@ class MergedTensors:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.layers:
-            return self._base(name)
+            return self._base(name, self.shapes[name].dtype)
         path, layer = self.layers[name]
         if self.last[0] != path:
             self.last = ("", {})
             self.last = (path, self._merged(path, layer))
         return self.last[1][name].to(self.shapes[name].dtype)
 
-    def _base(self, name: str) -> Tensor:
+    def _base(self, name: str, dtype: torch.dtype) -> Tensor:
         """Mapped from its file where it needs no cast."""
-        tensor: Tensor = self.stored[name].get_tensor(name).to(self.shapes[name].dtype)
+        tensor: Tensor = self.stored[name].get_tensor(name).to(dtype)
         if name in self.new_rows:
             known, tokenizer = self.new_rows[name]
             return grown(tensor, self.shapes[name].shape[0], new_rows(tokenizer, known, len(tensor)))
         return tensor
 
     def _merged(self, path: str, layer: nn.Module) -> dict[str, Tensor]:
-        """The weights of a layer with what is trained in it, in peft's own arithmetic."""
+        """The weights of a layer with what is trained in it, added up by peft in float32: a base that is rounded first
+        loses every change of less than half of a rounding step."""
         layer, given = copy.deepcopy(layer), [self.names.get(id(weight)) for weight in layer.parameters()]
         for (inner, weight), name in zip(list(layer.named_parameters()), given, strict=True):
             if name is not None and name in self.stored:
                 owner, _, attribute = inner.rpartition(".")
-                setattr(layer.get_submodule(owner), attribute, nn.Parameter(self._base(name), weight.requires_grad))
+                setattr(
+                    layer.get_submodule(owner),
+                    attribute,
+                    nn.Parameter(self._base(name, torch.float32), weight.requires_grad),
+                )
         special = getattr(layer, "unload_and_optionally_merge_module", None)
         if special is not None:
             merged = special(merge=True, safe_merge=True, adapter_names=None)
