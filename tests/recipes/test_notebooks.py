@@ -116,7 +116,7 @@ def test_prompts(tiny_model: Path, tmp_path: Path) -> None:
     [path] = [path for path in NOTEBOOKS if path.stem == "grpo"]
     book = executed(path, tmp_path, [*changes, *rows])
     assert_shown(book, "held-out prompts")
-    assert text(book, "generate").count(" characters: ") == 4
+    assert text(book, "generate").count(" characters, cut off: ") == 4
 
 
 @pytest.mark.slow
