@@ -200,7 +200,7 @@ def test_fresh_keeps_what_is_not_ours(recipe: MakeRecipe) -> None:
 def test_a_wrong_merge_fails_the_stage_and_keeps_the_adapter(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MergedTensors, "__getitem__", MergedTensors._base)
+    monkeypatch.setattr(MergedTensors, "__getitem__", lambda self, name: self._base(name, self.shapes[name].dtype))
     with pytest.raises(StageError, match="not base \\+ adapter"):
         prefold.run(recipe())
     folder = recipe().run_folder

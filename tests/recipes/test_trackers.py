@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 import prefold
 from prefold.recipe import RecipeBase
 from prefold.training.record import StepRecord
+
+PROJECT = f"project-{secrets.token_hex(4)}"
+"""Trackio keeps its projects in one folder for all runs."""
 
 
 def of_wandb(folder: Path) -> tuple[set[str], list[int]]:
@@ -57,14 +61,14 @@ def of_mlflow(folder: Path) -> tuple[set[str], list[int]]:
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
-    [experiment] = [each for each in client.search_experiments() if each.name == "some-project"]
+    [experiment] = [each for each in client.search_experiments() if each.name == PROJECT]
     runs = client.search_runs([experiment.experiment_id])
     history = [point for run in runs for point in client.get_metric_history(run.info.run_id, "loss")]
     assert {run.info.status for run in runs} == {"FINISHED"}
     return {run.info.run_id for run in runs}, [point.step for point in history]
 
 
-def of_trackio(folder: Path, project: str = "some-project") -> tuple[set[str], list[int]]:
+def of_trackio(folder: Path, project: str = PROJECT) -> tuple[set[str], list[int]]:
     from trackio.sqlite_storage import SQLiteStorage
 
     names = SQLiteStorage.get_runs(project)
@@ -110,7 +114,7 @@ def interrupt(patch: pytest.MonkeyPatch, step: int) -> None:
 def test_a_run_that_goes_on_sends_no_step_twice(
     recipe: MakeRecipe, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"report_to": [name], "project": "some-project", "run_name": "some-run", "max_steps": 4, "save_steps": 2}
+    settings = {"report_to": [name], "project": PROJECT, "run_name": "some-run", "max_steps": 4, "save_steps": 2}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, step=3)
         prefold.train(recipe(train=settings))
@@ -122,13 +126,13 @@ def test_a_run_that_goes_on_sends_no_step_twice(
 
 
 def test_a_run_that_starts_over_is_another_run(recipe: MakeRecipe) -> None:
-    settings = {"report_to": ["trackio"], "project": "another-project", "max_steps": 2}
+    settings = {"report_to": ["trackio"], "project": f"{PROJECT}-2", "max_steps": 2}
     folders = [prefold.run(recipe(train=settings), fresh=True) for _ in range(2)]
-    ids, steps = of_trackio(folders[-1], "another-project")
+    ids, steps = of_trackio(folders[-1], f"{PROJECT}-2")
     assert len(ids) == 2 and sorted(steps) == [1, 1, 2, 2]
 
 
 def test_an_address_that_is_set_stays(recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    folder = prefold.train(recipe(train={"report_to": ["mlflow"], "project": "some-project", "max_steps": 2}))
+    folder = prefold.train(recipe(train={"report_to": ["mlflow"], "project": PROJECT, "max_steps": 2}))
     assert not (folder / "mlflow.db").exists() and of_mlflow(tmp_path)[1] == [1, 2]

@@ -96,11 +96,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_memory_is_that_of_a_layer(section: Model, tmp_path: Path) -> None:
-    """And of a matrix of the proof, which computes in float32."""
+    """Of a matrix and what is added to it, both in float32, beside the file that is written."""
     sizes = [file.stat().st_size for file in Path(section.name).glob("*.safetensors")]
     assert len(sizes) > 5 and sum(sizes) > 350e6
     peak = merge(section, tmp_path / "merged")
-    assert 0 < peak < MATRIX + max(sizes) < 0.4 * sum(sizes)
+    assert 0 < peak < 2 * MATRIX + max(sizes) < 0.6 * sum(sizes)
 
 
 @pytest.mark.slow
