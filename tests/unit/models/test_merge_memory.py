@@ -126,6 +126,7 @@ def load(section: Model, peak: Any) -> None:
     load_model(section, quantised=True)
 
 
+@pytest.mark.slow  # a figure of its own only where nothing else runs
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"dtype": "float32"}, {}])
 def test_loading_takes_what_is_planned(section: Model, bits: dict[str, Any]) -> None:
     """In a process that keeps what is freed, as one that trains on a CPU does."""
