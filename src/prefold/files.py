@@ -140,6 +140,11 @@ RECENT = 2 * 10**9
 """Nanoseconds in which a file may be written twice and have the same times."""
 
 
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def digest_of(path: Path) -> str:
     """SHA-256 of a file's bytes. That of a large file is kept in the cache for as long as its size and times, as the
     file system has them, stay what they are. Raises OSError: it cannot be read."""
@@ -150,8 +155,7 @@ def digest_of(path: Path) -> str:
     if facts.st_size >= LARGE:
         with suppress(OSError):
             return kept.read_text()
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = sha256_of(path)
     if facts.st_size >= LARGE and time.time_ns() - changed > RECENT:
         with suppress(OSError):  # a cache that cannot be written to costs time alone
             write_text(kept, digest)
@@ -177,11 +181,6 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def require_writable(folder: Path, advice: str = "") -> None:

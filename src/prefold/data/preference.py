@@ -241,9 +241,8 @@ def _read_weight(more: dict[str, Any], where: str) -> None:
     weights = {name: more.pop(name) for name in _WEIGHTS if name in more}
     for name, weight in weights.items():
         if weight not in (0, 1):
-            what = (
-                f"{where} has the `{name}` {short(str(weight))}; a turn is trained on (1, true) or only read (0, false)"
-            )
+            given = short(json.dumps(weight, default=str))
+            what = f"{where} has the `{name}` {given}; a turn is trained on (1, true) or only read (0, false)"
             raise Unfit("bad_message", what)
     if not all(weights.values()):
         more["weight"] = 0

@@ -82,18 +82,15 @@ def load_model(
     require_usable(config, folder, section.name, scores=head_seed is not None)
     if has_tokenizer(folder) and not section.chat_template:
         require_known_tokens(config, load_tokenizer(folder), folder, section.name)
-    settings: dict[str, Any] = {"config": config, "dtype": chosen}
-    settings["attn_implementation"] = plain_attention(section.attn_implementation, config)
+    attention = plain_attention(section.attn_implementation, config)
+    settings: dict[str, Any] = {"config": config, "dtype": chosen, "attn_implementation": attention}
     if bits and contents:
         quantise_in_pieces()
     if contents:
-        placed: dict[str, Any] | None = {"": device} if bits or (device.type != "cpu" and not sharded) else None
-        settings |= {
-            # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
-            "device_map": section.device_map or placed,
-            "quantization_config": bits,
-            "distributed_config": DistributedConfig(fsdp_size=ranks.processes()) if sharded else None,
-        }
+        placed = {"": device} if bits or (device.type != "cpu" and not sharded) else None
+        # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
+        settings |= {"device_map": section.device_map or placed, "quantization_config": bits}
+        settings["distributed_config"] = DistributedConfig(fsdp_size=ranks.processes()) if sharded else None
         with busy(f"loading {without_home(section.name)}"):
             model, report = _from_files(kind, folder, section.name, settings)
     elif weight_files(folder):

@@ -24,6 +24,7 @@ from prefold.plan.planner import make_plan
 from prefold.runs.context import Run
 from prefold.runs.measuring import evaluation_prompts
 from prefold.runs.opened import order_of
+from prefold.runs.remembered import ENOUGH
 from prefold.training.loop import StepOrder
 from prefold.trees.attention import unwrapped
 from prefold.trees.logprobs import router_coefficient
@@ -49,8 +50,6 @@ PHASES = {
     "evaluate": ("evaluate",),
 }
 """Of the plan, by the stage that they belong to."""
-ENOUGH = 3
-"""Times a planned peak; settings that may have changed since then do not change it by more."""
 
 
 def plan_of(run: Run, device_memory: int | None = None, measure: bool = False) -> Plan:

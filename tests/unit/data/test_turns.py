@@ -450,7 +450,7 @@ def test_a_call_keeps_its_id_and_fields_and_no_calls_are_none() -> None:
         (user("") | {"content": [7]}, "bad_message", "a part that is a number"),
         (user("") | {"content": []}, "empty_text", "is empty"),
         ({**assistant("A"), "weight": 0.5}, "bad_message", "has the `weight` 0.5; a turn is trained on"),
-        ({**assistant("A"), "train": "no"}, "bad_message", "has the `train` no"),
+        ({**assistant("A"), "train": "no"}, "bad_message", 'has the `train` "no"'),
     ],
 )
 def test_what_cannot_be_read_is_named(item: dict[str, Any], kind: str, words: str) -> None:
