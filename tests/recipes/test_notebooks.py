@@ -196,7 +196,8 @@ def test_an_interrupted_cell_goes_on(
     changes = [f"model.name={tiny_model}", *SHORT, f"train.max_steps={steps}", "train.save_steps=1000"]
     changes.append(f"output_dir={folder}")
     code = f"import prefold; prefold.run('demo', {[*changes, *own_rows(tmp_path, pairs_of(20))]!r})"
-    sent = client.execute(code)
+    # The kernel aborts what it is asked within moments of an error otherwise, as cells queued after it.
+    sent = client.execute(code, stop_on_error=False)
     until = time.monotonic() + 120
     while not ((folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").read_text().count("\n") > 2):
         assert time.monotonic() < until
