@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import partial
 from io import StringIO
 from threading import Timer
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -50,6 +50,31 @@ SOON = 0.2
 """The same at the start of a command."""
 
 
+class Doing(NamedTuple):
+    """Work that goes on: what it is, and its bar if it has one."""
+
+    text: str
+    bar: Task | None = None
+
+
+_doing: list[Doing] = []
+
+
+def doing() -> Doing | None:
+    """The innermost work that goes on now; None between one and the next."""
+    return _doing[-1] if _doing else None
+
+
+@contextmanager
+def _going_on(text: str, bar: Task | None = None) -> Iterator[None]:
+    work = Doing(text, bar)
+    _doing.append(work)
+    try:
+        yield
+    finally:
+        _doing.remove(work)
+
+
 @contextmanager
 def busy(text: str, untold: float = UNTOLD) -> Iterator[None]:
     """Say what goes on whose end cannot be known: beside a clock, gone when it is done; on a stream that is no terminal
@@ -58,13 +83,15 @@ def busy(text: str, untold: float = UNTOLD) -> Iterator[None]:
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True) as progress:
             progress.add_task(text, total=None)
-            yield
+            with _going_on(text):
+                yield
         return
     timer = Timer(untold, say, [f"{text} ..."])
     timer.daemon = True
     timer.start()
     try:
-        yield
+        with _going_on(text):
+            yield
     finally:
         timer.cancel()
 
@@ -101,8 +128,9 @@ def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator
     )
     progress = Progress(*columns, console=console, transient=total is None, speed_estimate_period=REMEMBERED)
     task = progress.add_task(description, total=total, completed=done, text="")
+    going_on = _going_on(description, progress.tasks[0])
     if console.is_terminal and not IN_NOTEBOOK:
-        with progress:
+        with progress, going_on:
             yield partial(progress.update, task)
         return
     show, between = (_lines(progress), BETWEEN_LINES) if not IN_NOTEBOOK else (_cell(progress), BETWEEN_UPDATES)
@@ -116,7 +144,8 @@ def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator
             last = time.monotonic()
 
     try:
-        yield advance
+        with going_on:
+            yield advance
     finally:
         if total is not None:
             show()

@@ -10,7 +10,8 @@ A reward model has scores in their place. It is compared with chance: before tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,12 +87,20 @@ def compare_pairs(before: PairScores, after: PairScores, reward_scale: float) ->
     }
 
 
-def by_pair(keys: Sequence[str], after: Floats, before: Floats | None = None) -> list[dict[str, Any]]:
-    """The lines of `evaluation/heldout.jsonl`: whether the chosen one of each pair is the higher one, 1, 0 or 0.5.
-    `keys` are equal for equal pairs, in whatever run."""
-    sides = {"before": before, "after": after}
-    wins = {when: _wins(values).tolist() for when, values in sides.items() if values is not None}
-    return [dict(zip(("key", *wins), pair, strict=True)) for pair in zip(keys, *wins.values(), strict=True)]
+def by_pair(
+    keys: Sequence[str], texts: Iterable[dict[str, Any]], after: Floats, before: Floats | None = None
+) -> list[dict[str, Any]]:
+    """The lines of `evaluation/heldout.jsonl`: whether the chosen one of each pair is the higher one, 1, 0 or 0.5, by
+    how much, and the pair. `keys` are equal for equal pairs, in whatever run."""
+    sides = {when: values for when, values in (("before", before), ("after", after)) if values is not None}
+    columns: dict[str, Any] = {"key": keys} | {when: _wins(values).tolist() for when, values in sides.items()}
+    columns |= {f"margin_{when}": map(_number, values[:, 0] - values[:, 1]) for when, values in sides.items()}
+    lines = (dict(zip(columns, pair, strict=True)) for pair in zip(*columns.values(), strict=True))
+    return [line | text for line, text in zip(lines, texts, strict=True)]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def against_chance(scores: PairScores) -> dict[str, Any]:

@@ -33,10 +33,20 @@ def compare_rewards(before: Sequence[Group], after: Sequence[Group]) -> dict[str
 
 
 def by_prompt(keys: Sequence[str], before: Sequence[Group], after: Sequence[Group]) -> list[dict[str, Any]]:
-    """The lines of `evaluation/heldout.jsonl`: the mean reward of each prompt; null where nothing is said. `keys` are
-    equal for equal prompts, in whatever run."""
-    rows = zip(keys, before, after, strict=True)
-    return [{"key": key, "before": _mean(first), "after": _mean(second)} for key, first, second in rows]
+    """The lines of `evaluation/heldout.jsonl`: the mean reward of each prompt, null where nothing is said, and its
+    first completion. `keys` are equal for equal prompts, in whatever run."""
+    return [
+        {
+            "key": key,
+            "before": _mean(first),
+            "after": _mean(second),
+            "row": str(first.prompt.origin),
+            "prompt": list(first.prompt.prompt),
+            "answer_before": first.completions[0].text,
+            "answer_after": second.completions[0].text,
+        }
+        for key, first, second in zip(keys, before, after, strict=True)
+    ]
 
 
 def _mean(group: Group) -> float | None:

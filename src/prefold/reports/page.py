@@ -22,6 +22,7 @@ from prefold.errors import UserError
 from prefold.files import write_text
 from prefold.reports.curves import curves, drawing, library
 from prefold.reports.data_tables import SEVERITIES, data_tables
+from prefold.reports.each_pair import each_pair
 from prefold.reports.held_out import accuracies_of, accuracy_digits, columns_of, comparison_of, rows_of
 from prefold.reports.numbers import count, counted, duration, finite
 from prefold.reports.plan import LINES, PARTS, change_title, memory_rows, plan_lines
@@ -34,11 +35,11 @@ from prefold.reports.verdict import overall
 REPORT = "report.html"
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into the run folder from what the run has written so far, and return its path. Raises
-    UserError: see `read_run`."""
+def write_report(run_folder: Path, stopped: str = "") -> Path:
+    """Write `report.html` into the run folder from what the run has written so far, and return its path. `stopped`
+    says where and why the run ended before its end. Raises UserError: see `read_run`."""
     path = run_folder / REPORT
-    write_text(path, render(read_run(run_folder)))
+    write_text(path, render(read_run(run_folder), cleaned(stopped)))
     return path
 
 
@@ -77,32 +78,51 @@ def render_check(recipe: str, facts: Values) -> str:
     )
 
 
-def render(run: RunRecord) -> str:
-    drawn = curves(run)
-    scripts = [script_safe(text) for text in (library(), drawing())] if drawn else []
+def render(run: RunRecord, stopped: str = "") -> str:
     return page_template("report.html.j2")(
         run=run,
+        stopped=stopped,
         verdict=overall(run),
         accuracies=accuracies_of(run),
         accuracy_digits=accuracy_digits(comparison_of(run)),
         rows=rows_of(run),
         columns=columns_of(run),
+        each=each_pair(run),
         tasks=task_table(run.tasks),
         other_models=list(section(run.compared, "models")),
         other_scores=score_table(section(run.compared, "models")),
         judge=judge_of(run.win_rate or {}),
         system=shared_system(run.samples),
         exchanges=exchanges(run.samples),
-        curves=drawn,
-        metrics=metric_rows(run.metrics),
-        rollouts=sampled(run),
-        data=data_tables(run.data) if run.data else None,
         stages=stage_costs(run.timing),
         step_facts=step_facts(run.timing),
-        plots=script_safe_json([curve.plot for curve in drawn]),
-        scripts=scripts,
-        script_hashes=[_hash(script) for script in scripts],
+        **of_training(run),
     )
+
+
+def render_live(run: RunRecord, **state: Any) -> str:
+    """While it goes on. `state` is what the template shows of it."""
+    return page_template("live.html.j2")(run=run, **state, **of_training(run, live_script()))
+
+
+def of_training(run: RunRecord, *more_scripts: str) -> Values:
+    """What a page shows of training and of its data."""
+    drawn = curves(run)
+    texts = [*([library(), drawing()] if drawn else []), *more_scripts]
+    scripts = [script_safe(text) for text in texts]
+    return {
+        "curves": drawn,
+        "metrics": metric_rows(run.metrics),
+        "rollouts": sampled(run),
+        "data": data_tables(run.data) if run.data else None,
+        "plots": script_safe_json([curve.plot for curve in drawn]),
+        "scripts": scripts,
+        "script_hashes": [_hash(script) for script in scripts],
+    }
+
+
+def live_script() -> str:
+    return Path(__file__).with_name("live.js").read_text(encoding="utf-8")
 
 
 def script_safe(script: str) -> Markup:

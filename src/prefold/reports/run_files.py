@@ -33,6 +33,7 @@ class RunRecord:
     metrics: list[Values]
     timing: list[Values]
     heldout: Values | None
+    held_out_lines: list[Values]
     rewards: Values | None
     tasks: Values | None
     compared: Values | None
@@ -100,6 +101,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=_read_lines(folder / "metrics.jsonl"),
         timing=_read_lines(folder / "timing.jsonl"),
         heldout=_read_object(evaluated / "heldout.json"),
+        held_out_lines=_read_lines(evaluated / "heldout.jsonl"),
         rewards=_read_object(evaluated / "rewards.json"),
         # What an earlier recipe asked for may still lie there.
         tasks=_read_object(evaluated / "tasks.json") if settings.get("tasks") else None,

@@ -52,7 +52,7 @@ def _template(name: str, filters: dict[str, Any], **settings: Any) -> Callable[.
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **settings
     )
     environment.filters |= filters | {function.__name__: function for function in TEXTS}
-    environment.globals |= {write.__name__: write for write in NUMBERS}
+    environment.globals |= {write.__name__: write for write in NUMBERS} | {"script_hashes": ()}
     environment.tests["finite"] = lambda value: numbers.finite(value) is not None
     return environment.get_template(name).render
 

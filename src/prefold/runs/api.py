@@ -19,6 +19,8 @@ from prefold.files import read_json
 from prefold.publishing import publish as publishing
 from prefold.publishing.publish import require_section
 from prefold.recipe import RecipeBase, as_recipe
+from prefold.reports.live import LivePage
+from prefold.reports.page import REPORT
 from prefold.runs.context import Run
 from prefold.runs.fingerprints import record_failure, record_inputs, say_changes
 from prefold.runs.folder import open_run_folder
@@ -103,13 +105,18 @@ def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> P
         with ranks.alone():
             examined(run)  # before the run that is there is removed
     with open_run_folder(run.recipe, fresh) if ranks.is_first() else nullcontext(run.folder) as folder:
-        for stage in stages_of(run.recipe):
+        stages = stages_of(run.recipe)
+        names = [stage.name for stage in stages]
+        stages = stages[: names.index(until) + 1] if until else stages
+        page = LivePage(folder, names[: len(stages)], f"{run.recipe.output_dir}/{REPORT}")
+        for stage in stages:
             if ranks.from_first(partial(stage.is_done, folder)):
                 say(f"{stage.name}: done before")
-            else:
+                continue
+            # From the report on the page is that.
+            is_live = ranks.is_first() and names.index(stage.name) < names.index("report")
+            with page.during(stage.name) if is_live else nullcontext():
                 _perform(stage, run)
-            if stage.name == until:
-                break
     return folder
 
 

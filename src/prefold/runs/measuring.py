@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefold import ranks
 from prefold.algorithms.base import PAIRED, SAMPLED, SCORING, UNPAIRED, Kind
 from prefold.data.examples import Examples, prompts_of
-from prefold.data.preference import Message, Unpaired
+from prefold.data.preference import Message, Preference, Unpaired
 from prefold.evaluation.held_out_pairs import (
     CHANCE,
     PairScores,
@@ -81,6 +81,14 @@ class Measuring(ABC):
         """Of what is held out, equal for equal pairs or prompts in whatever run."""
         return [key.hex() for key in self.held_out.record_keys]
 
+    @property
+    def texts(self) -> Iterator[dict[str, Any]]:
+        """The pairs as they were read."""
+        for record in self.held_out.records:
+            assert isinstance(record, Preference)
+            sides = {"chosen": list(record.chosen), "rejected": list(record.rejected)}
+            yield {"row": str(record.origin), "prompt": list(record.prompt), **sides}
+
     def open(self, section: Model, load: Callable[..., PreTrainedModel] = load_start) -> PreTrainedModel:
         return open_model(section, "`evaluate`", measured=True, in_16_bits=self.in_16_bits, load=load)
 
@@ -103,7 +111,7 @@ class PairsByLogprobs(Measuring):
     def compare(self, before: PairScores | None, after: PairScores | None) -> Comparison:
         if before is None or after is None:
             return {"pairs": 0}, None
-        lines = by_pair(self.keys, after.means, before.means)
+        lines = by_pair(self.keys, self.texts, after.means, before.means)
         return compare_pairs(before, after, self.recipe.algorithm.reward_scale), lines
 
 
@@ -119,6 +127,18 @@ class MatchedPairs(PairsByLogprobs):
     def keys(self) -> list[str]:
         keys = super().keys
         return [f"{keys[desirable]}-{keys[undesirable]}" for desirable, undesirable in self.matches]
+
+    @property
+    def texts(self) -> Iterator[dict[str, Any]]:
+        """Prompts that differ are with their completions."""
+        records = self.held_out.records
+        for indices in self.matches:
+            first, second = (records[index] for index in indices)
+            assert isinstance(first, Unpaired) and isinstance(second, Unpaired)
+            shared = first.prompt if first.prompt == second.prompt else ()
+            sides = (first, "chosen"), (second, "rejected")
+            answers = {name: [*(() if shared else record.prompt), *record.completion] for record, name in sides}
+            yield {"row": f"{first.origin}; {second.origin}", "prompt": list(shared), **answers}
 
     def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
         if not self.matches:
@@ -171,7 +191,7 @@ class PairsByHead(PairsByLogprobs):
     def compare(self, before: PairScores | None, after: PairScores | None) -> Comparison:
         if after is None:
             return {"pairs": 0, "chance": {"accuracy": CHANCE}}, None
-        return against_chance(after), by_pair(self.keys, after.sums)
+        return against_chance(after), by_pair(self.keys, self.texts, after.sums)
 
 
 MEASURING: dict[Kind, type[Measuring]] = {

@@ -1,0 +1,117 @@
+"""Every held-out pair, or prompt, before and after: as a distribution, and to be looked up, what got worse first."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefold.reports.numbers import MINUS, finite
+from prefold.reports.run_files import RunRecord, Values, turns
+
+BINS = 12
+MOST_SHOWN = 2000
+MOST_CHARACTERS = 2_000_000
+"""Of all texts together: a report should be small enough to mail."""
+FEWEST_CHARACTERS = 300
+"""Of each text, however many there are."""
+
+Text = tuple[str, bool]
+"""A text, and whether it was cut."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A pair with its margins, or a prompt with its rewards. `answers` are by what to call them."""
+
+    row: str
+    before: float | None
+    after: float | None
+    prompt: list[tuple[str, str]]
+    answers: dict[str, Text]
+
+    @property
+    def change(self) -> float | None:
+        return None if self.before is None or self.after is None else self.after - self.before
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        change = self.after if self.change is None else self.change
+        return (float("inf"), 0.0) if change is None else (change, self.after or 0.0)
+
+
+@dataclass(frozen=True)
+class EachPair:
+    """`bins`: ends of each, and how many there are in it before and after. `left_out`: how many are not shown."""
+
+    measured: str
+    bins: list[tuple[str, list[int]]]
+    sides: list[str]
+    shown: list[Looked]
+    left_out: int
+    got_worse: int | None
+
+
+def each_pair(run: RunRecord) -> EachPair | None:
+    """None where an earlier version wrote down less."""
+    lines = [line for line in run.held_out_lines if "prompt" in line]
+    if not lines:
+        return None
+    pairs = [_looked(line, max(FEWEST_CHARACTERS, MOST_CHARACTERS // (3 * len(lines)))) for line in lines]
+    sides = ["after"] if run.scores else ["before", "after"]
+    changes = [pair.change for pair in pairs if pair.change is not None]
+    return EachPair(
+        measured="reward" if run.rewards else "margin",
+        bins=_bins([[getattr(pair, side) for pair in pairs] for side in sides]),
+        sides=sides,
+        shown=sorted(pairs, key=lambda pair: pair.rank)[:MOST_SHOWN],
+        left_out=max(len(pairs) - MOST_SHOWN, 0),
+        got_worse=None if run.scores else sum(change < 0 for change in changes),
+    )
+
+
+def _looked(line: Values, characters: int) -> Looked:
+    kind = "margin_" if "chosen" in line else ""
+    before, after = (finite(line.get(f"{kind}{when}")) for when in ("before", "after"))
+    if kind:
+        texts = {"Chosen": _joined(line["chosen"]), "Rejected": _joined(line.get("rejected"))}
+    else:
+        texts = {when.capitalize(): str(line.get(f"answer_{when}", "")) for when in ("before", "after")}
+    answers = {name: (text[:characters], len(text) > characters) for name, text in texts.items()}
+    prompt = [
+        (role, text if len(text) <= characters else f"{text[:characters]} …") for role, text in turns(line["prompt"])
+    ]
+    return Looked(str(line.get("row", "")), before, after, prompt, answers)
+
+
+def _joined(messages: Any) -> str:
+    return "\n\n".join(text for _, text in turns(messages))
+
+
+def _bins(sides: Sequence[Sequence[float | None]]) -> list[tuple[str, list[int]]]:
+    """About `BINS` bins of equal, round width, from the lowest to the highest value; 0 lies between two of them."""
+    known = [[value for value in side if value is not None] for side in sides]
+    every = [value for side in known for value in side]
+    width = _round_up((max(every) - min(every)) / BINS) if every else 0.0
+    if not width:
+        return [(f"{value:g}", [len(side) for side in known]) for value in every[:1]]
+    counts = [Counter(math.floor(value / width) for value in side) for side in known]
+    bins = range(math.floor(min(every) / width), math.floor(max(every) / width) + 1)
+    return [
+        (f"{_edge(number, width)} to {_edge(number + 1, width)}", [of_side[number] for of_side in counts])
+        for number in bins
+    ]
+
+
+def _round_up(width: float) -> float:
+    """The next one of 1, 2, 5, 10 and so on, or of their tenths and so on."""
+    if width <= 0:
+        return 0.0
+    power = 10.0 ** math.floor(math.log10(width))
+    return power * next(step for step in (1, 2, 5, 10) if step * power >= width * (1 - 1e-9))
+
+
+def _edge(number: int, width: float) -> str:
+    return f"{round(number * width, 12):g}".replace("-", MINUS)
