@@ -189,7 +189,8 @@ def _cell(progress: Progress) -> Callable[[], None]:
 
 
 def say(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=False)
+    """A line; a log has it as one, however long."""
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
 
 def as_text(show: Callable[[Console], None]) -> str:

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import subprocess
+from datetime import datetime, timedelta
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 import prefold
+from prefold.reports.live import LivePage
 from prefold.reports.page import write_report
+from prefold.terminal import progress_bar
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no `chromium` on PATH")
@@ -59,6 +62,7 @@ addEventListener("load", () => setTimeout(() => {
     owned: "owned" in window,
     scripts: document.scripts.length,
     forty_nine: document.body.innerText.includes("{{7*7}}"),
+    stale: document.getElementById("stale")?.hidden === false,
     tallest_stage: Math.max(...[...document.querySelectorAll("#cost tbody th")].map((cell) => cell.offsetHeight)),
     first_screen: ["h1", ".description", "#example .answer.after"].map(
       (part) => document.querySelector(part)?.getBoundingClientRect().bottom),
@@ -68,6 +72,8 @@ addEventListener("load", () => setTimeout(() => {
 }, 1000));
 </script>"""
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+REFRESH = re.compile(r'<meta http-equiv="refresh"[^>]*>')
+"""Of a page that is live; the browser's virtual time would have no end."""
 
 
 def browse(page: Path, folder: Path, *flags: str) -> tuple[str, list[str]]:
@@ -84,7 +90,7 @@ def probed(page: Path, folder: Path, *flags: str) -> dict[str, Any]:
     text, removed = POLICY.subn("", page.read_text(encoding="utf-8"))
     assert removed == 1
     copy = folder / "copy.html"
-    copy.write_text(text.replace("</body>\n</html>", PROBE + "</body>\n</html>"), encoding="utf-8")
+    copy.write_text(REFRESH.sub("", text).replace("</body>\n</html>", PROBE + "</body>\n</html>"), encoding="utf-8")
     document, _ = browse(copy, folder, *flags)
     found = re.search(r'<pre id="found">(.*?)</pre>', document, re.DOTALL)
     assert found is not None
@@ -163,3 +169,22 @@ def test_a_phone_cuts_no_word_and_leaves_bars_their_width(tmp_path: Path) -> Non
     page.write_text(text, encoding="utf-8")
     found = probed(page, tmp_path, "--window-size=500,900")
     assert found["tallest_stage"] < 45 and found["narrowest_bar"] > 140
+
+
+@pytest.mark.parametrize(("width", "hours"), [(1280, 0), (500, 0), (500, 1)])
+def test_the_live_page(tmp_path: Path, width: int, hours: int) -> None:
+    unfinished = dict.fromkeys(("heldout", "samples", "merge"))
+    live = LivePage(FAKE_RUN["write_run"](tmp_path / "run", **unfinished), ["check", "train", "report"], "report.html")
+    with progress_bar("train", 300) as advance:
+        advance(advance=120, text="loss 0.123")
+        text = live.render("train")
+    written = re.search(r'datetime="([^"]*)"', text)
+    assert written
+    earlier = datetime.fromisoformat(written[1]) - timedelta(hours=hours)
+    page = tmp_path / "live.html"
+    page.write_text(REFRESH.sub("", text.replace(written[1], earlier.isoformat())), encoding="utf-8")
+    _, said = browse(page, tmp_path)
+    assert said == []
+    found = probed(page, tmp_path, f"--window-size={width},844")
+    assert found["overflow"] <= 0 and len([count for count in found["colours"] if count > 2]) >= 4
+    assert found["stale"] == (hours > 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from prefold.data.examples import Examples
 from prefold.errors import StageError, UserError
 from prefold.models.merged_files import MergedTensors
 from prefold.recipe import RecipeBase
+from prefold.reports import live
 from prefold.training.loop import TrainingLoop
 from prefold.trees.packing import TokenTree
 
@@ -346,3 +349,27 @@ def test_a_kept_reference_is_of_these_settings_of_the_model(
         (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": eps}))
         folder = prefold.train(recipe(**changes, output_dir=str(tmp_path / f"eps-{eps}")))
         assert lines(folder / "metrics.jsonl")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+
+
+def test_the_page_moves(recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "LEAST", 0.0)
+    monkeypatch.setattr(live, "SHARE", 100.0)
+    page, headlines, ended = tmp_path / "run" / "report.html", [""], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.005):
+            text = page.read_text(encoding="utf-8") if page.is_file() else ""
+            if headline := re.search("<h1>(.*)</h1>", text):
+                headlines.append(headline[1])
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        prefold.run(recipe(output_dir=str(page.parent)))
+    finally:
+        ended.set()
+        looking.join()
+    steps = [int(step[1]) for headline in headlines if (step := re.fullmatch(r"Training, (\d) of 6", headline))]
+    assert steps == sorted(steps) and len(set(steps)) > 2
+    assert any(headline.startswith("Checking") for headline in headlines)
+    assert 'http-equiv="refresh"' not in page.read_text(encoding="utf-8")

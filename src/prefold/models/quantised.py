@@ -17,8 +17,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from prefold.errors import UserError
 from prefold.recipe import Model
 
-PIECE = 2**17
-"""Weights that are quantised at a time on a CPU: what is made of them stays in its cache."""
+PIECE = 2**18
+"""Weights that are quantised at a time on a CPU: what is made of them stays in the caches of its cores."""
 UNPACKED = {True: 0, False: 8}
 """Bytes for each number of a matrix while it is quantised on a CPU, to 4 bits or not."""
 BLOCK = 64

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from prefold.reports.numbers import about_count, about_duration, size
+from prefold.reports.numbers import about_count, about_duration, counted, size
 from prefold.reports.run_files import Values
 from prefold.reports.terminal_tables import grid, indented
 
@@ -56,7 +56,7 @@ def in_two_lines(plan: Values) -> list[str]:
     seconds = f", about {about_duration(sum(plan['seconds'].values()))}{_untimed(plan)}" if plan["seconds"] else ""
     tokens, flops, disk = about_count(plan["tokens"]), about_count(plan["flops"]), plan["disk"]
     return [
-        f"{plan['optimizer_steps']:,} steps, {tokens} tokens, {flops} FLOPs{seconds}",
+        f"{counted(plan['optimizer_steps'], 'step')}, {tokens} tokens, {flops} FLOPs{seconds}",
         f"memory {size(plan['peak'])} of {size(plan['at_hand'])} at hand, disk {size(disk['needed'])} of "
         f"{size(disk['free'])} free",
     ]
