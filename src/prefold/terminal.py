@@ -26,7 +26,6 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -42,8 +41,6 @@ BETWEEN_UPDATES = 0.5
 """Seconds between two states of a bar in a notebook."""
 BETWEEN_LINES = 30.0
 """Seconds between two lines about the same work, where there is no terminal."""
-REMEMBERED = 3600.0
-"""Seconds whose items count for a rate: an optimizer step may take minutes."""
 UNTOLD = 1.0
 """Seconds that work may take until it is said what it is, where there is no terminal."""
 SOON = 0.2
@@ -122,12 +119,11 @@ def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(),
         TextColumn("{task.fields[text]}"),
     )
-    progress = Progress(*columns, console=console, transient=total is None, speed_estimate_period=REMEMBERED)
-    task = progress.add_task(description, total=total, completed=done, text="")
+    progress = Progress(*columns, console=console, transient=total is None)
+    task = progress.add_task(description, total=total, completed=done, text="", done=done)
     going_on = _going_on(description, progress.tasks[0])
     if console.is_terminal and not IN_NOTEBOOK:
         with progress, going_on:
@@ -135,30 +131,47 @@ def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator
         return
     show, between = (_lines(progress), BETWEEN_LINES) if not IN_NOTEBOOK else (_cell(progress), BETWEEN_UPDATES)
     last = time.monotonic()
+    shown: float | None = None
 
     def advance(**changes: Any) -> None:
-        nonlocal last
+        nonlocal last, shown
         progress.update(task, **changes)
         if time.monotonic() - last >= between:
             show()
-            last = time.monotonic()
+            last, shown = time.monotonic(), progress.tasks[0].completed
 
     try:
         with going_on:
             yield advance
     finally:
-        if total is not None:
+        if total is not None and shown != progress.tasks[0].completed:
             show()
 
 
 class _Rate(ProgressColumn):
-    """Items a second, or seconds an item."""
-
     def render(self, task: Task) -> Text:
-        return Text(rate(task.speed), style="progress.data.speed")
+        return Text(rate(speed(task)), style="progress.data.speed")
+
+
+class _Left(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        seconds = seconds_left(task)
+        return Text("" if seconds is None else f"left {clock(seconds)}", style="progress.remaining")
+
+
+def speed(bar: Task) -> float | None:
+    """Items a second since it began, as a mean: they come in bursts. None where none is done."""
+    moved = bar.completed - bar.fields["done"]
+    return moved / bar.elapsed if moved and bar.elapsed else None
+
+
+def seconds_left(bar: Task) -> float | None:
+    per_second = speed(bar)
+    return None if per_second is None or bar.remaining is None else bar.remaining / per_second
 
 
 def rate(per_second: float | None) -> str:
+    """Items a second, or seconds an item."""
     if not per_second:
         return ""
     number, unit = (per_second, "/s") if per_second >= 1 else (1 / per_second, " s each")
@@ -169,8 +182,8 @@ def _lines(progress: Progress) -> Callable[[], None]:
     def show() -> None:
         task = progress.tasks[0]
         of = "" if task.total is None else f" of {task.total:,.0f}"
-        parts = [f"{task.completed:,.0f}{of}", rate(task.speed), f"{clock(task.elapsed)} so far"]
-        parts += [f"{clock(task.time_remaining)} left"] if task.time_remaining else []
+        parts = [f"{task.completed:,.0f}{of}", rate(speed(task)), f"{clock(task.elapsed)} so far"]
+        parts += [f"{clock(left)} left"] if (left := seconds_left(task)) else []
         say(f"  {task.description}: {', '.join(filter(None, parts))}  {task.fields['text']}".rstrip())
 
     return show

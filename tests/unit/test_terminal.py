@@ -24,7 +24,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], io.StringIO]:
     return on
 
 
-@pytest.mark.parametrize(("between", "lines"), [(0.0, 5), (60.0, 1)])
+@pytest.mark.parametrize(("between", "lines"), [(0.0, 4), (60.0, 1)])
 def test_a_bar_in_a_log_is_a_line_now_and_then(
     between: float, lines: int, shown: Callable[[bool], io.StringIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from prefold.files import write_text
 from prefold.reports.numbers import duration
 from prefold.reports.page import REPORT, render_live, stage_costs, write_report
 from prefold.reports.run_files import RunRecord, read_run
-from prefold.terminal import doing, rate, say
+from prefold.terminal import doing, rate, say, seconds_left, speed
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,9 @@ class State:
             headline += f": {work.text}"
         if bar is None or not bar.total:
             return cls(headline, None, "", written)
-        left = bar.time_remaining
+        left = seconds_left(bar)
         until = left and (written + timedelta(seconds=left)).strftime("%H:%M" if left < 72_000 else "%d %b, %H:%M")
-        pace = (rate(bar.speed), f"{duration(left)} left, until about {until}" if left else "", bar.fields["text"])
+        pace = (rate(speed(bar)), f"{duration(left)} left, until about {until}" if left else "", bar.fields["text"])
         share = min(bar.completed / bar.total, 1)
         return cls(
             f"{headline}, {bar.completed:,.0f} of {bar.total:,.0f}", share, " · ".join(filter(None, pace)), written
