@@ -84,7 +84,7 @@ FILE_BYTES = 1_600_000_000
 POOL = 2**24 - 3
 """Random numbers that the weights are cut from. Rows of a matrix differ, since no power of two divides it."""
 SPREAD = 0.02
-WORDS = (24, 12, 12)
+WORDS = (16, 8, 8)
 """Of a prompt and its two answers."""
 BETWEEN_SAMPLES = 0.05
 

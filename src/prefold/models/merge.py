@@ -56,7 +56,7 @@ KEPT = 0.5
 """Of the adapter's change of the logits, what must be left in the merged model."""
 MEASURABLE = 1e-5
 """Share of the logits' size; of a smaller change what is left cannot be told."""
-TOKENS = 192
+TOKENS = 96
 """On which the logits are compared, at most: less than a training step takes."""
 SHARD = "5GB"
 """Most that a weight file holds, of a model that is not merged file by file."""
