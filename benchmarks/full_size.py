@@ -6,7 +6,7 @@
 
 Nothing of the recipe is changed but the model's path, rows, steps and lengths; a GRPO step of the same model comes
 last. Each stage is a process of its own, whose memory is sampled: its own pages, without those that are mapped from
-files. Beside it stands what the plan says, likewise without mapped files. About 50 GB on disk for an hour, below
+files. Beside it stands what the plan says, likewise without mapped files. About 65 GB on disk for an hour, below
 TMPDIR; they are removed at the end, also where this is killed. Prints a table and, as its last line, JSON; writes
 `results/full-size-SHAPE-cpu.json`.
 """
@@ -161,7 +161,7 @@ def write_recipes(shape: str, folder: Path, rows: int, steps: int) -> tuple[Path
     recipe["train"]["max_steps"] = steps
     recipe["train"].pop("num_train_epochs", None)
     recipe["evaluate"] = {"prompts": 2, "max_new_tokens": 8}
-    recipe["publish"] = {"to": str(folder / "published"), "what": ["merged", "gguf"], "gguf": ["F16"]}
+    recipe["publish"] = {"to": str(folder / "published"), "what": ["gguf"], "gguf": ["F16"]}
     recipe["output_dir"] = str(folder / "run")
     grpo = {
         "method": "grpo",
