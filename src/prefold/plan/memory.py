@@ -17,7 +17,6 @@ from prefold.models.device import is_half
 from prefold.models.load import Loading, loading_peak
 from prefold.models.merge import TOKENS as COMPARED
 from prefold.models.merge import merge_dtype
-from prefold.plan.flops import plain_size
 from prefold.plan.machine import Machine
 from prefold.plan.meta_model import MetaModel
 from prefold.plan.passes import Lengths, Row, attention_on, scoring_pass, training_pass, trees_of
@@ -164,7 +163,7 @@ class Memory:
         wide = 4 * self.sizes.head if meta.weights_dtype != torch.float32 else 0
         parts = revealing(trees_of(row), window_of(meta.text_config))
         sizes = [tuple((len(tree.prompt), *map(len, tree.completions)) for tree in part) for part in parts]
-        activations = max(scoring_pass(meta, torch.float32, size, max(map(plain_size, size)), None) for size in sizes)
+        activations = max(scoring_pass(meta, torch.float32, size, sum(map(sum, size)), None) for size in sizes)
         return {**self._policy(), "activations": activations, "head": wide}
 
     def _sampling(self, draws: Draws) -> Parts:

@@ -204,8 +204,8 @@ def _self_checked(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Sequenc
 
 
 def _plainly(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
-    """`[S]`. The longest is computed by itself, so that no more is there at once than in training."""
-    return Scorer(model, max(tree.longest for tree in trees), None).score(trees).tokens
+    """`[S]`, with as many tokens at once as the packed pass has."""
+    return Scorer(model, sum(tree.size for tree in trees), None).score(trees).tokens
 
 
 def _seconds(model: nn.Module, trees: Sequence[TokenTree], name: str) -> float:
