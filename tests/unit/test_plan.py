@@ -201,11 +201,11 @@ def test_rollouts_by_hand() -> None:
 
 @pytest.mark.parametrize("counts_mapped", [False, True])
 def test_merging_by_hand(counts_mapped: bool) -> None:
-    """Two float32 copies of the largest tensor and six sets of logits, of three trees' prompts and first completions;
-    the models stay in their files, which only some limits count."""
+    """Two float32 copies of the largest tensor and six sets of logits, of 96 tokens of three trees' prompts and first
+    completions; the models stay in their files, which only some limits count."""
     parts = plan_of(recipe_of(), machine=Machine("cpu", 100 * GB, 0, counts_mapped)).memory["merge"]
     assert parts["mapped"] == (4 * PARAMETERS if counts_mapped else 0)
-    assert parts["head"] == 6 * 4 * (22 + 39 + 50) * SHAPE["vocab_size"]
+    assert parts["head"] == 6 * 4 * 96 * SHAPE["vocab_size"]
     assert (parts["activations"], parts["adapter"]) == (2 * 4 * VOCABULARY, 4 * LORA)
     assert plan_of(recipe_of(), machine=Machine("cuda", 100 * GB, 0)).peaks["merge"] < 4 * PARAMETERS
 
@@ -258,9 +258,9 @@ def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
             recipe_of(),
             {
                 "load": LOADED,
-                "self-check": 250315847,
+                "self-check": 250433600,
                 "train": 251284789,
-                "merge": 250357449,
+                "merge": 250316592,
                 "evaluate": 250714531,
             },
             78419328,
@@ -270,10 +270,10 @@ def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
             recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=GROUPS),
             {
                 "load": LOADED,
-                "self-check": 250459411,
+                "self-check": 250595149,
                 "train": 251742259,
                 "rollouts": 250505167,
-                "merge": 250322040,
+                "merge": 250316592,
                 "evaluate": 250714531,
             },
             75571456,
@@ -283,9 +283,9 @@ def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
             recipe_of(lora="none"),
             {
                 "load": LOADED,
-                "self-check": 250289789,
+                "self-check": 250407542,
                 "train": 251731898,
-                "merge": 250331390,
+                "merge": 250290534,
                 "evaluate": 250714531,
             },
             85258624,
@@ -293,7 +293,7 @@ def test_an_adapter_to_go_on_from_has_a_frozen_copy(tmp_path: Path) -> None:
         ),
         (
             recipe_of(model={"attn_implementation": "sdpa"}),
-            {"load": LOADED, "train": 252606150, "merge": 250357449, "evaluate": 250714531},
+            {"load": LOADED, "train": 252606150, "merge": 250316592, "evaluate": 250714531},
             99017088,
             8386240,
         ),
