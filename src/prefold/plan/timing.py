@@ -80,7 +80,7 @@ def measure(
     training, reference, evaluation, decoding = list[float](), list[float](), list[float](), list[float]()
 
     def scorer_of(model: nn.Module, dtype: torch.dtype) -> Scorer:
-        return Scorer(model, 2**31, candidates(device, dtype)[-1] if packed else None)
+        return Scorer(model, 2**31, candidates(device, dtype, meta.config.get_text_config())[0] if packed else None)
 
     with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
         for count in layers:
