@@ -1,5 +1,5 @@
-"""The backends of CUDA as far as a CPU can tell: what they compute, by stand-ins for their kernels; what the choice of one
-makes of those that fail; what they keep and how often they are compiled."""
+"""The backends of CUDA as far as a CPU can tell: what they compute, by stand-ins for their kernels; what becomes of
+those that fail; what they keep and how often they are compiled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.nn.attention import flex_attention, varlen
 
 from prefold.errors import StageError
 from prefold.plan.passes import AllocatedBytes
-from prefold.trees import attention, scorer
+from prefold.trees import attention, scorer, self_check
 from prefold.trees.attention import BACKENDS, Shape, block_mask, candidates, flex_mask, segments
 from prefold.trees.forest import Text, pack_forest
 from prefold.trees.packing import PackedTrees, TokenTree, pack
@@ -345,7 +345,7 @@ def test_what_computes_decides_not_what_the_weights_are_kept_in(
 def with_memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Packed passes of the self-check over longer rows run out of memory. The rows that there were, in tokens."""
     seen: list[int] = []
-    packed = scorer.packed_logprobs
+    packed = self_check.packed_logprobs
 
     def limited(model: Any, row: PackedTrees, *given: Any) -> Any:
         seen.append(row.tokens)
@@ -353,7 +353,7 @@ def with_memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return packed(model, row, *given)
 
-    monkeypatch.setattr(scorer, "packed_logprobs", limited)
+    monkeypatch.setattr(self_check, "packed_logprobs", limited)
     return seen
 
 

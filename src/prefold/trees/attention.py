@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -280,14 +280,12 @@ COMPILER = "inductor"
 
 
 def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
-    """FlexAttention with a mask over blocks of the row, which is padded to whole ones; honours windows and soft-caps."""
+    """FlexAttention with a mask over blocks of the row, padded to whole ones; honours windows and soft-caps."""
     mask = trees.once(f"block mask, window {shape.window}", lambda row: flex_mask(row, shape.window))
     tokens = query.shape[2]
     states = [pad(each, (0, 0, 0, mask.shape[-1] - tokens)) for each in (query, key, value)]
-    attend = _compiled(shape.softcap, shape.window is None, *(each.requires_grad for each in states))
-    # Numbers that are variables to the compiler cannot be in a score that is differentiated.
-    constants = torch._dynamo.config.patch(specialize_float=True)
-    with torch.autocast(query.device.type, enabled=False), constants:
+    attend = _compiled(shape.softcap or 0.0, shape.window is None, *(each.requires_grad for each in states))
+    with torch.autocast(query.device.type, enabled=False):
         out: Tensor = attend(*states, mask, shape.scale, query.shape[1] != key.shape[1])
     return out[:, :, :tokens].transpose(1, 2)
 
@@ -300,8 +298,10 @@ def flex_mask(trees: PackedTrees, window: int | None) -> Any:
 
     device, tokens = trees.input_ids.device, trees.tokens
     length = BLOCK * max(2, -(-tokens // BLOCK))
-    own, ends = (torch.tensor(values) for values in zip(*((b - a, below[1]) for (a, b), _, below in trees.nodes)))
-    end = pad(ends.repeat_interleave(own), (0, length - tokens), value=length).to(device, torch.int32)
+    end = torch.full((length,), length, dtype=torch.int32)
+    for node in trees.nodes:
+        end[slice(*node.own)] = node.below[1]
+    end = end.to(device)
     position = torch.cat([trees.positions[0], torch.arange(length - tokens, device=device)]).int()
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -325,8 +325,8 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32), order.int()
 
 
-@lru_cache(maxsize=None)
-def _compiled(softcap: float | None, *kind: bool) -> Any:
+@cache
+def _compiled(softcap: float, *kind: bool) -> Any:
     """FlexAttention, compiled for a kind of call. Only 8 versions of one function are compiled; what would be the ninth
     is computed with the whole matrix of scores, or refused with `fullgraph`."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -338,8 +338,9 @@ def _compiled(softcap: float | None, *kind: bool) -> Any:
         return flex_attention(query, key, value, bent if softcap else None, mask, scale=scale, enable_gqa=grouped)
 
     attend.__code__ = attend.__code__.replace()  # what versions are counted by
-    # Dynamic, since every row has its own number of tokens and compiling anew costs seconds.
-    return torch.compile(attend, dynamic=True, fullgraph=True, backend=COMPILER)
+    # Lengths vary by row, and compiling anew costs seconds. A score with a number that varies has no gradient.
+    constants = torch._dynamo.config.patch(specialize_float=True)
+    return constants(torch.compile(attend, dynamic=True, fullgraph=True, backend=COMPILER))
 
 
 BACKENDS: dict[str, Backend] = {

@@ -148,7 +148,7 @@ def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | Non
         return torch.cat([_read_plainly(model, [text])[0] for text in checked]).to(base.device)
 
     def choose() -> tuple[str | None, str]:
-        if reason := stretched or obstacle(model) or packing_fault(model, row, names[-1], packed_logprobs, plainly):
+        if reason := stretched or obstacle(model) or packing_fault(model, row, names[-1], plainly):
             return None, reason
         return choose_attention(model, names, [row], dtype), NONE_IS_RIGHT
 

@@ -39,8 +39,8 @@ PADDING = TokenTree((0,), ((0,),))
 TIMED_TOKENS = 4096
 """Most of a row of whole trees by which the attention is chosen."""
 OUT_OF_MEMORY = (
-    "out of memory in the self-check with {}; take a smaller model or `load_in_4bit`, or set "
-    "`model.attn_implementation: sdpa`, which needs none"
+    "out of memory in the self-check with {}; take a smaller model or `load_in_4bit`, or a `model.attn_implementation` "
+    "that needs no check (sdpa; eager for attention with a soft-cap)"
 )
 
 logger = logging.getLogger("prefold")
@@ -231,7 +231,7 @@ def _self_checked(model: nn.Module, attention: str, rows: Sequence[Sequence[Toke
 def _fault(model: nn.Module, attention: str, parts: Sequence[TokenTree]) -> str | None:
     def fault() -> str:
         row, plain = pack(parts, unwrapped(model).device), partial(_plainly, model, parts)
-        return packing_fault(model, row, attention, packed_logprobs, plain) or ""
+        return packing_fault(model, row, attention, plain) or ""
 
     is_last = len(parts) == 1 or is_fsdp_managed_module(unwrapped(model))
     reason = attempt(fault, OUT_OF_MEMORY.format(f"{sum(tree.size for tree in parts):,} tokens") if is_last else "")

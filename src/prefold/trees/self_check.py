@@ -19,12 +19,12 @@ from torch.utils.hooks import RemovableHandle
 
 from prefold.trees.attention import BACKENDS, BLOCK_MASK, Shape, unwrapped, using_attention
 from prefold.trees.head import head_obstacle, score_layer
-from prefold.trees.logprobs import TreeLogprobs, router_coefficient
+from prefold.trees.logprobs import packed_logprobs, router_coefficient
 from prefold.trees.memory import free_memory, is_out_of_memory
 from prefold.trees.packing import PackedTrees, Span, TokenTree
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
@@ -124,27 +124,15 @@ def window_of(config: PreTrainedConfig) -> int | None:
 # ---- packed against plain ---------------------------------------------------------------------------------------
 
 
-def packing_fault(
-    model: nn.Module,
-    row: PackedTrees,
-    attention: str,
-    packed: Callable[[nn.Module, PackedTrees], TreeLogprobs],
-    plain: Callable[[], Tensor],
-) -> str | None:
-    """How the log-probs of a row by a backend differ from the plain ones, or None if they do not.
+def packing_fault(model: nn.Module, row: PackedTrees, attention: str, plain: Callable[[], Tensor]) -> str | None:
+    """How a row's log-probs by a backend differ from `[S]` plain ones, those of the model as it comes, or None if they
+    do not. Raises what says that memory ran out."""
 
-    Args:
-        packed: the pass over the row with the backend in use.
-        plain: `[S]`, the same log-probs by the model as it comes.
-
-    Raises what says that memory ran out.
-    """
-
-    def by_backend() -> tuple[Tensor, int]:
+    def packed() -> tuple[Tensor, int]:
         with using_attention(model, attention):
-            return packed(model, row).tokens, row.scratch.get("calls", 0)
+            return packed_logprobs(model, row).tokens, row.scratch.get("calls", 0)
 
-    return difference(model, by_backend, plain)
+    return difference(model, packed, plain)
 
 
 @torch.no_grad()
@@ -266,7 +254,8 @@ def _deviation(name: str, trials: Sequence[Trial], wanted: Sequence[Sequence[Ten
             error, size = (torch.linalg.vector_norm(each, dim=(0, 1, 3)) for each in (given.float() - right, right))
             largest = float((error / (size + 0.1 * size.mean())).max())
             if not largest <= explained:
-                return f"its {what}, window {trial.shape.window}, is off by {largest:.2g}, rounding explains {explained:.2g}"
+                of = f"{what}, window {trial.shape.window},"
+                return f"its {of} is off by {largest:.2g}, rounding explains {explained:.2g}"
     return None
 
 
