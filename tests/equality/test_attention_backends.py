@@ -7,7 +7,8 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 from torch.nn.attention import flex_attention, varlen
 
 from prefold.errors import StageError
+from prefold.generation import engine
 from prefold.plan.passes import AllocatedBytes
+from prefold.runs import train
 from prefold.trees import attention, scorer, self_check
 from prefold.trees.attention import BACKENDS, Shape, block_mask, candidates, flex_mask, segments
 from prefold.trees.forest import Text, pack_forest
 from prefold.trees.packing import PackedTrees, TokenTree, pack
+from prefold.trees.reader import choose_reader
 from prefold.trees.scorer import Scorer, choose_scorer
 from prefold.trees.self_check import _attended, _trials, choose_attention
 
@@ -180,21 +184,22 @@ def test_the_mask_of_a_long_row_takes_little(window: int | None) -> None:
     assert allocated.now <= 64 * row.tokens and allocated.peak <= 256 * row.tokens
 
 
-def test_a_run_compiles_a_few_times(emulated: list[int]) -> None:
-    """With and without window, soft-cap, gradients and autocast, for rows of all lengths: of each kind of call once or
-    twice, whatever the rows."""
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_each_kind_of_call_is_compiled_once(emulated: list[int]) -> None:
+    """Each kind of call once, whatever the lengths of its rows and with autocast or without; what goes beyond is
+    refused."""
     kinds = [(None, None, ()), (None, 5.0, (0, 1, 2)), (50, None, (0,)), (50, 5.0, ()), (50, 5.0, (0, 1, 2))]
     for window, softcap, needed in kinds:
         for count, autocast in ((1, False), (30, True), (8, False), (60, True)):
             row = pack(random_trees(count, seed=count))
-            states = [torch.randn(1, heads, row.tokens, 8) for heads in (4, 2, 2)]
+            states = [torch.randn(1, heads, row.tokens, 8) for heads in (6, 3, 3)]
             for i in needed:
                 states[i].requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = block_mask(states[0], states[1], states[2], row, Shape(0.25, window, softcap))
             if needed:
                 out.sum().backward()
-    assert len(emulated) <= 2 * len(kinds)
+    assert len(emulated) == len(kinds)
 
 
 # ---- the choice -------------------------------------------------------------------------------------------------
@@ -339,6 +344,21 @@ def test_what_computes_decides_not_what_the_weights_are_kept_in(
     assert found.attention == VARIABLE and given == {torch.bfloat16}
 
 
+def test_training_computes_in_the_dtype_of_its_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.dtype] = []
+
+    def scorer_of(recipe: Any, model: Any, examples: Any, dtype: torch.dtype) -> None:
+        given.append(dtype)
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "_policy", lambda recipe: tiny_llama())
+    monkeypatch.setattr(train, "scorer_of", scorer_of)
+    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype="bfloat16"), algorithm=None, run_folder=None)
+    with pytest.raises(InterruptedError):
+        train._train(recipe, cast(Any, SimpleNamespace(train=None)))
+    assert given == [torch.bfloat16]
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +388,15 @@ def test_out_of_memory_in_the_self_check_is_no_reason_for_the_plain_path(
     with_memory_for(10, monkeypatch)
     with pytest.raises(StageError, match=r"out of memory in the self-check with \d+ tokens; take"):
         choose_scorer(tiny_llama(), trees, 1024)
+
+
+def test_out_of_memory_is_said_before_reading_and_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_memory_for(0, monkeypatch)
+    with pytest.raises(StageError, match="out of memory with a text of"):
+        choose_reader(tiny_llama(), [Text(tuple(range(40)), 4)])
+    monkeypatch.setattr(engine, "failed_check", forward_fails(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(StageError, match="out of memory with a single prompt"):
+        engine.why_not_shared(tiny_llama(), [1, 2, 3], 4)
 
 
 def test_masks_go_with_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
