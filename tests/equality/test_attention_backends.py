@@ -147,7 +147,7 @@ def rows() -> list[PackedTrees]:
 @pytest.mark.parametrize("index", range(len(rows())))
 def test_blocks_are_those_of_the_spans(index: int, window: int | None) -> None:
     row = rows()[index]
-    mask = flex_mask(row, window)
+    mask = flex_mask(row, window, row.input_ids.device)
     length = mask.shape[-1]
     assert length % 128 == 0 and row.tokens <= length < row.tokens + 256
     wanted = torch.zeros(length, length, dtype=torch.bool)
@@ -179,7 +179,7 @@ def test_the_mask_of_a_long_row_takes_little(window: int | None) -> None:
     row = pack([long_tree(2000, *[256] * 8)] * 8)
     assert row.tokens > 32_000
     with AllocatedBytes([row.input_ids, row.positions]) as allocated:
-        mask = flex_mask(row, window)
+        mask = flex_mask(row, window, row.input_ids.device)
     assert mask.shape[-1] >= row.tokens
     assert allocated.now <= 64 * row.tokens and allocated.peak <= 256 * row.tokens
 

@@ -245,7 +245,7 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
         raise NotImplementedError("variable-length attention has no soft-cap")
     from torch.nn.attention.varlen import varlen_attn
 
-    indices, layout = trees.once("variable length", gathered_keys)
+    indices, layout = trees.once(f"keys on {key.device}", lambda row: gathered_keys(row, key.device))
     out = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
         key[0].transpose(0, 1).index_select(0, indices),
@@ -259,7 +259,7 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
     return out[None]
 
 
-def gathered_keys(trees: PackedTrees) -> tuple[Tensor, tuple[Tensor, Tensor, int, int]]:
+def gathered_keys(trees: PackedTrees, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor, int, int]]:
     """The indices in the row of the keys that each node sees, those above it and its own; and where the queries and
     the keys of the nodes begin, `[nodes + 1]` each, with the most that a node has of them."""
     seen = [torch.arange(*span) for node in trees.nodes for span in (*node.above, node.own)]
@@ -268,9 +268,9 @@ def gathered_keys(trees: PackedTrees) -> tuple[Tensor, tuple[Tensor, Tensor, int
 
     def starts(lengths: list[int]) -> Tensor:
         total = torch.tensor([0, *lengths]).cumsum(0)
-        return total.to(torch.int32).to(trees.input_ids.device)
+        return total.to(device, torch.int32)
 
-    return torch.cat(seen).to(trees.input_ids.device), (starts(queries), starts(keys), max(queries), max(keys))
+    return torch.cat(seen).to(device), (starts(queries), starts(keys), max(queries), max(keys))
 
 
 BLOCK_MASK = "prefold_block_mask"
@@ -281,28 +281,29 @@ COMPILER = "inductor"
 
 def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
     """FlexAttention with a mask over blocks of the row, padded to whole ones; honours windows and soft-caps."""
-    mask = trees.once(f"block mask, window {shape.window}", lambda row: flex_mask(row, shape.window))
+    device, window = query.device, shape.window
+    mask = trees.once(f"blocks on {device}, window {window}", lambda row: flex_mask(row, window, device))
     tokens = query.shape[2]
     states = [pad(each, (0, 0, 0, mask.shape[-1] - tokens)) for each in (query, key, value)]
-    attend = _compiled(shape.softcap or 0.0, shape.window is None, *(each.requires_grad for each in states))
-    with torch.autocast(query.device.type, enabled=False):
+    attend = _compiled(shape.softcap or 0.0, window is None, *(each.requires_grad for each in states))
+    with torch.autocast(device.type, enabled=False):
         out: Tensor = attend(*states, mask, shape.scale, query.shape[1] != key.shape[1])
     return out[:, :, :tokens].transpose(1, 2)
 
 
-def flex_mask(trees: PackedTrees, window: int | None) -> Any:
+def flex_mask(trees: PackedTrees, window: int | None, device: torch.device) -> Any:
     """A block mask of two blocks or more, from the spans of the row: a token is seen from itself on up to the end of
     what continues its node. Padding behind the row sees itself. Takes 8 bytes a token and 16 for each pair of blocks.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    device, tokens = trees.input_ids.device, trees.tokens
+    tokens = trees.tokens
     length = BLOCK * max(2, -(-tokens // BLOCK))
     end = torch.full((length,), length, dtype=torch.int32)
     for node in trees.nodes:
         end[slice(*node.own)] = node.below[1]
     end = end.to(device)
-    position = torch.cat([trees.positions[0], torch.arange(length - tokens, device=device)]).int()
+    position = torch.cat([trees.positions[0].to(device), torch.arange(length - tokens, device=device)]).int()
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         inside = (query >= key) & (query < end[key])
