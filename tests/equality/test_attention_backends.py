@@ -417,6 +417,12 @@ def test_masks_go_with_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(mask() is None for mask in masks)
 
 
+def test_a_token_by_itself_is_no_fault(emulated: list[int]) -> None:
+    """The gradients of its query and key are 0."""
+    row = pack_forest([Text((5, 7), 1)])
+    assert choose_attention(tiny_llama(), [VARIABLE, SEGMENTS], [row], torch.float16) == VARIABLE
+
+
 def test_segments_are_right_enough_in_half_precision_with_a_soft_cap() -> None:
     """The last resort must not be refused for its rounding."""
     row = pack([long_tree(160, 32, 24), long_tree(80, 32, 24)])
