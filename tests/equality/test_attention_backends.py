@@ -26,7 +26,7 @@ from prefold.trees import attention, scorer, self_check
 from prefold.trees.attention import BACKENDS, Shape, block_mask, candidates, flex_mask, segments
 from prefold.trees.forest import Text, pack_forest
 from prefold.trees.packing import PackedTrees, TokenTree, pack
-from prefold.trees.reader import choose_reader
+from prefold.trees.reader import Reader, choose_reader
 from prefold.trees.scorer import Scorer, choose_scorer
 from prefold.trees.self_check import _attended, _trials, choose_attention
 
@@ -115,6 +115,26 @@ def test_block_mask(name: str, emulated: list[int]) -> None:
     wanted = outcome(model, lambda: dense_logprobs(model, trees))
     assert_same(outcome(model, lambda: Scorer(model, 64, BLOCKS).score(trees).tokens), wanted, 1e-5)
     assert emulated
+
+
+@pytest.mark.parametrize("backend", [VARIABLE, BLOCKS])
+def test_with_checkpointing(backend: str, emulated: list[int]) -> None:
+    model = with_lora(family("mistral"))
+    trees = random_trees(4, seed=2)
+    wanted = outcome(model, lambda: dense_logprobs(model, trees))
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    found = Scorer(model.train(), 64, backend)
+    with found.in_place():
+        assert_same(outcome(model, lambda: found.score(trees).tokens), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("backend", [VARIABLE, BLOCKS])
+def test_forests(backend: str, emulated: list[int]) -> None:
+    model, texts = family("mistral"), [Text((1, 2, 3, *range(i, 9), 5, i, 7), 3) for i in range(4, 8)]
+    [[(row, found)], plain] = (list(Reader(model, 512, name).read(texts)) for name in (backend, None))
+    wanted = {i: likelihood for own, of in plain for i, likelihood in zip(own, of, strict=True)}
+    for i, likelihood in zip(row, found, strict=True):
+        assert likelihood.logprob == pytest.approx(wanted[i].logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])

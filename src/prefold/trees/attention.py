@@ -277,6 +277,7 @@ BLOCK_MASK = "prefold_block_mask"
 BLOCK = 128
 """Tokens of a block of FlexAttention's mask."""
 COMPILER = "inductor"
+"""What compiles FlexAttention; a CPU has no backward pass of it."""
 
 
 def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
