@@ -8,14 +8,15 @@ import pytest
 import torch
 from dense import outcome
 from families import family
-from tiny import random_trees, with_lora
+from tiny import random_trees, tiny_llama, with_lora
 
 from prefold.models.adapters import load_policy
 from prefold.recipe import Lora, Model
 from prefold.trees.attention import candidates
-from prefold.trees.packing import TokenTree
+from prefold.trees.packing import TokenTree, pack
 from prefold.trees.reference import compute_reference
 from prefold.trees.scorer import Scorer, choose_scorer
+from prefold.trees.self_check import choose_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox", "cohere2"]
@@ -69,7 +70,26 @@ def test_quantised(bits: str, tmp_path: Path) -> None:
     assert layers and all(weight.grad is not None and weight.grad.norm() > 0 for weight in layers)
 
 
-def test_a_backend_is_chosen() -> None:
-    model = with_lora(family("llama", torch.bfloat16, **SHAPE)).cuda()
-    scorer = choose_scorer(model, trees(), 4096)
-    assert scorer.attention in candidates(torch.device("cuda"), torch.bfloat16)
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_attention_of_a_head_width(width: int, dtype: torch.dtype, softcap: float | None, window: int | None) -> None:
+    """Variable-length attention for every width; without it the last one at least, whatever FlexAttention comes to."""
+    model = tiny_llama(dtype, head_dim=width, attn_logit_softcapping=softcap, sliding_window=window)
+    model.config.layer_types = ["sliding_attention"] * 3
+    names = candidates(torch.device("cuda"), dtype, model.config)
+    row = pack([TokenTree(tuple(range(90)) * 2, ((5,) * 32, (7,) * 20)), *trees()], "cuda")
+    chosen = choose_attention(model.cuda(), names, [row], dtype)
+    assert chosen == names[0] if len(names) == 3 else chosen in names
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_a_backend_is_chosen(weights: torch.dtype) -> None:
+    """Float32 weights under autocast are those of full fine-tuning."""
+    model = family("llama", weights, **SHAPE).cuda()
+    scorer = choose_scorer(model, trees(), 4096, dtype=torch.bfloat16)
+    assert scorer.attention == "prefold_variable_length"
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        found, wanted = (each.score(trees()).tokens for each in (scorer, Scorer(model, 4096, None)))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=0.1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -106,54 +104,6 @@ def test_attention_is_put_back() -> None:
     Scorer(model, 64, BACKENDS[0]).score(random_trees(2))
     assert unwrapped(model).config._attn_implementation == "sdpa"
     assert "forward" not in vars(unwrapped(model).lm_head)
-
-
-# ---- backends of other devices, as far as a CPU can tell ----
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3"])
-def test_block_mask(name: str) -> None:
-    """FlexAttention has no backward pass on a CPU; what it sees can be told from its forward pass."""
-    model = family(name)
-    trees = random_trees(5)
-    with torch.no_grad():
-        wanted = dense_logprobs(model, trees)
-        found = Scorer(model, 64, "prefold_block_mask").score(trees).tokens
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-
-
-def lower_right_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, *longest: int, **how: Any
-) -> Tensor:
-    """What torch documents of `varlen_attn`, written out: each segment bottom-right causal within its window."""
-    pieces = []
-    for i in range(len(query_starts) - 1):
-        own = slice(int(query_starts[i]), int(query_starts[i + 1]))
-        seen = slice(int(key_starts[i]), int(key_starts[i + 1]))
-        rows, columns = own.stop - own.start, seen.stop - seen.start
-        assert rows <= longest[0] and columns <= longest[1]
-        back, ahead = how["window_size"]
-        assert ahead == 0
-        group = query.shape[1] // key.shape[1]
-        keys, values = (states[seen].repeat_interleave(group, dim=1).transpose(0, 1) for states in (key, value))
-        distance = torch.arange(columns - rows, columns)[:, None] - torch.arange(columns)[None]
-        hidden = (distance < 0) | (distance > back if back >= 0 else torch.zeros_like(distance, dtype=torch.bool))
-        scores = query[own].transpose(0, 1) @ keys.transpose(1, 2) * how["scale"]
-        pieces.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1))
-    return torch.cat(pieces)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "starcoder2"])
-def test_variable_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = types.ModuleType("varlen")
-    stand_in.varlen_attn = lower_right_attention  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", stand_in)
-    with exactly(torch.float64):
-        model = with_lora(family(name, torch.float64))
-        trees = random_trees(6)
-        wanted = outcome(model, lambda: dense_logprobs(model, trees))
-        scorer = Scorer(model, 64, "prefold_variable_length")
-        assert_same(outcome(model, lambda: scorer.score(trees).tokens), wanted, 1e-10)
 
 
 # ---- the self-check turns red ----

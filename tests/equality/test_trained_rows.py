@@ -14,10 +14,9 @@ from tiny import gradients, random_trees
 from torch import nn
 
 from prefold.trees.fused_layers import fuse_trained_rows
-from prefold.trees.logprobs import packed_logprobs
 from prefold.trees.packing import pack
 from prefold.trees.scorer import Scorer, reference_model
-from prefold.trees.self_check import checked_backends
+from prefold.trees.self_check import packing_fault
 
 IDS = [3, 40, 96]
 
@@ -94,9 +93,7 @@ def test_packed_is_plain_with_trained_rows(name: str) -> None:
 def failed_self_check(model: nn.Module, backend: str) -> str | None:
     trees, plain = random_trees(3), Scorer(model, 4096, None)
     with reference_model(model):
-        return checked_backends(
-            model, pack(trees), packed_logprobs, lambda: plain.score(trees).tokens, names=[backend]
-        )[1]
+        return packing_fault(model, pack(trees), backend, lambda: plain.score(trees).tokens)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])

@@ -281,7 +281,9 @@ def why_not_shared(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     beyond = len(prompt) > window > 0
     if beyond not in state.obstacles:
-        state.obstacles[beyond] = failed_check(model, prompt[-(CHECKED_TOKENS + (window if beyond else 0)) :])
+        checked = prompt[-(CHECKED_TOKENS + (window if beyond else 0)) :]
+        fatal = f"out of memory with {SINGLE_PROMPT} ({len(checked):,} tokens); {ASK_FOR_LESS}"
+        state.obstacles[beyond] = attempt(partial(failed_check, model, checked), fatal)
     return state.obstacles[beyond]
 
 

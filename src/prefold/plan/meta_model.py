@@ -29,7 +29,7 @@ from prefold.models.messages import quiet
 from prefold.models.quantised import quantised_bytes
 from prefold.models.tokenizer import chat_tokens, tokenizer_of
 from prefold.recipe import Lora, Model, RecipeBase
-from prefold.trees.attention import lower_right, unwrapped
+from prefold.trees.attention import unwrapped
 
 
 class Sizes(NamedTuple):
@@ -219,12 +219,8 @@ def config_of(section: Model) -> Any:
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """While open, tensors have shapes and dtypes and nothing in them."""
-    lower_right.cache_clear()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield mode
-    finally:
-        lower_right.cache_clear()  # else a mask without contents would be used in earnest
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
 
 
 def move_to_cpu(model: nn.Module) -> None:

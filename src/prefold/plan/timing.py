@@ -24,7 +24,9 @@ from prefold.plan.flops import Tokens
 from prefold.plan.meta_model import MetaModel, QuantisedLinear
 from prefold.plan.passes import Lengths, trees_of
 from prefold.trees.attention import candidates
+from prefold.trees.packing import pack
 from prefold.trees.scorer import Scorer, reference_model
+from prefold.trees.self_check import choose_attention
 
 FEW, MORE = 1, 3
 """Layers of the two models."""
@@ -80,7 +82,8 @@ def measure(
     training, reference, evaluation, decoding = list[float](), list[float](), list[float](), list[float]()
 
     def scorer_of(model: nn.Module, dtype: torch.dtype) -> Scorer:
-        return Scorer(model, 2**31, candidates(device, dtype)[-1] if packed else None)
+        names, layout = candidates(device, dtype, meta.config.get_text_config()), pack(trees_of(row), device)
+        return Scorer(model, 2**31, choose_attention(model, names, [layout], dtype) if packed else None)
 
     with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
         for count in layers:

@@ -90,7 +90,10 @@ def head_seed_of(recipe: RecipeBase) -> int | None:
     return recipe.train.seed if recipe.algorithm.kind.scores else None
 
 
-def scorer_of(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) -> Scorer:
+def scorer_of(
+    recipe: RecipeBase, model: torch.nn.Module, examples: Examples, dtype: torch.dtype | None = None
+) -> Scorer:
+    """`dtype`: in which it will compute; by default that of the weights."""
     setting = recipe.train.max_tokens
     budget = auto_max_tokens(unwrapped(model), recipe.train.gradient_checkpointing) if setting == "auto" else setting
     draws = recipe.algorithm.draws
@@ -100,7 +103,7 @@ def scorer_of(recipe: RecipeBase, model: torch.nn.Module, examples: Examples) ->
     trees = [*sample_trees(examples), examples.trees[lengths.index(max(lengths))]]
     stand_ins = tuple(tree.prompt[-32:] for tree in trees)
     *checked, deepest = [tree if tree.completions else replace(tree, completions=stand_ins) for tree in trees]
-    return choose_scorer(model, checked, budget, recipe.model.attn_implementation, longest, deepest)
+    return choose_scorer(model, checked, budget, recipe.model.attn_implementation, longest, deepest, dtype)
 
 
 def sample_trees(examples: Examples) -> list[TokenTree]:

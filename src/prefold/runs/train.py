@@ -65,7 +65,7 @@ def train(run: Run) -> None:
 def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     algorithm, folder = recipe.algorithm, recipe.run_folder
     model = _policy(recipe)
-    scorer = scorer_of(recipe, model, prepared.train)
+    scorer = scorer_of(recipe, model, prepared.train, choose_dtype(recipe.model.dtype, choose_device()))
     _require_packing(scorer)
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))

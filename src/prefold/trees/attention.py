@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from prefold.trees.packing import Node, PackedTrees, Span
@@ -105,38 +105,44 @@ def segments(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shap
         return torch.cat([*(states[:, :, slice(*span)] for span in node.above), own], dim=2) if node.above else own
 
     attended = [
-        attend(query[:, :, slice(*node.own)], seen(key, node), seen(value, node), shape) for node in trees.nodes
+        attend(query[:, :, slice(*node.own)], seen(key, node), seen(value, node), trees, shape) for node in trees.nodes
     ]
     return torch.cat(attended, dim=2).transpose(1, 2)
 
 
-def _plain_softmax(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
+def _plain_softmax(query: Tensor, keys: Tensor, values: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
     rows, columns = query.shape[2], keys.shape[2]
     masked = rows != columns or (shape.window is not None and columns > shape.window)
     return scaled_dot_product_attention(
         query,
         keys,
         values,
-        attn_mask=lower_right(rows, columns, shape.window, query.device) if masked else None,
+        attn_mask=_mask(query, keys, trees, shape) if masked else None,
         is_causal=not masked,
         scale=shape.scale,
         enable_gqa=query.shape[1] != keys.shape[1],
     )
 
 
-def _softcapped(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
+def _softcapped(query: Tensor, keys: Tensor, values: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
     """Scores bent by softcap * tanh(score / softcap) before the softmax (Gemma 2, arXiv 2408.00118, section 2)."""
     assert shape.softcap is not None
     group = query.shape[1] // keys.shape[1]
     keys, values = (states.repeat_interleave(group, dim=1) for states in (keys, values))
     scores = torch.tanh(query @ keys.transpose(2, 3) * (shape.scale / shape.softcap)) * shape.softcap
-    mask = lower_right(query.shape[2], keys.shape[2], shape.window, query.device)
+    hidden = ~_mask(query, keys, trees, shape)
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=accumulate)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=accumulate)
     return weights.to(values.dtype) @ values
 
 
-@lru_cache(maxsize=256)
+def _mask(query: Tensor, keys: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
+    """Kept with the row, whose layers all ask for it, and no longer: on a GPU a few hundred would take gigabytes."""
+    given = (query.shape[2], keys.shape[2], shape.window, query.device)
+    mask: Tensor = trees.once(f"mask {given}", lambda row: lower_right(*given))
+    return mask
+
+
 def lower_right(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
     """`[rows, columns]`, True where the last `rows` positions of `columns` may look: at or before themselves, and less
     than `window` positions back."""
@@ -239,7 +245,7 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
         raise NotImplementedError("variable-length attention has no soft-cap")
     from torch.nn.attention.varlen import varlen_attn
 
-    indices, layout = trees.once("variable length", gathered_keys)
+    indices, layout = trees.once(f"keys on {key.device}", lambda row: gathered_keys(row, key.device))
     out = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
         key[0].transpose(0, 1).index_select(0, indices),
@@ -253,84 +259,108 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
     return out[None]
 
 
-def gathered_keys(trees: PackedTrees) -> tuple[Tensor, tuple[Tensor, Tensor, int, int]]:
+def gathered_keys(trees: PackedTrees, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor, int, int]]:
     """The indices in the row of the keys that each node sees, those above it and its own; and where the queries and
     the keys of the nodes begin, `[nodes + 1]` each, with the most that a node has of them."""
-    seen = [index for node in trees.nodes for span in (*node.above, node.own) for index in range(*span)]
+    seen = [torch.arange(*span) for node in trees.nodes for span in (*node.above, node.own)]
     queries = [stop - start for (start, stop), _, _ in trees.nodes]
     keys = [node.longest for node in trees.nodes]
 
     def starts(lengths: list[int]) -> Tensor:
         total = torch.tensor([0, *lengths]).cumsum(0)
-        return total.to(torch.int32).to(trees.input_ids.device)
+        return total.to(device, torch.int32)
 
-    indices = torch.tensor(seen, device=trees.input_ids.device)
-    return indices, (starts(queries), starts(keys), max(queries), max(keys))
+    return torch.cat(seen).to(device), (starts(queries), starts(keys), max(queries), max(keys))
+
+
+BLOCK_MASK = "prefold_block_mask"
+BLOCK = 128
+"""Tokens of a block of FlexAttention's mask."""
+COMPILER = "inductor"
+"""What compiles FlexAttention; a CPU has no backward pass of it."""
 
 
 def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
-    """FlexAttention with a mask over blocks of the row; honours windows and soft-caps."""
+    """FlexAttention with a mask over blocks of the row, padded to whole ones; honours windows and soft-caps."""
+    device, window = query.device, shape.window
+    mask = trees.once(f"blocks on {device}, window {window}", lambda row: flex_mask(row, window, device))
+    tokens = query.shape[2]
+    states = [pad(each, (0, 0, 0, mask.shape[-1] - tokens)) for each in (query, key, value)]
+    attend = _compiled(shape.softcap or 0.0, window is None, *(each.requires_grad for each in states))
+    with torch.autocast(device.type, enabled=False):
+        out: Tensor = attend(*states, mask, shape.scale, query.shape[1] != key.shape[1])
+    return out[:, :, :tokens].transpose(1, 2)
+
+
+def flex_mask(trees: PackedTrees, window: int | None, device: torch.device) -> Any:
+    """A block mask of two blocks or more, from the spans of the row: a token is seen from itself on up to the end of
+    what continues its node. Padding behind the row sees itself. Takes 8 bytes a token and 16 for each pair of blocks.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens = trees.tokens
+    length = BLOCK * max(2, -(-tokens // BLOCK))
+    end = torch.full((length,), length, dtype=torch.int32)
+    for node in trees.nodes:
+        end[slice(*node.own)] = node.below[1]
+    end = end.to(device)
+    position = torch.cat([trees.positions[0].to(device), torch.arange(length - tokens, device=device)]).int()
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = (query >= key) & (query < end[key])
+        return inside if window is None else inside & (position[query] - position[key] < window)
+
+    start = torch.arange(0, length, BLOCK, device=device)[:, None]
+    (first, last), (least, most) = (each.view(-1, BLOCK).aminmax(dim=1) for each in (end, position))
+    seen, whole = last > start, first >= start + BLOCK
+    if window is not None:
+        seen &= least[:, None] - most < window
+        whole &= most[:, None] - least < window
+    whole.tril_(-1)
+    tables = [_listed(blocks[None, None]) for blocks in (seen.tril() & ~whole, whole)]
+    return BlockMask.from_kv_blocks(*tables[0], *tables[1], BLOCK_SIZE=BLOCK, mask_mod=allowed)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, and which, those first."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.int()
+
+
+@cache
+def _compiled(softcap: float, *kind: bool) -> Any:
+    """FlexAttention, compiled for a kind of call. Only 8 versions of one function are compiled; what would be the ninth
+    is computed with the whole matrix of scores, or refused with `fullgraph`."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = trees.once(f"block mask, window {shape.window}", lambda row: flex_mask(row, shape.window))
-    score = None if shape.softcap is None else _cap(shape.softcap)
-    attend = _compiled(flex_attention) if query.device.type == "cuda" else flex_attention
-    out = attend(query, key, value, score, mask, scale=shape.scale, enable_gqa=query.shape[1] != key.shape[1])
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2)
-
-
-def flex_mask(trees: PackedTrees, window: int | None) -> Any:
-    """A block mask: a token sees those at or before itself in the row that are of its own node or one above it."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    device, position = trees.input_ids.device, trees.positions[0]
-    sizes = torch.tensor([stop - start for (start, stop), _, _ in trees.nodes])
-    node = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
-    index = {own: i for i, (own, _, _) in enumerate(trees.nodes)}
-    pairs = [(index[own], index[span]) for own, above, _ in trees.nodes for span in (*above, own)]
-    sees = torch.zeros(len(sizes), len(sizes), dtype=torch.bool)
-    sees[tuple(torch.tensor(pairs).T)] = True
-    sees = sees.to(device)
-
-    def allowed(batch: Tensor, head: Tensor, own: Tensor, seen: Tensor) -> Tensor:
-        inside = (own >= seen) & sees[node[own], node[seen]]
-        return inside if window is None else inside & (position[own] - position[seen] < window)
-
-    return create_block_mask(allowed, None, None, trees.tokens, trees.tokens, device=device)
-
-
-@lru_cache(maxsize=8)
-def _cap(softcap: float) -> Callable[..., Tensor]:
-    def capped(score: Tensor, *index: Tensor) -> Tensor:
+    def bent(score: Tensor, *index: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    return capped
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, grouped: bool) -> Any:
+        return flex_attention(query, key, value, bent if softcap else None, mask, scale=scale, enable_gqa=grouped)
 
-
-@lru_cache(maxsize=1)
-def _compiled(function: Any) -> Any:
-    # Dynamic, since every row has its own number of tokens and compiling anew costs seconds.
-    return torch.compile(function, dynamic=True)
+    attend.__code__ = attend.__code__.replace()  # what versions are counted by
+    # Lengths vary by row, and compiling anew costs seconds. A score with a number that varies has no gradient.
+    constants = torch._dynamo.config.patch(specialize_float=True)
+    return constants(torch.compile(attend, dynamic=True, fullgraph=True, backend=COMPILER))
 
 
 BACKENDS: dict[str, Backend] = {
     "prefold_segments": segments,
     "prefold_joined": joined,
     "prefold_variable_length": variable_length,
-    "prefold_block_mask": block_mask,
+    BLOCK_MASK: block_mask,
 }
 
 for _name, _backend in BACKENDS.items():
     register(_name, _backend)
 
 
-def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Backends of a device: first the one that computes every dtype and is held against the plain path, then those that
-    are held against the first."""
-    if device.type == "cpu":
-        return ["prefold_joined"]
-    if device.type == "cuda":
-        half = ["prefold_variable_length"] if dtype in (torch.float16, torch.bfloat16) else []
-        return ["prefold_segments", "prefold_block_mask", *half]
-    return ["prefold_segments"]
+def candidates(device: torch.device, dtype: torch.dtype, config: Any = None) -> list[str]:
+    """Backends of a device that can compute in a dtype with what a model's text configuration asks for, the one to be
+    preferred first. The last computes everything: it is held against the plain path, and the others against it."""
+    if device.type != "cuda":
+        return ["prefold_joined" if device.type == "cpu" else "prefold_segments"]
+    has_softcap = getattr(config, "attn_logit_softcapping", None)
+    first = [] if dtype.itemsize != 2 or has_softcap else ["prefold_variable_length"]
+    return [*first, BLOCK_MASK, "prefold_segments"]

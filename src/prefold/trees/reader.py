@@ -16,17 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from prefold import ranks
-from prefold.trees.attention import candidates, unwrapped, using_attention
+from prefold.trees.attention import BLOCK_MASK, candidates, unwrapped, using_attention
 from prefold.trees.budget import attempt, from_all, lowered, pad, row_by_row, split_by_length
 from prefold.trees.forest import WORTH_SHARING, Text, pack_forest, split_texts
 from prefold.trees.logprobs import packed_logprobs
-from prefold.trees.self_check import checked_backends, stretched_positions
+from prefold.trees.self_check import (
+    NONE_IS_RIGHT,
+    choose_attention,
+    obstacle,
+    packing_fault,
+    stretched_positions,
+)
 
 ROW_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens that are read at once. Longer rows than in training: nothing is kept for a backward pass."""
 CHECKED_TOKENS = 64
 """Of a real text, in the self-check; more where the model has a window."""
-GATHERING = "prefold_variable_length"
 
 logger = logging.getLogger("prefold")
 
@@ -60,8 +65,7 @@ class Reader:
         def smaller(row: list[int], left: list[int]) -> list[list[int]]:
             tried = [texts[i] for i in row]
             sizes = [len(text.tokens) for text in tried]
-            single = f"a text of {max(sizes):,} tokens; take a smaller model or device_map"
-            self.max_tokens = lowered(self.max_tokens, sizes, single, partial(self._rows, tried))
+            self.max_tokens = lowered(self.max_tokens, sizes, _single(tried), partial(self._rows, tried))
             return rows_of(left)
 
         def rows_of(indices: Sequence[int]) -> list[list[int]]:
@@ -94,6 +98,11 @@ class Reader:
             scored = packed_logprobs(self.model, row, statistics=True)
         assert scored.statistics is not None
         return scored.tokens.cpu(), scored.statistics.top1.cpu(), scored.completion.cpu()
+
+
+def _single(texts: Sequence[Text]) -> str:
+    """What a message says that memory ran out with."""
+    return f"a text of {max(len(text.tokens) for text in texts):,} tokens; take a smaller model or device_map"
 
 
 def _read_plainly(model: nn.Module, texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,16 +140,20 @@ def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | Non
     half, quarter = ids[: (len(ids) + 1) // 2], ids[: (len(ids) + 3) // 4]
     nested = [ids, half + ids[-2:], half + ids[:2], quarter + ids[-3:]]
     checked = [Text(row, min(len(row) - 1, WORTH_SHARING)) for row in nested]
-    surest, *others = candidates(base.device, base.dtype)
-    backends, reason = checked_backends(
-        model,
-        pack_forest(checked, base.device),
-        packed_logprobs,
-        lambda: torch.cat([_read_plainly(model, [text])[0] for text in checked]).to(base.device),
-        stretched,
-        [surest, *(name for name in others if name == GATHERING)],
-    )
-    if backends:
-        return Reader(model, budget, backends[-1])
+    row, dtype = pack_forest(checked, base.device), base.dtype
+    # FlexAttention is compiled for longer than segments take to read a set of tasks.
+    names = [name for name in candidates(base.device, dtype, base.config.get_text_config()) if name != BLOCK_MASK]
+
+    def plainly() -> Tensor:
+        return torch.cat([_read_plainly(model, [text])[0] for text in checked]).to(base.device)
+
+    def choose() -> tuple[str | None, str]:
+        if reason := stretched or obstacle(model) or packing_fault(model, row, names[-1], plainly):
+            return None, reason
+        return choose_attention(model, names, [row], dtype), NONE_IS_RIGHT
+
+    attention, reason = attempt(choose, f"out of memory with {_single(checked)}") or (None, "")
+    if attention:
+        return Reader(model, budget, attention)
     logger.warning("texts are read by themselves, what they share once for each (plain path): %s", reason)
     return Reader(model, budget, None, one_by_one=stretched is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,16 +16,32 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from prefold import ranks
 from prefold.errors import StageError
 from prefold.terminal import progress_bar
-from prefold.trees.attention import unwrapped, using_attention
+from prefold.trees.attention import candidates, unwrapped, using_attention
 from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_budget
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
+from prefold.trees.memory import free_memory
 from prefold.trees.packing import TokenTree, pack
-from prefold.trees.self_check import checked_backends, obstacle, revealing, stretched_positions, window_of
+from prefold.trees.self_check import (
+    NONE_IS_RIGHT,
+    choose_attention,
+    obstacle,
+    packing_fault,
+    revealing,
+    stretched_positions,
+    window_of,
+)
 
 T = TypeVar("T")
 
 PADDING = TokenTree((0,), ((0,),))
 """The least that can be scored, where a pass is made for the sake of the other processes."""
+
+TIMED_TOKENS = 4096
+"""Most of a row of whole trees by which the attention is chosen."""
+OUT_OF_MEMORY = (
+    "out of memory in the self-check with {}; take a smaller model or `load_in_4bit`, or a `model.attn_implementation` "
+    "that needs no check (sdpa; eager for attention with a soft-cap)"
+)
 
 logger = logging.getLogger("prefold")
 
@@ -155,6 +170,7 @@ def choose_scorer(
     setting: str = "auto",
     longest: int | None = None,
     deepest: TokenTree | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Scorer:
     """Packed if the model allows it and the self-check on `trees` passes, else plain, with the reason in the log.
 
@@ -163,65 +179,73 @@ def choose_scorer(
         setting: `model.attn_implementation` of the recipe; `trees` raises instead of falling back.
         longest: tokens of the longest prompt with completion that will come; by default that of `trees`.
         deepest: the longest tree, which is checked as well where it goes past the model's window.
+        dtype: in which it will compute; by default that of the weights.
 
     Raises:
-        StageError: `trees` was asked for and cannot be had.
+        StageError: `trees` was asked for and cannot be had, or out of memory with parts of a single tree.
     """
     longest = max(tree.longest for tree in trees) if longest is None else longest
     stretched = stretched_positions(model, longest)
-    plain = Scorer(model, max_tokens, None, one_by_one=stretched is not None)
+    scorer = Scorer(model, max_tokens, None, one_by_one=stretched is not None)
     if setting in ("sdpa", "eager"):
-        plain.reason = f"the recipe asks for {setting}"
-        return plain
-    checked = [*trees, *([deepest] if deepest else [])]
-    backends, reason = ((), stretched) if stretched else _self_checked(model, checked)
-    if backends:
-        timed = [trees[i] for i in split_by_budget([tree.size for tree in trees], max_tokens)[0]]
-        seconds = {name: _seconds(model, timed, name) for name in backends} if len(backends) > 1 else {}
-        return Scorer(model, max_tokens, ranks.from_first(lambda: min(backends, key=lambda name: seconds.get(name, 0))))
+        scorer.reason = f"the recipe asks for {setting}"
+        return scorer
+    base = unwrapped(model)
+    dtype, config = dtype or base.dtype, base.config.get_text_config()
+    names = candidates(base.device, dtype, config)
+    rows = revealing([*trees, *([deepest] if deepest else [])], window_of(config))
+    reason = stretched or obstacle(model) or _self_checked(model, names[-1], rows)
+    if not reason:
+        most = min(max_tokens, TIMED_TOKENS)
+        if typical := max((tree for tree in trees if tree.size <= most), key=lambda tree: tree.size, default=None):
+            rows.append([typical] * (most // typical.size))
+        layouts = [pack(row, base.device) for row in rows]
+        choose = partial(choose_attention, model, names, layouts, dtype)
+        scorer.attention = ranks.from_first(lambda: attempt(choose, OUT_OF_MEMORY.format("trees")))
+        reason = NONE_IS_RIGHT
+    if scorer.packed:
+        return scorer
     if setting == "trees":
         raise StageError(f"`model.attn_implementation: trees` cannot be had for this model: {reason}")
     logger.warning("prompts are encoded once per completion (plain path): %s", reason)
-    plain.reason = str(reason)
-    return plain
+    scorer.reason = reason
+    return scorer
 
 
-def _self_checked(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Sequence[str], str | None]:
-    """The backends that pass the self-check on parts of the trees; or none, and why."""
-    backends: Sequence[str] = ()
-    if reason := obstacle(model):
-        return backends, reason
-    rows = revealing(trees, window_of(unwrapped(model).config.get_text_config()))
+def _self_checked(model: nn.Module, attention: str, rows: Sequence[Sequence[TokenTree]]) -> str | None:
+    """How packed log-probs of these rows of parts of trees differ from plain ones, or None. Where memory runs out, the
+    trees of a row are divided.
+
+    Raises:
+        StageError: out of memory with parts of a single tree.
+    """
     with reference_model(model), progress_bar("self-check", len(rows)) as advance:
         for parts in rows:
             advance(text=f"{sum(tree.size + tree.plain_size for tree in parts):,} tokens")
-            row, plain = pack(parts, unwrapped(model).device), partial(_plainly, model, parts)
-            backends, reason = checked_backends(model, row, packed_logprobs, plain, names=backends)
-            if reason is not None:
-                break
+            if reason := _fault(model, attention, parts):
+                return reason
             advance(advance=1)
-    return backends, reason
+    return None
+
+
+def _fault(model: nn.Module, attention: str, parts: Sequence[TokenTree]) -> str | None:
+    def fault() -> str:
+        row, plain = pack(parts, unwrapped(model).device), partial(_plainly, model, parts)
+        return packing_fault(model, row, attention, plain) or ""
+
+    is_last = len(parts) == 1 or is_fsdp_managed_module(unwrapped(model))
+    reason = attempt(fault, OUT_OF_MEMORY.format(f"{sum(tree.size for tree in parts):,} tokens") if is_last else "")
+    if reason is not None:
+        return reason
+    free_memory()
+    logger.warning("out of memory: the self-check of %s trees goes on with half of them at a time", len(parts))
+    half = len(parts) // 2
+    return _fault(model, attention, parts[:half]) or _fault(model, attention, parts[half:])
 
 
 def _plainly(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
     """`[S]`, with as many tokens at once as the packed pass has."""
     return Scorer(model, sum(tree.size for tree in trees), None).score(trees).tokens
-
-
-def _seconds(model: nn.Module, trees: Sequence[TokenTree], name: str) -> float:
-    """Time of one forward and backward pass as in training, after one to warm up."""
-    scorer = Scorer(model, 0, name)
-    elapsed = 0.0
-    base = unwrapped(model)
-    for _ in range(2):
-        started = time.perf_counter()
-        with scorer.in_place(), torch.autocast(base.device.type, base.dtype, enabled=base.dtype.itemsize == 2):
-            scorer.score(trees).tokens.sum().backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        elapsed = time.perf_counter() - started
-    model.zero_grad()
-    return elapsed
 
 
 # ---- the reference ----------------------------------------------------------------------------------------------

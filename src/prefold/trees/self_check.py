@@ -7,28 +7,32 @@ model is known to be none that can be packed, the plain path is taken, and the r
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prefold.trees.attention import BACKENDS, Shape, candidates, unwrapped, using_attention
+from prefold.trees.attention import BACKENDS, BLOCK_MASK, Shape, unwrapped, using_attention
 from prefold.trees.head import head_obstacle, score_layer
-from prefold.trees.logprobs import TreeLogprobs, router_coefficient
+from prefold.trees.logprobs import packed_logprobs, router_coefficient
+from prefold.trees.memory import free_memory, is_out_of_memory
 from prefold.trees.packing import PackedTrees, Span, TokenTree
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
 COARSE = 1.0
 """The same where 8-bit layers round their inputs, each row of tokens in its own way: half a nat is common there, a leak
 makes several."""
+TF32 = 2.0**-10
+"""To which products in float32 may be rounded on a GPU."""
 PROMPT, COMPLETION, SIBLINGS = 160, 32, 4
 """Most tokens of a prompt and of a completion, and completions of a tree, that are checked. A prompt of more than 128
 has more than one block of FlexAttention's mask."""
@@ -36,6 +40,8 @@ LEAST = 3
 """Tokens of a completion: what its last one sees shows in no log-prob."""
 BEYOND = 32
 """Tokens by which a tree is checked past a window."""
+
+NONE_IS_RIGHT = "no attention of the device gives its numbers"
 
 logger = logging.getLogger("prefold")
 
@@ -118,32 +124,15 @@ def window_of(config: PreTrainedConfig) -> int | None:
 # ---- packed against plain ---------------------------------------------------------------------------------------
 
 
-def checked_backends(
-    model: nn.Module,
-    row: PackedTrees,
-    packed: Callable[[nn.Module, PackedTrees], TreeLogprobs],
-    plain: Callable[[], Tensor],
-    stretched: str | None = None,
-    names: Sequence[str] = (),
-) -> tuple[list[str], str | None]:
-    """The backends whose log-probs of a row are the plain ones, the surest first; or none, and what is in the way.
+def packing_fault(model: nn.Module, row: PackedTrees, attention: str, plain: Callable[[], Tensor]) -> str | None:
+    """How a row's log-probs by a backend differ from `[S]` plain ones, those of the model as it comes, or None if they
+    do not. Raises what says that memory ran out."""
 
-    Args:
-        packed: the pass over the row with a backend in place.
-        plain: `[S]`, the same log-probs by the model as it comes.
-        stretched: what `stretched_positions` says of the rows that will come.
-        names: of the backends, the surest first; by default all of the device.
-    """
-    base = unwrapped(model)
-    surest, *others = names or candidates(base.device, base.dtype)
+    def packed() -> tuple[Tensor, int]:
+        with using_attention(model, attention):
+            return packed_logprobs(model, row).tokens, row.scratch.get("calls", 0)
 
-    def by_surest() -> tuple[Tensor, int]:
-        with using_attention(model, surest):
-            return packed(model, row).tokens, row.scratch.get("calls", 0)
-
-    reason = stretched or obstacle(model) or difference(model, by_surest, plain)
-    right = (name for name in others if not _attends_otherwise(model, row, name, surest))
-    return ([surest, *right], None) if reason is None else ([], reason)
+    return difference(model, packed, plain)
 
 
 @torch.no_grad()
@@ -156,6 +145,7 @@ def difference(
     """How the log-probs `[S]` of a packed pass differ from those of a plain one, or None if they do not.
 
     Both are computed in float32 whatever the weights are kept in, so that a small mistake cannot hide in rounding.
+    Raises what says that memory ran out.
 
     Args:
         packed: gives the number of layers that called the engine's attention as well.
@@ -165,6 +155,8 @@ def difference(
         try:
             logprobs, calls = packed()
         except (NotImplementedError, TypeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             return f"its packed forward pass failed ({str(error).splitlines()[0]})"
         wanted = plain()
     base = unwrapped(model)
@@ -181,29 +173,103 @@ def difference(
     return None
 
 
-@torch.no_grad()
-def _attends_otherwise(model: nn.Module, row: PackedTrees, attention: str, surest: str) -> bool:
-    """Whether a backend's attention, on random states of the model's shape, is not that of the surest."""
-    base = unwrapped(model)
-    config = base.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    generator = torch.Generator(base.device).manual_seed(0)
-    query, key, value = (
-        torch.randn(1, heads, row.tokens, width, generator=generator, device=base.device, dtype=base.dtype)
-        for heads in (config.num_attention_heads, key_heads, key_heads)
-    )
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    for window in {None, getattr(config, "sliding_window", None)}:
-        shape = Shape(width**-0.5, window, softcap)
+# ---- which backend ----------------------------------------------------------------------------------------------
+
+
+def choose_attention(
+    model: nn.Module, names: Sequence[str], rows: Sequence[PackedTrees], dtype: torch.dtype
+) -> str | None:
+    """The first of some backends whose output and gradients are those of the last of them in float32; FlexAttention
+    only if it is faster than the next, on the last row. None if none is right; each that fails is named in the log.
+
+    Args:
+        rows: on which they are compared, by random states of the model's shape in `dtype`, that of training.
+    """
+    if len(names) == 1:
+        return names[0]
+    trials = [trial for row in rows for trial in _trials(unwrapped(model), row, dtype)]
+    wanted = [_in_float32(names[-1], trial) for trial in trials]
+    seconds: dict[str, float] = {}
+    for name in names:
         try:
-            attended, wanted = (BACKENDS[name](query, key, value, row, shape).float() for name in (attention, surest))
-        except Exception as error:  # a backend that a device cannot run may fail in any way
-            logger.debug("%s: %s", attention, error)
-            return True
-        if not (attended - wanted).norm() <= 0.01 * wanted.norm():
-            return True
-    return False
+            reason = _deviation(name, trials, wanted)
+            elapsed = _seconds(name, trials[-1])
+        except Exception as error:  # a kernel, a compiler and a driver may fail in any way, and run out of memory
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if reason is not None:
+            logger.warning("the attention %s is not used: %s", name, reason)
+            free_memory()
+            continue
+        seconds[name] = elapsed
+        if name != BLOCK_MASK:
+            break
+    return min(seconds, key=seconds.__getitem__, default=None)
+
+
+class Trial(NamedTuple):
+    """`states`, `[1, heads, T, D]` each: random queries, keys and values, and the gradient of what they give."""
+
+    row: PackedTrees
+    shape: Shape
+    states: tuple[Tensor, ...]
+
+
+def _trials(base: PreTrainedModel, row: PackedTrees, dtype: torch.dtype) -> Iterator[Trial]:
+    """One without a window, and one with the model's where that is shorter than the row's trees."""
+    config = base.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    generator = torch.Generator(base.device).manual_seed(0)
+    states = tuple(
+        torch.randn(1, number, row.tokens, width, generator=generator, device=base.device).to(dtype)
+        for number in (heads, key_heads, key_heads, heads)
+    )
+    window, softcap = window_of(config), getattr(config, "attn_logit_softcapping", None)
+    for limit in (None, window) if window and row.longest > window else (None,):
+        yield Trial(row, Shape(width**-0.5, limit, softcap), states)
+
+
+def _attended(name: str, trial: Trial) -> list[Tensor]:
+    """What a backend gives, and the gradients of queries, keys and values: `[1, heads, T, D]` each."""
+    query, key, value, gradient = (states.detach().requires_grad_() for states in trial.states)
+    with torch.enable_grad():
+        out = BACKENDS[name](query, key, value, trial.row, trial.shape).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, (query, key, value), gradient)]
+
+
+def _in_float32(name: str, trial: Trial) -> list[Tensor]:
+    """One key head at a time: with a soft-cap, the scores of all heads would take gigabytes."""
+    groups = zip(*(states.float().chunk(trial.states[1].shape[1], dim=1) for states in trial.states), strict=True)
+    parts = [_attended(name, trial._replace(states=group)) for group in groups]
+    return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
+
+
+def _deviation(name: str, trials: Sequence[Trial], wanted: Sequence[Sequence[Tensor]]) -> str | None:
+    """How a backend's numbers differ from those wanted by more than rounding explains, or None. Token by token: what a
+    few of them see too much is little in the norm of all."""
+    explained = 4 * max(torch.finfo(trials[0].states[0].dtype).eps, TF32)
+    for trial, exact in zip(trials, wanted, strict=True):
+        for what, given, right in zip(("output", "dq", "dk", "dv"), _attended(name, trial), exact, strict=True):
+            error, size = (torch.linalg.vector_norm(each, dim=(0, 1, 3)) for each in (given.float() - right, right))
+            # The first token of a tree sees itself alone, and its dq is 0.
+            least = 0.1 * size.mean() + 0.001 * right[:, :, 0].numel() ** 0.5
+            largest = float((error / (size + least)).max())
+            if not largest <= explained:
+                of = f"{what}, window {trial.shape.window},"
+                return f"its {of} is off by {largest:.2g}, rounding explains {explained:.2g}"
+    return None
+
+
+def _seconds(name: str, trial: Trial) -> float:
+    started = time.perf_counter()
+    _attended(name, trial)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+# ---- float32 ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
