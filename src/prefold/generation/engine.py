@@ -24,16 +24,26 @@ from transformers.generation.streamers import BaseStreamer
 from prefold import ranks
 from prefold.data.chat import Template, render
 from prefold.data.preference import Message
-from prefold.errors import UserError
-from prefold.generation.kv_cache import ATTENTION, HALF, Decode, Prefill, PromptCache, SequenceBatch
+from prefold.errors import UserError, first_line
+from prefold.generation.kv_cache import (
+    ATTENTION,
+    HALF,
+    Decode,
+    Prefill,
+    PromptCache,
+    SequenceBatch,
+    attend,
+    attends_in,
+)
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import GenerationRequest, OnToken, PartialCompletion
 from prefold.generation.transformers_engine import ASK_FOR_LESS, SINGLE_PROMPT, generate_plainly
 from prefold.generation.weights import fold_adapter, packed_weights
 from prefold.models.gate import require_prompts
 from prefold.terminal import Advance, progress_bar
-from prefold.trees.attention import unwrapped, using_attention
+from prefold.trees.attention import Shape, unwrapped, using_attention
 from prefold.trees.budget import attempt, lowered, split_by_budget
+from prefold.trees.memory import free_on, gpus_of, heads_of
 from prefold.trees.packing import TokenTree, pack
 from prefold.trees.self_check import COARSE, difference, obstacle, stretched_positions
 
@@ -46,6 +56,8 @@ CACHE_BYTES = 2 * 2**30
 CHECKED_TOKENS = 256
 TOLERANCE = 1e-3
 """Largest difference of a log-prob in nats, between the shared prompts and a plain pass, that rounding explains."""
+HALF_TOLERANCE = 1e-2
+"""Share of the size of what is attended that rounding to bfloat16 explains."""
 
 UnderWay = list[tuple[SequenceBatch, list[PartialCompletion]]]
 """The sequences of each batch."""
@@ -220,7 +232,7 @@ def prefill(
     budget = PREFILL_TOKENS.get(model.device.type, 1024)
     for row in split_by_budget([len(prompt) for prompt in prompts], budget):
         packed = pack([TokenTree(tuple(prompts[i]), ()) for i in row], model.device)
-        ends = torch.tensor([prompt[1] - 1 for prompt in packed.prompts], device=model.device)
+        ends = [prompt[1] - 1 for prompt in packed.prompts]  # no tensor: hidden states may be on another device
         row_pass = Prefill(packed, [caches[i] for i in row])
         row_logits = _forward(model, packed.input_ids, packed.positions, row_pass, logits_to_keep=ends)
         logits.update(zip(row, row_logits, strict=True))
@@ -255,12 +267,10 @@ def _forward(
 
 def cache_tokens(model: PreTrainedModel) -> int:
     """Tokens whose keys and values may be kept at a time."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    on_cuda = model.device.type == "cuda"
-    size = 2 if on_cuda and model.dtype in HALF else 4
-    free = torch.cuda.mem_get_info(model.device)[0] // 2 if on_cuda else CACHE_BYTES
+    config, gpus = model.config.get_text_config(), gpus_of(model)
+    _, heads, width = heads_of(config)
+    size = model.dtype.itemsize if attends_in(model.dtype, model.device.type) else 4
+    free = len(gpus) * min(map(free_on, gpus)) // 2 if gpus else CACHE_BYTES
     return int(free // (config.num_hidden_layers * 2 * heads * width * size))
 
 
@@ -286,7 +296,8 @@ def why_not_shared(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens
 
 
 def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
-    """Compare the likeliest tokens' log-probs with a plain pass; say what is wrong, or None.
+    """Compare the likeliest tokens' log-probs with a plain pass, and the attention in half precision, where that is
+    used, with that in float32; say what is wrong, or None.
 
     Two prompts are encoded side by side, and two tokens of two completions of the first are generated beside one of the
     second: what one sees of another shows.
@@ -296,7 +307,7 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
 
     @cache
     def plain() -> Tensor:
-        kept = torch.tensor([cut - 1, half - 1, cut, half, cut + 1, half + 1], device=model.device)
+        kept: Any = [cut - 1, half - 1, cut, half, cut + 1, half + 1]
         tokens = torch.tensor([ids], device=model.device)
         return model(tokens, use_cache=False, logits_to_keep=kept).logits[0].log_softmax(-1)  # type: ignore[no-any-return]
 
@@ -310,7 +321,46 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
         return torch.cat(steps).log_softmax(-1).gather(-1, likeliest), len(batch.own)
 
     quantised = any(not parameter.dtype.is_floating_point for parameter in model.parameters())
-    return difference(model, shared, lambda: plain().amax(-1, keepdim=True), COARSE if quantised else TOLERANCE)
+    rounding = COARSE if quantised else TOLERANCE
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    with torch.autocast(device, enabled=False):
+        reason = difference(model, shared, lambda: plain().amax(-1, keepdim=True), rounding)
+        return reason or (failed_half(model, dtype) if dtype in HALF and attends_in(dtype, device) else None)
+
+
+@torch.no_grad()
+def failed_half(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+    """Compare the attention of a layer in half precision with that in float32, on random states of its shape: of two
+    prompts, and two steps of their three completions. Say what is wrong, or None."""
+    config, device = model.config.get_text_config(), model.device
+    queries, keys, width = heads_of(config)
+    generator, window = torch.Generator().manual_seed(0), getattr(config, "sliding_window", None)
+    trees = [TokenTree((0,) * length, ()) for length in (24, 9)]
+
+    def states(tokens: int) -> list[Tensor]:
+        shapes = [(1, heads, tokens, width) for heads in (queries, keys, keys)]
+        return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+    def attended(row: list[Tensor], steps: list[list[Tensor]], shape: Shape) -> Tensor:
+        caches = [PromptCache(2), PromptCache(1)]
+        outputs, batch = [attend(*row, Prefill(pack(trees, device), caches), shape)[0]], SequenceBatch(caches, 2)
+        for step in steps:
+            outputs.append(attend(*step, Decode([batch], 26, {"calls": 1}), shape)[0])
+            batch.filled += 1
+        return torch.cat(outputs).float()
+
+    row, steps = states(33), [states(3), states(3)]
+    for limit in {None, window and min(window, 12)}:
+        shape = Shape(width**-0.5, limit, getattr(config, "attn_logit_softcapping", None))
+        try:
+            half = attended(row, steps, shape)
+        except (NotImplementedError, RuntimeError) as error:
+            return f"its attention in {dtype} failed ({first_line(error)})"
+        wanted = attended([each.float() for each in row], [[each.float() for each in step] for step in steps], shape)
+        if not (error := float((half - wanted).norm() / wanted.norm())) <= HALF_TOLERANCE:
+            return f"its attention in {dtype} is off by {error:.2g} of its size, rounding explains {HALF_TOLERANCE:.2g}"
+    return None
 
 
 # ---- for training, and for readers ------------------------------------------------------------------------------

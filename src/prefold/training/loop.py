@@ -337,7 +337,7 @@ class TrainingLoop:
     def loss_of(self, policy: TreeLogprobs, data: TreeSet, indices: Sequence[int]) -> LossOutput:
         """Loss sums and metrics of the trees of `data` at `indices`, whose log-probs are `policy`."""
         device = policy.tokens.device
-        extras = {name: torch.cat([values[i] for i in indices]).to(device) for name, values in data.extras.items()}
+        extras = {name: on(device, torch.cat([values[i] for i in indices])) for name, values in data.extras.items()}
         policy, reference = replace(policy, extras=extras), None
         if data.reference is not None:
             assert not isinstance(data.reference, Reference)
@@ -436,6 +436,8 @@ class TrainingLoop:
         # transformers' Trainer sets up what it would train with; it does not train here.
         trainer = Trainer(self.model, self.args, eval_dataset=self.held_out)
         self.accelerator = trainer.accelerator
+        if self.args.fp16 and self.args.device.type == "cpu":  # accelerate scales losses on accelerators alone
+            self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu")
         # For autocast alone. Nothing is wrapped around the model: gradients are summed in the step.
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.optimizer, self.schedule = optimizer_and_schedule(trainer, len(self.order))
@@ -521,6 +523,11 @@ def per_unit(output: LossOutput, units: Mapping[str, int]) -> Tensor:
 def auxiliary(policy: TreeLogprobs, share: float) -> Tensor:
     """The loss of the routers of a mixture of experts."""
     return policy.tokens.new_zeros(()) if policy.auxiliary is None else policy.auxiliary * share
+
+
+def on(device: torch.device, values: Tensor) -> Tensor:
+    """MPS has no float64."""
+    return values.float().to(device) if device.type == "mps" and values.dtype == torch.float64 else values.to(device)
 
 
 def value_of(parts: Sequence[Metric]) -> float:
