@@ -103,7 +103,7 @@ def merge_adapter(
         _require_same_tokenizer(tokenizer, folder, rows)
         compare = partial(_comparison, base, adapter, folder, rows, getattr(torch, dtype), head_seed)
         files = (weight_files(each) for each in (fetch(base.name, base.revision), folder))
-        result = _where_it_fits(compare, max(sum(file.stat().st_size for file in each) for each in files))
+        result = where_it_fits(compare, max(sum(file.stat().st_size for file in each) for each in files))
         _require_equal(result)
     return result
 
@@ -147,7 +147,7 @@ class Logits(NamedTuple):
     rounded: Tensor
 
 
-def _where_it_fits(compute: Callable[[torch.device], T], weights: int = 0) -> T:
+def where_it_fits(compute: Callable[[torch.device], T], weights: int = 0) -> T:
     """What `compute` gives on the GPU; on the CPU where there is none, or it is too small for so many bytes of weights
     and what is computed with them."""
     device = choose_device()
@@ -176,7 +176,7 @@ def _comparison(
     is_quantised = base.load_in_4bit or base.load_in_8bit
     trained = None
     if adapter is not None and is_quantised:
-        trained = _where_it_fits(partial(_trained_logits, base, adapter, rows, seed))
+        trained = where_it_fits(partial(_trained_logits, base, adapter, rows, seed))
     with _loaded_back(folder, dtype, seed is not None, device) as saved:
         logits = (logits_of if seed is None else _scores_as_read)(saved, rows)
         tolerance = tolerance_of(saved) * (1 if seed is None else SCORE_ALLOWANCE)
