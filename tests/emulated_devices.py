@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from prefold.trees.attention import lower_right
-
 CPU = torch.device("cpu")
 WRITES = ("__set__", "__setitem__", "copy_")
 MOVES = ("to", "cpu", "type_as", *WRITES)
@@ -43,16 +41,12 @@ class _Factories(TorchFunctionMode):
 @contextmanager
 def emulated() -> Iterator[None]:
     """While open, tensors can be made on any device."""
-    lower_right.cache_clear()
-    try:
-        with _Factories():
-            yield
-    finally:
-        lower_right.cache_clear()
+    with _Factories():
+        yield
 
 
 def put(model: Any, devices: Mapping[str, str]) -> Any:
-    """Modules by name, "" for all others, to devices, as accelerate dispatches a model."""
+    """Modules by name, "" for all others, to devices, as accelerate dispatches a model before PEFT wraps its layers."""
     for name, module in model.named_modules():
         inside = (each for each in devices if f"{name}.".startswith(f"{each}.") or not each)
         device = torch.device(devices[max(inside, key=len)])
@@ -61,7 +55,8 @@ def put(model: Any, devices: Mapping[str, str]) -> Any:
                 if value is not None:
                     there = on(value.data, device)
                     group[key] = nn.Parameter(there, value.requires_grad) if isinstance(value, nn.Parameter) else there
-        if len({*devices.values()}) > 1 and (module._parameters or name in devices):
+        of_peft = type(module).__module__.startswith("peft.")
+        if len({*devices.values()}) > 1 and not of_peft and (module._parameters or name in devices):
             add_hook_to_module(module, _Hook(device, io_same_device=not name))
     model.tie_weights()
     model.hf_device_map = dict(devices)

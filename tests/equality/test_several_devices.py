@@ -11,14 +11,16 @@ from dense import assert_same, outcome
 from emulated_devices import emulated, put
 from families import family
 from tiny import random_trees, with_lora
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from prefold.generation import engine
 from prefold.generation.engine import LocalEngine, cache_tokens
 from prefold.generation.sampling import Sampling
-from prefold.trees.attention import unwrapped
-from prefold.trees.fused_layers import fuse_lora
+from prefold.trees.attention import Shape, register, segments, unwrapped, using_attention
+from prefold.trees.fused_layers import fuse_lora, fuse_trained_rows
+from prefold.trees.logprobs import packed_logprobs
+from prefold.trees.packing import PackedTrees, pack
 from prefold.trees.scorer import Scorer, choose_scorer
 
 TOKENIZER: Any = SimpleNamespace(eos_token_id=2, decode=lambda ids, **how: " ".join(map(str, ids)))
@@ -26,19 +28,29 @@ TREES = random_trees(3)
 LATER = dict.fromkeys(("model.layers.1", "model.layers.2", "model.norm"), "cuda:1")
 
 
-def policy(name: str, **settings: object) -> nn.Module:
+def policy(name: str, **settings: Any) -> nn.Module:
     model = with_lora(family(name), **settings)
     assert fuse_lora(model)
+    fuse_trained_rows(model)
+    for weight in model.parameters():  # of rows, which start as those that they stand for
+        weight.data += 0.01 * weight.requires_grad
     return model
 
 
-HEADS = [("llama", "cuda:1"), ("llama-tied", "cuda:0"), ("mistral", "cuda:1"), ("gemma2", "cuda:0")]
+ROWS = {"trainable_token_indices": {"embed_tokens": [5, 40], "lm_head": [5, 40]}}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "cuda:1", {}),
+    ("llama", "cuda:0", ROWS),
+    ("llama-tied", "cuda:0", {}),
+    ("mistral", "cuda:1", {}),
+    ("gemma2", "cuda:0", {}),
+]
 
 
-@pytest.mark.parametrize(("name", "head"), HEADS)
+@pytest.mark.parametrize(("name", "head", "lora"), CASES)
 @pytest.mark.parametrize("attention", ["prefold_segments", None])
-def test_log_probs_and_gradients(name: str, head: str, attention: str | None) -> None:
-    whole, parts = policy(name), policy(name)
+def test_log_probs_and_gradients(name: str, head: str, lora: dict[str, Any], attention: str | None) -> None:
+    whole, parts = policy(name, **lora), policy(name, **lora)
     wanted = outcome(whole, lambda: Scorer(whole, 4096, "prefold_segments").score(TREES).tokens)
     with emulated():
         put(unwrapped(parts), {"": "cuda:0", **LATER, "lm_head": head})
@@ -62,6 +74,28 @@ def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     with emulated():
         put(model, {"": "cuda:0", **LATER, "lm_head": "cuda:1"})
         assert choose_scorer(model, TREES, 4096).packed
+
+
+def derived(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
+    """As a backend whose tables are kept with the row."""
+    kept = trees.once("table", lambda row: row.positions + row.input_ids)
+    assert kept.device == query.device
+    return segments(query, key, value, trees, shape)
+
+
+register("prefold_for_this_test", derived)
+
+
+def test_what_a_backend_derives_from_the_row_is_where_its_layer_is() -> None:
+    model = family("llama")
+    with emulated():
+        put(model, {"": "cuda:0", **LATER, "lm_head": "cuda:1"})
+        row = pack(TREES, "cuda:0")
+        with using_attention(model, "prefold_for_this_test"):
+            packed_logprobs(model, row)
+        assert row.scratch["calls"] == 3
+        assert row.on(torch.device("cuda:1")) is row.on(torch.device("cuda:1"))
+        assert row.on(torch.device("cuda:0")) is row
 
 
 def test_completions(monkeypatch: pytest.MonkeyPatch) -> None:
