@@ -1,4 +1,4 @@
-"""Devices that this machine lacks: tensors of the CPU that say to be elsewhere, and refuse what could not be done there.
+"""Devices that this machine lacks: tensors of the CPU that say to be elsewhere, and refuse what cannot be done there.
 
 Tensors of two devices do not meet, but as indices on the CPU; MPS has no float64; products of half precision that leave
 float32 are CUDA's alone. Tensors made by autograd's own code belong to any device.

@@ -12,7 +12,6 @@ from tiny import tiny_llama
 from transformers import LlamaConfig
 
 from prefold.generation.engine import cache_tokens
-from prefold.trees import memory
 from prefold.trees.memory import auto_max_tokens, budget_for, free_on, is_out_of_memory, token_bytes
 
 FREE = {"mem_get_info": (1000, 9000), "memory_reserved": 5000, "memory_allocated": 4200}
@@ -78,7 +77,9 @@ def test_out_of_memory(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"), ValueError("out of memory"), OutOfResources("other")], ids=str
+    "error",
+    [RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"), ValueError("out of memory"), OutOfResources("other")],
+    ids=str,
 )
 def test_other_errors(error: Exception) -> None:
     assert not is_out_of_memory(error)

@@ -58,6 +58,8 @@ TOLERANCE = 1e-3
 """Largest difference of a log-prob in nats, between the shared prompts and a plain pass, that rounding explains."""
 HALF_TOLERANCE = 1e-2
 """Share of the size of what is attended that rounding to bfloat16 explains."""
+PROMPTS_OF_CHECK, WINDOW_OF_CHECK = (24, 9), 12
+"""Tokens of the prompts that attention in half precision is checked on, and the window where the model has one."""
 
 UnderWay = list[tuple[SequenceBatch, list[PartialCompletion]]]
 """The sequences of each batch."""
@@ -333,33 +335,34 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
 def failed_half(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
     """Compare the attention of a layer in half precision with that in float32, on random states of its shape: of two
     prompts, and two steps of their three completions. Say what is wrong, or None."""
-    config, device = model.config.get_text_config(), model.device
+    config, device, generator = model.config.get_text_config(), model.device, torch.Generator().manual_seed(0)
     queries, keys, width = heads_of(config)
-    generator, window = torch.Generator().manual_seed(0), getattr(config, "sliding_window", None)
-    trees = [TokenTree((0,) * length, ()) for length in (24, 9)]
+    prompts = pack([TokenTree((0,) * length, ()) for length in PROMPTS_OF_CHECK], device)
+    states = [
+        [torch.randn(1, heads, tokens, width, generator=generator).to(device, dtype) for heads in (queries, keys, keys)]
+        for tokens in (prompts.tokens, 3, 3)
+    ]
 
-    def states(tokens: int) -> list[Tensor]:
-        shapes = [(1, heads, tokens, width) for heads in (queries, keys, keys)]
-        return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-
-    def attended(row: list[Tensor], steps: list[list[Tensor]], shape: Shape) -> Tensor:
+    def attended(dtype: torch.dtype, shape: Shape) -> Tensor:
         caches = [PromptCache(2), PromptCache(1)]
-        outputs, batch = [attend(*row, Prefill(pack(trees, device), caches), shape)[0]], SequenceBatch(caches, 2)
-        for step in steps:
-            outputs.append(attend(*step, Decode([batch], 26, {"calls": 1}), shape)[0])
-            batch.filled += 1
+        batch, longest = SequenceBatch(caches, 2), max(PROMPTS_OF_CHECK) + 2
+        outputs: list[Tensor] = []
+        for query, key, value in states:
+            cached = Decode([batch], longest, {"calls": 1}) if outputs else Prefill(prompts, caches)
+            outputs.append(attend(query.to(dtype), key.to(dtype), value.to(dtype), cached, shape)[0])
+            batch.filled = len(outputs) - 1
         return torch.cat(outputs).float()
 
-    row, steps = states(33), [states(3), states(3)]
-    for limit in {None, window and min(window, 12)}:
-        shape = Shape(width**-0.5, limit, getattr(config, "attn_logit_softcapping", None))
+    for window in {None, getattr(config, "sliding_window", None) and WINDOW_OF_CHECK}:
+        shape = Shape(width**-0.5, window, getattr(config, "attn_logit_softcapping", None))
         try:
-            half = attended(row, steps, shape)
+            half = attended(dtype, shape)
         except (NotImplementedError, RuntimeError) as error:
             return f"its attention in {dtype} failed ({first_line(error)})"
-        wanted = attended([each.float() for each in row], [[each.float() for each in step] for step in steps], shape)
-        if not (error := float((half - wanted).norm() / wanted.norm())) <= HALF_TOLERANCE:
-            return f"its attention in {dtype} is off by {error:.2g} of its size, rounding explains {HALF_TOLERANCE:.2g}"
+        wanted = attended(torch.float32, shape)
+        off = float((half - wanted).norm() / wanted.norm())
+        if not off <= HALF_TOLERANCE:
+            return f"its attention in {dtype} is off by {off:.2g} of its size, rounding explains {HALF_TOLERANCE:.2g}"
     return None
 
 

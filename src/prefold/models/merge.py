@@ -235,9 +235,7 @@ def _trained_logits(
 
 
 @contextmanager
-def _loaded_back(
-    folder: Path, dtype: torch.dtype, scores: bool, device: torch.device
-) -> Iterator[PreTrainedModel]:
+def _loaded_back(folder: Path, dtype: torch.dtype, scores: bool, device: torch.device) -> Iterator[PreTrainedModel]:
     """The merged model as transformers reads it."""
     kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}

@@ -82,13 +82,14 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> str:
-    def refuse(*states: Any, **how: Any) -> Any:
-        raise NotImplementedError("Could not run 'aten::bmm.dtype'\nmore of it")
-
     part = kv_cache.attention_part
-    monkeypatch.setattr(
-        kv_cache, "attention_part", lambda query, *given: (refuse if query.dtype in kv_cache.HALF else part)(query, *given)
-    )
+
+    def refused(query: Tensor, *states: Any) -> Any:
+        if query.dtype in kv_cache.HALF:
+            raise NotImplementedError("Could not run 'aten::bmm.dtype'\nmore of it")
+        return part(query, *states)
+
+    monkeypatch.setattr(kv_cache, "attention_part", refused)
     return "its attention in torch.bfloat16 failed (Could not run 'aten::bmm.dtype')"
 
 
