@@ -52,7 +52,7 @@ ROWS = {"cpu": 64, "cuda": 256}
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of prompts that are encoded in one row."""
 CACHE_BYTES = 2 * 2**30
-"""What keys and values may take on a CPU; on an accelerator, half of what is free."""
+"""What keys and values may take on a CPU; on GPUs of CUDA, half of what is free."""
 CHECKED_TOKENS = 256
 TOLERANCE = 1e-3
 """Largest difference of a log-prob in nats, between the shared prompts and a plain pass, that rounding explains."""
@@ -268,7 +268,7 @@ def _forward(
 
 
 def cache_tokens(model: PreTrainedModel) -> int:
-    """Tokens whose keys and values may be kept at a time."""
+    """Tokens whose keys and values may be kept at a time; of several GPUs, by the one with the least free memory."""
     config, gpus = model.config.get_text_config(), gpus_of(model)
     _, heads, width = heads_of(config)
     size = model.dtype.itemsize if attends_in(model.dtype, model.device.type) else 4

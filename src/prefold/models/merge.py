@@ -101,9 +101,9 @@ def merge_adapter(
         free_memory()
         tokenizer.save_pretrained(folder)
         _require_same_tokenizer(tokenizer, folder, rows)
-        compare = partial(_comparison, base, adapter, folder, rows, getattr(torch, dtype), head_seed)
-        files = (weight_files(each) for each in (fetch(base.name, base.revision), folder))
-        result = where_it_fits(compare, max(sum(file.stat().st_size for file in each) for each in files))
+        case = Case(base, adapter, folder, rows, getattr(torch, dtype), head_seed)
+        sizes = (sum(file.stat().st_size for file in files) for files in (case.base_files, weight_files(folder)))
+        result = where_it_fits(partial(_comparison, case), max(sizes))
         _require_equal(result)
     return result
 
@@ -138,6 +138,21 @@ def _write_whole(
 # ---- the proof ----------------------------------------------------------------------------------------------------
 
 
+class Case(NamedTuple):
+    """What is compared: `base` + `adapter` with the model in `folder`, whose weights are of `dtype`, on `rows`."""
+
+    base: Model
+    adapter: Path | None
+    folder: Path
+    rows: Sequence[Sequence[int]]
+    dtype: torch.dtype
+    head_seed: int | None
+
+    @property
+    def base_files(self) -> list[Path]:
+        return weight_files(fetch(self.base.name, self.base.revision))
+
+
 class Logits(NamedTuple):
     """Of base + adapter, `wanted`, of the base alone, and of that with its weights rounded to the dtype merged into;
     float32 on the CPU, as `logits_of` gives them."""
@@ -161,85 +176,68 @@ def where_it_fits(compute: Callable[[torch.device], T], weights: int = 0) -> T:
 
 
 @returning_allocations()
-def _comparison(
-    base: Model,
-    adapter: Path | None,
-    folder: Path,
-    rows: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    seed: int | None,
-    device: torch.device,
-) -> dict[str, Any]:
+def _comparison(case: Case, device: torch.device) -> dict[str, Any]:
     """One model at a time."""
-    wanted, plain, rounded = _logits_of_base(base, adapter, rows, dtype, seed, device)
+    wanted, plain, rounded = _logits_of_base(case, device)
     free_memory()
-    is_quantised = base.load_in_4bit or base.load_in_8bit
-    trained = None
-    if adapter is not None and is_quantised:
-        trained = where_it_fits(partial(_trained_logits, base, adapter, rows, seed))
-    with _loaded_back(folder, dtype, seed is not None, device) as saved:
-        logits = (logits_of if seed is None else _scores_as_read)(saved, rows)
-        tolerance = tolerance_of(saved) * (1 if seed is None else SCORE_ALLOWANCE)
+    is_quantised, scores = case.base.load_in_4bit or case.base.load_in_8bit, case.head_seed is not None
+    trained = where_it_fits(partial(_trained_logits, case)) if case.adapter is not None and is_quantised else None
+    with _loaded_back(case, device) as saved:
+        logits = (_scores_as_read if scores else logits_of)(saved, case.rows)
+        tolerance = tolerance_of(saved) * (SCORE_ALLOWANCE if scores else 1)
     moved = wanted - plain
     effect = relative_rms(moved, wanted)
     kept = float((moved * (logits - rounded)).sum() / moved.square().sum()) if effect > MEASURABLE else None
     return {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(case.dtype).removeprefix("torch."),
         "max_logit_difference": float((logits - wanted).abs().max()),
         "relative_difference": relative_rms(logits - wanted, wanted),
         "tolerance": tolerance,
         "base_rounding": relative_rms(rounded - plain, wanted),
-        "adapter_effect": None if adapter is None else effect,
+        "adapter_effect": None if case.adapter is None else effect,
         "adapter_kept": kept,
         "tokens_compared": wanted.shape[0],
-        "likeliest_equal": int((logits.argmax(-1) == wanted.argmax(-1)).sum()) if seed is None else None,
+        "likeliest_equal": None if scores else int((logits.argmax(-1) == wanted.argmax(-1)).sum()),
         "difference_from_quantised": None if trained is None else relative_rms(logits - trained, trained),
     }
 
 
-def _logits_of_base(
-    base: Model,
-    adapter: Path | None,
-    rows: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    seed: int | None,
-    device: torch.device,
-) -> Logits:
+def _logits_of_base(case: Case, device: torch.device) -> Logits:
     """By the weights as they are stored, mapped from their files on a CPU, in float32 arithmetic."""
-    stored = _stored_dtype(weight_files(fetch(base.name, base.revision)))
-    model = load_model(base, dtype=stored, head_seed=seed, device=device)
+    stored = _stored_dtype(case.base_files)
+    model = load_model(case.base, dtype=stored, head_seed=case.head_seed, device=device)
     with in_float32(model):
-        wanted = plain = rounded = logits_of(model, rows)
-    if getattr(torch, stored) != dtype != torch.float32:
-        with in_float32(model, dtype):
-            rounded = logits_of(model, rows)
-    if adapter is not None:
-        adapted = open_adapter(model, adapter)
+        wanted = plain = rounded = logits_of(model, case.rows)
+    if getattr(torch, stored) != case.dtype != torch.float32:
+        with in_float32(model, case.dtype):
+            rounded = logits_of(model, case.rows)
+    if case.adapter is not None:
+        adapted = open_adapter(model, case.adapter)
         with in_float32(adapted):
-            wanted = logits_of(adapted, rows)
+            wanted = logits_of(adapted, case.rows)
     return Logits(wanted, plain, rounded)
 
 
-def _trained_logits(
-    base: Model, adapter: Path, rows: Sequence[Sequence[int]], head_seed: int | None, device: torch.device
-) -> Tensor:
+def _trained_logits(case: Case, device: torch.device) -> Tensor:
     """Logits of the quantised base with its adapter, computed as in training."""
+    assert case.adapter is not None
     where = CPU if device == CPU else None  # else as training has it, perhaps on several devices
-    adapted: PeftModel = open_adapter(load_model(base, quantised=True, head_seed=head_seed, device=where), adapter)
-    dtype = choose_dtype(base.dtype, choose_device())
+    model = load_model(case.base, quantised=True, head_seed=case.head_seed, device=where)
+    adapted: PeftModel = open_adapter(model, case.adapter)
+    dtype = choose_dtype(case.base.dtype, choose_device())
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = logits_of(adapted, rows)
-    del adapted
+        logits = logits_of(adapted, case.rows)
+    del model, adapted
     free_memory()
     return logits
 
 
 @contextmanager
-def _loaded_back(folder: Path, dtype: torch.dtype, scores: bool, device: torch.device) -> Iterator[PreTrainedModel]:
+def _loaded_back(case: Case, device: torch.device) -> Iterator[PreTrainedModel]:
     """The merged model as transformers reads it."""
-    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    kind: Any = AutoModelForCausalLM if case.head_seed is None else AutoModelForSequenceClassification
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    saved = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **placed).eval()
+    saved = kind.from_pretrained(case.folder, dtype=case.dtype, local_files_only=True, **placed).eval()
     with in_float32(saved):
         yield saved
     del saved

@@ -337,7 +337,9 @@ class TrainingLoop:
     def loss_of(self, policy: TreeLogprobs, data: TreeSet, indices: Sequence[int]) -> LossOutput:
         """Loss sums and metrics of the trees of `data` at `indices`, whose log-probs are `policy`."""
         device = policy.tokens.device
-        extras = {name: on(device, torch.cat([values[i] for i in indices])) for name, values in data.extras.items()}
+        given = {name: torch.cat([values[i] for i in indices]) for name, values in data.extras.items()}
+        # MPS has no float64.
+        extras = {name: each.to(policy.tokens if each.is_floating_point() else device) for name, each in given.items()}
         policy, reference = replace(policy, extras=extras), None
         if data.reference is not None:
             assert not isinstance(data.reference, Reference)
@@ -523,11 +525,6 @@ def per_unit(output: LossOutput, units: Mapping[str, int]) -> Tensor:
 def auxiliary(policy: TreeLogprobs, share: float) -> Tensor:
     """The loss of the routers of a mixture of experts."""
     return policy.tokens.new_zeros(()) if policy.auxiliary is None else policy.auxiliary * share
-
-
-def on(device: torch.device, values: Tensor) -> Tensor:
-    """MPS has no float64."""
-    return values.float().to(device) if device.type == "mps" and values.dtype == torch.float64 else values.to(device)
 
 
 def value_of(parts: Sequence[Metric]) -> float:
