@@ -282,7 +282,7 @@ class TrainingLoop:
         self, data: TreeSet, rows: list[list[int]], units: dict[str, int]
     ) -> tuple[Tensor, list[LossOutput]]:
         """Log-probs, loss and backward pass of each row of `data`; this process's part of the loss."""
-        loss, outputs = torch.zeros((), device=self.args.device), []
+        loss, outputs = torch.zeros((), device=unwrapped(self.model).device), []
         self._seed_dropout()
         self._keep_pace(rows)
         for row in rows:
@@ -357,7 +357,7 @@ class TrainingLoop:
     @torch.no_grad()
     def _with_sums(self, logprobs: TreeLogprobs, further: Mapping[str, Sequence[TokenTree]]) -> TreeLogprobs:
         """With the summed log-probs of further trees of one completion each among the extras."""
-        sums = {name: torch.zeros(len(trees), device=self.args.device) for name, trees in further.items()}
+        sums = {name: logprobs.tokens.new_zeros(len(trees)) for name, trees in further.items()}
         for name, trees in further.items():
             for row, scored in self.scorer.scored(trees):
                 sums[name][row] = scored.sums()
