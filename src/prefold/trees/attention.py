@@ -65,7 +65,6 @@ def register(name: str, backend: Backend) -> None:
         if trees is None:
             raise NotImplementedError("the model does not hand the layout of the row to its attention layers")
         trees.scratch["calls"] = trees.scratch.get("calls", 0) + 1
-        trees = trees.on(query.device) if isinstance(trees, PackedTrees) else trees
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = sliding_window if sliding_window is not None and trees.longest > sliding_window else None
         # Beside a float32 residual stream, queries and keys come out of the rotation wider than the values.

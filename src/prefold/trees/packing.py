@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -150,17 +150,6 @@ class PackedTrees:
         if name not in self.scratch:
             self.scratch[name] = derive(self)
         return self.scratch[name]
-
-    def on(self, device: torch.device) -> PackedTrees:
-        """The row as attention on a device sees it, with what is derived from it there: layers may be on several."""
-        if device == self.input_ids.device:
-            return self
-
-        def move(row: PackedTrees) -> PackedTrees:
-            return replace(row, input_ids=row.input_ids.to(device), positions=row.positions.to(device), scratch={})
-
-        moved: PackedTrees = self.once(f"on {device}", move)
-        return moved
 
 
 def pack(trees: Sequence[TokenTree], device: torch.device | str = "cpu", scores_prompt: bool = False) -> PackedTrees:
