@@ -44,8 +44,8 @@ def score_pairs(
     sums, means = np.zeros(shape), np.zeros(shape)
     with progress_bar(label, len(trees)) as advance:
         for row, logprobs in scorer.scored(trees):
-            sums[row] = logprobs.sums().view(-1, shape[1]).double().cpu().numpy()
-            means[row] = logprobs.means().view(-1, shape[1]).double().cpu().numpy()
+            sums[row] = logprobs.sums().view(-1, shape[1]).cpu().numpy()
+            means[row] = logprobs.means().view(-1, shape[1]).cpu().numpy()
             advance(advance=len(row))
     if matches is None:
         return PairScores(sums, means)

@@ -24,16 +24,26 @@ from transformers.generation.streamers import BaseStreamer
 from prefold import ranks
 from prefold.data.chat import Template, render
 from prefold.data.preference import Message
-from prefold.errors import UserError
-from prefold.generation.kv_cache import ATTENTION, HALF, Decode, Prefill, PromptCache, SequenceBatch
+from prefold.errors import UserError, first_line
+from prefold.generation.kv_cache import (
+    ATTENTION,
+    HALF,
+    Decode,
+    Prefill,
+    PromptCache,
+    SequenceBatch,
+    attend,
+    attends_in,
+)
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import GenerationRequest, OnToken, PartialCompletion
 from prefold.generation.transformers_engine import ASK_FOR_LESS, SINGLE_PROMPT, generate_plainly
 from prefold.generation.weights import fold_adapter, packed_weights
 from prefold.models.gate import require_prompts
 from prefold.terminal import Advance, progress_bar
-from prefold.trees.attention import unwrapped, using_attention
+from prefold.trees.attention import Shape, unwrapped, using_attention
 from prefold.trees.budget import attempt, lowered, split_by_budget
+from prefold.trees.memory import free_on, gpus_of, heads_of
 from prefold.trees.packing import TokenTree, pack
 from prefold.trees.self_check import COARSE, difference, obstacle, stretched_positions
 
@@ -42,10 +52,14 @@ ROWS = {"cpu": 64, "cuda": 256}
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of prompts that are encoded in one row."""
 CACHE_BYTES = 2 * 2**30
-"""What keys and values may take on a CPU; on an accelerator, half of what is free."""
+"""What keys and values may take on a CPU; on GPUs of CUDA, half of what is free."""
 CHECKED_TOKENS = 256
 TOLERANCE = 1e-3
 """Largest difference of a log-prob in nats, between the shared prompts and a plain pass, that rounding explains."""
+HALF_TOLERANCE = 1e-2
+"""Share of the size of what is attended that rounding to bfloat16 explains."""
+PROMPTS_OF_CHECK, WINDOW_OF_CHECK = (24, 9), 12
+"""Tokens of the prompts that attention in half precision is checked on, and the window where the model has one."""
 
 UnderWay = list[tuple[SequenceBatch, list[PartialCompletion]]]
 """The sequences of each batch."""
@@ -220,7 +234,7 @@ def prefill(
     budget = PREFILL_TOKENS.get(model.device.type, 1024)
     for row in split_by_budget([len(prompt) for prompt in prompts], budget):
         packed = pack([TokenTree(tuple(prompts[i]), ()) for i in row], model.device)
-        ends = torch.tensor([prompt[1] - 1 for prompt in packed.prompts], device=model.device)
+        ends = [prompt[1] - 1 for prompt in packed.prompts]  # no tensor: hidden states may be on another device
         row_pass = Prefill(packed, [caches[i] for i in row])
         row_logits = _forward(model, packed.input_ids, packed.positions, row_pass, logits_to_keep=ends)
         logits.update(zip(row, row_logits, strict=True))
@@ -254,13 +268,11 @@ def _forward(
 
 
 def cache_tokens(model: PreTrainedModel) -> int:
-    """Tokens whose keys and values may be kept at a time."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    on_cuda = model.device.type == "cuda"
-    size = 2 if on_cuda and model.dtype in HALF else 4
-    free = torch.cuda.mem_get_info(model.device)[0] // 2 if on_cuda else CACHE_BYTES
+    """Tokens whose keys and values may be kept at a time; of several GPUs, by the one with the least free memory."""
+    config, gpus = model.config.get_text_config(), gpus_of(model)
+    _, heads, width = heads_of(config)
+    size = model.dtype.itemsize if attends_in(model.dtype, model.device.type) else 4
+    free = len(gpus) * min(map(free_on, gpus)) // 2 if gpus else CACHE_BYTES
     return int(free // (config.num_hidden_layers * 2 * heads * width * size))
 
 
@@ -288,7 +300,8 @@ def why_not_shared(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens
 
 
 def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
-    """Compare the likeliest tokens' log-probs with a plain pass; say what is wrong, or None.
+    """Compare the likeliest tokens' log-probs with a plain pass, and the attention in half precision, where that is
+    used, with that in float32; say what is wrong, or None.
 
     Two prompts are encoded side by side, and two tokens of two completions of the first are generated beside one of the
     second: what one sees of another shows.
@@ -298,7 +311,7 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
 
     @cache
     def plain() -> Tensor:
-        kept = torch.tensor([cut - 1, half - 1, cut, half, cut + 1, half + 1], device=model.device)
+        kept: Any = [cut - 1, half - 1, cut, half, cut + 1, half + 1]
         tokens = torch.tensor([ids], device=model.device)
         return model(tokens, use_cache=False, logits_to_keep=kept).logits[0].log_softmax(-1)  # type: ignore[no-any-return]
 
@@ -312,7 +325,47 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
         return torch.cat(steps).log_softmax(-1).gather(-1, likeliest), len(batch.own)
 
     quantised = any(not parameter.dtype.is_floating_point for parameter in model.parameters())
-    return difference(model, shared, lambda: plain().amax(-1, keepdim=True), COARSE if quantised else TOLERANCE)
+    rounding = COARSE if quantised else TOLERANCE
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    with torch.autocast(device, enabled=False):
+        reason = difference(model, shared, lambda: plain().amax(-1, keepdim=True), rounding)
+        return reason or (failed_half(model, dtype) if dtype in HALF and attends_in(dtype, device) else None)
+
+
+@torch.no_grad()
+def failed_half(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+    """Compare the attention of a layer in half precision with that in float32, on random states of its shape: of two
+    prompts, and two steps of their three completions. Say what is wrong, or None."""
+    config, device, generator = model.config.get_text_config(), model.device, torch.Generator().manual_seed(0)
+    queries, keys, width = heads_of(config)
+    prompts = pack([TokenTree((0,) * length, ()) for length in PROMPTS_OF_CHECK], device)
+    states = [
+        [torch.randn(1, heads, tokens, width, generator=generator).to(device, dtype) for heads in (queries, keys, keys)]
+        for tokens in (prompts.tokens, 3, 3)
+    ]
+
+    def attended(dtype: torch.dtype, shape: Shape) -> Tensor:
+        caches = [PromptCache(2), PromptCache(1)]
+        batch, longest = SequenceBatch(caches, 2), max(PROMPTS_OF_CHECK) + 2
+        outputs: list[Tensor] = []
+        for query, key, value in states:
+            cached = Decode([batch], longest, {"calls": 1}) if outputs else Prefill(prompts, caches)
+            outputs.append(attend(query.to(dtype), key.to(dtype), value.to(dtype), cached, shape)[0])
+            batch.filled = len(outputs) - 1
+        return torch.cat(outputs).float()
+
+    for window in {None, getattr(config, "sliding_window", None) and WINDOW_OF_CHECK}:
+        shape = Shape(width**-0.5, window, getattr(config, "attn_logit_softcapping", None))
+        try:
+            half = attended(dtype, shape)
+        except (NotImplementedError, RuntimeError) as error:
+            return f"its attention in {dtype} failed ({first_line(error)})"
+        wanted = attended(torch.float32, shape)
+        off = float((half - wanted).norm() / wanted.norm())
+        if not off <= HALF_TOLERANCE:
+            return f"its attention in {dtype} is off by {off:.2g} of its size, rounding explains {HALF_TOLERANCE:.2g}"
+    return None
 
 
 # ---- for training, and for readers ------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ their normalisers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,16 +23,24 @@ ATTENTION = "prefold_generation"
 HALF = (torch.float16, torch.bfloat16)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, cached: Any, shape: Shape) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, cached: Any, shape: Shape) -> Tensor:
     """Attention of a `Prefill` or a `Decode`, which the model's layers are called with as `trees`."""
-    # As fast as half precision on a CPU, and more exact.
-    if query.device.type == "cpu" and value.dtype in HALF:
+    device = value.device.type
+    if not attends_in(value.dtype, device):
         query, key, value = query.float(), key.float(), value.float()
-    attended: Tensor = cached.attend(query, key, value, shape)
+    # Autocast would take the products back to half precision.
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        attended: Tensor = cached.attend(query, key, value, shape)
     return attended
 
 
-register(ATTENTION, _attend)
+def attends_in(dtype: torch.dtype, device: str) -> bool:
+    """Whether states stay in a dtype: CUDA alone has half-precision products that leave scores in float32, and a CPU is
+    as fast in float32, which is more exact."""
+    return dtype not in HALF or device == "cuda"
+
+
+register(ATTENTION, attend)
 
 
 @dataclass

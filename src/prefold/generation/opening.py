@@ -29,7 +29,7 @@ from prefold.models.load import read_config
 from prefold.plan.machine import Machine
 from prefold.recipe import Model
 from prefold.terminal import say
-from prefold.trees.memory import token_bytes
+from prefold.trees.memory import heads_of, token_bytes
 from prefold.trees.self_check import compute_in_float32
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -107,9 +107,7 @@ def how_to_keep(
 
 def _working(config: Any, device: str, tokens: int) -> int:
     """Activations of a layer for a row of tokens, and the keys and values of those that are kept."""
-    layers = config.num_hidden_layers
-    keys = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
+    layers, (_, keys, width) = config.num_hidden_layers, heads_of(config)
     cache = min(2 * 4 * layers * keys * width * tokens, CACHE_BYTES)
     return int(2 * token_bytes(config, False) // layers * PREFILL_TOKENS.get(device, 1024) + cache)
 

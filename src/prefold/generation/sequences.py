@@ -80,6 +80,8 @@ class GenerationRequest:
 
     def extend(self, completions: Sequence[PartialCompletion], logits: Tensor) -> None:
         """Give each of `R` completions its next token, by logits `[R, V]`."""
+        # What is drawn takes float64, which MPS does not have.
+        logits = logits.cpu() if logits.device.type == "mps" else logits
         drawn = [sequence.drawn[len(sequence.tokens)] for sequence in completions]
         seen = self._seen(completions, logits) if self.settings.repetition_penalty != 1 else None
         chosen = choose(logits, self.settings, torch.tensor(drawn, dtype=torch.float64, device=logits.device), seen)

@@ -67,14 +67,14 @@ def load_model(
         sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
         contents: without them the model has shapes alone, on the meta device: what is refused is refused all the same,
             and no weight is read. Nor are weights of the Hub downloaded for that.
-        device: instead of the best there is.
+        device: instead of the best there is, or of the section's `device_map`.
 
     Raises:
         UserError: it cannot be had, is of a kind that cannot be used, needs code of its own, lacks some of its weights,
             or has a tokenizer with tokens that it does not know.
     """
     folder = fetch(section.name, section.revision, weights=contents or not _on_hub(section))
-    device = device or choose_device()
+    spread, device = None if device else section.device_map, device or choose_device()
     chosen = choose_dtype(dtype or section.dtype, device)
     bits = quantisation(section, chosen) if quantised else None
     kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification
@@ -89,7 +89,7 @@ def load_model(
     if contents:
         placed = {"": device} if bits or (device.type != "cpu" and not sharded) else None
         # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
-        settings |= {"device_map": section.device_map or placed, "quantization_config": bits}
+        settings |= {"device_map": spread or placed, "quantization_config": bits}
         settings["distributed_config"] = DistributedConfig(fsdp_size=ranks.processes()) if sharded else None
         with busy(f"loading {without_home(section.name)}"):
             model, report = _from_files(kind, folder, section.name, settings)

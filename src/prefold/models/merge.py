@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
@@ -39,11 +40,13 @@ from prefold.models.messages import quiet
 from prefold.models.score_head import set_padding
 from prefold.recipe import Model, RecipeBase
 from prefold.terminal import say
-from prefold.trees.budget import pad
+from prefold.trees.budget import attempt, pad
 from prefold.trees.head import score_layer
 from prefold.trees.logprobs import scores_of
-from prefold.trees.memory import free_memory, returning_allocations
+from prefold.trees.memory import free_memory, free_on, returning_allocations
 from prefold.trees.self_check import in_float32
+
+T = TypeVar("T")
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest root-mean-square difference of the logits, as a share of their own root mean square, by the dtype merged
@@ -58,6 +61,9 @@ MEASURABLE = 1e-5
 """Share of the logits' size; of a smaller change what is left cannot be told."""
 TOKENS = 96
 """On which the logits are compared, at most: less than a training step takes."""
+CPU = torch.device("cpu")
+MARGIN = 1.5
+"""Free memory of a GPU, as a multiple of the weights, with which the comparison is begun there."""
 SHARD = "5GB"
 """Most that a weight file holds, of a model that is not merged file by file."""
 
@@ -95,7 +101,9 @@ def merge_adapter(
         free_memory()
         tokenizer.save_pretrained(folder)
         _require_same_tokenizer(tokenizer, folder, rows)
-        result = _comparison(base, adapter, folder, rows, getattr(torch, dtype), head_seed)
+        case = Case(base, adapter, folder, rows, getattr(torch, dtype), head_seed)
+        sizes = (sum(file.stat().st_size for file in files) for files in (case.base_files, weight_files(folder)))
+        result = where_it_fits(partial(_comparison, case), max(sizes))
         _require_equal(result)
     return result
 
@@ -118,8 +126,8 @@ def _made_from(base: Model, adapter: Path | None, dtype: str, head_seed: int | N
 def _write_whole(
     base: Model, adapter: Path | None, folder: Path, dtype: str, head_seed: int | None, pad_token: int | None
 ) -> None:
-    """`write_merged` of a model that fits into memory in float32."""
-    model: Any = load_model(base, dtype="float32" if adapter else dtype, head_seed=head_seed)
+    """`write_merged` of a model that fits into memory in float32; on the CPU, as that."""
+    model: Any = load_model(base, dtype="float32" if adapter else dtype, head_seed=head_seed, device=CPU)
     if adapter is not None:
         model = open_adapter(model, adapter).merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     if head_seed is not None:
@@ -128,6 +136,21 @@ def _write_whole(
 
 
 # ---- the proof ----------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """What is compared: `base` + `adapter` with the model in `folder`, whose weights are of `dtype`, on `rows`."""
+
+    base: Model
+    adapter: Path | None
+    folder: Path
+    rows: Sequence[Sequence[int]]
+    dtype: torch.dtype
+    head_seed: int | None
+
+    @property
+    def base_files(self) -> list[Path]:
+        return weight_files(fetch(self.base.name, self.base.revision))
 
 
 class Logits(NamedTuple):
@@ -139,84 +162,86 @@ class Logits(NamedTuple):
     rounded: Tensor
 
 
+def where_it_fits(compute: Callable[[torch.device], T], weights: int = 0) -> T:
+    """What `compute` gives on the GPU; on the CPU where there is none, or it is too small for so many bytes of weights
+    and what is computed with them."""
+    device = choose_device()
+    if device.type == "cuda":
+        fits = free_on(device) > MARGIN * weights
+        if fits and (result := attempt(partial(compute, device))) is not None:
+            return result
+        free_memory()
+        say("  compared on the CPU: the model does not fit into the free memory of the GPU")
+    return compute(CPU)
+
+
 @returning_allocations()
-def _comparison(
-    base: Model, adapter: Path | None, folder: Path, rows: Sequence[Sequence[int]], dtype: torch.dtype, seed: int | None
-) -> dict[str, Any]:
+def _comparison(case: Case, device: torch.device) -> dict[str, Any]:
     """One model at a time."""
-    wanted, plain, rounded = _logits_of_base(base, adapter, rows, dtype, seed)
+    wanted, plain, rounded = _logits_of_base(case, device)
     free_memory()
-    is_quantised = base.load_in_4bit or base.load_in_8bit
-    trained = _trained_logits(base, adapter, rows, seed) if adapter is not None and is_quantised else None
-    with _loaded_back(folder, dtype, seed is not None) as saved:
-        logits = (logits_of if seed is None else _scores_as_read)(saved, rows)
-        tolerance = tolerance_of(saved) * (1 if seed is None else SCORE_ALLOWANCE)
+    is_quantised, scores = case.base.load_in_4bit or case.base.load_in_8bit, case.head_seed is not None
+    trained = where_it_fits(partial(_trained_logits, case)) if case.adapter is not None and is_quantised else None
+    with _loaded_back(case, device) as saved:
+        logits = (_scores_as_read if scores else logits_of)(saved, case.rows)
+        tolerance = tolerance_of(saved) * (SCORE_ALLOWANCE if scores else 1)
     moved = wanted - plain
     effect = relative_rms(moved, wanted)
     kept = float((moved * (logits - rounded)).sum() / moved.square().sum()) if effect > MEASURABLE else None
     return {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(case.dtype).removeprefix("torch."),
         "max_logit_difference": float((logits - wanted).abs().max()),
         "relative_difference": relative_rms(logits - wanted, wanted),
         "tolerance": tolerance,
         "base_rounding": relative_rms(rounded - plain, wanted),
-        "adapter_effect": None if adapter is None else effect,
+        "adapter_effect": None if case.adapter is None else effect,
         "adapter_kept": kept,
         "tokens_compared": wanted.shape[0],
-        "likeliest_equal": int((logits.argmax(-1) == wanted.argmax(-1)).sum()) if seed is None else None,
+        "likeliest_equal": None if scores else int((logits.argmax(-1) == wanted.argmax(-1)).sum()),
         "difference_from_quantised": None if trained is None else relative_rms(logits - trained, trained),
     }
 
 
-def _logits_of_base(
-    base: Model, adapter: Path | None, rows: Sequence[Sequence[int]], dtype: torch.dtype, seed: int | None
-) -> Logits:
+def _logits_of_base(case: Case, device: torch.device) -> Logits:
     """By the weights as they are stored, mapped from their files on a CPU, in float32 arithmetic."""
-    files = weight_files(fetch(base.name, base.revision))
-    stored = _stored_dtype(files)
-    model = load_model(base, dtype=stored, head_seed=seed, device=_device_for(files))
+    stored = _stored_dtype(case.base_files)
+    model = load_model(case.base, dtype=stored, head_seed=case.head_seed, device=device)
     with in_float32(model):
-        wanted = plain = rounded = logits_of(model, rows)
-    if getattr(torch, stored) != dtype != torch.float32:
-        with in_float32(model, dtype):
-            rounded = logits_of(model, rows)
-    if adapter is not None:
-        adapted = open_adapter(model, adapter)
+        wanted = plain = rounded = logits_of(model, case.rows)
+    if getattr(torch, stored) != case.dtype != torch.float32:
+        with in_float32(model, case.dtype):
+            rounded = logits_of(model, case.rows)
+    if case.adapter is not None:
+        adapted = open_adapter(model, case.adapter)
         with in_float32(adapted):
-            wanted = logits_of(adapted, rows)
+            wanted = logits_of(adapted, case.rows)
     return Logits(wanted, plain, rounded)
 
 
-def _trained_logits(base: Model, adapter: Path, rows: Sequence[Sequence[int]], head_seed: int | None) -> Tensor:
+def _trained_logits(case: Case, device: torch.device) -> Tensor:
     """Logits of the quantised base with its adapter, computed as in training."""
-    adapted: PeftModel = open_adapter(load_model(base, quantised=True, head_seed=head_seed), adapter)
-    dtype = choose_dtype(base.dtype, choose_device())
-    with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
-        logits = logits_of(adapted, rows)
-    del adapted
+    assert case.adapter is not None
+    where = CPU if device == CPU else None  # else as training has it, perhaps on several devices
+    model = load_model(case.base, quantised=True, head_seed=case.head_seed, device=where)
+    adapted: PeftModel = open_adapter(model, case.adapter)
+    dtype = choose_dtype(case.base.dtype, choose_device())
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits = logits_of(adapted, case.rows)
+    del model, adapted
     free_memory()
     return logits
 
 
 @contextmanager
-def _loaded_back(folder: Path, dtype: torch.dtype, scores: bool) -> Iterator[PreTrainedModel]:
+def _loaded_back(case: Case, device: torch.device) -> Iterator[PreTrainedModel]:
     """The merged model as transformers reads it."""
-    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    device = _device_for(weight_files(folder))
+    kind: Any = AutoModelForCausalLM if case.head_seed is None else AutoModelForSequenceClassification
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    saved = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **placed).eval()
+    saved = kind.from_pretrained(case.folder, dtype=case.dtype, local_files_only=True, **placed).eval()
     with in_float32(saved):
         yield saved
     del saved
     free_memory()
-
-
-def _device_for(files: Sequence[Path]) -> torch.device:
-    """A GPU that has room for the weights in these files, else the CPU."""
-    device = choose_device()
-    needed = 1.5 * sum(file.stat().st_size for file in files)
-    roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > needed
-    return device if roomy else torch.device("cpu")
 
 
 def _stored_dtype(files: Sequence[Path]) -> str:

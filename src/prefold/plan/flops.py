@@ -12,6 +12,7 @@ from prefold.plan.meta_model import MetaModel
 from prefold.plan.passes import Lengths, Row
 from prefold.recipe import RecipeBase
 from prefold.trees.budget import split_by_budget
+from prefold.trees.memory import heads_of
 
 STEPS_READ = 2000
 """Steps whose micro-batches are laid out; of a longer run, so many of them at equal distances."""
@@ -130,5 +131,5 @@ def scoring_flops(meta: MetaModel, tokens: Tokens, computed: int) -> float:
 
 def _attention_width(meta: MetaModel) -> int:
     """Width of the queries of all layers together."""
-    queries, _, width = meta.heads
+    queries, _, width = heads_of(meta.config)
     return meta.layers * queries * width

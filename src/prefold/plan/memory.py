@@ -23,6 +23,7 @@ from prefold.plan.passes import Lengths, Row, attention_on, scoring_pass, traini
 from prefold.plan.plan import Parts
 from prefold.recipe import RecipeBase
 from prefold.training.arguments import training_arguments
+from prefold.trees.memory import heads_of
 from prefold.trees.self_check import revealing, window_of
 
 SLACK = {"cpu": 0.17, "cuda": 0.05}
@@ -178,19 +179,30 @@ class Memory:
 
     def _merging(self) -> Parts:
         """Tensor by tensor into the files; then, one after the other, what gives logits to compare: whole models, which
-        stay mapped, are passed over a few times and computed in float32, and a quantised one that was trained."""
+        stay mapped, are passed over a few times and computed in float32, and a quantised one that was trained. Whole
+        models that do not fit a GPU are compared on the CPU."""
         meta, sizes = self.meta, self.sizes
-        tokens = min(sum(sum(tree[:2]) for tree in self.rows.compared), COMPARED)
         whole = sizes.parameters * merge_dtype(meta.recipe, meta.dtype).itemsize
+        head, widest = self._merging_on_host if self.on_cpu else (0, 0)
         parts = {
             "process": self.machine.process,
             "mapped": whole if self.machine.counts_mapped else 0,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
-            "head": LOGITS * 4 * tokens * meta.text_config.vocab_size if self.on_cpu else 0,
+            "head": head,
         }
         quantised = {**parts, "weights": self._policy()["weights"] if meta.is_quantised else 0}
-        widened = {**parts, "activations": 2 * 4 * sizes.widest if self.on_cpu else 0}
-        return max(quantised, widened, key=lambda each: sum(each.values()))
+        return max(quantised, {**parts, "activations": widest}, key=lambda each: sum(each.values()))
+
+    @cached_property
+    def _merging_on_host(self) -> tuple[int, int]:
+        """Bytes of the logits, and of the largest module in float32, as it is merged and as it is compared."""
+        tokens = min(sum(sum(tree[:2]) for tree in self.rows.compared), COMPARED)
+        return LOGITS * 4 * tokens * self.meta.text_config.vocab_size, 2 * 4 * self.sizes.widest
+
+    @property
+    def host(self) -> int:
+        """Bytes of RAM that loading and merging take where the device has memory of its own."""
+        return 0 if self.on_cpu else max(self.loading.host, sum(self._merging_on_host))
 
     def _evaluating(self, in_16_bits: bool) -> Parts:
         """Held-out rows are scored and prompts answered, by one whole model at a time: that before training and the
@@ -222,7 +234,7 @@ class Memory:
 
     def _cache(self, prompts: int, answers: int, new_tokens: int) -> int:
         """Keys and values that are kept at a time, in all layers; a CPU keeps them in float32."""
-        _, heads, width = self.meta.heads
+        _, heads, width = heads_of(self.meta.config)
         a_token = self.meta.layers * 2 * heads * width * (4 if self.on_cpu else self.meta.dtype.itemsize)
         at_once = max(1, min(prompts, ROWS.get(self.machine.device, 64) // answers))
         most = (CACHE_BYTES if self.on_cpu else self.machine.memory // 2) // a_token

@@ -96,14 +96,6 @@ class MetaModel:
         return int(self.text_config.num_hidden_layers)
 
     @property
-    def heads(self) -> tuple[int, int, int]:
-        """Of the queries and of the keys of a layer, and their width."""
-        queries = getattr(self.text_config, "num_attention_heads", None) or 1
-        keys = getattr(self.text_config, "num_key_value_heads", None) or queries
-        width = getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // queries
-        return queries, keys, width
-
-    @property
     def trains_all(self) -> bool:
         """Full fine-tuning, whose weights are kept in float32."""
         return self.recipe.lora == "none"

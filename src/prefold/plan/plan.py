@@ -79,10 +79,10 @@ def overrides_of(fields: dict[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
-    device. `spread`: the weights go to several devices,
-    of which the plan knows no more than the processes that were started. `seconds` were measured, or None; `untimed` is
-    not in them. `host`: bytes of RAM that loading takes where the device has memory of its own. `in_16_bits`: float32
-    weights would not fit where models are evaluated, so each module is widened for its call."""
+    device. `spread`: the weights go to several devices, of which the plan knows no more than the processes that were
+    started. `seconds` were measured, or None; `untimed` is not in them. `host`: bytes of RAM that loading and merging
+    take where the device has memory of its own. `in_16_bits`: float32 weights would not fit where models are evaluated,
+    so each module is widened for its call."""
 
     optimizer_steps: int
     batch_size: int

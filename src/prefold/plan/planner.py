@@ -110,7 +110,7 @@ class Planner:
             disk=self._disk(memory),
             untimed=[name for name in UNTIMED if getattr(recipe.evaluate, name)],
             in_16_bits=memory.in_16_bits,
-            host=0 if memory.on_cpu else memory.loading.host,
+            host=memory.host,
         )
 
     @cached_property

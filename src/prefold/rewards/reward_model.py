@@ -79,7 +79,7 @@ def _load(name: str, contents: bool = True) -> tuple[PreTrainedModel, PreTrained
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=choose_dtype("auto", device),
-                device_map=None if contents else {"": "meta"},
+                device_map={"": device if contents else "meta"},
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -92,4 +92,4 @@ def _load(name: str, contents: bool = True) -> tuple[PreTrainedModel, PreTrained
         raise UserError(f"is not a reward model: its weights lack {missing[0]}", where=name, expected=_ONE_LOGIT)
     if model.config.num_labels != 1:
         raise UserError(f"has {model.config.num_labels} labels, not one", where=name, expected=_ONE_LOGIT)
-    return (model.to(device) if contents else model).eval(), tokenizer
+    return model.eval(), tokenizer

@@ -282,7 +282,7 @@ class TrainingLoop:
         self, data: TreeSet, rows: list[list[int]], units: dict[str, int]
     ) -> tuple[Tensor, list[LossOutput]]:
         """Log-probs, loss and backward pass of each row of `data`; this process's part of the loss."""
-        loss, outputs = torch.zeros((), device=self.args.device), []
+        loss, outputs = torch.zeros((), device=unwrapped(self.model).device), []
         self._seed_dropout()
         self._keep_pace(rows)
         for row in rows:
@@ -337,7 +337,9 @@ class TrainingLoop:
     def loss_of(self, policy: TreeLogprobs, data: TreeSet, indices: Sequence[int]) -> LossOutput:
         """Loss sums and metrics of the trees of `data` at `indices`, whose log-probs are `policy`."""
         device = policy.tokens.device
-        extras = {name: torch.cat([values[i] for i in indices]).to(device) for name, values in data.extras.items()}
+        given = {name: torch.cat([values[i] for i in indices]) for name, values in data.extras.items()}
+        # MPS has no float64.
+        extras = {name: each.to(policy.tokens if each.is_floating_point() else device) for name, each in given.items()}
         policy, reference = replace(policy, extras=extras), None
         if data.reference is not None:
             assert not isinstance(data.reference, Reference)
@@ -355,7 +357,7 @@ class TrainingLoop:
     @torch.no_grad()
     def _with_sums(self, logprobs: TreeLogprobs, further: Mapping[str, Sequence[TokenTree]]) -> TreeLogprobs:
         """With the summed log-probs of further trees of one completion each among the extras."""
-        sums = {name: torch.zeros(len(trees), device=self.args.device) for name, trees in further.items()}
+        sums = {name: logprobs.tokens.new_zeros(len(trees)) for name, trees in further.items()}
         for name, trees in further.items():
             for row, scored in self.scorer.scored(trees):
                 sums[name][row] = scored.sums()
@@ -436,6 +438,8 @@ class TrainingLoop:
         # transformers' Trainer sets up what it would train with; it does not train here.
         trainer = Trainer(self.model, self.args, eval_dataset=self.held_out)
         self.accelerator = trainer.accelerator
+        if self.args.fp16 and self.args.device.type == "cpu":  # accelerate scales losses on accelerators alone
+            self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu")
         # For autocast alone. Nothing is wrapped around the model: gradients are summed in the step.
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.optimizer, self.schedule = optimizer_and_schedule(trainer, len(self.order))

@@ -112,6 +112,7 @@ def _rows_forward(layer: Any, inputs: Tensor) -> Tensor:
     if trained is None:
         return frozen
     ids, rows = trained
+    inputs = inputs.to(rows.device)  # of several, as accelerate does for the layer inside
     if isinstance(base, nn.Embedding):
         matches = inputs[..., None] == ids
         own = embedding(matches.int().argmax(-1), rows).to(frozen.dtype)

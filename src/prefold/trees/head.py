@@ -120,12 +120,13 @@ def computing_by(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[N
 def head_logprobs(
     hidden: Tensor, head: Head, targets: Tensor, statistics: bool = False
 ) -> tuple[Tensor, Statistics | None]:
-    """Log-probs of `targets` `[S]` given hidden states `[S, D]`: `[S]`, float32 (float64 for float64 inputs)."""
-    weight = head.linear.weight
+    """Log-probs of `targets` `[S]` given hidden states `[S, D]`: `[S]`, float32 (float64 for float64 inputs), where the
+    targets are. Hidden states and weights of a model on several devices may be elsewhere."""
+    weight, rows = head.linear.weight, head.rows or (None, None)
+    hidden, wanted = hidden.to(weight.device, weight.dtype), targets.to(weight.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        logprobs, *values = _HeadLogprobs.apply(
-            hidden.to(weight.dtype), weight, head.linear.bias, targets, head, statistics, *(head.rows or (None, None))
-        )
+        computed = _HeadLogprobs.apply(hidden, weight, head.linear.bias, wanted, head, statistics, *rows)
+    logprobs, *values = (tensor.to(targets.device) for tensor in computed)
     return logprobs, Statistics(*values) if statistics else None
 
 

@@ -133,11 +133,13 @@ def packed_logprobs(
     if score_layer(model) is not None:
         return packed_scores(model, row)
     head = head_of(model, temperature)
+    # The hidden states may be on another device than the row, to which accelerate would move every tensor.
+    spread = len({*getattr(unwrapped(model), "hf_device_map", {}).values()}) > 1
     with head_computes(head.layer, lambda hidden: head_logprobs(hidden[0], head, row.targets, statistics)) as scored:
         model(
             input_ids=row.input_ids,
             position_ids=row.positions,
-            logits_to_keep=row.predictors,
+            logits_to_keep=row.predictors.tolist() if spread else row.predictors,
             use_cache=False,
             trees=row,
         )
@@ -249,8 +251,9 @@ def _scoring(model: nn.Module, rows: Sequence[int], columns: Sequence[int]) -> A
         assert isinstance(head, nn.Linear)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         bias = head.bias if head.bias is None else head.bias.to(dtype)
+        last = hidden[list(rows), list(columns)].to(head.weight.device, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear(hidden[list(rows), list(columns)].to(dtype), head.weight.to(dtype), bias).squeeze(-1)
+            return linear(last, head.weight.to(dtype), bias).squeeze(-1)
 
     return head_computes(layer, score)
 

@@ -18,6 +18,8 @@ CPU_TOKENS = 1024
 """Where rows are fastest on a CPU: small enough for its caches, large enough for its matrix products."""
 LEAST, MOST = 1024, 32768
 """Bounds of the budget that is derived for an accelerator."""
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED", "out of resource")
+"""What errors say of it: of the host, of an accelerator, of CUDA's libraries, of a kernel of Triton."""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 _kept = False
@@ -58,15 +60,34 @@ def returning_allocations() -> Iterator[None]:
 
 
 def auto_max_tokens(model: PreTrainedModel, gradient_checkpointing: bool) -> int:
-    """The token budget for a model on its device, by the device's total memory, so that it is the same in every run."""
+    """The token budget for a model on its devices, by their total memory, so that it is the same in every run."""
     if model.device.type != "cuda":
         return CPU_TOKENS
     from torch.distributed.tensor import DTensor
 
     own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
     weights = sum(weight.numel() * weight.element_size() for weight in own)
-    total = torch.cuda.get_device_properties(model.device).total_memory
+    total = sum(torch.cuda.get_device_properties(device).total_memory for device in gpus_of(model))
     return budget_for(model.config, weights, total, gradient_checkpointing)
+
+
+def gpus_of(model: torch.nn.Module) -> set[torch.device]:
+    """Those that a model lies on."""
+    return {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU that can be had: nobody's, and what torch's allocator holds of freed tensors."""
+    nobodys, _ = torch.cuda.mem_get_info(device)
+    return nobodys + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def heads_of(config: Any) -> tuple[int, int, int]:
+    """Of the queries and of the keys of a layer, and their width."""
+    config = config.get_text_config()
+    queries = getattr(config, "num_attention_heads", None) or 1
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
 
 
 def budget_for(config: Any, weights: int, total: int, gradient_checkpointing: bool) -> int:
@@ -80,11 +101,12 @@ def budget_for(config: Any, weights: int, total: int, gradient_checkpointing: bo
 
 
 def token_bytes(config: Any, gradient_checkpointing: bool) -> int:
-    """Activations of a token in half precision, roughly, for any decoder."""
+    """Activations of a token in half precision, roughly, for any decoder. What checkpointing keeps of a layer is the
+    stream between the layers, which is float32 in training."""
     config = config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = (14 * config.hidden_size + 6 * inner) * 2
-    kept = config.hidden_size * 2 * config.num_hidden_layers
+    kept = config.hidden_size * 4 * config.num_hidden_layers
     return int(kept + layer if gradient_checkpointing else layer * config.num_hidden_layers)
 
 
@@ -92,9 +114,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on an accelerator or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
-    )
+    of_a_device = isinstance(error, RuntimeError) or type(error).__name__ == "OutOfResources"  # which is Triton's own
+    return of_a_device and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def free_memory() -> None:

@@ -106,6 +106,33 @@ def test_auto_is_what_the_device_computes_in(
     assert choose_dtype("float16", torch.device(device)) == torch.float16
 
 
+@pytest.mark.parametrize("bits", [{}, {"load_in_4bit": True}], ids=["whole", "quantised"])
+def test_tensors_go_straight_to_an_accelerator(
+    folder: Path, bits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a map, with which each goes from its file to its device; on a CPU they stay mapped. A device that is named
+    goes before the section's own map."""
+    if bits:
+        pytest.importorskip("bitsandbytes")
+    maps: list[Any] = []
+
+    def loaded(kind: Any, folder: Path, name: str, settings: dict[str, Any]) -> Any:
+        maps.append(settings["device_map"])
+        return tiny_llama(), load.NOTHING_AMISS
+
+    monkeypatch.setattr(load, "_from_files", loaded)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
+    for best in (cuda, torch.device("mps"), cpu):
+        monkeypatch.setattr(load, "choose_device", lambda best=best: best)
+        load_model(section(folder, **bits), quantised=True)
+    assert maps == [{"": cuda}, {"": torch.device("mps")}, {"": cpu} if bits else None]
+    maps.clear()
+    for device in (None, cuda):
+        load_model(section(folder, device_map="auto", **bits), quantised=True, device=device)
+    assert maps == ["auto", {"": cuda}]
+
+
 # ---- model ------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,49 @@ def test_tokens_that_part_are_reported(tmp_path: Path) -> None:
     assert len(remarks(result)) == 1
     said = remarks({**result, "likeliest_equal": result["tokens_compared"] - 3})[-1]
     assert f"another one at 3 of {sum(map(len, ROWS))} tokens" in said
+
+
+@pytest.mark.parametrize("bits", [{}, {"load_in_4bit": True}], ids=["whole", "quantised"])
+def test_a_model_that_does_not_fit_the_gpu_is_compared_on_the_cpu(
+    tmp_path: Path, bits: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if bits:
+        pytest.importorskip("bitsandbytes")
+    section = trained(save_base(tmp_path / "base"), tmp_path / "adapter", **bits)
+    wanted = merged(section, tmp_path)
+    capfd.readouterr()
+    monkeypatch.setattr(merge, "choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(merge, "choose_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(merge, "free_on", lambda device: 0)
+    assert merged(section, tmp_path) == wanted
+    assert capfd.readouterr().err.count("compared on the CPU") == (2 if bits else 1)
+
+
+def test_where_models_are_compared(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """On the GPU; on the CPU where memory there does not do, or runs out; any other error is one."""
+    cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
+    tried: list[torch.device] = []
+
+    def compute(device: torch.device, error: Exception | None = None) -> str:
+        tried.append(device)
+        if error and device == cuda:
+            raise error
+        return str(device)
+
+    monkeypatch.setattr(merge, "choose_device", lambda: cuda)
+    monkeypatch.setattr(merge, "free_on", lambda device: 100 if device == cuda else 0)
+    assert merge.where_it_fits(compute, 60) == "cuda:1" and tried == [cuda]
+    assert capfd.readouterr().err == ""
+    assert merge.where_it_fits(compute, 70) == "cpu" and tried == [cuda, cpu]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    tried.clear()
+    no_memory = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert merge.where_it_fits(partial(compute, error=no_memory), 60) == "cpu" and tried == [cuda, cpu]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    with pytest.raises(RuntimeError, match="other"):
+        merge.where_it_fits(partial(compute, error=RuntimeError("other")), 60)
+    monkeypatch.setattr(merge, "choose_device", lambda: torch.device("mps"))
+    assert merge.where_it_fits(compute, 60) == "cpu" and capfd.readouterr().err == ""
 
 
 def test_what_is_compared_is_bounded() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -135,6 +136,25 @@ def test_reward_model_reads_the_last_token_of_the_conversation(
     assert found[:2] == pytest.approx(expected, rel=1e-4)
     assert found[0] != found[1]
     assert found[2] is None  # longer than the model's 256 positions
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps", "cpu"])
+def test_a_reward_model_goes_straight_to_its_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps: list[Any] = []
+
+    def from_pretrained(folder: Path, **settings: Any) -> Any:
+        maps.append(settings["device_map"])
+        raise OSError("enough seen")
+
+    for name in ("fetch", "load_tokenizer", "require_chat_template", "how_to_keep", "choose_dtype"):
+        monkeypatch.setattr(reward_model, name, MagicMock())
+    monkeypatch.setattr(reward_model, "choose_device", lambda: torch.device(device))
+    monkeypatch.setattr(reward_model, "Machine", MagicMock())
+    monkeypatch.setattr(reward_model.memory, "require", MagicMock())
+    monkeypatch.setattr(reward_model.AutoModelForSequenceClassification, "from_pretrained", from_pretrained)
+    with pytest.raises(UserError, match="enough seen"):
+        reward_model._load("any")
+    assert maps == [{"": torch.device(device)}]
 
 
 def test_reward_models_that_are_none(tmp_path: Path) -> None:
