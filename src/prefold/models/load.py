@@ -198,6 +198,12 @@ def _require_complete(report: dict[str, Any], name: str) -> None:
             raise UserError(what, where=name, advice=advice)
 
 
+def vocabulary_before(section: Model) -> tuple[int, int]:
+    """Tokens that the tokenizer has, and rows that the vocabulary has, before a chat format is added."""
+    folder = fetch(section.name, section.revision, weights=False)
+    return len(load_tokenizer(folder)), read_config(section, folder).get_text_config().vocab_size
+
+
 class Loading(NamedTuple):
     """Bytes that loading takes at its peak: `host` of the machine, mapped files left out, and on the `device`."""
 
@@ -219,16 +225,18 @@ def loading_peak(
     quantised = quantised and (section.load_in_4bit or section.load_in_8bit)
     linear = {id(layer.weight) for layer in shapes.modules() if type(layer) in LINEAR and layer is not head}
     embedded = {id(layer.weight) for layer in (shapes.get_input_embeddings(), head) if layer is not None}
+    known, rows = vocabulary_before(section) if section.chat_template else (0, 0)
     stays, passing, cast_on_host = 0, [0], [0]
     for weight in shapes.parameters():
         if quantised and id(weight) in linear:
             stays += quantised_bytes(weight, section)
             passing.append(weight.numel() * (UNPACKED[section.load_in_4bit] if on_cpu else stored.itemsize))
             continue
-        grown = bool(section.chat_template) and id(weight) in embedded
+        fitted = bool(section.chat_template) and id(weight) in embedded
+        grown = fitted and weight.shape[0] > rows
         stays += 0 if on_cpu and weight.dtype == stored and not grown else weight.nbytes
-        if grown:  # as it was, and in float32 for its mean and spread
-            passing.append(weight.nbytes + 8 * weight.numel())
+        if fitted:  # the rows that were known in float32, for their mean and spread; and all as they were
+            passing.append(8 * weight[:known].numel() + (weight.nbytes if grown else 0))
         cast_on_host.append(weight.nbytes if weight.dtype != stored else 0)
     if on_cpu:
         return Loading(stays + max(passing), 0)

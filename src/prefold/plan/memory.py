@@ -14,7 +14,7 @@ from prefold.errors import UserError
 from prefold.generation.engine import CACHE_BYTES, ROWS
 from prefold.generation.weights import SHARE
 from prefold.models.device import is_half
-from prefold.models.load import Loading, loading_peak
+from prefold.models.load import Loading, loading_peak, vocabulary_before
 from prefold.models.merge import TOKENS as COMPARED
 from prefold.models.merge import merge_dtype
 from prefold.plan.machine import Machine
@@ -116,8 +116,10 @@ class Memory:
         return {"weights": whole - mapped, "mapped": mapped}
 
     def _grown(self, dtype: torch.dtype) -> int:
-        """Bytes at both ends of the model that are made anew, for the tokens of a chat format."""
-        return self.sizes.vocabulary * dtype.itemsize if self.meta.recipe.model.chat_template else 0
+        """Bytes at both ends of the model that are made anew, where the tokens of a chat format do not fit."""
+        section = self.meta.recipe.model
+        grows = section.chat_template and self.meta.text_config.vocab_size > vocabulary_before(section)[1]
+        return self.sizes.vocabulary * dtype.itemsize if grows else 0
 
     def _loading(self) -> Parts:
         """One tensor at a time comes from the files to where it stays."""
