@@ -4,7 +4,6 @@ those that fail; what they keep and how often they are compiled."""
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -334,18 +333,11 @@ def test_variable_length_is_taken_unseen_of_others(
 def test_flex_attention_for_soft_caps_and_float32_where_it_is_faster(
     as_on_cuda: None, emulated: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def slow(*given: Any) -> Tensor:
-        time.sleep(0.1)
-        return segments(*given)
-
     trees = random_trees(3)
-    monkeypatch.setitem(BACKENDS, SEGMENTS, slow)
-    for model in (family("gemma2", torch.bfloat16), tiny_llama()):
-        assert choose_scorer(model, trees, 64).attention == BLOCKS
-    monkeypatch.setitem(BACKENDS, SEGMENTS, segments)
-    monkeypatch.setitem(BACKENDS, BLOCKS, slow)
-    for model in (family("gemma2", torch.bfloat16), tiny_llama()):
-        assert choose_scorer(model, trees, 64).attention == SEGMENTS
+    for slower, faster in ((SEGMENTS, BLOCKS), (BLOCKS, SEGMENTS)):
+        monkeypatch.setattr(self_check, "_seconds", lambda name, trial, slower=slower: float(name == slower))
+        for model in (family("gemma2", torch.bfloat16), tiny_llama()):
+            assert choose_scorer(model, trees, 64).attention == faster
     assert not said(caplog)
 
 

@@ -139,7 +139,6 @@ def test_a_sweep(cli: Cli, recipe_file: Callable[..., str], tmp_path: Path, monk
     command = ("sweep", recipe_file(), "lora.r=2", "--output", str(folder))
     code, _, err = cli(*command, "train.learning_rate=1e-6,5e-3")
     assert code == 0, err
-    assert max(map(len, err.splitlines())) <= 80
     assert "by luck alone" in " ".join(err.split()) and "data that did not choose it" in err
     # Once before, for both, and once after each; the reference once for both.
     assert [arguments[-1] for arguments in measured] == ["before", "after", "after"]

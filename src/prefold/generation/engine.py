@@ -41,9 +41,9 @@ from prefold.generation.transformers_engine import ASK_FOR_LESS, SINGLE_PROMPT, 
 from prefold.generation.weights import fold_adapter, packed_weights
 from prefold.models.gate import require_prompts
 from prefold.terminal import Advance, progress_bar
-from prefold.trees.attention import Shape, unwrapped, using_attention
+from prefold.trees.attention import Shape, heads_of, unwrapped, using_attention
 from prefold.trees.budget import attempt, lowered, split_by_budget
-from prefold.trees.memory import free_on, gpus_of, heads_of
+from prefold.trees.memory import free_on, gpus_of
 from prefold.trees.packing import TokenTree, pack
 from prefold.trees.self_check import COARSE, difference, obstacle, stretched_positions
 
@@ -269,7 +269,7 @@ def _forward(
 
 def cache_tokens(model: PreTrainedModel) -> int:
     """Tokens whose keys and values may be kept at a time; of several GPUs, by the one with the least free memory."""
-    config, gpus = model.config.get_text_config(), gpus_of(model)
+    config, gpus = model.config.get_text_config(), gpus_of(model) if model.device.type == "cuda" else set()
     _, heads, width = heads_of(config)
     size = model.dtype.itemsize if attends_in(model.dtype, model.device.type) else 4
     free = len(gpus) * min(map(free_on, gpus)) // 2 if gpus else CACHE_BYTES

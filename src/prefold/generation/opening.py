@@ -29,7 +29,8 @@ from prefold.models.load import read_config
 from prefold.plan.machine import Machine
 from prefold.recipe import Model
 from prefold.terminal import say
-from prefold.trees.memory import heads_of, token_bytes
+from prefold.trees.attention import heads_of
+from prefold.trees.memory import token_bytes
 from prefold.trees.self_check import compute_in_float32
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

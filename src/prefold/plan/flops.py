@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 from prefold.plan.meta_model import MetaModel
 from prefold.plan.passes import Lengths, Row
 from prefold.recipe import RecipeBase
+from prefold.trees.attention import heads_of
 from prefold.trees.budget import split_by_budget
-from prefold.trees.memory import heads_of
 
 STEPS_READ = 2000
 """Steps whose micro-batches are laid out; of a longer run, so many of them at equal distances."""

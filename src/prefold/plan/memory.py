@@ -23,7 +23,7 @@ from prefold.plan.passes import Lengths, Row, attention_on, scoring_pass, traini
 from prefold.plan.plan import Parts
 from prefold.recipe import RecipeBase
 from prefold.training.arguments import training_arguments
-from prefold.trees.memory import heads_of
+from prefold.trees.attention import heads_of
 from prefold.trees.self_check import revealing, window_of
 
 SLACK = {"cpu": 0.17, "cuda": 0.05}

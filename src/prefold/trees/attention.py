@@ -356,6 +356,14 @@ for _name, _backend in BACKENDS.items():
     register(_name, _backend)
 
 
+def heads_of(config: Any) -> tuple[int, int, int]:
+    """Of the queries and of the keys of a layer, and their width."""
+    config = config.get_text_config()
+    queries = getattr(config, "num_attention_heads", None) or 1
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
+
+
 def candidates(device: torch.device, dtype: torch.dtype, config: Any = None) -> list[str]:
     """Backends of a device that can compute in a dtype with what a model's text configuration asks for, the one to be
     preferred first. The last computes everything: it is held against the plain path, and the others against it."""

@@ -82,14 +82,6 @@ def free_on(device: torch.device) -> int:
     return nobodys + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def heads_of(config: Any) -> tuple[int, int, int]:
-    """Of the queries and of the keys of a layer, and their width."""
-    config = config.get_text_config()
-    queries = getattr(config, "num_attention_heads", None) or 1
-    keys = getattr(config, "num_key_value_heads", None) or queries
-    return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
-
-
 def budget_for(config: Any, weights: int, total: int, gradient_checkpointing: bool) -> int:
     """The token budget on an accelerator of `total` bytes for a model whose weights take `weights`.
 

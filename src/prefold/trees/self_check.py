@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prefold.trees.attention import BACKENDS, BLOCK_MASK, Shape, unwrapped, using_attention
+from prefold.trees.attention import BACKENDS, BLOCK_MASK, Shape, heads_of, unwrapped, using_attention
 from prefold.trees.head import head_obstacle, score_layer
 from prefold.trees.logprobs import packed_logprobs, router_coefficient
 from prefold.trees.memory import free_memory, is_out_of_memory
@@ -217,9 +217,7 @@ class Trial(NamedTuple):
 def _trials(base: PreTrainedModel, row: PackedTrees, dtype: torch.dtype) -> Iterator[Trial]:
     """One without a window, and one with the model's where that is shorter than the row's trees."""
     config = base.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads, key_heads, width = heads_of(config)
     generator = torch.Generator(base.device).manual_seed(0)
     states = tuple(
         torch.randn(1, number, row.tokens, width, generator=generator, device=base.device).to(dtype)
