@@ -59,7 +59,7 @@ _doing: list[Doing] = []
 
 def doing() -> Doing | None:
     """The innermost work that goes on now; None between one and the next."""
-    return _doing[-1] if _doing else None
+    return next(reversed(_doing), None)  # another thread may end it meanwhile
 
 
 @contextmanager

@@ -336,7 +336,8 @@ def test_before_the_first_checkpoint_it_begins_anew(
     case.change(Path(case.file))
     prefold.train(recipe)
     said = unwrapped(capfd)
-    assert (f"out of date: check {case.said}" in said) == (name != "a reward")
+    # The page of the run that began is there.
+    assert (f"out of date: check, report {case.said}" in said) == (name != "a reward")
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [1, 2, 3, 4]
     prefold.train(recipe)
     assert "train: done before" in unwrapped(capfd)
@@ -433,6 +434,7 @@ def test_changed_settings(project: Callable[[str, str], Path], capfd: pytest.Cap
     with pytest.raises(UserError, match="`publish` needs what `evaluate` leaves, and that is out of date"):
         prefold.publish("dpo.yaml", ["evaluate.prompts=1", "publish.to=out"])
     assert contents(folder) == before and not Path("out").exists()
+    (folder / "samples.jsonl").unlink()  # what is left of a stage is named as well
     prefold.run("dpo.yaml", ["evaluate.prompts=1"])
     assert "out of date: evaluate, compare, report `evaluate.prompts` was 2, is 1" in unwrapped(capfd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefold.reports.numbers import MINUS, finite
-from prefold.reports.run_files import RunRecord, Values, turns
+from prefold.reports.run_files import RunRecord, Values, objects, turns
 
 BINS = 12
 MOST_SHOWN = 2000
@@ -23,7 +24,7 @@ Text = tuple[str, bool]
 
 
 @dataclass(frozen=True)
-class Looked:
+class Entry:
     """A pair with its margins, or a prompt with its rewards. `answers` are by what to call them."""
 
     row: str
@@ -49,7 +50,7 @@ class EachPair:
     measured: str
     bins: list[tuple[str, list[int]]]
     sides: list[str]
-    shown: list[Looked]
+    shown: list[Entry]
     left_out: int
     got_worse: int | None
 
@@ -59,7 +60,7 @@ def each_pair(run: RunRecord) -> EachPair | None:
     lines = [line for line in run.held_out_lines if "prompt" in line]
     if not lines:
         return None
-    pairs = [_looked(line, max(FEWEST_CHARACTERS, MOST_CHARACTERS // (3 * len(lines)))) for line in lines]
+    pairs = [_entry(line, max(FEWEST_CHARACTERS, MOST_CHARACTERS // (3 * len(lines)))) for line in lines]
     sides = ["after"] if run.scores else ["before", "after"]
     changes = [pair.change for pair in pairs if pair.change is not None]
     return EachPair(
@@ -72,7 +73,7 @@ def each_pair(run: RunRecord) -> EachPair | None:
     )
 
 
-def _looked(line: Values, characters: int) -> Looked:
+def _entry(line: Values, characters: int) -> Entry:
     kind = "margin_" if "chosen" in line else ""
     before, after = (finite(line.get(f"{kind}{when}")) for when in ("before", "after"))
     if kind:
@@ -83,11 +84,20 @@ def _looked(line: Values, characters: int) -> Looked:
     prompt = [
         (role, text if len(text) <= characters else f"{text[:characters]} …") for role, text in turns(line["prompt"])
     ]
-    return Looked(str(line.get("row", "")), before, after, prompt, answers)
+    return Entry(str(line.get("row", "")), before, after, prompt, answers)
 
 
 def _joined(messages: Any) -> str:
-    return "\n\n".join(text for _, text in turns(messages))
+    return "\n\n".join(map(_written, objects(messages)))
+
+
+def _written(message: Values) -> str:
+    """The text of an answer; of any other turn its role as well, and what a turn holds beside its text."""
+    role, text = str(message.get("role", "")), str(message.get("content", ""))
+    more = {name: value for name, value in message.items() if name not in ("role", "content", "weight")}
+    parts = [text if role == "assistant" else f"{role}: {text}"]
+    parts += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in more.items()]
+    return "\n".join(filter(None, parts))
 
 
 def _bins(sides: Sequence[Sequence[float | None]]) -> list[tuple[str, list[int]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ class RunRecord:
     metrics: list[Values]
     timing: list[Values]
     heldout: Values | None
-    held_out_lines: list[Values]
     rewards: Values | None
     tasks: Values | None
     compared: Values | None
@@ -63,6 +63,11 @@ class RunRecord:
     def scores(self) -> bool:
         """Whether the model scores answers: it gives none itself, and is compared with chance."""
         return "chance" in (self.heldout or {})
+
+    @cached_property
+    def held_out_lines(self) -> list[Values]:
+        """Each held-out pair or prompt. Raises UserError: the file cannot be read."""
+        return _read_lines(self.folder / "evaluation" / "heldout.jsonl")
 
     @property
     def held_out(self) -> str:
@@ -101,7 +106,6 @@ def read_run(folder: Path) -> RunRecord:
         metrics=_read_lines(folder / "metrics.jsonl"),
         timing=_read_lines(folder / "timing.jsonl"),
         heldout=_read_object(evaluated / "heldout.json"),
-        held_out_lines=_read_lines(evaluated / "heldout.jsonl"),
         rewards=_read_object(evaluated / "rewards.json"),
         # What an earlier recipe asked for may still lie there.
         tasks=_read_object(evaluated / "tasks.json") if settings.get("tasks") else None,

@@ -107,7 +107,7 @@ def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None)
         say_changes(recipe, folder)
         changed = []
     outdated = _outdated(recipe, folder, changed)
-    again = {stage.name: why for stage, why in outdated.items() if stage.is_done(folder)}
+    again = {stage.name: why for stage, why in outdated.items() if any((folder / it).exists() for it in stage.outputs)}
     before = list(takewhile(lambda name: name != only, (stage.name for stage in stages))) if only else []
     if earlier := next((name for name in before if name in again), None):
         what = f"`{only}` needs what `{earlier}` leaves, and that is out of date:{_listed(again[earlier])}"

@@ -77,6 +77,14 @@ def test_a_long_list_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest
     assert "a lon …" in page and "a long" not in page.split('id="evaluation"')[1].split("</section>")[0]
 
 
+def test_an_answer_that_is_no_text_is_shown(tmp_path: Path) -> None:
+    calls = [{"function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
+    chosen = [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "12:00"}]
+    shown = each_of(tmp_path, line(1, 0, 1) | {"chosen": chosen}).shown[0].answers
+    call = 'tool_calls: [{"function": {"name": "clock", "arguments": {"zone": "UTC"}}}]'
+    assert shown["Chosen"] == (f"{call}\n\ntool: 12:00", False) and shown["Rejected"] == ("yes 1", False)
+
+
 def test_an_earlier_version_wrote_no_texts(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, pairs=[{"key": "a", "before": 1.0, "after": 0.0}]))
     assert each_pair.each_pair(run) is None and "Every pair" not in render(run)
