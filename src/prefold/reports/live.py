@@ -46,8 +46,7 @@ class LivePage:
 
     def __init__(self, folder: Path, stages: Sequence[str], shown: str):
         self.folder, self.stages, self.shown = folder, stages, shown
-        self.due = 0.0
-        self.between = LEAST
+        self.due, self.between, self.cost = 0.0, LEAST, 0.0
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
@@ -69,9 +68,11 @@ class LivePage:
 
     def _keep_current(self, stage: str, ended: Event) -> None:
         while not ended.wait(max(self.due - time.monotonic(), 0)):
-            began = time.thread_time()
+            began, before = time.thread_time(), self.cost
             _attempt(lambda: write_text(self.folder / REPORT, self.render(stage)))
-            self.between = max(LEAST, (time.thread_time() - began) / SHARE)
+            self.cost = time.thread_time() - began
+            # The first page with curves imports what draws them, and is no measure of those that follow.
+            self.between = max(LEAST, min(before, self.cost) / SHARE)
             self.due = time.monotonic() + self.between
 
     def render(self, stage: str) -> str:
