@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -183,8 +184,13 @@ def test_ctrl_c_in_a_terminal_stops_an_answer_and_then_the_chat(tiny_model: Path
     second_line = wait_for("\n", wait_for("\n", begin))
     os.write(terminal, b"\x03")
     again = wait_for("you: ", wait_for("(stopped)", second_line))
-    os.write(terminal, b"\x03")
-    assert process.wait(60) == 0
+    # A signal between the prompt and the read behind it is seen by Python with the next key alone.
+    for _ in range(3):
+        os.write(terminal, b"\x03")
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+            break
+    assert process.returncode == 0
     os.close(terminal)
     first, second = shown[begin:again].replace("\x1b[0m", "").splitlines()[:2]
     assert f"model: {first} " == "model: words of an answer that has no " and second.startswith("end, words of")
