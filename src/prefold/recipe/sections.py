@@ -21,7 +21,7 @@ class Model(Section):
     name: str = Field(min_length=1)
     """Hub id, folder, GGUF file, or `pypi:PACKAGE==VERSION`."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a Hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the device computes in it natively, float16 on older GPUs, float32 else."""
     attn_implementation: Literal["auto", "trees", "sdpa", "eager"] = "auto"
@@ -97,8 +97,11 @@ class Lora(Section):
     """Field names and meanings are those of peft's `LoraConfig`."""
 
     r: int = Field(16, gt=0)
+    """Rank of the update."""
     lora_alpha: float = Field(32, gt=0)
+    """The update is scaled by lora_alpha / r."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the inputs of the update that are dropped in training."""
     target_modules: str | list[str] = "all-linear"
     """`all-linear`, a regular expression, or a list of module names."""
     use_rslora: bool = False
@@ -254,9 +257,11 @@ class Train(Section):
     `max_tokens`."""
 
     learning_rate: float = Field(5e-5, gt=0)
+    """The highest rate, after warm-up."""
     batch_size: int = Field(16, gt=0)
     """Pairs (or prompts) per optimizer step, over all devices."""
     num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the training data."""
     max_steps: int | None = Field(None, gt=0)
     """Optimizer steps; overrides `num_train_epochs`."""
     max_tokens: int | Literal["auto"] = "auto"
@@ -264,13 +269,21 @@ class Train(Section):
     warmup_steps: int | float = Field(0, ge=0)
     """Optimizer steps in which the rate rises from 0, or below 1 their share of all steps, rounded up."""
     lr_scheduler_type: str = "linear"
+    """How the rate goes on after warm-up, by transformers' names: `linear`, `cosine`, `constant`, ..."""
     lr_scheduler_kwargs: dict[str, Any] = {}
+    """Settings of that schedule, as transformers takes them."""
     optim: str = "adamw_torch"
+    """The optimizer, by transformers' names: `adamw_torch`, `adamw_bnb_8bit`, `paged_adamw_32bit`, ..."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of the optimizer."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the optimizer's first moment."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of its second moment."""
     adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger norm are scaled down to it."""
     fsdp: bool = False
     """Shard the model over all processes (FSDP2): each holds a part of every weight, and fetches the others' while it
     computes. For models of which a device cannot hold a copy."""
