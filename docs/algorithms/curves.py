@@ -1,4 +1,4 @@
-"""Curves of the short runs in `benchmarks/results/`, as `docs/images/curve-*.svg`: `python docs/algorithms/curves.py`."""
+"""The curves of the short runs in `benchmarks/results/`, as images: `python docs/algorithms/curves.py`."""
 
 from __future__ import annotations
 

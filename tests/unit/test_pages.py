@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +18,56 @@ from typer.main import get_command
 import prefold
 from prefold.algorithms import ALGORITHMS
 from prefold.cli import app
-from prefold.recipe import as_dict, builtin_recipes, load_recipe, make_recipe, parse_yaml
-from prefold.recipe.recipe import Recipe
+from prefold.recipe import Recipe, as_dict, builtin_recipes, load_recipe, make_recipe, parse_yaml
 from prefold.recipe.section import all_fields
 from prefold.recipe.text import apply_override
 from prefold.runs.sweep import swept_fields
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+PACKAGE = Path(prefold.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-REFERENCES = {"recipe.md", "layouts.md", "findings.md", "algorithms/README.md", "scaling.md", "pairs.md"}
+REFERENCES = {"recipe.md", "layouts.md", "findings.md", "algorithms/README.md", "log.md", "scaling.md", "pairs.md"}
 """Pages to look things up in, which may have more than 1,000 words."""
 COMMANDS: Any = vars(get_command(app))["commands"]
 FIELDS = set(all_fields(Recipe))
 BARE: dict[str, Any] = {"model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}, "output_dir": "runs/x"}
 """What a part of a recipe is completed with."""
+EXAMPLES = {
+    *("rewards.py", "mine.yaml", "config.yaml", "orpo/config.yaml", "MODULE.py", "FILE.py"),
+    *("recipe.yaml", "merged/README.md", "dpo.yaml", "orpo.yaml", "grpo.yaml"),
+}
+"""Files that users or runs have."""
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def of_pages(pattern: str, flags: int = 0) -> list[Any]:
-    """Each match in each page, with the page and its line for a name."""
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in re.finditer(pattern, text, flags):
-            line = text.count("\n", 0, match.start()) + 1
-            found.append(pytest.param(page, match, id=f"{page.relative_to(ROOT)}:{line}"))
-    return found
+@cache
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
 # ---- commands ---------------------------------------------------------------------------------------------------
 
-LINE = r"^ *(?:torchrun .*-m )?(prefold \S(?:.*\\\n)*.*)$"
+
+def command_lines(text: str) -> Iterator[str]:
+    """Commands in what is fenced, or indented by four spaces; with a line that ends in a backslash goes the next."""
+    fenced = re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for block in [*fenced, *re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)]:
+        yield from re.findall(r"^ *(?:torchrun .*-m )?(prefold \S.*)$", block.replace("\\\n", " "), re.MULTILINE)
 
 
-def in_blocks() -> list[Any]:
-    """Commands in blocks of code, with a line that ends in a backslash goes the next."""
-    found = []
-    for page in PAGES:
-        for block in blocks(page.read_text(encoding="utf-8")):
-            for match in re.finditer(LINE, block, re.MULTILINE):
-                found.append(pytest.param(match[1], id=f"{page.relative_to(ROOT)}: {match[1][:50]}"))
-    return found
-
-
-def blocks(text: str) -> Iterator[str]:
-    """What is fenced, or indented by four spaces."""
-    yield from re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    yield from re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)
-
-
-@pytest.mark.parametrize("line", in_blocks())
-def test_a_command_can_be_given(line: str) -> None:
-    _, name, *arguments = shlex.split(line, comments=True)
-    arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
-    command = COMMANDS[name]
-    given, rest, _ = command.make_parser(command.context_class(command)).parse_args(list(arguments))
-    assert not rest
-    missing = [part.name for part in command.params if part.required and given.get(part.name) in (None, ())]
-    assert not missing
-    if "recipe" in given:
-        check_fields(given["recipe"], list(given.get("overrides") or ()), swept=name == "sweep")
+@each_page
+def test_a_command_can_be_given(page: Path) -> None:
+    for line in command_lines(text_of(page)):
+        _, name, *arguments = shlex.split(line, comments=True)
+        arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
+        command = COMMANDS[name]
+        given, rest, _ = command.make_parser(command.context_class(command)).parse_args(list(arguments))
+        missing = [part.name for part in command.params if part.required and given.get(part.name) in (None, ())]
+        assert not rest and not missing, line
+        if "recipe" in given:
+            check_fields(given["recipe"], list(given.get("overrides") or ()), swept=name == "sweep")
 
 
 def check_fields(name: str, overrides: list[str], swept: bool) -> None:
@@ -95,7 +87,7 @@ def check_fields(name: str, overrides: list[str], swept: bool) -> None:
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """A part of a recipe, checked with what it leaves out filled in."""
-    methods = [name for name in Recipe.model_fields if name in values and name in ALGORITHMS]
+    methods = [name for name in values if name in ALGORITHMS]
     method = values.get("method") or (methods or ["grpo" if "rewards" in values else "dpo"])[0]
     rewards = {"rewards": [{"name": "length", "target": 50}]} if method == "grpo" else {}
     for section in ("model", "data"):
@@ -104,107 +96,113 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     return as_dict(make_recipe({"method": method, **BARE, **rewards, **values}))
 
 
-INLINE = of_pages(r"`prefold (\w+)([^`]*)`")
+@each_page
+def test_a_command_in_a_sentence_exists(page: Path) -> None:
+    for name, rest in re.findall(r"`prefold (\w+)([^`]*)`", text_of(page)):
+        options = {option for part in COMMANDS[name].params for option in part.opts}
+        assert {*re.findall(r"--[\w-]+", rest)} <= options | {"--help"}, name
 
 
-@pytest.mark.parametrize(("page", "match"), INLINE)
-def test_a_command_in_a_sentence_exists(page: Path, match: re.Match[str]) -> None:
-    command = COMMANDS[match[1]]
-    options = {option for part in command.params for option in part.opts}
-    assert {word for word in re.findall(r"--[\w-]+", match[2])} <= options | {"--help"}
-
-
-@pytest.mark.parametrize(("page", "match"), of_pages(r"^ +make ([\w-]+)|`make ([\w-]+)", re.MULTILINE))
-def test_a_target_exists(page: Path, match: re.Match[str]) -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(rf"^{match[1] or match[2]}:", makefile, re.MULTILINE)
-
-
-@pytest.mark.parametrize(("page", "match"), of_pages(r"python -m (benchmarks\.\w+)([^\n`#]*)"))
-def test_a_benchmark_has_these_options(page: Path, match: re.Match[str]) -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
-    assert (ROOT / f"{match[1].replace('.', '/')}.py").is_file()
-    assert all(f'"{option}"' in source for option in re.findall(r"--[\w-]+", match[2]))
+@each_page
+def test_targets_and_benchmarks_exist(page: Path) -> None:
+    makefile = text_of(ROOT / "Makefile")
+    for target in re.findall(r"(?:^ +|`)make ([a-z-]+)", text_of(page), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for module, rest in re.findall(r"python -m (benchmarks\.\w+)([^\n`#]*)", text_of(page)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        source = "".join(text_of(path) for path in (ROOT / "benchmarks").glob("*.py"))
+        assert all(f'"{option}"' in source for option in re.findall(r"--[\w-]+", rest)), rest
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("page", "match"), of_pages(r"^```yaml\n(.*?)^```", re.DOTALL | re.MULTILINE))
-def test_a_recipe_is_one(page: Path, match: re.Match[str]) -> None:
-    values = parse_yaml(match[1], str(page))
-    if not {*values} <= {*Recipe.model_fields}:
-        assert "output_type" in values, "neither a recipe nor a task"
-        return
-    completed(values)
+@each_page
+def test_a_recipe_is_one(page: Path) -> None:
+    for block in re.findall(r"^```yaml\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE):
+        values = parse_yaml(block, str(page))
+        if "output_type" not in values:  # a task of lm-evaluation-harness
+            completed(values)
 
 
 def test_the_page_of_all_fields_is_current() -> None:
     page = runpy.run_path(str(DOCS / "recipe_reference.py"))["page"]()
-    assert (DOCS / "recipe.md").read_text(encoding="utf-8") == page, (
-        "run: python docs/recipe_reference.py > docs/recipe.md"
+    assert text_of(DOCS / "recipe.md") == page, "run: python docs/recipe_reference.py > docs/recipe.md"
+    assert not re.findall(r"^.*\|  \|$", page.replace("none |  |  |  |", ""), re.MULTILINE), "a field without a meaning"
+    assert not [field for field in FIELDS if f"`{field.rpartition('.')[2]}`" not in page]
+
+
+def test_the_curves_are_current() -> None:
+    drawings = runpy.run_path(str(DOCS / "algorithms" / "curves.py"))["runs"]()
+    assert drawings == {path.name: text_of(path) for path in (DOCS / "images").glob("curve-*.svg")}, (
+        "run: python docs/algorithms/curves.py"
     )
-    without_meaning = [line for line in page.splitlines() if line.endswith("|  |") and ": none" not in line]
-    assert not without_meaning
-    names = {field.rpartition(".")[2] for field in FIELDS}
-    assert not [name for name in names if f"`{name}`" not in page]
+
+
+# ---- files, names and links -------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to the headings of a page end with, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_a_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        target, _, anchor = link.partition("#")
+        there = (page.parent / target).resolve() if target else page
+        if not target.startswith("https://"):
+            assert there.exists(), link
+            assert not anchor or anchor in anchors(there), link
+
+
+@each_page
+def test_a_file_exists(page: Path) -> None:
+    named = {*re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|yaml|ipynb))\b", text_of(page))} - EXAMPLES
+    folders = (page.parent, ROOT, PACKAGE, DOCS)
+    assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
+
+
+@each_page
+def test_a_name_exists(page: Path) -> None:
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", text_of(page))
+    assert not [f"{file}: {name}" for file, name in named if name not in names_of(PACKAGE / file)]
+
+
+@cache
+def names_of(file: Path) -> set[str]:
+    """Functions and classes of a file, and methods as `Class.method`."""
+    names: set[str] = set()
+    for node in ast.parse(text_of(file)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{method.name}" for method in node.body if isinstance(method, ast.FunctionDef)}
+    return names
+
+
+def test_the_page_of_a_step_names_its_functions() -> None:
+    assert len(re.findall(r"`([\w/]+\.py): ([\w.]+)`", text_of(DOCS / "step.md"))) > 30
 
 
 # ---- pages ------------------------------------------------------------------------------------------------------
 
 
-def anchors(page: Path) -> set[str]:
-    """What links to the headings of a page end with, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize(("page", "match"), of_pages(r"\]\(([^)\s]+)\)"))
-def test_a_link_leads_somewhere(page: Path, match: re.Match[str]) -> None:
-    target, _, anchor = match[1].partition("#")
-    if target.startswith(("https://", "http://")):
-        return
-    there = (page.parent / target).resolve() if target else page
-    assert there.exists(), match[1]
-    assert not anchor or anchor in anchors(there), match[1]
-
-
-@pytest.mark.parametrize(("page", "match"), of_pages(r"`((?:[\w-]+/)*[\w-]+\.(?:py|md|yaml|ipynb))\b"))
-def test_a_file_exists(page: Path, match: re.Match[str]) -> None:
-    if match[1] in OF_USERS:
-        return
-    package = Path(prefold.__file__).parent
-    assert any((folder / match[1]).exists() for folder in (page.parent, ROOT, package, ROOT / "tests")), match[1]
-
-
-OF_USERS = {
-    "rewards.py",
-    "mine.yaml",
-    "dataset_info.json",
-    "orpo/config.yaml",
-    "README.md",
-    "config.yaml",
-    "recipe.yaml",
-}
-"""Files that pages take for an example."""
-
-
 def test_pages_are_short() -> None:
-    long = {
-        str(page.relative_to(DOCS)): words
-        for page in DOCS.rglob("*.md")
-        if (words := len(page.read_text(encoding="utf-8").split())) > 1000
-    }
-    assert {*long} <= REFERENCES, long
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+    long = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if len(text_of(page).split()) > 1000}
+    assert long <= REFERENCES
+    assert len(text_of(ROOT / "README.md").splitlines()) <= 120
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
-    reached, ahead = set(), [ROOT / "README.md"]
+    reached: set[Path] = set()
+    ahead = [ROOT / "README.md"]
     while ahead:
         page = ahead.pop()
         reached.add(page)
-        targets = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
-        linked = {(page.parent / target).resolve() for target in targets if not target.startswith("http")}
+        targets = re.findall(r"\]\(([^)#\s]+\.md)", text_of(page))
+        linked = {(page.parent / target).resolve() for target in targets if not target.startswith("https")}
         ahead += [target for target in linked if target.exists() and target not in reached]
     assert not {*PAGES} - reached

@@ -152,7 +152,7 @@ class Source(Rows):
     ones, the first), each against the next one in the order (`adjacent`), or every two (`all`). Equal ratings make no
     pair. Unset: `best_worst`; where a row has lists of chosen and of rejected answers, each against each."""
     min_margin: float | None = Field(None, gt=0)
-    """Pairs of a ranking whose ratings differ by less are not made; ranks count as ratings, 1 from each to the next."""
+    """Pairs of a ranking whose ratings differ by less are left out; ranks count 1 from each to the next."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:
@@ -184,7 +184,7 @@ class Data(Section):
     shuffle: bool = False
     """Shuffle the examples of all sources together by `train.seed`. Each epoch of training draws an order anyway."""
     duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
-    """What happens to a pair that was there before: `drop_exact` leaves out those that are the same word for word,
+    """What happens to a repeated pair: `drop_exact` leaves out those that are the same word for word,
     `drop_near` also those whose prompt, chosen and rejected each share 0.8 of their runs of 5 words with an earlier
     pair's."""
     decontaminate: list[Benchmark] = []
@@ -299,7 +299,7 @@ class Train(Section):
     """Optimizer steps between measurements of the held-out data while training, or below 1 their share of all steps;
     unset: none are made."""
     metric_for_best_model: str | None = None
-    """A held-out metric, such as `loss` or `rewards/margins`, by which checkpoints are told apart."""
+    """A held-out metric, such as `loss` or `rewards/margins`, by which checkpoints are compared."""
     greater_is_better: bool | None = None
     """Unset: yes, unless the metric's name ends in `loss`."""
     load_best_model_at_end: bool = False
@@ -366,13 +366,13 @@ class Guards(Section):
     held_out_falling: Acts = "warn"
     """The margin on held-out pairs falls (with `train.eval_steps`)."""
     kl_running_off: Acts = "warn"
-    """Completions go far away from the reference."""
+    """The model moves far away from the reference."""
     equal_rewards: Stops = "warn"
     """All completions of each prompt get the same reward."""
     cut_off: Stops = "warn"
     """Nearly all completions reach the longest length."""
     undertrained: Warns = "warn"
-    """At the end, pairs are hardly told apart."""
+    """At the end the model hardly prefers the chosen answers."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -439,7 +439,7 @@ class Publish(Section):
     """Where the result goes. The token of the Hub is never written here: `hf auth login` or HF_TOKEN."""
 
     hub_model_id: str | None = Field(None, pattern=f"^{HUB_MODEL_ID}$")
-    """The repository to push to, NAME/MODEL; made if there is none."""
+    """The repository to push to, NAME/MODEL; created if it does not exist."""
     to: str | None = Field(None, min_length=1)
     """A folder to put the files into, instead or as well."""
     what: list[Literal["merged", "adapter", "gguf"]] = Field(["merged"], min_length=1)
@@ -447,18 +447,18 @@ class Publish(Section):
     gguf: list[GgufKind] | None = Field(None, min_length=1)
     """Which GGUF files, e.g. `[F16, Q4_K_M]`; the kinds with a K need llama.cpp's `llama-quantize`. Unset: `[Q8_0]`."""
     private: bool = True
-    """Whether a repository that is made is private. One that is public already is not pushed to while this is set."""
+    """Whether a repository that is created is private. A public one is not pushed to while this is set."""
     tags: list[str] = []
     """Tags of the model card, beside its own."""
     branch: str | None = Field(None, min_length=1)
-    """Branch to push to, made if there is none; unset: `main`."""
+    """Branch to push to, created if it does not exist; unset: `main`."""
     create_pr: bool = False
     """Open a pull request instead of pushing to `main`."""
     commit_message: str | None = Field(None, min_length=1)
     """Unset: which method and which base."""
     checkpoints: bool = False
     """Push the weights of every checkpoint too, to the repository's branch `checkpoints`; training waits meanwhile. A
-    push that fails is said, and the run goes on."""
+    push that fails is reported, and the run continues."""
 
     @model_validator(mode="before")
     @classmethod
