@@ -9,7 +9,7 @@ export PREFOLD_CACHE ?= $(CURDIR)/.cache/prefold
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint types docs clean
+.PHONY: help install demo test test-slow test-gpu lint types docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,12 @@ docs: install ## write the pages that are made from the code anew
 	$(BIN)/python docs/recipe_reference.py > docs/recipe.md
 	$(BIN)/python docs/algorithms/table.py > docs/algorithms/README.md
 	$(BIN)/python docs/algorithms/curves.py
+
+BASE ?= main
+bench: install ## steps of this tree against another commit's, in alternation: make bench BASE=COMMIT
+	git worktree add --force --detach .bench $(BASE)
+	$(BIN)/python -m benchmarks.vs_trl dpo --base .bench/src --pairs 20; status=$$?; \
+	git worktree remove --force .bench; exit $$status
 
 clean: ## remove .venv, caches and runs of this folder
 	rm -rf $(VENV) .cache runs
