@@ -8,9 +8,13 @@ STAMP := $(VENV)/.installed
 export PREFOLD_CACHE ?= $(CURDIR)/.cache/prefold
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 
-.PHONY: install demo test test-slow test-gpu lint types clean
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-gpu lint types docs bench clean
 
-install: $(STAMP)
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP) ## .venv with prefold and all that developing takes
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefold needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -19,24 +23,35 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install
+demo: install ## the whole pipeline on a real 135M model, on a CPU, in minutes
 	$(BIN)/prefold run demo
 
-test: install lint types
+test: install lint types ## lint, types and the fast tests, with the ten slowest shown
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal --durations 10 -m 'not slow and not gpu'
 
-test-slow: install
+test-slow: install ## the longer tests: the real model, TRL, the tutorials as written
 	$(BIN)/pytest -m 'slow and not gpu'
 
-test-gpu: install
+test-gpu: install ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
 
-lint: install
+lint: install ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks notebooks docs
 	$(BIN)/ruff format --check src tests benchmarks notebooks docs
 
-types: install
+types: install ## mypy, strict
 	$(BIN)/mypy
 
-clean:
+docs: install ## write the pages that are made from the code anew
+	$(BIN)/python docs/recipe_reference.py > docs/recipe.md
+	$(BIN)/python docs/algorithms/table.py > docs/algorithms/README.md
+	$(BIN)/python docs/algorithms/curves.py
+
+BASE ?= main
+bench: install ## steps of this tree against another commit's, in alternation: make bench BASE=COMMIT
+	git worktree add --force --detach .bench $(BASE)
+	$(BIN)/python -m benchmarks.vs_trl dpo --base .bench/src --pairs 20; status=$$?; \
+	git worktree remove --force .bench; exit $$status
+
+clean: ## remove .venv, caches and runs of this folder
 	rm -rf $(VENV) .cache runs

@@ -14,12 +14,12 @@ HEADING = """\
 
 Written by `python docs/algorithms/table.py` from `src/prefold/algorithms/`; a test holds it to the code.
 
-`method: NAME` chooses one. Its settings stand in the section `NAME`, with these defaults where the recipe is silent.
-The learning rate is that for LoRA; full fine-tuning wants about a hundredth. "Held against" is what the tests compare
-value and gradient with; the trainers are those of TRL 1.16.
+`method: NAME` chooses one; [which method?](../which-method.md) helps. Its settings are fields of the section `NAME`,
+with these defaults. The learning rate is for LoRA; full fine-tuning wants about a hundredth. "Held against" is what the
+tests compare value and gradient with; the trainers are those of TRL 1.16.
 
-In depth: [DPO](dpo.md), [its family](dpo-family.md), [ORPO](orpo.md), [KTO](kto.md), [reward models](reward.md),
-[GRPO](grpo.md).
+In depth, with equation, metrics and a run: [DPO](dpo.md), [its family](dpo-family.md), [ORPO](orpo.md), [SimPO, CPO and
+SFT](reference-free.md), [KTO](kto.md), [reward models](reward.md), [GRPO](grpo.md) and its [advantages](advantages.md).
 
 | method | what it is | paper | reference | settings | learning rate | held against |
 |---|---|---|---|---|---|---|

@@ -112,7 +112,7 @@ class AgainstReference(PerPair):
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
     ld_alpha: Annotated[float | None, Bound(lambda share: 0 <= share <= 1, "from 0 to 1")] = None
-    """Weight, 0 to 1, of the tokens behind the length of the pair's shorter completion (LD-DPO, arXiv 2409.06411);
+    """Weight, 0 to 1, of the tokens beyond the length of the pair's shorter completion (LD-DPO, arXiv 2409.06411);
     unset: all count the same."""
 
     needs_reference = True

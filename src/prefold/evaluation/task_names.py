@@ -41,7 +41,7 @@ def manager_of(names: Sequence[str], include_path: str | None) -> TaskManager:
     for name in names:
         if name not in manager.task_index:
             near = did_you_mean(name, sorted({*SUITES, *manager.task_index, *_folders()}), 3)
-            raise UserError(f"there is no task `{name}`", where=WHERE, advice=near or "see docs/evaluation.md")
+            raise UserError(f"there is no task `{name}`", where=WHERE, advice=near or "see docs/tasks.md")
     return manager
 
 

@@ -21,7 +21,7 @@ class Model(Section):
     name: str = Field(min_length=1)
     """Hub id, folder, GGUF file, or `pypi:PACKAGE==VERSION`."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a Hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the device computes in it natively, float16 on older GPUs, float32 else."""
     attn_implementation: Literal["auto", "trees", "sdpa", "eager"] = "auto"
@@ -97,8 +97,11 @@ class Lora(Section):
     """Field names and meanings are those of peft's `LoraConfig`."""
 
     r: int = Field(16, gt=0)
+    """Rank of the update."""
     lora_alpha: float = Field(32, gt=0)
+    """The update is scaled by lora_alpha / r."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the inputs of the update that are dropped in training."""
     target_modules: str | list[str] = "all-linear"
     """`all-linear`, a regular expression, or a list of module names."""
     use_rslora: bool = False
@@ -149,7 +152,7 @@ class Source(Rows):
     ones, the first), each against the next one in the order (`adjacent`), or every two (`all`). Equal ratings make no
     pair. Unset: `best_worst`; where a row has lists of chosen and of rejected answers, each against each."""
     min_margin: float | None = Field(None, gt=0)
-    """Pairs of a ranking whose ratings differ by less are not made; ranks count as ratings, 1 from each to the next."""
+    """Pairs of a ranking whose ratings differ by less are left out; ranks count 1 from each to the next."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:
@@ -181,7 +184,7 @@ class Data(Section):
     shuffle: bool = False
     """Shuffle the examples of all sources together by `train.seed`. Each epoch of training draws an order anyway."""
     duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
-    """What happens to a pair that was there before: `drop_exact` leaves out those that are the same word for word,
+    """What happens to a repeated pair: `drop_exact` leaves out those that are the same word for word,
     `drop_near` also those whose prompt, chosen and rejected each share 0.8 of their runs of 5 words with an earlier
     pair's."""
     decontaminate: list[Benchmark] = []
@@ -254,9 +257,11 @@ class Train(Section):
     `max_tokens`."""
 
     learning_rate: float = Field(5e-5, gt=0)
+    """The highest rate, after warm-up."""
     batch_size: int = Field(16, gt=0)
     """Pairs (or prompts) per optimizer step, over all devices."""
     num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the training data."""
     max_steps: int | None = Field(None, gt=0)
     """Optimizer steps; overrides `num_train_epochs`."""
     max_tokens: int | Literal["auto"] = "auto"
@@ -264,13 +269,21 @@ class Train(Section):
     warmup_steps: int | float = Field(0, ge=0)
     """Optimizer steps in which the rate rises from 0, or below 1 their share of all steps, rounded up."""
     lr_scheduler_type: str = "linear"
+    """How the rate goes on after warm-up, by transformers' names: `linear`, `cosine`, `constant`, ..."""
     lr_scheduler_kwargs: dict[str, Any] = {}
+    """Settings of that schedule, as transformers takes them."""
     optim: str = "adamw_torch"
+    """The optimizer, by transformers' names: `adamw_torch`, `adamw_bnb_8bit`, `paged_adamw_32bit`, ..."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of the optimizer."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the optimizer's first moment."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of its second moment."""
     adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger norm are scaled down to it."""
     fsdp: bool = False
     """Shard the model over all processes (FSDP2): each holds a part of every weight, and fetches the others' while it
     computes. For models of which a device cannot hold a copy."""
@@ -286,7 +299,7 @@ class Train(Section):
     """Optimizer steps between measurements of the held-out data while training, or below 1 their share of all steps;
     unset: none are made."""
     metric_for_best_model: str | None = None
-    """A held-out metric, such as `loss` or `rewards/margins`, by which checkpoints are told apart."""
+    """A held-out metric, such as `loss` or `rewards/margins`, by which checkpoints are compared."""
     greater_is_better: bool | None = None
     """Unset: yes, unless the metric's name ends in `loss`."""
     load_best_model_at_end: bool = False
@@ -353,13 +366,13 @@ class Guards(Section):
     held_out_falling: Acts = "warn"
     """The margin on held-out pairs falls (with `train.eval_steps`)."""
     kl_running_off: Acts = "warn"
-    """Completions go far away from the reference."""
+    """The model moves far away from the reference."""
     equal_rewards: Stops = "warn"
     """All completions of each prompt get the same reward."""
     cut_off: Stops = "warn"
     """Nearly all completions reach the longest length."""
     undertrained: Warns = "warn"
-    """At the end, pairs are hardly told apart."""
+    """At the end the model hardly prefers the chosen answers."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -426,7 +439,7 @@ class Publish(Section):
     """Where the result goes. The token of the Hub is never written here: `hf auth login` or HF_TOKEN."""
 
     hub_model_id: str | None = Field(None, pattern=f"^{HUB_MODEL_ID}$")
-    """The repository to push to, NAME/MODEL; made if there is none."""
+    """The repository to push to, NAME/MODEL; created if it does not exist."""
     to: str | None = Field(None, min_length=1)
     """A folder to put the files into, instead or as well."""
     what: list[Literal["merged", "adapter", "gguf"]] = Field(["merged"], min_length=1)
@@ -434,18 +447,18 @@ class Publish(Section):
     gguf: list[GgufKind] | None = Field(None, min_length=1)
     """Which GGUF files, e.g. `[F16, Q4_K_M]`; the kinds with a K need llama.cpp's `llama-quantize`. Unset: `[Q8_0]`."""
     private: bool = True
-    """Whether a repository that is made is private. One that is public already is not pushed to while this is set."""
+    """Whether a repository that is created is private. A public one is not pushed to while this is set."""
     tags: list[str] = []
     """Tags of the model card, beside its own."""
     branch: str | None = Field(None, min_length=1)
-    """Branch to push to, made if there is none; unset: `main`."""
+    """Branch to push to, created if it does not exist; unset: `main`."""
     create_pr: bool = False
     """Open a pull request instead of pushing to `main`."""
     commit_message: str | None = Field(None, min_length=1)
     """Unset: which method and which base."""
     checkpoints: bool = False
     """Push the weights of every checkpoint too, to the repository's branch `checkpoints`; training waits meanwhile. A
-    push that fails is said, and the run goes on."""
+    push that fails is reported, and the run continues."""
 
     @model_validator(mode="before")
     @classmethod

@@ -89,10 +89,3 @@ def test_table_is_up_to_date() -> None:
     assert (DOCS / "README.md").read_text(encoding="utf-8") == runpy.run_path(str(DOCS / "table.py"))["page"](), (
         "run: python docs/algorithms/table.py > docs/algorithms/README.md"
     )
-
-
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
-def test_links_between_the_pages(path: Path) -> None:
-    for link in path.read_text(encoding="utf-8").split("](")[1:]:
-        target = link.split(")")[0]
-        assert target.startswith("https://") or (path.parent / target.split("#")[0]).exists(), target

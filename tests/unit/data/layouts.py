@@ -1,7 +1,7 @@
 """Layouts that preference data come in: for each a way to write a row, and what must be read from it.
 
-A case has the name of its row in the table of docs/data.md. Three rows are written of it; `row` gets their number, 0, 1
-or 2. Where votes decide, the middle row prefers the second answer, so that a scale read the wrong way round shows.
+A case has the name of its row in the table of docs/layouts.md. Three rows are written of it; `row` gets their number,
+0, 1 or 2. Where votes decide, the middle row prefers the second answer, so that a scale read the wrong way round shows.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Pair = tuple[list[Message] | str, list[Message] | str, list[Message] | str, tupl
 
 @dataclass(frozen=True)
 class Case:
-    """A layout by its name in the table of docs/data.md; `pairs` of all rows in order, by the usual rule."""
+    """A layout by its name in the table of docs/layouts.md; `pairs` of all rows in order, by the usual rule."""
 
     name: str
     layout: str

@@ -1,4 +1,4 @@
-"""Each layout of the table in docs/data.md, from a file to token ids; and what is refused instead of guessed."""
+"""Each layout of the table in docs/layouts.md, from a file to token ids; and what is refused instead of guessed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prefold.data.shapes import find_shape
 from prefold.errors import UserError
 from prefold.recipe import Data, Source, Values, make_section
 
-DOCS = Path(__file__).parents[3] / "docs" / "data.md"
+DOCS = Path(__file__).parents[3] / "docs" / "layouts.md"
 Write = Callable[..., str]
 Row = dict[str, Any]
 
