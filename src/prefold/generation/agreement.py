@@ -71,7 +71,9 @@ def _positions(scorer: Scorer, tree: TokenTree, sampling: Sampling) -> Positions
     # A greedy server gives the log-probs of the model as it is.
     full = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
     greedy = sampling.temperature == 0
-    cut = truncated(full, 1 if greedy else sampling.top_k, sampling.top_p, sampling.min_p)
+    # vLLM applies `min_p` first; transformers and our own engine apply it last.
+    cut = truncated(full, 0, 1.0, sampling.min_p)
+    cut = truncated(cut, 1 if greedy else sampling.top_k, sampling.top_p, 0.0)
     kept = cut.logsumexp(-1)
     logs = cut - kept[:, None]
     probabilities = logs.exp()

@@ -8,17 +8,19 @@ one. What a reply says of itself is held against what was asked for; what it doe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prefold.errors import UserError
-from prefold.generation.http import Connection, Gone, Missing, Passing, in_parallel
+from prefold.generation.http import Connection, Gone, Missing, Passing, Refused, in_parallel
+from prefold.generation.samplers import Answers, LocalModel, as_answers
 from prefold.generation.sampling import Completion, Sampling
 from prefold.recipe import Generation
 
@@ -185,7 +187,7 @@ class Servers:
         UserError: one of them cannot be reached, has another tokenizer, or too little room for the longest prompt.
     """
 
-    def __init__(self, section: Generation, tokenizer: PreTrainedTokenizerBase, longest: int):
+    def __init__(self, section: Generation, tokenizer: PreTrainedTokenizerBase, longest: int = 0):
         self.all = [Server(url, section.timeout, section.concurrency) for url in section.urls]
         self._tokenizer, self._lock = tokenizer, Lock()
         for server in self.all:
@@ -215,17 +217,62 @@ class Servers:
             only: the server to ask.
         """
 
-        def drawn(index: int) -> tuple[Server, list[Completion]]:
-            with self._lock:
-                server = only or min(self.all, key=lambda server: server.in_flight)
-                server.in_flight += 1
-            try:
-                model = name or server.base[0]
-                return server, server.complete(prompts[index], sampling, ends, model, self._tokenizer)
-            finally:
-                with self._lock:
-                    server.in_flight -= 1
-
-        workers = sum(server.concurrency for server in self.all)
-        done = dict(in_parallel(drawn, range(len(prompts)), workers))
+        drawn = partial(self.complete, sampling=sampling, ends=ends, name=name, only=only)
+        done = dict(in_parallel(lambda index: drawn(prompts[index]), range(len(prompts)), self.concurrency))
         return [done[index] for index in range(len(prompts))]
+
+    @property
+    def concurrency(self) -> int:
+        return sum(server.concurrency for server in self.all)
+
+    def complete(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        ends: Sequence[int],
+        name: str | None = None,
+        only: Server | None = None,
+    ) -> tuple[Server, list[Completion]]:
+        """`sample` for one prompt."""
+        with self._lock:
+            server = only or min(self.all, key=lambda server: server.in_flight)
+            server.in_flight += 1
+        try:
+            return server, server.complete(prompt, sampling, ends, name or server.base[0], self._tokenizer)
+        finally:
+            with self._lock:
+                server.in_flight -= 1
+
+
+class ServedModel(LocalModel):
+    """A model that servers have as it is, as a sampler: its files here say how prompts become token ids."""
+
+    def __init__(self, name: str, sampling: Sampling, section: Generation):
+        super().__init__(name, sampling)
+        self._section = section
+
+    @property
+    def identity(self) -> Any:
+        return "vllm", *super().identity
+
+    def _answered(
+        self, rendered: Mapping[int, list[int]], tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[tuple[int, Answers]]:
+        servers, ends = Servers(self._section, tokenizer), end_tokens_in(self._folder, tokenizer)
+
+        def answers(index: int) -> Answers:
+            try:
+                return as_answers(servers.complete(rendered[index], self._sampling, ends)[1])
+            except Refused as refused:
+                return refused
+
+        yield from in_parallel(answers, list(rendered), servers.concurrency)
+
+
+def end_tokens_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a completion of the model in a folder; see `end_tokens`."""
+    ends: Any = tokenizer.eos_token_id
+    with suppress(OSError):
+        own = GenerationConfig.from_pretrained(folder).eos_token_id
+        ends = ends if own is None else own
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]

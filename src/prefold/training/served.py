@@ -235,11 +235,9 @@ class ServedCompletions:
         if float((given(drawn) - positions.plain).abs().mean()) <= allowed:
             if why := why_not_as_told(positions, sampling):
                 return server.error(f"{why} ({when})", ADVICE)
-            cause = (
-                "they are those of the model before `temperature`, `top_p` and the like: it ignores these settings, or "
-            )
+            cause = "they are those of the model before `temperature`, `top_p` and the like"
             advice = "start it with `--logprobs-mode processed_logprobs`"
-            return server.error(f"{what}; {cause}gives log-probs of another kind", advice)
+            return server.error(f"{what}; {cause}: it ignores these settings, or leaves them out of these", advice)
         for name, weights in others.items():
             with weights():
                 if difference(self._positions(server, drawn, sampling), given(drawn)) <= allowed:
