@@ -129,6 +129,8 @@ class VllmServer(ThreadingHTTPServer):
             }
             for index, each in enumerate(group)
         ]
+        if self.lies("foreign"):
+            choices[0]["token_ids"][0] = 10**6
         if self.lies("half"):
             choices[0]["logprobs"]["token_logprobs"].pop()
         return {"model": "base" if self.lies("says base") else name, "choices": choices}

@@ -28,6 +28,9 @@ FEW, SHARE = 2, 0.02
 CERTAIN = 25.0
 """Nats: what is less likely than exp(-25) to happen by chance does not."""
 
+Drawn = tuple[tuple[int, ...], Sequence[Completion]]
+"""A prompt, and completions of it."""
+
 
 class Positions(NamedTuple):
     """Of `S` tokens, `[S]` each, float32 on the CPU, in nats.
@@ -46,21 +49,17 @@ class Positions(NamedTuple):
 
 
 @torch.no_grad()
-def positions_of(
-    scorer: Scorer, prompt: tuple[int, ...], completions: Sequence[Completion], sampling: Sampling
-) -> Positions:
-    """Of the tokens of a prompt's completions, one completion after the other."""
-    rows: list[list[tuple[int, ...]]] = []
-    for each in completions:
-        if rows and sum(map(len, rows[-1])) + len(each.token_ids) <= TOKENS:
-            rows[-1].append(each.token_ids)
-        else:
-            rows.append([each.token_ids])
-    parts = [_positions(scorer, TokenTree(prompt, tuple(row)), sampling) for row in rows]
-    return joined(parts)
-
-
-def joined(parts: Sequence[Positions]) -> Positions:
+def positions_of(scorer: Scorer, drawn: Sequence[Drawn], sampling: Sampling) -> Positions:
+    """Of the tokens of completions, one after the other."""
+    parts: list[Positions] = []
+    for prompt, completions in drawn:
+        rows: list[list[tuple[int, ...]]] = []
+        for each in completions:
+            if rows and sum(map(len, rows[-1])) + len(each.token_ids) <= TOKENS:
+                rows[-1].append(each.token_ids)
+            else:
+                rows.append([each.token_ids])
+        parts += [_positions(scorer, TokenTree(prompt, tuple(row)), sampling) for row in rows]
     return Positions(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
@@ -106,9 +105,20 @@ def _logits(scorer: Scorer, tree: TokenTree) -> Tensor:
     return torch.cat([model(input_ids=ids, use_cache=False).logits[0, start:-1] for ids in whole])
 
 
-def logprobs_of(completions: Sequence[Completion]) -> Tensor:
-    """`[S]`: those that a server gave, one completion after the other."""
-    return torch.tensor([value for each in completions for value in each.logprobs])
+def some_of(drawn: Sequence[Drawn], tokens: int) -> list[Drawn]:
+    """Completions of about so many tokens, as many of each prompt."""
+    chosen: list[list[Completion]] = [[] for _ in drawn]
+    for number in range(max(len(group) for _, group in drawn)):
+        for (_, group), those in zip(drawn, chosen, strict=True):
+            if number < len(group) and tokens > 0:
+                those.append(group[number])
+                tokens -= len(group[number].token_ids)
+    return [(prompt, those) for (prompt, _), those in zip(drawn, chosen, strict=True) if those]
+
+
+def logprobs_of(drawn: Sequence[Drawn]) -> Tensor:
+    """`[S]`: those that came with completions, one after the other."""
+    return torch.tensor([value for _, group in drawn for each in group for value in each.logprobs])
 
 
 def difference(positions: Positions, given: Tensor) -> float:

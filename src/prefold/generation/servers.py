@@ -159,7 +159,7 @@ class Server:
         numbers = [value for value in logprobs if isinstance(value, int | float) and math.isfinite(value)]
         ends_early = not finished and reason == "stop"
         wrong = {
-            f"truncates prompts: it has read {len(read)} tokens of {len(prompt)}": list(read) != list(prompt),
+            f"truncates prompts, or reads others: {len(read)} tokens of {len(prompt)}": list(read) != list(prompt),
             f"gives {len(numbers)} log-probs for {len(ids)} tokens": not len(numbers) == len(logprobs) == len(ids),
             "gives an empty completion": not ids,
             f"ignores `max_tokens`: {len(ids)} tokens where {most} are allowed": len(ids) > most,

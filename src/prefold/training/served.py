@@ -8,9 +8,10 @@ times that is named, with the figure and the step, before anything is trained on
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +23,12 @@ from prefold.errors import UserError
 from prefold.files import new_folder, remove, sha256_of
 from prefold.generation.agreement import (
     TOKENS,
+    Drawn,
     Positions,
     difference,
-    joined,
     logprobs_of,
     positions_of,
+    some_of,
     why_not_as_told,
 )
 from prefold.generation.engine import end_tokens
@@ -46,9 +48,9 @@ LEAST, LEEWAY = 1e-4, 5.0
 PROBE = 0.5
 """Nats by which the adapter of random weights moves log-probs at least: far more than rounding."""
 
+ADVICE = "see which model and adapter it serves, and with which settings; docs/servers.md says how to start it"
+
 Weights = dict[str, Tensor]
-Drawn = tuple[tuple[int, ...], Sequence[Completion]]
-"""A prompt, and completions of it."""
 
 
 class Server(Protocol):
@@ -113,13 +115,13 @@ class ServedCompletions:
         if step != self.step:
             self._hand_over(f"step-{step + 1}")
             self.before, self.now, self.step, self.furthest = self.now, trained_weights(self.model), step, 0.0
-        drawn = self.servers.sample(prompts, self.sampling, self.ends, self.name)
-        groups = [group for _, group in drawn]
+        answered = self._answered(prompts, self.sampling, self.name)
+        groups = [group for _, group in answered]
         for server in self.servers.all:
-            own = [index for index, (by, _) in enumerate(drawn) if by is server]
-            if own:
-                for index, group in zip(own, self._proven(server, [(prompts[i], groups[i]) for i in own]), strict=True):
-                    groups[index] = group
+            own = [index for index, (by, _) in enumerate(answered) if by is server]
+            proven = self._proven(server, [(prompts[index], groups[index]) for index in own]) if own else []
+            for index, group in zip(own, proven, strict=True):
+                groups[index] = group
         return groups, {"sampling/server_logp_difference": self.furthest}
 
     def __enter__(self) -> ServedCompletions:
@@ -135,11 +137,11 @@ class ServedCompletions:
     # ---- weights ----
 
     def _hand_over(self, name: str) -> None:
-        """Give the servers the weights as they are, under a name that no other weights have."""
+        """Give the servers the weights as they are, under a name that no other weights of any run have."""
         with new_folder(self.folder / name) as aside:
             save_weights(self.model, aside)
-        digest = sha256_of(self.folder / name / "adapter_model.safetensors")
-        before, self.name = self.name, f"{self.label}-{digest[:16]}"
+        contents = f"{self.folder} {sha256_of(self.folder / name / 'adapter_model.safetensors')}"
+        before, self.name = self.name, f"{self.label}-{sha256(contents.encode()).hexdigest()[:16]}"
         self.servers.load(self.name, self.folder / name)
         if before != self.name:
             self._take_back(before)
@@ -151,6 +153,15 @@ class ServedCompletions:
         for server in self.servers.all if name else ():
             with suppress(UserError):
                 server.unload(name)
+
+    def _answered(
+        self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, name: str | None, only: Server | None = None
+    ) -> Sequence[tuple[Server, list[Completion]]]:
+        answered = self.servers.sample(prompts, sampling, self.ends, name, only)
+        for server, group in answered:
+            if max(token for each in group for token in each.token_ids) >= self.vocabulary:
+                raise server.error(f"draws tokens that the model does not have, which has {self.vocabulary:,}", ADVICE)
+        return answered
 
     # ---- proof ----
 
@@ -174,76 +185,56 @@ class ServedCompletions:
     def _figure(
         self, server: Server, prompts: Sequence[tuple[int, ...]], sampling: Sampling, name: str | None, weights: str
     ) -> float:
-        drawn = self.servers.sample(prompts, sampling, self.ends, name, only=server)
-        pairs = [(prompt, group) for prompt, (_, group) in zip(prompts, drawn, strict=True)]
-        some = some_of(pairs, TOKENS)
-        positions = self._positions(server, some, sampling)
-        figure = difference(positions, given(some))
-        if figure > MOST:
-            others = {"the base model, without the adapter": self.model.disable_adapter} if name else {}
-            raise self._refusal(server, f"with {weights}", some, sampling, (positions, figure, MOST), others)
-        if why := why_not_as_told(positions, sampling):
-            raise server.error(f"{why} (with {weights})", ADVICE)
-        return figure
+        answered = self._answered(prompts, sampling, name, server)
+        drawn = [(prompt, group) for prompt, (_, group) in zip(prompts, answered, strict=True)]
+        return self._compared(server, some_of(drawn, TOKENS), sampling, MOST, f"with {weights}")[1]
 
     def _proven(self, server: Server, drawn: Sequence[Drawn]) -> list[list[Completion]]:
         """The completions that a server has drawn, their log-probs of the whole distribution where truncation cut some
-        of it off.
-
-        Raises:
-            UserError: they are not of the weights that it was given, or not drawn as they should have been.
-        """
-        sampling = self.sampling
+        of it off."""
+        sampling, when = self.sampling, f"step {self.step + 1}"
         truncates = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
         some = list(drawn) if truncates else some_of(drawn, TOKENS)
-        positions, allowed = self._positions(server, some, sampling), self.allowed[server.url]
-        figure = difference(positions, given(some))
+        positions, figure = self._compared(server, some, sampling, self.allowed[server.url], when)
         self.furthest = max(self.furthest, figure)
-        if figure > allowed:
-            others: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-                "the base model, without the adapter": self.model.disable_adapter,
-                "the step before": lambda: holding(self.model, self.before),
-            }
-            raise self._refusal(server, f"step {self.step + 1}", some, sampling, (positions, figure, allowed), others)
-        if why := why_not_as_told(positions, sampling):
-            raise server.error(f"{why} (step {self.step + 1})", ADVICE)
         if not truncates:
             return [list(group) for _, group in drawn]
-        whole = iter((given(some) + positions.kept).tolist())
+        whole = iter((logprobs_of(some) + positions.kept).tolist())
         return [
             [replace(each, logprobs=tuple(next(whole) for _ in each.token_ids)) for each in group] for _, group in drawn
         ]
 
-    def _positions(self, server: Server, drawn: Sequence[Drawn], sampling: Sampling) -> Positions:
-        if any(token >= self.vocabulary for _, group in drawn for each in group for token in each.token_ids):
-            raise server.error(f"draws tokens that the model does not have, of {self.vocabulary:,}", ADVICE)
-        return joined([positions_of(self.scorer, prompt, group, sampling) for prompt, group in drawn])
+    def _compared(
+        self, server: Server, drawn: Sequence[Drawn], sampling: Sampling, allowed: float, when: str
+    ) -> tuple[Positions, float]:
+        """The policy's view of completions, and how far the log-probs that came with them are from its own.
 
-    def _refusal(
-        self,
-        server: Server,
-        when: str,
-        drawn: Sequence[Drawn],
-        sampling: Sampling,
-        found: tuple[Positions, float, float],
-        others: Mapping[str, Callable[[], AbstractContextManager[Any]]],
-    ) -> UserError:
-        """What explains a difference: log-probs of something else than what is drawn from, or of other weights."""
-        positions, figure, allowed = found
+        Raises:
+            UserError: too far, with what explains it; or the tokens are not drawn as they should have been.
+        """
+        given, positions = logprobs_of(drawn), positions_of(self.scorer, drawn, sampling)
+        figure, why = difference(positions, given), why_not_as_told(positions, sampling)
+        if figure <= allowed and why is None:
+            return positions, figure
+        are_plain = float((given - positions.plain).abs().mean()) <= allowed
+        if why and (figure <= allowed or are_plain):
+            raise server.error(f"{why} ({when})", ADVICE)
         what = f"its log-probs are {figure:.2g} nats off the policy's in the mean, rounding explains {allowed:.2g}"
         what = f"{what} ({when})"
-        if float((given(drawn) - positions.plain).abs().mean()) <= allowed:
-            if why := why_not_as_told(positions, sampling):
-                return server.error(f"{why} ({when})", ADVICE)
+        if are_plain:
             cause = "they are those of the model before `temperature`, `top_p` and the like"
             advice = "start it with `--logprobs-mode processed_logprobs`"
-            return server.error(f"{what}; {cause}: it ignores these settings, or leaves them out of these", advice)
+            raise server.error(f"{what}; {cause}: it ignores these settings, or leaves them out of these", advice)
+        others: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+            "the base model, without the adapter": self.model.disable_adapter,
+            "the step before": lambda: holding(self.model, self.before),
+        }
         for name, weights in others.items():
             with weights():
-                if difference(self._positions(server, drawn, sampling), given(drawn)) <= allowed:
-                    return server.error(f"{what}; they are those of {name}", ADVICE)
+                if difference(positions_of(self.scorer, drawn, sampling), given) <= allowed:
+                    raise server.error(f"{what}; they are those of {name}", ADVICE)
         cause = "it has other weights (another base model, adapter or precision)"
-        return server.error(f"{what}; {cause}, or reads or draws otherwise than it says", ADVICE)
+        raise server.error(f"{what}; {cause}, or reads or draws otherwise than it says", ADVICE)
 
     def _probe(self, prompt: tuple[int, ...]) -> Weights:
         """Weights with random ones in place of those that LoRA begins with as zeros, large enough to be noticed."""
@@ -260,24 +251,6 @@ class ServedCompletions:
                     if float((self.scorer.score([tree]).tokens - before).abs().mean()) >= PROBE:
                         break
         return probe
-
-
-ADVICE = "see which model and adapter it serves, and with which settings; docs/servers.md says how to start it"
-
-
-def some_of(drawn: Sequence[Drawn], tokens: int) -> list[Drawn]:
-    """Completions of about so many tokens, as many of each prompt."""
-    chosen: list[list[Completion]] = [[] for _ in drawn]
-    for number in range(max(len(group) for _, group in drawn)):
-        for (_, group), those in zip(drawn, chosen, strict=True):
-            if number < len(group) and tokens > 0:
-                those.append(group[number])
-                tokens -= len(group[number].token_ids)
-    return [(prompt, those) for (prompt, _), those in zip(drawn, chosen, strict=True) if those]
-
-
-def given(drawn: Sequence[Drawn]) -> Tensor:
-    return logprobs_of([each for _, group in drawn for each in group])
 
 
 def trained_weights(model: nn.Module) -> Weights:

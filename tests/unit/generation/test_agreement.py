@@ -56,9 +56,9 @@ HOW = [
 @pytest.mark.parametrize("sampling", HOW, ids=str)
 def test_what_the_own_engine_draws_is_in_agreement(scorer: Scorer, model: Any, tokenizer: Any, sampling: Any) -> None:
     group = drawn(model, tokenizer, sampling)
-    positions = positions_of(scorer, PROMPT, group, sampling)
+    positions = positions_of(scorer, [(PROMPT, group)], sampling)
     assert len(positions.logprobs) == 8 * 24
-    assert difference(positions, logprobs_of(group)) < 1e-5 and why_not_as_told(positions, sampling) is None
+    assert difference(positions, logprobs_of([(PROMPT, group)])) < 1e-5 and why_not_as_told(positions, sampling) is None
     assert not positions.outside.any()
 
 
@@ -70,8 +70,8 @@ def test_what_is_drawn_otherwise_is_not(scorer: Scorer, model: Any, tokenizer: A
     if told is done:
         return
     group = drawn(model, tokenizer, done)
-    positions = positions_of(scorer, PROMPT, group, told)
-    assert difference(positions, logprobs_of(group)) > 0.01
+    positions = positions_of(scorer, [(PROMPT, group)], told)
+    assert difference(positions, logprobs_of([(PROMPT, group)])) > 0.01
     plainly = told.top_k == 1 or done.temperature == 0.6 or told.temperature == 0.6
     assert not plainly or why_not_as_told(positions, told) is not None
 
@@ -83,7 +83,7 @@ def test_positions_by_hand(scorer: Scorer, model: Any) -> None:
     likeliest = logits.log_softmax(-1).topk(3)
     token = int(likeliest.indices[1])
     sampling = Sampling(1, 1, temperature=0.5, top_k=3)
-    positions = positions_of(scorer, PROMPT, [Completion((token,), "", False, (0.0,))], sampling)
+    positions = positions_of(scorer, [(PROMPT, [Completion((token,), "", False, (0.0,))])], sampling)
     kept = likeliest.values.exp()
     share = kept / kept.sum()
     assert positions.logprobs.item() == pytest.approx(likeliest.values[1].item(), abs=1e-5)
@@ -92,7 +92,7 @@ def test_positions_by_hand(scorer: Scorer, model: Any) -> None:
     mean = (share * share.log()).sum()
     assert positions.luck.item() == pytest.approx((share[1].log() - mean).item(), abs=1e-5)
     assert positions.variance.item() == pytest.approx((share * (share.log() - mean) ** 2).sum().item(), abs=1e-5)
-    other = positions_of(scorer, PROMPT, [Completion((int(logits.argmin()),), "", False, (0.0,))], sampling)
+    other = positions_of(scorer, [(PROMPT, [Completion((int(logits.argmin()),), "", False, (0.0,))])], sampling)
     assert other.outside.item() and other.luck.item() == 0.0
 
 
