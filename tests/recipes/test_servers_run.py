@@ -105,63 +105,19 @@ def test_servers_give_what_the_own_engine_gives(
     assert not server.adapters and not (other / "served").exists()
 
 
-# ---- lies -------------------------------------------------------------------------------------------------------
-
-LIES = {
-    "base": "they are those of the base model, without the adapter",
-    "stale": "they are those of the step before",
-    "other base": "it has other weights",
-    "forgets": "no longer has the adapter that it was given",
-    "says base": "answers as `base` where `run-",
-    "truncates": "truncates prompts, or reads others: ",
-    "foreign": "draws tokens that the model does not have",
-    "truncates in secret": "reads or draws otherwise than it says",
-    "temperature": "it ignores these settings",
-    "raw": "start it with `--logprobs-mode processed_logprobs`",
-    "greedy": "does not draw as it is told to",
-    "top_p": "ignores `top_p`",
-    "top_k": "ignores `top_k`",
-    "max_tokens": "ignores `max_tokens`: 11 tokens where 8 are allowed",
-    "n": "ignores `n`: 3 completions where 4 were asked for",
-    "twice": "ignores `n`: 8 completions",
-    "stop": "ignores `stop_token_ids`",
-    "half": "log-probs for",
-}
-SETTINGS = {
-    "temperature": {"temperature": 0.7},
-    "raw": {"temperature": 0.7},
-    "top_p": {"top_p": 0.6},
-    "top_k": {"top_k": 20},
-}
-
-
 def refusal(recipe: RecipeBase) -> str:
     with pytest.raises(UserError) as caught:
         prefold.train(recipe)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_each_lie_is_named_within_a_step(grpo: MakeRecipe, server: VllmServer, lie: str) -> None:
-    """Told from the second step on, of which the adapter is the third after that of random weights; at the third, an
-    adapter that is not taken any more leaves that of the second."""
-    server.lie, server.lies_from = lie, 3
-    recipe = grpo(SETTINGS.get(lie), generation=served(server))
-    message, steps = refusal(recipe), 2 if lie == "stale" else 1
-    assert server.address in message and LIES[lie] in message
-    assert len(lines(recipe.run_folder / "metrics.jsonl")) == steps
-    if "nats" in message or lie in ("top_p", "top_k"):
-        assert f"step {steps + 1}" in message
-
-
-@pytest.mark.parametrize("lie", [*LIES, "tokenizer"])
-def test_each_lie_is_named_at_the_start(grpo: MakeRecipe, server: VllmServer, lie: str) -> None:
-    server.lie = lie
-    if lie in ("stale", "forgets", "says base"):
-        server.lies_from = 1
-    recipe = grpo(SETTINGS.get(lie), generation=served(server))
-    assert server.address in refusal(recipe)
-    assert not (recipe.run_folder / "metrics.jsonl").exists()
+def test_a_lie_stops_the_run_within_a_step(grpo: MakeRecipe, server: VllmServer) -> None:
+    """All of them are in tests/unit/training/test_served.py."""
+    server.lie, server.lies_from = "base", 3
+    recipe = grpo(generation=served(server))
+    message = refusal(recipe)
+    assert server.address in message and "(step 2); they are those of the base model, without the adapter" in message
+    assert [line["step"] for line in lines(recipe.run_folder / "metrics.jsonl")] == [1]
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------
