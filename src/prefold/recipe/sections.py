@@ -6,6 +6,7 @@ import math
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -330,12 +331,19 @@ class Train(Section):
         return self
 
 
+def _server(url: str) -> str:
+    parts = urlsplit(without_password(url))
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"`{url}` is not the address of a server; write http://HOST:PORT/v1")
+    return url
+
+
 class Generation(Section):
     """What writes the completions that are trained on. May be changed while a run is under way."""
 
     engine: Literal["prefold", "vllm"] = "prefold"
     """`prefold`: the model itself, where it is trained; `vllm`: servers that are given its weights at every step."""
-    urls: list[Annotated[str, AfterValidator(without_password)]] = []
+    urls: list[Annotated[str, AfterValidator(_server)]] = []
     """Addresses of the servers, e.g. `[http://gpu-1:8000/v1, http://gpu-2:8000/v1]`. A key is read from the environment
     variable VLLM_API_KEY."""
     adapter_folder: str | None = Field(None, min_length=1)
