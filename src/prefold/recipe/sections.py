@@ -351,7 +351,7 @@ class Generation(Section):
     in the run folder."""
     concurrency: int = Field(64, gt=0)
     """Requests to each server at a time, with all completions of a prompt in each."""
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that the completions of a prompt may take."""
 
     @property
