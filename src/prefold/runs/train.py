@@ -118,7 +118,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         save_weights(model, aside)
         if recipe.model.chat_template and ranks.is_first():
             tokenizer_of(recipe.model).save_pretrained(aside)
-    del loop, model, scorer, reference, stored, held_out
+    del loop, model, scorer, reference, stored, held_out, served
     free_memory()
 
 
