@@ -92,7 +92,8 @@ def reached_from(*starts: str) -> set[str]:
 
 def test_training_and_sampling_need_no_endpoint() -> None:
     sampling = reached_from("prefold.training", "prefold.generation.engine", "prefold.rewards.scoring")
-    assert "prefold.generation.engine" in sampling and "prefold.generation.endpoint" not in sampling
+    assert "prefold.generation.engine" in sampling and "prefold.training.served" in sampling
+    assert not sampling & {"prefold.generation.endpoint", "prefold.generation.servers", "prefold.generation.http"}
     assert "prefold.generation.endpoint" not in imported(MODULES["prefold.runs.evaluate"])
 
 

@@ -149,6 +149,8 @@ class Algorithm(ABC):
     """How completions are sampled, by a method of a kind that `samples`."""
     needs_advantages: ClassVar[bool] = False
     """Whether completions whose advantages are 0 add nothing to the loss and its gradient."""
+    for_servers: ClassVar[tuple[str, ...]] = ()
+    """Settings that only completions of servers have a use for."""
     remark: ClassVar[tuple[str, str] | None] = None
     """Where the settings are not the objective that their name is known for: that, and what to do."""
 

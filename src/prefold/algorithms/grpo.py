@@ -23,6 +23,13 @@ equation 3 does not (arXiv 2505.07291). In the first step on a rollout all ratio
 clipped, and token and sequence level, and cispo and dapo, have the same policy gradient.
 
 The log-probs are those at the sampling temperature, as in TRL; `top_p`, `top_k` and `min_p` are left out of them.
+
+Servers that draw the completions compute log-probs of their own, q, that differ by rounding or by a lag. Each token's
+loss, without the KL, is then multiplied by pi_old / q, or by the product of these over its completion, held within
+bounds or left out beyond them (truncated importance sampling, as in TRL's `vllm_importance_sampling_mode`). Where
+`top_p` and the like cut tokens off, q is taken before that, as pi is, so that the weight is 1 where server and policy
+agree; TRL takes it afterwards, which makes every weight the share of what was kept.
+
 Completions that are left out (`mask_truncated_completions`) are not computed at all: they are in no tree, and count in
 what `grpo` and `dr_grpo` divide by, as in TRL.
 Other advantages: with `baseline: leave_one_out` that of RLOO (arXiv 2402.14740), the reward less the mean of
@@ -48,8 +55,10 @@ from prefold.algorithms.base import (
     Algorithm,
     Bound,
     Draws,
+    Extreme,
     LossOutput,
     Mean,
+    Metric,
     Positive,
     State,
     Tensor,
@@ -60,6 +69,7 @@ from prefold.algorithms.base import (
 EPSILON = 0.2
 _SMALL = 1e-4
 """Added to a standard deviation, so that a group of equal rewards has advantages of 0."""
+Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 _PositiveInt = Annotated[int, POSITIVE]
 _FINITE = Bound(lambda value: 0 <= value < math.inf, "at least 0 and less than inf")
 _BELOW_1 = Bound(lambda share: 0 <= share < 1, "at least 0 and less than 1")
@@ -84,6 +94,13 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     arXiv 2402.03300)."""
     difference = reference - logprobs
     return difference.expm1() - difference
+
+
+def spread_of(weights: Tensor) -> dict[str, Metric]:
+    """Of importance weights, by TRL's names."""
+    values = {"min": Extreme(weights.min(), min), "mean": Mean(weights.sum(), len(weights))}
+    values |= {"max": Extreme(weights.max(), max)}
+    return {f"sampling/importance_sampling_ratio/{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,14 @@ class GRPO(Algorithm):
     num_iterations: _PositiveInt = 1
     """Optimizer steps on each rollout. Checkpoints fall between rollouts: `train.max_steps` and `train.save_steps` are
     rounded up to a multiple of this."""
+    importance_sampling_correction: Correction = "sequence_mask"
+    """How losses are weighed where servers draw the completions (`generation`): by how much likelier a token
+    (`token_...`) or a whole completion (`sequence_...`) is to the policy than it was to the server. `..._truncate`
+    holds the weights within the two bounds below, `..._mask` leaves out what is beyond them; `none`: no weights."""
+    importance_sampling_clip_max: Annotated[float | None, POSITIVE] = 3.0
+    """Upper bound of these weights."""
+    importance_sampling_clip_min: Annotated[float | None, POSITIVE] = None
+    """Lower bound of these weights."""
     resample: Annotated[int, _FINITE] = 0
     """Groups whose rewards all say the same are drawn again, up to so many times (as in DAPO)."""
     mask_truncated_completions: bool = False
@@ -140,6 +165,7 @@ class GRPO(Algorithm):
     needs_reference = property(lambda self: self.beta > 0)
     needs_advantages = property(lambda self: self.beta == 0)
     iterations = property(lambda self: self.num_iterations)
+    for_servers = ("importance_sampling_correction", "importance_sampling_clip_max", "importance_sampling_clip_min")
     draws = property(lambda self: Draws(*(getattr(self, name) for name in Draws._fields)))
 
     def __post_init__(self) -> None:
@@ -148,6 +174,7 @@ class GRPO(Algorithm):
         super().__post_init__()
         cispo, delta, scaled = self.loss_type == "cispo", self.delta, self.scale_rewards == "group"
         others = self.baseline == "leave_one_out"
+        low, most = self.importance_sampling_clip_min, self.importance_sampling_clip_max
         refused = [
             (
                 cispo and (self.epsilon_high is None or self.epsilon != EPSILON),
@@ -163,6 +190,15 @@ class GRPO(Algorithm):
                 "normalize_then_sum compares rewards with their group's mean; remove `baseline`",
             ),
             (self.by_reward and not scaled, "normalize_then_sum has deviations of its own; remove `scale_rewards`"),
+            (
+                low is not None and most is not None and low >= most,
+                f"importance_sampling_clip_min must be less than importance_sampling_clip_max, got {low} and {most}",
+            ),
+            (
+                self.importance_sampling_correction.endswith("truncate") and low is most is None,
+                "importance_sampling_correction holds weights within bounds, and has none; set "
+                "`importance_sampling_clip_max`",
+            ),
             (others and scaled, "leave_one_out divides by no group's deviation; set `scale_rewards: none`, or `batch`"),
         ]
         for is_wrong, text in refused:
@@ -185,6 +221,10 @@ class GRPO(Algorithm):
     @property
     def high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def _weighs_sequences(self) -> bool:
+        return self.importance_sampling_correction.startswith("sequence")
 
     @property
     def _divided_by(self) -> str:
@@ -222,12 +262,18 @@ class GRPO(Algorithm):
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
         """`extras`: `advantages` `[N]`; where the sampler tells, `sampled` `[S]`, the log-probs that the tokens were
-        drawn with; and `old` `[S]`, those before the first step on them, missing at that step."""
+        drawn with, or `served` `[S]` where that was a server; and `old` `[S]`, those before the first step on them,
+        missing at that step."""
         assert policy.statistics is not None
         tokens, advantages = policy.tokens, policy.extras["advantages"].to(policy.tokens)[policy.completion]
         ratios = self.ratios(policy)
         losses = self.token_losses(ratios, advantages, tokens)
-        metrics = {"entropy": Mean(policy.statistics.entropy.sum(), len(tokens))}
+        metrics: dict[str, Metric] = {"entropy": Mean(policy.statistics.entropy.sum(), len(tokens))}
+        is_first, served = "old" not in policy.extras, "served" in policy.extras
+        if served and self.importance_sampling_correction != "none":
+            weights = self.importance_weights(policy)
+            losses = losses * (weights[policy.completion] if self._weighs_sequences else weights)
+            metrics |= spread_of(weights) if is_first else {}
         if self.beta:
             assert reference is not None
             kl = k3(tokens, reference.tokens)
@@ -235,13 +281,23 @@ class GRPO(Algorithm):
             losses = losses + self.beta * kl
             metrics["kl"] = Mean(kl.detach().sum(), len(tokens))
         metrics |= self.clip_ratios(policy, ratios.detach(), advantages)
-        is_first = "old" not in policy.extras
-        if is_first and "sampled" in policy.extras:
-            # Rounding, dropout, and what `top_p` and the like cut off. It serves nothing else.
-            apart = (tokens.detach() - policy.extras["sampled"].to(tokens)).abs()
+        drawn_with = policy.extras.get("served", policy.extras.get("sampled"))
+        if is_first and drawn_with is not None:
+            # Rounding, dropout, and what `top_p` and the like cut off.
+            apart = (tokens.detach() - drawn_with.to(tokens)).abs()
             metrics["sampling/sampling_logp_difference/mean"] = Mean(apart.sum(), len(apart))
         kept = {"old": tokens.detach()} if is_first and self.num_iterations > 1 else {}
         return LossOutput({self._divided_by: self.reduced(policy, losses)}, metrics, kept=kept)
+
+    def importance_weights(self, policy: TreeLogprobs) -> Tensor:
+        """`[S]`, or `[N]` of whole completions: how much likelier they were to the policy than to the server that drew
+        them, within the bounds."""
+        logs = policy.extras.get("old", policy.tokens.detach()) - policy.extras["served"].to(policy.tokens)
+        weights = (replace(policy, tokens=logs).sums() if self._weighs_sequences else logs).exp()
+        low, most = self.importance_sampling_clip_min or 0.0, self.importance_sampling_clip_max or math.inf
+        held = weights.clamp(low, most)
+        is_held = self.importance_sampling_correction.endswith("truncate")
+        return held if is_held else weights.where(held == weights, 0.0)
 
     def ratios(self, policy: TreeLogprobs) -> Tensor:
         """`[S]`: how much likelier each token, or its completion per token, is than when it was sampled."""

@@ -22,7 +22,8 @@ from prefold.data.preference import Message
 from prefold.errors import StageError
 from prefold.evaluation.paired import LEVEL, Floats, rate
 from prefold.files import cache_folder
-from prefold.generation.endpoint import Endpoint, Refused
+from prefold.generation.endpoint import Endpoint
+from prefold.generation.http import Refused
 from prefold.recipe import EndpointJudge, RewardBase
 from prefold.rewards.judge import Judge, NoVerdict
 from prefold.rewards.load import load_rewards

@@ -7,7 +7,7 @@ work that was stopped goes on with the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from prefold.generation.answers import model_named, run_recipe
 from prefold.generation.engine import ROWS, LocalEngine
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.opening import open_model
-from prefold.generation.sampling import Sampling
+from prefold.generation.sampling import Completion, Sampling
 from prefold.models.device import choose_device
 from prefold.models.fetch import fetch
 from prefold.models.gate import require_prompts
@@ -109,9 +109,7 @@ class LocalModel:
         return self.name, files_of(self._folder), asdict(self._sampling), keywords
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
-        section, new_tokens = model_named(self.name), self._sampling.max_new_tokens
-        model = open_model(section, "`pairs`", tokens=ROWS.get(choose_device().type, 64) * new_tokens)
-        tokenizer = tokenizer_of(section)
+        tokenizer = tokenizer_of(model_named(self.name))
         require_chat_template(tokenizer)
         rendered: dict[int, list[int]] = {}
         for index in wanted:
@@ -120,11 +118,19 @@ class LocalModel:
             except REFUSALS as error:
                 where = str(prompts[index].origin)
                 yield index, UserError(f"the chat template refuses the prompt: {error}", where=where)
+        yield from self._answered(rendered, tokenizer)
+
+    def _answered(
+        self, rendered: Mapping[int, list[int]], tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[tuple[int, Answers]]:
+        """By the token ids of the prompts."""
         # Random numbers by a prompt's own index, so that its answers stay the same where others have theirs already.
         indices, ids = list(rendered), list(rendered.values())
+        section, new_tokens = model_named(self.name), self._sampling.max_new_tokens
+        model = open_model(section, "`pairs`", tokens=ROWS.get(choose_device().type, 64) * new_tokens)
         require_prompts(model, tokenizer, ids, self._sampling.max_new_tokens)
         for done, completions in LocalEngine(model, tokenizer).stream(ids, self._sampling, indices):
-            yield indices[done], [Answer(completion.text.strip(), completion.finished) for completion in completions]
+            yield indices[done], as_answers(completions)
         del model
         free_memory()
 
@@ -132,6 +138,10 @@ class LocalModel:
         if not texts:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+
+def as_answers(completions: Sequence[Completion]) -> Answers:
+    return [Answer(completion.text.strip(), completion.finished) for completion in completions]
 
 
 def files_of(folder: Path) -> list[tuple[str, int, int]]:

@@ -29,8 +29,9 @@ from prefold.generation.endpoint import Endpoint, RemoteModel
 from prefold.generation.journal import Journal
 from prefold.generation.samplers import LocalModel, Sampler, answers_of
 from prefold.generation.sampling import Sampling
+from prefold.generation.servers import ServedModel
 from prefold.pairing.scores import Candidate, Candidates, best_pair, judged, reward_identity, rewarded
-from prefold.recipe import Pairs, Source, make_section, parse_reward
+from prefold.recipe import Generation, Pairs, Source, make_section, parse_reward
 from prefold.recipe.section import with_fields
 from prefold.rewards.judge import Judge
 from prefold.rewards.load import load_rewards
@@ -168,6 +169,9 @@ def _answers(samplers: Sequence[Sampler], prompts: Sequence[Prompt], work: Journ
 
 def _samplers(settings: Pairs) -> list[Sampler]:
     sampling = Sampling.of(settings, settings.answers_per_model)
+    if settings.server:
+        given = {"urls": settings.server, "concurrency": settings.concurrency, "timeout": settings.timeout}
+        return [ServedModel(settings.model[0], sampling, make_section(Generation, {"engine": "vllm", **given}))]
     urls = settings.endpoint or [LOCAL]
     urls = urls if len(urls) == len(settings.model) else urls * len(settings.model)
     return [

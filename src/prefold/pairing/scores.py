@@ -14,7 +14,7 @@ from typing import Any
 
 from prefold.data.preference import Prompt
 from prefold.errors import StageError
-from prefold.generation.endpoint import Refused
+from prefold.generation.http import Refused
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.samplers import Sampler, files_of
 from prefold.models.fetch import fetch

@@ -66,7 +66,7 @@ class Memory:
         if self.attention:
             phases["self-check"] = self._checking()
         phases["train"] = self._training()
-        if draws := self.meta.recipe.algorithm.draws:
+        if (draws := self.meta.recipe.algorithm.draws) and not self.meta.recipe.generation.by_servers:
             phases["rollouts"] = self._sampling(draws)
         phases |= {"merge": self._merging(), "evaluate": self._evaluating(self.in_16_bits)}
         return {phase: self._with_allocator(parts) for phase, parts in phases.items()}

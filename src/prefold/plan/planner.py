@@ -108,7 +108,10 @@ class Planner:
             plain_tokens=tokens.plain,
             flops=flops,
             disk=self._disk(memory),
-            untimed=[name for name in UNTIMED if getattr(recipe.evaluate, name)],
+            untimed=[
+                *(name for name in UNTIMED if getattr(recipe.evaluate, name)),
+                *(["completions by servers"] if recipe.generation.by_servers else []),
+            ],
             in_16_bits=memory.in_16_bits,
             host=memory.host,
         )
@@ -181,7 +184,8 @@ class Planner:
         recipe, processes = self.recipe, launched()
         algorithm, settings, draws = recipe.algorithm, recipe.evaluate, recipe.algorithm.draws
         answers = 0 if algorithm.kind.scores else number_of_prompts(recipe) * settings.num_answers
-        sampled = draws.num_generations * recipe.train.batch_size if draws else 0
+        samples_here = draws and not recipe.generation.by_servers
+        sampled = draws.num_generations * recipe.train.batch_size if draws and samples_here else 0
         rates = timing.measure(
             self.meta,
             self.steps.trees,
@@ -207,7 +211,7 @@ class Planner:
         measured = scored(rates.evaluation, held_out) + written(answers, settings.max_new_tokens)
         if draws:
             times = -(-steps // algorithm.iterations)
-            seconds["rollouts"] = written(times * sampled, draws.max_completion_length)
+            seconds |= {"rollouts": written(times * sampled, draws.max_completion_length)} if samples_here else {}
             measured += written(len(self.held_out), draws.max_completion_length)
         # A model that scores answers is measured after training alone.
         seconds["evaluate"] = measured if algorithm.kind.scores else 2 * measured

@@ -22,6 +22,7 @@ from prefold.recipe.section import make_section as make_section
 from prefold.recipe.sections import Benchmark as Benchmark
 from prefold.recipe.sections import Data as Data
 from prefold.recipe.sections import Evaluate as Evaluate
+from prefold.recipe.sections import Generation as Generation
 from prefold.recipe.sections import Guards as Guards
 from prefold.recipe.sections import Lora as Lora
 from prefold.recipe.sections import Model as Model

@@ -93,8 +93,8 @@ def as_dict(recipe: RecipeBase) -> dict[str, Any]:
     values["rewards"] = [reward.model_dump(mode="json", exclude_none=True) for reward in recipe.rewards]
     if judged := recipe.evaluate.win_rate:
         values["evaluate"]["win_rate"] = judged.model_dump(mode="json", exclude_none=True)
-    own = {recipe.method, "rewards" if recipe.rewards else "", "publish" if recipe.publish else ""}
-    idle = {*ALGORITHMS, "rewards", "publish"} - own
+    used = {"rewards": recipe.rewards, "generation": recipe.generation.by_servers, "publish": recipe.publish}
+    idle = {*ALGORITHMS, *(name for name, value in used.items() if not value)} - {recipe.method}
     return {key: _homeless(value) for key, value in values.items() if key not in idle}
 
 

@@ -37,6 +37,8 @@ class Pairs(Sampling):
     """A pair's longer answer is at most so many times the shorter."""
     endpoint: Texts = []
     """Address of an OpenAI-compatible server that has the models; with two models one each, or `local`."""
+    server: Texts = []
+    """Address of a vLLM server that has the model; several share the prompts, which they are sent as token ids."""
     judge_endpoint: str | None = None
     """Address of the judge's server."""
     judge_model: str | None = None
@@ -101,6 +103,8 @@ class Pairs(Sampling):
             raise UserError("--num-completions 1 leaves nothing to compare", expected="2 or more, or a second --model")
         if number > 1 and self.temperature == 0:
             raise UserError("at --temperature 0 all completions are the same", expected="a temperature above 0")
+        if self.server and (self.endpoint or len(self.model) > 1):
+            raise UserError("--server is for one model, and without --endpoint", expected="one --model and its servers")
         if len(self.endpoint) not in (0, 1, len(self.model)):
             raise UserError(
                 "too many --endpoint", expected="one for all models, or one for each --model, in their order"

@@ -17,9 +17,11 @@ PATHS = {
     *("model.name", "model.adapter", "model.chat_template"),
     *("data.train.path", "data.eval.path", "data.decontaminate.path", "rewards.file", "rewards.model"),
     *("evaluate.include_path", "evaluate.compare_with", "evaluate.win_rate.judge.file"),
-    *("evaluate.win_rate.judge.model", "publish.to"),
+    *("evaluate.win_rate.judge.model", "generation.adapter_folder", "publish.to"),
 }
 """The fields that hold paths, or may do so; the numbers in lists are left out."""
+MADE = ("publish.to", "generation.adapter_folder")
+"""Those that lead to what is made."""
 
 
 def run_folder(name: str) -> Path | None:
@@ -54,5 +56,5 @@ def with_paths_from(start: Path, values: Any, field: str = "") -> Any:
     if field not in PATHS or not isinstance(values, str) or values == "chatml":
         return values
     path = start / Path(values).expanduser()
-    is_there = path.exists() or field == "publish.to" or (glob.has_magic(values) and glob.glob(str(path)))
+    is_there = path.exists() or field in MADE or (glob.has_magic(values) and glob.glob(str(path)))
     return without_home(str(path)) if is_there else values

@@ -10,7 +10,7 @@ from pydantic import Field, create_model, model_validator
 from prefold.algorithms import ALGORITHMS, Algorithm
 from prefold.recipe.rewards import Reward
 from prefold.recipe.section import Section
-from prefold.recipe.sections import Data, Evaluate, Guards, Lora, Merge, Model, Publish, Train
+from prefold.recipe.sections import Data, Evaluate, Generation, Guards, Lora, Merge, Model, Publish, Train
 
 
 class RecipeBase(Section):
@@ -24,6 +24,7 @@ class RecipeBase(Section):
     data: Data
     rewards: list[Reward] = []
     """What scores completions, for methods that train on the model's own."""
+    generation: Generation = Generation()
     train: Train = Train()
     guards: Guards = Guards()
     merge: Merge = Merge()
@@ -79,6 +80,29 @@ class RecipeBase(Section):
         given = [name for name, value in barred.items() if value]
         if self.train.fsdp and given:
             raise ValueError(f"`train.fsdp` does not go with `{given[0]}`; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def servers_can_be_given_the_weights(self) -> RecipeBase:
+        settings = self.algorithm
+        if not self.generation.by_servers:
+            idle = [name for name in settings.for_servers if getattr(settings, name) != getattr(type(settings), name)]
+            if idle:
+                raise ValueError(f"`{self.method}.{idle[0]}` is for servers, and there are none in `generation`")
+            return self
+        if not settings.kind.samples:
+            what = f"`generation` would be ignored by `method: {self.method}`, which samples nothing"
+            raise ValueError(f"{what}; remove it")
+        lora = self.lora if isinstance(self.lora, Lora) else Lora()
+        barred = {
+            "lora: none": self.lora == "none",
+            "lora.use_dora": lora.use_dora,
+            "lora.modules_to_save": lora.modules_to_save,
+            "model.chat_template": self.model.chat_template,
+        }
+        if given := [name for name, value in barred.items() if value]:
+            what = f"`{given[0]}` does not go with `generation.engine: vllm`"
+            raise ValueError(f"{what}: servers are given the weights of plain LoRA layers; remove one of them")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, create_model, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from prefold.errors import UserError, did_you_mean
@@ -150,22 +150,21 @@ Timeout = Annotated[float, Field(gt=0, description="Seconds that an endpoint's a
 Concurrency = Annotated[int, Field(gt=0, description="Requests to an endpoint at a time.")]
 
 
+def without_password(url: str) -> str:
+    if "@" in urlsplit(url).netloc:
+        raise ValueError("holds a password, which would stand in the run folder; put a key in the environment variable")
+    return url
+
+
 class EndpointJudge(Section):
     """A chat model behind an OpenAI-compatible endpoint. It is shown both orders of every two answers."""
 
-    endpoint: str = Field(min_length=1)
+    endpoint: Annotated[str, AfterValidator(without_password)] = Field(min_length=1)
     """Its address, e.g. `http://localhost:8000/v1`. A key is read from the environment variable OPENAI_API_KEY."""
     model: str = Field(min_length=1)
     """The model's name there."""
     timeout: Timeout = 300.0
     concurrency: Concurrency = 8
-
-    @field_validator("endpoint")
-    @classmethod
-    def holds_no_password(cls, value: str) -> str:
-        if "@" in urlsplit(value).netloc:
-            raise ValueError("holds a password, which would stand in the run folder; put the key in OPENAI_API_KEY")
-        return value
 
 
 def _kind_of_judge(value: Any) -> str:

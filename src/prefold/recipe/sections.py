@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from prefold.errors import did_you_mean
-from prefold.recipe.rewards import WinRate
+from prefold.recipe.rewards import WinRate, without_password
 from prefold.recipe.sampling import MaxNewTokens, Sampling
 from prefold.recipe.section import Section
 from prefold.recipe.values import Values
@@ -340,6 +341,45 @@ class Train(Section):
         for name in ("warmup_steps", "save_steps", "eval_steps"):
             if isinstance(value := getattr(self, name), float) and value >= 1:
                 raise ValueError(f"`{name}` is a whole number of steps, or a share of all steps below 1")
+        return self
+
+
+def _server(url: str) -> str:
+    parts = urlsplit(without_password(url))
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"`{url}` is not the address of a server; write http://HOST:PORT/v1")
+    return url
+
+
+class Generation(Section):
+    """What writes the completions that are trained on. May be changed while a run is under way."""
+
+    engine: Literal["prefold", "vllm"] = "prefold"
+    """`prefold`: the model itself, where it is trained; `vllm`: servers that are given its weights at every step."""
+    urls: list[Annotated[str, AfterValidator(_server)]] = []
+    """Addresses of the servers, e.g. `[http://gpu-1:8000/v1, http://gpu-2:8000/v1]`. A key is read from the environment
+    variable VLLM_API_KEY."""
+    adapter_folder: str | None = Field(None, min_length=1)
+    """Where the weights of a step are put for the servers: a folder that they reach by the same path; unset: `served/`
+    in the run folder."""
+    concurrency: int = Field(64, gt=0)
+    """Requests to each server at a time, with all completions of a prompt in each."""
+    timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Seconds that the completions of a prompt may take."""
+
+    @property
+    def by_servers(self) -> bool:
+        return self.engine == "vllm"
+
+    @model_validator(mode="after")
+    def servers_are_named(self) -> Generation:
+        if self.by_servers and not self.urls:
+            raise ValueError("`engine: vllm` needs the servers' addresses, e.g. `urls: [http://localhost:8000/v1]`")
+        idle = self.changed("urls", "adapter_folder", "concurrency", "timeout")
+        if idle and not self.by_servers:
+            raise ValueError(f"`{idle[0]}` would be ignored without `engine: vllm`")
+        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
+            raise ValueError("`urls` names a server twice")
         return self
 
 

@@ -14,7 +14,8 @@ from itertools import combinations
 from pathlib import Path
 
 from prefold.data.preference import Message
-from prefold.generation.endpoint import Endpoint, Refused, in_parallel
+from prefold.generation.endpoint import Endpoint
+from prefold.generation.http import Refused, in_parallel
 from prefold.generation.journal import Journal, key_of
 
 _QUESTION = """\

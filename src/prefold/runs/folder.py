@@ -27,7 +27,7 @@ from prefold.training.checkpoints import checkpoints_in, step_of
 # The recipe last: without it a folder is not known for a run's any more.
 RECORDS = (
     *("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json", "gguf", "publish.json", "trackers.json"),
-    *("timing.jsonl", "run.log", "trained", "adapter", TRAINED_LOGITS, INPUTS, "recipe.yaml"),
+    *("timing.jsonl", "run.log", "served", "trained", "adapter", TRAINED_LOGITS, INPUTS, "recipe.yaml"),
 )
 """What `--fresh` removes beside the outputs of the stages."""
 

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from prefold import ranks
 from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
-from prefold.errors import StageError, UserError
+from prefold.errors import StageError, UserError, counted
 from prefold.files import cache_folder, new_file, new_folder
+from prefold.generation.servers import Servers
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import trainable_parameters
 from prefold.models.merge import logits_of
@@ -43,8 +44,9 @@ from prefold.training.guards import Facts, Guards, RolledBack
 from prefold.training.loop import StepOrder, StoredTrees, TrainingLoop, TreeSet
 from prefold.training.pushes import Pushes
 from prefold.training.record import StepRecord
-from prefold.training.sampled_trees import SampledTrees
+from prefold.training.sampled_trees import SampledTrees, sampling_of
 from prefold.training.saved_state import save_weights
+from prefold.training.served import ServedCompletions
 from prefold.training.trackers import send_completions, trackers
 from prefold.trees.memory import free_memory
 from prefold.trees.packing import TokenTree
@@ -88,12 +90,16 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     if reference and not can_be_reference(model):
         _compute_now(reference, [order[step] for step in range(done, len(order))], held_out)
     free_memory()  # of the self-check and the reference
-    with _callbacks(recipe, reference) as callbacks, progress_bar("train", len(order), done) as advance:
-        record = StepRecord(folder, done, advance)
+    with (
+        _served(recipe, scorer, prepared.train) as served,
+        _callbacks(recipe, reference) as callbacks,
+        progress_bar("train", len(order), done) as advance,
+    ):
+        record, drawn_by = StepRecord(folder, done, advance), partial(_sampled_trees, recipe)
         loop = TrainingLoop(
             algorithm,
             scorer,
-            StoredTrees(stored, order) if stored else _sampled_trees(recipe, scorer, prepared.train, order, record),
+            StoredTrees(stored, order) if stored else drawn_by(scorer, prepared.train, order, record, served),
             order,
             record,
             _guards(recipe, record, done, order, prepared),
@@ -112,7 +118,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         save_weights(model, aside)
         if recipe.model.chat_template and ranks.is_first():
             tokenizer_of(recipe.model).save_pretrained(aside)
-    del loop, model, scorer, reference, stored, held_out
+    del loop, model, scorer, reference, stored, held_out, served
     free_memory()
 
 
@@ -171,7 +177,12 @@ class _Keeping(TrainerCallback):
 
 
 def _sampled_trees(
-    recipe: RecipeBase, scorer: Scorer, prompts: Examples, order: StepOrder, record: StepRecord
+    recipe: RecipeBase,
+    scorer: Scorer,
+    prompts: Examples,
+    order: StepOrder,
+    record: StepRecord,
+    served: ServedCompletions | None,
 ) -> SampledTrees:
     assert recipe.algorithm.draws is not None
     scorer.temperature = recipe.algorithm.draws.temperature
@@ -180,7 +191,31 @@ def _sampled_trees(
     dtype = choose_dtype(recipe.model.dtype, choose_device())
     seed = recipe.train.seed
     show = [record.rollout, *([send_completions] if "wandb" in recipe.train.report_to else [])]
-    return SampledTrees(recipe.algorithm, scorer, prompts, rewards, columns, tokenizer, order, show, seed, dtype)
+    return SampledTrees(
+        recipe.algorithm, scorer, prompts, rewards, columns, tokenizer, order, show, seed, dtype, served
+    )
+
+
+@contextmanager
+def _served(recipe: RecipeBase, scorer: Scorer, prompts: Examples) -> Iterator[ServedCompletions | None]:
+    """Completions by servers, if the recipe has any."""
+    section, draws = recipe.generation, recipe.algorithm.draws
+    if draws is None or not section.by_servers:
+        yield None
+        return
+    tokenizer = tokenizer_of(recipe.model)
+    longest = max(prompt for prompt, *_ in prompts.lengths) + draws.max_completion_length
+    folder = recipe.run_folder / "served"
+    if section.adapter_folder:
+        folder = Path(section.adapter_folder).expanduser() / recipe.run_folder.name
+    servers = Servers(section, tokenizer, longest)
+    served = ServedCompletions(servers, scorer, tokenizer, sampling_of(draws), folder, recipe.run_folder.name)
+    told = {name: getattr(recipe.algorithm, name) for name in recipe.algorithm.for_servers}
+    weighed = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+    number = counted(len(section.urls), "vLLM server")
+    say(f"  completions by {number}; losses are weighed by policy over server: {weighed}")
+    with served:
+        yield served
 
 
 @contextmanager

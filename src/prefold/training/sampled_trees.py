@@ -33,6 +33,8 @@ from prefold.trees.packing import TokenTree
 from prefold.trees.reference import compute_reference
 from prefold.trees.scorer import Scorer
 
+Served = Callable[[int, Sequence[tuple[int, ...]]], tuple[list[list[Completion]], dict[str, float]]]
+"""Draws a group of completions for each prompt by the weights of a step, and gives metrics of how that went."""
 GROUPS_SHOWN = 4
 """Groups of a step that are written to the run folder."""
 
@@ -51,6 +53,7 @@ class SampledTrees:
         show: who is given the number of a step and some of its groups, as they are written to the run folder.
         seed: of the sampling.
         dtype: in which training computes.
+        served: has servers draw completions; None: the model draws them here.
 
     Raises:
         UserError: the model has no end token.
@@ -68,12 +71,13 @@ class SampledTrees:
         show: Sequence[Callable[[int, list[dict[str, Any]]], None]],
         seed: int,
         dtype: torch.dtype = torch.float32,
+        served: Served | None = None,
     ):
         require_end_token(unwrapped(scorer.model), tokenizer)
         assert algorithm.draws is not None
         self.algorithm, self.scorer = algorithm, scorer
         self.prompts, self.rewards, self.columns, self.tokenizer = prompts, rewards, columns, tokenizer
-        self.order, self.show, self.seed, self.dtype = order, show, seed, dtype
+        self.order, self.show, self.seed, self.dtype, self.served = order, show, seed, dtype, served
         # Training switches the model to an attention that cannot generate.
         self.attention = unwrapped(scorer.model).config._attn_implementation
         # The routers of a mixture of experts have a loss of their own.
@@ -81,6 +85,7 @@ class SampledTrees:
         self.draws = algorithm.draws
         self.sampling = replace(sampling_of(self.draws), with_entropies=self.leaves_out)
         self.rollout = StepTrees(TreeSet([]), ())
+        self.of_servers: dict[str, float] = {}
 
     def __call__(self, step: int) -> StepTrees:
         """A rollout for the prompts of the step where one is due, else the one before once more."""
@@ -108,8 +113,9 @@ class SampledTrees:
             reference = compute_reference(self.scorer, trees, self.dtype)
         extras: Any = {"advantages": [values[indices] for values, indices in zip(advantages, kept, strict=True)]}
         if (drawn_with := sampler_logprobs(used)) is not None:
-            extras["sampled"] = drawn_with
+            extras["served" if self.served else "sampled"] = drawn_with
         metrics = {**reward_metrics(groups), **length_metrics([each for group in completions for each in group])}
+        metrics |= self.of_servers
         left_out = [i for i, values in enumerate(extras["advantages"]) if self.is_left_out(used[i], values)]
         if self.leaves_out:
             metrics["groups/left_out"] = len(left_out)
@@ -126,13 +132,14 @@ class SampledTrees:
         further prompts take their place; here it is the same prompt's turn again). Scores of groups that were drawn
         again are gone, but for the failures of their rewards.
         """
-        groups = self.scored(examples, [seed_of(self.seed, step, i) for i in range(len(examples))])
+        groups = self.scored(step, examples, [seed_of(self.seed, step, i) for i in range(len(examples))])
         advantages, drawn_again = advantages_of(self.algorithm, self.rewards, groups), 0
         for draw in range(1, self.draws.resample + 1):
             again = [i for i, values in enumerate(advantages) if not values.any()]
             if not again:
                 break
-            fresh = self.scored([examples[i] for i in again], [seed_of(self.seed, step, i, draw) for i in again])
+            seeds = [seed_of(self.seed, step, i, draw) for i in again]
+            fresh = self.scored(step, [examples[i] for i in again], seeds)
             for i, group in zip(again, fresh, strict=True):
                 failed = {name: count + groups[i].failed[name] for name, count in group.failed.items()}
                 groups[i] = replace(group, failed=failed)
@@ -140,9 +147,9 @@ class SampledTrees:
             drawn_again += len(again)
         return groups, advantages, drawn_again
 
-    def scored(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[Group]:
+    def scored(self, step: int, examples: Sequence[Example], seeds: Sequence[int]) -> list[Group]:
         """A group of completions for each prompt, with what the rewards say, the same in all processes."""
-        completions = self.completions_of([example.tree.prompt for example in examples], seeds)
+        completions = self.completions_of(step, [example.tree.prompt for example in examples], seeds)
         return ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
 
     def is_left_out(self, completions: Sequence[Completion], advantages: Tensor) -> bool:
@@ -165,13 +172,18 @@ class SampledTrees:
         extras = {"advantages": torch.zeros(len(lengths))}
         return self.algorithm.loss(TreeLogprobs(logprobs, owner, lengths, statistics, extras=extras), None).metrics
 
-    def completions_of(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[list[Completion]]:
-        """A group for each prompt, by the model as it is now."""
-        model = self.scorer.model
+    def completions_of(
+        self, step: int, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        """A group for each prompt, by the model as it is now; servers draw with seeds of their own."""
+        model, served = self.scorer.model, self.served
         model.eval()
         device, is_half = unwrapped(model).device.type, self.dtype in (torch.bfloat16, torch.float16)
         precision = torch.autocast(device, self.dtype) if is_half else nullcontext()
         with using_attention(unwrapped(model), self.attention), precision:
+            if served is not None:
+                completions, self.of_servers = ranks.from_first(lambda: served(step, prompts))
+                return completions
             return sample(model, self.tokenizer, prompts, self.sampling, seeds)
 
 

@@ -206,6 +206,45 @@ def test_divergence_in_the_loss_by_hand() -> None:
         assert metric_means(output)["kl"] == pytest.approx((1 - math.log(2)) / 4)
 
 
+@pytest.mark.parametrize(
+    ("mode", "bounds", "weights"),
+    [
+        ("none", {}, [1.0, 1.0, 1.0, 1.0]),
+        ("token_truncate", {}, [3.0, 2.0, 0.5, 0.25]),
+        ("token_truncate", {"clip_min": 0.4}, [3.0, 2.0, 0.5, 0.4]),
+        ("token_mask", {}, [0.0, 2.0, 0.5, 0.25]),
+        ("token_mask", {"clip_min": 0.4}, [0.0, 2.0, 0.5, 0.0]),
+        ("sequence_truncate", {}, [3.0, 0.25, 0.25, 0.25]),
+        ("sequence_truncate", {"clip_max": None, "clip_min": 0.5}, [4.0, 0.5, 0.5, 0.5]),
+        ("sequence_mask", {}, [0.0, 0.25, 0.25, 0.25]),
+        ("sequence_mask", {"clip_max": None}, [4.0, 0.25, 0.25, 0.25]),
+    ],
+)
+def test_weights_of_what_servers_draw_by_hand(mode: Any, bounds: dict[str, Any], weights: list[float]) -> None:
+    """To the policy the first completion's token is 4 times as likely as to the server, those of the second 2, 1/2 and
+    1/4 times, together 1/4. The weights multiply the losses and their gradients, and nothing of the divergence."""
+    bounds = {f"importance_sampling_{name}": value for name, value in bounds.items()}
+    algorithm = make(loss_type="dapo", beta=0.5, importance_sampling_correction=mode, **bounds)
+    tokens = torch.full((4,), math.log(0.5), dtype=torch.float64).requires_grad_()
+    nothing = torch.zeros(4, dtype=torch.float64)
+    served = tokens.detach() - numbers(4, 2, 0.5, 0.25).log()
+    extras = {"advantages": numbers(1.0, -1.0), "served": served}
+    policy = logprobs(tokens, [1, 3], statistics=Statistics(nothing, nothing, nothing > 0), extras=extras)
+    output = algorithm.loss(policy, logprobs(tokens.detach() + numbers(math.log(2), 0, 0, 0), [1, 3]))
+    total = step_loss(output, algorithm, TREES)
+    (gradient,) = torch.autograd.grad(total, tokens)
+    divergence = 0.5 * (1 - math.log(2)) / 4
+    assert total.item() == pytest.approx((-weights[0] + sum(weights[1:])) / 4 + divergence)
+    slopes = [-weights[0] / 4 - 0.5 * math.log(2) / 4, *(weight / 4 for weight in weights[1:])]
+    assert gradient.tolist() == pytest.approx(slopes)
+    means = metric_means(output)
+    assert means["sampling/sampling_logp_difference/mean"] == pytest.approx((2 + 1 + 1 + 2) * math.log(2) / 4)
+    name = "sampling/importance_sampling_ratio"
+    each = weights if mode.startswith("token") else weights[:2]
+    assert mode == "none" or means[f"{name}/mean"] == pytest.approx(sum(each) / len(each))
+    assert mode == "none" or float(output.metrics[f"{name}/max"][0]) == pytest.approx(max(each))
+
+
 def test_equal_rewards_teach_nothing() -> None:
     assert loss_of(make(), advantages=(0.0, 0.0))[2] == [0.0] * 4
 
@@ -246,6 +285,14 @@ def test_needs() -> None:
         ({"delta": 0.0}, "delta must be greater than 0"),
         ({"delta": 1.2}, "delta must be greater than 1 \\+ epsilon_high, here 1.2, got 1.2"),
         ({"delta": 1.25, "epsilon_high": 0.3}, "delta must be greater than 1 \\+ epsilon_high, here 1.3, got 1.25"),
+        (
+            {"importance_sampling_clip_min": 3.0},
+            "importance_sampling_clip_min must be less than importance_sampling_clip_max, got 3.0 and 3.0",
+        ),
+        (
+            {"importance_sampling_correction": "token_truncate", "importance_sampling_clip_max": None},
+            "importance_sampling_correction holds weights within bounds, and has none",
+        ),
         ({"resample": -1}, "resample must be at least 0"),
         ({"baseline": "leave_one_out"}, "set `scale_rewards: none`, or `batch`"),
         ({"baseline": "others"}, "baseline must be one of mean, leave_one_out"),

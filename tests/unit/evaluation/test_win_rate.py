@@ -20,7 +20,7 @@ from prefold.evaluation.win_rate import (
     open_judge,
     win_rate,
 )
-from prefold.generation.endpoint import Refused
+from prefold.generation.http import Refused
 from prefold.recipe import Reward, dump_recipe, load_recipe
 from prefold.rewards.judge import NoVerdict
 

@@ -13,8 +13,9 @@ from chat_server import ChatServer, Failure
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.errors import UserError
-from prefold.generation import endpoint
-from prefold.generation.endpoint import Endpoint, Refused, in_parallel
+from prefold.generation import endpoint, http
+from prefold.generation.endpoint import Endpoint
+from prefold.generation.http import Refused, in_parallel
 from prefold.generation.journal import Journal, key_of
 from prefold.rewards.judge import Judge, NoVerdict
 
@@ -74,7 +75,7 @@ def test_the_server_says_how_long_to_wait(
     Endpoint(chat_server.address, "m").ask(ASKED)
     # The server of this test sleeps for its answers, too.
     asked = [seconds for seconds in waited if seconds]
-    assert asked == [pytest.approx(30, abs=2), endpoint.LONGEST_WAIT]
+    assert asked == [pytest.approx(30, abs=2), http.LONGEST_WAIT]
 
 
 def test_waits_grow(chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,149 @@
+"""How far the log-probs that a server gives for the tokens it drew are from the policy's, and whether it drew them as
+it was told to.
+
+Both are of the distribution that is drawn from: at the sampling temperature, after `top_k`, `top_p` and `min_p`. The
+policy's are computed by the engine that trains it, from whole distributions, a few hundred tokens at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefold.generation.sampling import Completion, Sampling
+from prefold.generation.sequences import truncated
+from prefold.trees.packing import TokenTree, pack
+from prefold.trees.scorer import Scorer
+
+TOKENS = 256
+"""Scored tokens whose distributions are held at a time."""
+NEAR = 0.25
+"""Nats by which rounding may put a token outside what truncation keeps."""
+FEW, SHARE = 2, 0.02
+"""Tokens, and the share of them, that may lie outside nevertheless: where `top_p` cuts, rounding decides."""
+CERTAIN = 25.0
+"""Nats: what is less likely than exp(-25) to happen by chance does not."""
+
+Drawn = tuple[tuple[int, ...], Sequence[Completion]]
+"""A prompt, and completions of it."""
+
+
+class Positions(NamedTuple):
+    """Of `S` tokens, `[S]` each, float32 on the CPU, in nats.
+
+    `logprobs`: of the policy, at the sampling temperature; `plain`: at temperature 1. `kept`: the log of the share of
+    the distribution that truncation keeps, at most 0. `luck`: by how much the token is likelier than expected of a
+    token that is drawn from what is kept, and `variance` that of this. `outside`: whether truncation rules it out.
+    """
+
+    logprobs: Tensor
+    plain: Tensor
+    kept: Tensor
+    luck: Tensor
+    variance: Tensor
+    outside: Tensor
+
+
+@torch.no_grad()
+def positions_of(scorer: Scorer, drawn: Sequence[Drawn], sampling: Sampling) -> Positions:
+    """Of the tokens of completions, one after the other."""
+    parts: list[Positions] = []
+    for prompt, completions in drawn:
+        rows: list[list[tuple[int, ...]]] = []
+        for each in completions:
+            if rows and sum(map(len, rows[-1])) + len(each.token_ids) <= TOKENS:
+                rows[-1].append(each.token_ids)
+            else:
+                rows.append([each.token_ids])
+        parts += [_positions(scorer, TokenTree(prompt, tuple(row)), sampling) for row in rows]
+    return Positions(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _positions(scorer: Scorer, tree: TokenTree, sampling: Sampling) -> Positions:
+    logits = _logits(scorer, tree).float()
+    targets = torch.tensor([[token] for ids in tree.completions for token in ids], device=logits.device)
+    plain = logits.log_softmax(-1).gather(-1, targets).squeeze(-1)
+    # A greedy server gives the log-probs of the model as it is.
+    full = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+    greedy = sampling.temperature == 0
+    # vLLM applies `min_p` first; transformers and our own engine apply it last.
+    cut = truncated(full, 0, 1.0, sampling.min_p)
+    cut = truncated(cut, 1 if greedy else sampling.top_k, sampling.top_p, 0.0)
+    kept = cut.logsumexp(-1)
+    logs = cut - kept[:, None]
+    probabilities = logs.exp()
+    logs = logs.where(probabilities > 0, 0.0)
+    expected = (probabilities * logs).sum(-1)
+    variance = (probabilities * logs.square()).sum(-1) - expected.square()
+    logprobs, inside = full.gather(-1, targets).squeeze(-1), cut.gather(-1, targets).squeeze(-1).isfinite()
+    outside = logprobs < cut.where(cut.isfinite(), math.inf).amin(-1) - NEAR
+    luck = (logprobs - kept - expected).where(inside, 0.0)
+    kept = torch.zeros_like(kept) if greedy else kept
+    return Positions(*(values.cpu() for values in (logprobs, plain, kept, luck, variance.clamp(min=0), outside)))
+
+
+def _logits(scorer: Scorer, tree: TokenTree) -> Tensor:
+    """`[S, V]`: what the tokens of a tree's completions are drawn by."""
+    model, device = scorer.model, next(scorer.model.parameters()).device
+    if scorer.packed:
+        row = pack([tree], device)
+        with scorer.in_place():
+            output = model(
+                input_ids=row.input_ids,
+                position_ids=row.positions,
+                logits_to_keep=row.predictors,
+                use_cache=False,
+                trees=row,
+            )
+        return output.logits[0]  # type: ignore[no-any-return]
+    start = len(tree.prompt) - 1
+    whole = [torch.tensor([[*tree.prompt, *ids]], device=device) for ids in tree.completions]
+    return torch.cat([model(input_ids=ids, use_cache=False).logits[0, start:-1] for ids in whole])
+
+
+def some_of(drawn: Sequence[Drawn], tokens: int) -> list[Drawn]:
+    """Completions of about so many tokens, as many of each prompt."""
+    chosen: list[list[Completion]] = [[] for _ in drawn]
+    for number in range(max(len(group) for _, group in drawn)):
+        for (_, group), those in zip(drawn, chosen, strict=True):
+            if number < len(group) and tokens > 0:
+                those.append(group[number])
+                tokens -= len(group[number].token_ids)
+    return [(prompt, those) for (prompt, _), those in zip(drawn, chosen, strict=True) if those]
+
+
+def logprobs_of(drawn: Sequence[Drawn]) -> Tensor:
+    """`[S]`: those that came with completions, one after the other."""
+    return torch.tensor([value for _, group in drawn for each in group for value in each.logprobs])
+
+
+def difference(positions: Positions, given: Tensor) -> float:
+    """Mean difference in nats, without its sign, of what a server gave and the policy's."""
+    return float((given + positions.kept - positions.logprobs).abs().mean())
+
+
+def why_not_as_told(positions: Positions, sampling: Sampling) -> str | None:
+    """None where the tokens may have been drawn as they should have been, else what speaks against it.
+
+    How much likelier than expected they are, all together, is a sum of differences with mean 0 and a known variance;
+    Bernstein's inequality bounds how likely it is to be so large.
+    """
+    tokens, outside = len(positions.luck), int(positions.outside.sum())
+    names = [name for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)) if getattr(sampling, name) != off]
+    if outside > max(FEW, SHARE * tokens):
+        told = f"`{'`, `'.join(names)}`" if names else "`temperature: 0`"
+        return f"ignores {told}: it draws {outside} of {tokens} tokens that are ruled out"
+    total, variance = float(positions.luck.double().sum()), float(positions.variance.double().sum())
+    bound = variance + float(positions.luck.abs().max()) * abs(total) / 3
+    if bound <= 0 or total**2 / (2 * bound) < CERTAIN:
+        return None
+    how = "more" if total > 0 else "less"
+    told = ", ".join(f"`{name}`" for name in ["temperature", *names])
+    return (
+        f"does not draw as it is told to ({told}): its {tokens} tokens are {abs(total) / tokens:.2g} nats each {how} "
+        "likely than such tokens are"
+    )

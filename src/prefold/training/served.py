@@ -1,0 +1,274 @@
+"""Completions of a step by servers: they are given the weights, and it is proven that they draw from them.
+
+At the start the log-probs that each server gives are compared with the policy's, for the base model and for an adapter
+of random weights: that is what the rounding of two engines comes to. From then on, whoever is further off than a few
+times that is named, with the figure and the step, before anything is trained on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from prefold.errors import UserError
+from prefold.files import new_folder, remove, sha256_of
+from prefold.generation.agreement import (
+    TOKENS,
+    Drawn,
+    Positions,
+    difference,
+    logprobs_of,
+    positions_of,
+    some_of,
+    why_not_as_told,
+)
+from prefold.generation.engine import end_tokens
+from prefold.generation.sampling import Completion, Sampling
+from prefold.terminal import say
+from prefold.training.saved_state import save_weights
+from prefold.trees.attention import unwrapped
+from prefold.trees.packing import TokenTree
+from prefold.trees.scorer import Scorer
+
+MEASURED_PROMPTS, MEASURED_LENGTH = 4, 32
+"""Of the comparison at the start: prompts, and tokens of each completion."""
+MOST = 0.1
+"""Nats by which log-probs of bfloat16 may differ in the mean; more is another model."""
+LEAST, LEEWAY = 1e-4, 5.0
+"""Nats that are rounding in any case, and how many times what was measured at the start is."""
+PROBE = 0.5
+"""Nats by which the adapter of random weights moves log-probs at least: far more than rounding."""
+
+ADVICE = "see which model and adapter it serves, and with which settings; docs/servers.md says how to start it"
+
+Weights = dict[str, Tensor]
+
+
+class Server(Protocol):
+    """What `generation.servers` has; no endpoint is reached from here."""
+
+    url: str
+
+    def unload(self, name: str) -> None: ...
+
+    def error(self, what: str, advice: str = "") -> UserError: ...
+
+
+class Servers(Protocol):
+    @property
+    def all(self) -> Sequence[Server]: ...
+
+    def load(self, name: str, folder: Path) -> None: ...
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        ends: Sequence[int],
+        name: str | None,
+        only: Any = None,
+    ) -> Sequence[tuple[Server, list[Completion]]]: ...
+
+
+class ServedCompletions:
+    """Called with the number of a step and prompts, gives a group of completions for each, and metrics.
+
+    Args:
+        scorer: of the policy, a PEFT model.
+        folder: where adapters are put for the servers.
+        label: what the run's adapters are called there.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        folder: Path,
+        label: str,
+    ):
+        self.servers, self.scorer, self.sampling = servers, scorer, sampling
+        self.folder, self.label = folder.resolve(), label
+        self.model: Any = scorer.model
+        self.ends = end_tokens(unwrapped(scorer.model), tokenizer)
+        self.vocabulary = unwrapped(scorer.model).get_input_embeddings().weight.shape[0]
+        self.allowed: dict[str, float] = {}
+        self.step, self.name, self.furthest = -1, "", 0.0
+        self.before: Weights = {}
+        self.now: Weights = {}
+
+    def __call__(
+        self, step: int, prompts: Sequence[tuple[int, ...]]
+    ) -> tuple[list[list[Completion]], dict[str, float]]:
+        if not self.allowed:
+            self._measure(prompts[:MEASURED_PROMPTS])
+        if step != self.step:
+            self._hand_over(f"step-{step + 1}")
+            self.before, self.now, self.step, self.furthest = self.now, trained_weights(self.model), step, 0.0
+        answered = self._answered(prompts, self.sampling, self.name)
+        groups = [group for _, group in answered]
+        for server in self.servers.all:
+            own = [index for index, (by, _) in enumerate(answered) if by is server]
+            proven = self._proven(server, [(prompts[index], groups[index]) for index in own]) if own else []
+            for index, group in zip(own, proven, strict=True):
+                groups[index] = group
+        return groups, {"sampling/server_logp_difference": self.furthest}
+
+    def __enter__(self) -> ServedCompletions:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        """Leave nothing in the folder, and with the servers, unless one of them may be why the run ends."""
+        if error is None:
+            self._take_back(self.name)
+        if self.name:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ---- weights ----
+
+    def _hand_over(self, name: str) -> None:
+        """Give the servers the weights as they are, under a name that no other weights of any run have."""
+        with new_folder(self.folder / name) as aside:
+            save_weights(self.model, aside)
+        contents = f"{self.folder} {sha256_of(self.folder / name / 'adapter_model.safetensors')}"
+        before, self.name = self.name, f"{self.label}-{sha256(contents.encode()).hexdigest()[:16]}"
+        self.servers.load(self.name, self.folder / name)
+        if before != self.name:
+            self._take_back(before)
+        for other in self.folder.iterdir():
+            if other.name != name:
+                remove(other)
+
+    def _take_back(self, name: str) -> None:
+        for server in self.servers.all if name else ():
+            with suppress(UserError):
+                server.unload(name)
+
+    def _answered(
+        self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, name: str | None, only: Server | None = None
+    ) -> Sequence[tuple[Server, list[Completion]]]:
+        answered = self.servers.sample(prompts, sampling, self.ends, name, only)
+        for server, group in answered:
+            if max(token for each in group for token in each.token_ids) >= self.vocabulary:
+                raise server.error(f"draws tokens that the model does not have, which has {self.vocabulary:,}", ADVICE)
+        return answered
+
+    # ---- proof ----
+
+    def _measure(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """How far each server is from the policy where both have the same weights."""
+        sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, MEASURED_LENGTH))
+        figures: dict[str, float] = {}
+        with self.model.disable_adapter():
+            for server in self.servers.all:
+                figures[server.url] = self._figure(server, prompts, sampling, None, "the base model")
+        with holding(self.model, self._probe(prompts[0])):
+            self._hand_over("probe")
+            for server in self.servers.all:
+                figure = self._figure(server, prompts, sampling, self.name, "an adapter of random weights")
+                figures[server.url] = max(figure, figures[server.url])
+        for url, figure in figures.items():
+            self.allowed[url] = max(LEAST, LEEWAY * figure)
+            allowed = f"more than {self.allowed[url]:.1e} stops the run"
+            say(f"  {url}: log-probs differ by {figure:.1e} nats in the mean; {allowed}")
+
+    def _figure(
+        self, server: Server, prompts: Sequence[tuple[int, ...]], sampling: Sampling, name: str | None, weights: str
+    ) -> float:
+        answered = self._answered(prompts, sampling, name, server)
+        drawn = [(prompt, group) for prompt, (_, group) in zip(prompts, answered, strict=True)]
+        return self._compared(server, some_of(drawn, TOKENS), sampling, MOST, f"with {weights}")[1]
+
+    def _proven(self, server: Server, drawn: Sequence[Drawn]) -> list[list[Completion]]:
+        """The completions that a server has drawn, their log-probs of the whole distribution where truncation cut some
+        of it off."""
+        sampling, when = self.sampling, f"step {self.step + 1}"
+        truncates = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+        some = list(drawn) if truncates else some_of(drawn, TOKENS)
+        positions, figure = self._compared(server, some, sampling, self.allowed[server.url], when)
+        self.furthest = max(self.furthest, figure)
+        if not truncates:
+            return [list(group) for _, group in drawn]
+        whole = iter((logprobs_of(some) + positions.kept).tolist())
+        return [
+            [replace(each, logprobs=tuple(next(whole) for _ in each.token_ids)) for each in group] for _, group in drawn
+        ]
+
+    def _compared(
+        self, server: Server, drawn: Sequence[Drawn], sampling: Sampling, allowed: float, when: str
+    ) -> tuple[Positions, float]:
+        """The policy's view of completions, and how far the log-probs that came with them are from its own.
+
+        Raises:
+            UserError: too far, with what explains it; or the tokens are not drawn as they should have been.
+        """
+        given, positions = logprobs_of(drawn), positions_of(self.scorer, drawn, sampling)
+        figure, why = difference(positions, given), why_not_as_told(positions, sampling)
+        if figure <= allowed and why is None:
+            return positions, figure
+        are_plain = float((given - positions.plain).abs().mean()) <= allowed
+        if why and (figure <= allowed or are_plain):
+            raise server.error(f"{why} ({when})", ADVICE)
+        what = f"its log-probs are {figure:.2g} nats off the policy's in the mean, rounding explains {allowed:.2g}"
+        what = f"{what} ({when})"
+        if are_plain:
+            cause = "they are those of the model before `temperature`, `top_p` and the like"
+            advice = "start it with `--logprobs-mode processed_logprobs`"
+            raise server.error(f"{what}; {cause}: it ignores these settings, or leaves them out of these", advice)
+        others: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+            "the base model, without the adapter": self.model.disable_adapter,
+            "the step before": lambda: holding(self.model, self.before),
+        }
+        for name, weights in others.items():
+            with weights():
+                if difference(positions_of(self.scorer, drawn, sampling), given) <= allowed:
+                    raise server.error(f"{what}; they are those of {name}", ADVICE)
+        cause = "it has other weights (another base model, adapter or precision)"
+        raise server.error(f"{what}; {cause}, or reads or draws otherwise than it says", ADVICE)
+
+    def _probe(self, prompt: tuple[int, ...]) -> Weights:
+        """Weights with random ones in place of those that LoRA begins with as zeros, large enough to be noticed."""
+        tree, generator = TokenTree(prompt, (prompt,)), torch.Generator().manual_seed(0)
+        weights = trained_weights(self.model)
+        noise = {
+            name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items() if "_B" in name
+        }
+        with torch.no_grad():
+            before = self.scorer.score([tree]).tokens
+            for power in range(-10, 10):
+                probe = {name: weight + 2.0**power * noise.get(name, 0.0) for name, weight in weights.items()}
+                with holding(self.model, probe):
+                    if float((self.scorer.score([tree]).tokens - before).abs().mean()) >= PROBE:
+                        break
+        return probe
+
+
+def trained_weights(model: nn.Module) -> Weights:
+    """A copy on the CPU."""
+    return {
+        name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters() if weight.requires_grad
+    }
+
+
+@contextmanager
+def holding(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """While open, the model has these trained weights."""
+    own = {name: weight for name, weight in model.named_parameters() if name in weights}
+    kept = {name: weight.data for name, weight in own.items()}
+    try:
+        for name, weight in own.items():
+            weight.data = weights[name].to(weight)
+        yield
+    finally:
+        for name, weight in own.items():
+            weight.data = kept[name]
