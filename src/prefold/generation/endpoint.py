@@ -101,7 +101,11 @@ class Endpoint:
         return httpx2.Client(headers=headers, timeout=self.timeout)
 
     def ask(self, messages: Sequence[Message], **settings: Any) -> Answer:
-        """The model's answer.
+        """The model's answer, as `ask_counting` has it."""
+        return self.ask_counting(messages, **settings)[0]
+
+    def ask_counting(self, messages: Sequence[Message], **settings: Any) -> tuple[Answer, dict[str, int]]:
+        """The model's answer, and what it counts for in `usage`.
 
         Args:
             settings: of the request, by the protocol's names (`temperature`, `max_tokens`, `seed`, ...).
@@ -123,7 +127,7 @@ class Endpoint:
                 time.sleep(min(max(WAITS[number], passing.wait), LONGEST_WAIT))
         raise AssertionError
 
-    def _reply(self, body: dict[str, Any]) -> Answer:
+    def _reply(self, body: dict[str, Any]) -> tuple[Answer, dict[str, int]]:
         try:
             response = self._client.post(self._address, json=body)
         except httpx2.TimeoutException:
@@ -138,17 +142,17 @@ class Endpoint:
             raise kind(f"HTTP {status}: {self._complaint(response)}", where=self.url, advice=_ADVICE.get(status, ""))
         return self._answer(response)
 
-    def _answer(self, response: httpx2.Response) -> Answer:
+    def _answer(self, response: httpx2.Response) -> tuple[Answer, dict[str, int]]:
         try:
             reply = response.json()
         except ValueError:
             raise _Passing(f"its reply is not JSON: {self._safe(response.text)}") from None
         usage = reply.get("usage") if isinstance(reply, dict) else None
-        counts = {**(usage if isinstance(usage, dict) else {}), "calls": 1}
+        told = {**(usage if isinstance(usage, dict) else {}), "calls": 1}
+        counts = {name: max(told[name], 0) if isinstance(told.get(name), int) else 0 for name in _COUNTED}
         with _counting:
-            for name in _COUNTED:
-                count = counts.get(name)
-                self.usage[name] += count if isinstance(count, int) and count > 0 else 0
+            for name, count in counts.items():
+                self.usage[name] += count
         try:
             choice = reply["choices"][0]
             content, finished = choice["message"]["content"], choice.get("finish_reason") != "length"
@@ -162,7 +166,7 @@ class Endpoint:
                 expected='the chat-completions protocol, {"choices": [{"message": {"content": "..."}}]}',
             )
         # Half a character (a lone surrogate) could not be written to any file.
-        return Answer((content or "").encode("utf-8", "replace").decode("utf-8").strip(), finished)
+        return Answer((content or "").encode("utf-8", "replace").decode("utf-8").strip(), finished), counts
 
     def _complaint(self, response: httpx2.Response) -> str:
         """What the server says about its refusal."""

@@ -19,6 +19,8 @@ from prefold.recipe.recipe import Recipe, RecipeBase
 from prefold.recipe.section import describe
 from prefold.recipe.text import apply_override, field_lines, parse_yaml, read_text
 
+OPTIONAL = ("rewards", "rounds", "publish")
+"""Sections that few recipes have."""
 EVAL_FRACTION = 0.1
 """Held out where a recipe says nothing: no run ends without a comparison."""
 
@@ -93,8 +95,8 @@ def as_dict(recipe: RecipeBase) -> dict[str, Any]:
     values["rewards"] = [reward.model_dump(mode="json", exclude_none=True) for reward in recipe.rewards]
     if judged := recipe.evaluate.win_rate:
         values["evaluate"]["win_rate"] = judged.model_dump(mode="json", exclude_none=True)
-    own = {recipe.method, "rewards" if recipe.rewards else "", "publish" if recipe.publish else ""}
-    idle = {*ALGORITHMS, "rewards", "publish"} - own
+    own = {recipe.method, *(name for name in OPTIONAL if getattr(recipe, name))}
+    idle = {*ALGORITHMS, *OPTIONAL} - own
     return {key: _homeless(value) for key, value in values.items() if key not in idle}
 
 
