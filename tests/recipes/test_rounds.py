@@ -188,6 +188,39 @@ def test_no_pair_in_a_later_round_ends_it(rounds: MakeRecipe, all_help: None, mo
         prefold.run(rounds(rounds={"min_margin": 1000}, output_dir=str(folder.parent / "none")))
 
 
+def test_people_vote(rounds: MakeRecipe, tmp_path: Path) -> None:
+    votes = tmp_path / "votes"
+    votes.mkdir()
+    made = rounds(rounds={"number": 1, "votes": str(votes)})
+    with pytest.raises(UserError, match="round 1 waits for votes on two answers to") as caught:
+        prefold.run(made)
+    offered = tmp_path / "run" / "pairs" / "1-to-vote.jsonl"
+    assert str(offered) in str(caught.value)
+    rows = rows_of(offered)
+    # The first is for neither, one has no vote, all others are for the second answer.
+    voted = [{**row, "vote": 2 if number else 0} for number, row in enumerate(rows[:-1])]
+
+    def vote(*rows: dict[str, Any]) -> None:
+        (votes / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    vote(*voted, {**rows[-1], "output_1": "another answer", "vote": 1})
+    with pytest.raises(UserError, match=f"row {len(rows)}.*on answers that were not offered"):
+        prefold.run(made)
+    vote(*voted, voted[1])
+    with pytest.raises(UserError, match="is a second vote on the same answers"):
+        prefold.run(made)
+    vote(*voted)
+    folder = prefold.run(made)
+    [only] = facts_of(folder)["rounds"]
+    few = PROMPTS - len(rows)
+    left_out = {"tie": 1, "no_vote": 1, **({"too_few_answers": few} if few else {})}
+    assert only["pairs"]["left_out"] == left_out and only["pairs"]["pairs"] == len(rows) - 2
+    pairs = rows_of(folder / "pairs" / "1.jsonl")
+    chosen = {json.dumps(row["prompt"]): row["output_2"] for row in voted[1:]}
+    assert {json.dumps([{"role": "user", "content": row["prompt"]}]): row["chosen"] for row in pairs} == chosen
+    assert "score_chosen" not in pairs[0] and only["against_base"]["metric"] == "reward"
+
+
 # ---- rewards and judges behind endpoints ------------------------------------------------------------------------
 
 
@@ -320,6 +353,7 @@ def assert_same(found: Path, wanted: Path) -> None:
         ({"method": "kto"}, "which `method: kto` does not train on"),
         ({"method": "orpo", "rounds": {"reference": "base"}}, "`rounds.reference` would be ignored by `orpo`"),
         ({"lora": "none", "rounds": {"reference": "base"}}, "full fine-tuning does not keep the base"),
+        ({"rounds": {"votes": "votes", "min_margin": 1.0}}, "`rounds.min_margin` would be ignored beside `votes`"),
         ({"publish": {"to": "out"}}, "`publish` does not go with `rounds`"),
         ({"data": {"template": "none"}}, "`data.template: none` does not go with `rounds`"),
         ({"data": {"overlong": "truncate_prompt"}}, "`data.overlong: truncate_prompt` does not go with `rounds`"),

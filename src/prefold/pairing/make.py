@@ -120,6 +120,8 @@ REASONS = {
     "equal_scores": "all scores equal",
     "small_margin": "margin too small",
     "length_ratio": "answers too different in length",
+    "no_vote": "without a vote",
+    "tie": "with a vote for neither",
 }
 """Why a prompt has no pair; a row that is no prompt has the name of its finding."""
 
@@ -250,6 +252,13 @@ def mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candidat
     }
 
 
+def beside_prompt(prompt: Prompt) -> dict[str, Any]:
+    """The columns of what its template is given beside messages."""
+    given = dict(prompt.template_kwargs)
+    tools = {"tools": given.pop("tools")} if "tools" in given else {}
+    return tools | ({"chat_template_kwargs": given} if given else {})
+
+
 def write_pairs(output: Path, pairs: Sequence[Chosen], with_scores: bool = True) -> None:
     as_text = all(len(prompt.prompt) == 1 and not holds_dialogue(prompt.prompt[0]["content"]) for prompt, _ in pairs)
     # What cannot be written as UTF-8 can only be in the columns that were brought along.
@@ -260,9 +269,7 @@ def write_pairs(output: Path, pairs: Sequence[Chosen], with_scores: bool = True)
                 row[side] = answer.text if as_text else [{"role": "assistant", "content": answer.text}]
             if with_scores:
                 row |= {"score_chosen": chosen.score, "score_rejected": rejected.score}
-            given = dict(prompt.template_kwargs)
-            row |= {"tools": given.pop("tools")} if "tools" in given else {}
-            row |= {"chat_template_kwargs": given} if given else {}
+            row |= beside_prompt(prompt)
             for name, value in prompt.columns.items():
                 # What would be read as part of the pair, or as its rating, gets another name.
                 taken = name in READ_IN_PAIRS or is_rating(name, value)

@@ -147,6 +147,8 @@ class RecipeBase(Section):
             raise ValueError(f"{what}; give `rewards`, or a `judge` in `rounds`")
         if rounds.reference == "base" and not self.algorithm.needs_reference:
             raise ValueError(f"`rounds.reference` would be ignored by `{self.method}`, which has none; remove it")
+        if rounds.votes and (idle := rounds.changed("min_margin", "max_length_ratio")):
+            raise ValueError(f"`rounds.{idle[0]}` would be ignored beside `votes`, which make the pairs; remove it")
         barred = {
             "publish": self.publish and "every round would be published to the same place; publish the best at the end",
             "train.fsdp": self.train.fsdp and "answers are sampled in one process",

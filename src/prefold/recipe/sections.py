@@ -446,6 +446,9 @@ class Rounds(Section):
     `base`, which the first round starts from."""
     judge: EndpointJudge | None = None
     """Who scores the answers in place of `rewards`: a chat model, which is shown every two of them."""
+    votes: str | None = Field(None, min_length=1)
+    """Folder of people's votes, `1.jsonl` of the first round, and so on: they make the pairs, and the scores compare
+    the models. A round writes what is to be voted on, and ends there as long as its votes are not there."""
 
 
 GgufKind = Literal["F16", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"]

@@ -7,8 +7,8 @@ that comes out answers again (iterative DPO; with the model's own judge, arXiv 2
     rounds.json         each model on the held-out prompts, compared with the base and with the one before
     rounds.html
 
-A model is measured by the rewards of its answers to the held-out prompts, or a judge compares its first answer with the
-other model's.
+People's votes may make the pairs, in a file for each round. A model is measured by the rewards of its answers to the
+held-out prompts, or a judge compares its first answer with the other model's.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ import numpy as np
 from prefold import ranks
 from prefold.data.examples import prompts_of
 from prefold.data.preference import Prompt
-from prefold.errors import StageError, UserError
+from prefold.errors import StageError, UserError, counted
 from prefold.evaluation.paired import Difference, beyond_half, estimate, mean_interval
 from prefold.evaluation.win_rate import EndpointCompares, measure_win_rate, open_judge
-from prefold.files import locked, read_json, remove, require_writable, write_json
+from prefold.files import locked, read_json, remove, require_writable, without_home, write_json
 from prefold.generation.journal import Journal
 from prefold.generation.samplers import LocalModel, answers_of
 from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
 from prefold.pairing.make import best_pairs, listed, mean_scores, write_pairs
 from prefold.pairing.scores import Candidate, Candidates, judged, reward_identity, rewarded, rows_of
+from prefold.pairing.voted import offer, voted_pairs
 from prefold.recipe import Model, RecipeBase, as_dict, make_recipe
 from prefold.reports.rounds import FACTS, PAGE, write_rounds
 from prefold.rewards.scoring import LoadedReward, column_names, costs_of
@@ -149,9 +150,10 @@ class RoundsRun:
     def perform(self, number: int, before: Sequence[Candidates], perform: Callable[[Run], Path]) -> Facts | None:
         """Answers, pairs and the run of a round; None if no pair could be made. `before`: the answers to the held-out
         prompts by the model that it begins with."""
-        answers = self.answers(number - 1, self.prompts, seed_of(self.recipe.train.seed, number))
+        scored = self.rounds.votes is None
+        answers = self.answers(number - 1, self.prompts, seed_of(self.recipe.train.seed, number), scored)
         made, held_out = (self.pairs_file(number, held_out) for held_out in (False, True))
-        pairs = self._write_pairs(made, self.prompts, answers)
+        pairs = self._write_pairs(made, self.prompts, answers, None if scored else self._votes(number, answers))
         if not pairs["pairs"]:
             if number == 1:
                 what = f"no pair could be made of {len(self.prompts)} prompts: {pairs['why_left_out']}"
@@ -164,7 +166,7 @@ class RoundsRun:
         free_memory()
         return pairs | {"cost": self.scorer.cost(self.prompts, answers)}
 
-    def answers(self, number: int, prompts: Sequence[Prompt], seed: int) -> list[Candidates]:
+    def answers(self, number: int, prompts: Sequence[Prompt], seed: int, scored: bool = True) -> list[Candidates]:
         """What the model after so many rounds answers, with scores; answers without a word are among them."""
         rounds = self.rounds
         sampling = Sampling(
@@ -183,7 +185,20 @@ class RoundsRun:
             "refused" if group is None else [Candidate(each.text, 0, finished=each.finished) for each in group]
             for group in answers_of(sampler, prompts, work)
         ]
-        return self.scorer.scored(prompts, candidates, sampler, work)
+        return self.scorer.scored(prompts, candidates, sampler, work) if scored else candidates
+
+    def _votes(self, number: int, answers: Sequence[Candidates]) -> Path:
+        """The file of a round's votes. Raises UserError: it is not there yet; what is to be voted on is."""
+        votes = Path(str(self.rounds.votes)).expanduser() / f"{number}.jsonl"
+        if not votes.is_file():
+            offered = self.pairs_file(number, held_out=False).with_stem(f"{number}-to-vote")
+            prompts = counted(offer(offered, self.prompts, answers), "prompt")
+            what = f"round {number} waits for votes on two answers to {prompts}: {without_home(str(offered))}"
+            advice = (
+                "write 1 or 2 in place of `vote: null`, the better answer (0: neither), into this file; run it again"
+            )
+            raise UserError(what, where=without_home(str(votes)), advice=advice)
+        return votes
 
     def model(self, number: int) -> Model:
         return self.recipe.model.whole(self.run_folder(number) / "merged") if number else self.recipe.model
@@ -194,12 +209,15 @@ class RoundsRun:
     def pairs_file(self, number: int, held_out: bool) -> Path:
         return self.folder / PAIRS / f"{number}{'-held-out' if held_out else ''}.jsonl"
 
-    def _write_pairs(self, path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidates]) -> Facts:
+    def _write_pairs(
+        self, path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidates], votes: Path | None = None
+    ) -> Facts:
         spoken = [group if isinstance(group, str) else [each for each in group if each.text] for group in candidates]
-        chosen, left_out = best_pairs(prompts, spoken, self.rounds)
+        decided = voted_pairs(votes, prompts, spoken) if votes else best_pairs(prompts, spoken, self.rounds)
+        chosen, left_out = decided
         if chosen:
-            write_pairs(path, chosen)
-        scores = mean_scores(candidates, [pair for _, pair in chosen]) if chosen else None
+            write_pairs(path, chosen, with_scores=votes is None)
+        scores = mean_scores(candidates, [pair for _, pair in chosen]) if chosen and votes is None else None
         why = {"left_out": dict(left_out), "why_left_out": listed(left_out)}
         return {"prompts": len(prompts), "pairs": len(chosen), **why, "mean_score": scores}
 
