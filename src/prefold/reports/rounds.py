@@ -91,9 +91,10 @@ def _end(facts: Values, rounds: list[Values], best: int) -> str:
     if without := finite(facts.get("without_pairs")):
         return f"Round {without:.0f} was not begun: no pair could be made of the answers"
     if best < last:
-        return f"Round {last} is the last: it is not shown to be better than {_before(last)}" + (
-            f", so the model of round {best} is the one to take" if best else ", so the base is the one to keep"
-        )
+        is_worse = outcome_of(section(rounds[-1], "against_before")) == "worse"
+        how = "worse than" if is_worse else "not shown to be better than"
+        which = f"the model of round {best} is the one to take" if best else "the base is the one to keep"
+        return f"Round {last} is the last: it is {how} {_before(last)}, so {which}"
     if not facts.get("is_over"):
         return f"Not over yet: {counted(last, 'round')} of {number} done"
     return f"Round {last} still helped, and no more were asked for"

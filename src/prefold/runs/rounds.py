@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -53,20 +53,10 @@ OF_ALL_ROUNDS = ("method", "model", "data", "rewards", "rounds")
 Facts = dict[str, Any]
 
 
-class Scorer(Protocol):
-    def scored(
-        self, prompts: Sequence[Prompt], candidates: Sequence[Candidates], sampler: LocalModel, work: Journal
-    ) -> list[Candidates]:
-        """Answers with their scores."""
-
-    def compared(self, prompts: Sequence[Prompt], before: Sequence[Candidates], after: Sequence[Candidates]) -> Facts:
-        """Two models by their answers to the same prompts, as the facts of a task. Raises StageError: by none."""
-
-    def cost(self, prompts: Sequence[Prompt], candidates: Sequence[Candidates]) -> Facts: ...
-
-
 @dataclass(frozen=True)
 class ByRewards:
+    """Models are compared by the mean reward of their answers to each held-out prompt."""
+
     rewards: Sequence[LoadedReward]
     identity: Any
 
@@ -88,6 +78,8 @@ class ByRewards:
 
 @dataclass(frozen=True)
 class ByJudge:
+    """A judge compares the first answers of two models to each held-out prompt; its shares are for the pairs alone."""
+
     judge: EndpointCompares
 
     def scored(
@@ -110,6 +102,9 @@ class ByJudge:
 
     def cost(self, prompts: Sequence[Prompt], candidates: Sequence[Candidates]) -> Facts:
         return {}
+
+
+Scorer = ByRewards | ByJudge
 
 
 def _facts(metric: str, before: Any, after: Any, difference: Difference) -> Facts:
@@ -141,13 +136,13 @@ class RoundsRun:
     @cached_property
     def scorer(self) -> Scorer:
         if self.rounds.judge:
-            judge = open_judge(self.rounds.judge, lambda texts: [])
+            judge = open_judge(self.rounds.judge, lambda texts: [])  # no reward, which would want token ids
             assert isinstance(judge, EndpointCompares)
             return ByJudge(judge)
         rewards = loaded_rewards(self.recipe, column_names(self.prompts))
         return ByRewards(rewards, [reward_identity(spec) for spec in self.recipe.rewards])
 
-    def perform(self, number: int, before: Sequence[Candidates], perform: Callable[[Run], Path]) -> Facts | None:
+    def perform(self, number: int, before: Sequence[Candidates], perform_run: Callable[[Run], Path]) -> Facts | None:
         """Answers, pairs and the run of a round; None if no pair could be made. `before`: the answers to the held-out
         prompts by the model that it begins with."""
         scored = self.rounds.votes is None
@@ -156,13 +151,12 @@ class RoundsRun:
         pairs = self._write_pairs(made, self.prompts, answers, None if scored else self._votes(number, answers))
         if not pairs["pairs"]:
             if number == 1:
-                what = f"no pair could be made of {len(self.prompts)} prompts: {pairs['why_left_out']}"
-                raise StageError(what)
+                raise StageError(f"no pair could be made of {len(self.prompts)} prompts: {pairs['why_left_out']}")
             return None
         pairs["held_out"] = self._write_pairs(held_out, self.held_out, before)["pairs"]
         if self.recipe.train.eval_steps and not pairs["held_out"]:
             raise StageError("`train.eval_steps` measures held-out pairs, and none could be made of the answers")
-        perform(Run(self.recipe_of(number, with_held_out=pairs["held_out"] > 0)))
+        perform_run(Run(self.recipe_of(number, with_held_out=pairs["held_out"] > 0)))
         free_memory()
         return pairs | {"cost": self.scorer.cost(self.prompts, answers)}
 
@@ -213,8 +207,8 @@ class RoundsRun:
         self, path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidates], votes: Path | None = None
     ) -> Facts:
         spoken = [group if isinstance(group, str) else [each for each in group if each.text] for group in candidates]
-        decided = voted_pairs(votes, prompts, spoken) if votes else best_pairs(prompts, spoken, self.rounds)
-        chosen, left_out = decided
+        made = voted_pairs(votes, prompts, spoken) if votes else best_pairs(prompts, spoken, self.rounds)
+        chosen, left_out = made
         if chosen:
             write_pairs(path, chosen, with_scores=votes is None)
         scores = mean_scores(candidates, [pair for _, pair in chosen]) if chosen and votes is None else None
@@ -259,11 +253,11 @@ class RoundsRun:
         }
 
 
-def perform_rounds(run: Run, perform: Callable[[Run], Path], fresh: bool = False) -> Path:
+def perform_rounds(run: Run, perform_run: Callable[[Run], Path], fresh: bool = False) -> Path:
     """Every round that is asked for, as long as they help, skipping what is done; returns the folder of all of them.
 
     Args:
-        perform: has all stages of a run performed.
+        perform_run: performs all stages of a run.
         fresh: remove what earlier rounds left in the folder and start over.
 
     Raises:
@@ -285,7 +279,7 @@ def perform_rounds(run: Run, perform: Callable[[Run], Path], fresh: bool = False
         _write(run.folder, facts)
         for number in range(1, made.rounds.number + 1):
             say(f"round {number} of {made.rounds.number}")
-            pairs = made.perform(number, before, perform)
+            pairs = made.perform(number, before, perform_run)
             if pairs is None:
                 facts["without_pairs"] = number
                 break
