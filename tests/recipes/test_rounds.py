@@ -319,7 +319,8 @@ def test_stopped_amid_the_answers(rounds: MakeRecipe, tmp_path: Path, monkeypatc
             yield answered
 
     monkeypatch.setattr(LocalModel, "sample", stops)
-    for expected in (3, 6):
+    # Then the other 3, the scores of all 6, and 3 of the prompts to train on.
+    for expected in (3, 15):
         with pytest.raises(Stopped):
             prefold.run(made["stopped"])
         assert len(rows_of(tmp_path / "stopped" / "answers" / "0.jsonl")) == expected

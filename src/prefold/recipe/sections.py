@@ -432,6 +432,7 @@ class Rounds(Section):
     """Answers to each prompt."""
     max_new_tokens: MaxNewTokens = 256
     temperature: float = Field(0.8, gt=0, allow_inf_nan=False)
+    """At 0 all answers to a prompt would be the same."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the likeliest tokens that make up this share."""
     top_k: int = Field(0, ge=0)

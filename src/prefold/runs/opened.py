@@ -59,7 +59,7 @@ def require_openable(run: Run) -> None:
         what, advice = "nothing is held out to compare rounds on", "set `eval_fraction`, or name `eval`"
         raise UserError(what, where="`data`", advice=advice)
     if recipe.rounds and recipe.rounds.judge:
-        open_judge(recipe.rounds.judge, list)
+        open_judge(recipe.rounds.judge, lambda texts: [])
     if recipe.evaluate.win_rate:
         judge_of(run)
     require_models(recipe.evaluate.compare_with)
