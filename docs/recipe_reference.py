@@ -169,8 +169,10 @@ def methods_table() -> str:
 
 def default_of(kind: type[Algorithm], name: str) -> Any:
     setting: Field[Any] = next(setting for setting in fields(kind) if setting.name == name)
-    assert setting.default is not MISSING or setting.default_factory is not MISSING
-    return setting.default if setting.default is not MISSING else setting.default_factory()  # type: ignore[misc]
+    if setting.default_factory is not MISSING:
+        return setting.default_factory()
+    assert setting.default is not MISSING
+    return setting.default
 
 
 def defaults_table() -> str:

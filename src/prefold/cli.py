@@ -152,10 +152,12 @@ def run(
 ) -> None:
     """Every stage in order: check, train, merge, evaluate, report, publish. Skips what is done."""
     _restart_in_processes(nproc, "run", recipe, overrides, fresh)
+    from prefold.reports import rounds
     from prefold.reports.run_table import summary
 
     made = read(recipe, overrides)
-    console.print(summary(prefold.run(made, fresh=fresh)))
+    folder = prefold.run(made, fresh=fresh)
+    console.print(rounds.summary(folder) if made.rounds else summary(folder))
 
 
 @app.command()

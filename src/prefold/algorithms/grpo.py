@@ -98,8 +98,8 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 def spread_of(weights: Tensor) -> dict[str, Metric]:
     """Of importance weights, by TRL's names."""
-    values = {"min": Extreme(weights.min(), min), "mean": Mean(weights.sum(), len(weights))}
-    values |= {"max": Extreme(weights.max(), max)}
+    ends: dict[str, Metric] = {"min": Extreme(weights.min(), min), "max": Extreme(weights.max(), max)}
+    values = {**ends, "mean": Mean(weights.sum(), len(weights))}
     return {f"sampling/importance_sampling_ratio/{name}": value for name, value in values.items()}
 
 

@@ -108,7 +108,7 @@ def open_judge(spec: EndpointJudge | RewardBase, token_ids: TokenIds) -> Compare
     reward cannot be loaded or needs what answers do not have; an address is none."""
     if isinstance(spec, EndpointJudge):
         endpoint = Endpoint(spec.endpoint, spec.model, spec.timeout)
-        return _EndpointCompares(Judge.at(endpoint, cache_folder()), spec.concurrency)
+        return EndpointCompares(Judge.at(endpoint, cache_folder()), spec.concurrency)
     [reward] = load_rewards([spec], ["prompts", "completions", "completion_ids"])
     return _RewardCompares(reward, spec.settings.get("model"), token_ids)
 
@@ -133,7 +133,7 @@ class _RewardCompares:
 
 
 @dataclass(frozen=True)
-class _EndpointCompares:
+class EndpointCompares:
     """The same; its outcomes come in any order."""
 
     judge: Judge
@@ -149,7 +149,7 @@ class _EndpointCompares:
             yield index, shares[0] if isinstance(shares, list) else shares
 
 
-Compares = _RewardCompares | _EndpointCompares
+Compares = _RewardCompares | EndpointCompares
 
 
 def win_rate(pairs: Sequence[AnswerPair], outcomes: Sequence[Outcome]) -> dict[str, Any]:

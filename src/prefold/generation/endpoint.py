@@ -60,7 +60,11 @@ class Endpoint:
         return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
 
     def ask(self, messages: Sequence[Message], **settings: Any) -> Answer:
-        """The model's answer.
+        """The model's answer, as `ask_counting` has it."""
+        return self.ask_counting(messages, **settings)[0]
+
+    def ask_counting(self, messages: Sequence[Message], **settings: Any) -> tuple[Answer, dict[str, int]]:
+        """The model's answer, and what it counts for in `usage`.
 
         Args:
             settings: of the request, by the protocol's names (`temperature`, `max_tokens`, `seed`, ...).
@@ -72,15 +76,15 @@ class Endpoint:
         advice = "start again when it is back: what was done is kept"
         return self._connection.exchange(self._address, body, WAITS, self._answer, advice)
 
-    def _answer(self, reply: Any, shown: str) -> Answer:
+    def _answer(self, reply: Any, shown: str) -> tuple[Answer, dict[str, int]]:
         if isinstance(reply, str):
             raise Passing(f"its reply is not JSON: {shown}")
         usage = reply.get("usage") if isinstance(reply, dict) else None
-        counts = {**(usage if isinstance(usage, dict) else {}), "calls": 1}
+        told = {**(usage if isinstance(usage, dict) else {}), "calls": 1}
+        counts = {name: max(told[name], 0) if isinstance(told.get(name), int) else 0 for name in _COUNTED}
         with _counting:
-            for name in _COUNTED:
-                count = counts.get(name)
-                self.usage[name] += count if isinstance(count, int) and count > 0 else 0
+            for name, count in counts.items():
+                self.usage[name] += count
         try:
             choice = reply["choices"][0]
             content, finished = choice["message"]["content"], choice.get("finish_reason") != "length"
@@ -94,7 +98,7 @@ class Endpoint:
                 expected='the chat-completions protocol, {"choices": [{"message": {"content": "..."}}]}',
             )
         # Half a character (a lone surrogate) could not be written to any file.
-        return Answer((content or "").encode("utf-8", "replace").decode("utf-8").strip(), finished)
+        return Answer((content or "").encode("utf-8", "replace").decode("utf-8").strip(), finished), counts
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from prefold.data.chat import render, require_chat_template
 from prefold.data.preference import Prompt, whole_prompt
 from prefold.data.templates import REFUSALS
 from prefold.errors import UserError
-from prefold.generation.answers import model_named, run_recipe
+from prefold.generation.answers import model_named
 from prefold.generation.engine import ROWS, LocalEngine
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.opening import open_model
@@ -28,7 +28,8 @@ from prefold.models.device import choose_device
 from prefold.models.fetch import fetch
 from prefold.models.gate import require_prompts
 from prefold.models.load import require_model
-from prefold.models.tokenizer import load_tokenizer, tokenizer_of
+from prefold.models.tokenizer import tokenizer_of
+from prefold.recipe import Model
 from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
 
@@ -89,27 +90,28 @@ def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> li
 
 class LocalModel:
     """A model that is loaded here, when the first answer is asked for, and released after the last one. One that
-    cannot be used is refused at once."""
+    cannot be used is refused at once. `section`: how it is loaded; unset: as its name says."""
 
-    def __init__(self, name: str, sampling: Sampling):
-        self.name, self._sampling = name, sampling
-        require_model(model_named(name))
-
-    @cached_property
-    def _folder(self) -> Path:
-        return Path(self.name).expanduser() / "merged" if run_recipe(self.name) else fetch(self.name)
+    def __init__(self, name: str, sampling: Sampling, section: Model | None = None):
+        self.name, self._sampling, self._section = name, sampling, section or model_named(name)
+        require_model(self._section)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self._folder)
+        return tokenizer_of(self._section)
+
+    @property
+    def _files(self) -> Path:
+        return fetch(self._section.name, self._section.revision)
 
     @property
     def identity(self) -> Any:
-        keywords = model_named(self.name).chat_template_kwargs
-        return self.name, files_of(self._folder), asdict(self._sampling), keywords
+        section, files = self._section, files_of(self._files)
+        files += files_of(Path(section.adapter).expanduser()) if section.adapter else []
+        return self.name, files, asdict(self._sampling), section.chat_template_kwargs
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
-        tokenizer = tokenizer_of(model_named(self.name))
+        tokenizer = tokenizer_of(self._section)
         require_chat_template(tokenizer)
         rendered: dict[int, list[int]] = {}
         for index in wanted:
@@ -126,8 +128,8 @@ class LocalModel:
         """By the token ids of the prompts."""
         # Random numbers by a prompt's own index, so that its answers stay the same where others have theirs already.
         indices, ids = list(rendered), list(rendered.values())
-        section, new_tokens = model_named(self.name), self._sampling.max_new_tokens
-        model = open_model(section, "`pairs`", tokens=ROWS.get(choose_device().type, 64) * new_tokens)
+        new_tokens = self._sampling.max_new_tokens
+        model = open_model(self._section, "`pairs`", tokens=ROWS.get(choose_device().type, 64) * new_tokens)
         require_prompts(model, tokenizer, ids, self._sampling.max_new_tokens)
         for done, completions in LocalEngine(model, tokenizer).stream(ids, self._sampling, indices):
             yield indices[done], as_answers(completions)

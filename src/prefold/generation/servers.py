@@ -8,13 +8,13 @@ one. What a reply says of itself is held against what was asked for; what it doe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -23,6 +23,8 @@ from prefold.generation.http import Connection, Gone, Missing, Passing, Refused,
 from prefold.generation.samplers import Answers, LocalModel, as_answers
 from prefold.generation.sampling import Completion, Sampling
 from prefold.recipe import Generation
+
+T = TypeVar("T")
 
 KEY = "VLLM_API_KEY"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
@@ -172,7 +174,7 @@ class Server:
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
         return Completion(tuple(ids), text, finished, tuple(map(float, logprobs)))
 
-    def _exchange(self, path: str, body: Any, read: Any) -> Any:
+    def _exchange(self, path: str, body: Any, read: Callable[[Any, str], T]) -> T:
         advice = "the run goes on from its last checkpoint once the server is back, or without it in `generation.urls`"
         return self.connection.exchange(self.connection.url + path, body, WAITS, read, advice)
 
@@ -249,7 +251,7 @@ class ServedModel(LocalModel):
 
     def __init__(self, name: str, sampling: Sampling, section: Generation):
         super().__init__(name, sampling)
-        self._section = section
+        self._settings = section
 
     @property
     def identity(self) -> Any:
@@ -258,7 +260,7 @@ class ServedModel(LocalModel):
     def _answered(
         self, rendered: Mapping[int, list[int]], tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[int, Answers]]:
-        servers, ends = Servers(self._section, tokenizer), end_tokens_in(self._folder, tokenizer)
+        servers, ends = Servers(self._settings, tokenizer), end_tokens_in(self._files, tokenizer)
 
         def answers(index: int) -> Answers:
             try:

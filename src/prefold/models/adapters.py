@@ -47,7 +47,8 @@ def load_policy(
             return add_lora(model, lora or Lora(), seed, chat_tokens(section))
     policy = open_adapter(model, Path(section.adapter).expanduser(), is_trainable=True)
     ready_to_train(policy)
-    freeze_reference(policy)
+    if section.reference is None:
+        freeze_reference(policy)
     return policy
 
 

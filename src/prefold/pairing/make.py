@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
@@ -30,22 +30,26 @@ from prefold.generation.journal import Journal
 from prefold.generation.samplers import LocalModel, Sampler, answers_of
 from prefold.generation.sampling import Sampling
 from prefold.generation.servers import ServedModel
-from prefold.pairing.scores import Candidate, Candidates, best_pair, judged, reward_identity, rewarded
+from prefold.pairing.scores import Candidate, Candidates, best_pair, judged, reward_identity, rewarded, rows_of
 from prefold.recipe import Generation, Pairs, Source, make_section, parse_reward
 from prefold.recipe.section import with_fields
+from prefold.recipe.sections import Rounds
 from prefold.rewards.judge import Judge
 from prefold.rewards.load import load_rewards
-from prefold.rewards.scoring import column_names
+from prefold.rewards.scoring import column_names, costs_of
 from prefold.terminal import say
 
 LOCAL = "local"
 """Stands for no endpoint where another model has one."""
 _HEAD_ROWS = 1000
+Chosen = tuple[Prompt, tuple[Candidate, Candidate]]
+"""A prompt with its chosen and its rejected answer."""
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """What became of the prompts: `prompts` = `pairs` + the sum of `left_out`; the mean scores, if there are any."""
+    """What became of the prompts: `prompts` = `pairs` + the sum of `left_out`; the mean scores, if there are any; what
+    rewards that ask an endpoint have taken (`costs_of`)."""
 
     output: str
     prompts: int
@@ -53,6 +57,7 @@ class PairReport:
     pairs: int
     left_out: dict[str, int]
     mean_score: dict[str, float] | None
+    cost: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @with_fields(Pairs)
@@ -80,29 +85,31 @@ def make_pairs(settings: Pairs) -> PairReport:
     _require_output(settings)
     samplers = _samplers(settings)
     prompts, left_out = _read_prompts(settings)
-    candidates = _candidates(settings, samplers, prompts)
-    best = [best_pair(of_prompt, settings.min_margin, settings.max_length_ratio) for of_prompt in candidates]
-    left_out += Counter(reason for reason in best if isinstance(reason, str))
-    chosen = [(prompt, pair) for prompt, pair in zip(prompts, best, strict=True) if not isinstance(pair, str)]
+    candidates, cost = _candidates(settings, samplers, prompts)
+    chosen, without_pair = best_pairs(prompts, candidates, settings)
+    left_out += without_pair
     if not chosen:
-        raise StageError(f"no pair could be made of {left_out.total()} prompts: {_listed(left_out)}")
-    _write(settings.output, chosen, with_scores=not settings.prefer_first)
+        raise StageError(f"no pair could be made of {left_out.total()} prompts: {listed(left_out)}")
+    write_pairs(settings.output, chosen, with_scores=not settings.prefer_first)
     return PairReport(
         output=without_home(str(settings.output)),
         prompts=len(chosen) + left_out.total(),
         answers=sum(len(of_prompt) for of_prompt in candidates if isinstance(of_prompt, list)),
         pairs=len(chosen),
         left_out=dict(left_out),
-        mean_score=None if settings.prefer_first else _mean_scores(candidates, [pair for _, pair in chosen]),
+        mean_score=None if settings.prefer_first else mean_scores(candidates, [pair for _, pair in chosen]),
+        cost=cost,
     )
 
 
 def print_report(report: PairReport) -> None:
     say(f"{report.pairs} pairs of {report.prompts} prompts and {report.answers} answers in {report.output}")
     if report.left_out:
-        say(f"left out: {_listed(report.left_out)}")
+        say(f"left out: {listed(report.left_out)}")
     if report.mean_score:
         say("mean score: " + ", ".join(f"{name} {value:.4g}" for name, value in report.mean_score.items()))
+    for name, cost in report.cost.items():
+        say(f"{name}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in cost.items()))
 
 
 REASONS = {
@@ -114,19 +121,23 @@ REASONS = {
     "equal_scores": "all scores equal",
     "small_margin": "margin too small",
     "length_ratio": "answers too different in length",
+    "no_vote": "without a vote",
+    "tie": "with a vote for neither",
 }
 """Why a prompt has no pair; a row that is no prompt has the name of its finding."""
 
 
-def _listed(left_out: dict[str, int]) -> str:
+def listed(left_out: dict[str, int]) -> str:
     return ", ".join(f"{count} {REASONS.get(name, name)}" for name, count in left_out.items())
 
 
 # ---- answers and scores -----------------------------------------------------------------------------------------
 
 
-def _candidates(settings: Pairs, samplers: Sequence[Sampler], prompts: Sequence[Prompt]) -> list[Candidates]:
-    """All models' answers to each prompt with their scores, or why there are none."""
+def _candidates(
+    settings: Pairs, samplers: Sequence[Sampler], prompts: Sequence[Prompt]
+) -> tuple[list[Candidates], dict[str, dict[str, int]]]:
+    """All models' answers to each prompt with their scores, or why there are none; and what the scores have taken."""
     judge = None
     if settings.judge_endpoint is not None and settings.judge_model is not None:
         judge = Judge.at(Endpoint(settings.judge_endpoint, settings.judge_model, settings.timeout), cache_folder())
@@ -140,15 +151,17 @@ def _candidates(settings: Pairs, samplers: Sequence[Sampler], prompts: Sequence[
     work = Journal(path)
     candidates = _answers(samplers, prompts, work)
     if judge:
-        return judged(judge, prompts, candidates, work, settings.concurrency)
+        return judged(judge, prompts, candidates, work, settings.concurrency), {}
     if settings.prefer_first:
-        return [
+        preferred: list[Candidates] = [
             of_prompt
             if isinstance(of_prompt, str)
             else [replace(candidate, score=1.0 - candidate.model) for candidate in of_prompt]
             for of_prompt in candidates
         ]
-    return rewarded(rewards, identity, prompts, candidates, samplers if knows_ids else (), work)
+        return preferred, {}
+    scored = rewarded(rewards, identity, prompts, candidates, samplers if knows_ids else (), work)
+    return scored, costs_of(rewards, rows_of(prompts, candidates))
 
 
 def _answers(samplers: Sequence[Sampler], prompts: Sequence[Prompt], work: Journal) -> list[Candidates]:
@@ -211,6 +224,15 @@ def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
 # ---- the report and the output ----------------------------------------------------------------------------------
 
 
+def best_pairs(
+    prompts: Sequence[Prompt], candidates: Sequence[Candidates], limits: Pairs | Rounds
+) -> tuple[list[Chosen], Counter[str]]:
+    """The prompts that have a pair within the limits, with it; and why the others have none."""
+    best = [best_pair(of_prompt, limits.min_margin, limits.max_length_ratio) for of_prompt in candidates]
+    chosen = [(prompt, pair) for prompt, pair in zip(prompts, best, strict=True) if not isinstance(pair, str)]
+    return chosen, Counter(reason for reason in best if isinstance(reason, str))
+
+
 def _require_output(settings: Pairs) -> None:
     output, where = settings.output, without_home(str(settings.output))
     if output.suffix != ".jsonl":
@@ -225,7 +247,7 @@ def _require_output(settings: Pairs) -> None:
         )
 
 
-def _mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candidate, Candidate]]) -> dict[str, float]:
+def mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candidate, Candidate]]) -> dict[str, float]:
     answers = [answer for of_prompt in candidates if isinstance(of_prompt, list) for answer in of_prompt]
     return {
         "all": fmean(answer.score for answer in answers if answer.score is not None),
@@ -234,7 +256,14 @@ def _mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candida
     }
 
 
-def _write(output: Path, pairs: Sequence[tuple[Prompt, tuple[Candidate, Candidate]]], with_scores: bool) -> None:
+def beside_prompt(prompt: Prompt) -> dict[str, Any]:
+    """The columns of what its template is given beside messages."""
+    given = dict(prompt.template_kwargs)
+    tools = {"tools": given.pop("tools")} if "tools" in given else {}
+    return tools | ({"chat_template_kwargs": given} if given else {})
+
+
+def write_pairs(output: Path, pairs: Sequence[Chosen], with_scores: bool = True) -> None:
     as_text = all(len(prompt.prompt) == 1 and not holds_dialogue(prompt.prompt[0]["content"]) for prompt, _ in pairs)
     # What cannot be written as UTF-8 can only be in the columns that were brought along.
     with new_file(output) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
@@ -244,9 +273,7 @@ def _write(output: Path, pairs: Sequence[tuple[Prompt, tuple[Candidate, Candidat
                 row[side] = answer.text if as_text else [{"role": "assistant", "content": answer.text}]
             if with_scores:
                 row |= {"score_chosen": chosen.score, "score_rejected": rejected.score}
-            given = dict(prompt.template_kwargs)
-            row |= {"tools": given.pop("tools")} if "tools" in given else {}
-            row |= {"chat_template_kwargs": given} if given else {}
+            row |= beside_prompt(prompt)
             for name, value in prompt.columns.items():
                 # What would be read as part of the pair, or as its rating, gets another name.
                 taken = name in READ_IN_PAIRS or is_rating(name, value)

@@ -83,7 +83,7 @@ def reward_identity(spec: RewardBase) -> Any:
     contents: Any = None
     if spec.file is not None:
         contents = sha256(Path(spec.file).expanduser().read_bytes()).hexdigest()
-    elif model := spec.settings.get("model"):
+    elif (model := spec.settings.get("model")) and "endpoint" not in spec.settings:
         contents = files_of(fetch(model))
     return spec.model_dump(), contents
 
@@ -114,6 +114,12 @@ def judged(
                 )
 
     return _with_scores(prompts, candidates, work, (judge.endpoint.url, judge.endpoint.model), scores)
+
+
+def rows_of(prompts: Sequence[Prompt], candidates: Sequence[Candidates]) -> list[tuple[Prompt, str]]:
+    """Each prompt with the text of each of its answers."""
+    of_prompts = zip(prompts, map(_answers_in, candidates), strict=True)
+    return [(prompt, answer.text) for prompt, answers in of_prompts for answer in answers]
 
 
 def _answers_in(candidates: Candidates) -> list[Candidate]:

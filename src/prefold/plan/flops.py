@@ -49,11 +49,8 @@ def _attended(tree: Lengths) -> int:
 
 def with_completions(recipe: RecipeBase, trees: Sequence[Lengths]) -> list[Lengths]:
     """Where completions are yet to be sampled, a group of the longest that may come hangs from each prompt."""
-    draws = recipe.algorithm.draws
-    if draws is None:
-        return list(trees)
-    group = (draws.max_completion_length,) * draws.num_generations
-    return [(tree[0], *group) for tree in trees]
+    _, longest, number = recipe.sampled
+    return [(tree[0], *([longest] * number)) for tree in trees] if number else list(trees)
 
 
 class StepOrder(Protocol):

@@ -154,7 +154,7 @@ class Memory:
             "gathered": 0 if meta.shards == 1 else gathered,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
             # Training that goes on with an adapter keeps a frozen copy of it.
-            "reference": sizes.trained_bytes if meta.recipe.model.adapter else 0,
+            "reference": sizes.trained_bytes if meta.recipe.model.adapter and not meta.recipe.model.reference else 0,
         }
 
     def _checking(self) -> Parts:

@@ -31,8 +31,8 @@ from prefold.recipe.text import apply_override
 from prefold.trees.memory import CPU_TOKENS, budget_for
 from prefold.trees.self_check import obstacle, stretched_positions
 
-UNTIMED = ("tasks", "compare_with", "win_rate")
-"""Of the section `evaluate`: what they take depends on what is asked of whom."""
+UNTIMED = ("tasks", "compare_with", "win_rate", "rounds")
+"""Of the section `evaluate`: what they take depends on what is asked of whom; the plan is that of one round."""
 CHECKED = 3
 """Trees of the self-check; merging compares logits on as many."""
 
@@ -58,7 +58,9 @@ def make_plan(
         UserError: the model's configuration cannot be had.
     """
     machine = Machine.planned(device_memory)
-    steps = Steps(with_completions(recipe, train), order, sampled=recipe.algorithm.kind.samples)
+    steps = Steps(with_completions(recipe, train), order, sampled=recipe.data_kind == "prompts")
+    if recipe.rounds:
+        held_out = with_completions(recipe, held_out)
     planner = Planner(recipe, config_of(recipe.model), machine, steps, held_out)
     plan = planner.plan()
     if measure:
@@ -109,7 +111,7 @@ class Planner:
             flops=flops,
             disk=self._disk(memory),
             untimed=[
-                *(name for name in UNTIMED if getattr(recipe.evaluate, name)),
+                *(name for name in UNTIMED if getattr(recipe.evaluate, name, name == "rounds" and recipe.rounds)),
                 *(["completions by servers"] if recipe.generation.by_servers else []),
             ],
             in_16_bits=memory.in_16_bits,

@@ -19,6 +19,8 @@ from prefold.recipe.recipe import Recipe, RecipeBase
 from prefold.recipe.section import describe
 from prefold.recipe.text import apply_override, field_lines, parse_yaml, read_text
 
+OPTIONAL = ("rewards", "rounds", "publish")
+"""Sections that few recipes have."""
 EVAL_FRACTION = 0.1
 """Held out where a recipe says nothing: no run ends without a comparison."""
 
@@ -93,8 +95,10 @@ def as_dict(recipe: RecipeBase) -> dict[str, Any]:
     values["rewards"] = [reward.model_dump(mode="json", exclude_none=True) for reward in recipe.rewards]
     if judged := recipe.evaluate.win_rate:
         values["evaluate"]["win_rate"] = judged.model_dump(mode="json", exclude_none=True)
-    used = {"rewards": recipe.rewards, "generation": recipe.generation.by_servers, "publish": recipe.publish}
-    idle = {*ALGORITHMS, *(name for name, value in used.items() if not value)} - {recipe.method}
+    own = {recipe.method, *(name for name in OPTIONAL if getattr(recipe, name))}
+    idle = {*ALGORITHMS, *OPTIONAL} - own
+    if not recipe.generation.by_servers:
+        idle.add("generation")
     return {key: _homeless(value) for key, value in values.items() if key not in idle}
 
 

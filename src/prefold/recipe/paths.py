@@ -16,6 +16,7 @@ folder; what the stages have `read`; which rewards `failed`."""
 PATHS = {
     *("model.name", "model.adapter", "model.chat_template"),
     *("data.train.path", "data.eval.path", "data.decontaminate.path", "rewards.file", "rewards.model"),
+    "rounds.votes",
     *("evaluate.include_path", "evaluate.compare_with", "evaluate.win_rate.judge.file"),
     *("evaluate.win_rate.judge.model", "generation.adapter_folder", "publish.to"),
 }

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from prefold.algorithms import ALGORITHMS, Algorithm
+from prefold.algorithms.base import PAIRED
 from prefold.recipe.rewards import Reward
 from prefold.recipe.section import Section
-from prefold.recipe.sections import Data, Evaluate, Generation, Guards, Lora, Merge, Model, Publish, Train
+from prefold.recipe.sections import Data, Evaluate, Generation, Guards, Lora, Merge, Model, Publish, Rounds, Train
+
+
+def _spelt_out(rounds: Any) -> Any:
+    """`rounds: 3` is `rounds: {number: 3}`."""
+    return {"number": rounds} if isinstance(rounds, int) and not isinstance(rounds, bool) else rounds
 
 
 class RecipeBase(Section):
@@ -23,7 +29,9 @@ class RecipeBase(Section):
     """LoRA settings, or `none` for full fine-tuning; empty only beside `model.adapter`, which brings its own."""
     data: Data
     rewards: list[Reward] = []
-    """What scores completions, for methods that train on the model's own."""
+    """What scores completions, for methods that train on the model's own, and for `rounds`."""
+    rounds: Annotated[Rounds | None, BeforeValidator(_spelt_out, json_schema_input_type=int | Rounds | None)] = None
+    """Make the pairs from the model's own answers to the prompts of `data`, in so many rounds."""
     generation: Generation = Generation()
     train: Train = Train()
     guards: Guards = Guards()
@@ -41,6 +49,19 @@ class RecipeBase(Section):
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir).expanduser()
+
+    @property
+    def data_kind(self) -> Literal["pairs", "unpaired", "prompts"]:
+        """What the rows of `data` are to be."""
+        return "prompts" if self.rounds else self.algorithm.kind.data
+
+    @property
+    def sampled(self) -> tuple[str, int, int]:
+        """Where completions are yet to be sampled: the field of their longest length, that, and how many of a prompt
+        are trained on at most; else lengths and numbers of 0."""
+        if draws := self.algorithm.draws:
+            return f"{self.method}.max_completion_length", draws.max_completion_length, draws.num_generations
+        return ("rounds.max_new_tokens", self.rounds.max_new_tokens, 2) if self.rounds else ("", 0, 0)
 
     @model_validator(mode="before")
     @classmethod
@@ -123,8 +144,10 @@ class RecipeBase(Section):
             )
         if samples and not self.rewards:
             raise ValueError(f"{method} needs `rewards`, e.g. `rewards: [{{name: length, target: 50}}]`")
-        if self.rewards and not samples:
-            raise ValueError(f"`rewards` would be ignored by {method}; remove them")
+        if self.rewards and not (samples or self.rounds):
+            raise ValueError(f"`rewards` would be ignored by {method} without `rounds`; remove them")
+        if self.model.reference and not self.algorithm.needs_reference:
+            raise ValueError(f"`model.reference` would be ignored by {method}, which has no reference; remove it")
         if samples and self.algorithm.needs_reference and self.lora == "none":
             raise ValueError(
                 f"`{self.method}.beta` compares with the model before training, which full fine-tuning does not keep; "
@@ -134,6 +157,36 @@ class RecipeBase(Section):
         if idle and self.algorithm.kind.scores:
             what = f"would be ignored by {method}, whose model scores answers and gives none; remove it"
             raise ValueError(f"`evaluate.{idle[0]}` {what}")
+        return self
+
+    @model_validator(mode="after")
+    def rounds_can_be_made(self) -> RecipeBase:
+        rounds = self.rounds
+        if rounds is None:
+            return self
+        if self.algorithm.kind != PAIRED:
+            raise ValueError(f"`rounds` make pairs, which `method: {self.method}` does not train on; take dpo, say")
+        if bool(self.rewards) == bool(rounds.judge):
+            what = "`rounds` need something that scores answers" if rounds.judge is None else "answers are scored twice"
+            raise ValueError(f"{what}; give `rewards`, or a `judge` in `rounds`")
+        if rounds.reference == "base" and not self.algorithm.needs_reference:
+            raise ValueError(f"`rounds.reference` would be ignored by `{self.method}`, which has none; remove it")
+        if rounds.votes and (idle := rounds.changed("min_margin", "max_length_ratio")):
+            raise ValueError(f"`rounds.{idle[0]}` would be ignored beside `votes`, which make the pairs; remove it")
+        barred = {
+            "publish": self.publish and "every round would be published to the same place; publish the best at the end",
+            "train.fsdp": self.train.fsdp and "answers are sampled in one process",
+            "data.template: none": self.data.template == "none" and "answers are sampled in a chat format",
+            "data.overlong: truncate_prompt": self.data.overlong == "truncate_prompt" and "whole prompts are answered",
+            "model.reference": self.model.reference and "`rounds.reference` says what each round is compared with",
+            "rounds.reference: base": rounds.reference == "base"
+            and (
+                (self.lora == "none" and "full fine-tuning does not keep the base")
+                or (self.model.adapter and "the base would lack the adapter that the first round starts from")
+            ),
+        }
+        if given := next((f"`{name}` does not go with `rounds`: {why}" for name, why in barred.items() if why), None):
+            raise ValueError(given)
         return self
 
 

@@ -47,7 +47,7 @@ class Repetition(Section):
 
 class RewardModel(Section):
     model: str
-    """Hub id or folder of the reward model."""
+    """Hub id or folder of the reward model; of `rubric`, the chat model's name at its endpoint."""
 
 
 class SymbolicEquality(Section):
@@ -55,7 +55,48 @@ class SymbolicEquality(Section):
     """What takes longer to compare counts as different."""
 
 
+Timeout = Annotated[float, Field(gt=0, description="Seconds that an endpoint's answer may take.")]
+Concurrency = Annotated[int, Field(gt=0, description="Requests to an endpoint at a time.")]
+
+
+def without_password(address: str) -> str:
+    if "@" in urlsplit(address).netloc:
+        raise ValueError("holds a password, which would stand in the run folder; put a key in the environment variable")
+    return address
+
+
+class AtEndpoint(Section):
+    endpoint: Annotated[str, Field(min_length=1), AfterValidator(without_password)]
+    """Its address, e.g. `http://localhost:8000/v1`. A key is read from the environment variable OPENAI_API_KEY."""
+    model: str = Field(min_length=1)
+    """The model's name there."""
+    timeout: Timeout = 300.0
+    concurrency: Concurrency = 8
+
+
+class Criterion(Section):
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")
+    """What it is called in the model's replies, e.g. `correct`."""
+    text: str = Field(min_length=1)
+    """What a completion has to be or to do."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Its share of the score, relative to the other criteria's."""
+
+
+def _different(criteria: list[Criterion]) -> list[Criterion]:
+    names = [criterion.name for criterion in criteria]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two criteria are called `{twice}`")
+    return criteria
+
+
+class Rubric(AtEndpoint):
+    criteria: Annotated[list[Criterion], Field(min_length=1), AfterValidator(_different)]
+    """What the chat model says yes or no to; the score is the weights of what is met, over the sum of all."""
+
+
 BUILT_IN: dict[str, type[Section]] = {
+    "rubric": Rubric,
     "length": Length,
     "regex": Regex,
     "exact_number": ExactNumber,
@@ -146,29 +187,16 @@ def parse_reward(text: str) -> RewardBase:
 
 # ---- judges -----------------------------------------------------------------------------------------------------
 
-Timeout = Annotated[float, Field(gt=0, description="Seconds that an endpoint's answer may take.")]
-Concurrency = Annotated[int, Field(gt=0, description="Requests to an endpoint at a time.")]
 
-
-def without_password(url: str) -> str:
-    if "@" in urlsplit(url).netloc:
-        raise ValueError("holds a password, which would stand in the run folder; put a key in the environment variable")
-    return url
-
-
-class EndpointJudge(Section):
+class EndpointJudge(AtEndpoint):
     """A chat model behind an OpenAI-compatible endpoint. It is shown both orders of every two answers."""
-
-    endpoint: Annotated[str, AfterValidator(without_password)] = Field(min_length=1)
-    """Its address, e.g. `http://localhost:8000/v1`. A key is read from the environment variable OPENAI_API_KEY."""
-    model: str = Field(min_length=1)
-    """The model's name there."""
-    timeout: Timeout = 300.0
-    concurrency: Concurrency = 8
 
 
 def _kind_of_judge(value: Any) -> str:
-    of_endpoint = isinstance(value, EndpointJudge) or (isinstance(value, dict) and "endpoint" in value)
+    # The rubric, which is a reward, has an endpoint too.
+    of_endpoint = isinstance(value, EndpointJudge) or (
+        isinstance(value, dict) and "endpoint" in value and "name" not in value
+    )
     return "judge:endpoint" if of_endpoint else "judge:reward"
 
 

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from prefold.errors import did_you_mean
-from prefold.recipe.rewards import WinRate, without_password
-from prefold.recipe.sampling import MaxNewTokens, Sampling
+from prefold.recipe.rewards import EndpointJudge, WinRate, without_password
+from prefold.recipe.sampling import MaxNewTokens, MinP, Sampling
 from prefold.recipe.section import Section
 from prefold.recipe.values import Values
 from prefold.recipe.where import Where
@@ -33,6 +33,8 @@ class Model(Section):
     adapter: str | None = Field(None, min_length=1)
     """Folder of a LoRA adapter of this model, e.g. another run's `adapter/`: training goes on with it, and the
     reference is a frozen copy of it. It brings its own LoRA settings, so the section `lora` is left out."""
+    reference: Literal["base"] | None = None
+    """With `adapter`: `base` takes the model without the adapter for the reference, in place of the frozen copy."""
     chat_template: str | None = None
     """The chat format that a base model is to learn: `chatml`, or a file FILE.jinja with a template whose tokens the
     tokenizer has. The rows of its tokens in the embeddings are trained. Unset: the tokenizer's own template."""
@@ -77,6 +79,8 @@ class Model(Section):
     def settings_are_used(self) -> Model:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("give either `load_in_4bit` or `load_in_8bit`, not both")
+        if self.reference and not self.adapter:
+            raise ValueError("`reference` would be ignored without `adapter`: the base is the reference then")
         idle = [name for name in FOUR_BITS if getattr(self, name) is not None]
         if idle and not self.load_in_4bit:
             raise ValueError(f"`{idle[0]}` would be ignored without `load_in_4bit: true`")
@@ -469,6 +473,36 @@ class Evaluate(Sampling):
         if self.win_rate and not self.prompts:
             raise ValueError("`win_rate` judges the answers to `prompts`, and there are none")
         return self
+
+
+class Rounds(Section):
+    """Train on the model's own answers, round after round: it answers every prompt, the answers are scored, the best is
+    trained against the worst, and the model that comes out answers again."""
+
+    number: int = Field(gt=0)
+    """How many rounds at most. A round that did not make the model better is the last."""
+    num_completions: int = Field(4, gt=1)
+    """Answers to each prompt."""
+    max_new_tokens: MaxNewTokens = 256
+    temperature: float = Field(0.8, gt=0, allow_inf_nan=False)
+    """At 0 all answers to a prompt would be the same."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that make up this share."""
+    top_k: int = Field(0, ge=0)
+    """Sample from so many likeliest tokens; 0 is off."""
+    min_p: MinP = 0.0
+    min_margin: float = Field(0.0, ge=0)
+    """Least difference of a pair's scores."""
+    max_length_ratio: float | None = Field(None, ge=1)
+    """A pair's longer answer is at most so many times the shorter."""
+    reference: Literal["last", "base"] = "last"
+    """What the policy of a round is compared with: the model that the `last` round left, which it starts from, or the
+    `base`, which the first round starts from."""
+    judge: EndpointJudge | None = None
+    """Who scores the answers in place of `rewards`: a chat model, which is shown every two of them."""
+    votes: str | None = Field(None, min_length=1)
+    """Folder of people's votes, `1.jsonl` of the first round, and so on: they make the pairs, and the scores compare
+    the models. A round writes what is to be voted on, and ends there as long as its votes are not there."""
 
 
 GgufKind = Literal["F16", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"]

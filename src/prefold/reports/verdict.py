@@ -195,14 +195,19 @@ def _seen(facts: Values) -> str:
 
 def change_sentence(facts: Values) -> str:
     """`31.2 % to 35.4 % (+4.2 points, 95 % interval +1.0 to +7.4, p = 0.012)`."""
+    before, after = (score(facts.get(when), are_shares(facts), decimals_of(facts)) for when in ("before", "after"))
+    return f"{before} to {after} ({change_evidence(facts)})"
+
+
+def change_evidence(facts: Values) -> str:
+    """What is in the brackets of it."""
     shares, digits = are_shares(facts), decimals_of(facts)
     evidence = (
         change(facts.get("difference"), shares, digits, " points"),
         interval_95(facts.get("ci"), change, shares, digits),
         p_value(facts.get("p_value")),
     )
-    before, after = (score(facts.get(when), shares, digits) for when in ("before", "after"))
-    return f"{before} to {after} ({', '.join(filter(None, evidence))})"
+    return ", ".join(filter(None, evidence))
 
 
 def _win_rate_sentence(win_rate: Values) -> str:

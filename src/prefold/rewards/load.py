@@ -17,6 +17,7 @@ from prefold.recipe.rewards import BUILT_IN, RewardBase
 from prefold.rewards.builtin import RewardFunction, exact_number, length, regex, repetition
 from prefold.rewards.formulas import SymbolicEquality
 from prefold.rewards.reward_model import RewardModel
+from prefold.rewards.rubric import Rubric
 from prefold.rewards.scoring import LoadedReward
 from prefold.user_code import UserCodeFailed, call_user_code, line_of, summary_of
 
@@ -26,6 +27,7 @@ _FUNCTIONS: dict[str, Callable[[Any], RewardFunction]] = {
     "exact_number": exact_number,
     "repetition": repetition,
     "reward_model": RewardModel,
+    "rubric": Rubric,
     "symbolic_equality": SymbolicEquality,
 }
 """Each is called with its settings."""

@@ -81,13 +81,15 @@ class Scores:
 @dataclass(frozen=True)
 class Group:
     """The completions of a prompt; for each of them what each reward says, by the reward's name, and their weighted sum
-    (`rewards`), None where nothing is said. `failed`: how many of them a reward that may fail failed on."""
+    (`rewards`), None where nothing is said. `failed`: how many of them a reward that may fail failed on; `cost`: what
+    the scores of rewards that ask an endpoint have taken (`costs_of`)."""
 
     prompt: Prompt
     completions: list[Completion]
     scores: dict[str, list[float | None]]
     rewards: list[float | None]
     failed: dict[str, int] = field(default_factory=dict)
+    cost: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def scored_groups(
@@ -120,8 +122,21 @@ def scored_groups(
         start, stop = stop, stop + len(group)
         values = {name: of_reward.values[start:stop] for name, of_reward in by_name.items()}
         failed = {name: len(by_name[name].failed.intersection(range(start, stop))) for name in skipping}
-        groups.append(Group(prompt, list(group), values, totals[start:stop], failed))
+        cost = costs_of(rewards, [(prompt, completion.text) for completion in group])
+        groups.append(Group(prompt, list(group), values, totals[start:stop], failed, cost))
     return groups
+
+
+def costs_of(rewards: Sequence[LoadedReward], rows: Sequence[tuple[Prompt, str]]) -> dict[str, dict[str, int]]:
+    """What the scores of prompts with their completions have taken, whenever they were asked for, by the names of the
+    rewards that ask an endpoint: requests (`calls`), `prompt_tokens` and `completion_tokens`."""
+    prompts, texts = [list(prompt.prompt) for prompt, _ in rows], [text for _, text in rows]
+    counting = {
+        name: getattr(reward.function, "cost", None)
+        for name, reward in zip(names_of(rewards), rewards, strict=True)
+        if reward.file is None
+    }
+    return {name: cost(prompts, texts) for name, cost in counting.items() if cost}
 
 
 def column_names(prompts: Iterable[Prompt]) -> list[str]:

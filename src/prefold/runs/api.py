@@ -25,6 +25,7 @@ from prefold.runs.context import Run
 from prefold.runs.fingerprints import record_failure, record_inputs, say_changes
 from prefold.runs.folder import open_run_folder
 from prefold.runs.limits import require_memory
+from prefold.runs.rounds import ROUNDS, perform_rounds
 from prefold.runs.stages import Stage, examined, stages_of
 from prefold.terminal import say
 from prefold.training.record import record_stage, restart_peaks
@@ -35,7 +36,7 @@ BY_COMMAND = {"check": "train", "compare": "evaluate", "judge": "evaluate"}
 
 
 def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
-    """Every stage in order, skipping what is done; returns the run folder.
+    """Every stage in order, skipping what is done; returns the run folder, or the folder of all `rounds`.
 
     Args:
         fresh: remove what an earlier run left in the run folder and start over.
@@ -45,25 +46,26 @@ def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh
         StageError: a stage failed; what was finished stays.
     """
     ranks.join()  # before anything can fail, so that one process says what
-    return perform_all(Run(as_recipe(recipe, overrides)), fresh=fresh)
+    made = Run(as_recipe(recipe, overrides))
+    return perform_rounds(made, perform_all, fresh) if made.recipe.rounds else perform_all(made, fresh=fresh)
 
 
 def train(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
     """The stages up to training, skipping what is done; returns the run folder."""
     ranks.join()
-    return perform_all(Run(as_recipe(recipe, overrides)), until="train", fresh=fresh)
+    return perform_all(_single(recipe, overrides), until="train", fresh=fresh)
 
 
 def merge(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
     """Merge (again, if it was done); returns the folder of the merged model."""
-    return _redo("merge", Run(as_recipe(recipe, overrides))) / "merged"
+    return _redo("merge", _single(recipe, overrides)) / "merged"
 
 
 def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate (again, if it was done); returns the content of `evaluation/heldout.json`, or of `rewards.json` for a
     method that samples; with the content of `tasks.json`, `compared.json` and `win_rate.json` under these names, where
     the recipe asks for them."""
-    run = Run(as_recipe(recipe, overrides))
+    run = _single(recipe, overrides)
     for stage in stages_of(run.recipe):
         if stage.name in ("evaluate", "compare", "judge"):
             _redo(stage.name, run)
@@ -75,7 +77,7 @@ def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> 
 
 def report(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
     """Write the report (again, if it was there); returns its path."""
-    return _redo("report", Run(as_recipe(recipe, overrides))) / "report.html"
+    return _redo("report", _single(recipe, overrides)) / "report.html"
 
 
 def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
@@ -91,12 +93,21 @@ def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, d
         UserError: the run is not finished, its merge check failed, or the Hub lets nobody in with this token.
         StageError: the connection broke, or a GGUF file is not the model.
     """
-    recipe = as_recipe(recipe, overrides)
-    section = require_section(recipe)
+    run = _single(recipe, overrides)
+    recipe, section = run.recipe, require_section(run.recipe)
     if dry_run:
         say_changes(recipe, recipe.run_folder)
         return publishing.planned(recipe.run_folder, section)
-    return dict(read_json(_redo("publish", Run(recipe)) / "publish.json"))
+    return dict(read_json(_redo("publish", run) / "publish.json"))
+
+
+def _single(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> Run:
+    """Raises UserError: the recipe has rounds, which are several runs."""
+    made = as_recipe(recipe, overrides)
+    if made.rounds:
+        advice = f"`prefold run` performs them all; each is a run folder of its own, {made.output_dir}/{ROUNDS}/1"
+        raise UserError("rounds are several runs, of which none is named here", where="`rounds`", advice=advice)
+    return Run(made)
 
 
 def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> Path:

@@ -148,8 +148,7 @@ def check_row(recipe: str | Path | RecipeBase, row: str | int, overrides: Sequen
         UserError: there is no such row, or its source cannot be read or recognised.
     """
     recipe = as_recipe(recipe, overrides)
-    kind = recipe.algorithm.kind.data
-    return see_row(str(row), recipe.data, tokenizer_of(recipe.model), recipe.train.seed, kind)
+    return see_row(str(row), recipe.data, tokenizer_of(recipe.model), recipe.train.seed, recipe.data_kind)
 
 
 def examine(run: Run, reference: bool = False, device_memory: int | None = None, measure: bool = False) -> CheckReport:

@@ -37,7 +37,7 @@ class Run:
         recipe = self.recipe
         tokenizer = self.tokenizer
         with busy("reading the data"):
-            return prepare(recipe.data, tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
+            return prepare(recipe.data, tokenizer, recipe.train.seed, recipe.data_kind)
 
     def checked_data(self) -> Prepared:
         """The data that the run began with. Raises UserError: the data have changed since, or what was fetched anew."""

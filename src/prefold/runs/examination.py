@@ -52,8 +52,8 @@ def require_others(run: Run) -> None:
 
 def separated(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], list[Finding]]:
     """How far the model tells chosen from rejected already, and what of that is odd."""
-    if recipe.algorithm.kind.data != "pairs":
-        what = f"`--reference` compares chosen with rejected completions, and `{recipe.method}` takes no pairs"
+    if recipe.data_kind != "pairs":
+        what = "`--reference` compares chosen with rejected completions, and the data of this recipe have none"
         raise UserError(what, where=recipe.output_dir, advice="check without it")
     pairs = train.select(shuffled(len(train), recipe.train.seed)[:PAIRS_SCORED])
     model = open_model(recipe.model, "`check --reference`", measured=True)

@@ -128,7 +128,8 @@ def _reward(reward: RewardBase | EndpointJudge) -> Input:
     if reward.file:
         path = Path(reward.file).expanduser()
         return _input(reward.file, path.parent, files_of_code(path))
-    return _model(reward.settings["model"]) if "model" in reward.settings else Input(reward.name, "", None)
+    is_asked = "model" not in reward.settings or "endpoint" in reward.settings
+    return Input(reward.name, "", None) if is_asked else _model(reward.settings["model"])
 
 
 # ---- the record -------------------------------------------------------------------------------------------------

@@ -173,8 +173,8 @@ def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:
         return {}
     was: Any = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     now, start = as_dict(recipe), start_of_paths(folder)
-    old, new = _by_dotted_path(was), _by_dotted_path(now)
-    led, leads = _by_dotted_path(with_paths_from(start, was)), _by_dotted_path(with_paths_from(Path.cwd(), now))
+    old, new = by_dotted_path(was), by_dotted_path(now)
+    led, leads = by_dotted_path(with_paths_from(start, was)), by_dotted_path(with_paths_from(Path.cwd(), now))
     # Of a section or source that is only in one of them, what is set.
     names = [
         name for name in old.keys() | new.keys() if (name in old and name in new) or old.get(name) or new.get(name)
@@ -206,10 +206,10 @@ def _listed(reasons: Sequence[str]) -> str:
     return "".join(f"\n  {reason}" for reason in [*reasons[:SHOWN], *more])
 
 
-def _by_dotted_path(values: Any, path: str = "") -> dict[str, Any]:
+def by_dotted_path(values: Any, path: str = "") -> dict[str, Any]:
     """The leaves of nested mappings and lists."""
     if not isinstance(values, dict | list) or not values:
         return {path: values}
     items = values.items() if isinstance(values, dict) else enumerate(values)
-    inner = [_by_dotted_path(value, f"{path}.{key}".lstrip(".")) for key, value in items]
+    inner = [by_dotted_path(value, f"{path}.{key}".lstrip(".")) for key, value in items]
     return {name: leaf for leaves in inner for name, leaf in leaves.items()}

@@ -14,7 +14,7 @@ from prefold.data.chat import render
 from prefold.data.examples import Examples
 from prefold.data.findings import ROWS_SHOWN, Finding
 from prefold.data.preference import RowId, Unfit
-from prefold.errors import UserError, first_line
+from prefold.errors import UserError, counted, first_line
 from prefold.files import read_json
 from prefold.models.device import choose_device
 from prefold.models.gate import beyond_rows, require_positions, rotary_positions
@@ -39,7 +39,8 @@ def examined(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
     prepared, model = run.prepared, unwrapped(shapes)
     for examples in (prepared.train, prepared.held_out):
         _require_known_tokens(run, examples, model.config.get_text_config().vocab_size)
-    return [*_about_positions(run, model), *_about_steps(run, len(order)), *_about_objective(run, model)]
+    about_model = [*_about_positions(run, model), *_about_objective(run, model)]
+    return [*about_model, *_about_steps(run, len(order)), *_about_rounds(run)]
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
@@ -97,16 +98,15 @@ def _require_known_tokens(run: Run, examples: Examples, rows: int) -> None:
 
 def _about_positions(run: Run, model: Any) -> list[Finding]:
     """Of every sequence that will be computed, against the positions of the model."""
-    recipe, draws = run.recipe, run.recipe.algorithm.draws
-    drawn = draws.max_completion_length if draws else 0
+    recipe, (sampled, drawn, _) = run.recipe, run.recipe.sampled
     limit, beyond, longest = rotary_positions(model.config), [], 0
     for examples in (run.prepared.train, run.prepared.held_out):
         lengths = [prompt + max(completions, default=drawn) for prompt, *completions in examples.lengths]
         if lengths:
             index = max(range(len(lengths)), key=lengths.__getitem__)
-            what = "the prompt and `max_completion_length`" if draws else "prompt and completion"
-            field = f"`{recipe.method}.max_completion_length`" if draws else "`data.max_length`"
-            require_positions(model, lengths[index], f"{examples.origins[index]}, {what}", f"lower {field}")
+            what = f"the prompt and `{sampled.rpartition('.')[2]}`" if sampled else "prompt and completion"
+            advice = f"lower `{sampled or 'data.max_length'}`"
+            require_positions(model, lengths[index], f"{examples.origins[index]}, {what}", advice)
         beyond += [examples.origins[i] for i, length in enumerate(lengths) if limit and length > limit]
         longest = max(longest, *lengths, 0)
     for number, prompt in enumerate(_questions(run), 1):
@@ -156,6 +156,18 @@ def _about_steps(run: Run, steps: int) -> list[Finding]:
         advice = f"lower `train.warmup_steps`, to a tenth of the steps or so ({max(1, steps // 10)})"
         findings.append(Finding("warmup_too_long", "warning", 1, (), message, advice))
     return findings
+
+
+def _about_rounds(run: Run) -> list[Finding]:
+    rounds, prompts, held_out = run.recipe.rounds, len(run.prepared.train), len(run.prepared.held_out)
+    if rounds is None:
+        return []
+    message = (
+        f"at most {counted(rounds.number, 'round')}, each with {rounds.num_completions} answers to {prompts:,} prompts "
+        f"and to {held_out:,} held-out ones, and at most {counted(prompts, 'pair')}: the plan is of one of them, "
+        "without its sampling"
+    )
+    return [Finding("rounds", "note", rounds.number, (), message, "")]
 
 
 def _about_objective(run: Run, model: Any) -> list[Finding]:

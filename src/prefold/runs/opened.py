@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from prefold.data.chat import encode
 from prefold.data.examples import Examples, prompts_of
+from prefold.errors import UserError
 from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
@@ -59,6 +60,11 @@ def require_openable(run: Run) -> None:
         if data.held_out:
             columns = column_names(prompts_of(data.held_out))
             require_arguments(rewards, [*WITHOUT_COLUMNS, *columns], "is no column of the held-out rows")
+    if recipe.rounds and not data.held_out:
+        what, advice = "nothing is held out to compare rounds on", "set `eval_fraction`, or name `eval`"
+        raise UserError(what, where="`data`", advice=advice)
+    if recipe.rounds and recipe.rounds.judge:
+        open_judge(recipe.rounds.judge, lambda texts: [])
     if recipe.evaluate.win_rate:
         judge_of(run)
     require_models(recipe.evaluate.compare_with)

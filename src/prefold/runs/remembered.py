@@ -39,7 +39,7 @@ _EXAMINED = TypeAdapter(Examined)
 def key_of(run: Run, machine: Machine, measure: bool) -> str | None:
     """A digest of all that an examination depends on but the memory at hand; None where that cannot be known."""
     recipe = run.recipe
-    data = key_of_data(recipe.data, run.tokenizer, recipe.train.seed, recipe.algorithm.kind.data)
+    data = key_of_data(recipe.data, run.tokenizer, recipe.train.seed, recipe.data_kind)
     if data is None:
         return None
     device = asdict(machine) | {"memory": None, "process": None}

@@ -83,11 +83,15 @@ def examined(run: Run) -> CheckReport:
     return report
 
 
-def _check(run: Run) -> None:
-    report = examined(run)
+def say_warnings(report: CheckReport) -> None:
     for finding in report.prepared.report.findings:
         if finding.severity == "warning":
             say(f"  warning: {finding.message}")
+
+
+def _check(run: Run) -> None:
+    report = examined(run)
+    say_warnings(report)
     for line in in_two_lines(report.plan.as_json()):
         say(f"  {line}")
     write_json(run.folder / "environment.json", environment())

@@ -147,6 +147,9 @@ def _points(
         name = ",".join(f"{labels[field]}={_in_a_name(value)}" for field, value in settings.items())
         own = _overrides({**settings, "output_dir": f"{folder}/{name}"})
         points.append(Point(name, settings, load_recipe(recipe, [*fixed, *own])))
+    if points[0].recipe.rounds is not None:
+        advice = "add `rounds=null`, or run each recipe by itself"
+        raise UserError("a run of a sweep has no rounds", where="`rounds`", advice=advice)
     if points[0].recipe.publish is not None:
         what = "every run of the sweep would be published to the same place"
         advice = "add `publish=null`, and publish the best run at the end: `prefold publish RUN publish.to=...`"

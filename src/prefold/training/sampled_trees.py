@@ -239,13 +239,17 @@ def group_record(group: Group, advantages: Tensor) -> dict[str, Any]:
 
 def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """TRL's metrics of rewards, over the completions that they say something about; the share of the groups whose
-    rewards are all equal, which teach nothing; and how many completions each reward that may fail failed on."""
+    rewards are all equal, which teach nothing; how many completions each reward that may fail failed on; and what those
+    that ask an endpoint took."""
     metrics: dict[str, float] = {}
     for name in groups[0].scores:
         values = [value for group in groups for value in known(group.scores[name])]
         metrics |= spread(values, f"rewards/{name}/mean", f"rewards/{name}/std")
     metrics |= spread([value for group in groups for value in known(group.rewards)], "reward", "reward_std")
     metrics["frac_reward_zero_std"] = fmean(len(set(known(group.rewards))) < 2 for group in groups)
+    for name, cost in ((name, cost) for group in groups for name, cost in group.cost.items()):
+        for what, number in cost.items():
+            metrics[f"rewards/{name}/{what}"] = metrics.get(f"rewards/{name}/{what}", 0) + number
     return metrics | {
         f"rewards/{name}/failed": sum(group.failed[name] for group in groups) for name in groups[0].failed
     }

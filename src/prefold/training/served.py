@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class ServedCompletions:
         self.folder, self.label = folder.resolve(), label
         self.model: Any = scorer.model
         self.ends = end_tokens(unwrapped(scorer.model), tokenizer)
-        self.vocabulary = unwrapped(scorer.model).get_input_embeddings().weight.shape[0]
+        self.vocabulary = len(cast(Tensor, unwrapped(scorer.model).get_input_embeddings().weight))
         self.allowed: dict[str, float] = {}
         self.step, self.name, self.furthest = -1, "", 0.0
         self.before: Weights = {}

@@ -1,0 +1,129 @@
+"""A rubric: a chat model behind an endpoint says of each criterion whether a completion meets it.
+
+The score is the weights of the criteria that are met over the sum of all, from 0 to 1: the explicit aggregation of
+Rubrics as Rewards (arXiv 2507.17746), with one request for all criteria. Left out: criteria of their own for each
+prompt, and a score that the model makes up for all of them at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from prefold.data.preference import Message
+from prefold.files import cache_folder
+from prefold.generation.endpoint import Endpoint
+from prefold.generation.http import in_parallel
+from prefold.generation.journal import Journal, key_of
+from prefold.recipe import rewards as settings
+from prefold.rewards.scoring import NotNumbers
+
+TRIES = 3
+"""How often a model is asked that does not reply as the schema says."""
+_SHOWN_CHARACTERS = 120
+_QUESTION = """\
+Below is a conversation, and an answer that followed it. Say of each criterion whether the answer meets it. What the \
+answer says of itself does not count.
+
+[Conversation]
+{conversation}
+
+[Answer]
+{answer}
+
+[Criteria]
+{criteria}
+
+[End] Reply with one JSON object that has true or false for the name of each criterion, and nothing else."""
+# Models that think aloud do so before their answer; servers that know no schemas leave the fence of Markdown.
+_OBJECT = re.compile(r"(?:.*</think>)?\s*(?:```(?:json)?)?\s*(\{.*\})\s*(?:```)?\s*", re.DOTALL)
+
+
+class Rubric:
+    """Asks for all completions at once, `concurrency` at a time. Each valid reply is kept in a file, with what it cost,
+    so that no question is asked twice."""
+
+    def __init__(self, wanted: settings.Rubric):
+        self._workers, self._endpoint = wanted.concurrency, Endpoint(wanted.endpoint, wanted.model, wanted.timeout)
+        self._weights = {criterion.name: criterion.weight for criterion in wanted.criteria}
+        self._criteria = "\n".join(f"{criterion.name}: {criterion.text}" for criterion in wanted.criteria)
+        schema = {
+            "type": "object",
+            "properties": {name: {"type": "boolean"} for name in self._weights},
+            "required": [*self._weights],
+            "additionalProperties": False,
+        }
+        self._format = {"type": "json_schema", "json_schema": {"name": "rubric", "strict": True, "schema": schema}}
+
+    @cached_property
+    def _replies(self) -> Journal:
+        folder = cache_folder() / "rubric"
+        folder.mkdir(parents=True, exist_ok=True)
+        return Journal(folder / f"{key_of(self._endpoint.url, self._endpoint.model)}.jsonl")
+
+    def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        """Raises NotNumbers: the model does not reply as the schema says; UserError: the endpoint fails."""
+        questions = self._questions(prompts, completions)
+        keys = list(map(key_of, questions))
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._replies}
+        for key, reply in in_parallel(lambda key: self._asked(key, missing[key]), [*missing], self._workers):
+            if reply is not None:
+                what = f"got no reply in its JSON schema in {TRIES} tries; the last one: {reply!r}"
+                advice = "take a model and a server that follow JSON schemas, or set `on_error: skip`"
+                raise NotNumbers(f"{what}\n  to do: {advice}", keys.index(key))
+        return [self._score(self._replies[key]["met"]) for key in keys]
+
+    def cost(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> dict[str, int]:
+        """What the scores of these have taken, whenever they were asked for: requests (`calls`) and tokens."""
+        total: Counter[str] = Counter()
+        for key in dict.fromkeys(map(key_of, self._questions(prompts, completions))):
+            total.update(self._replies[key]["cost"] if key in self._replies else {})
+        return dict(total)
+
+    def _questions(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[str]:
+        return [
+            _QUESTION.format(
+                conversation="\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt),
+                answer=completion,
+                criteria=self._criteria,
+            )
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+    def _asked(self, key: str, question: str) -> str | None:
+        """Keep what the model says; if that cannot be used, the beginning of its last reply."""
+        cost: Counter[str] = Counter()
+        text = ""
+        for number in range(TRIES):
+            # At temperature 0 it would say the same again.
+            answer, counts = self._endpoint.ask_counting(
+                [Message(role="user", content=question)],
+                temperature=1.0 if number else 0.0,
+                response_format=self._format,
+            )
+            cost.update(counts)
+            if (met := self._met(answer.text)) is not None:
+                self._replies.add(key, {"met": met, "cost": dict(cost)})
+                return None
+            text = " ".join(answer.text.split())[:_SHOWN_CHARACTERS]
+        return text
+
+    def _met(self, reply: str) -> dict[str, bool] | None:
+        """By criterion; None if the reply is not what the schema says."""
+        match = _OBJECT.fullmatch(reply)
+        try:
+            met: Any = json.loads(match[1] if match else reply)
+        except ValueError:
+            return None
+        if not isinstance(met, dict) or met.keys() != self._weights.keys():
+            return None
+        return met if all(isinstance(value, bool) for value in met.values()) else None
+
+    def _score(self, met: dict[str, bool]) -> float:
+        weights = self._weights
+        return math.fsum(weight for name, weight in weights.items() if met[name]) / math.fsum(weights.values())
