@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 
 # Models and other caches stay inside the clone too.
 export PREFOLD_CACHE ?= $(CURDIR)/.cache/prefold
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 
-.PHONY: install demo test test-slow test-gpu lint types clean
+.PHONY: install demo test test-slow test-gpu test-oldest lint types clean
 
 install: $(STAMP)
 
@@ -31,6 +32,17 @@ test-slow: install
 test-gpu: install
 	$(BIN)/pytest -m gpu
 
+# The lowest torch and transformers that pyproject.toml allows, all else as it is pinned; gigabytes, minutes.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -n auto --maxprocesses 4 --dist worksteal -m 'not slow and not gpu'
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(OLDEST)
+	@grep -vE '^(torch|transformers)==' constraints.txt > $(OLDEST)/constraints.txt
+	@sed -nE 's/^ +"(torch|transformers)>=([0-9.]+),.*/\1==\2/p' pyproject.toml >> $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check src tests benchmarks notebooks docs
 	$(BIN)/ruff format --check src tests benchmarks notebooks docs
@@ -39,4 +51,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) $(OLDEST) .cache runs
