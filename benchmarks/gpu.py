@@ -306,8 +306,8 @@ def figures(outcome: dict[str, Any], case: Case, workload: Workload, work: Work,
     flops = work.flops / sum(seconds)
     return {
         "tokens_per_second": round(work.unique_tokens / sum(seconds), 1),
-        "tflops": round(flops / 1e12, 3),
-        "product_share": round(flops / rate, 3),
+        "tflops": float(f"{flops / 1e12:.3g}"),
+        "product_share": float(f"{flops / rate:.3g}"),
         "tutorial_minutes": round(statistics.median(seconds) * case.rows / workload.batch / 60, 1),
     }
 
