@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 
 # Models and other caches stay inside the clone too.
 export PREFOLD_CACHE ?= $(CURDIR)/.cache/prefold
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint types docs bench clean
+.PHONY: help install demo test test-slow test-gpu test-oldest lint types docs bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## .venv with prefold and all that developing takes
 
@@ -35,6 +36,17 @@ test-slow: install ## the longer tests: the real model, TRL, the tutorials as wr
 test-gpu: install ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
 
+# All else as it is pinned; gigabytes.
+test-oldest: $(OLDEST)/.installed ## the fast tests with the oldest torch and transformers that are allowed
+	$(OLDEST)/bin/pytest -n auto --maxprocesses 4 --dist worksteal -m 'not slow and not gpu'
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(OLDEST)
+	@grep -vE '^(torch|transformers)==' constraints.txt > $(OLDEST)/constraints.txt
+	@sed -nE 's/^ +"(torch|transformers)>=([0-9.]+),.*/\1==\2/p' pyproject.toml >> $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+	@touch $@
+
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks notebooks docs
 	$(BIN)/ruff format --check src tests benchmarks notebooks docs
@@ -54,4 +66,4 @@ bench: install ## steps of this tree against another commit's, in alternation: m
 	git worktree remove --force .bench; exit $$status
 
 clean: ## remove .venv, caches and runs of this folder
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) $(OLDEST) .cache runs

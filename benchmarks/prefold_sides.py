@@ -20,7 +20,7 @@ from prefold.generation.engine import sample
 from prefold.generation.sampling import Completion, Sampling
 from prefold.models.adapters import add_lora
 from prefold.models.load import load_model
-from prefold.recipe import Lora, make_recipe
+from prefold.recipe import Lora, RecipeBase, make_recipe
 from prefold.training import sampled_trees
 from prefold.training.arguments import training_arguments
 from prefold.training.guards import Facts, Guards
@@ -48,6 +48,10 @@ def grpo(connection: Connection, workload: Workload) -> None:
         turns.end(read_jsonl(run / "metrics.jsonl"))
 
 
+def policy_of(recipe: RecipeBase) -> Any:
+    return add_lora(load_model(recipe.model), Lora(**lora_settings()), seed=0)
+
+
 def pairs(connection: Connection, workload: Workload) -> None:
     """On pairs that are tokens already; the reference of a step's pairs is computed inside the timed step."""
 
@@ -60,8 +64,9 @@ def pairs(connection: Connection, workload: Workload) -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(workload.recipe(Path(folder)))
         arrange_allocations(kept=not workload.gradient_checkpointing)
-        model = add_lora(load_model(recipe.model), Lora(**lora_settings()), seed=0)
-        scorer = choose_scorer(model, trees[:2], auto_max_tokens(unwrapped(model), workload.gradient_checkpointing))
+        model = policy_of(recipe)
+        budget = auto_max_tokens(unwrapped(model), workload.gradient_checkpointing)
+        scorer = choose_scorer(model, trees[:2], budget, recipe.model.attn_implementation)
         order = GivenOrder(len(trees), workload.batch, len(trees), seed=0)
         record = StepRecord(Path(folder), 0, lambda *shown, **named: None)
         arguments = training_arguments(recipe, workload.steps + 1)

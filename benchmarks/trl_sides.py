@@ -89,6 +89,12 @@ def closeness_to_target(completions: list[str], **columns: Any) -> list[float]:
     return [-float(abs(TARGET_LENGTH - len(text))) for text in completions]
 
 
+def policy_of(workload: Workload) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora_settings()))
+
+
 def train(
     trainer_class: Any,
     config_class: Any,
@@ -102,10 +108,8 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
-        model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
-        torch.manual_seed(0)
         trainer = trainer_class(
-            get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora_settings())),
+            policy_of(workload),
             args=config_class(**{**common_settings(folder, workload), **settings}),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,

@@ -27,7 +27,7 @@ WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 @dataclass(frozen=True)
 class Workload:
     """`trees` of all steps, for a side that takes tokens; `rows` for one that reads a file, with a step more to warm up
-    and `HELD_OUT` more."""
+    and `HELD_OUT` more. `model_fields`: further ones of the recipe's `model`."""
 
     method: str
     model: Path
@@ -37,6 +37,7 @@ class Workload:
     rows: list[dict[str, str]] = field(default_factory=list)
     batch: int = BATCH
     natural_stops: bool = False
+    model_fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -62,7 +63,7 @@ class Workload:
         return {
             "method": self.method,
             self.method: self.settings,
-            "model": {"name": str(self.model), "dtype": self.dtype},
+            "model": {"name": str(self.model), "dtype": self.dtype, **self.model_fields},
             "lora": lora_settings(),
             "data": {"train": [{"path": str(file)}], "eval_fraction": 0.001, "max_length": 4096},
             **({"rewards": [REWARD]} if self.method == "grpo" else {}),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from benchmarks import (
     equal_groups,
     full_size,
+    gpu,
     margins,
     planned,
     prefold_run,
@@ -206,6 +208,47 @@ def test_margins(summary_of: Callable[..., dict[str, Any]], pairs: Path) -> None
 def test_planned(summary_of: Callable[..., dict[str, Any]]) -> None:
     [entry] = summary_of(planned.main, "dpo-512")["settings"]
     assert entry["planned_mb"] > 0 < entry["measured_mb"]
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rehearsal on a CPU: over 4-bit weights made here, and as `prefold train`; both with TRL."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    parts = ["dpo-4bit", "grpo", "--device", "cpu", "--shape", "tiny"]
+    gpu.main([*parts, "--results", str(tmp_path / "results")])
+    outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = {(entry["case"], entry.get("attention", entry["side"])): entry for entry in outcome["results"]}
+    assert list(found) == [(case, side) for case in ("dpo-4bit", "grpo") for side in ("prefold_joined", "TRL")]
+    for entry in found.values():
+        assert len(entry["seconds"]) == 1 and entry["product_share"] > 0 and entry["tokens_per_second"] > 0
+    assert all(entry["planned_bytes"] > 10**6 for entry in found.values() if entry["side"] == "prefold")
+    assert found["grpo", "TRL"]["rollout_seconds"][0] > 0
+    saved = json.loads((tmp_path / "results" / "gpu-tiny-cpu.json").read_text())
+    assert saved["results"] == outcome["results"] and saved["products_tflops"] > 0
+
+
+def test_gpu_says_what_fails_and_what_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(connection: Any, workload: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    assert gpu.taken(fails, cast(Any, None)) == {"failed": "RuntimeError: no such kernel"}
+    connection, _there = Pipe()
+
+    @contextmanager
+    def silent(self: Side) -> Iterator[Side]:
+        self.connection = connection
+        yield self
+
+    monkeypatch.setattr(Side, "running", silent)
+    case = gpu.CASES["orpo-4bit"]
+    results = gpu.results_of("orpo-4bit", case, gpu.workload_of(case, True, tmp_path), 1e9, time.monotonic())
+    assert [entry["failed"] for entry in results] == ["out of time", "out of time"]
+
+
+def test_gpu_checks() -> None:
+    outcome = gpu.checks(seconds=300)
+    assert outcome["whole"] and outcome["failed"] == []
+    assert outcome["passed"] + outcome["skipped"] > 20
 
 
 def test_startup(summary_of: Callable[..., dict[str, Any]], pairs: Path, tmp_path: Path) -> None:

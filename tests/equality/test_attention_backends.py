@@ -107,6 +107,18 @@ def test_variable_length(name: str, emulated: list[int]) -> None:
         assert_same(outcome(model, lambda: Scorer(model, 64, VARIABLE).score(trees).tokens), wanted, 1e-10)
 
 
+def test_variable_length_of_torch_2_11(emulated: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no keyword for grouped heads, and takes them."""
+
+    def older(query: Tensor, key: Tensor, value: Tensor, *layout: Any, scale: float, window_size: Any) -> Tensor:
+        how: Any = {"scale": scale, "window_size": window_size, "enable_gqa": query.shape[1] != key.shape[1]}
+        return flash(query, key, value, *layout, **how)
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    monkeypatch.setattr(attention, "NAMES_GROUPED_HEADS", False)
+    test_variable_length("llama", emulated)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3", "gemma3_text", "cohere2"])
 def test_block_mask(name: str, emulated: list[int]) -> None:
     model = with_lora(family(name))

@@ -439,7 +439,7 @@ def test_what_leaves_the_peak_as_it_is_may_be_needed_later() -> None:
     grpo = {"num_generations": 8, "max_completion_length": 128}
     model = {"dtype": "bfloat16"}
     recipe = recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=grpo, model=model, lora={"r": 16})
-    first = planner(recipe, seven_billion(), Machine("cuda", 18 * GB, 0), [(400,)] * 4)
+    first = planner(recipe, seven_billion(), Machine("cuda", 18 * GB, 0), [(600,)] * 4)
     plan = first.plan()
     assert max(plan.peaks, key=plan.peaks.__getitem__) == "rollouts"
     change = first.with_change(plan).change

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from types import MethodType
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ def quantise_in_pieces() -> None:
 
 
 def prepare_quantised(model: PreTrainedModel) -> None:
-    """Let every quantised layer compute alike in training and evaluation, and take its inputs as other layers do.
+    """Let every quantised layer compute alike in training and evaluation, take its inputs as other layers do, and give
+    its weight whole: `unpacked(dtype)`.
 
     In evaluation mode on a CPU, bitsandbytes packs 4-bit weights into a form that has no gradient, and never back
     within a run; 8-bit layers round their inputs as well. Both would put the reference, which is computed in
@@ -106,11 +108,25 @@ def prepare_quantised(model: PreTrainedModel) -> None:
         if isinstance(layer, Linear4bit | Linear8bitLt):
             layer.train()
             layer.train = _stay  # type: ignore[method-assign, assignment]
+            unpack = _from_4_bits if isinstance(layer, Linear4bit) else _from_8_bits
+            layer.unpacked = MethodType(unpack, layer)
             layer.register_forward_pre_hook(_as_under_autocast)
 
 
 def _stay(mode: bool = True) -> None:
     """Stands in for the `train` of a layer that stays in training mode."""
+
+
+def _from_4_bits(layer: Any, dtype: torch.dtype) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype)
+
+
+def _from_8_bits(layer: Any, dtype: torch.dtype) -> Tensor:
+    """As bitsandbytes' own backward pass has it; `state` is there once the layer has computed."""
+    scales: Tensor = layer.state.SCB.unsqueeze(1)
+    return layer.state.CB.to(dtype, copy=True).mul_(scales.mul(1.0 / 127.0))  # type: ignore[no-any-return]
 
 
 def _as_under_autocast(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -239,6 +239,9 @@ class QuantisedLinear(nn.Linear):
         out: Tensor = _Unpacked.apply(x, self.out_features)
         return out
 
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.new_empty(self.weight.shape, dtype=dtype)
+
 
 class _Unpacked(torch.autograd.Function):
     @staticmethod

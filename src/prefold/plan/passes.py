@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefold.plan.meta_model import MetaModel, fake_tensors, move_to_cpu
-from prefold.trees.attention import BACKENDS, Shape, register, unwrapped, using_attention
+from prefold.trees.attention import BACKENDS, CHECKPOINTING, Shape, register, unwrapped, using_attention
 from prefold.trees.head import head_logprobs, head_of
 from prefold.trees.logprobs import packed_logprobs, plain_logprobs
 from prefold.trees.memory import token_bytes
@@ -61,7 +61,7 @@ def _training_pass(
     model = meta.policy(layers).train()
     if meta.recipe.train.gradient_checkpointing:
         settings = {"use_reentrant": False, "preserve_rng_state": False}
-        unwrapped(model).activation_checkpointing_enable(settings)
+        getattr(unwrapped(model), f"{CHECKPOINTING}_enable")(settings)
     with fake_tensors() as mode:
         move_to_cpu(model)
         for weight in model.parameters():

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import TrainingArguments
 
 from prefold.models.device import choose_device, choose_dtype
 from prefold.recipe import RecipeBase
+from prefold.trees.attention import CHECKPOINTING
 
 
 def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
     """Those that optimizers, schedules and trackers read."""
     settings, device = recipe.train, choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
+    checkpointing: dict[str, Any] = {CHECKPOINTING: settings.gradient_checkpointing}
+    if settings.gradient_checkpointing:
+        checkpointing[f"{CHECKPOINTING}_kwargs"] = {"use_reentrant": False}
     arguments = TrainingArguments(
         output_dir=str(recipe.run_folder / "checkpoints"),
         run_name=settings.run_name or recipe.run_folder.resolve().name,
@@ -34,8 +40,6 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
         adam_beta2=settings.adam_beta2,
         adam_epsilon=settings.adam_epsilon,
         max_grad_norm=settings.max_grad_norm,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         eval_strategy="steps" if settings.eval_steps else "no",
         eval_steps=settings.eval_steps,
         metric_for_best_model=settings.metric_for_best_model or ("loss" if settings.load_best_model_at_end else None),
@@ -45,6 +49,7 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
         save_steps=settings.save_steps,
         save_total_limit=settings.save_total_limit,
         logging_steps=1,
+        **checkpointing,
     )
     # Set afterwards: the Trainer wants a checkpoint at each measurement then, and the loop makes one at the best ones.
     arguments.load_best_model_at_end = settings.load_best_model_at_end

@@ -49,7 +49,7 @@ from prefold.training.interrupt import Interruption
 from prefold.training.optimizer import optimizer_and_schedule
 from prefold.training.record import StepRecord
 from prefold.training.saved_state import load_states, load_weights, reshard, save_states, save_weights
-from prefold.trees.attention import unwrapped
+from prefold.trees.attention import CHECKPOINTING, unwrapped
 from prefold.trees.logprobs import TreeLogprobs, concatenated
 from prefold.trees.packing import TokenTree
 from prefold.trees.reference import Reference
@@ -429,8 +429,8 @@ class TrainingLoop:
         self.require_metric()
         if ranks.is_first():
             remove_left_over(self.checkpoints)
-        if self.args.activation_checkpointing:
-            unwrapped(self.model).activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        if getattr(self.args, CHECKPOINTING):
+            getattr(unwrapped(self.model), f"{CHECKPOINTING}_enable")(getattr(self.args, f"{CHECKPOINTING}_kwargs"))
         reshard(self.model)  # after passes without gradients
         if checkpoint is not None:
             load_weights(self.model, checkpoint)

@@ -21,6 +21,15 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from prefold.trees.packing import Node, PackedTrees, Span
 
+NAMES_GROUPED_HEADS = torch.__version__ >= "2.12"
+"""Whether torch's variable-length attention has a keyword for them; the kernel of 2.11 takes them without."""
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+"""What transformers calls it, in arguments and methods: the first since 5.23."""
+
 
 class Shape(NamedTuple):
     """What a layer asks of its attention beside queries, keys and values."""
@@ -253,7 +262,7 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
         *layout,
         scale=shape.scale,
         window_size=(-1 if shape.window is None else shape.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": query.shape[1] != key.shape[1]} if NAMES_GROUPED_HEADS else {}),
     )
     assert isinstance(out, Tensor)
     return out[None]

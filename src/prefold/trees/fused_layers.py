@@ -2,7 +2,8 @@
 
 LoRA in one piece: y = x W' + b + s (x A') B', with the backward pass that frozen weights allow. PEFT computes the
 update beside the base layer and adds it, in six passes over memory and a gradient of the base product by autograd. Here
-the update is accumulated into the product itself, and nothing is saved but the input and `x A'`.
+the update is accumulated into the product itself, and nothing is saved but the input of A and `x A'`. Weights in 4 or 8
+bits are unpacked once for each product, in the backward pass again, and never kept.
 
 Single rows of the embeddings and of the head that are trained, in place of the frozen ones. PEFT copies the whole
 matrix in every pass, and its gradient is as large. Here the frozen matrix is left alone and the few rows are put where
@@ -15,20 +16,24 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
+
+LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
+"""PEFT's classes by their names, as those over bitsandbytes are only there where it is."""
 
 
 def fuse_lora(model: nn.Module) -> int:
     """Give every plain LoRA layer of a model the fused forward pass; returns how many took it.
 
-    Layers on quantised or trained weights, with DoRA, a bias of their own, several adapters or dropout keep PEFT's.
+    Layers on trained weights, with DoRA, a bias of their own or several adapters keep PEFT's, and so do those on
+    quantised weights that have no `unpacked(dtype)`.
     """
-    layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
     for layer in layers:
-        layer.forward = MethodType(_lora_forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(_lora_forward, layer)  # type: ignore[attr-defined]
     return len(layers)
 
 
@@ -36,53 +41,78 @@ def _is_plain(layer: Any) -> bool:
     base = layer.base_layer
     name, *others = layer.lora_A
     return (
-        type(base) is nn.Linear
+        type(layer).__name__ in LINEAR
+        and (type(base) is nn.Linear or hasattr(base, "unpacked"))
         and not any(parameter.requires_grad for parameter in base.parameters())
         and not others
         and name not in layer.lora_variant
         and not layer.lora_bias[name]
-        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and isinstance(layer.lora_dropout[name], nn.Identity | nn.Dropout)
     )
 
 
 def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name, *others = layer.lora_A
-    if args or kwargs or others or layer.disable_adapters or layer.merged or layer.active_adapters != [name]:
+    base, device = layer.base_layer, x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    is_off = layer.disable_adapters or layer.merged or layer.active_adapters != [name]
+    if args or kwargs or others or is_off or getattr(base, "compute_dtype", None) not in (None, dtype):
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            bias = base.bias if base.bias is None else base.bias.to(dtype)
-            casts = (x.to(dtype), base.weight.to(dtype), bias, a.to(dtype), b.to(dtype))
-            return _FusedLora.apply(*casts, layer.scaling[name])  # type: ignore[no-any-return]
-    dtype = base.weight.dtype
-    return _FusedLora.apply(x.to(dtype), base.weight, base.bias, a.to(dtype), b.to(dtype), layer.scaling[name])  # type: ignore[no-any-return]
+    a, b = (factor[name].weight.to(dtype) for factor in (layer.lora_A, layer.lora_B))
+    dropout = layer.lora_dropout[name]
+    kept = 1 - dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 1.0
+    return _FusedLora.apply(x, _cast(x, dtype), a, b, base, kept, layer.scaling[name])  # type: ignore[no-any-return]
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Once for all layers that take the same states (query, key and value; gate and up), which then keep the same
+    tensor for their backward passes. It lies with the states, by the version by which autograd too knows whether they
+    have been written to."""
+    if x.dtype == dtype or x.is_inference():
+        return x.to(dtype)
+    version, cast = vars(x).get("cast", (None, x))
+    if version != x._version or cast.dtype != dtype:
+        cast = x.detach().to(dtype)
+        vars(x)["cast"] = x._version, cast
+    return cast
 
 
 class _FusedLora(torch.autograd.Function):
+    """`states` are x in the dtype that computes; the gradient goes to x, so that autograd adds in its dtype. `kept` is
+    the share of x that A gets; what dropout multiplies it by is part of the scaling, where it rounds nothing."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any, x: Tensor, states: Tensor, a: Tensor, b: Tensor, base: nn.Module, kept: float, scaling: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out = linear(rows, weight, bias)
+        out = base(states)
+        rows, mask = states.reshape(-1, x.shape[-1]), None
+        if kept < 1:
+            mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(kept)
+            rows = rows * mask
         inner = rows @ a.T
-        out.addmm_(inner, b.T, alpha=scaling)
-        ctx.save_for_backward(rows, weight, a, b, inner)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return out.view(*x.shape[:-1], -1)
+        out.view(-1, out.shape[-1]).addmm_(inner, b.T, alpha=scaling / kept)
+        ctx.save_for_backward(rows, a, b, inner, mask)
+        ctx.base, ctx.scaling, ctx.shape = base, scaling / kept, x.shape
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, inner = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(-1, weight.shape[0])
+        rows, a, b, inner, mask = ctx.saved_tensors
+        grad = grad_outputs[0].reshape(-1, b.shape[0])
         grad_inner = (grad @ b).mul_(ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_inner, a).view(ctx.shape)
-        return grad_x, None, None, grad_inner.T @ rows, (grad.T @ inner).mul_(ctx.scaling), None
+            grad_x = grad_inner @ a
+            if mask is not None:
+                grad_x.mul_(mask)
+            # The larger part comes last, since it is rounded when it is added.
+            grad_x = grad_x.addmm_(grad, _weight(ctx.base, grad.dtype)).view(ctx.shape)
+        return grad_x, None, grad_inner.T @ rows, (grad.T @ inner).mul_(ctx.scaling), None, None, None
+
+
+def _weight(base: Any, dtype: torch.dtype) -> Tensor:
+    return base.weight.to(dtype) if type(base) is nn.Linear else base.unpacked(dtype)  # type: ignore[no-any-return]
 
 
 # ---- single trained rows ----------------------------------------------------------------------------------------

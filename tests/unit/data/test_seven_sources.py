@@ -113,7 +113,7 @@ def test_the_mix_has_the_published_counts(share: int, tmp_path: Path, chatml: Pr
         rows = [row for pair in zip(passing, failing, strict=False) for row in pair]
         rows += passing[len(failing) :]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sources.append(data.train[place].model_copy(update={"path": str(path), "split": None}))
+        sources.append(data.train[place].model_copy(update={"path": str(path), "split": None, "count": None}))
     prepared = load_split(data.model_copy(update={"train": sources}), chatml, seed=42)
     for found, (_, kept, dropped) in zip(prepared.report.sources, SOURCES, strict=True):
         assert (found.rows_used, found.rows_filtered) == (kept // share, dropped // share), found.path
@@ -123,3 +123,11 @@ def test_the_mix_has_the_published_counts(share: int, tmp_path: Path, chatml: Pr
     # All sources together, in one shuffled order.
     first = {origin.source for origin in prepared.train.origins[:50]}
     assert len(first) > 3
+
+
+def test_the_recipe_takes_a_thousand_rows_by_the_shares_of_the_sources() -> None:
+    counts = [source.count for source in load_recipe("orpollama-orpo").data.train]
+    total = sum(kept for _, kept, _ in SOURCES)
+    assert sum(filter(None, counts)) == 1000
+    for count, (_, kept, _) in zip(counts, SOURCES, strict=True):
+        assert count and abs(count - 1000 * kept / total) < 1
