@@ -131,5 +131,5 @@ def test_a_cpu_attends_in_float32_under_autocast_too(name: str, weights: torch.d
     model = prepare_forward(family(name, weights))
     with torch.autocast("cpu", torch.bfloat16), Products() as products:
         batch, _ = engine.prefill(model, PROMPTS[:1], Sampling(4, 2))
-        engine.decode(model, [batch], [1, 2], [4, 4])
+        engine.decode(model, [batch], torch.tensor([1, 2]))
     assert products.dtypes == {torch.float32}
