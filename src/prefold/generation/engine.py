@@ -75,8 +75,8 @@ logger = logging.getLogger("prefold")
 class ModelState:
     """What generation has learned about a model, which keeps it: `max_tokens` is lowered where memory runs out; prompts
     with completions of up to `longest` tokens can be shared as far as its configuration tells; `obstacles` is what the
-    check has given for prompts within its window (False) and beyond it (True); `variable_length` are the dtypes in which
-    variable-length attention has passed it."""
+    check has given for prompts within its window (False) and beyond it (True), and `variable_length` are the dtypes in
+    which that attention has passed it."""
 
     max_tokens: int = sys.maxsize
     longest: int = 0

@@ -86,9 +86,7 @@ class Drawing:
         """Let go of all completions but these."""
         self.completions = [self.completions[i] for i in kept]
         index = torch.tensor(kept, dtype=torch.long, device=self._count.device)
-        self._numbers, self._count, self.newest = (
-            each[index] for each in (self._numbers, self._count, self.newest)
-        )
+        self._numbers, self._count, self.newest = (each[index] for each in (self._numbers, self._count, self.newest))
         self._seen = None if self._seen is None else self._seen[index]
 
     def take_over(self, others: Sequence[Drawing]) -> None:
@@ -151,7 +149,10 @@ class GenerationRequest:
         """Bring what has been drawn to the completions, of each up to its end; the indices of those that go on."""
         if drawing.unread:
             # One transfer for all steps.
-            of_steps = (None if parts[0] is None else torch.stack(parts, 1).tolist() for parts in zip(*drawing.unread))
+            of_steps = (
+                None if parts[0] is None else torch.stack(parts, 1).tolist()
+                for parts in zip(*drawing.unread, strict=True)
+            )
             columns = [repeat(None) if values is None else values for values in of_steps]
             drawing.unread = []
             for completion, *drawn in zip(drawing.completions, *columns, strict=False):
@@ -278,8 +279,8 @@ def truncated(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 
 def _least_of_top_p(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    """`[R, 1]`: the least score of the most likely tokens that together reach `top_p`. Without `top_k` the device has to
-    say at every step whether those that are looked at first do."""
+    """`[R, 1]`: the least score of the most likely tokens that together reach `top_p`. Without `top_k` the device is
+    asked at every step whether those that are looked at first do: sorting all of them takes longer."""
     normaliser = scores.logsumexp(-1, keepdim=True)
     for count in (min(LIKELY, scores.shape[-1]), scores.shape[-1]):
         likeliest = scores.topk(count).values
