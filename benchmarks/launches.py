@@ -64,10 +64,10 @@ class Launches(TorchDispatchMode):
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     quieten()
-    config = shape_of(options)
+    model = model_of(shape_of(options))
     measured = {
-        "decode_step": {str(prompts): decode_step(model_of(config), prompts).kernels for prompts in PROMPTS},
-        "training_step": training_step(model_of(config)).kernels,
+        "decode_step": {str(prompts): decode_step(model, prompts).kernels for prompts in PROMPTS},
+        "training_step": training_step(model).kernels,
     }
     table = Table("a step of", "kernels")
     for prompts, kernels in measured["decode_step"].items():

@@ -167,7 +167,7 @@ class LocalEngine:
             begun = self._admitted(waiting, under_way, request, budget)
             stepped = attempt(partial(self._step, begun, under_way, request))
             if stepped is None:
-                again = {each.prompt for _, drawing in under_way for each in drawing.completions}.union(begun)
+                again = {*request.unfinished, *begun}
                 under_way, waiting = [], deque(sorted(again.union(waiting)))
                 sizes = [request.size(prompt) for prompt in again]
                 single = f"{SINGLE_PROMPT} ({sizes[0]:,} tokens); {ASK_FOR_LESS}"

@@ -16,9 +16,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import accumulate, chain, pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ WIDEST, WIDTHS = 256, 8
 
 States = tuple[Tensor, Tensor]
 """Keys and values."""
+Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, cached: Any, shape: Shape) -> Tensor:
@@ -107,6 +108,27 @@ class SequenceBatch(ABC):
 # ---- by matrix products -----------------------------------------------------------------------------------------
 
 
+def attends_in(dtype: torch.dtype, device: str) -> bool:
+    """Whether states stay in a dtype: CUDA alone has half-precision products that leave scores in float32, and a CPU is
+    as fast in float32, which is more exact."""
+    return dtype not in HALF or device == "cuda"
+
+
+def _widened(attend: Attend) -> Attend:
+    """Has an attention computed in float32 where products of half precision have no scores in float32."""
+
+    @wraps(attend)
+    def widened(batch: Any, of: Any, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+        device = value.device.type
+        if not attends_in(value.dtype, device):
+            query, key, value = query.float(), key.float(), value.float()
+        # Autocast would take the products back to half precision.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return attend(batch, of, query, key, value, shape)
+
+    return cast(Attend, widened)
+
+
 class Products(SequenceBatch):
     """`by_prompts` are the states of each prompt by layer, `[key heads, P, width]`, and `own` those of the sequences by
     layer, `[R, key heads, capacity, width]`, of which the first ones are in use."""
@@ -141,10 +163,8 @@ class Products(SequenceBatch):
         states[first : len(kept), :, : self.filled] = states[list(kept[first:]), :, : self.filled]
         return states
 
+    @_widened
     def begin(self, prefill: Prefill, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
-        return _widened(self._begin, prefill, query, key, value, shape)
-
-    def _begin(self, prefill: Prefill, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
         for prompt, span in zip(prefill.prompts, prefill.packed.prompts, strict=True):
             own = (states[0, :, slice(*span)] for states in (key, value))
             # Copies: views would keep the whole row.
@@ -152,10 +172,8 @@ class Products(SequenceBatch):
             self.by_prompts[prompt].append((keys, values))
         return segments(query, key, value, prefill.packed, shape)
 
+    @_widened
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
-        return _widened(self._attend, layer, query, key, value, shape)
-
-    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
         # Query heads that share a key head are rows of one matrix product.
         query = (query * shape.scale).transpose(0, 1).unflatten(1, (key.shape[0], -1))
         keys, values = self._with_own(layer, key, value, shape.window)
@@ -193,24 +211,6 @@ class Products(SequenceBatch):
             attended.append((out, normaliser))
         outs, normalisers = zip(*attended, strict=True)
         return torch.cat(outs), torch.cat(normalisers)
-
-
-def _widened(compute: Callable[..., Tensor], *given: Any) -> Tensor:
-    """Computed in float32 where products of half precision have no scores in float32; what is given ends with query,
-    key, value and shape."""
-    *before, query, key, value, shape = given
-    device = value.device.type
-    if not attends_in(value.dtype, device):
-        query, key, value = query.float(), key.float(), value.float()
-    # Autocast would take the products back to half precision.
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return compute(*before, query, key, value, shape)
-
-
-def attends_in(dtype: torch.dtype, device: str) -> bool:
-    """Whether states stay in a dtype: CUDA alone has half-precision products that leave scores in float32, and a CPU is
-    as fast in float32, which is more exact."""
-    return dtype not in HALF or device == "cuda"
 
 
 def attention_part(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ def _counted(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
 
 
 class GenerationRequest:
-    """All completions of a call."""
+    """All completions of a call; `unfinished` are those of the prompts that have begun."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class GenerationRequest:
     ):
         self.prompts, self.settings, self.on_token = prompts, settings, on_token
         self._tokenizer, self._ends, self._numbers = tokenizer, set(end_tokens), numbers
-        self._unfinished: dict[int, list[PartialCompletion]] = {}
+        self.unfinished: dict[int, list[PartialCompletion]] = {}
         # A token is a byte or more, so that many tokens hold the longest stop string; some, for half characters.
         self._tail = 4 + max((len(stop.encode()) for stop in settings.stop), default=0)
 
@@ -136,8 +136,8 @@ class GenerationRequest:
         """The completions of some prompts, still empty."""
         each, length = range(self.settings.num_answers), self.settings.max_new_tokens
         for prompt in prompts:
-            self._unfinished[prompt] = [PartialCompletion(prompt, number) for number in each]
-        completions = [completion for prompt in prompts for completion in self._unfinished[prompt]]
+            self.unfinished[prompt] = [PartialCompletion(prompt, number) for number in each]
+        completions = [completion for prompt in prompts for completion in self.unfinished[prompt]]
         streams = [
             stream_of(self.settings.seed, self._numbers[completion.prompt], completion.number, length)
             for completion in completions
@@ -184,8 +184,8 @@ class GenerationRequest:
     def finished(self, completions: Sequence[PartialCompletion]) -> Iterator[tuple[int, list[Completion]]]:
         """The prompts of these completions that are all done, with what was generated."""
         for prompt in dict.fromkeys(completion.prompt for completion in completions if completion.over):
-            if all(completion.over for completion in self._unfinished[prompt]):
-                yield prompt, [self._completion(completion) for completion in self._unfinished.pop(prompt)]
+            if all(completion.over for completion in self.unfinished[prompt]):
+                yield prompt, [self._completion(completion) for completion in self.unfinished.pop(prompt)]
 
     def _is_stopped(self, completion: PartialCompletion) -> bool:
         if not self.settings.stop:

@@ -40,7 +40,6 @@ DRAWN = Sampling(
     with_model_logprobs=True,
     with_entropies=True,
 )
-HOW = pytest.mark.parametrize("how", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ OF_FAMILIES = [("llama", GREEDY), ("mistral", GREEDY)]
 OF_FAMILIES += [(name, DRAWN) for name in ("llama", "mistral", "qwen2", "gemma3_text", "gpt2", "phi", "cohere2")]
 
 
-@pytest.mark.parametrize(("name", "how"), OF_FAMILIES, ids=lambda given: given if isinstance(given, str) else "")
+@pytest.mark.parametrize(("name", "how"), OF_FAMILIES, ids=str)
 def test_the_completions_are_those_of_a_cpu(
     name: str, how: Sampling, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +126,27 @@ def test_rows_that_leave_and_join_share_one_call(calls: list[int], monkeypatch: 
     LocalEngine(model, TOKENIZER, max_tokens=200).sample(PROMPTS * 3, how)
     assert len({sequences for _, sequences, _ in seen}) > 3
     assert any(len(filled) > 1 for _, _, filled in seen), "none has begun while others were under way"
+
+
+@pytest.mark.parametrize("of_others", [True, False])
+def test_out_of_memory_on_the_move(
+    of_others: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When tokens have been read, and prompts may just have ended: these are begun anew as well."""
+    model = as_on_cuda(tiny_llama(), monkeypatch)
+    how = replace(DRAWN, temperature=1.0, end_tokens=tuple(range(5, 35)))
+    wanted = LocalEngine(model, TOKENIZER).sample(PROMPTS * 3, how)
+    take_over, left = VariableLength.take_over, [2]
+
+    def limited(self: VariableLength, others: Any) -> None:
+        take_over(self, others)
+        if bool(others) == of_others and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VariableLength, "take_over", limited)
+    assert_same(LocalEngine(model, TOKENIZER, max_tokens=200).sample(PROMPTS * 3, how), wanted)
+    assert left == [0] and "out of memory: the token budget of completions goes from 200" in caplog.text
 
 
 def test_nothing_is_moved_until_half_is_free() -> None:
@@ -184,17 +204,31 @@ def test_the_next_token_is_looked_at_in_time(calls: list[int], monkeypatch: pyte
 # ---- as the check of sampling finds it ---------------------------------------------------------------------------
 
 
-@HOW
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+ONE = {"": "cuda"}
+TWO = {"": "cuda:0", **dict.fromkeys(("model.layers.1", "model.layers.2", "model.norm", "lm_head"), "cuda:1")}
+ON_CUDA = [
+    ("llama", torch.bfloat16, ONE, GREEDY),
+    ("llama", torch.float16, TWO, DRAWN),
+    ("mistral", torch.bfloat16, TWO, DRAWN),
+    ("mistral", torch.float16, ONE, DRAWN),
+    ("gemma2", torch.bfloat16, ONE, DRAWN),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "devices", "how"), ON_CUDA, ids=str)
 def test_on_cuda(
-    name: str, dtype: torch.dtype, how: Sampling, calls: list[int], caplog: pytest.LogCaptureFixture
+    name: str,
+    dtype: torch.dtype,
+    devices: dict[str, str],
+    how: Sampling,
+    calls: list[int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The check finds by itself what can be taken. Rounding parts completions, as it does with products."""
     wanted = LocalEngine(family(name, dtype), TOKENIZER).sample(PROMPTS, how)
     model = family(name, dtype)
     with emulated():
-        found = LocalEngine(put(model, {"": "cuda"}), TOKENIZER, max_tokens=150).sample(PROMPTS, how)
+        found = LocalEngine(put(model, devices), TOKENIZER, max_tokens=150).sample(PROMPTS, how)
     assert ModelState.of(model).variable_length == (set() if name == "gemma2" else {dtype})
     assert bool(calls) == (name != "gemma2") and not caplog.records
     pairs = zip(chain(*found), chain(*wanted), strict=True)
