@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 from dense import assert_same, dense_logprobs, exactly, outcome
+from emulated_kernels import flash
 from families import family
 from tiny import random_trees, tiny_llama, with_lora
 from torch import Tensor
@@ -42,42 +43,6 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 # ---- stand-ins for kernels --------------------------------------------------------------------------------------
-
-
-def flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_starts: Tensor,
-    key_starts: Tensor,
-    most_queries: int,
-    most_keys: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """What torch documents of `varlen_attn`, written out: each segment bottom-right causal within its window. Refuses
-    what the kernel of flash attention does, but for its dtypes."""
-    assert query_starts.dtype == key_starts.dtype == torch.int32
-    assert all(states.stride(-1) == 1 and states.dim() == 3 for states in (query, key, value))
-    assert query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    back, ahead = window_size
-    assert ahead == 0
-    pieces = []
-    for i in range(len(query_starts) - 1):
-        own = slice(int(query_starts[i]), int(query_starts[i + 1]))
-        seen = slice(int(key_starts[i]), int(key_starts[i + 1]))
-        rows, columns = own.stop - own.start, seen.stop - seen.start
-        assert rows <= most_queries and columns <= most_keys
-        group = query.shape[1] // key.shape[1]
-        keys, values = (states[seen].repeat_interleave(group, dim=1).transpose(0, 1) for states in (key, value))
-        distance = torch.arange(columns - rows, columns)[:, None] - torch.arange(columns)[None]
-        hidden = (distance < 0) | (distance > back if back >= 0 else torch.zeros_like(distance, dtype=torch.bool))
-        scores = query[own].transpose(0, 1) @ keys.transpose(1, 2) * scale
-        pieces.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1))
-    return torch.cat(pieces)
 
 
 @pytest.fixture

@@ -198,6 +198,19 @@ def test_rollouts_by_hand() -> None:
     assert parts["optimizer"] > 0
 
 
+@pytest.mark.parametrize(("bits", "computed", "size"), [("4", "auto", 2), ("4", "float32", 4), ("8", None, 0)])
+def test_rollouts_over_quantised_weights(bits: str, computed: str | None, size: int) -> None:
+    """Of 4 bits a copy in the dtype that they compute in, where half of what is left holds it."""
+    model = {"dtype": "bfloat16", f"load_in_{bits}bit": True, "bnb_4bit_compute_dtype": computed}
+    recipe = recipe_of("grpo", rewards=[{"name": "length", "target": 8}], grpo=GROUPS, model=model)
+    copy, states = size * LAYERS * sum(LINEAR.values()), 2 * (40 + 4 * 16) * LAYERS * 2 * KEYS * 4
+    parts = plan_of(recipe).memory["rollouts"]
+    assert parts["cache"] == states + copy
+    for left, copied in ((2 * copy, copy), (2 * copy - 2, 0)):
+        machine = Machine("cpu", parts["process"] + parts["weights"] + left, 0)
+        assert plan_of(recipe, machine=machine).memory["rollouts"]["cache"] == states + copied
+
+
 @pytest.mark.parametrize("counts_mapped", [False, True])
 def test_merging_by_hand(counts_mapped: bool) -> None:
     """Two float32 copies of the largest tensor and six sets of logits, of 96 tokens of three trees' prompts and first

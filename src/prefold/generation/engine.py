@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -30,20 +30,22 @@ from prefold.generation.kv_cache import (
     HALF,
     Decode,
     Prefill,
-    PromptCache,
+    Products,
+    Prompt,
     SequenceBatch,
+    VariableLength,
     attend,
     attends_in,
 )
 from prefold.generation.sampling import Completion, Sampling
-from prefold.generation.sequences import GenerationRequest, OnToken, PartialCompletion
+from prefold.generation.sequences import Drawing, GenerationRequest, OnToken, PartialCompletion
 from prefold.generation.transformers_engine import ASK_FOR_LESS, SINGLE_PROMPT, generate_plainly
 from prefold.generation.weights import fold_adapter, packed_weights
 from prefold.models.gate import require_prompts
 from prefold.terminal import Advance, progress_bar
 from prefold.trees.attention import Shape, heads_of, unwrapped, using_attention
 from prefold.trees.budget import attempt, lowered, split_by_budget
-from prefold.trees.memory import free_on, gpus_of
+from prefold.trees.memory import free_on, gpus_of, is_out_of_memory
 from prefold.trees.packing import TokenTree, pack
 from prefold.trees.self_check import COARSE, difference, obstacle, stretched_positions
 
@@ -51,6 +53,8 @@ ROWS = {"cpu": 64, "cuda": 256}
 """Completions that are generated side by side; beyond them, one more costs what it brings."""
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of prompts that are encoded in one row."""
+STEPS_BETWEEN_LOOKS = {"cuda": 4}
+"""Steps after which a device is asked for what has been drawn, where not after each."""
 CACHE_BYTES = 2 * 2**30
 """What keys and values may take on a CPU; on GPUs of CUDA, half of what is free."""
 CHECKED_TOKENS = 256
@@ -61,8 +65,8 @@ HALF_TOLERANCE = 1e-2
 PROMPTS_OF_CHECK, WINDOW_OF_CHECK = (24, 9), 12
 """Tokens of the prompts that attention in half precision is checked on, and the window where the model has one."""
 
-UnderWay = list[tuple[SequenceBatch, list[PartialCompletion]]]
-"""The sequences of each batch."""
+UnderWay = list[tuple[SequenceBatch, Drawing]]
+"""Batches, and the completions that their sequences become."""
 
 logger = logging.getLogger("prefold")
 
@@ -71,11 +75,13 @@ logger = logging.getLogger("prefold")
 class ModelState:
     """What generation has learned about a model, which keeps it: `max_tokens` is lowered where memory runs out; prompts
     with completions of up to `longest` tokens can be shared as far as its configuration tells; `obstacles` is what the
-    check has given for prompts within its window (False) and beyond it (True)."""
+    check has given for prompts within its window (False) and beyond it (True), and `variable_length` are the dtypes in
+    which that attention has passed it."""
 
     max_tokens: int = sys.maxsize
     longest: int = 0
     obstacles: dict[bool, str | None] = field(default_factory=dict)
+    variable_length: set[torch.dtype] = field(default_factory=set)
 
     @staticmethod
     def of(model: nn.Module) -> ModelState:
@@ -161,46 +167,56 @@ class LocalEngine:
             begun = self._admitted(waiting, under_way, request, budget)
             stepped = attempt(partial(self._step, begun, under_way, request))
             if stepped is None:
-                again = {sequence.prompt for _, sequences in under_way for sequence in sequences}.union(begun)
+                again = {*request.unfinished, *begun}
                 under_way, waiting = [], deque(sorted(again.union(waiting)))
                 sizes = [request.size(prompt) for prompt in again]
                 single = f"{SINGLE_PROMPT} ({sizes[0]:,} tokens); {ASK_FOR_LESS}"
                 budget = state.max_tokens = lowered(budget, sizes, single, what="the token budget of completions goes")
             else:
-                sequences, under_way = stepped
-                yield from request.finished(sequences)
+                completions, under_way = stepped
+                yield from request.finished(completions)
 
     def _step(
         self, begun: Sequence[int], under_way: UnderWay, request: GenerationRequest
     ) -> tuple[list[PartialCompletion], UnderWay]:
-        """A token for the prompts that begin, or else for all sequences under way; these sequences, and the batches
-        that go on. Where memory runs out, the batches are of no use any more."""
-        if begun:
-            sequences = [sequence for prompt in begun for sequence in request.begin(prompt)]
-            batch, logits = prefill(self._model, [request.prompts[prompt] for prompt in begun], request.settings)
-            under_way = [*under_way, (batch, sequences)]
-            logits = logits.repeat_interleave(request.settings.num_answers, 0)
-        else:
-            sequences = [sequence for _, of_batch in under_way for sequence in of_batch]
-            starts = [len(request.prompts[sequence.prompt]) for sequence in sequences]
-            newest = [sequence.tokens[-1] for sequence in sequences]
-            logits = decode(self._model, [batch for batch, _ in under_way], newest, starts)
-        with torch.no_grad():
-            request.extend(sequences, logits)
+        """A token for the prompts that begin, or else the next ones of all sequences under way; the completions, and
+        the batches that go on. Where memory runs out, the batches are of no use any more."""
+        with torch.no_grad(), using_attention(self._model, ATTENTION):
+            if begun:
+                batch, logits = prefill(self._model, [request.prompts[prompt] for prompt in begun], request.settings)
+                drawing = request.begin(begun)
+                drawing.draw(logits.repeat_interleave(request.settings.num_answers, 0))
+                under_way = [*under_way, (batch, drawing)]
+            else:
+                for _ in range(self._steps(under_way, request)):
+                    newest = torch.cat([drawing.newest for _, drawing in under_way]).to(self._model.device)
+                    logits = decode(self._model, [batch for batch, _ in under_way], newest)
+                    rows = [batch.sequences for batch, _ in under_way]
+                    for (_, drawing), own in zip(under_way, logits.split(rows), strict=True):
+                        drawing.draw(own)
+        completions = [each for _, drawing in under_way for each in drawing.completions if drawing.unread]
         left: UnderWay = []
-        for batch, of_batch in under_way:
-            unfinished = [i for i, sequence in enumerate(of_batch) if not sequence.over]
-            if len(unfinished) < len(of_batch):
-                batch.keep(unfinished)
-            if unfinished:
-                left.append((batch, [of_batch[i] for i in unfinished]))
-        return sequences, left
+        for batch, drawing in under_way:
+            kept = request.read(drawing)
+            if 0 < len(kept) < len(drawing.completions):
+                batch.keep(kept)
+                drawing.keep(kept)
+            if kept:
+                left.append((batch, drawing))
+        return completions, _joined(left)
+
+    def _steps(self, under_way: UnderWay, request: GenerationRequest) -> int:
+        """Steps until somebody looks at the tokens: those who read along after each, and nobody after an end that is
+        known."""
+        most = 1 if request.on_token else STEPS_BETWEEN_LOOKS.get(self._model.device.type, 1)
+        longest = max(len(each.tokens) for _, drawing in under_way for each in drawing.completions)
+        return min(most, request.settings.max_new_tokens - longest)
 
     def _admitted(self, waiting: deque[int], under_way: UnderWay, request: GenerationRequest, budget: int) -> list[int]:
         """The prompts that begin now: as many as fit once half of the budget is free, so that they are encoded at
         once. One always fits where there is nothing else to do."""
         tokens = sum(batch.reserved for batch, _ in under_way)
-        rows = sum(len(sequences) for _, sequences in under_way)
+        rows = sum(batch.sequences for batch, _ in under_way)
         admitted: list[int] = []
         if 2 * tokens > budget or 2 * rows > self._most:
             return admitted
@@ -211,6 +227,16 @@ class LocalEngine:
                 break
             admitted.append(waiting.popleft())
         return admitted
+
+
+def _joined(under_way: UnderWay) -> UnderWay:
+    """Batches that can be as one."""
+    if len(under_way) > 1 and all(isinstance(batch, VariableLength) for batch, _ in under_way):
+        (batch, drawing), *others = under_way
+        batch.take_over([other for other, _ in others])
+        drawing.take_over([other for _, other in others])
+        return [(batch, drawing)]
+    return under_way
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -226,45 +252,56 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 @torch.no_grad()
 def prefill(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: Sampling
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling,
+    kind: type[SequenceBatch] | None = None,
 ) -> tuple[SequenceBatch, Tensor]:
-    """Encode prompts: the batch of their sequences, and the logits `[prompts, V]` of what follows each."""
-    caches = [PromptCache(settings.num_answers) for _ in prompts]
+    """Encode prompts: the batch of their sequences, and the logits `[prompts, V]` of what follows each.
+
+    Args:
+        kind: of the batch; by default that which the check has given.
+    """
+    if kind is None:
+        kind = VariableLength if computed_in(model) in ModelState.of(model).variable_length else Products
+    lengths = [len(prompt) for prompt in prompts]
+    of_prompts = [Prompt(length, settings.num_answers) for length in lengths]
+    batch = kind(of_prompts, settings.max_new_tokens, model.device)
     logits: dict[int, Tensor] = {}
     budget = PREFILL_TOKENS.get(model.device.type, 1024)
-    for row in split_by_budget([len(prompt) for prompt in prompts], budget):
+    for row in split_by_budget(lengths, budget):
         packed = pack([TokenTree(tuple(prompts[i]), ()) for i in row], model.device)
         ends = [prompt[1] - 1 for prompt in packed.prompts]  # no tensor: hidden states may be on another device
-        row_pass = Prefill(packed, [caches[i] for i in row])
+        row_pass = Prefill(packed, batch, row)
         row_logits = _forward(model, packed.input_ids, packed.positions, row_pass, logits_to_keep=ends)
         logits.update(zip(row, row_logits, strict=True))
-    return SequenceBatch(caches, settings.max_new_tokens), torch.stack([logits[i] for i in range(len(prompts))])
+    return batch, torch.stack([logits[i] for i in range(len(prompts))])
 
 
 @torch.no_grad()
-def decode(
-    model: PreTrainedModel, batches: Sequence[SequenceBatch], tokens: Sequence[int], starts: Sequence[int]
-) -> Tensor:
-    """One step: logits `[sequences, V]` of what follows the sequences' newest tokens.
-
-    Args:
-        starts: tokens of each sequence's prompt.
-    """
-    filled = [batch.filled for batch in batches for _ in range(batch.sequences)]
-    positions = [start + own for start, own in zip(starts, filled, strict=True)]
-    ids, at = (torch.tensor([values], device=model.device) for values in (tokens, positions))
-    logits = _forward(model, ids, at, Decode(batches, max(positions) + 1))
+def decode(model: PreTrainedModel, batches: Sequence[SequenceBatch], tokens: Tensor) -> Tensor:
+    """One step: logits `[R, V]` of what follows the sequences' newest tokens `[R]`."""
+    positions = torch.cat([batch.positions for batch in batches])
+    logits = _forward(model, tokens[None], positions[None], Decode(batches))
     for batch in batches:
-        batch.filled += 1
+        batch.advance()
     return logits
 
 
 def _forward(
     model: PreTrainedModel, input_ids: Tensor, positions: Tensor, cached: Prefill | Decode, **kwargs: Any
 ) -> Tensor:
-    with using_attention(model, ATTENTION):
+    # Switching takes as long as some layers.
+    switched = model.config._attn_implementation == ATTENTION
+    with nullcontext() if switched else using_attention(model, ATTENTION):
         output = model(input_ids=input_ids, position_ids=positions, use_cache=False, trees=cached, **kwargs)
     return output.logits[0]  # type: ignore[no-any-return]
+
+
+def computed_in(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of what attention is given."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def cache_tokens(model: PreTrainedModel) -> int:
@@ -315,28 +352,48 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
         tokens = torch.tensor([ids], device=model.device)
         return model(tokens, use_cache=False, logits_to_keep=kept).logits[0].log_softmax(-1)  # type: ignore[no-any-return]
 
-    def shared() -> tuple[Tensor, int]:
-        likeliest = plain().argmax(-1, keepdim=True)
-        batch, logits = prefill(model, [ids[:cut], ids[:half]], Sampling(2, 2))
-        steps = [logits]
+    def logits(kind: type[SequenceBatch]) -> tuple[Tensor, SequenceBatch]:
+        batch, first = prefill(model, [ids[:cut], ids[:half]], Sampling(2, 2), kind)
+        steps = [first]
         for step in range(2):
             newest = [ids[cut + step]] * 2 + [ids[half + step]] * 2
-            steps.append(decode(model, [batch], newest, [cut, cut, half, half])[1:3])
-        return torch.cat(steps).log_softmax(-1).gather(-1, likeliest), len(batch.own)
+            steps.append(decode(model, [batch], torch.tensor(newest, device=model.device))[1:3])
+        return torch.cat(steps), batch
+
+    def shared() -> tuple[Tensor, int]:
+        likeliest = plain().argmax(-1, keepdim=True)
+        found, batch = logits(Products)
+        return found.log_softmax(-1).gather(-1, likeliest), len(vars(batch)["own"])
 
     quantised = any(not parameter.dtype.is_floating_point for parameter in model.parameters())
     rounding = COARSE if quantised else TOLERANCE
-    device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    device, dtype = model.device.type, computed_in(model)
     with torch.autocast(device, enabled=False):
         reason = difference(model, shared, lambda: plain().amax(-1, keepdim=True), rounding)
-        return reason or (failed_half(model, dtype) if dtype in HALF and attends_in(dtype, device) else None)
+    if reason or dtype not in HALF or not attends_in(dtype, device):
+        return reason
+    if VariableLength.fits(model.config):
+        reason = failed_half(model, dtype, VariableLength, partial(logits, VariableLength))
+        if reason is None:
+            ModelState.of(model).variable_length.add(dtype)
+            return None
+        logger.warning("completions are sampled without variable-length attention: %s", reason)
+    return failed_half(model, dtype, Products)
 
 
 @torch.no_grad()
-def failed_half(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
-    """Compare the attention of a layer in half precision with that in float32, on random states of its shape: of two
-    prompts, and two steps of their three completions. Say what is wrong, or None."""
+def failed_half(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    kind: type[SequenceBatch] = Products,
+    perform: Callable[[], Any] = lambda: None,
+) -> str | None:
+    """Compare the attention of a layer in half precision, by a kind of batch, with that in float32 by products, on
+    random states of its shape: of two prompts, and two steps of their three completions. Say what is wrong, or None.
+
+    Args:
+        perform: passes of the model itself, which must not fail either.
+    """
     config, device, generator = model.config.get_text_config(), model.device, torch.Generator().manual_seed(0)
     queries, keys, width = heads_of(config)
     prompts = pack([TokenTree((0,) * length, ()) for length in PROMPTS_OF_CHECK], device)
@@ -345,26 +402,30 @@ def failed_half(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
         for tokens in (prompts.tokens, 3, 3)
     ]
 
-    def attended(dtype: torch.dtype, shape: Shape) -> Tensor:
-        caches = [PromptCache(2), PromptCache(1)]
-        batch, longest = SequenceBatch(caches, 2), max(PROMPTS_OF_CHECK) + 2
+    def attended(dtype: torch.dtype, kind: type[SequenceBatch], shape: Shape) -> Tensor:
+        of_prompts = [Prompt(length, 2 - i) for i, length in enumerate(PROMPTS_OF_CHECK)]
+        batch, row = kind(of_prompts, 2, device), replace(prompts, scratch={"calls": 1})
         outputs: list[Tensor] = []
         for query, key, value in states:
-            cached = Decode([batch], longest, {"calls": 1}) if outputs else Prefill(prompts, caches)
+            cached = Decode([batch], {"calls": 1}) if outputs else Prefill(row, batch, [0, 1])
             outputs.append(attend(query.to(dtype), key.to(dtype), value.to(dtype), cached, shape)[0])
-            batch.filled = len(outputs) - 1
+            if len(outputs) > 1:
+                batch.advance()
         return torch.cat(outputs).float()
 
-    for window in {None, getattr(config, "sliding_window", None) and WINDOW_OF_CHECK}:
-        shape = Shape(width**-0.5, window, getattr(config, "attn_logit_softcapping", None))
-        try:
-            half = attended(dtype, shape)
-        except (NotImplementedError, RuntimeError) as error:
-            return f"its attention in {dtype} failed ({first_line(error)})"
-        wanted = attended(torch.float32, shape)
-        off = float((half - wanted).norm() / wanted.norm())
-        if not off <= HALF_TOLERANCE:
-            return f"its attention in {dtype} is off by {off:.2g} of its size, rounding explains {HALF_TOLERANCE:.2g}"
+    try:
+        perform()
+        for window in {None, getattr(config, "sliding_window", None) and WINDOW_OF_CHECK}:
+            shape = Shape(width**-0.5, window, getattr(config, "attn_logit_softcapping", None))
+            wanted = attended(torch.float32, Products, shape)
+            off = float((attended(dtype, kind, shape) - wanted).norm() / wanted.norm())
+            if not off <= HALF_TOLERANCE:
+                explained = f"rounding explains {HALF_TOLERANCE:.2g}"
+                return f"its attention in {dtype} is off by {off:.2g} of its size, {explained}"
+    except Exception as error:  # a kernel and a driver may fail in any way
+        if is_out_of_memory(error):
+            raise
+        return f"its attention in {dtype} failed ({first_line(error)})"
     return None
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -30,13 +31,10 @@ OnToken = Callable[[int, int, int], None]
 
 @dataclass
 class PartialCompletion:
-    """Completion `number` of the prompt at `prompt`, so far. `drawn` are the numbers that its tokens are drawn with,
-    `seen` `[V]` the tokens that a repetition penalty counts."""
+    """Completion `number` of the prompt at `prompt`, so far."""
 
     prompt: int
     number: int
-    drawn: list[float]
-    seen: Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     model_logprobs: list[float] = field(default_factory=list)
@@ -47,8 +45,73 @@ class PartialCompletion:
     """Ended, or as long as it may be."""
 
 
+class Drawing:
+    """Completions whose tokens are drawn side by side, on the device: `newest` `[R]` are the last ones, `unread` those
+    that `GenerationRequest.read` has not brought to the completions yet.
+
+    Args:
+        numbers: `[R, max_new_tokens]` float64, what the tokens of each completion are drawn with.
+        prompts: token ids of each one's prompt, which a repetition penalty counts.
+    """
+
+    def __init__(
+        self,
+        completions: Sequence[PartialCompletion],
+        settings: Sampling,
+        numbers: Tensor,
+        prompts: Sequence[Sequence[int]],
+    ):
+        self.completions, self.unread = list(completions), list[Chosen]()
+        self._settings, self._prompts = settings, prompts
+        self._numbers, self._count = numbers, torch.zeros(len(completions), 1, dtype=torch.long)
+        self._seen: Tensor | None = None
+        self.newest = self._count[:, 0]
+
+    def draw(self, logits: Tensor) -> None:
+        """The next token of each, by logits `[R, V]`."""
+        # What is drawn takes float64, which MPS does not have.
+        logits = logits.cpu() if logits.device.type == "mps" else logits
+        if self._numbers.device != logits.device:
+            self._numbers, self._count = self._numbers.to(logits.device), self._count.to(logits.device)
+        if self._seen is None and self._settings.repetition_penalty != 1:
+            self._seen = _counted(self._prompts, logits)
+        chosen = choose(logits, self._settings, self._numbers.gather(1, self._count)[:, 0], self._seen)
+        if self._seen is not None:
+            self._seen.scatter_(1, chosen.tokens[:, None], True)
+        self._count += 1
+        self.newest = chosen.tokens
+        self.unread.append(chosen)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Let go of all completions but these."""
+        self.completions = [self.completions[i] for i in kept]
+        index = torch.tensor(kept, dtype=torch.long, device=self._count.device)
+        self._numbers, self._count, self.newest = (each[index] for each in (self._numbers, self._count, self.newest))
+        self._seen = None if self._seen is None else self._seen[index]
+
+    def take_over(self, others: Sequence[Drawing]) -> None:
+        """Those of others come behind the own ones."""
+        drawings = [self, *others]
+        self.completions = [completion for drawing in drawings for completion in drawing.completions]
+        self._numbers = torch.cat([drawing._numbers for drawing in drawings])
+        self._count = torch.cat([drawing._count for drawing in drawings])
+        self.newest = torch.cat([drawing.newest for drawing in drawings])
+        if self._seen is not None:
+            self._seen = torch.cat([drawing._seen for drawing in drawings if drawing._seen is not None])
+
+
+def _counted(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """`[R, V]`: the tokens of each prompt."""
+    rows, size = logits.shape
+    seen = torch.zeros(rows, size, dtype=torch.bool)
+    for own, prompt in zip(seen, prompts, strict=True):
+        # Embeddings may have more tokens than the head.
+        own[torch.tensor([token for token in prompt if token < size], dtype=torch.long)] = True
+    return seen.to(logits.device)
+
+
 class GenerationRequest:
-    """All completions of a call."""
+    """All completions of a call; `unfinished` are those of the prompts that have begun."""
 
     def __init__(
         self,
@@ -59,9 +122,9 @@ class GenerationRequest:
         numbers: Sequence[int],
         on_token: OnToken | None,
     ):
-        self.prompts, self.settings = prompts, settings
-        self._tokenizer, self._ends, self._numbers, self._on_token = tokenizer, set(end_tokens), numbers, on_token
-        self._unfinished: dict[int, list[PartialCompletion]] = {}
+        self.prompts, self.settings, self.on_token = prompts, settings, on_token
+        self._tokenizer, self._ends, self._numbers = tokenizer, set(end_tokens), numbers
+        self.unfinished: dict[int, list[PartialCompletion]] = {}
         # A token is a byte or more, so that many tokens hold the longest stop string; some, for half characters.
         self._tail = 4 + max((len(stop.encode()) for stop in settings.stop), default=0)
 
@@ -69,59 +132,65 @@ class GenerationRequest:
         """Tokens of a prompt with its completions at their longest."""
         return len(self.prompts[prompt]) + self.settings.num_answers * self.settings.max_new_tokens
 
-    def begin(self, prompt: int) -> list[PartialCompletion]:
-        """The completions of a prompt, still empty."""
-        seed, length = self.settings.seed, self.settings.max_new_tokens
-        self._unfinished[prompt] = [
-            PartialCompletion(prompt, number, stream_of(seed, self._numbers[prompt], number, length))
-            for number in range(self.settings.num_answers)
+    def begin(self, prompts: Sequence[int]) -> Drawing:
+        """The completions of some prompts, still empty."""
+        each, length = range(self.settings.num_answers), self.settings.max_new_tokens
+        for prompt in prompts:
+            self.unfinished[prompt] = [PartialCompletion(prompt, number) for number in each]
+        completions = [completion for prompt in prompts for completion in self.unfinished[prompt]]
+        streams = [
+            stream_of(self.settings.seed, self._numbers[completion.prompt], completion.number, length)
+            for completion in completions
         ]
-        return self._unfinished[prompt]
+        own = [self.prompts[completion.prompt] for completion in completions]
+        return Drawing(completions, self.settings, torch.tensor(streams, dtype=torch.float64), own)
 
-    def extend(self, completions: Sequence[PartialCompletion], logits: Tensor) -> None:
-        """Give each of `R` completions its next token, by logits `[R, V]`."""
-        # What is drawn takes float64, which MPS does not have.
-        logits = logits.cpu() if logits.device.type == "mps" else logits
-        drawn = [sequence.drawn[len(sequence.tokens)] for sequence in completions]
-        seen = self._seen(completions, logits) if self.settings.repetition_penalty != 1 else None
-        chosen = choose(logits, self.settings, torch.tensor(drawn, dtype=torch.float64, device=logits.device), seen)
-        logprobs = chosen.logprobs.tolist()
-        model_logprobs = None if chosen.model_logprobs is None else chosen.model_logprobs.tolist()
-        entropies = None if chosen.entropies is None else chosen.entropies.tolist()
-        for i, (sequence, token) in enumerate(zip(completions, chosen.tokens.tolist(), strict=True)):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprobs[i])
+    def read(self, drawing: Drawing) -> list[int]:
+        """Bring what has been drawn to the completions, of each up to its end; the indices of those that go on."""
+        if drawing.unread:
+            # One transfer for all steps.
+            of_steps = (
+                None if parts[0] is None else torch.stack(parts, 1).tolist()
+                for parts in zip(*drawing.unread, strict=True)
+            )
+            columns = [repeat(None) if values is None else values for values in of_steps]
+            drawing.unread = []
+            for completion, *drawn in zip(drawing.completions, *columns, strict=False):
+                self._extend(completion, *drawn)
+        return [i for i, completion in enumerate(drawing.completions) if not completion.over]
+
+    def _extend(
+        self,
+        completion: PartialCompletion,
+        tokens: list[int],
+        logprobs: list[float],
+        model_logprobs: list[float] | None,
+        entropies: list[float] | None,
+    ) -> None:
+        for step, token in enumerate(tokens):
+            completion.tokens.append(token)
+            completion.logprobs.append(logprobs[step])
             if model_logprobs is not None:
-                sequence.model_logprobs.append(model_logprobs[i])
+                completion.model_logprobs.append(model_logprobs[step])
             if entropies is not None:
-                sequence.entropies.append(entropies[i])
-            if sequence.seen is not None:
-                sequence.seen[token] = True
-            sequence.ended = token in self._ends or self._is_stopped(sequence)
-            sequence.over = sequence.ended or len(sequence.tokens) == self.settings.max_new_tokens
-            if self._on_token is not None:
-                self._on_token(sequence.prompt, sequence.number, token)
+                completion.entropies.append(entropies[step])
+            completion.ended = token in self._ends or self._is_stopped(completion)
+            completion.over = completion.ended or len(completion.tokens) == self.settings.max_new_tokens
+            if self.on_token is not None:
+                self.on_token(completion.prompt, completion.number, token)
+            if completion.over:
+                break
 
     def finished(self, completions: Sequence[PartialCompletion]) -> Iterator[tuple[int, list[Completion]]]:
         """The prompts of these completions that are all done, with what was generated."""
-        for prompt in dict.fromkeys(sequence.prompt for sequence in completions if sequence.over):
-            if all(sequence.over for sequence in self._unfinished[prompt]):
-                yield prompt, [self._completion(sequence) for sequence in self._unfinished.pop(prompt)]
+        for prompt in dict.fromkeys(completion.prompt for completion in completions if completion.over):
+            if all(completion.over for completion in self.unfinished[prompt]):
+                yield prompt, [self._completion(completion) for completion in self.unfinished.pop(prompt)]
 
-    def _seen(self, completions: Sequence[PartialCompletion], logits: Tensor) -> Tensor:
-        """`[R, V]`: the tokens of each prompt and completion."""
-        for sequence in completions:
-            if sequence.seen is None:
-                sequence.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-                ids = torch.tensor(self.prompts[sequence.prompt], device=logits.device)
-                # Embeddings may have more tokens than the head.
-                sequence.seen[ids[ids < logits.shape[-1]]] = True
-        return torch.stack([sequence.seen for sequence in completions if sequence.seen is not None])
-
-    def _is_stopped(self, sequence: PartialCompletion) -> bool:
+    def _is_stopped(self, completion: PartialCompletion) -> bool:
         if not self.settings.stop:
             return False
-        text = str(self._tokenizer.decode(sequence.tokens[-self._tail :], skip_special_tokens=False))
+        text = str(self._tokenizer.decode(completion.tokens[-self._tail :], skip_special_tokens=False))
         return any(stop in text for stop in self.settings.stop)
 
     def _completion(self, sequence: PartialCompletion) -> Completion:
@@ -202,21 +271,22 @@ def truncated(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     if 0 < top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
-        scores = scores.masked_fill(scores < _least_of_top_p(scores, top_p), float("-inf"))
+        scores = scores.masked_fill(scores < _least_of_top_p(scores, top_k, top_p), float("-inf"))
     if min_p > 0:
         least = scores.amax(-1, keepdim=True) + float(np.log(min_p))
         scores = scores.masked_fill(scores < least, float("-inf"))
     return scores
 
 
-def _least_of_top_p(scores: Tensor, top_p: float) -> Tensor:
-    """`[R, 1]`: the least score of the most likely tokens that together reach `top_p`."""
+def _least_of_top_p(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """`[R, 1]`: the least score of the most likely tokens that together reach `top_p`. Without `top_k` the device is
+    asked at every step whether those that are looked at first do: sorting all of them takes longer."""
     normaliser = scores.logsumexp(-1, keepdim=True)
     for count in (min(LIKELY, scores.shape[-1]), scores.shape[-1]):
         likeliest = scores.topk(count).values
         probabilities = (likeliest - normaliser).double().exp()
         mass = probabilities.cumsum(-1)
-        if bool((mass[:, -1] >= top_p).all()):
+        if 0 < top_k <= count or bool((mass[:, -1] >= top_p).all()):
             break
     kept = (mass - probabilities < top_p).sum(-1, keepdim=True)
     return likeliest.gather(-1, kept - 1)
@@ -239,7 +309,8 @@ def draw(scores: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     tokens = block * BLOCK + torch.searchsorted(inside, target, right=True).clamp_(max=BLOCK - 1)
     # Where rounding put the number at or beyond the end, the last token may be one that cannot be drawn.
     possible = weights.view(rows, -1).gather(-1, tokens) > 0
-    if not bool(possible.all()):
+    # Asking a GPU takes longer than looking for the likeliest.
+    if scores.device.type != "cpu" or not bool(possible.all()):
         tokens = torch.where(possible, tokens, scores.argmax(-1, keepdim=True))
     logprobs = scores.gather(-1, tokens) - top - edges[:, -1:].log().to(scores.dtype)
     return tokens.squeeze(-1), logprobs.squeeze(-1)

@@ -51,11 +51,13 @@ def generate_plainly(
 @torch.no_grad()
 def _generate(model: PreTrainedModel, batch: Sequence[int], request: GenerationRequest) -> list[PartialCompletion]:
     """All completions of the prompts of a batch."""
-    sequences = [sequence for prompt in batch for sequence in request.begin(prompt)]
+    drawing = request.begin(batch)
+    sequences = drawing.completions
 
     def choose(input_ids: Tensor, scores: Tensor) -> Tensor:
         unfinished = [i for i, sequence in enumerate(sequences) if not sequence.over]
-        request.extend([sequences[i] for i in unfinished], scores[unfinished])
+        drawing.draw(scores[unfinished])
+        drawing.keep(request.read(drawing))
         chosen = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
 

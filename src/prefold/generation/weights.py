@@ -1,33 +1,39 @@
-"""The weights while completions are generated: adapters folded into them, and on a CPU in oneDNN's own order."""
+"""The weights while completions are generated: adapters folded into them, 4 bits unpacked, and on a CPU in oneDNN's own
+order."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import partial
+from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
+from peft.utils.integrations import get_bnb_param_type
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from prefold.memory import available
 from prefold.trees.head import computing_by
+from prefold.trees.memory import free_on
 
 ROWS = 32
 """Rows that oneDNN's order is chosen for; it serves others well."""
 SHARE = 0.5
-"""Of the free memory that the second copy may take."""
+"""Of the free memory that a second copy may take."""
 
 
 @contextmanager
 def fold_adapter(model: nn.Module) -> Iterator[None]:
     """While open, the active LoRA adapters are part of the weights that they stand beside: unmerged, they add two small
-    products to each layer at every step.
+    products to each layer at every step. Weights in 4 bits, which every product unpacks anew, lie unpacked beside
+    themselves meanwhile, with the adapter, where memory has them twice over.
 
     The original weights are kept aside and put back as they were, byte for byte. Layers stay unmerged where that cannot
-    be: on quantised or tied weights, with another kind of adapter (DoRA), or switched off. Nothing may train, save or
+    be: on 8 bits or tied weights, with another kind of adapter (DoRA), or switched off. Nothing may train, save or
     switch adapters meanwhile.
     """
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
@@ -35,9 +41,20 @@ def fold_adapter(model: nn.Module) -> Iterator[None]:
         for layer in (module for module in model.modules() if type(module) is Linear):
             weights = layer.get_base_layer().parameters()
             plain = all(type(weight) is nn.Parameter and owners[id(weight)] == 1 for weight in weights)
-            if plain and not layer.lora_variant and not layer.disable_adapters and not layer.merged:
+            if plain and _foldable(layer):
                 stack.enter_context(_folded(layer))
+        in_4_bits = [module for module in model.modules() if _is_in_4_bits(module)]
+        if _fit(in_4_bits):
+            above = {id(layer.base_layer): layer for layer in model.modules() if isinstance(layer, LoraLayer)}
+            for base in in_4_bits:
+                layer = above.get(id(base))
+                folds = layer is not None and _foldable(layer) and not any(layer.lora_bias.values())
+                stack.enter_context(computing_by(layer if folds else base, _unpacked(base, layer if folds else None)))
         yield
+
+
+def _foldable(layer: Any) -> bool:
+    return not (layer.lora_variant or layer.disable_adapters or layer.merged)
 
 
 @contextmanager
@@ -55,6 +72,52 @@ def _folded(layer: Linear) -> Iterator[None]:
         for weight, original in kept:
             weight.data = original
         layer.merged_adapters.clear()
+
+
+def _is_in_4_bits(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    state = getattr(weight, "quant_state", None)
+    # Another order, which bitsandbytes has for asking on a CPU.
+    in_order = state is not None and not getattr(state, "packing_format_for_cpu", False)
+    return in_order and get_bnb_param_type(weight) == "4bit" and hasattr(module, "compute_dtype")
+
+
+def _fit(layers: Iterable[Any]) -> bool:
+    """Whether what is free on each device can hold these layers unpacked."""
+    sizes: Counter[torch.device] = Counter()
+    for layer in layers:
+        sizes[layer.weight.device] += layer.weight.quant_state.shape.numel() * _computes_in(layer).itemsize
+    return all(
+        size <= SHARE * (free_on(device) if device.type == "cuda" else available()) for device, size in sizes.items()
+    )
+
+
+def _computes_in(layer: Any) -> torch.dtype:
+    dtype: torch.dtype = layer.compute_dtype or layer.weight.quant_state.dtype
+    return dtype
+
+
+@torch.no_grad()
+def _unpacked(base: Any, layer: Any | None) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a layer of 4 bits, with the active adapters of the LoRA layer around it, by weights of the
+    dtype that it computes in, rounded once."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(base.weight.quant_state)
+    state.dtype = torch.float32
+    whole = dequantize_4bit(base.weight.data, state)
+    for name in layer.active_adapters if layer is not None else ():
+        if name in layer.lora_A:
+            whole += layer.get_delta_weight(name)
+    weight = whole.to(_computes_in(base))
+
+    def forward(x: Tensor) -> Tensor:
+        device, dtype = x.device.type, _computes_in(base)  # the self-check has it compute in float32
+        as_given = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return linear(x.to(dtype), weight.to(dtype), bias).to(as_given)
+
+    return forward
 
 
 @contextmanager

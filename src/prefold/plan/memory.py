@@ -170,12 +170,18 @@ class Memory:
         return {**self._policy(), "activations": activations, "head": wide}
 
     def _sampling(self, draws: Draws) -> Parts:
-        """While completions are sampled the adapter is folded into a copy of the weights; on a CPU they are copied once
-        more, in the order that products with few rows like."""
-        meta = self.meta
-        plain = 0 if meta.is_quantised else self.sizes.linear * meta.weights_dtype.itemsize
-        folded, policy = 0 if meta.trains_all else plain, self._policy()
-        copies = folded + self._reordered(plain, policy["process"] + policy["weights"] + folded)
+        """While completions are sampled the adapter is folded into a copy of the weights, of 4 bits where half of what
+        is left can hold it; on a CPU others are copied once more, in the order that products with few rows like."""
+        meta, policy = self.meta, self._policy()
+        plain, taken = self.sizes.linear * meta.weights_dtype.itemsize, policy["process"] + policy["weights"]
+        if meta.is_quantised:
+            named = meta.recipe.model.bnb_4bit_compute_dtype
+            dtype = meta.dtype if named in (None, "auto") else getattr(torch, named)
+            unpacked = self.sizes.linear * dtype.itemsize if meta.recipe.model.load_in_4bit else 0
+            copies = unpacked if unpacked <= SHARE * (self.machine.memory - taken) else 0
+        else:
+            folded = 0 if meta.trains_all else plain
+            copies = folded + self._reordered(plain, taken + folded)
         cache = self._cache(meta.recipe.train.batch_size, draws.num_generations, draws.max_completion_length)
         return {**policy, "optimizer": self.optimizer, "cache": copies + cache}
 

@@ -205,7 +205,9 @@ def row_of(
         tensor(positions)[None],
         tensor(predictors),
         tensor(targets),
-        tensor(range(len(lengths))).repeat_interleave(tensor(lengths)),
+        tensor(range(len(lengths))).repeat_interleave(
+            tensor(lengths), output_size=sum(lengths)
+        ),  # which a GPU need not say
         tensor(lengths),
         None if owner is None else tensor(owner),
     )

@@ -106,7 +106,7 @@ def test_autocast_counts_as_half_precision(monkeypatch: pytest.MonkeyPatch) -> N
     """Float32 weights, as in full fine-tuning: the check itself is in float32, and the dtype of autocast is checked."""
     model, checked = prepare_forward(tiny_llama()), []
     monkeypatch.setattr(engine, "attends_in", lambda dtype, device: True)
-    monkeypatch.setattr(engine, "failed_half", lambda model, dtype: checked.append(dtype))
+    monkeypatch.setattr(engine, "failed_half", lambda model, dtype, *how: checked.append(dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert failed_check(model, list(range(40))) is None
     assert checked == [torch.bfloat16]
@@ -131,5 +131,5 @@ def test_a_cpu_attends_in_float32_under_autocast_too(name: str, weights: torch.d
     model = prepare_forward(family(name, weights))
     with torch.autocast("cpu", torch.bfloat16), Products() as products:
         batch, _ = engine.prefill(model, PROMPTS[:1], Sampling(4, 2))
-        engine.decode(model, [batch], [1, 2], [4, 4])
+        engine.decode(model, [batch], torch.tensor([1, 2]))
     assert products.dtypes == {torch.float32}

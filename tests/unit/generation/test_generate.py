@@ -20,7 +20,7 @@ from prefold.data.preference import Message
 from prefold.errors import StageError
 from prefold.generation import engine as generate
 from prefold.generation.engine import LocalEngine, answer, failed_check, prefill, why_not_shared
-from prefold.generation.kv_cache import Decode, PromptCache, SequenceBatch
+from prefold.generation.kv_cache import Decode, Products, Prompt
 from prefold.generation.sampling import Completion, Sampling
 
 ENDS = (5, 6, 7, 8)
@@ -169,17 +169,18 @@ def test_rows_share_the_keys_of_their_prompt(model: PreTrainedModel) -> None:
     prompts = prompts_of([20, 7])
     batch, logits = prefill(model, prompts, Sampling(6, 8))
     assert logits.shape == (2, 264)
-    assert [prompt.sequences for prompt in batch.prompts] == [8, 8]
-    for cache, prompt in zip(batch.prompts, prompts, strict=True):
-        assert len(cache.states) == 3
-        for states in cache.states:
+    assert isinstance(batch, Products) and [prompt.sequences for prompt in batch.prompts] == [8, 8]
+    for layers, prompt in zip(batch.by_prompts, prompts, strict=True):
+        assert len(layers) == 3
+        for states in layers:
             for tensor in states:
                 assert tensor.shape == (2, len(prompt), 8)
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes
-    before = [states.data_ptr() for cache in batch.prompts for pair in cache.states for states in pair]
-    for _ in range(2):
-        generate.decode(model, [batch], [3] * 16, [20] * 8 + [7] * 8)
-    assert before == [states.data_ptr() for cache in batch.prompts for pair in cache.states for states in pair]
+    before = [states.data_ptr() for layers in batch.by_prompts for pair in layers for states in pair]
+    for step in range(2):
+        assert batch.positions.tolist() == [20 + step] * 8 + [7 + step] * 8
+        generate.decode(model, [batch], torch.full((16,), 3))
+    assert before == [states.data_ptr() for layers in batch.by_prompts for pair in layers for states in pair]
     assert {states.shape for pair in batch.own for states in pair} == {(16, 2, 6, 8)}
 
 
@@ -189,10 +190,10 @@ def test_finished_rows_leave(
     sizes: list[int] = []
     step = generate.decode
 
-    def counted(model: Any, batches: Any, tokens: Any, starts: Any) -> Any:
+    def counted(model: Any, batches: Any, tokens: Any) -> Any:
         sizes.append(len(tokens))
         assert len(tokens) == sum(batch.sequences for batch in batches)
-        return step(model, batches, tokens, starts)
+        return step(model, batches, tokens)
 
     settings = Sampling(20, 4, temperature=1.0, end_tokens=tuple(range(10, 30)))
     prompts = prompts_of([6, 9, 4], 264)
@@ -212,10 +213,10 @@ def test_new_prompts_begin_while_others_are_under_way(
     prompts = prompts_of([6] * 8, 264)
     why_not_shared(model, prompts[0], 20)
 
-    def counted(model: Any, batches: Any, tokens: Any, starts: Any) -> Any:
+    def counted(model: Any, batches: Any, tokens: Any) -> Any:
         together.append(len(batches))
         assert sum(batch.reserved for batch in batches) <= 100
-        return step(model, batches, tokens, starts)
+        return step(model, batches, tokens)
 
     monkeypatch.setattr(generate, "decode", counted)
     settings = Sampling(20, 2, temperature=1.0, end_tokens=tuple(range(10, 30)))
@@ -224,8 +225,7 @@ def test_new_prompts_begin_while_others_are_under_way(
 
 
 def test_rows_that_leave_make_room() -> None:
-    prompt = [(torch.zeros(2, 7, 3), torch.zeros(2, 7, 3))]
-    batch = SequenceBatch([PromptCache(3, prompt), PromptCache(2, prompt)], capacity=4, filled=2)
+    batch = Products([Prompt(7, 3, filled=2), Prompt(7, 2, filled=2)], capacity=4)
     keys = torch.arange(5.0)[:, None, None, None].repeat(1, 2, 4, 3)
     batch.own = [(keys, -keys)]
     assert batch.reserved == 2 * 7 + 5 * 4
@@ -239,7 +239,7 @@ def test_rows_that_leave_make_room() -> None:
     assert [prompt.sequences for prompt in batch.prompts] == [2] and batch.reserved == 7 + 2 * 4
     assert batch.own[0][0].shape == (2, 2, 4, 3)
     assert batch.own[0][0][:, 1, 1, 2].tolist() == [1, 2]
-    assert Decode([batch], 9).longest == 9 and batch.sequences == 2
+    assert Decode([batch]).longest == 10 and batch.sequences == len(batch.by_prompts[0]) + 2 == len(batch.positions)
 
 
 def test_no_prompts_and_single_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -362,12 +362,12 @@ def test_the_check_sees_a_wrong_attention(monkeypatch: pytest.MonkeyPatch) -> No
     prompt = prompts_of([40])[0]
     assert failed_check(model, prompt) is None
 
-    def blind(self: SequenceBatch, layer: int, query: Any, visible: Any, shape: Any) -> Any:
+    def blind(self: Products, layer: int, query: Any, visible: Any, shape: Any) -> Any:
         parts = by_prompts(self, layer, query, visible, shape)
         return tuple(part.roll(1, 0) for part in parts)
 
-    by_prompts = SequenceBatch._by_prompts
-    monkeypatch.setattr(SequenceBatch, "_by_prompts", blind)
+    by_prompts = Products._by_prompts
+    monkeypatch.setattr(Products, "_by_prompts", blind)
     reason = failed_check(model, prompt)
     assert reason is not None and "packed log-probs differ from plain ones by" in reason
 
@@ -431,9 +431,9 @@ def room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device on which a step of more rows fails; the rows of the steps that were tried."""
     step, tried = generate.decode, []
 
-    def limited(model: Any, batches: Any, tokens: Any, starts: Any) -> Any:
+    def limited(model: Any, batches: Any, tokens: Any) -> Any:
         tried.append(len(tokens))
-        found = step(model, batches, tokens, starts)
+        found = step(model, batches, tokens)
         # Late, so that what is to be done again has left traces.
         if len(tokens) > rows and batches[0].filled > 3:
             raise OUT_OF_MEMORY

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny import tiny_llama, with_lora
 from torch import nn
 from transformers import PreTrainedModel
 
 from prefold.generation import weights
 from prefold.generation.weights import fold_adapter, packed_weights
+from prefold.models.adapters import load_policy
+from prefold.recipe import Lora, Model
 from prefold.trees.fused_layers import fuse_lora
+from prefold.trees.self_check import in_float32
 
 IDS = torch.tensor([[1, 5, 9, 13]])
 
@@ -106,16 +114,115 @@ def test_what_cannot_be_folded_stays_unmerged() -> None:
             assert torch.equal(logits(model), wanted)
 
 
-def test_quantised_weights_stay_unmerged() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    model = tiny_llama(hidden_size=64)
-    projection = model.model.layers[0].self_attn.q_proj
-    quantised = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
-    quantised.weight = bnb.nn.Params4bit(projection.weight.data, requires_grad=False).to("cpu")
-    model.model.layers[0].self_attn.q_proj = quantised
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    with fold_adapter(adapted):
-        assert lora_products(adapted) == 1
+# ---- 4 bits -----------------------------------------------------------------------------------------------------
+
+
+def quantised_policy(folder: Path, dtype: str, lora: dict[str, Any] | None = None, **bits: Any) -> nn.Module:
+    """Trained a little, so that its adapter counts."""
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=128, intermediate_size=192, attention_bias=True).save_pretrained(folder)
+    section = Model(name=str(folder), dtype=dtype, **(bits or {"load_in_4bit": True}))
+    model = load_policy(section, Lora(r=4, **(lora or {})), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    return model.eval()
+
+
+def calls_of_bitsandbytes(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
+    from bitsandbytes import nn as layers
+
+    made: list[nn.Module] = []
+    forward = layers.Linear4bit.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(layers.Linear4bit, "forward", lambda self, x: made.append(self) or forward(self, x))
+        logits(model)
+    return len(made)
+
+
+NESTED = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, NESTED], ids=["nf4", "fp4, nested"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]], ids=["all", "some"])
+def test_4_bits_are_unpacked_and_folded(
+    targets: Any, bits: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly those of the model that trains, where it computes in float32."""
+    model = quantised_policy(tmp_path, "float32", {"target_modules": targets}, **bits)
+    wanted, before = logits(model), state(model)
+    assert calls_of_bitsandbytes(model, monkeypatch) == 3 * 7
+    with model.disable_adapter():  # type: ignore[operator]
+        assert not torch.allclose(logits(model), wanted, atol=0.1)
+    with fold_adapter(model):
+        assert calls_of_bitsandbytes(model, monkeypatch) == lora_products(model) == 0
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
+    assert_untouched(model, before)
+    assert torch.equal(logits(model), wanted) and calls_of_bitsandbytes(model, monkeypatch) == 3 * 7
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_unpacked_in_16_bits(autocast: bool, tmp_path: Path) -> None:
+    """No further from float32 than the model that trains, about."""
+    model = quantised_policy(tmp_path, "bfloat16")
+    with in_float32(model):
+        exact = logits(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        trains = logits(model)
+        with fold_adapter(model):
+            found = logits(model)
+            with torch.autocast("cpu", enabled=False), in_float32(model):
+                checked = logits(model)
+    assert found.dtype == trains.dtype
+    off, usual = (float((each.float() - exact).norm() / exact.norm()) for each in (found, trains))
+    assert 0 < usual < 0.1 and off < 1.5 * usual
+    # What the self-check sees has the rounding of the weights alone.
+    assert 0 < float((checked - exact).norm() / exact.norm()) < off
+
+
+@pytest.mark.parametrize("kept", ["memory", "8 bits", "another order"])
+def test_what_stays_quantised(kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantised_policy(tmp_path, "float32", **({"load_in_8bit": True} if kept == "8 bits" else {}))
+    if kept == "memory":
+        size = 4 * 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 192)
+        for available, folds in ((2 * size, True), (2 * size - 1, False)):
+            monkeypatch.setattr(weights, "available", lambda available=available: available)
+            with fold_adapter(model):
+                assert (lora_products(model) == 0) == folds
+    if kept == "another order":
+        for module in model.modules():
+            if weights._is_in_4_bits(module):
+                module.weight.quant_state.packing_format_for_cpu = True
+    wanted = lora_products(model)
+    with fold_adapter(model):
+        assert lora_products(model) == wanted == 3 * 7
+
+
+@pytest.mark.parametrize("what", ["dora", "bias", "off"])
+def test_an_adapter_that_cannot_be_folded_is_computed_beside_unpacked_weights(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantised_policy(tmp_path, "float32", {"use_dora": what == "dora"})
+    if what == "bias":
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_bias["default"] = True
+                module.lora_B["default"].bias = nn.Parameter(torch.ones(module.out_features))
+    with model.disable_adapter() if what == "off" else nullcontext():  # type: ignore[operator]
+        wanted = logits(model)
+        with fold_adapter(model):
+            assert calls_of_bitsandbytes(model, monkeypatch) == 0
+            torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
+
+
+def test_what_goes_wrong_leaves_4_bits_as_they_were(tmp_path: Path) -> None:
+    model = quantised_policy(tmp_path, "float32")
+    before, wanted = state(model), logits(model)
+    with pytest.raises(KeyboardInterrupt), fold_adapter(model):
+        raise KeyboardInterrupt
+    assert_untouched(model, before)
+    assert torch.equal(logits(model), wanted)
 
 
 # ---- packed weights ---------------------------------------------------------------------------------------------
