@@ -1,0 +1,131 @@
+"""What the pages of `prefold ui` share: the folders that they may read, how a page is made, and how routes are declared.
+
+A module of pages has `ROUTES`: `route(path, function)` for what is looked at, `action(path, function)` for what changes
+something; and `PAGE`, its entry in the navigation, if it has one. Functions are called in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from prefold.errors import UserError
+from prefold.files import locked
+from prefold.reports.run_files import readable
+from prefold.reports.templates import pages
+
+HERE = Path(__file__).parent
+MOST_SENT = 4 * 2**20
+"""Bytes of a form."""
+
+Fields = Mapping[str, str]
+
+
+class Page(NamedTuple):
+    """An entry of the navigation."""
+
+    path: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """`folders`: what may be read and written, with links followed. `navigation`: the pages that there are."""
+
+    folders: tuple[Path, ...]
+    port: int
+    token: str
+    navigation: tuple[Page, ...] = ()
+
+    def inside(self, path: str) -> Path:
+        """A path with its links followed. Raises HTTPException: it is in none of the folders."""
+        try:
+            resolved = (self.folders[0] / Path(path).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError):  # a circle of links, a user without a home, a null byte
+            raise HTTPException(404, "There is no such path.") from None
+        if not any(resolved.is_relative_to(folder) for folder in self.folders):
+            raise HTTPException(403, "This path is in none of the folders that `prefold ui` was started with.")
+        return resolved
+
+    def name_of(self, path: Path) -> str:
+        """A path as it is shown: from its folder on, behind that one's name where there are several."""
+        for folder in self.folders:
+            if path.is_relative_to(folder):
+                return readable(str(path.relative_to(folder if len(self.folders) == 1 else folder.parent)))
+        return readable(str(path))
+
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Have a folder to oneself, to write in it. Raises UserError: another process has it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, self.name_of(folder)):
+            yield
+
+
+def site_of(request: Request) -> Site:
+    site: Site = request.app.state.site
+    return site
+
+
+def page(request: Request, template: str, **values: Any) -> HTMLResponse:
+    """A page, or the part of one that `ui.js` puts in place of an earlier one."""
+    site = site_of(request)
+    shown = pages(HERE).get_template(template)
+    return HTMLResponse(shown.render(site=site, path=request.url.path, query=request.query_params, **values))
+
+
+def route(path: str, function: Callable[[Request], Response]) -> Route:
+    """What is looked at."""
+    return Route(path, function, methods=["GET"])
+
+
+def action(path: str, function: Callable[[Request, Fields], Response]) -> Route:
+    """What changes something: `function` gets the fields of the form that was sent."""
+
+    async def respond(request: Request) -> Response:
+        sent = b""
+        async for part in request.stream():
+            sent += part
+            if len(sent) > MOST_SENT:
+                raise HTTPException(413, "That is too long.")
+        try:
+            fields = dict(parse_qsl(sent.decode(), keep_blank_values=True, max_num_fields=1000))
+        except ValueError:
+            raise HTTPException(400, "This is no form.") from None
+        return await run_in_threadpool(function, request, fields)
+
+    return Route(path, respond, methods=["POST"])
+
+
+def go_to(address: str) -> RedirectResponse:
+    """Where the browser looks after an action."""
+    return RedirectResponse(address, status_code=303)
+
+
+def explained(request: Request, error: Exception) -> Response:
+    """An error as a page; for a request of `ui.js` as a part of one."""
+    if isinstance(error, HTTPException):
+        status, what, lines = error.status_code, error.detail, []
+    else:
+        assert isinstance(error, UserError)
+        status, what = 400, readable(f"{error.where}: {error.what}" if error.where else error.what)
+        lines = [("Expected", readable(error.expected)), ("To do", readable(error.advice))]
+    part = "part" in request.headers.get("accept", "")
+    response = page(
+        request,
+        "error_part.html.j2" if part else "error.html.j2",
+        what=what,
+        lines=[(label, text) for label, text in lines if text],
+    )
+    response.status_code = status
+    return response
