@@ -64,7 +64,7 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
         if not folder.is_dir():
             raise UserError("there is no such folder", where=str(folder), advice="name the folder that holds runs")
     listening = _listen(port)
-    site = Site(resolved, listening.getsockname()[1], secrets.token_urlsafe(24))
+    site = Site(resolved, Path.cwd(), listening.getsockname()[1], secrets.token_urlsafe(24))
     address = f"http://127.0.0.1:{site.port}/?token={site.token}"
     print(address, flush=True)
     if browser and (sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
