@@ -77,7 +77,7 @@ def _entry(line: Values, characters: int) -> Entry:
     kind = "margin_" if "chosen" in line else ""
     before, after = (finite(line.get(f"{kind}{when}")) for when in ("before", "after"))
     if kind:
-        texts = {"Chosen": _joined(line["chosen"]), "Rejected": _joined(line.get("rejected"))}
+        texts = {"Chosen": joined(line["chosen"]), "Rejected": joined(line.get("rejected"))}
     else:
         texts = {when.capitalize(): str(line.get(f"answer_{when}", "")) for when in ("before", "after")}
     answers = {name: (text[:characters], len(text) > characters) for name, text in texts.items()}
@@ -87,7 +87,8 @@ def _entry(line: Values, characters: int) -> Entry:
     return Entry(str(line.get("row", "")), before, after, prompt, answers)
 
 
-def _joined(messages: Any) -> str:
+def joined(messages: Any) -> str:
+    """Messages as a text."""
     return "\n\n".join(map(_written, objects(messages)))
 
 

@@ -23,7 +23,7 @@ from prefold.reports.run_files import RunRecord, read_run, readable
 from prefold.ui import jobs
 from prefold.ui.charts import charts
 from prefold.ui.run_index import RunIndex, RunRow, run_folders
-from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of
+from prefold.ui.site import Fields, Page, Site, action, explained, go_to, page, route, site_of
 from prefold.ui.worker import checker
 
 PAGE = Page("/runs", "Runs")
@@ -241,7 +241,12 @@ def _check(request: Request, fields: Fields) -> Response:
     text = fields.get("text", "")
     if not text.strip():
         return page(request, "check_part.html.j2", facts=None)
-    facts = checker.ask("check", start=str(site_of(request).start), text=text)
+    try:
+        facts = checker.ask("check", start=str(site_of(request).start), text=text)
+    except UserError as error:  # of what is being written nothing else is to be expected
+        response = explained(request, error)
+        response.status_code = 200
+        return response
     return page(request, "check_part.html.j2", facts=facts, **check_values("the recipe", facts))
 
 

@@ -28,10 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import prefold.reports
 from prefold.errors import UserError
-from prefold.ui import runs
+from prefold.ui import data, runs
 from prefold.ui.site import HERE, Site, explained, go_to, route
 
-MODULES: tuple[ModuleType, ...] = (runs,)
+MODULES: tuple[ModuleType, ...] = (runs, data)
 """The modules of pages, as the navigation has them."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; style-src-attr "
@@ -69,7 +69,8 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
     print(address, flush=True)
     if browser and (sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         webbrowser.open(address)  # else a browser in this terminal would take it
-    settings = uvicorn.Config(make_app(site), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    settings = uvicorn.Config(make_app(site), log_level="warning", access_log=False, timeout_graceful_shutdown=1,
+        ws="none", lifespan="off", proxy_headers=False, server_header=False)
     uvicorn.Server(settings).run(sockets=[listening])
 
 

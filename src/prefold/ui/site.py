@@ -6,11 +6,12 @@ something; and `PAGE`, its entry in the navigation, if it has one. Functions are
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -95,7 +96,7 @@ def page(request: Request, template: str, **values: Any) -> HTMLResponse:
 @cache
 def _templates() -> Environment:
     environment = pages(HERE)
-    environment.filters["moment"] = _moment
+    environment.filters |= {"moment": _moment, "as_json": partial(json.dumps, ensure_ascii=False, default=str, indent=1)}
     return environment
 
 

@@ -18,17 +18,22 @@ const replacePart = (element, text) => {
   for (const input of element.querySelectorAll("input[type=checkbox]")) input.checked ||= marked.includes(input.value);
   if (focused) document.getElementById(focused)?.focus();
 };
-// <div data-refresh="/address" data-every="2">: loaded anew every so many seconds while the page is looked at.
+// <div data-refresh="/address" data-every="2">: loaded anew every so many seconds while the page is looked at, until something with data-last comes.
 for (const element of document.querySelectorAll("[data-refresh]")) {
   const turn = async () => {
     if (!document.hidden && element.dataset.refresh) {
       const part = await fetchPart(element.dataset.refresh).catch(() => ({ ok: false }));
       if (part.ok) replacePart(element, part.text);
+      if (part.ok && element.querySelector("[data-last]")) return;
       element.classList.toggle("stale", !part.ok);
     }
     setTimeout(turn, 1000 * element.dataset.every);
   };
   setTimeout(turn, 1000 * element.dataset.every);
+}
+// <div data-load="/address">: what takes the server a while, loaded behind the page.
+for (const element of document.querySelectorAll("[data-load]")) {
+  fetchPart(element.dataset.load).then((part) => replacePart(element, part.text), () => { element.textContent = "The server has ended."; });
 }
 // <textarea data-check="/address" data-into="id">: what the server says of its text, shown as it is written.
 for (const field of document.querySelectorAll("[data-check]")) {
