@@ -31,7 +31,7 @@ from prefold.recipe import Data, Source, builtin_recipes, make_section, parse_ya
 from prefold.recipe.paths import run_folder, start_of_paths, with_paths_from
 from prefold.reports.data_tables import data_tables, example
 from prefold.reports.each_pair import joined
-from prefold.reports.run_files import Values, cleaned, readable
+from prefold.reports.run_files import Values, cleaned, readable, turns
 from prefold.ui.runs import index_of, recipes_in
 from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of
 from prefold.ui.tables import Table, table_of
@@ -271,7 +271,7 @@ def _row(request: Request) -> Response:
         texts = {name: readable(text) for name, text in _texts(messages_of(record)).items()}
         chosen, rejected = texts.get("chosen", ""), texts.get("rejected", "")
         marked = dict(zip(("chosen", "rejected"), _marked(chosen, rejected), strict=True)) if rejected else {}
-        records.append({"texts": texts, "marked": marked})
+        records.append({"texts": texts, "marked": marked, "prompt": turns(cleaned(list(record.prompt)))})
     decision = file.decisions().get(number)
     return page(
         request,

@@ -28,10 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import prefold.reports
 from prefold.errors import UserError
-from prefold.ui import data, runs
+from prefold.ui import data, runs, samples
 from prefold.ui.site import HERE, Site, explained, go_to, route
 
-MODULES: tuple[ModuleType, ...] = (runs, data)
+MODULES: tuple[ModuleType, ...] = (runs, data, samples)
 """The modules of pages, as the navigation has them."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; style-src-attr "
