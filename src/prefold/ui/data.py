@@ -32,7 +32,7 @@ from prefold.recipe.paths import run_folder, start_of_paths, with_paths_from
 from prefold.reports.data_tables import data_tables, example
 from prefold.reports.each_pair import joined
 from prefold.reports.run_files import Values, cleaned, readable, turns
-from prefold.ui.runs import index_of, recipes_in
+from prefold.ui.runs import decisions_beside, index_of, recipes_in
 from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of
 from prefold.ui.tables import Table, table_of
 from prefold.ui.worker import checker, reader
@@ -109,7 +109,7 @@ def _files(site: Site, given: Fields) -> list[File]:
     else:
         recipe, data = _recipe_of(site, given.get("recipe", ""))
         sources = [(split, source) for split in ("train", "eval") for source in getattr(data, split)]
-        decided_in = site.inside(data.decisions or _beside(site, given["recipe"]))
+        decided_in = site.inside(data.decisions or decisions_beside(site, given["recipe"]))
     files = []
     for split, source in sources:
         named = named_files(source)
@@ -123,13 +123,6 @@ def _files(site: Site, given: Fields) -> list[File]:
             address["n"] = str(len(files))
             files.append(File(site, address, source, split, name, whole, recipe, decided_in))
     return files
-
-
-def _beside(site: Site, recipe: str) -> str:
-    """Where the decisions about the data of a recipe go that names no file for them."""
-    path = site.folders[0] / recipe if recipe in builtin_recipes() else site.inside(recipe)
-    path = path.parent if path.name == "recipe.yaml" else path
-    return str(path.with_name(f"{path.stem if path.suffix == '.yaml' else path.name}.decisions.jsonl"))
 
 
 def _recipe_of(site: Site, name: str) -> tuple[str, Data]:
@@ -190,7 +183,7 @@ def _findings(request: Request) -> Response:
     text, _ = _recipe_of(site, request.query_params.get("recipe", ""))
     facts = cleaned(checker.ask("check", start=str(site.start), text=text))
     addresses = {readable(file.name): file.address for file in _files(site, request.query_params)}
-    return page(request, "data_findings.html.j2", data=data_tables(facts), findings=facts["findings"], files=addresses)
+    return page(request, "data_findings.html.j2", data={**data_tables(facts), "findings": None}, findings=facts["findings"], files=addresses)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
@@ -286,7 +279,7 @@ def _row(request: Request) -> Response:
         decision=decision,
         is_same=decision is None or digest_of_row(row.value or {}) == decision.digest,
         decided_in=site.name_of(file.decided_in),
-        is_named=bool(file.recipe) and "decisions" in (parse_yaml(file.recipe, "the recipe")["data"] or {}),
+        is_named=bool(file.recipe and parse_yaml(file.recipe, "the recipe")["data"].get("decisions")),
     )
 
 

@@ -198,7 +198,16 @@ def _new(request: Request) -> Response:
         builtin={name: first_comment(name) for name in builtin_recipes()},
         recipes=recipes_in(site),
         folders=[str(folder) for folder in site.folders],
+        decided_in=_decided_in(site, source, text),
     )
+
+
+def _decided_in(site: Site, source: str, text: str) -> str:
+    """Decisions about the rows of a recipe that it does not name; empty where there are none."""
+    decided_in = Path(decisions_beside(site, source)) if source else None
+    if decided_in is None or not decided_in.is_file() or "decisions:" in text:
+        return ""
+    return os.path.relpath(decided_in, site.start)
 
 
 def recipes_in(site: Site) -> dict[str, str]:
@@ -226,7 +235,17 @@ def _recipe_to_start_from(site: Site, source: str) -> tuple[str, str]:
         return path.name, text
     values = parse_yaml(text, site.name_of(path))
     values = {**with_paths_from(start_of_paths(path), values), "output_dir": _free(site, path)}
+    decided_in = Path(decisions_beside(site, source))
+    if decided_in.is_file() and not values["data"].get("decisions"):
+        values["data"]["decisions"] = os.path.relpath(decided_in, site.start)
     return f"{Path(values['output_dir']).name}.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def decisions_beside(site: Site, recipe: str) -> str:
+    """Where the decisions about the data of a recipe go that names no file for them."""
+    path = site.folders[0] / recipe if recipe in builtin_recipes() else site.inside(recipe)
+    path = path.parent if path.name == "recipe.yaml" else path
+    return str(path.with_name(f"{path.stem if path.suffix == '.yaml' else path.name}.decisions.jsonl"))
 
 
 def _free(site: Site, folder: Path) -> str:
