@@ -109,7 +109,17 @@ class DataReport:
         }
 
 
-_NOTES = ("struck", "flipped", "tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text", "wrong_decoding")
+_NOTES = (
+    "struck",
+    "flipped",
+    "tie",
+    "small_margin",
+    "repeated",
+    "control_character",
+    "tied_rating",
+    "escaped_text",
+    "wrong_decoding",
+)
 _SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
 """Kinds whose problems name the markers that were seen, each in backticks."""
 _DETAILED = (

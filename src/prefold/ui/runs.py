@@ -226,7 +226,7 @@ def _beginning(file: Path) -> str:
 
 
 def _recipe_to_start_from(site: Site, source: str) -> tuple[str, str]:
-    """A file name and the text of a recipe; that of a run with a run folder that is free, and paths from where we are."""
+    """A file name and the text of a recipe; of a run with a run folder that is free, and paths from where we are."""
     if source in builtin_recipes():
         return f"{source}.yaml", read_text(source)[0]
     path = site.inside(source)

@@ -40,7 +40,9 @@ class Worker:
         with self.lock:
             if self.timer:
                 self.timer.cancel()
-            if not self.child or self.child.poll() is not None:
+            if self.child and self.child.poll() is not None:
+                self._end()
+            if not self.child:
                 command = [sys.executable, "-m", "prefold.ui.worker"]
                 pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
                 self.child = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, **pipes)
@@ -62,10 +64,13 @@ class Worker:
 
     def end(self) -> None:
         with self.lock:
-            if self.child:
+            self._end()
+
+    def _end(self) -> None:
+        if self.child:
+            with self.child:
                 self.child.terminate()
-                self.child.wait()
-                self.child = None
+            self.child = None
 
 
 checker, reader = Worker(), Worker()
