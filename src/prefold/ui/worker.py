@@ -24,6 +24,7 @@ from prefold.terminal import print_json, stdout_for_results
 
 if TYPE_CHECKING:
     from prefold.data.shapes import Kind
+    from prefold.recipe import RecipeBase
 
 IDLE = 300.0
 """Seconds."""
@@ -80,35 +81,35 @@ checker, reader = Worker(), Worker()
 # ---- in the child -------------------------------------------------------------------------------------------------
 
 
-def _recipe(text: str) -> Any:
-    from prefold.recipe.load import make_recipe
-
-    values = parse_yaml(text, "the recipe")
-    if not isinstance(values, dict):
-        raise UserError("it is not a mapping of sections", where="the recipe", advice="begin with `method: dpo`")
-    return make_recipe(values, "the recipe", field_lines(text))
-
-
 def check(start: str, text: str) -> dict[str, Any]:
     """Findings and plan of the text of a recipe whose relative paths begin in `start`."""
+    os.chdir(start)
+    recipe = _recipe(text)
     from prefold.runs.check import check
 
-    os.chdir(start)
-    return check(_recipe(text)).as_json()
+    return check(recipe).as_json()
 
 
 def row(start: str, row: str, text: str = "", model: str = "", path: str = "", kind: Kind = "pairs") -> dict[str, Any]:
     """A row from file to tokens: of a recipe's text, or of a file as a model's chat template writes it."""
-    from prefold.data.row import see_row
-
     os.chdir(start)
+    section, data, seed = Model(name=model or "-"), Data(train=[Source(path=path or "-")]), 0
     if text:
         recipe = _recipe(text)
-        kind, data, seed = recipe.algorithm.kind.data, recipe.data, recipe.train.seed
-        section = recipe.model
-    else:
-        section, data, seed = Model(name=model), Data(train=[Source(path=path)]), 0
+        section, data, seed, kind = recipe.model, recipe.data, recipe.train.seed, recipe.algorithm.kind.data
+    from prefold.data.row import see_row
+
     return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind).as_json()
+
+
+def _recipe(text: str) -> RecipeBase:
+    """What is wrong with its YAML is said before anything is imported that takes seconds."""
+    values, lines = parse_yaml(text, "the recipe"), field_lines(text)
+    if not isinstance(values, dict):
+        raise UserError("it is not a mapping of sections", where="the recipe", advice="begin with `method: dpo`")
+    from prefold.recipe.load import make_recipe
+
+    return make_recipe(values, "the recipe", lines)
 
 
 @cache
