@@ -18,7 +18,7 @@ from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
 from prefold.errors import Explained, UserError, first_line
-from prefold.recipe import Data, Model, Source
+from prefold.recipe import Data, Model, Source, make_section
 from prefold.recipe.text import field_lines, parse_yaml
 from prefold.terminal import print_json, stdout_for_results
 
@@ -93,10 +93,11 @@ def check(start: str, text: str) -> dict[str, Any]:
 def row(start: str, row: str, text: str = "", model: str = "", path: str = "", kind: Kind = "pairs") -> dict[str, Any]:
     """A row from file to tokens: of a recipe's text, or of a file as a model's chat template writes it."""
     os.chdir(start)
-    section, data, seed = Model(name=model or "-"), Data(train=[Source(path=path or "-")]), 0
     if text:
         recipe = _recipe(text)
         section, data, seed, kind = recipe.model, recipe.data, recipe.train.seed, recipe.algorithm.kind.data
+    else:
+        section, data, seed = make_section(Model, {"name": model}), Data(train=[Source(path=path)]), 0
     from prefold.data.row import see_row
 
     return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind).as_json()
