@@ -206,6 +206,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, str]:
 
 def _new(request: Request) -> Response:
     site, source = site_of(request), request.query_params.get("from", "")
+    source = source if source in ("", *builtin_recipes()) else str(site.inside(source))
     name, text = _recipe_to_start_from(site, source) if source else ("", "")
     return page(
         request,
