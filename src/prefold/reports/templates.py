@@ -5,7 +5,8 @@ On a page every value is escaped, and each number is shown in full where the poi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,31 @@ TEXTS = (
 
 def page_template(name: str) -> Callable[..., str]:
     """What renders a page."""
-    return _template(name, {write.__name__: _in_span(write) for write in NUMBERS}, autoescape=True)
+    return pages().get_template(name).render
+
+
+@cache
+def pages(*folders: Path) -> Environment:
+    """The templates of pages: those here, and those of further folders."""
+    return _environment({write.__name__: _in_span(write) for write in NUMBERS}, folders, autoescape=True)
 
 
 def card_template(name: str, finalize: Callable[[Any], Any], *filters: Callable[..., Any]) -> Callable[..., str]:
     """What renders a card, every value through `finalize`, with filters of its own."""
     own = {function.__name__: function for function in (*NUMBERS, *filters)}
-    return _template(name, own, autoescape=False, finalize=finalize, keep_trailing_newline=True)
+    settings: dict[str, Any] = {"autoescape": False, "finalize": finalize, "keep_trailing_newline": True}
+    return _environment(own, **settings).get_template(name).render
 
 
-def _template(name: str, filters: dict[str, Any], **settings: Any) -> Callable[..., str]:
-    loader = FileSystemLoader(Path(__file__).parent)
+def _environment(filters: dict[str, Any], folders: Sequence[Path] = (), **settings: Any) -> Environment:
+    loader = FileSystemLoader([*folders, Path(__file__).parent])
     environment = Environment(
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **settings
     )
     environment.filters |= filters | {function.__name__: function for function in TEXTS}
     environment.globals |= {write.__name__: write for write in NUMBERS} | {"script_hashes": ()}
     environment.tests["finite"] = lambda value: numbers.finite(value) is not None
-    return environment.get_template(name).render
+    return environment
 
 
 def _in_span(write: Callable[..., str]) -> Callable[..., Markup]:
