@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 HEAD_ROWS = 1000
 """Rows that are enough to tell the shape of a source."""
 _TOKENIZED_AT_ONCE = 256
-_NO_FAULT = ("repeated", "contaminated", "tie", "small_margin")
+_NO_FAULT = ("repeated", "contaminated", "tie", "small_margin", "voted_again", "withdrawn")
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ class Side:
             if examples:
                 filled = [name for name in shape.not_understood if not is_empty((row.value or {}).get(name))]
                 self.oddities += [Problem("unread_column", f"`{name}`", row.origin) for name in filled]
+                self.oddities += [Problem(row.kind, "", row.origin)] if row.kind else []
                 yield examples
 
     def records_of(self, row: RawRow, shape: Shape, rule: rankings.Rule) -> list[Record | Problem]:

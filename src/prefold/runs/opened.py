@@ -15,6 +15,7 @@ from prefold.data.chat import encode
 from prefold.data.examples import Examples, prompts_of
 from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
+from prefold.evaluation.people import require_votes
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model
@@ -54,8 +55,8 @@ def require_openable(run: Run) -> None:
         if data.held_out:
             columns = column_names(prompts_of(data.held_out))
             require_arguments(rewards, [*WITHOUT_COLUMNS, *columns], "is no column of the held-out rows")
-    if recipe.evaluate.win_rate:
-        judge_of(run)
+    if win_rate := recipe.evaluate.win_rate:
+        require_votes(win_rate.votes) if win_rate.votes else judge_of(run)
     require_models(recipe.evaluate.compare_with)
 
 
@@ -65,8 +66,9 @@ def tasks_of(run: Run) -> list[OpenTask]:
 
 
 def judge_of(run: Run) -> Compares:
-    assert run.recipe.evaluate.win_rate is not None
-    return open_judge(run.recipe.evaluate.win_rate.judge, partial(encode, tokenizer=run.tokenizer))
+    win_rate = run.recipe.evaluate.win_rate
+    assert win_rate is not None and win_rate.judge is not None
+    return open_judge(win_rate.judge, partial(encode, tokenizer=run.tokenizer))
 
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:

@@ -166,7 +166,8 @@ def test_recipes_with_a_judge_are_read_and_written(judge: str, recipe_file: str,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluate.win_rate={}", "`evaluate.win_rate.judge` is missing"),
+        ("evaluate.win_rate={}", "give either `judge`, a reward or a chat model, or `votes`"),
+        ("evaluate.win_rate={judge: {name: repetition}, votes: v.jsonl}", "give either `judge`"),
         ("evaluate.win_rate.judge=3", "`evaluate.win_rate.judge` is 3"),
         ("evaluate.win_rate.judge={name: lenght}", "did you mean `length`?"),
         ("evaluate.win_rate.judge={name: length}", "`length` needs `target`"),
