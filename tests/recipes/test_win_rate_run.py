@@ -73,7 +73,13 @@ def test_people_vote_on_a_run_and_train_the_next(recipe: MakeRecipe, tmp_path: P
     votes, samples = folder / "votes.jsonl", read_jsonl(folder / "samples.jsonl")
     for number, sample in enumerate(samples[:5]):
         shown = {"answer_a": sample["before"][0], "answer_b": sample["after"][0]}
-        vote = {"id": str(number), "voter": "Ann", "prompt": sample["prompt"], **shown, "winner": "b" if number else "tie"}
+        vote = {
+            "id": str(number),
+            "voter": "Quentin",
+            "prompt": sample["prompt"],
+            **shown,
+            "winner": "b" if number else "tie",
+        }
         append_line(votes, vote)
     judged = {"prompts": 6, "max_new_tokens": 8, "win_rate": {"votes": str(votes)}}
     prefold.run(recipe(evaluate=judged))
@@ -82,9 +88,9 @@ def test_people_vote_on_a_run_and_train_the_next(recipe: MakeRecipe, tmp_path: P
     assert facts["p_value"] == 2 / 2**4 and facts["judge"]["name"] == "1 person"
     page, card = (folder / "report.html").read_text(), (folder / "merged" / "README.md").read_text()
     assert "How often 1 person prefers the answer after training" in page and "judged by 1 person" in card
-    assert "Ann" not in page + card
+    assert "Quentin" not in page + card
     # A vote more: the judge stage and the report, and nothing else.
-    append_line(votes, {"undo": "0", "voter": "Ann"})
+    append_line(votes, {"undo": "0", "voter": "Quentin"})
     heldout = (folder / "evaluation" / "heldout.json").stat().st_mtime_ns
     prefold.run(recipe(evaluate=judged))
     assert json.loads((folder / "evaluation" / "win_rate.json").read_text())["votes"] == 4

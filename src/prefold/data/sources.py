@@ -1,5 +1,5 @@
-"""Files, folders, built-in sets and Hub data sets -> rows. Knows nothing of what the columns mean; files of votes, whose
-lines belong together, go through `vote_file`.
+"""Files, folders, built-in sets and Hub data sets -> rows. Knows nothing of what the columns mean.
+The lines of a file of votes belong together: `vote_file` says how.
 
 Data in: a `recipe.Rows`; data out: `RawRow` after `RawRow`, read as they are asked for. What a file's bytes mean is
 said in `formats`. Code that comes with a Hub data set is never run.

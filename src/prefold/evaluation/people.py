@@ -16,7 +16,7 @@ from typing import Any
 
 from prefold.data.vote_file import compared_key, key_of, preference_for, read_votes
 from prefold.errors import UserError
-from prefold.evaluation.win_rate import AnswerPair, win_rate
+from prefold.evaluation.answer_rates import answer_pairs, rate_of_answers
 from prefold.files import without_home
 from prefold.terminal import say
 
@@ -26,7 +26,9 @@ def require_votes(file: str) -> Path:
     path = Path(file).expanduser()
     if not path.is_file():
         advice = "vote by `prefold ui` once the run has answered its prompts, then give the file that holds the votes"
-        raise UserError("no such file of votes", where=f"`evaluate.win_rate.votes`, {without_home(file)}", advice=advice)
+        raise UserError(
+            "no such file of votes", where=f"`evaluate.win_rate.votes`, {without_home(file)}", advice=advice
+        )
     return path
 
 
@@ -38,16 +40,14 @@ def measure_by_votes(file: str, samples: Sequence[Mapping[str, Any]]) -> dict[st
     return facts
 
 
-def rate_by_votes(votes: Iterable[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def rate_by_votes(
+    votes: Iterable[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]], at_equal_lengths: bool = True
+) -> dict[str, Any]:
     """The same of votes that count."""
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for vote in votes:
         by_key.setdefault(key_of(vote), []).append(vote)
-    pairs = [
-        AnswerPair(number, list(sample["prompt"]), before, after)
-        for number, sample in enumerate(samples)
-        for before, after in zip(sample["before"], sample["after"], strict=False)
-    ]
+    pairs = answer_pairs(samples)
     cast: list[list[Mapping[str, Any]]] = []
     for pair in pairs:  # answers that are there twice were voted on once
         same = pair.before == pair.after
@@ -60,13 +60,15 @@ def rate_by_votes(votes: Iterable[Mapping[str, Any]], samples: Sequence[Mapping[
     people = sorted({vote["voter"].strip() for vote in chain.from_iterable(cast)})
     # Who they are is not for the report, but whether two runs were judged by the same.
     key = blake2b("\n".join(people).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
-    facts = win_rate(pairs, outcomes)
     same = sum(pair.before == pair.after for pair in pairs)
-    not_voted = facts["left_out"].pop("no_score") - same
-    facts["left_out"] = {"same_answers": same, "not_voted": not_voted, "of_other_answers": len(by_key)}
     return {
         "judge": {"kind": "people", "name": f"{len(people)} {'person' if len(people) == 1 else 'people'}", "key": key},
-        **facts,
+        **rate_of_answers(pairs, outcomes, at_equal_lengths),
+        "left_out": {
+            "same_answers": same,
+            "not_voted": outcomes.count(None) - same,
+            "of_other_answers": len(by_key),
+        },
         "votes": sum(map(len, cast)),
         "both_bad": sum(vote["winner"] == "both bad" for vote in chain.from_iterable(cast)),
         "agreement": agreement(preferred),

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from prefold.data.chat import encode
 from prefold.data.examples import Examples, prompts_of
+from prefold.evaluation.people import require_votes
 from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
-from prefold.evaluation.people import require_votes
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,10 @@ def test_votes_of_several_files_belong_together(tmp_path: Path) -> None:
     write(tmp_path / "votes" / "ann.jsonl", vote(0, "a"), vote(1, "a"))
     write(tmp_path / "votes" / "bo.jsonl", vote(0, "b", "Bo"), vote(1, "a", "Bo"))
     facts = describe_data(str(tmp_path / "votes")).as_json()
-    assert facts["rows_usable"] == 1 and facts["first"][0]["row"] == {"source": facts["first"][0]["row"]["source"], "row": 2}
+    assert facts["rows_usable"] == 1 and facts["first"][0]["row"] == {
+        "source": facts["first"][0]["row"]["source"],
+        "row": 2,
+    }
 
 
 def test_ties_alone_are_no_pairs(chatml: Tokenizer, tmp_path: Path) -> None:

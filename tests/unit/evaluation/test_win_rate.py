@@ -12,14 +12,8 @@ import pytest
 
 from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
-from prefold.evaluation.win_rate import (
-    LEAST_PROMPTS,
-    AnswerPair,
-    length_controlled,
-    measure_win_rate,
-    open_judge,
-    win_rate,
-)
+from prefold.evaluation.answer_rates import LEAST_PROMPTS, AnswerPair, length_controlled
+from prefold.evaluation.win_rate import measure_win_rate, open_judge, win_rate
 from prefold.generation.endpoint import Refused
 from prefold.recipe import Reward, dump_recipe, load_recipe
 from prefold.rewards.judge import NoVerdict
