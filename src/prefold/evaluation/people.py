@@ -50,8 +50,8 @@ def rate_by_votes(
     pairs = answer_pairs(samples)
     cast: list[list[Mapping[str, Any]]] = []
     for pair in pairs:  # answers that are there twice were voted on once
-        same = pair.before == pair.after
-        cast.append([] if same else by_key.pop(compared_key(pair.prompt, (pair.before, pair.after)), []))
+        answers = (pair.before, pair.after)
+        cast.append([] if pair.before == pair.after else by_key.pop(compared_key(pair.prompt, answers), []))
     preferred = [[preference_for(pair.after, vote) for vote in of] for pair, of in zip(pairs, cast, strict=True)]
     outcomes = [fmean(of_pair) if of_pair else None for of_pair in preferred]
     by_sample: list[list[float | None]] = [[] for _ in samples]

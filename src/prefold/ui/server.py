@@ -28,10 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import prefold.reports
 from prefold.errors import UserError
-from prefold.ui import runs
+from prefold.ui import runs, talk, vote
 from prefold.ui.site import HERE, Site, explained, go_to, route
 
-MODULES: tuple[ModuleType, ...] = (runs,)
+MODULES: tuple[ModuleType, ...] = (runs, talk, vote)
 """The modules of pages, as the navigation has them."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; style-src-attr "

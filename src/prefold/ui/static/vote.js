@@ -1,0 +1,20 @@
+// Votes without loading the page anew. A key that is held down votes once.
+const ballot = document.getElementById("ballot");
+let sending = false;
+document.addEventListener("keydown", (event) => { if (event.repeat && !writes(event.target)) event.stopImmediatePropagation(); }, true);
+ballot.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (sending) return;
+  sending = true;
+  const part = await fetchPart("/vote", Object.fromEntries(new FormData(event.target, event.submitter)))
+    .catch(() => ({ ok: false, text: "" }));
+  sending = false;
+  ballot.querySelector(".refused")?.remove();
+  if (!part.ok) {
+    ballot.insertAdjacentHTML("afterbegin", part.text || '<p class="refused" role="alert">The server does not answer: this vote was not kept.</p>');
+    return;
+  }
+  replacePart(ballot, part.text);
+  document.getElementById("asked").focus({ preventScroll: true });
+  said(document.getElementById("progress").textContent.trim());
+});
