@@ -117,6 +117,21 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process has a folder to itself now."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(descriptor)
+
+
 def remove_left_over(folder: Path) -> None:
     """Remove the temporary files and folders that a killed process left in `folder`."""
     for path in folder.glob(".*"):

@@ -238,4 +238,4 @@ def stdout_for_results() -> Iterator[None]:
 
 def print_json(value: Any, **options: Any) -> None:
     """One object on stdout; `options` are of `json.dumps`."""
-    print(json.dumps(value, indent=2, **options), file=_results or sys.stdout)
+    print(json.dumps(value, **{"indent": 2, **options}), file=_results or sys.stdout, flush=True)

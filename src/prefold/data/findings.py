@@ -110,12 +110,13 @@ class DataReport:
 
 
 _NOTES = (
-    *("tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text", "wrong_decoding"),
-    *("voted_again", "voters_differ", "withdrawn"),
+    *("struck", "flipped", "tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text"),
+    *("wrong_decoding", "voted_again", "voters_differ", "withdrawn"),
 )
 _SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
 """Kinds whose problems name the markers that were seen, each in backticks."""
 _DETAILED = (
+    *("struck", "flipped"),
     "unread_field",
     "unread_column",
     "text_dropped",
@@ -164,6 +165,8 @@ _ABOUT_ROWS = {
     ),
     "small_margin": (" left out: no two ratings far enough apart", "this is what `min_margin` asks for"),
     "bad_label": (" left out: a label says nothing that is understood", "votes are 1 or 2, labels true or false"),
+    "struck": (" left out: struck by `data.decisions`", "this is what was decided, row by row"),
+    "flipped": (" whose preference was turned round by `data.decisions`", "this is what was decided, row by row"),
     "repeated": (" left out: they repeat earlier ones", "this is what `data.duplicates` asks for"),
     "contaminated": (
         " left out: text of `data.decontaminate` in them",

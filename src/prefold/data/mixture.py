@@ -22,6 +22,7 @@ from prefold.data import findings, rankings
 from prefold.data.cells import is_empty
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
 from prefold.data.conversion import to_records
+from prefold.data.decisions import Decisions
 from prefold.data.duplicates import REPEATS, Contamination, Match
 from prefold.data.examples import Example, Examples
 from prefold.data.findings import DataReport, SourceCount
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 HEAD_ROWS = 1000
 """Rows that are enough to tell the shape of a source."""
 _TOKENIZED_AT_ONCE = 256
-_NO_FAULT = ("repeated", "contaminated", "tie", "small_margin", "voted_again", "withdrawn")
+_NO_FAULT = ("repeated", "contaminated", "struck", "tie", "small_margin", "voted_again", "withdrawn")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def load_split(
     Raises:
         UserError: a source cannot be read or has no known columns, has fewer rows than are to be drawn, the tokenizer
             has no chat template, no usable row is left, a bad or overlong row where the policy is `error`, or nothing
-            to hold out of a single prompt.
+            to hold out of a single prompt, or `data.decisions` does not fit the sources.
     """
     if data.template == "chat":
         require_chat_template(tokenizer)
@@ -154,11 +155,12 @@ class Side:
 
     def __post_init__(self) -> None:
         self.repeats = None if self.data.duplicates == "keep" else REPEATS[self.data.duplicates]()
+        self.decisions = Decisions.of(self.data)
         chat = self.data.template == "chat"
         self.by_template = findings.system_texts_of(self.tokenizer) if chat else ("", "")
 
     def examples_of(self, sources: Sequence[Source], seed: int) -> Examples:
-        selections = zip(sources, select_rows(sources, seed), strict=True)
+        selections = zip(sources, select_rows(sources, seed, self.decisions), strict=True)
         converted = chain.from_iterable(self._converted(source, selection) for source, selection in selections)
         examples = Examples.of(converted, self.folder and self.folder / f"{self.name}.arrow")
         if not examples:
@@ -215,10 +217,13 @@ class Side:
                 filled = [name for name in shape.not_understood if not is_empty((row.value or {}).get(name))]
                 self.oddities += [Problem("unread_column", f"`{name}`", row.origin) for name in filled]
                 self.oddities += [Problem(row.kind, "", row.origin)] if row.kind else []
+                self.oddities += self.decisions.flips(row.origin) if self.decisions else []
                 yield examples
 
     def records_of(self, row: RawRow, shape: Shape, rule: rankings.Rule) -> list[Record | Problem]:
         records = to_records(row, shape, self.data.system, rule=rule)
+        if self.decisions:
+            records = [self.decisions.applied(record) for record in records]
         return list(map(self._untouched, records)) if self.contamination else records
 
     def _untouched(self, record: Record | Problem) -> Record | Problem:
@@ -252,7 +257,7 @@ class Side:
         """Count what is wrong with a row, or stop where that is the policy."""
         for problem in problems:
             name = "overlong" if problem.kind == "overlong" else "bad_rows"
-            # Ties are no fault of a row; repeats and benchmark texts are left out because the recipe asks for it.
+            # Ties are no fault of a row; repeats, benchmark texts and rows that were struck are left out because the recipe asks for it.
             if getattr(self.data, name) == "error" and problem.kind not in _NO_FAULT:
                 advice = f"mend the row, or set `data.{name}: drop`"
                 raise UserError(problem.message, where=str(problem.origin), advice=advice)

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from prefold.data.chat import require_chat_template
+from prefold.data.decisions import read_decisions
 from prefold.data.examples import Examples
 from prefold.data.findings import DataReport
 from prefold.data.mixture import Prepared, load_split
@@ -95,7 +96,9 @@ def _size(folder: Path) -> int:
 
 
 def _sources(data: Data) -> list[str | None]:
-    return [identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)]
+    """Of the decisions about their rows as well."""
+    decided = repr(read_decisions(Path(data.decisions).expanduser())) if data.decisions else ""
+    return [hashlib.sha256(decided.encode()).hexdigest()] + [identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)]
 
 
 def key_of_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> str | None:

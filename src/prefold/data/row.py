@@ -183,6 +183,9 @@ def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: Side, se
         elif side.repeats:
             _read_through(earlier, source, side)
     side.oddities.clear()
+    if side.decisions:
+        side.decisions.check(raw)
+        side.oddities += side.decisions.flips(raw.origin)
     records = []
     for result in side.records_of(raw, shape, rule):
         more, problem = ([], result) if isinstance(result, Problem) else _tokenized(result, side)

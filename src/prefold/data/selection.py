@@ -13,6 +13,7 @@ from itertools import chain
 
 import numpy as np
 
+from prefold.data.decisions import Decisions
 from prefold.data.formats import RawRow
 from prefold.data.preference import Problem, RowId
 from prefold.data.sources import read_rows, source_name
@@ -41,13 +42,13 @@ class Selection:
     rows_not_drawn: int = 0
 
 
-def select_rows(sources: Sequence[Source], seed: int) -> list[Selection]:
+def select_rows(sources: Sequence[Source], seed: int, decisions: Decisions | None = None) -> list[Selection]:
     """Apply `where`, `weight` and `count`. Sources that have neither of the last two are read as `rows` is asked for.
 
-    Raises UserError: a source cannot be read, `where` names a column that no row has or leaves none, or there are fewer
-    rows than are to be drawn.
+    Raises UserError: a source cannot be read, `where` names a column that no row has or leaves none, there are fewer
+    rows than are to be drawn, or a row is no longer what was decided about.
     """
-    selections = [_filtered(source) for source in sources]
+    selections = [_filtered(source, decisions) for source in sources]
     # The rows of a source that can be read, all at once, to draw from.
     pools: list[tuple[Source, Selection, list[RawRow]]] = []
     for source, selection in zip(sources, selections, strict=True):
@@ -89,9 +90,11 @@ def benchmark_texts(benchmark: Benchmark) -> Iterator[tuple[str, RowId]]:
             yield text, row.origin
 
 
-def _filtered(source: Rows) -> Selection:
-    selection = Selection(source_name(source))
-    selection.rows = _passing(read_rows(source), Where(source.where) if source.where else None, selection)
+def _filtered(source: Rows, decisions: Decisions | None = None) -> Selection:
+    selection, rows = Selection(source_name(source)), read_rows(source)
+    if decisions:
+        rows = decisions.checked(rows, source)
+    selection.rows = _passing(rows, Where(source.where) if source.where else None, selection)
     return selection
 
 

@@ -15,7 +15,7 @@ INPUTS = "inputs.json"
 folder; what the stages have `read`; which rewards `failed`."""
 PATHS = {
     *("model.name", "model.adapter", "model.chat_template"),
-    *("data.train.path", "data.eval.path", "data.decontaminate.path", "rewards.file", "rewards.model"),
+    *("data.train.path", "data.eval.path", "data.decontaminate.path", "data.decisions", "rewards.file", "rewards.model"),
     *("evaluate.include_path", "evaluate.compare_with", "evaluate.win_rate.judge.file"),
     *("evaluate.win_rate.judge.model", "evaluate.win_rate.votes", "publish.to"),
 }

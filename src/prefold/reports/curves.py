@@ -117,6 +117,8 @@ SCORES = CurveKind(
 )
 SCORE_MARGIN = replace(MARGINS, title="Margin", lines=(Line("margin", "margin", PLAIN),))
 SCORE_ACCURACY = replace(ACCURACIES, title="Accuracy", lines=(Line("accuracy", "accuracy", PLAIN),))
+KINDS = (REWARDS, MARGINS, ACCURACIES, REWARD, LENGTH, DIVERGENCE, SCORES, SCORE_MARGIN, SCORE_ACCURACY)
+"""Beside the loss, in the order in which they are drawn."""
 LOSSES = {"dpo": LOSS_FROM_LN_2, "grpo": LOSS_FROM_0}
 """Losses whose first value is known; every other method gets `LOSS`."""
 
@@ -135,14 +137,13 @@ class Curve(NamedTuple):
 
 
 def curves(run: RunRecord) -> list[Curve]:
-    kinds = [LOSSES.get(run.method, LOSS), REWARDS, MARGINS, ACCURACIES, REWARD, LENGTH, DIVERGENCE]
-    kinds += [SCORES, SCORE_MARGIN, SCORE_ACCURACY]
+    kinds = [LOSSES.get(run.method, LOSS), *KINDS]
     return [curve for number, kind in enumerate(kinds) if (curve := _curve(kind, f"curve-{number}", run.metrics))]
 
 
 def _curve(kind: CurveKind, target: str, metrics: Sequence[Values]) -> Curve | None:
     steps = [finite(row.get("step")) or float(number) for number, row in enumerate(metrics, start=1)]
-    values = {line.metric: [_number(row.get(line.metric)) for row in metrics] for line in kind.lines}
+    values = {line.metric: [number_or_nan(row.get(line.metric)) for row in metrics] for line in kind.lines}
     known = {metric: _known(column) for metric, column in values.items()}
     ends = [(line, known[line.metric][0], known[line.metric][-1]) for line in kind.lines if known[line.metric]]
     if not ends:
@@ -160,8 +161,8 @@ def _plot(kind: CurveKind, target: str, steps: list[float], values: dict[str, li
 
     plot = figure(height=210, sizing_mode="stretch_width", tools=[], toolbar_location=None, min_border=0)
     plot.styles = Styles(width="100%")
-    columns = {"step": _thinned(steps)} | {line.metric: _thinned(values[line.metric]) for line in kind.lines}
-    columns |= {f"{line.metric}~": _thinned(_moving_mean(values[line.metric], window)) for line in kind.lines}
+    columns = {"step": thinned(steps)} | {line.metric: thinned(values[line.metric]) for line in kind.lines}
+    columns |= {f"{line.metric}~": thinned(moving_mean(values[line.metric], window)) for line in kind.lines}
     source = ColumnDataSource(columns)
     for line in kind.lines:
         style: dict[str, Any] = {"source": source, "color": line.colour}
@@ -197,7 +198,7 @@ def _quiet_axes(plot: Any, kind: CurveKind) -> None:
         plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
 
 
-def _number(value: Any) -> float:
+def number_or_nan(value: Any) -> float:
     """NaN for what is no finite number: there bokeh breaks a line."""
     number = finite(value)
     return math.nan if number is None else number
@@ -207,14 +208,14 @@ def _known(values: Sequence[float]) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 
-def _moving_mean(values: Sequence[float], window: int) -> list[float]:
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of the last `window` values up to each, gaps left out; a gap stays one."""
     recent = (_known(values[max(0, end - window) : end]) for end in range(1, len(values) + 1))
     return [value if math.isnan(value) else statistics.fmean(last) for value, last in zip(values, recent, strict=True)]
 
 
-def _thinned(values: Sequence[float]) -> list[float]:
-    """At most `MOST_POINTS` values: means of neighbours, as many to each as it takes."""
-    size = max(math.ceil(len(values) / MOST_POINTS), 1)
+def thinned(values: Sequence[float], most: int = MOST_POINTS) -> list[float]:
+    """At most `most` values: means of neighbours, as many to each as it takes."""
+    size = max(math.ceil(len(values) / most), 1)
     groups = (_known(values[start : start + size]) for start in range(0, len(values), size))
     return [float(f"{statistics.fmean(group):.6g}") if group else math.nan for group in groups]

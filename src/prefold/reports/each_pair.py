@@ -60,7 +60,7 @@ def each_pair(run: RunRecord) -> EachPair | None:
     lines = [line for line in run.held_out_lines if "prompt" in line]
     if not lines:
         return None
-    pairs = [_entry(line, max(FEWEST_CHARACTERS, MOST_CHARACTERS // (3 * len(lines)))) for line in lines]
+    pairs = [entry_of(line, max(FEWEST_CHARACTERS, MOST_CHARACTERS // (3 * len(lines)))) for line in lines]
     sides = ["after"] if run.scores else ["before", "after"]
     changes = [pair.change for pair in pairs if pair.change is not None]
     return EachPair(
@@ -73,11 +73,12 @@ def each_pair(run: RunRecord) -> EachPair | None:
     )
 
 
-def _entry(line: Values, characters: int) -> Entry:
+def entry_of(line: Values, characters: int = FEWEST_CHARACTERS) -> Entry:
+    """A line of evaluation/heldout.jsonl, its texts cut to so many characters."""
     kind = "margin_" if "chosen" in line else ""
     before, after = (finite(line.get(f"{kind}{when}")) for when in ("before", "after"))
     if kind:
-        texts = {"Chosen": _joined(line["chosen"]), "Rejected": _joined(line.get("rejected"))}
+        texts = {"Chosen": joined(line["chosen"]), "Rejected": joined(line.get("rejected"))}
     else:
         texts = {when.capitalize(): str(line.get(f"answer_{when}", "")) for when in ("before", "after")}
     answers = {name: (text[:characters], len(text) > characters) for name, text in texts.items()}
@@ -87,7 +88,8 @@ def _entry(line: Values, characters: int) -> Entry:
     return Entry(str(line.get("row", "")), before, after, prompt, answers)
 
 
-def _joined(messages: Any) -> str:
+def joined(messages: Any) -> str:
+    """Messages as a text."""
     return "\n\n".join(map(_written, objects(messages)))
 
 

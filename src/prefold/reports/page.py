@@ -57,25 +57,30 @@ def write_page(path: Path, text: str) -> None:
 
 
 def render_check(recipe: str, facts: Values) -> str:
+    return page_template("check.html.j2")(**check_values(recipe, facts))
+
+
+def check_values(recipe: str, facts: Values) -> Values:
+    """What a template shows of what `prefold check` found."""
     facts = cleaned({**facts, "recipe": recipe})
     severities = [finding["severity"] for finding in facts["findings"]]
     numbers = [counted(severities.count(severity), severity) for severity in SEVERITIES if severity in severities]
     plan, splits = facts["plan"], {name: counts.get("trees", 0) for name, counts in facts["tokens"].items()}
     held_out = f", {splits['held_out']:,} more held out" if splits.get("held_out") else ""
-    return page_template("check.html.j2")(
-        recipe=facts["recipe"],
-        method=facts["method"],
-        model=facts["model"],
-        summary=f"{facts['trains']} on {counted(splits.get('train', 0), 'row')}{held_out}, in "
+    return {
+        "recipe": facts["recipe"],
+        "method": facts["method"],
+        "model": facts["model"],
+        "summary": f"{facts['trains']} on {counted(splits.get('train', 0), 'row')}{held_out}, in "
         f"{counted(plan['optimizer_steps'], 'step')}. {', '.join(numbers)}",
-        ok=facts["ok"],
-        data=data_tables(facts) | {"opened": True},
-        phases=list(plan["memory"]),
-        memory=list(memory_rows(plan)),
-        parts=PARTS,
-        lines=[(label, text, LINES[label]) for label, text in plan_lines(plan)],
-        change=plan["change"] and {"title": change_title(plan), **plan["change"]},
-    )
+        "ok": facts["ok"],
+        "data": data_tables(facts) | {"opened": True},
+        "phases": list(plan["memory"]),
+        "memory": list(memory_rows(plan)),
+        "parts": PARTS,
+        "lines": [(label, text, LINES[label]) for label, text in plan_lines(plan)],
+        "change": plan["change"] and {"title": change_title(plan), **plan["change"]},
+    }
 
 
 def render(run: RunRecord, stopped: str = "") -> str:

@@ -19,6 +19,7 @@ import yaml
 from prefold.errors import UserError
 
 Values = dict[str, Any]
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,12 @@ class RunRecord:
         )
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read what a run has written so far. Raises UserError: it holds no recipe, or one of its files cannot be read."""
+def read_run(folder: Path, steps: bool = True) -> RunRecord:
+    """Read what a run has written so far. Raises UserError: it holds no recipe, or one of its files cannot be read.
+
+    Args:
+        steps: with all that grows with its steps and samples; else with what its verdict needs.
+    """
     recipe_text = _read(folder / "recipe.yaml", readable)
     if recipe_text is None:
         raise UserError(
@@ -94,7 +99,7 @@ def read_run(folder: Path) -> RunRecord:
             where=readable(str(folder)),
             advice="give the `output_dir` of a run",
         )
-    recipe = _read(folder / "recipe.yaml", lambda text: cleaned(yaml.safe_load(text)))
+    recipe = _read(folder / "recipe.yaml", lambda text: cleaned(yaml.load(text, Loader=_Loader)))
     recipe = recipe if isinstance(recipe, dict) else {}
     evaluated, settings = folder / "evaluation", section(recipe, "evaluate")
     return RunRecord(
@@ -102,19 +107,19 @@ def read_run(folder: Path) -> RunRecord:
         recipe_text=recipe_text,
         recipe=recipe,
         environment=_read_object(folder / "environment.json"),
-        data=_read_object(folder / "data.json"),
-        metrics=_read_lines(folder / "metrics.jsonl"),
-        timing=_read_lines(folder / "timing.jsonl"),
+        data=_read_object(folder / "data.json") if steps else None,
+        metrics=_read_lines(folder / "metrics.jsonl") if steps else [],
+        timing=_read_lines(folder / "timing.jsonl") if steps else [],
         heldout=_read_object(evaluated / "heldout.json"),
         rewards=_read_object(evaluated / "rewards.json"),
         # What an earlier recipe asked for may still lie there.
         tasks=_read_object(evaluated / "tasks.json") if settings.get("tasks") else None,
         compared=_read_object(evaluated / "compared.json") if settings.get("compare_with") else None,
         win_rate=_read_object(evaluated / "win_rate.json") if settings.get("win_rate") else None,
-        samples=_read_lines(folder / "samples.jsonl"),
+        samples=_read_lines(folder / "samples.jsonl") if steps else [],
         merge=_read_object(folder / "merge.json"),
         guards=_read_object(folder / "guards.json"),
-        rollouts=_read(folder / "rollouts.jsonl", lambda text: _parse_lines(_excerpt(text))) or [],
+        rollouts=(steps and _read(folder / "rollouts.jsonl", lambda text: _parse_lines(_excerpt(text)))) or [],
     )
 
 

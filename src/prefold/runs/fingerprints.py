@@ -70,6 +70,9 @@ def inputs_of(recipe: RecipeBase, start: Path | None = None) -> dict[str, dict[s
     if model.chat_template and model.chat_template != "chatml":
         path = Path(model.chat_template).expanduser()
         checked["model.chat_template"] = _input(model.chat_template, path.parent, [path])
+    if data.decisions:
+        path = Path(data.decisions).expanduser()
+        checked["data.decisions"] = _input(data.decisions, path.parent, [path])
     compared, win_rate = asked.compare_with, asked.win_rate
     rewards = {f"rewards.{index}": _reward(reward) for index, reward in enumerate(recipe.rewards)}
     judges = {"evaluate.win_rate": _judge(win_rate)} if win_rate else {}

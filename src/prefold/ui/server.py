@@ -28,10 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import prefold.reports
 from prefold.errors import UserError
-from prefold.ui import runs, talk, vote
+from prefold.ui import ahead, data, runs, samples, talk, vote
 from prefold.ui.site import HERE, Site, explained, go_to, route
 
-MODULES: tuple[ModuleType, ...] = (runs, talk, vote)
+MODULES: tuple[ModuleType, ...] = (runs, data, samples, talk, ahead, vote)
 """The modules of pages, as the navigation has them."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; style-src-attr "
@@ -64,12 +64,13 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
         if not folder.is_dir():
             raise UserError("there is no such folder", where=str(folder), advice="name the folder that holds runs")
     listening = _listen(port)
-    site = Site(resolved, listening.getsockname()[1], secrets.token_urlsafe(24))
+    site = Site(resolved, Path.cwd(), listening.getsockname()[1], secrets.token_urlsafe(24))
     address = f"http://127.0.0.1:{site.port}/?token={site.token}"
     print(address, flush=True)
     if browser and (sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         webbrowser.open(address)  # else a browser in this terminal would take it
-    settings = uvicorn.Config(make_app(site), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    settings = uvicorn.Config(make_app(site), log_level="warning", access_log=False, timeout_graceful_shutdown=1,
+        ws="none", lifespan="off", proxy_headers=False, server_header=False)
     uvicorn.Server(settings).run(sockets=[listening])
 
 

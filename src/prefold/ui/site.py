@@ -6,13 +6,18 @@ something; and `PAGE`, its entry in the navigation, if it has one. Functions are
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
+from jinja2 import Environment
+from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -40,9 +45,11 @@ class Page(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """`folders`: what may be read and written, with links followed. `navigation`: the pages that there are."""
+    """`folders`: what may be read and written, with links followed. `start`: where relative paths begin, in recipes as
+    well. `navigation`: the pages that there are."""
 
     folders: tuple[Path, ...]
+    start: Path
     port: int
     token: str
     navigation: tuple[Page, ...] = ()
@@ -50,7 +57,7 @@ class Site:
     def inside(self, path: str) -> Path:
         """A path with its links followed. Raises HTTPException: it is in none of the folders."""
         try:
-            resolved = (self.folders[0] / Path(path).expanduser()).resolve()
+            resolved = (self.start / Path(path).expanduser()).resolve()
         except (OSError, RuntimeError, ValueError):  # a circle of links, a user without a home, a null byte
             raise HTTPException(404, "There is no such path.") from None
         if not any(resolved.is_relative_to(folder) for folder in self.folders):
@@ -80,8 +87,24 @@ def site_of(request: Request) -> Site:
 def page(request: Request, template: str, **values: Any) -> HTMLResponse:
     """A page, or the part of one that `ui.js` puts in place of an earlier one."""
     site = site_of(request)
-    shown = pages(HERE).get_template(template)
-    return HTMLResponse(shown.render(site=site, path=request.url.path, query=request.query_params, **values))
+    text = _templates().get_template(template).render(
+        site=site, path=request.url.path, query=request.query_params, **values
+    )
+    return HTMLResponse(text)
+
+
+@cache
+def _templates() -> Environment:
+    environment = pages(HERE)
+    environment.filters |= {"moment": _moment, "as_json": partial(json.dumps, ensure_ascii=False, default=str, indent=1)}
+    return environment
+
+
+def _moment(seconds: float) -> Markup:
+    """A time of the epoch, on this machine's clock."""
+    at = datetime.fromtimestamp(seconds).astimezone()
+    text = at.strftime("%H:%M" if at.date() == datetime.now().date() else "%d %b %Y")
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(at.isoformat(), at.strftime("%d %b %Y, %H:%M"), text)
 
 
 def route(path: str, function: Callable[[Request], Response]) -> Route:

@@ -1,8 +1,8 @@
-"""A model in a process of its own, which gives all of its memory back by ending: `python -m prefold.ui.speaker RUN WHICH`.
+"""A model in a process of its own, which gives back all of its memory: `python -m prefold.ui.speaker RUN WHICH`.
 
-In, a line of JSON each: `{"number", "messages", "settings", "attempt"}` is answered, `{"stop": number}` ends that answer.
-Out: `{"ready": true}` once the model is there, or `{"error"}`; then, each with its number, `{"text"}` as an answer comes,
-and at its end `{"answer", "finished", "stopped"}` or `{"error"}`. The process ends with its input.
+In, a line of JSON each: `{"number", "messages", "settings", "attempt"}` is answered, `{"stop": number}` ends that
+answer. Out: `{"ready": true}` once the model is there, or `{"error"}`; then, each with its number, `{"text"}` as an
+answer comes, and at its end `{"answer", "finished", "stopped"}` or `{"error"}`. The process ends with its input.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ class Speaker:
                 pipe and pipe.close()
 
     def _load(self) -> str:
-        """Why the model cannot be had; empty where it is there. One after the other, since each takes of the memory that
-        the one before leaves."""
+        """Why the model cannot be had; empty where it is there. One is loaded after the other, since each takes of the
+        memory that the one before leaves."""
         self.end()
         with _LOADING:
             self.process = Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, encoding="utf-8")

@@ -18,9 +18,10 @@ from prefold.recipe import Chat, make_section
 from prefold.recipe.section import meaning_of
 from prefold.recipe.text import parse_yaml
 from prefold.reports.run_files import readable
-from prefold.ui.site import Fields, Page, action, page, route, site_of
+from prefold.ui.run_index import run_folders
+from prefold.ui.site import Fields, Page, Site, action, page, route, site_of
 from prefold.ui.speakers import speaker_of
-from prefold.ui.vote import COMPARISONS, below
+from prefold.ui.vote import COMPARISONS
 
 PAGE = Page("/talk", "Talk")
 SETTINGS = ("temperature", "max_new_tokens", "top_p", "top_k", "min_p", "seed")
@@ -36,7 +37,7 @@ def models_of(run: Path) -> dict[str, str]:
 
 def _page(request: Request) -> Response:
     site = site_of(request)
-    runs = {str(path.parent): site.name_of(path.parent) for path in below(site, "run.log")}
+    runs = {str(run): site.name_of(run) for folder in site.folders for run in run_folders(folder)}
     sides = []
     for name, wanted in (("a", "before"), ("b", "after")):
         run = site.inside(str(request.query_params.get(name) or next(iter(runs), "")))
@@ -49,17 +50,16 @@ def _page(request: Request) -> Response:
 
 def _answer(request: Request, fields: Fields) -> Response:
     """What a model says, as server-sent events: `speaker.py` says what is in them; `shown` is what a page may show."""
-    given = {name: parse_yaml(value, name) for name in SETTINGS if (value := fields.get(name, "").strip())}
-    settings = make_section(Chat, given, "the settings").model_dump(mode="json")
-    asked, attempt = _conversation(fields), fields.get("attempt", "0")
+    settings, asked, attempt = settings_of(fields), _conversation(fields), fields.get("attempt", "0")
     if not attempt.isdecimal():
         raise HTTPException(400, "An attempt is a number.")
-    answer = speaker_of(*_model(request, fields)).ask(asked, settings, int(attempt))
+    answer = speaker_of(*_model(site_of(request), fields)).ask(asked, settings, int(attempt))
 
     async def events() -> AsyncIterator[str]:
         try:
             async for values in iterate_in_threadpool(answer):
-                shown = {"shown": readable(text) for name in ("text", "answer", "error") if (text := values.get(name))}
+                text = next((values[name] for name in ("text", "answer", "error") if name in values), None)
+                shown = {} if text is None else {"shown": readable(text)}
                 yield f"data: {json.dumps({**values, **shown})}\n\n"
         finally:
             answer.close()
@@ -68,23 +68,39 @@ def _answer(request: Request, fields: Fields) -> Response:
 
 
 def _stop(request: Request, fields: Fields) -> Response:
-    speaker_of(*_model(request, fields)).stop()
+    speaker_of(*_model(site_of(request), fields)).stop()
     return Response(status_code=204)
 
 
 def _compare(request: Request, fields: Fields) -> Response:
     """Put two answers to the vote."""
-    answers, models = _texts(fields, "answers"), _texts(fields, "models")
+    site, answers = site_of(request), _texts(fields, "answers")
+    models = [model_name(site, *model) for model in chosen_models(site, fields)]
     if answers[0] == answers[1]:
         raise HTTPException(400, "Both said the same, so there is nothing to vote on: ask again, or something else.")
-    folder = site_of(request).folders[0]
+    folder = site.folders[0]
     append_line(folder / COMPARISONS, {"prompt": _conversation(fields), "answers": answers, "models": models})
     return JSONResponse({"deck": str(folder)})
 
 
-def _model(request: Request, fields: Fields) -> tuple[Path, str]:
+def settings_of(fields: Fields) -> dict[str, Any]:
+    """Raises UserError: one of them is out of its bounds."""
+    given = {name: parse_yaml(value, name) for name in SETTINGS if (value := fields.get(name, "").strip())}
+    return make_section(Chat, given, "the settings").model_dump(mode="json")
+
+
+def chosen_models(site: Site, fields: Fields) -> list[tuple[Path, str]]:
+    """The left and the right one."""
+    return [_model(site, fields, side) for side in ("_a", "_b")]
+
+
+def model_name(site: Site, run: Path, which: str) -> str:
+    return f"{site.name_of(run)}, {models_of(run)[which]}"
+
+
+def _model(site: Site, fields: Fields, side: str = "") -> tuple[Path, str]:
     """Raises HTTPException: there is no such run or model."""
-    run, which = site_of(request).inside(fields.get("run", "")), fields.get("which", "")
+    run, which = site.inside(fields.get(f"run{side}", "")), fields.get(f"which{side}", "")
     if which not in models_of(run):
         raise HTTPException(404, "This run has no such model.")
     return run, which

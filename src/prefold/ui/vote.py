@@ -24,10 +24,12 @@ from prefold.data.formats import read_file
 from prefold.data.vote_file import WINNERS, append_line, compared_key, key_of, read_votes
 from prefold.evaluation.people import rate_by_votes
 from prefold.reports.run_files import as_list, cleaned, section, turns
+from prefold.ui.run_index import run_folders
 from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of
 
 PAGE = Page("/vote", "Vote")
 SAMPLES, COMPARISONS, VOTES = "samples.jsonl", "comparisons.jsonl", "votes.jsonl"
+TALKED = "what was talked about"
 LONGEST_NAME, LONGEST_NOTE = 60, 4000
 
 
@@ -106,13 +108,10 @@ def _compared(line: dict[str, Any]) -> Iterator[Comparison]:
 
 
 def decks(site: Site) -> dict[str, str]:
-    """The folders with something to vote on, by what they are called."""
-    files = [*below(site, SAMPLES), *below(site, COMPARISONS)]
-    return dict(sorted((site.name_of(path.parent), str(path.parent)) for path in files))
-
-
-def below(site: Site, name: str) -> list[Path]:
-    return [path for root in site.folders for depth in range(4) for path in root.glob("*/" * depth + name)]
+    """The folders with something to vote on, with what they are called."""
+    runs = [run for folder in site.folders for run in run_folders(folder)]
+    names = dict.fromkeys(site.folders, TALKED) | {run: site.name_of(run) for run in runs}
+    return {str(it): name for it, name in names.items() if (it / SAMPLES).is_file() or (it / COMPARISONS).is_file()}
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------
@@ -121,6 +120,8 @@ def below(site: Site, name: str) -> list[Path]:
 def _page(request: Request) -> Response:
     name = str(request.query_params.get("voter", ""))
     deck = str(request.query_params.get("deck", ""))
+    if "part" in request.headers.get("accept", ""):
+        return _answer(request, site_of(request).inside(deck), _voter(name))
     if not deck or not name.strip():
         return page(request, "vote_start.html.j2", decks=decks(site_of(request)), deck=deck, voter=cleaned(name))
     return page(request, "vote.html.j2", **_ballot(request, site_of(request).inside(deck), _voter(name)))

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from prefold.ui import speakers, talk
+from prefold.ui import ahead, speakers, talk
+from prefold.ui.ahead import work_in
 from prefold.ui.speakers import ENDED, speaker_of
 from prefold.ui.vote import comparisons_of
 
@@ -24,6 +25,7 @@ ASKED = [{"role": "user", "content": "hello"}]
 def fake_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(speakers, "COMMAND", (sys.executable, str(Path(__file__).with_name("fake_speaker.py"))))
     monkeypatch.setattr(speakers, "_SPEAKERS", {})
+    monkeypatch.setattr(ahead, "_WORK", {})
     yield
     speakers.end_all()
 
@@ -157,12 +159,92 @@ def test_a_third_model_takes_the_room_of_the_one_asked_longest_ago(run: Path) ->
     assert [speaker.is_loaded for speaker in every] == [False, True, True]
 
 
+BOTH = {"which_a": "before", "which_b": "after"}
+
+
 def test_two_answers_are_put_to_the_vote(ui_client: Client, run: Path) -> None:
-    client = ui_client(run.parent)
-    given = {"messages": ASKED, "answers": ["Hi.", "Hello."], "models": ["one, before training", "one, after training"]}
+    client, both = ui_client(run.parent), {"run_a": str(run), "run_b": str(run), **BOTH}
+    given = {**both, "messages": ASKED, "answers": ["Hi.", "Hello."]}
     assert post(client, "compare", **given).json() == {"deck": str(run.parent)}
     [compared] = comparisons_of(run.parent).values()
     assert (compared.prompt, compared.answers) == (ASKED, ("Hi.", "Hello."))
+    assert compared.models == ("one, before training", "one, after training")
     assert "hello" in client.get("/vote", params={"deck": str(run.parent), "voter": "Ann"}).text
-    for wrong in ({"answers": ["Hi.", "Hi."]}, {"answers": ["Hi."]}, {"answers": "x"}, {"models": [1, 2]}):
-        assert post(client, "compare", **{**given, **wrong}).status_code == 400
+    assert "what was talked about" in client.get("/vote").text
+    for wrong in ({"answers": ["Hi.", "Hi."]}, {"answers": ["Hi."]}, {"answers": "x"}, {"which_a": "checkpoint-5"}):
+        assert post(client, "compare", **{**given, **wrong}).status_code in (400, 404)
+
+
+# ---- many prompts -----------------------------------------------------------------------------------------------
+
+
+def until_over(client: TestClient, folder: Path) -> str:
+    until = time.monotonic() + 30
+    while not (work := work_in(folder)) or not work.is_over:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return client.get("/talk/ahead").text
+
+
+def held_out(run: Path, *texts: str) -> None:
+    (run / "evaluation").mkdir(exist_ok=True)
+    lines = [{"prompt": [{"role": "user", "content": text}], "chosen": []} for text in texts]
+    (run / "evaluation" / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_both_answer_what_was_held_out(ui_client: Client, run: Path) -> None:
+    """Each different prompt once, as many as are wanted."""
+    client = ui_client(run.parent)
+    held_out(run, "one", "two", "one", "three", "four")
+    given = {"run_a": str(run), "run_b": str(run), **BOTH, "prompts": "held-out", "count": "3"}
+    assert post(client, "ahead", **given).status_code == 200
+    state = until_over(client, run.parent)
+    assert "3 of 3 prompts answered by" in state and "data-goes-on" not in state
+    found = [*comparisons_of(run.parent).values()]
+    assert [each.prompt[0]["content"] for each in found] == ["one", "two", "three"]
+    assert found[0].answers == ("before 0: one", "after 0: one")
+    assert found[0].models == ("one, before training", "one, after training")
+
+
+def test_both_answer_the_prompts_of_a_file(ui_client: Client, run: Path) -> None:
+    """Those of pairs as well; answers that are the same are counted and not voted on."""
+    client, file = ui_client(run.parent), run.parent / "pairs.jsonl"
+    rows = [{"prompt": text, "chosen": "So.", "rejected": "No."} for text in ("one", "two", "fail", "three")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"run_a": str(run), "run_b": str(run), "which_a": "after", "which_b": "after", "count": "2"}
+    post(client, "ahead", **given, prompts=str(file))
+    assert "2 of 2 prompts answered" in (state := until_over(client, run.parent)) and "2 of them alike" in state
+    post(client, "ahead", **{**given, **BOTH, "count": "4"}, prompts="pairs.jsonl")
+    state = until_over(client, run.parent)
+    assert "2 of 4 prompts answered" in state and "the prompt is too long" in state
+    assert len(comparisons_of(run.parent)) == 2
+
+
+def test_making_answers_can_be_stopped_and_is_not_begun_twice(ui_client: Client, run: Path) -> None:
+    client = ui_client(run.parent)
+    held_out(run, *map(str, range(500)))
+    given = {"run_a": str(run), "run_b": str(run), **BOTH, "prompts": "held-out", "count": "500"}
+    assert "data-goes-on" in post(client, "ahead", **given).text
+    assert post(client, "ahead", **given).status_code == 400
+    post(client, "ahead/stop")
+    assert "data-goes-on" not in until_over(client, run.parent)
+    assert len(comparisons_of(run.parent)) < 500
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"count": "0"}, 400),
+        ({"count": "many"}, 400),
+        ({"prompts": "/etc/passwd"}, 403),
+        ({"prompts": "missing.jsonl"}, 400),
+        ({"prompts": ""}, 400),
+        ({"prompts": "one"}, 400),
+        ({"which_b": "x"}, 404),
+        ({"temperature": "hot"}, 400),
+    ],
+)
+def test_prompts_that_cannot_be_answered(ui_client: Client, run: Path, fields: dict[str, str], status: int) -> None:
+    given = {"run_a": str(run), "run_b": str(run), **BOTH, "prompts": "held-out", "count": "3"}
+    assert post(ui_client(run.parent), "ahead", **{**given, **fields}).status_code == status
+    assert work_in(run.parent) is None

@@ -1,7 +1,7 @@
 // A conversation with two models. All that anybody said becomes text, never HTML.
 const byId = (id) => document.getElementById(id);
 const models = [...document.querySelectorAll("select.which")];
-const turns = []; // {said, attempt, answers: [text, text], ended: [..], shown}
+const turns = []; // {said, attempt, models, answers: [text, text], ended: [..], shown}
 let waiting = 0, aborted = null;
 const nameOf = (side) => `${models[side].dataset.name}, ${models[side].selectedOptions[0]?.text ?? ""}`;
 const ready = (turn) => turn && turn.answers.every((text, side) => text && turn.ended[side]);
@@ -26,6 +26,7 @@ const messagesOf = (side) => {
 };
 const settings = () => Object.fromEntries([...document.querySelectorAll(".setting")].map((it) => [it.name, it.value]));
 const modelOf = (side) => ({ run: models[side].dataset.run, which: models[side].value });
+const both = ([a, b]) => ({ run_a: a.run, which_a: a.which, run_b: b.run, which_b: b.which });
 
 const ask = async (turn, side) => {
   const part = turn.shown.querySelectorAll(".answer")[side], text = part.querySelector(".text"), ended = part.querySelector(".ended");
@@ -51,7 +52,7 @@ const ask = async (turn, side) => {
         if (values.text) { text.textContent += values.shown; ended.textContent = "…"; }
         if (values.error) throw new Error(values.shown);
         if ("answer" in values) {
-          text.textContent = values.shown ?? "";
+          text.textContent = values.shown;
           end(values.stopped ? "stopped" : values.finished ? "" : "cut off at max_new_tokens", values.answer);
           turn.ended[side] = true;
         }
@@ -68,6 +69,7 @@ const ask = async (turn, side) => {
 const answerLast = async () => {
   const turn = turns.at(-1);
   aborted = new AbortController();
+  turn.models = [0, 1].map(modelOf); // whatever is chosen later, these said it
   waiting = 2; notice(""); show();
   await Promise.all([0, 1].map((side) => ask(turn, side).finally(() => { waiting -= 1; show(); })));
 };
@@ -102,10 +104,25 @@ byId("edit")?.addEventListener("click", () => editFrom(turns.length - 1));
 byId("new")?.addEventListener("click", () => { aborted?.abort(); forget(0); notice(""); byId("text").focus(); });
 byId("compare")?.addEventListener("click", async () => {
   if (messagesOf(0) !== messagesOf(1)) return notice("The models said different things before, so their answers are not to one prompt: begin anew, and vote on the first answers.");
-  const fields = { messages: messagesOf(0), answers: JSON.stringify(turns.at(-1).answers), models: JSON.stringify([nameOf(0), nameOf(1)]) };
+  const fields = { ...both(turns.at(-1).models), messages: messagesOf(0), answers: JSON.stringify(turns.at(-1).answers) };
   const part = await fetchPart("/talk/compare", fields).catch(() => ({ ok: false, text: "The server does not answer." }));
   if (!part.ok) return notice(new DOMParser().parseFromString(part.text, "text/html").body.innerText.trim());
   notice("Put to the vote.", { textContent: "Vote", href: `/vote?${new URLSearchParams(JSON.parse(part.text))}` });
 });
+byId("many")?.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const fields = { ...both([0, 1].map(modelOf)), ...settings(), ...Object.fromEntries(new FormData(event.target)) };
+  if (fields.prompts === "file") fields.prompts = fields.file;
+  const part = await fetchPart("/talk/ahead", fields).catch(() => ({ text: "The server does not answer." }));
+  replacePart(byId("ahead"), part.text);
+});
+byId("ahead")?.addEventListener("click", async (event) => {
+  if (event.target.id === "enough") replacePart(byId("ahead"), (await fetchPart("/talk/ahead/stop", {})).text);
+});
+setInterval(async () => {
+  if (document.hidden || !byId("ahead")?.querySelector("[data-goes-on]")) return;
+  const part = await fetchPart("/talk/ahead").catch(() => ({ ok: false }));
+  if (part.ok) replacePart(byId("ahead"), part.text);
+}, 2000);
 for (const select of document.querySelectorAll("select.of-run")) select.addEventListener("change", () => select.form.submit());
 if (byId("composer")) { show(); byId("text").focus(); }

@@ -6,27 +6,52 @@ const fetchPart = async (address, fields) => {
   const response = await fetch(address, { headers: { Accept: "text/html;part" }, ...sent });
   return { ok: response.ok, text: await response.text() };
 };
-// New content in an element; what had the focus, or was opened, keeps it by its id.
+// New content in an element; what had the focus, was opened or was marked stays so.
 const replacePart = (element, text) => {
   if (element.dataset.shown === text) return;
   const focused = element.contains(document.activeElement) && document.activeElement.id;
+  const marked = [...element.querySelectorAll("input:checked")].map((input) => input.value);
   const opened = [...element.querySelectorAll("details[open][id]")].map((details) => details.id);
   element.dataset.shown = text;
   element.innerHTML = text;
   for (const id of opened) document.getElementById(id)?.setAttribute("open", "");
+  for (const input of element.querySelectorAll("input[type=checkbox]")) input.checked ||= marked.includes(input.value);
   if (focused) document.getElementById(focused)?.focus();
 };
-// <div data-refresh="/address" data-every="2">: loaded anew every so many seconds while the page is looked at.
+// <div data-refresh="/address" data-every="2">: loaded anew every so many seconds while the page is looked at, until something with data-last comes.
 for (const element of document.querySelectorAll("[data-refresh]")) {
   const turn = async () => {
     if (!document.hidden && element.dataset.refresh) {
       const part = await fetchPart(element.dataset.refresh).catch(() => ({ ok: false }));
       if (part.ok) replacePart(element, part.text);
+      if (part.ok && element.querySelector("[data-last]")) return;
       element.classList.toggle("stale", !part.ok);
     }
     setTimeout(turn, 1000 * element.dataset.every);
   };
   setTimeout(turn, 1000 * element.dataset.every);
+}
+// <div data-load="/address">: what takes the server a while, loaded behind the page.
+for (const element of document.querySelectorAll("[data-load]")) {
+  fetchPart(element.dataset.load).then((part) => replacePart(element, part.text), () => { element.textContent = "The server has ended."; });
+}
+// <textarea data-check="/address" data-into="id">: what the server says of its text, shown as it is written.
+for (const field of document.querySelectorAll("[data-check]")) {
+  const into = document.getElementById(field.dataset.into);
+  let checked, waiting, busy = false;
+  const turn = async () => {
+    if (busy || field.value === checked) return;
+    busy = true;
+    checked = field.value;
+    into.classList.add("busy");
+    const part = await fetchPart(field.dataset.check, { text: field.value }).catch(() => null);
+    if (part) replacePart(into, part.text);
+    into.classList.remove("busy");
+    busy = false;
+    turn();
+  };
+  field.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(turn, 600); });
+  if (field.value) turn();
 }
 // data-key="n" on a button, link or field: the key presses or focuses it, but while something is written.
 const writes = (target) => target.matches("input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable]");

@@ -2,6 +2,12 @@
 const ballot = document.getElementById("ballot");
 let sending = false;
 document.addEventListener("keydown", (event) => { if (event.repeat && !writes(event.target)) event.stopImmediatePropagation(); }, true);
+// Where all is voted on, more may come: answers that are being made, or put to the vote.
+setInterval(async () => {
+  if (document.hidden || sending || ballot.querySelector("[name=id]")) return;
+  const part = await fetchPart(location.href).catch(() => ({ ok: false }));
+  if (part.ok && !sending) replacePart(ballot, part.text);
+}, 3000);
 ballot.addEventListener("submit", async (event) => {
   event.preventDefault();
   if (sending) return;

@@ -1,0 +1,172 @@
+"""What people have decided about single rows: `data.decisions` of a recipe, a file of JSON lines that is appended to.
+
+    {"source": "pairs.jsonl", "row": 12, "action": "flip", "reason": "the label is wrong", "digest": "5f0c…"}
+
+A row is `strike`n, `flip`ped (chosen and rejected change sides, or a label its value), or is to be as it was (`keep`);
+of several decisions about a row the last counts. `digest` is of what the row held when it was decided about: a row that
+has changed since, or has moved in its file, is no longer the one that was meant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from prefold.data.formats import RawRow
+from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired, short
+from prefold.data.sources import named_files, names_of_rows, source_name
+from prefold.errors import UserError, did_you_mean, json_type
+from prefold.files import without_home
+from prefold.recipe import Data, Rows, Source
+
+Action = Literal["strike", "flip", "keep"]
+ACTIONS: tuple[str, ...] = get_args(Action)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`source`: the path of a file from the folder of the decisions, or the name of a source that is no file."""
+
+    source: str
+    row: int
+    action: Action
+    reason: str
+    digest: str
+
+
+def digest_of_row(value: dict[str, Any]) -> str:
+    """Of what a row holds, whatever the order of its columns."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def read_decisions(path: Path) -> dict[tuple[str, int], Decision]:
+    """The last decision about each row, in the order of the file. Raises UserError: it cannot be read, or a line is no
+    decision."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"cannot be read ({reason})", where=_where(path), expected="a file of decisions") from None
+    decisions = (_decision(line, f"{_where(path)}, line {number}") for number, line in enumerate(lines, 1) if line)
+    return {(decision.source, decision.row): decision for decision in decisions}
+
+
+def _where(path: Path) -> str:
+    return f"`data.decisions`, {without_home(str(path))}"
+
+
+def _decision(line: str, where: str) -> Decision:
+    fields = {"source": str, "row": int, "action": str, "reason": str, "digest": str}
+    expected = "an object with " + ", ".join(f"`{name}`" for name in fields)
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError("not JSON", where=where, expected=expected) from None
+    if not isinstance(value, dict):
+        raise UserError(f"not an object but {json_type(value)}", where=where, expected=expected)
+    for name in (*value, *fields):
+        if name not in fields or name not in value:
+            what = f"`{short(name)}` is {'missing' if name in fields else 'not a field of a decision'}"
+            raise UserError(what, where=where, expected=expected, advice=did_you_mean(name, fields))
+        if not isinstance(value[name], fields[name]) or isinstance(value[name], bool):
+            raise UserError(f"`{name}` is {json_type(value[name])}", where=where, expected=expected)
+    if value["action"] not in ACTIONS:
+        what, known = f"`action` is `{short(value['action'])}`", "one of: " + ", ".join(ACTIONS)
+        raise UserError(what, where=where, expected=known, advice=did_you_mean(value["action"], ACTIONS))
+    if value["row"] < 1 or not value["reason"].strip():
+        what = "`row` is below 1" if value["row"] < 1 else "`reason` is empty"
+        raise UserError(what, where=where, expected="the 1-based row, and why it was decided so")
+    return Decision(**value)
+
+
+def append_decision(path: Path, file: Path | str, row: RawRow, action: Action, reason: str) -> Decision:
+    """Write down what was decided about a row of a file, or of a source by name, at the end of `path`. Whoever writes
+    has its folder to themselves. Raises UserError: `path` holds something else, or the reason is empty."""
+    if not reason.strip():
+        raise UserError("a decision without a reason", expected="in some words, why", advice="write the reason")
+    if path.exists():
+        read_decisions(path)
+    source = os.path.relpath(file.resolve(), path.parent.resolve()) if isinstance(file, Path) else file
+    decision = Decision(source, row.origin.row, action, " ".join(reason.split()), digest_of_row(row.value or {}))
+    line = json.dumps(asdict(decision), ensure_ascii=False) + "\n"
+    with path.open("a+b") as opened:
+        if opened.tell() and (opened.seek(-1, os.SEEK_END), opened.read())[1] != b"\n":
+            line = f"\n{line}"
+        opened.write(line.encode())
+        opened.flush()
+        os.fsync(opened.fileno())
+    return decision
+
+
+class Decisions:
+    """The decisions of a recipe about the rows of its sources."""
+
+    def __init__(self, path: Path, sources: Iterable[Source]):
+        """Raises UserError: see `read_decisions`; or one is about a source that is none of `sources`."""
+        self.path, self.of_rows = path, dict[RowId, Decision]()
+        names: dict[str, list[str]] = {}
+        for source in sources:
+            files = {name: file for name, file in named_files(source).items() if isinstance(file, Path)}
+            for name, file in files.items():
+                names.setdefault(str(file.resolve()), []).append(name)
+            if not files:
+                names.setdefault(source_name(source), []).append(source_name(source))
+        for decision in read_decisions(path).values():
+            if decision.action == "keep":
+                continue
+            here = names.get(decision.source) or names.get(str((path.parent / decision.source).resolve()))
+            if here is None:
+                what = f"row {decision.row} of {short(decision.source)}, which is none of the recipe's sources"
+                advice = "take the line out, or give the recipe its own file of decisions"
+                raise UserError(f"it decides about {what}", where=_where(path), advice=advice)
+            self.of_rows |= {RowId(name, decision.row): decision for name in here}
+
+    @classmethod
+    def of(cls, data: Data) -> Decisions | None:
+        return cls(Path(data.decisions).expanduser(), (*data.train, *data.eval)) if data.decisions else None
+
+    def checked(self, rows: Iterable[RawRow], source: Rows) -> Iterator[RawRow]:
+        """The rows of a source as they are. Raises UserError: see `check`; or, at the end, one is not there."""
+        last = dict.fromkeys(names_of_rows(source), 0)
+        for row in rows:
+            last[row.origin.source] = row.origin.row
+            self.check(row)
+            yield row
+        for origin in self.of_rows:
+            if origin.row > last.get(origin.source, origin.row):
+                self._refuse(origin, f"is not there, the last is {last[origin.source]}")
+
+    def check(self, row: RawRow) -> None:
+        """Raises UserError: it is not what it was when it was decided about."""
+        decision = self.of_rows.get(row.origin)
+        if decision and (row.value is None or digest_of_row(row.value) != decision.digest):
+            self._refuse(row.origin, "holds something else than when it was decided about")
+
+    def _refuse(self, origin: RowId, what: str) -> NoReturn:
+        advice = "restore its source, or decide again: `prefold ui` shows the row"
+        raise UserError(f"{origin} {what}", where=_where(self.path), advice=advice)
+
+    def flips(self, origin: RowId) -> list[Problem]:
+        """What is odd about a row that is used, if it was flipped."""
+        decision = self.of_rows.get(origin)
+        return [Problem("flipped", decision.reason, origin)] if decision and decision.action == "flip" else []
+
+    def applied(self, record: Record | Problem) -> Record | Problem:
+        """A record as it was decided. Raises UserError: what has no other side cannot be flipped."""
+        decision = self.of_rows.get(record.origin)
+        if decision is None or isinstance(record, Problem):
+            return record
+        if decision.action == "strike":
+            return Problem("struck", decision.reason, record.origin)
+        if isinstance(record, Unpaired):
+            return replace(record, label=not record.label)
+        if not isinstance(record, Preference):
+            self._refuse(record.origin, "is a prompt alone, and cannot be flipped")
+        ratings = record.ratings and record.ratings[::-1]
+        return replace(record, chosen=record.rejected, rejected=record.chosen, ratings=ratings)

@@ -1,0 +1,143 @@
+"""Rows of a file by their numbers, with what is on the screen read and no more.
+
+A .jsonl file is read where it lies, at the bytes at which its lines begin; any other is written out as one beside, once.
+Lines are looked for in a thread, and those that were found so far can be read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import mmap
+import re
+import tempfile
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefold.data.formats import RawRow, read_file
+from prefold.data.preference import RowId
+from prefold.errors import UserError
+
+CHUNK = 2**23
+"""Bytes that are looked through at once."""
+SOON = 0.12
+"""Seconds that the first look may take."""
+
+
+class Table:
+    """The rows of `file`, which call their source `name`."""
+
+    def __init__(self, file: Path, name: str):
+        self.file, self.name, self.lines = file, name, file
+        self.written = None
+        if file.suffix.lower() != ".jsonl":
+            self.written = tempfile.NamedTemporaryFile(prefix="prefold-", suffix=".jsonl")  # goes with this table
+            self.lines = Path(self.written.name)
+        self.ends: list[NDArray[np.int64]] = []
+        self.problems: dict[int, str] = {}
+        self.failed: UserError | None = None
+        self.is_whole = Event()
+        Thread(target=self._look, daemon=True).start()
+        self.is_whole.wait(SOON)
+
+    def _look(self) -> None:
+        try:
+            self._write_out()
+            self._find_ends()
+        except (OSError, UserError) as error:
+            self.failed = error if isinstance(error, UserError) else UserError(f"cannot be read ({error.strerror})")
+        finally:
+            self.is_whole.set()
+
+    def _write_out(self) -> None:
+        """Every row as a line of JSON with the row's number; one that cannot be read is an empty line."""
+        line = 1
+        for row in read_file(self.file, self.name) if self.written else ():
+            assert self.written
+            text = "" if row.value is None else json.dumps(row.value, ensure_ascii=False, default=str)
+            self.written.write(b"\n" * (row.origin.row - line) + text.encode("utf-8", "surrogatepass") + b"\n")
+            line = row.origin.row + 1
+            if row.problem:
+                self.problems[row.origin.row] = row.problem
+        if self.written:
+            self.written.flush()
+
+    def _find_ends(self) -> None:
+        at, ended = 0, True
+        with self.lines.open("rb") as opened:
+            while chunk := opened.read(CHUNK):
+                self.ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at + 1)
+                at, ended = at + len(chunk), chunk.endswith(b"\n")
+        if not ended:
+            self.ends.append(np.array([at]))
+
+    @property
+    def bounds(self) -> NDArray[np.int64]:
+        """Where the first line begins, and where each ends, as far as is known."""
+        return self._all_bounds if self.is_whole.is_set() else np.concatenate([[0], *self.ends]).astype(np.int64)
+
+    @cached_property
+    def _all_bounds(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], *self.ends]).astype(np.int64)
+
+    def __len__(self) -> int:
+        """Rows that are known."""
+        return len(self.bounds) - 1
+
+    def row(self, number: int) -> RawRow:
+        """Raises UserError: there is no such row."""
+        bounds = self.bounds
+        if not 1 <= number < len(bounds):
+            raise UserError(f"there is no row {number}", where=self.name, expected=f"1 to {len(bounds) - 1}")
+        with self.lines.open("rb") as opened:
+            opened.seek(int(bounds[number - 1]))
+            line = opened.read(int(bounds[number] - bounds[number - 1]))
+        origin = RowId(self.name, number)
+        if number in self.problems:
+            return RawRow(origin, None, self.problems[number])
+        try:
+            value = json.loads(line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8", "surrogatepass"))
+        except (ValueError, RecursionError) as error:
+            return RawRow(origin, None, "an empty line" if not line.strip() else f"not JSON that can be read: {error}")
+        return RawRow(origin, value) if isinstance(value, dict) else RawRow(origin, None, "not a JSON object")
+
+    def bytes_of(self, number: int) -> int:
+        bounds = self.bounds
+        return int(bounds[number] - bounds[number - 1])
+
+    @cached_property
+    def by_length(self) -> NDArray[np.int64]:
+        """The numbers of all rows, the shortest first."""
+        self.is_whole.wait()
+        return np.argsort(np.diff(self.bounds), kind="stable") + 1
+
+    def holding(self, text: str, after: int = 0) -> Iterator[int]:
+        """The numbers of the rows that hold a text, behind row `after`; capital letters are as small ones."""
+        self.is_whole.wait()
+        bounds = self.bounds
+        written = {json.dumps(text, ensure_ascii=ascii)[1:-1].encode("utf-8", "surrogatepass") for ascii in (True, False)}
+        pattern = re.compile(b"|".join(map(re.escape, written)), re.IGNORECASE)
+        if not text or not self.lines.stat().st_size or after >= len(bounds) - 1:
+            return
+        with self.lines.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            at = int(bounds[after])
+            while match := pattern.search(content, at):
+                number = int(np.searchsorted(bounds, match.start(), side="right"))
+                yield number
+                at = int(bounds[number])
+
+
+def table_of(file: Path, name: str) -> Table:
+    """The table of a file as it is now."""
+    facts = file.stat()
+    return _table(file, name, facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=8)
+def _table(file: Path, name: str, *state: int) -> Table:
+    return Table(file, name)

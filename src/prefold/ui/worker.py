@@ -1,0 +1,136 @@
+"""What needs torch, a tokenizer or a data set of the Hub, done in a child process, so that the server stays small.
+
+Requests and answers are JSON lines on the child's stdin and stdout, one at a time. It ends when nothing has been asked
+for a while, and with the server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock, Timer
+from typing import TYPE_CHECKING, Any
+
+from prefold.errors import Explained, UserError, first_line
+from prefold.recipe import Data, Model, Source
+from prefold.recipe.text import field_lines, parse_yaml
+from prefold.terminal import print_json, stdout_for_results
+
+if TYPE_CHECKING:
+    from prefold.data.shapes import Kind
+
+IDLE = 300.0
+"""Seconds."""
+
+
+@dataclass
+class Worker:
+    child: subprocess.Popen[str] | None = None
+    lock: Lock = field(default_factory=Lock)
+    timer: Timer | None = None
+
+    def ask(self, task: str, **arguments: Any) -> dict[str, Any]:
+        """Have a task of `TASKS` done. Raises UserError: what it says."""
+        with self.lock:
+            if self.timer:
+                self.timer.cancel()
+            if not self.child or self.child.poll() is not None:
+                command = [sys.executable, "-m", "prefold.ui.worker"]
+                pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+                self.child = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, **pipes)
+            assert self.child.stdin and self.child.stdout
+            with suppress(OSError):
+                self.child.stdin.write(json.dumps([task, arguments]) + "\n")
+                self.child.stdin.flush()
+            answer = self.child.stdout.readline()
+            self.timer = Timer(IDLE, self.end)
+            self.timer.daemon = True
+            self.timer.start()
+        if not answer:
+            what = f"the process that does this has ended (exit code {self.child.wait()})"
+            raise UserError(what, advice="try again; it may have run out of memory")
+        result: dict[str, Any] = json.loads(answer)
+        if "refused" in result:
+            raise UserError(**result["refused"])
+        return result
+
+    def end(self) -> None:
+        with self.lock:
+            if self.child:
+                self.child.terminate()
+                self.child.wait()
+                self.child = None
+
+
+checker, reader = Worker(), Worker()
+"""Of recipes and of rows: a check of many rows takes its time."""
+
+
+# ---- in the child -------------------------------------------------------------------------------------------------
+
+
+def _recipe(text: str) -> Any:
+    from prefold.recipe.load import make_recipe
+
+    values = parse_yaml(text, "the recipe")
+    if not isinstance(values, dict):
+        raise UserError("it is not a mapping of sections", where="the recipe", advice="begin with `method: dpo`")
+    return make_recipe(values, "the recipe", field_lines(text))
+
+
+def check(start: str, text: str) -> dict[str, Any]:
+    """Findings and plan of the text of a recipe whose relative paths begin in `start`."""
+    from prefold.runs.check import check
+
+    os.chdir(start)
+    return check(_recipe(text)).as_json()
+
+
+def row(start: str, row: str, text: str = "", model: str = "", path: str = "", kind: Kind = "pairs") -> dict[str, Any]:
+    """A row from file to tokens: of a recipe's text, or of a file as a model's chat template writes it."""
+    from prefold.data.row import see_row
+
+    os.chdir(start)
+    if text:
+        recipe = _recipe(text)
+        kind, data, seed = recipe.algorithm.kind.data, recipe.data, recipe.train.seed
+        section = recipe.model
+    else:
+        section, data, seed = Model(name=model), Data(train=[Source(path=path)]), 0
+    return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind).as_json()
+
+
+@cache
+def _tokenizer_of(model: str) -> Any:
+    from prefold.models.tokenizer import tokenizer_of
+
+    return tokenizer_of(Model.model_validate_json(model))
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "row": row}
+
+
+def main() -> None:
+    with stdout_for_results():
+        for line in sys.stdin:
+            task, arguments = json.loads(line)
+            try:
+                answer = TASKS[task](**arguments)
+            except UserError as error:
+                facts = {name: getattr(error, name) for name in ("what", "where", "expected", "advice")}
+                answer = {"refused": facts}
+            except Explained as error:
+                answer = {"refused": {"what": str(error)}}
+            except Exception as error:
+                answer = {"refused": {"what": f"{type(error).__name__}: {first_line(error)}"}}
+            print_json(answer, indent=None, default=str)
+
+
+if __name__ == "__main__":
+    main()
