@@ -67,6 +67,11 @@ def read_votes(path: Path) -> list[dict[str, Any]]:
     return [votes[number] for number in sorted(chain.from_iterable(of.values() for of in _standing(votes).values()))]
 
 
+def holds_votes(path: Path) -> bool:
+    """Whether any line is a vote, be it undone."""
+    return any(not _misfit(row.value) for row in read_file(path, without_home(str(path))) if row.value is not None)
+
+
 def compared_key(prompt: Any, answers: Iterable[Any]) -> str:
     """The same for the same two answers to a prompt, in whatever order."""
     return json.dumps([prompt, sorted(map(json.dumps, answers))], sort_keys=True)
@@ -139,5 +144,5 @@ def _joined(row: RawRow, votes: Sequence[Mapping[str, Any]]) -> RawRow:
     lead = shares.count(1.0) - shares.count(0.0)
     neither = "both bad" if all(vote["winner"] == "both bad" for vote in votes) else "tie"
     kept = {name: cell for name, cell in row.value.items() if name not in _OF_ONE_VOTE}
-    kept |= {"winner": "a" if lead > 0 else "b" if lead < 0 else neither, "voters": [vote["voter"] for vote in votes]}
+    kept |= {"winner": "a" if lead > 0 else "b" if lead < 0 else neither, "voters": [vote["voter"].strip() for vote in votes]}
     return replace(row, value=kept, kind="voters_differ" if len(set(shares)) > 1 else "")

@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from prefold.data.vote_file import compared_key, key_of, preference_for, read_votes
+from prefold.data.formats import reader_for
+from prefold.data.vote_file import compared_key, holds_votes, key_of, preference_for, read_votes
 from prefold.errors import UserError
 from prefold.evaluation.answer_rates import answer_pairs, rate_of_answers
 from prefold.files import without_home
@@ -22,13 +23,13 @@ from prefold.terminal import say
 
 
 def require_votes(file: str) -> Path:
-    """The file that a recipe names. Raises UserError: there is none."""
-    path = Path(file).expanduser()
+    """The file that a recipe names. Raises UserError: there is none, or it holds no votes."""
+    path, where = Path(file).expanduser(), f"`evaluate.win_rate.votes`, {without_home(file)}"
+    advice = "vote by `prefold ui` once the run has answered its prompts, then give the file that holds the votes"
     if not path.is_file():
-        advice = "vote by `prefold ui` once the run has answered its prompts, then give the file that holds the votes"
-        raise UserError(
-            "no such file of votes", where=f"`evaluate.win_rate.votes`, {without_home(file)}", advice=advice
-        )
+        raise UserError("no such file of votes", where=where, advice=advice)
+    if reader_for(path.name) is None or not holds_votes(path):
+        raise UserError("no line of it is a vote", where=where, expected="a votes.jsonl of `prefold ui`", advice=advice)
     return path
 
 

@@ -6,6 +6,8 @@ that were put to the vote (`comparisons.jsonl`). The votes lie beside them, in `
 
 from __future__ import annotations
 
+import json
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ from starlette.responses import Response
 from prefold.data.formats import read_file
 from prefold.data.vote_file import WINNERS, append_line, compared_key, key_of, read_votes
 from prefold.evaluation.people import rate_by_votes
+from prefold.recipe.paths import start_of_paths
 from prefold.reports.run_files import as_list, cleaned, section, turns
+from prefold.ui import jobs
 from prefold.ui.run_index import run_folders
 from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of
 
@@ -150,6 +154,16 @@ def _cast(request: Request, fields: Fields) -> Response:
     return _answer(request, folder, voter)
 
 
+def _report(request: Request, fields: Fields) -> Response:
+    """Go on with the run of a folder, so that its report says what people prefer."""
+    folder = site_of(request).inside(fields.get("deck", ""))
+    if not (folder / "recipe.yaml").is_file() or not (folder / VOTES).is_file():
+        raise HTTPException(404, "There are no votes on a run in this folder.")
+    judged = json.dumps({"votes": str(folder / VOTES)})
+    jobs.start(folder, [str(folder), f"evaluate.win_rate={judged}"], start_of_paths(folder))
+    return go_to(f"/runs/run?{urlencode({'run': str(folder)})}")
+
+
 def _answer(request: Request, folder: Path, voter: str) -> Response:
     if "part" in request.headers.get("accept", ""):
         return page(request, "ballot.html.j2", **_ballot(request, folder, voter))
@@ -169,7 +183,7 @@ def _ballot(request: Request, folder: Path, voter: str) -> dict[str, Any]:
         "all": len(every),
         "may_undo": bool(_own(folder, voter)),
         "results": _results(every, votes),
-        "file": site_of(request).name_of(folder / VOTES),
+        "file": os.path.relpath(folder / VOTES, site_of(request).start),
         "of_run": (folder / "recipe.yaml").is_file(),
     }
 
@@ -207,4 +221,4 @@ def _voter(name: str) -> str:
     return name
 
 
-ROUTES = [route("/vote", _page), action("/vote", _cast)]
+ROUTES = [route("/vote", _page), action("/vote", _cast), action("/vote/report", _report)]

@@ -95,6 +95,11 @@ def test_a_file_of_votes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path = tmp_path / "votes.jsonl"
     with pytest.raises(UserError, match=r"(?s)votes.jsonl: no such file of votes.*`prefold ui`"):
         measure_by_votes(str(path), [sample(0)])
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "?", "chosen": "a", "rejected": "b"}\n')
+    for other in ("pairs.jsonl", "votes.txt"):
+        (tmp_path / "votes.txt").touch()
+        with pytest.raises(UserError, match="no line of it is a vote"):
+            measure_by_votes(str(tmp_path / other), [sample(0)])
     for line in (vote(0, "b"), vote(0, "a"), vote(1, "a"), {"undo": "Ann1", "voter": "Ann"}):
         append_line(path, line)
     found = measure_by_votes(str(path), [sample(0), sample(1)])
