@@ -456,7 +456,7 @@ def schema() -> None:
 def ui(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="What the pages may read and write. Unset: here.", show_default=False),
+        typer.Argument(metavar="[FOLDER]...", help="What pages may read and write. Unset: here.", show_default=False),
     ] = None,
     port: Annotated[int, typer.Option(help="Of this machine; 0: a free one.", min=0, max=65535)] = 0,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address and open no browser.")] = False,

@@ -257,7 +257,7 @@ class Side:
         """Count what is wrong with a row, or stop where that is the policy."""
         for problem in problems:
             name = "overlong" if problem.kind == "overlong" else "bad_rows"
-            # Ties are no fault of a row; repeats, benchmark texts and rows that were struck are left out because the recipe asks for it.
+            # Ties are no fault of a row; the others are left out because the recipe asks for it.
             if getattr(self.data, name) == "error" and problem.kind not in _NO_FAULT:
                 advice = f"mend the row, or set `data.{name}: drop`"
                 raise UserError(problem.message, where=str(problem.origin), advice=advice)

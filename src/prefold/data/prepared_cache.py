@@ -98,7 +98,9 @@ def _size(folder: Path) -> int:
 def _sources(data: Data) -> list[str | None]:
     """Of the decisions about their rows as well."""
     decided = repr(read_decisions(Path(data.decisions).expanduser())) if data.decisions else ""
-    return [hashlib.sha256(decided.encode()).hexdigest()] + [identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)]
+    return [hashlib.sha256(decided.encode()).hexdigest()] + [
+        identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)
+    ]
 
 
 def key_of_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> str | None:

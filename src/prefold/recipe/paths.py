@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ INPUTS = "inputs.json"
 folder; what the stages have `read`; which rewards `failed`."""
 PATHS = {
     *("model.name", "model.adapter", "model.chat_template"),
-    *("data.train.path", "data.eval.path", "data.decontaminate.path", "data.decisions", "rewards.file", "rewards.model"),
-    *("evaluate.include_path", "evaluate.compare_with", "evaluate.win_rate.judge.file"),
+    *("data.train.path", "data.eval.path", "data.decontaminate.path", "data.decisions"),
+    *("rewards.file", "rewards.model", "evaluate.include_path", "evaluate.compare_with", "evaluate.win_rate.judge.file"),
     *("evaluate.win_rate.judge.model", "evaluate.win_rate.votes", "publish.to"),
 }
 """The fields that hold paths, or may do so; the numbers in lists are left out."""
@@ -54,5 +55,5 @@ def with_paths_from(start: Path, values: Any, field: str = "") -> Any:
     if field not in PATHS or not isinstance(values, str) or values == "chatml":
         return values
     path = start / Path(values).expanduser()
-    is_there = path.exists() or field == "publish.to" or (glob.has_magic(values) and glob.glob(str(path)))
+    is_there = os.path.exists(path) or field == "publish.to" or (glob.has_magic(values) and glob.glob(str(path)))
     return without_home(str(path)) if is_there else values

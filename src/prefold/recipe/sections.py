@@ -185,8 +185,8 @@ class Data(Section):
     `drop_near` also those whose prompt, chosen and rejected each share 0.8 of their runs of 5 words with an earlier
     pair's."""
     decisions: str | None = Field(None, min_length=1)
-    """File of decisions about single rows, which `prefold ui` writes: rows that are left out, and pairs whose chosen and
-    rejected answers change sides. The rows are checked to be those that were meant."""
+    """File of decisions about single rows, which `prefold ui` writes: rows that are left out, and pairs whose answers
+    change sides. The rows are checked to be those that were meant."""
     decontaminate: list[Benchmark] = []
     """Texts to be evaluated on: training pairs that hold 13 words of one in a row, or a shorter one whole, are left
     out."""

@@ -183,7 +183,13 @@ def _findings(request: Request) -> Response:
     text, _ = _recipe_of(site, request.query_params.get("recipe", ""))
     facts = cleaned(checker.ask("check", start=str(site.start), text=text))
     addresses = {readable(file.name): file.address for file in _files(site, request.query_params)}
-    return page(request, "data_findings.html.j2", data={**data_tables(facts), "findings": None}, findings=facts["findings"], files=addresses)
+    return page(
+        request,
+        "data_findings.html.j2",
+        data={**data_tables(facts), "findings": None},
+        findings=facts["findings"],
+        files=addresses,
+    )
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
@@ -233,7 +239,13 @@ def _in_short(file: File, number: int) -> Values:
     row = file.table.row(number)
     records = file.records_of(row)
     first = records[0] if records else None
-    parts = {"": row.problem or str(row.value)} if first is None else {"": first.message} if isinstance(first, Problem) else {}
+    parts = (
+        {"": row.problem or str(row.value)}
+        if first is None
+        else {"": first.message}
+        if isinstance(first, Problem)
+        else {}
+    )
     if first is not None and not isinstance(first, Problem):
         parts = _texts(messages_of(first))
         parts["prompt"] = first.prompt[-1]["content"]
@@ -244,7 +256,9 @@ def _in_short(file: File, number: int) -> Values:
 def _texts(messages: Values) -> dict[str, str]:
     """The parts of a record as texts."""
     return {
-        name: joined([dict(message) for message in value]) if isinstance(value, list) and name != "tools" else str(value)
+        name: joined([dict(message) for message in value])
+        if isinstance(value, list) and name != "tools"
+        else str(value)
         for name, value in messages.items()
     }
 
@@ -291,7 +305,9 @@ def _marked(*texts: str) -> list[list[tuple[str, bool]]]:
     same: tuple[list[bool], ...] = tuple([False] * len(of_text) for of_text in words)
     for at, begin, size in SequenceMatcher(None, *words, autojunk=False).get_matching_blocks():
         same[0][at : at + size] = same[1][begin : begin + size] = [True] * size
-    return [[(word, not is_same) for word, is_same in zip(*pair, strict=True)] for pair in zip(words, same, strict=True)]
+    return [
+        [(word, not is_same) for word, is_same in zip(*pair, strict=True)] for pair in zip(words, same, strict=True)
+    ]
 
 
 def _tokens(request: Request) -> Response:
@@ -305,7 +321,9 @@ def _tokens(request: Request) -> Response:
     asked = {"text": file.recipe} if file.recipe else of_file
     facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", **asked))
     shown = [
-        example({"row": facts["row"], "tokens": tokens or {}, "counts": {name: len(tokens[name]) for name in tokens or {}}})[1]
+        example(
+            {"row": facts["row"], "tokens": tokens or {}, "counts": {name: len(tokens[name]) for name in tokens or {}}}
+        )[1]
         for tokens in facts["tokens"]
     ]
     return page(request, "data_tokens.html.j2", facts=facts, records=list(zip(facts["rendered"], shown, strict=True)))
@@ -326,7 +344,9 @@ def _decide(request: Request, fields: Fields) -> Response:
     known = source_name(file.source) if file.is_builtin else file.path
     decided_in = site.inside(str(file.decided_in))
     with site.writing(decided_in.parent):
-        append_decision(decided_in, known, row, wanted, fields.get("reason", "") or ("as it was" if wanted == "keep" else ""))  # type: ignore[arg-type]
+        append_decision(
+            decided_in, known, row, wanted, fields.get("reason", "") or ("as it was" if wanted == "keep" else "")
+        )  # type: ignore[arg-type]
     return go_to(f"/data/row?{urlencode({**file.address, 'row': number})}")
 
 

@@ -38,7 +38,7 @@ class Job:
         if self.pid in _children:
             return _children[self.pid].poll() is None
         with suppress(psutil.Error):
-            return abs(psutil.Process(self.pid).create_time() - self.created) < 1
+            return bool(abs(psutil.Process(self.pid).create_time() - self.created) < 1)
         return False
 
     @property
@@ -60,7 +60,7 @@ class Job:
 
 
 def start(folder: Path, arguments: Sequence[str], start_in: Path) -> Job:
-    """Start `prefold run` with `arguments`, whose run folder is `folder`. Raises UserError: a process is at work in it."""
+    """Start `prefold run` with `arguments`, whose run folder is `folder`. Raises UserError: a process is in it."""
     before = job_of(folder)
     if is_locked(folder) or (before and before.is_running):
         raise UserError("another process is at work in this folder", where=str(folder), advice="wait for it or stop it")

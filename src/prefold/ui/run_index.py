@@ -1,7 +1,7 @@
 """The runs below some folders: where they are, what each is and what became of it.
 
-Folders are looked through anew at most once a second. What is read of a run is kept for as long as its files are what
-they were; what cannot be read in a tenth of a second is read in a thread, and is there the next time.
+Folders are looked through anew every few seconds. What is read of a run is kept for as long as its files are what they
+were; what cannot be read at once is read in a thread, and is there the next time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock, Thread
@@ -25,11 +25,14 @@ MOST_FOLDERS = 20_000
 SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages"})
 OF_A_RUN = ("run.log", "data.json", "metrics.jsonl")
 """A folder with a recipe and any of these is a run's."""
-READ = ("recipe.yaml", "timing.jsonl", "metrics.jsonl", "run.log", "merged/README.md", "publish.json")
-READ += tuple(f"evaluation/{name}.json" for name in ("heldout", "rewards", "tasks", "win_rate"))
+READ = (
+    *("recipe.yaml", "timing.jsonl", "metrics.jsonl", "run.log", "merged/README.md", "publish.json"),
+    *(f"evaluation/{name}.json" for name in ("heldout", "rewards", "tasks", "win_rate")),
+)
 """What `facts_of` depends on."""
-AT_ONCE = 0.1
-"""Seconds."""
+AT_ONCE = 0.05
+"""Seconds that are spent on reading before there is an answer."""
+BETWEEN_LOOKS = 2.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class RunIndex:
 
     def rows(self) -> list[RunRow]:
         """All runs, the latest first."""
-        if time.monotonic() - self.found[0] > 1:
+        if time.monotonic() - self.found[0] > BETWEEN_LOOKS:
             every = dict.fromkeys(run for folder in self.folders for run in run_folders(folder))
             self.found = (time.monotonic(), list(every))
         stamps = {folder: _stamp(folder) for folder in self.found[1]}
@@ -123,7 +126,7 @@ class RunIndex:
             self._read(pending.pop(0))
         with self.lock:
             if pending and not (self.thread and self.thread.is_alive()):
-                self.thread = Thread(target=lambda: [self._read(folder) for folder in pending], daemon=True)
+                self.thread = Thread(target=self._read_all, args=(pending,), daemon=True)
                 self.thread.start()
         return [self._row(folder, stamp) for folder, stamp in stamps.items()]
 
@@ -133,6 +136,10 @@ class RunIndex:
         if self.known.get(folder, ((),))[0] != stamp:
             self._read(folder)
         return self._row(folder, stamp)
+
+    def _read_all(self, folders: Sequence[Path]) -> None:
+        for folder in folders:
+            self._read(folder)
 
     def _read(self, folder: Path) -> None:
         stamp = _stamp(folder)

@@ -227,7 +227,7 @@ def _beginning(file: Path) -> str:
 
 
 def _recipe_to_start_from(site: Site, source: str, votes: str = "") -> tuple[str, str]:
-    """A file name and the text of a recipe; that of a run with a run folder that is free, and paths from where we are.
+    """A file name and the text of a recipe; of a run with a run folder that is free, and paths from where we are.
     `votes`: a file of people's votes, to be trained on in place of what the run was."""
     if source in builtin_recipes():
         return f"{source}.yaml", read_text(source)[0]

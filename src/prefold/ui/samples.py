@@ -1,5 +1,5 @@
-"""The page of samples: what a run's model wrote, before and after and while it trained, and what became of each held-out
-pair or prompt."""
+"""The page of samples: what a run's model wrote, before and after and while it trained, and what became of each
+held-out pair or prompt."""
 
 from __future__ import annotations
 

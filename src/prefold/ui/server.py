@@ -69,8 +69,16 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
     print(address, flush=True)
     if browser and (sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         webbrowser.open(address)  # else a browser in this terminal would take it
-    settings = uvicorn.Config(make_app(site), log_level="warning", access_log=False, timeout_graceful_shutdown=1,
-        ws="none", lifespan="off", proxy_headers=False, server_header=False)
+    settings = uvicorn.Config(
+        make_app(site),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+    )
     uvicorn.Server(settings).run(sockets=[listening])
 
 

@@ -1,4 +1,4 @@
-"""What the pages of `prefold ui` share: the folders that they may read, how a page is made, and how routes are declared.
+"""What the pages of `prefold ui` share: the folders that they may read, how a page is made, how routes are declared.
 
 A module of pages has `ROUTES`: `route(path, function)` for what is looked at, `action(path, function)` for what changes
 something; and `PAGE`, its entry in the navigation, if it has one. Functions are called in threads.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -58,7 +58,9 @@ class Site:
         """A path with its links followed. Raises HTTPException: it is in none of the folders."""
         try:
             resolved = (self.start / Path(path).expanduser()).resolve()
-        except (OSError, RuntimeError, ValueError):  # a circle of links, a user without a home, a null byte
+            with suppress(FileNotFoundError, NotADirectoryError):
+                resolved.stat()
+        except (OSError, RuntimeError, ValueError):  # a circle of links, a name too long, a null byte, no such user
             raise HTTPException(404, "There is no such path.") from None
         if not any(resolved.is_relative_to(folder) for folder in self.folders):
             raise HTTPException(403, "This path is in none of the folders that `prefold ui` was started with.")
@@ -87,8 +89,10 @@ def site_of(request: Request) -> Site:
 def page(request: Request, template: str, **values: Any) -> HTMLResponse:
     """A page, or the part of one that `ui.js` puts in place of an earlier one."""
     site = site_of(request)
-    text = _templates().get_template(template).render(
-        site=site, path=request.url.path, query=request.query_params, **values
+    text = (
+        _templates()
+        .get_template(template)
+        .render(site=site, path=request.url.path, query=request.query_params, **values)
     )
     return HTMLResponse(text)
 
@@ -96,7 +100,10 @@ def page(request: Request, template: str, **values: Any) -> HTMLResponse:
 @cache
 def _templates() -> Environment:
     environment = pages(HERE)
-    environment.filters |= {"moment": _moment, "as_json": partial(json.dumps, ensure_ascii=False, default=str, indent=1)}
+    environment.filters |= {
+        "moment": _moment,
+        "as_json": partial(json.dumps, ensure_ascii=False, default=str, indent=1),
+    }
     return environment
 
 
@@ -104,7 +111,9 @@ def _moment(seconds: float) -> Markup:
     """A time of the epoch, on this machine's clock."""
     at = datetime.fromtimestamp(seconds).astimezone()
     text = at.strftime("%H:%M" if at.date() == datetime.now().date() else "%d %b %Y")
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(at.isoformat(), at.strftime("%d %b %Y, %H:%M"), text)
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        at.isoformat(), at.strftime("%d %b %Y, %H:%M"), text
+    )
 
 
 def route(path: str, function: Callable[[Request], Response]) -> Route:

@@ -1,17 +1,15 @@
 """Rows of a file by their numbers, with what is on the screen read and no more.
 
-A .jsonl file is read where it lies, at the bytes at which its lines begin; any other is written out as one beside, once.
-Lines are looked for in a thread, and those that were found so far can be read.
+A .jsonl file is read where it lies, at the bytes at which its lines begin; any other is first written out as one. Lines
+are looked for in a thread, and those that were found so far can be read.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import mmap
-import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Event, Thread
@@ -36,7 +34,7 @@ class Table:
         self.file, self.name, self.lines = file, name, file
         self.written = None
         if file.suffix.lower() != ".jsonl":
-            self.written = tempfile.NamedTemporaryFile(prefix="prefold-", suffix=".jsonl")  # goes with this table
+            self.written = tempfile.NamedTemporaryFile(prefix="prefold-")  # noqa: SIM115  # goes with this table
             self.lines = Path(self.written.name)
         self.ends: list[NDArray[np.int64]] = []
         self.problems: dict[int, str] = {}
@@ -101,7 +99,9 @@ class Table:
         if number in self.problems:
             return RawRow(origin, None, self.problems[number])
         try:
-            value = json.loads(line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8", "surrogatepass"))
+            value = json.loads(
+                line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8", "surrogatepass")
+            )
         except (ValueError, RecursionError) as error:
             return RawRow(origin, None, "an empty line" if not line.strip() else f"not JSON that can be read: {error}")
         return RawRow(origin, value) if isinstance(value, dict) else RawRow(origin, None, "not a JSON object")
@@ -117,19 +117,31 @@ class Table:
         return np.argsort(np.diff(self.bounds), kind="stable") + 1
 
     def holding(self, text: str, after: int = 0) -> Iterator[int]:
-        """The numbers of the rows that hold a text, behind row `after`; capital letters are as small ones."""
+        """The numbers of the rows that hold a text, behind row `after`; A to Z are as a to z."""
         self.is_whole.wait()
         bounds = self.bounds
-        written = {json.dumps(text, ensure_ascii=ascii)[1:-1].encode("utf-8", "surrogatepass") for ascii in (True, False)}
-        pattern = re.compile(b"|".join(map(re.escape, written)), re.IGNORECASE)
-        if not text or not self.lines.stat().st_size or after >= len(bounds) - 1:
-            return
-        with self.lines.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            at = int(bounds[after])
-            while match := pattern.search(content, at):
-                number = int(np.searchsorted(bounds, match.start(), side="right"))
-                yield number
-                at = int(bounds[number])
+        written = [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False)]
+        patterns = {pattern.encode("utf-8", "surrogatepass").lower() for pattern in written}
+        first = after + 1
+        with self.lines.open("rb") as opened:
+            while first < len(bounds):
+                last = max(int(np.searchsorted(bounds, bounds[first - 1] + CHUNK)) - 1, first)
+                opened.seek(int(bounds[first - 1]))
+                content = opened.read(int(bounds[last] - bounds[first - 1])).lower()
+                yield from _rows_with(patterns, content, bounds[first - 1 : last + 1] - bounds[first - 1], first)
+                first = last + 1
+
+
+def _rows_with(patterns: Collection[bytes], content: bytes, bounds: NDArray[np.int64], first: int) -> list[int]:
+    """The rows of a part of a file that hold any of the patterns; `first` is the number of its first."""
+    found: set[int] = set()
+    for pattern in patterns:
+        at = content.find(pattern)
+        while at >= 0:
+            row = int(np.searchsorted(bounds, at, side="right"))
+            found.add(row + first - 1)
+            at = content.find(pattern, int(bounds[row]))
+    return sorted(found)
 
 
 def table_of(file: Path, name: str) -> Table:

@@ -18,12 +18,13 @@ from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
 from prefold.errors import Explained, UserError, first_line
-from prefold.recipe import Data, Model, Source
+from prefold.recipe import Data, Model, Source, make_section
 from prefold.recipe.text import field_lines, parse_yaml
 from prefold.terminal import print_json, stdout_for_results
 
 if TYPE_CHECKING:
     from prefold.data.shapes import Kind
+    from prefold.recipe import RecipeBase
 
 IDLE = 300.0
 """Seconds."""
@@ -40,7 +41,9 @@ class Worker:
         with self.lock:
             if self.timer:
                 self.timer.cancel()
-            if not self.child or self.child.poll() is not None:
+            if self.child and self.child.poll() is not None:
+                self._end()
+            if not self.child:
                 command = [sys.executable, "-m", "prefold.ui.worker"]
                 pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
                 self.child = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, **pipes)
@@ -62,10 +65,13 @@ class Worker:
 
     def end(self) -> None:
         with self.lock:
-            if self.child:
+            self._end()
+
+    def _end(self) -> None:
+        if self.child:
+            with self.child:
                 self.child.terminate()
-                self.child.wait()
-                self.child = None
+            self.child = None
 
 
 checker, reader = Worker(), Worker()
@@ -75,35 +81,36 @@ checker, reader = Worker(), Worker()
 # ---- in the child -------------------------------------------------------------------------------------------------
 
 
-def _recipe(text: str) -> Any:
-    from prefold.recipe.load import make_recipe
-
-    values = parse_yaml(text, "the recipe")
-    if not isinstance(values, dict):
-        raise UserError("it is not a mapping of sections", where="the recipe", advice="begin with `method: dpo`")
-    return make_recipe(values, "the recipe", field_lines(text))
-
-
 def check(start: str, text: str) -> dict[str, Any]:
     """Findings and plan of the text of a recipe whose relative paths begin in `start`."""
+    os.chdir(start)
+    recipe = _recipe(text)
     from prefold.runs.check import check
 
-    os.chdir(start)
-    return check(_recipe(text)).as_json()
+    return check(recipe).as_json()
 
 
 def row(start: str, row: str, text: str = "", model: str = "", path: str = "", kind: Kind = "pairs") -> dict[str, Any]:
     """A row from file to tokens: of a recipe's text, or of a file as a model's chat template writes it."""
-    from prefold.data.row import see_row
-
     os.chdir(start)
     if text:
         recipe = _recipe(text)
-        kind, data, seed = recipe.algorithm.kind.data, recipe.data, recipe.train.seed
-        section = recipe.model
+        section, data, seed, kind = recipe.model, recipe.data, recipe.train.seed, recipe.algorithm.kind.data
     else:
-        section, data, seed = Model(name=model), Data(train=[Source(path=path)]), 0
+        section, data, seed = make_section(Model, {"name": model}), Data(train=[Source(path=path)]), 0
+    from prefold.data.row import see_row
+
     return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind).as_json()
+
+
+def _recipe(text: str) -> RecipeBase:
+    """What is wrong with its YAML is said before anything is imported that takes seconds."""
+    values, lines = parse_yaml(text, "the recipe"), field_lines(text)
+    if not isinstance(values, dict):
+        raise UserError("it is not a mapping of sections", where="the recipe", advice="begin with `method: dpo`")
+    from prefold.recipe.load import make_recipe
+
+    return make_recipe(values, "the recipe", lines)
 
 
 @cache

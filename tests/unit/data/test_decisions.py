@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from prefold.data.decisions import Decision, append_decision, digest_of_row, read_decisions
 from prefold.data.formats import RawRow
 from prefold.data.mixture import Prepared, load_split
-from prefold.data.prepared_cache import key_of_data, prepare
 from prefold.data.preference import RowId
+from prefold.data.prepared_cache import key_of_data, prepare
 from prefold.data.row import see_row
 from prefold.data.sources import read_rows
 from prefold.errors import UserError
@@ -107,13 +107,17 @@ def test_a_row_that_has_changed_or_moved_is_refused(
         load_split(data, chatml, 0)
 
 
-def test_what_has_no_other_side_cannot_be_flipped(tmp_path: Path, write: Write, chatml: PreTrainedTokenizerFast) -> None:
+def test_what_has_no_other_side_cannot_be_flipped(
+    tmp_path: Path, write: Write, chatml: PreTrainedTokenizerFast
+) -> None:
     data = decided(tmp_path, write("prompts.jsonl", [{"prompt": "Why?"}, {"prompt": "How?"}]), (1, "flip"))
     with pytest.raises(UserError, match="is a prompt alone, and cannot be flipped"):
         load_split(data, chatml, 0, "prompts")
 
 
-def test_decisions_about_another_file_are_refused(tmp_path: Path, write: Write, chatml: PreTrainedTokenizerFast) -> None:
+def test_decisions_about_another_file_are_refused(
+    tmp_path: Path, write: Write, chatml: PreTrainedTokenizerFast
+) -> None:
     data = decided(tmp_path, write("pairs.jsonl", text_rows(3)), (1, "strike"))
     other = data.model_copy(update={"train": [Source(path=write("other.jsonl", text_rows(3)))]})
     with pytest.raises(UserError, match=r"row 1 of pairs\.jsonl, which is none of the recipe's sources"):
@@ -182,7 +186,10 @@ def test_decisions_are_appended_and_the_last_counts(tmp_path: Path) -> None:
     append_decision(file, tmp_path / "data" / "pairs.jsonl", row, "strike", " too\nlong ")
     append_decision(file, tmp_path / "data" / "pairs.jsonl", row, "flip", "wrong")
     same = digest_of_row({"n": 1, "prompt": "a"})
-    assert list(read_decisions(file).values()) == [Decision(**LINE), Decision("data/pairs.jsonl", 3, "flip", "wrong", same)]
+    assert list(read_decisions(file).values()) == [
+        Decision(**LINE),
+        Decision("data/pairs.jsonl", 3, "flip", "wrong", same),
+    ]
     assert len(file.read_text(encoding="utf-8").splitlines()) == 3
     with pytest.raises(UserError, match="without a reason"):
         append_decision(file, tmp_path / "pairs.jsonl", row, "strike", "  ")
