@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
@@ -39,7 +38,9 @@ Open = Callable[..., Page]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     (tmp_path / "runs").mkdir(exist_ok=True)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
+    listening.listen(16)
     site = Site(((tmp_path / "runs").resolve(),), tmp_path.resolve(), listening.getsockname()[1], "secret")
     server = uvicorn.Server(uvicorn.Config(make_app(site), log_level="warning"))
     thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -128,7 +130,7 @@ def test_twenty_votes_by_keys_and_the_interval(open_page: Open, run: Path) -> No
         expect(page.locator("#progress")).to_contain_text(f"{number} of 20 voted")
     page.keyboard.press("n")
     page.keyboard.type("120 uS")
-    page.keyboard.press("Escape")
+    page.keyboard.press("Enter")  # which is no vote
     page.keyboard.press("0")
     expect(page.locator("#progress")).to_contain_text("19 of 20 voted")
     page.keyboard.press("s")
@@ -143,7 +145,7 @@ def test_the_pages_fit_a_phone_and_need_no_mouse(open_page: Open, run: Path, fak
         page = open_page(address, wide=False)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), address
         unnamed = "el => !(el.labels?.length || el.getAttribute('aria-label') || el.textContent.trim())"
-        fields = page.locator("main :is(button, input:not([type=hidden]), select, textarea)")
+        fields = page.locator("main :is(button:not([hidden]), input:not([type=hidden]), select, textarea)")
         assert fields.count() and not any(fields.nth(at).evaluate(unnamed) for at in range(fields.count())), address
 
 
@@ -176,6 +178,9 @@ def test_a_conversation_by_keys(open_page: Open, run: Path, fake_models: None) -
     page.keyboard.press("x")
     expect(turns.nth(1).locator(".ended").nth(1)).to_have_text("stopped")
     expect(page.locator("#retry")).to_be_enabled()
+    # One that nobody waits for any more holds nothing up.
+    page.keyboard.press("r")
+    expect(turns.nth(1).locator(".answer").nth(0)).to_contain_text("word word")
     page.keyboard.press("n")
     assert turns.count() == 0
     page.keyboard.type("hello")

@@ -50,13 +50,14 @@ class Comparison:
     def key(self) -> str:
         return compared_key(self.prompt, self.answers)
 
-    def turned_for(self, voter: str) -> bool:
-        """Whether the second answer is shown first: by chance, and the same whenever this voter sees it."""
-        return bool(blake2b(f"{voter}\n{self.key}".encode("utf-8", "backslashreplace")).digest()[0] & 1)
+    def order_for(self, voter: str) -> tuple[int, int]:
+        """Which answer is shown first: by chance, and the same whenever this voter sees it."""
+        drawn = blake2b(f"{voter}\n{self.key}".encode("utf-8", "backslashreplace")).digest()[0] & 1
+        return drawn, 1 - drawn
 
     def shown_to(self, voter: str) -> dict[str, Any]:
         """As a person sees it; nothing of it says which model is which."""
-        order = (1, 0) if self.turned_for(voter) else (0, 1)
+        order = self.order_for(voter)
         answers = [[self.answers[side], self.cut_off[side]] for side in order]
         prompt = [[role, text] for role, text in turns(self.prompt)]
         return cleaned({"id": short_key(self.key), "prompt": prompt, "answers": answers})
@@ -125,14 +126,14 @@ def _page(request: Request) -> Response:
     name = str(request.query_params.get("voter", ""))
     deck = str(request.query_params.get("deck", ""))
     if "part" in request.headers.get("accept", ""):
-        return _answer(request, site_of(request).inside(deck), _voter(name))
+        return _answer(request, _folder(request, deck), _voter(name))
     if not deck or not name.strip():
         return page(request, "vote_start.html.j2", decks=decks(site_of(request)), deck=deck, voter=cleaned(name))
-    return page(request, "vote.html.j2", **_ballot(request, site_of(request).inside(deck), _voter(name)))
+    return page(request, "vote.html.j2", **_ballot(request, _folder(request, deck), _voter(name)))
 
 
 def _cast(request: Request, fields: Fields) -> Response:
-    folder, voter = site_of(request).inside(fields.get("deck", "")), _voter(fields.get("voter", ""))
+    folder, voter = _folder(request, fields.get("deck", "")), _voter(fields.get("voter", ""))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     if fields.get("undo"):
         if last := _own(folder, voter)[-1:]:
@@ -143,20 +144,17 @@ def _cast(request: Request, fields: Fields) -> Response:
         raise HTTPException(400, "This is not among what is voted on here; load the page anew.")
     if len(note := fields.get("note", "").strip()) > LONGEST_NOTE:
         raise HTTPException(400, f"A note has {LONGEST_NOTE:,} characters at most.")
-    order = (1, 0) if compared.turned_for(voter) else (0, 1)
-    sides = {
-        f"{what}_{letter}": getattr(compared, f"{what}s")[side]
-        for what in ("answer", "model")
-        for letter, side in zip("ab", order, strict=True)
-    }
-    told = {"id": secrets.token_hex(6), "voter": voter, "prompt": compared.prompt, **sides}
-    append_line(folder / VOTES, {**told, "winner": winner, "note": note, "time": now})
+    a, b = compared.order_for(voter)
+    vote = {"id": secrets.token_hex(6), "voter": voter, "prompt": compared.prompt}
+    vote |= {"answer_a": compared.answers[a], "answer_b": compared.answers[b]}
+    vote |= {"model_a": compared.models[a], "model_b": compared.models[b]}
+    append_line(folder / VOTES, {**vote, "winner": winner, "note": note, "time": now})
     return _answer(request, folder, voter)
 
 
 def _report(request: Request, fields: Fields) -> Response:
     """Go on with the run of a folder, so that its report says what people prefer."""
-    folder = site_of(request).inside(fields.get("deck", ""))
+    folder = _folder(request, fields.get("deck", ""))
     if not (folder / "recipe.yaml").is_file() or not (folder / VOTES).is_file():
         raise HTTPException(404, "There are no votes on a run in this folder.")
     judged = json.dumps({"votes": str(folder / VOTES)})
@@ -213,6 +211,15 @@ def _own(folder: Path, voter: str) -> list[dict[str, Any]]:
     keys = comparisons_of(folder)
     votes = [vote for vote in read_votes(folder / VOTES) if vote["voter"].strip() == voter and "id" in vote]
     return [vote for vote in votes if short_key(key_of(vote)) in keys]
+
+
+def _folder(request: Request, deck: str) -> Path:
+    """Raises HTTPException: it, or what is read and written in it, is outside."""
+    site = site_of(request)
+    folder = site.inside(deck)
+    for name in (SAMPLES, COMPARISONS, VOTES):
+        site.inside(str(folder / name))
+    return folder
 
 
 def _voter(name: str) -> str:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from starlette.testclient import TestClient
 
 from prefold.data.vote_file import read_votes
+from prefold.recipe.text import apply_override
 from prefold.ui.vote import comparisons_of
 
 Client = Callable[..., TestClient]
@@ -141,6 +143,41 @@ def test_hostile_texts_are_texts(ui_client: Client, run: Path) -> None:
 def test_what_is_no_vote_is_refused(ui_client: Client, run: Path, fields: dict[str, str]) -> None:
     assert Voter(ui_client(run.parent), run).send(**fields) == 400
     assert not (run / "votes.jsonl").exists()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(ui_client: Client, run: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.jsonl"
+    outside.write_text("")
+    (run / "votes.jsonl").symlink_to(outside)
+    assert ui_client(run).get("/vote", params={"deck": str(run), "voter": "Ann"}).status_code == 403
+    sent = {"deck": str(run), "voter": "Ann", "winner": "a", "id": "0"}
+    assert ui_client(run).post("/vote", data=sent, headers={"origin": "http://127.0.0.1:8000"}).status_code == 403
+
+
+def test_votes_go_into_the_report_and_the_next_recipe(
+    ui_client: Client, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Path, list[str], Path]] = []
+    monkeypatch.setattr("prefold.ui.jobs.start", lambda *given: started.append(given))
+    client, sent = ui_client(run.parent), {"deck": str(run)}
+    headers = {"origin": "http://127.0.0.1:8000"}
+    assert client.post("/vote/report", data=sent, headers=headers).status_code == 404
+    recipe = {"method": "dpo", "data": {"train": [{"path": "old.jsonl"}], "decisions": "d.jsonl", "eval_fraction": 0.2}}
+    (run / "recipe.yaml").write_text(json.dumps(recipe | {"evaluate": {"win_rate": {"votes": "old.jsonl"}}}))
+    voter = Voter(client, run)
+    voter.prefer("New")
+    link = unescape(re.search(r'href="(/runs/new[^"]+)"', voter.page)[1])  # type: ignore[index]
+    assert client.post("/vote/report", data=sent, headers=headers, follow_redirects=False).status_code == 303
+    [(folder, arguments, _)] = started
+    assert folder == run and arguments[0] == str(run)
+    values: dict[str, Any] = {}
+    apply_override(values, arguments[1])
+    assert values == {"evaluate": {"win_rate": {"votes": str(run / "votes.jsonl")}}}
+    written = yaml.safe_load(
+        unescape(re.search(r"<textarea[^>]*>(.*?)</textarea>", client.get(link).text, re.DOTALL)[1])
+    )  # type: ignore[index]
+    assert written["data"] == {"train": [{"path": "one/votes.jsonl"}], "decisions": None, "eval_fraction": 0.2}
+    assert written["evaluate"] == {"win_rate": None}
 
 
 @pytest.mark.parametrize("deck", ["/etc", "..", "../..", "\x00"])

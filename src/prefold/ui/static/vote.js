@@ -2,6 +2,7 @@
 const ballot = document.getElementById("ballot");
 let sending = false;
 document.addEventListener("keydown", (event) => { if (event.repeat && !writes(event.target)) event.stopImmediatePropagation(); }, true);
+ballot.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.matches(".note")) { event.preventDefault(); event.target.blur(); } });
 // Where all is voted on, more may come: answers that are being made, or put to the vote.
 setInterval(async () => {
   if (document.hidden || sending || ballot.querySelector("[name=id]")) return;
