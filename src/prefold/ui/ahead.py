@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -111,8 +111,8 @@ def _begin(request: Request, fields: Fields) -> Response:
     if not prompts:
         raise HTTPException(400, "There are no prompts in it.")
     work = _WORK[folder] = Work(folder, [model_name(site, *model) for model in models], prompts, len(prompts))
-    perform: Callable[..., None] = work.perform
-    Thread(target=perform, args=([speaker_of(*model) for model in models], settings), daemon=True).start()
+    speakers = [speaker_of(*model) for model in models]
+    Thread(target=work.perform, args=(speakers, settings), daemon=True).start()
     return _state(request)
 
 

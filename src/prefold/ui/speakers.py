@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
@@ -16,6 +16,8 @@ IDLE = 300.0
 """Seconds without a question after which a model is let go."""
 MOST = 2
 """Models that are kept at a time."""
+WRITTEN = {"before": "recipe.yaml", "after": "merge.json"}
+"""By a file of the run it is known whether the model is another one by now; a checkpoint's is in it."""
 COMMAND = (sys.executable, "-m", "prefold.ui.speaker")
 ENDED = "The process of the model has ended, as it does where memory runs out. Ask again to load it anew."
 
@@ -27,6 +29,7 @@ class Speaker:
         self.command = [*COMMAND, str(run), which]
         self.process: Popen[str] | None = None
         self.asking, self.number, self.used = Lock(), 0, time.monotonic()
+        self.file, self.written = run / WRITTEN.get(which, f"checkpoints/{which}/prefold.json"), 0
 
     @property
     def is_loaded(self) -> bool:
@@ -34,11 +37,11 @@ class Speaker:
 
     def ask(
         self, messages: list[dict[str, Any]], settings: dict[str, Any], attempt: int = 0
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """What `speaker.py` writes, from `{"loading"}` or the first `{"text"}` to the end of the answer. Closed before
         that, the answer is stopped."""
         with self.asking:
-            if not self.is_loaded:
+            if not self.is_loaded or self.written != self._last_written():
                 yield {"loading": True}
                 if error := self._load():
                     yield {"error": error}
@@ -84,11 +87,18 @@ class Speaker:
         memory that the one before leaves."""
         self.end()
         with _LOADING:
+            self.written = self._last_written()
             self.process = Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, encoding="utf-8")
             error = str(self._receive().get("error", ""))
         if error:
             self.end()
         return error
+
+    def _last_written(self) -> int:
+        try:
+            return self.file.stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _send(self, values: dict[str, Any]) -> bool:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -117,6 +118,17 @@ def test_a_model_that_dies_is_loaded_anew(run: Path) -> None:
     assert said(speaker.ask(ASKED, {}))["answer"] == "after 0: hello"
     assert said(speaker.ask([{"role": "user", "content": "fail"}], {})) == {"error": "the prompt is too long"}
     assert said(speaker.ask(ASKED, {}))["answer"] == "after 0: hello"
+
+
+def test_a_model_that_was_trained_anew_is_loaded_anew(run: Path) -> None:
+    speaker = speaker_of(run, "after")
+    assert [*speaker.ask(ASKED, {})][0] == {"loading": True}
+    (run / "merge.json").write_text("{}")
+    assert [*speaker.ask(ASKED, {})][0] == {"loading": True}
+    assert "loading" not in [*speaker.ask(ASKED, {})][0]
+    (run / "merge.json").write_text("{} ")
+    os.utime(run / "merge.json", (1, 1))
+    assert [*speaker.ask(ASKED, {})][0] == {"loading": True}
 
 
 def test_an_answer_is_stopped_and_what_was_said_is_kept(run: Path) -> None:

@@ -42,7 +42,7 @@ const ask = async (turn, side) => {
       throw new Error(page.body.innerText.trim() || "The server refused.");
     }
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
+    let rest = "", over = false;
     for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
       const events = (rest + piece.value).split("\n\n");
       rest = events.pop();
@@ -54,11 +54,11 @@ const ask = async (turn, side) => {
         if ("answer" in values) {
           text.textContent = values.shown;
           end(values.stopped ? "stopped" : values.finished ? "" : "cut off at max_new_tokens", values.answer);
-          turn.ended[side] = true;
+          turn.ended[side] = over = true;
         }
       }
     }
-    if (ended.textContent === "…") throw new Error("The server does not answer any more.");
+    if (!over) throw new Error("The server does not answer any more.");
     said(`${name}: ${text.textContent}`);
   } catch (error) {
     end(error.name === "AbortError" ? "stopped" : error.message, text.textContent.trim());
@@ -124,5 +124,4 @@ setInterval(async () => {
   const part = await fetchPart("/talk/ahead").catch(() => ({ ok: false }));
   if (part.ok) replacePart(byId("ahead"), part.text);
 }, 2000);
-for (const select of document.querySelectorAll("select.of-run")) select.addEventListener("change", () => select.form.submit());
 if (byId("composer")) { show(); byId("text").focus(); }
