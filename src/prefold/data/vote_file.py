@@ -20,6 +20,7 @@ from typing import Any
 
 from prefold.data.formats import RawRow, read_file
 from prefold.data.preference import short
+from prefold.errors import UserError
 from prefold.files import without_home
 
 WINNERS = ("a", "b", "tie", "both bad")
@@ -29,20 +30,30 @@ _OF_ONE_VOTE = ("id", "voter", "note", "time")
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Add a line of JSON, through to the disk before this returns. What a crash left of a last line is removed first,
-    since nobody was told that it was written; a last line that only lacks its end is kept."""
+    since nobody was told that it was written; a last line that only lacks its end is kept. Raises UserError: it cannot
+    be written."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if torn := _last_line(file):
-            try:
-                json.loads(torn)
-                line = b"\n" + line
-            except ValueError:
-                file.truncate(file.seek(0, os.SEEK_END) - len(torn))
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if torn := _last_line(file):
+                if _is_json(torn):
+                    line = b"\n" + line
+                else:
+                    file.truncate(file.seek(0, os.SEEK_END) - len(torn))
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", where=without_home(str(path))) from None
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _last_line(file: Any) -> bytes:
@@ -144,5 +155,8 @@ def _joined(row: RawRow, votes: Sequence[Mapping[str, Any]]) -> RawRow:
     lead = shares.count(1.0) - shares.count(0.0)
     neither = "both bad" if all(vote["winner"] == "both bad" for vote in votes) else "tie"
     kept = {name: cell for name, cell in row.value.items() if name not in _OF_ONE_VOTE}
-    kept |= {"winner": "a" if lead > 0 else "b" if lead < 0 else neither, "voters": [vote["voter"].strip() for vote in votes]}
+    kept |= {
+        "winner": "a" if lead > 0 else "b" if lead < 0 else neither,
+        "voters": [vote["voter"].strip() for vote in votes],
+    }
     return replace(row, value=kept, kind="voters_differ" if len(set(shares)) > 1 else "")

@@ -20,6 +20,7 @@ from prefold.data.formats import read_file, reader_for
 from prefold.data.preference import Problem
 from prefold.data.shapes import find_shape
 from prefold.data.vote_file import append_line
+from prefold.errors import UserError
 from prefold.reports.run_files import as_list, readable, turns
 from prefold.ui.site import Fields, Site, action, page, route, site_of
 from prefold.ui.speakers import Speaker, speaker_of
@@ -51,6 +52,8 @@ class Work:
         try:
             while self.left and not self.stopped.is_set() and not self.error:
                 self._answer(self.left[0], speakers, settings)
+        except UserError as error:
+            self.error = readable(str(error))
         finally:
             self.is_over = True
 

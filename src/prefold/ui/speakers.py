@@ -50,9 +50,7 @@ class Speaker:
             number, is_over = self.number, False
             try:
                 asked = {"number": number, "messages": messages, "settings": settings, "attempt": attempt}
-                if not self._send(asked):
-                    yield {"error": ENDED}
-                    return
+                self._send(asked)  # a process that has ended shows in what is received
                 while not is_over:
                     values = self._receive()
                     if values.pop("number", number) == number:  # an answer that was stopped may still be in the pipe
@@ -100,21 +98,21 @@ class Speaker:
         except OSError:
             return 0
 
-    def _send(self, values: dict[str, Any]) -> bool:
-        try:
+    def _send(self, values: dict[str, Any]) -> None:
+        with suppress(OSError, ValueError, AssertionError):
             assert self.process is not None and self.process.stdin is not None
             self.process.stdin.write(json.dumps(values) + "\n")
             self.process.stdin.flush()
-        except (OSError, ValueError, AssertionError):
-            return False
-        return True
 
     def _receive(self) -> dict[str, Any]:
         line = ""
         with suppress(OSError, ValueError, AssertionError):
             assert self.process is not None and self.process.stdout is not None
             line = self.process.stdout.readline()
-        return dict(json.loads(line)) if line else {"error": ENDED}
+        if line:
+            return dict(json.loads(line))
+        self.end()
+        return {"error": ENDED}
 
 
 _LOADING = Lock()

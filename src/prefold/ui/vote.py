@@ -136,8 +136,8 @@ def _cast(request: Request, fields: Fields) -> Response:
     folder, voter = _folder(request, fields.get("deck", "")), _voter(fields.get("voter", ""))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     if fields.get("undo"):
-        if last := _own(folder, voter)[-1:]:
-            append_line(folder / VOTES, {"undo": last[0]["id"], "voter": voter, "time": now})
+        if own := _own(comparisons_of(folder), read_votes(folder / VOTES), voter):
+            append_line(folder / VOTES, {"undo": own[-1]["id"], "voter": voter, "time": now})
         return _answer(request, folder, voter)
     compared, winner = comparisons_of(folder).get(fields.get("id", "")), fields.get("winner", "")
     if compared is None or winner not in WINNERS:
@@ -179,7 +179,7 @@ def _ballot(request: Request, folder: Path, voter: str) -> dict[str, Any]:
         "next": left[0].shown_to(voter) if left else None,
         "done": len(every) - len(left),
         "all": len(every),
-        "may_undo": bool(_own(folder, voter)),
+        "may_undo": bool(_own(every, votes, voter)),
         "results": _results(every, votes),
         "file": os.path.relpath(folder / VOTES, site_of(request).start),
         "of_run": (folder / "recipe.yaml").is_file(),
@@ -206,11 +206,10 @@ def _results(every: dict[str, Comparison], votes: list[dict[str, Any]]) -> list[
     return found
 
 
-def _own(folder: Path, voter: str) -> list[dict[str, Any]]:
-    """A voter's votes on what is voted on here, the latest last."""
-    keys = comparisons_of(folder)
-    votes = [vote for vote in read_votes(folder / VOTES) if vote["voter"].strip() == voter and "id" in vote]
-    return [vote for vote in votes if short_key(key_of(vote)) in keys]
+def _own(every: dict[str, Comparison], votes: list[dict[str, Any]], voter: str) -> list[dict[str, Any]]:
+    """What a voter could undo, the latest last."""
+    own = [vote for vote in votes if vote["voter"].strip() == voter and "id" in vote]
+    return [vote for vote in own if short_key(key_of(vote)) in every]
 
 
 def _folder(request: Request, deck: str) -> Path:

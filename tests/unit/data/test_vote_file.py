@@ -27,6 +27,7 @@ def vote(number: int, winner: str, voter: str = "Ann", turned: bool = False, **m
 
 
 def write(path: Path, *lines: Line) -> Path:
+    path.parent.mkdir(exist_ok=True)
     for line in lines:
         append_line(path, line)
     return path
@@ -132,6 +133,12 @@ def test_a_line_that_a_crash_tore_is_tolerated_and_mended(tmp_path: Path, cut: i
 def test_half_a_character_does_not_break_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "votes.jsonl", vote(0, "a", note="\ud800 \u2028\n"), vote(1, "a"))
     assert [vote.get("note") for vote in read_votes(path)] == ["\ud800 \u2028\n", None]
+
+
+def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"votes.jsonl: cannot be written \(Is a directory\)"):
+        (tmp_path / "votes.jsonl").mkdir()
+        append_line(tmp_path / "votes.jsonl", vote(0, "a"))
 
 
 def test_what_counts(tmp_path: Path) -> None:
