@@ -465,6 +465,8 @@ def ui(
     try:
         from prefold.ui.server import serve
     except ImportError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
         what, advice = f"`prefold ui` needs the package {error.name}", "`pip install 'prefold[ui]'`"
         raise UserError(what, advice=advice) from None
     serve(folders or [], port, not no_browser)

@@ -1,10 +1,11 @@
-"""`prefold ui` in a real browser: by the keyboard, at the width of a phone, with texts that would like to run, and a whole
-round on a tiny model: a run begun from the page, watched, its data decided about, and the next run begun from there."""
+"""`prefold ui` in a real browser: by the keyboard, at the width of a phone, with texts that would like to run; and on a
+tiny model a run begun from the page and watched, its data decided about, and the next run begun from there."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -163,8 +164,9 @@ def test_no_text_runs_and_nothing_is_wider_than_a_phone(page: Any, path: str) ->
         page.goto("about:blank")  # the check behind it need not be waited for
 
 
-NAMELESS = """() => [...document.querySelectorAll("input:not([type=hidden]), select, textarea, button, a")].filter((it) =>
-  !(it.getAttribute("aria-label") || it.textContent.trim() || it.labels?.length || it.title)).map((it) => it.outerHTML)"""
+NAMELESS = """() => [...document.querySelectorAll("input:not([type=hidden]), select, textarea, button, a")]
+  .filter((it) => !(it.getAttribute("aria-label") || it.textContent.trim() || it.labels?.length || it.title))
+  .map((it) => it.outerHTML)"""
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -191,16 +193,25 @@ def test_texts_can_be_read_on_their_ground(browser: Any, address: str, scheme: s
 
 
 CONTRAST = """() => {
-  const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return { rgb: [r, g, b], a }; };
-  const light = ([r, g, b]) => [r, g, b].map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = (it) => { for (; it; it = it.parentElement) { const c = parse(getComputedStyle(it).backgroundColor); if (c.a > 0.99) return c.rgb; } return [255, 255, 255]; };
+  const parse = (text) => {
+    const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);
+    return { rgb: [r, g, b], a };
+  };
+  const linear = (value) => (value /= 255) <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const ground = (it) => {
+    for (; it; it = it.parentElement) {
+      const colour = parse(getComputedStyle(it).backgroundColor);
+      if (colour.a > 0.99) return colour.rgb;
+    }
+  };
   const low = [];
   for (const it of document.querySelectorAll("main *, body > nav *")) {
-    const own = [...it.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!own || !it.offsetParent || it.closest("svg, option, optgroup, .unseen")) continue;
-    const [a, b] = [light(parse(getComputedStyle(it).color).rgb), light(ground(it))].sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) low.push(`${it.tagName}.${it.className} ${it.textContent.slice(0, 30)}: ${((a + 0.05) / (b + 0.05)).toFixed(2)}`);
+    const says = [...it.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!says || !it.offsetParent || it.closest("svg, option, optgroup, .unseen, .busy")) continue;
+    const both = [light(parse(getComputedStyle(it).color).rgb), light(ground(it))];
+    const contrast = (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
+    if (contrast < 4.5) low.push(`${it.className} ${it.textContent.slice(0, 30)}: ${contrast.toFixed(2)}`);
   }
   return [...new Set(low)];
 }"""
@@ -256,9 +267,17 @@ output_dir: runs/first
         page.goto("/runs/new?from=runs/first")
         assert "decisions: runs/first.decisions.jsonl" in page.input_value("#text")
         page.get_by_text("struck by `data.decisions`").wait_for()
+        page.fill("#text", page.input_value("#text").replace("max_steps: 6", "max_steps: 60"))
         page.get_by_role("button", name="Start").click()
+        page.get_by_text(re.compile(r"^[1-9]\d* steps$")).first.wait_for()
+        page.get_by_role("button", name="Stop after this step").click()
+        page.locator(".state.stopped").wait_for()
+        assert "stopping after this step" in page.inner_text(".log")
+        page.get_by_role("button", name="Go on").click()
         page.locator(".state.done").wait_for()
         page.context.close()
+    steps = (tmp_path / "runs" / "first-2" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == list(range(1, 61))
     made = json.loads((tmp_path / "runs" / "first-2" / "data.json").read_text())
     assert made["sources"][0]["rows_used"] == 19
     assert [finding["rows"][0]["row"] for finding in made["findings"] if finding["kind"] == "struck"] == [2]

@@ -104,11 +104,19 @@ def _texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[s
             before, start = start, stop
 
 
-def see_row(row: str, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> SeenRow:
+def see_row(
+    row: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    kind: Kind,
+    value: dict[str, Any] | None = None,
+) -> SeenRow:
     """Read up to a row and make of it what `load_split` would; of a source that is drawn from, all rows are read.
 
     Args:
         row: its 1-based number as findings name it, behind the name of its source or file where there are several.
+        value: what it holds, where that is known, so that its file is not read up to it.
 
     Raises:
         UserError: there is no such row, several are called so, or its source cannot be read or recognised.
@@ -125,7 +133,8 @@ def see_row(row: str, data: Data, tokenizer: PreTrainedTokenizerBase, seed: int,
         if split == "train" and data.decontaminate:
             contamination = Contamination(chain.from_iterable(map(benchmark_texts, data.decontaminate)))
         side = Side(split, lenient, tokenizer, kind, contamination, None)
-        seen.append(_seen(_read(source, origin), source, getattr(data, split), side, seed))
+        raw = _read(source, origin) if value is None else RawRow(origin, value)
+        seen.append(_seen(raw, source, getattr(data, split), side, seed))
     # The same file may be a source twice, with conditions that leave the row to one of them.
     return min(seen, key=lambda each: bool(each.left_out))
 

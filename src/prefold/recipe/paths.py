@@ -17,8 +17,8 @@ folder; what the stages have `read`; which rewards `failed`."""
 PATHS = {
     *("model.name", "model.adapter", "model.chat_template"),
     *("data.train.path", "data.eval.path", "data.decontaminate.path", "data.decisions"),
-    *("rewards.file", "rewards.model", "evaluate.include_path", "evaluate.compare_with", "evaluate.win_rate.judge.file"),
-    *("evaluate.win_rate.judge.model", "evaluate.win_rate.votes", "publish.to"),
+    *("rewards.file", "rewards.model", "evaluate.include_path", "evaluate.compare_with"),
+    *("evaluate.win_rate.judge.file", "evaluate.win_rate.judge.model", "evaluate.win_rate.votes", "publish.to"),
 }
 """The fields that hold paths, or may do so; the numbers in lists are left out."""
 

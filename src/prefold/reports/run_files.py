@@ -8,7 +8,7 @@ page.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,11 +86,15 @@ class RunRecord:
         )
 
 
-def read_run(folder: Path, steps: bool = True) -> RunRecord:
+GROWING = ("data", "metrics", "timing", "samples", "rollouts")
+"""What grows with a run's data, steps and samples, and its verdict does not need."""
+
+
+def read_run(folder: Path, growing: Collection[str] = GROWING) -> RunRecord:
     """Read what a run has written so far. Raises UserError: it holds no recipe, or one of its files cannot be read.
 
     Args:
-        steps: with all that grows with its steps and samples; else with what its verdict needs.
+        growing: which of `GROWING` to read; the others are as if they were not there.
     """
     recipe_text = _read(folder / "recipe.yaml", readable)
     if recipe_text is None:
@@ -102,24 +106,29 @@ def read_run(folder: Path, steps: bool = True) -> RunRecord:
     recipe = _read(folder / "recipe.yaml", lambda text: cleaned(yaml.load(text, Loader=_Loader)))
     recipe = recipe if isinstance(recipe, dict) else {}
     evaluated, settings = folder / "evaluation", section(recipe, "evaluate")
+    lines = {
+        name: _read_lines(folder / f"{name}.jsonl", _excerpt if name == "rollouts" else str) if name in growing else []
+        for name in GROWING
+        if name != "data"
+    }
     return RunRecord(
         folder=folder,
         recipe_text=recipe_text,
         recipe=recipe,
         environment=_read_object(folder / "environment.json"),
-        data=_read_object(folder / "data.json") if steps else None,
-        metrics=_read_lines(folder / "metrics.jsonl") if steps else [],
-        timing=_read_lines(folder / "timing.jsonl") if steps else [],
+        data=_read_object(folder / "data.json") if "data" in growing else None,
+        metrics=lines["metrics"],
+        timing=lines["timing"],
         heldout=_read_object(evaluated / "heldout.json"),
         rewards=_read_object(evaluated / "rewards.json"),
         # What an earlier recipe asked for may still lie there.
         tasks=_read_object(evaluated / "tasks.json") if settings.get("tasks") else None,
         compared=_read_object(evaluated / "compared.json") if settings.get("compare_with") else None,
         win_rate=_read_object(evaluated / "win_rate.json") if settings.get("win_rate") else None,
-        samples=_read_lines(folder / "samples.jsonl") if steps else [],
+        samples=lines["samples"],
         merge=_read_object(folder / "merge.json"),
         guards=_read_object(folder / "guards.json"),
-        rollouts=(steps and _read(folder / "rollouts.jsonl", lambda text: _parse_lines(_excerpt(text)))) or [],
+        rollouts=lines["rollouts"],
     )
 
 
@@ -147,8 +156,8 @@ def _cleaned_object(value: Any) -> Any:
     return cleaned(value)
 
 
-def _read_lines(path: Path) -> list[Values]:
-    return _read(path, _parse_lines) or []
+def _read_lines(path: Path, choose: Callable[[str], str] = str) -> list[Values]:
+    return _read(path, lambda text: _parse_lines(choose(text))) or []
 
 
 def _parse_lines(text: str) -> list[Values]:

@@ -112,11 +112,7 @@ def _files(site: Site, given: Fields) -> list[File]:
         decided_in = site.inside(data.decisions or decisions_beside(site, given["recipe"]))
     files = []
     for split, source in sources:
-        named = named_files(source)
-        if not named:
-            advice = f"`prefold data {source.path}` shows it in the terminal"
-            raise UserError("a data set of the Hub is not shown here", where=source.path, advice=advice)
-        for name, file in named.items():
+        for name, file in named_files(source).items():
             is_builtin = source.path.startswith("builtin:")
             whole = Path(str(file)) if is_builtin else site.inside(str(file))
             address = {key: given[key] for key in ("path", "recipe", "model") if given.get(key)}
@@ -139,6 +135,8 @@ def _recipe_of(site: Site, name: str) -> tuple[str, Data]:
 
 def _file(site: Site, given: Fields) -> File:
     files, number = _files(site, given), given.get("n") or "0"
+    if not files:
+        raise UserError("data sets of the Hub are not shown here", advice="`prefold data NAME` shows one")
     if not number.isdecimal() or int(number) >= len(files):
         raise HTTPException(404, "There is no such file.")
     return files[int(number)]
@@ -155,7 +153,9 @@ def _data(request: Request) -> Response:
             return go_to(f"/data/rows?{urlencode(files[0].address)}")
         recipe = given.get("recipe", "")
         title = recipe if recipe in builtin_recipes() else site.name_of(site.inside(recipe or given["path"]))
-        return page(request, "data_files.html.j2", files=files, recipe=recipe, title=title)
+        data = _recipe_of(site, recipe)[1] if recipe else None
+        elsewhere = [source.path for source in (*data.train, *data.eval) if not named_files(source)] if data else []
+        return page(request, "data_files.html.j2", files=files, recipe=recipe, title=title, elsewhere=elsewhere)
     return page(
         request,
         "data_start.html.j2",
@@ -319,7 +319,9 @@ def _tokens(request: Request) -> Response:
     kind = file.shape[0].kind if file.shape else "pairs"
     of_file = {} if file.recipe else {"model": given["model"], "path": file.source.path, "kind": kind}
     asked = {"text": file.recipe} if file.recipe else of_file
-    facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", **asked))
+    # Other files are read by what reads them for training: it knows which nulls mean nothing.
+    value = file.table.row(int(number)).value if file.table.written is None and number.isdecimal() else None
+    facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", value=value, **asked))
     shown = [
         example(
             {"row": facts["row"], "tokens": tokens or {}, "counts": {name: len(tokens[name]) for name in tokens or {}}}

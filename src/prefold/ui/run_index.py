@@ -83,7 +83,7 @@ def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
 def facts_of(folder: Path) -> Facts:
     """What can be told without reading what it wrote step by step."""
     try:
-        run = read_run(folder, steps=False)
+        run = read_run(folder, growing=())
         verdict, stages = overall(run), tuple(_stages(folder / "timing.jsonl").items())
     except (UserError, OSError, ValueError) as error:
         return Facts(verdict=str(error).partition("\n")[0])

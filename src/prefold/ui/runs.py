@@ -94,7 +94,7 @@ def _run(request: Request) -> Response:
     folder, site = _run_of(request), site_of(request)
     job, exists = jobs.job_of(folder), (folder / "recipe.yaml").is_file()
     is_part = request.url.path.endswith("/now")
-    run = read_run(folder) if exists else None
+    run = read_run(folder, growing=["metrics"]) if exists else None
     return page(
         request,
         "run_part.html.j2" if is_part else "run.html.j2",
@@ -154,7 +154,7 @@ def _compare(request: Request) -> Response:
         advice = f"choose two to {MOST_COMPARED} in the table of runs"
         raise UserError(f"{len(named)} runs were chosen", where="Compare", advice=advice)
     folders = [site.inside(name) for name in named]
-    runs = {site.name_of(folder): read_run(folder) for folder in folders}
+    runs = {site.name_of(folder): read_run(folder, growing=["metrics"]) for folder in folders}
     index = index_of(site.folders)
     return page(
         request,

@@ -50,7 +50,7 @@ def _samples(request: Request) -> Response:
 
 
 def _held_out(folder: Path, given: dict[str, str]) -> Values:
-    table, run = _table(folder / HELD_OUT), read_run(folder, steps=False)
+    table, run = _table(folder / HELD_OUT), read_run(folder, growing=())
     order = given.get("order", "worst")
     numbers, got_worse = _ordered(table, order if order in ORDERS else "worst")
     first = int(given["after"]) if given.get("after", "").isdecimal() else 0
@@ -140,12 +140,12 @@ def _steps(table: Table) -> dict[int, list[int]]:
 
 
 def _answers(folder: Path, given: dict[str, str]) -> Values:
-    samples = read_run(folder).samples
+    samples = read_run(folder, growing=["samples"]).samples
     return {"system": shared_system(samples), "exchanges": exchanges(samples)}
 
 
 def _questions(folder: Path, given: dict[str, str]) -> Values:
-    tasks = task_table(read_run(folder, steps=False).tasks)
+    tasks = task_table(read_run(folder, growing=()).tasks)
     return {"flipped": tasks.flipped if tasks else []}
 
 

@@ -90,8 +90,17 @@ def check(start: str, text: str) -> dict[str, Any]:
     return check(recipe).as_json()
 
 
-def row(start: str, row: str, text: str = "", model: str = "", path: str = "", kind: Kind = "pairs") -> dict[str, Any]:
-    """A row from file to tokens: of a recipe's text, or of a file as a model's chat template writes it."""
+def row(
+    start: str,
+    row: str,
+    value: dict[str, Any] | None = None,
+    text: str = "",
+    model: str = "",
+    path: str = "",
+    kind: Kind = "pairs",
+) -> dict[str, Any]:
+    """A row, which holds `value` where that is known, from file to tokens: of a recipe's text, or of a file as a
+    model's chat template writes it."""
     os.chdir(start)
     if text:
         recipe = _recipe(text)
@@ -100,7 +109,7 @@ def row(start: str, row: str, text: str = "", model: str = "", path: str = "", k
         section, data, seed = make_section(Model, {"name": model}), Data(train=[Source(path=path)]), 0
     from prefold.data.row import see_row
 
-    return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind).as_json()
+    return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind, value).as_json()
 
 
 def _recipe(text: str) -> RecipeBase:

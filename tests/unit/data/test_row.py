@@ -224,3 +224,12 @@ def test_the_texts_of_tokens_make_up_the_whole(chatml: PreTrainedTokenizerFast, 
     tokens = tokens_of(record, TokenTree(tuple(ids), ()), tokenizer)["prompt"]
     assert [token["id"] for token in tokens] == ids
     assert "".join(token["text"] for token in tokens) == tokenizer.decode(ids)
+
+
+def test_a_row_whose_content_is_known_is_not_looked_for(
+    write: Write, chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data(train=[Source(path=write("pairs.jsonl", [*text_rows(3), ROW]))])
+    looked_for = see_row("4", data, chatml, 1, "pairs").as_json()
+    monkeypatch.setattr("prefold.data.row._read", None)
+    assert see_row("4", data, chatml, 1, "pairs", ROW).as_json() == looked_for

@@ -172,6 +172,14 @@ def test_decisions_of_a_recipe_go_where_it_says(ui_client: Client, write_rows: W
     assert "uses that" in client.get("/runs/new?from=mine.yaml").text.replace("</code>", "")
 
 
+def test_a_data_set_of_the_hub_is_named_and_not_opened(ui_client: Client, tmp_path: Path) -> None:
+    (tmp_path / "hub.yaml").write_text("method: dpo\ndata:\n  train: [{path: some/set}]\n")
+    client = ui_client(tmp_path)
+    text = client.get("/data?recipe=hub.yaml").text
+    assert "prefold data some/set" in text and "/data/findings?recipe=hub.yaml" in text
+    assert client.get("/data/rows?recipe=hub.yaml").status_code == 400
+
+
 def test_a_built_in_set_is_decided_about_in_the_first_folder(ui_client: Client, tmp_path: Path) -> None:
     client = ui_client(tmp_path)
     answer = client.post(
@@ -225,12 +233,13 @@ def test_tokens_are_those_of_the_recipe_or_of_a_model(
     client = ui_client(tmp_path)
     text = client.get("/data/row/tokens?recipe=mine.yaml&row=2").text
     assert "&lt;i&gt;chosen" in text and "token trained differs" in text and "&lt;u&gt;" in text
-    assert asked[0]["row"] == f"{path}:2" and "method: dpo" in asked[0]["text"]
+    assert asked[0]["row"] == f"{path}:2" and asked[0]["value"] == PAIRS[1] and "method: dpo" in asked[0]["text"]
     assert "With a model's name" in client.get("/data/row/tokens?path=pairs.jsonl&row=2").text.replace("&#39;", "'")
     client.get("/data/row/tokens?path=pairs.jsonl&row=2&model=tiny")
     assert asked[1] == {
         "start": str(tmp_path.resolve()),
         "row": f"{path}:2",
+        "value": PAIRS[1],
         "model": "tiny",
         "path": str(path),
         "kind": "pairs",

@@ -6,14 +6,19 @@ const fetchPart = async (address, fields) => {
   const response = await fetch(address, { headers: { Accept: "text/html;part" }, ...sent });
   return { ok: response.ok, text: await response.text() };
 };
+const atEnd = (log) => !log || log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
+for (const log of document.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;
 // New content in an element; what had the focus, was opened or was marked stays so.
 const replacePart = (element, text) => {
   if (element.dataset.shown === text) return;
+  const logAtEnd = atEnd(element.querySelector(".log")), scrolled = element.querySelector(".log")?.scrollTop;
   const focused = element.contains(document.activeElement) && document.activeElement.id;
   const marked = [...element.querySelectorAll("input:checked")].map((input) => input.value);
   const opened = [...element.querySelectorAll("details[open][id]")].map((details) => details.id);
   element.dataset.shown = text;
   element.innerHTML = text;
+  const log = element.querySelector(".log");
+  if (log) log.scrollTop = logAtEnd ? log.scrollHeight : scrolled;
   for (const id of opened) document.getElementById(id)?.setAttribute("open", "");
   for (const input of element.querySelectorAll("input[type=checkbox]")) input.checked ||= marked.includes(input.value);
   if (focused) document.getElementById(focused)?.focus();
