@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from prefold.trees.attention import unwrapped
 from prefold.trees.logprobs import plain_logprobs
 from prefold.trees.packing import Node, TokenTree, pack
 from prefold.trees.scorer import Scorer, choose_scorer
-from prefold.trees.self_check import BEYOND, COMPLETION, PROMPT, revealing
+from prefold.trees.self_check import BEYOND, COMPLETION, PROMPT, in_float32, revealing
 
 POSITIONS = {"max_position_embeddings": 4096}
 
@@ -173,3 +174,43 @@ def test_parts_of_long_trees_show_every_fault(fault: Fault, name: str, monkeypat
     scorer = choose_scorer(model, LONG, 1024)
     assert "differ from plain ones" in scorer.reason
     assert isinstance(scorer, Scorer) and not scorer.packed
+
+
+class Giver(nn.Module):
+    """Gives its own weights away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.data
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.giver, self.layers = Giver(), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given: Tensor = self.giver(x)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x @ given
+
+
+def test_float32_for_the_call_alone() -> None:
+    """Values and gradients are those of a model that is kept in float32, though memory is used again, and what a module
+    gives away of its weights stays as it is."""
+    torch.manual_seed(0)
+    half = Net().bfloat16()
+    wide = copy.deepcopy(half).float()
+    x = torch.randn(4, 8)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    with in_float32(half):
+        with torch.no_grad():
+            assert torch.equal(half(x), wide(x)) and torch.equal(half(2 * x), wide(2 * x))
+        for model, given in zip((half, wide), inputs, strict=True):
+            model(given).square().sum().backward()
+    assert inputs[0].grad is not None and torch.equal(inputs[0].grad, inputs[1].grad)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())

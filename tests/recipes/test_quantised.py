@@ -19,7 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import prefold
 from prefold.errors import StageError, UserError
+from prefold.models.adapters import open_adapter
+from prefold.models.load import load_model
+from prefold.models.merge import logits_of
 from prefold.recipe import RecipeBase
+from prefold.runs.context import Run
+from prefold.runs.opened import compared_rows, trained_logits
 from prefold.training.loop import TrainingLoop
 
 pytest.importorskip("bitsandbytes")
@@ -44,7 +49,8 @@ def merge_record(folder: Path) -> dict[str, Any]:
 def test_quantised_training_ends_in_a_whole_model(
     recipe: MakeRecipe, tiny_model: Path, model: dict[str, Any], dtype: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = prefold.run(recipe(model={**model, "dtype": dtype}))
+    made = recipe(model={**model, "dtype": dtype})
+    folder = prefold.run(made)
     assert "plain path" not in caplog.text
     metrics = lines(folder / "metrics.jsonl")
     assert metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-5 if dtype == "float32" else 5e-3)
@@ -56,6 +62,10 @@ def test_quantised_training_ends_in_a_whole_model(
     record = merge_record(folder)
     assert record["dtype"] == dtype
     assert 0 < record["difference_from_quantised"] < 1
+    trained = open_adapter(load_model(made.model, quantised=True), folder / "adapter")
+    rows = compared_rows(made, Run(made).checked_data().train)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        torch.testing.assert_close(trained_logits(folder), logits_of(trained, rows), rtol=1e-4, atol=1e-4)
     assert 0 < record["likeliest_equal"] <= record["tokens_compared"]
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -32,7 +31,7 @@ from transformers import (
 from prefold.errors import StageError
 from prefold.files import sha256_of, unfinished_folder
 from prefold.models.adapters import CONFIG, WEIGHTS, open_adapter
-from prefold.models.device import choose_device, choose_dtype
+from prefold.models.device import choose_device
 from prefold.models.fetch import fetch, weight_files
 from prefold.models.load import load_model
 from prefold.models.merged_files import Unmergeable, write_merged
@@ -76,6 +75,7 @@ def merge_adapter(
     rows: Sequence[Sequence[int]],
     dtype: str,
     head_seed: int | None = None,
+    trained: Tensor | None = None,
 ) -> dict[str, Any]:
     """Write `merged` (weights, configuration, generation settings, tokenizer, chat template) and check it.
 
@@ -84,6 +84,7 @@ def merge_adapter(
         rows: token ids on which the logits are compared; see `compared`.
         dtype: of the merged weights.
         head_seed: see `load_model`.
+        trained: what `logits_of` gave for the rows at the end of training, if over a quantised base.
 
     Returns:
         The content of `merge.json`.
@@ -101,7 +102,7 @@ def merge_adapter(
         free_memory()
         tokenizer.save_pretrained(folder)
         _require_same_tokenizer(tokenizer, folder, rows)
-        case = Case(base, adapter, folder, rows, getattr(torch, dtype), head_seed)
+        case = Case(base, adapter, folder, rows, getattr(torch, dtype), head_seed, trained)
         sizes = (sum(file.stat().st_size for file in files) for files in (case.base_files, weight_files(folder)))
         result = where_it_fits(partial(_comparison, case), max(sizes))
         _require_equal(result)
@@ -139,7 +140,8 @@ def _write_whole(
 
 
 class Case(NamedTuple):
-    """What is compared: `base` + `adapter` with the model in `folder`, whose weights are of `dtype`, on `rows`."""
+    """What is compared: `base` + `adapter` with the model in `folder`, whose weights are of `dtype`, on `rows`; and the
+    logits of a quantised model that was `trained`."""
 
     base: Model
     adapter: Path | None
@@ -147,6 +149,7 @@ class Case(NamedTuple):
     rows: Sequence[Sequence[int]]
     dtype: torch.dtype
     head_seed: int | None
+    trained: Tensor | None
 
     @property
     def base_files(self) -> list[Path]:
@@ -180,8 +183,7 @@ def _comparison(case: Case, device: torch.device) -> dict[str, Any]:
     """One model at a time."""
     wanted, plain, rounded = _logits_of_base(case, device)
     free_memory()
-    is_quantised, scores = case.base.load_in_4bit or case.base.load_in_8bit, case.head_seed is not None
-    trained = where_it_fits(partial(_trained_logits, case)) if case.adapter is not None and is_quantised else None
+    scores, trained = case.head_seed is not None, case.trained
     with _loaded_back(case, device) as saved:
         logits = (_scores_as_read if scores else logits_of)(saved, case.rows)
         tolerance = tolerance_of(saved) * (SCORE_ALLOWANCE if scores else 1)
@@ -216,20 +218,6 @@ def _logits_of_base(case: Case, device: torch.device) -> Logits:
         with in_float32(adapted):
             wanted = logits_of(adapted, case.rows)
     return Logits(wanted, plain, rounded)
-
-
-def _trained_logits(case: Case, device: torch.device) -> Tensor:
-    """Logits of the quantised base with its adapter, computed as in training."""
-    assert case.adapter is not None
-    where = CPU if device == CPU else None  # else as training has it, perhaps on several devices
-    model = load_model(case.base, quantised=True, head_seed=case.head_seed, device=where)
-    adapted: PeftModel = open_adapter(model, case.adapter)
-    dtype = choose_dtype(case.base.dtype, choose_device())
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = logits_of(adapted, case.rows)
-    del model, adapted
-    free_memory()
-    return logits
 
 
 @contextmanager

@@ -181,19 +181,18 @@ class Memory:
 
     def _merging(self) -> Parts:
         """Tensor by tensor into the files; then, one after the other, what gives logits to compare: whole models, which
-        stay mapped, are passed over a few times and computed in float32, and a quantised one that was trained. Whole
-        models that do not fit a GPU are compared on the CPU."""
+        stay mapped, are passed over a few times and computed in float32. Those that do not fit a GPU are compared on
+        the CPU."""
         meta, sizes = self.meta, self.sizes
         whole = sizes.parameters * merge_dtype(meta.recipe, meta.dtype).itemsize
         head, widest = self._merging_on_host if self.on_cpu else (0, 0)
-        parts = {
+        return {
             "process": self.machine.process,
             "mapped": whole if self.machine.counts_mapped else 0,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
             "head": head,
+            "activations": widest,
         }
-        quantised = {**parts, "weights": self._policy()["weights"] if meta.is_quantised else 0}
-        return max(quantised, {**parts, "activations": widest}, key=lambda each: sum(each.values()))
 
     @cached_property
     def _merging_on_host(self) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from prefold.files import locked, remove, remove_left_over, require_writable, wr
 from prefold.recipe import RecipeBase, as_dict, dump_recipe
 from prefold.recipe.paths import INPUTS, start_of_paths, with_paths_from
 from prefold.runs.fingerprints import SHOWN, Change, changes, is_commit_of, record_start, say_changes
+from prefold.runs.opened import TRAINED_LOGITS
 from prefold.runs.stages import Stage, stages_of
 from prefold.terminal import say
 from prefold.training.checkpoints import checkpoints_in, step_of
@@ -26,7 +27,7 @@ from prefold.training.checkpoints import checkpoints_in, step_of
 # The recipe last: without it a folder is not known for a run's any more.
 RECORDS = (
     *("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json", "gguf", "publish.json", "trackers.json"),
-    *("timing.jsonl", "run.log", "trained", "adapter", INPUTS, "recipe.yaml"),
+    *("timing.jsonl", "run.log", "trained", "adapter", TRAINED_LOGITS, INPUTS, "recipe.yaml"),
 )
 """What `--fresh` removes beside the outputs of the stages."""
 

@@ -44,9 +44,13 @@ from prefold.runs.context import Run
 from prefold.runs.opened import head_seed_of, loaded_rewards, scorer_of
 from prefold.terminal import progress_bar
 from prefold.training.sampled_trees import sampling_of
+from prefold.trees.attention import candidates, unwrapped
 from prefold.trees.memory import free_memory
+from prefold.trees.scorer import Scorer
 
 Answers = list[list[Completion]]
+OF_FILES = {"_name_or_path", "dtype", "transformers_version"}
+"""Of a configuration, what says where the weights come from, and how they are stored."""
 Comparison = tuple[dict[str, Any], list[dict[str, Any]] | None]
 """The content of the file in `evaluation/` that compares after with before, and the lines of `heldout.jsonl`."""
 
@@ -64,6 +68,7 @@ class Measuring(ABC):
     def __init__(self, run: Run, held_out: Examples, in_16_bits: bool = False):
         self.recipe, self.held_out, self.in_16_bits = run.recipe, held_out, in_16_bits
         self.prompts, self.given = evaluation_prompts(run.recipe, held_out)
+        self._checked: tuple[Any, Scorer] | None = None
 
     def measure(self, section: Model, when: str) -> tuple[Any, Answers]:
         """What held-out data say of a model, and its answers. The model is released afterwards."""
@@ -92,6 +97,16 @@ class Measuring(ABC):
     def open(self, section: Model, load: Callable[..., PreTrainedModel] = load_start) -> PreTrainedModel:
         return open_model(section, "`evaluate`", measured=True, in_16_bits=self.in_16_bits, load=load)
 
+    def scorer(self, model: nn.Module) -> Scorer:
+        """Of models with one configuration the first is checked: where a token looks does not hang on the weights."""
+        base = unwrapped(model)
+        settings = {name: value for name, value in base.config.to_dict().items() if name not in OF_FILES}
+        kind = settings, candidates(base.device, base.dtype, base.config.get_text_config())
+        if self._checked is None or self._checked[0] != kind:
+            scorer = scorer_of(self.recipe, model, self.held_out)
+            self._checked = kind, replace(scorer, model=nn.Identity())  # no model is kept
+        return replace(self._checked[1], model=model)
+
     @abstractmethod
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> Any: ...
 
@@ -106,7 +121,7 @@ class PairsByLogprobs(Measuring):
         return self.pair_scores(model, f"held-out pairs {when}")
 
     def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
-        return score_pairs(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, label)
+        return score_pairs(self.scorer(model), self.held_out.trees, label)
 
     def compare(self, before: PairScores | None, after: PairScores | None) -> Comparison:
         if before is None or after is None:
@@ -143,7 +158,7 @@ class MatchedPairs(PairsByLogprobs):
     def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
         if not self.matches:
             return None
-        return score_pairs(scorer_of(self.recipe, model, self.held_out), self.held_out.trees, label, self.matches)
+        return score_pairs(self.scorer(model), self.held_out.trees, label, self.matches)
 
 
 class PromptsByRewards(Measuring):

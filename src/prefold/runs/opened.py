@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefold.data.chat import encode
@@ -19,6 +22,7 @@ from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model
+from prefold.models.merge import compared
 from prefold.recipe import RecipeBase
 from prefold.rewards.load import load_rewards, require_arguments
 from prefold.rewards.scoring import LoadedReward, column_names
@@ -34,6 +38,7 @@ from prefold.trees.scorer import Scorer, choose_scorer
 
 WITHOUT_COLUMNS = ("prompts", "completions", "completion_ids")
 """What rewards are given, whatever columns the data have."""
+TRAINED_LOGITS = "trained_logits.safetensors"
 UNKNOWN_STEPS = 1000
 """Stands for the steps of a run whose data have not been counted."""
 
@@ -113,6 +118,20 @@ def sample_trees(examples: Examples) -> list[TokenTree]:
     sizes = [sum(lengths) for lengths in examples.lengths]
     by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
     return [examples.trees[index] for index in (*by_size[:2], by_size[len(by_size) // 2])]
+
+
+def compared_rows(recipe: RecipeBase, examples: Examples) -> list[list[int]]:
+    """On which the merged model is compared with what was trained."""
+    trees = sample_trees(examples)
+    if recipe.algorithm.kind.scores:
+        return compared([tree.prompt + ids for tree in trees for ids in tree.completions])
+    return compared([sum(tree.completions[:1], tree.prompt) for tree in trees])
+
+
+def trained_logits(folder: Path) -> Tensor | None:
+    """Of those rows by the quantised model at the end of its training; None if it was not quantised."""
+    file = folder / TRAINED_LOGITS
+    return load_file(file)["logits"] if file.is_file() else None
 
 
 def order_of(recipe: RecipeBase, trees: int) -> StepOrder:

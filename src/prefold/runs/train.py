@@ -10,22 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from prefold import ranks
 from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError
-from prefold.files import cache_folder, new_folder
+from prefold.files import cache_folder, new_file, new_folder
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import trainable_parameters
+from prefold.models.merge import logits_of
 from prefold.models.tokenizer import tokenizer_of
 from prefold.publishing.hub import push_checkpoint
 from prefold.recipe import RecipeBase
 from prefold.rewards.scoring import column_names
 from prefold.runs.context import Run
 from prefold.runs.fingerprints import row_list
-from prefold.runs.opened import loaded_rewards, order_of, policy_of, require_openable, scorer_of
+from prefold.runs.opened import (
+    TRAINED_LOGITS,
+    compared_rows,
+    loaded_rewards,
+    order_of,
+    policy_of,
+    require_openable,
+    scorer_of,
+)
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
 from prefold.training.checkpoints import last_checkpoint, step_of
@@ -95,6 +105,8 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         if checkpoint:
             say(f"  going on after step {done}")
         loop.train(checkpoint)
+    if ranks.is_first() and (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
+        _keep_logits(recipe, model, compared_rows(recipe, prepared.train))
     target = folder / ("trained" if recipe.lora == "none" else "adapter")
     with new_folder(target) if ranks.is_first() else nullcontext(target) as aside:
         save_weights(model, aside)
@@ -102,6 +114,16 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
             tokenizer_of(recipe.model).save_pretrained(aside)
     del loop, model, scorer, reference, stored, held_out
     free_memory()
+
+
+def _keep_logits(recipe: RecipeBase, model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> None:
+    """What the merged model, which goes on from the unquantised base, is compared with."""
+    device = choose_device()
+    dtype = choose_dtype(recipe.model.dtype, device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits = logits_of(model, rows)
+    with new_file(recipe.run_folder / TRAINED_LOGITS) as aside:
+        save_file({"logits": logits}, aside)
 
 
 def _reference(recipe: RecipeBase, scorer: Scorer, trees: Sequence[TokenTree]) -> Reference | None:

@@ -288,21 +288,41 @@ def in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> Iterator
 
 
 def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> list[RemovableHandle]:
-    """The same from now on."""
-    kept: list[tuple[nn.Module, nn.Parameter, Tensor]] = []
+    """The same from now on. Memory for the wide weights is used again, since fresh pages cost a CPU more than the cast;
+    not where a backward pass needs them as they were."""
+    kept: list[tuple[nn.Module, nn.Parameter, Tensor, Tensor | None]] = []
+    spare: list[Tensor] = []
 
     def widen(module: nn.Module, *arguments: Any) -> None:
         # What PEFT wraps is not always called, but its weights are used.
         for parameter in module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper)):
             if parameter.dtype in (torch.float16, torch.bfloat16) or (rounded and parameter.is_floating_point()):
-                kept.append((module, parameter, parameter.data))
-                parameter.data = parameter.data.to(rounded or parameter.dtype).float()
+                data = parameter.data.to(rounded or parameter.dtype)
+                buffer = _taken(spare, data.numel()) if data.is_cpu and not torch.is_grad_enabled() else None
+                kept.append((module, parameter, parameter.data, buffer))
+                wide = data.float() if buffer is None else buffer[: data.numel()].view(data.shape).copy_(data)
+                parameter.data = wide
 
-    def narrow(module: nn.Module, *arguments: Any) -> None:
+    def narrow(module: nn.Module, arguments: Any, output: Any) -> None:
         # By the module: sharded weights have been exchanged for their shards when this is called.
         while kept and kept[-1][0] is module:
-            _, parameter, data = kept.pop()
+            _, parameter, data, buffer = kept.pop()
             parameter.data = data
+            if buffer is not None and not _shares_memory(output, buffer):
+                spare.append(buffer)
 
     handles = [module.register_forward_pre_hook(widen) for module in model.modules()]
     return handles + [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]
+
+
+def _taken(spare: list[Tensor], size: int) -> Tensor:
+    """The smallest buffer of at least so many numbers, or a new one in place of the largest."""
+    fitting = [buffer for buffer in spare if len(buffer) >= size]
+    taken = min(fitting, key=len) if fitting else torch.empty(size, dtype=torch.float32)
+    gone = taken if fitting else max(spare, key=len, default=None)
+    spare[:] = [buffer for buffer in spare if buffer is not gone]
+    return taken
+
+
+def _shares_memory(output: Any, buffer: Tensor) -> bool:
+    return isinstance(output, Tensor) and output.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
