@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import prefold
+from prefold.data.vote_file import append_line
 from prefold.errors import UserError
+from prefold.files import read_jsonl
 from prefold.recipe import Publish, RecipeBase
 
 MakeRecipe = Callable[..., RecipeBase]
@@ -64,6 +66,45 @@ def test_a_judge_that_is_down_leaves_the_evaluation(
     assert not (down.run_folder / "evaluation" / "win_rate.json").exists()
     with pytest.raises(UserError, match=r"(?s)needs what `judge` leaves.*`prefold evaluate`"):
         prefold.publish(down.model_copy(update={"publish": Publish(to=str(tmp_path / "out"))}))
+
+
+def test_people_vote_on_a_run_and_train_the_next(recipe: MakeRecipe, tmp_path: Path) -> None:
+    folder = prefold.run(recipe(evaluate={"prompts": 6, "max_new_tokens": 8}))
+    votes, samples = folder / "votes.jsonl", read_jsonl(folder / "samples.jsonl")
+    for number, sample in enumerate(samples[:5]):
+        shown = {"answer_a": sample["before"][0], "answer_b": sample["after"][0]}
+        vote = {
+            "id": str(number),
+            "voter": "Quentin",
+            "prompt": sample["prompt"],
+            **shown,
+            "winner": "b" if number else "tie",
+        }
+        append_line(votes, vote)
+    judged = {"prompts": 6, "max_new_tokens": 8, "win_rate": {"votes": str(votes)}}
+    prefold.run(recipe(evaluate=judged))
+    facts = json.loads((folder / "evaluation" / "win_rate.json").read_text())
+    assert (facts["wins"], facts["ties"], facts["losses"], facts["votes"]) == (4, 1, 0, 5)
+    assert facts["p_value"] == 2 / 2**4 and facts["judge"]["name"] == "1 person"
+    page, card = (folder / "report.html").read_text(), (folder / "merged" / "README.md").read_text()
+    assert "How often 1 person prefers the answer after training" in page and "judged by 1 person" in card
+    assert "Quentin" not in page + card
+    # A vote more: the judge stage and the report, and nothing else.
+    append_line(votes, {"undo": "0", "voter": "Quentin"})
+    heldout = (folder / "evaluation" / "heldout.json").stat().st_mtime_ns
+    prefold.run(recipe(evaluate=judged))
+    assert json.loads((folder / "evaluation" / "win_rate.json").read_text())["votes"] == 4
+    assert (folder / "evaluation" / "heldout.json").stat().st_mtime_ns == heldout
+    data = {"train": [{"path": str(votes)}], "eval_fraction": 0.3}
+    second = prefold.run(recipe(data=data, evaluate=judged, output_dir=str(tmp_path / "next")))
+    assert json.loads((second / "data.json").read_text())["sources"][0]["rows_used"] == 4
+    assert "votes.jsonl" in (second / "report.html").read_text()
+
+
+def test_votes_that_are_not_there_are_refused_before_training(recipe: MakeRecipe) -> None:
+    with pytest.raises(UserError, match=r"`evaluate.win_rate.votes`, missing.jsonl: no such file of votes"):
+        prefold.run(recipe(evaluate={"win_rate": {"votes": "missing.jsonl"}}))
+    assert not (recipe().run_folder / "metrics.jsonl").exists()
 
 
 def test_runs_are_compared_by_command(recipe: MakeRecipe, tmp_path: Path) -> None:

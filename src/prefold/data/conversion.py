@@ -64,7 +64,7 @@ def to_records(
     """
     try:
         if row.value is None:
-            raise Unfit("broken_row", row.problem or "not a JSON object")
+            raise Unfit(row.kind or "broken_row", row.problem or "not a JSON object")
         for column in shape.media:
             if not is_empty(read_if_text(row.value.get(column))):
                 raise Unfit("media", f"`{column}` is filled, and only text is trained on")

@@ -110,15 +110,8 @@ class DataReport:
 
 
 _NOTES = (
-    "struck",
-    "flipped",
-    "tie",
-    "small_margin",
-    "repeated",
-    "control_character",
-    "tied_rating",
-    "escaped_text",
-    "wrong_decoding",
+    *("struck", "flipped", "tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text"),
+    *("wrong_decoding", "voted_again", "voters_differ", "withdrawn"),
 )
 _SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
 """Kinds whose problems name the markers that were seen, each in backticks."""
@@ -158,6 +151,18 @@ _ABOUT_ROWS = {
         "a pair compares answers to one prompt; mend the rows or leave them",
     ),
     "tie": (" left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
+    "voted_again": (
+        " left out: further votes on two answers, which count in the row of the first",
+        "nothing to do: the majority of the votes on two answers makes one pair",
+    ),
+    "voters_differ": (
+        ": people differ on which answer is better; the majority decides",
+        "read these answers; `where: len(voters) > 2` keeps those that three people or more have voted on",
+    ),
+    "withdrawn": (
+        " left out: votes that were undone or replaced, and lines that undo them",
+        "nothing to do: the last vote of a voter on two answers counts",
+    ),
     "small_margin": (" left out: no two ratings far enough apart", "this is what `min_margin` asks for"),
     "bad_label": (" left out: a label says nothing that is understood", "votes are 1 or 2, labels true or false"),
     "struck": (" left out: struck by `data.decisions`", "this is what was decided, row by row"),

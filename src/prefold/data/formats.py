@@ -34,13 +34,15 @@ _SURROGATES = range(0xDC80, 0xDD00)
 class RawRow:
     """One row as it was read: either an object, or None and what kept it from being one.
 
-    `pads_with_nulls`: its source writes null for the fields of an object that other rows have, as Arrow does.
+    `pads_with_nulls`: its source writes null for the fields of an object that other rows have, as Arrow does. `kind`:
+    of the finding that counts the row, whatever else is found in it; of one with a problem, unset: `broken_row`.
     """
 
     origin: RowId
     value: dict[str, Any] | None
     problem: str | None = None
     pads_with_nulls: bool = field(default=False, compare=False)
+    kind: str = ""
 
 
 Reader = Callable[[IO[bytes], str], Iterator[RawRow]]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 HEAD_ROWS = 1000
 """Rows that are enough to tell the shape of a source."""
 _TOKENIZED_AT_ONCE = 256
-_NO_FAULT = ("repeated", "contaminated", "struck", "tie", "small_margin")
+_NO_FAULT = ("repeated", "contaminated", "struck", "tie", "small_margin", "voted_again", "withdrawn")
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,7 @@ class Side:
             if examples:
                 filled = [name for name in shape.not_understood if not is_empty((row.value or {}).get(name))]
                 self.oddities += [Problem("unread_column", f"`{name}`", row.origin) for name in filled]
+                self.oddities += [Problem(row.kind, "", row.origin)] if row.kind else []
                 self.oddities += self.decisions.flips(row.origin) if self.decisions else []
                 yield examples
 

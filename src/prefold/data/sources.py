@@ -1,4 +1,5 @@
 """Files, folders, built-in sets and Hub data sets -> rows. Knows nothing of what the columns mean.
+The lines of a file of votes belong together: `vote_file` says how.
 
 Data in: a `recipe.Rows`; data out: `RawRow` after `RawRow`, read as they are asked for. What a file's bytes mean is
 said in `formats`. Code that comes with a Hub data set is never run.
@@ -20,6 +21,7 @@ from typing import Any
 
 from prefold.data.formats import READABLE, RawRow, read_file, reader_for
 from prefold.data.preference import RowId
+from prefold.data.vote_file import joined_votes
 from prefold.errors import UserError, did_you_mean
 from prefold.files import digest_of, without_home, without_secrets
 from prefold.recipe import Rows
@@ -47,7 +49,7 @@ def read_rows(source: Rows) -> Iterator[RawRow]:
     files = named_files(source)
     if not files:
         return _hub_rows(_load_from_hub(source), source)
-    return chain.from_iterable(read_file(file, name) for name, file in files.items())
+    return joined_votes(chain.from_iterable(read_file(file, name) for name, file in files.items()))
 
 
 def identity_of(source: Rows) -> str | None:

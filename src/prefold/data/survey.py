@@ -130,6 +130,7 @@ def _convert(row: RawRow, shape: Shape, rule: Rule, into: Survey) -> None:
     into.rows_usable += 1
     into.records += len(records)
     into.problems += [oddity for record in records for oddity in oddities_of(record)]
+    into.problems += [Problem(row.kind, "", row.origin)] if row.kind else []
     into.first += records[: max(0, _FIRST_ROWS - len(into.first))]
 
 

@@ -15,6 +15,7 @@ from prefold.recipe.pairs import Pairs as Pairs
 from prefold.recipe.rewards import EndpointJudge as EndpointJudge
 from prefold.recipe.rewards import Reward as Reward
 from prefold.recipe.rewards import RewardBase as RewardBase
+from prefold.recipe.rewards import WinRate as WinRate
 from prefold.recipe.rewards import parse_reward as parse_reward
 from prefold.recipe.sampling import Chat as Chat
 from prefold.recipe.sampling import Generate as Generate

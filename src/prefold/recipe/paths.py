@@ -19,7 +19,7 @@ PATHS = {
     *("data.train.path", "data.eval.path", "data.decontaminate.path", "data.decisions"),
     *("rewards.file", "rewards.model", "rounds.votes"),
     *("evaluate.include_path", "evaluate.compare_with", "evaluate.win_rate.judge.file"),
-    *("evaluate.win_rate.judge.model", "generation.adapter_folder", "publish.to"),
+    *("evaluate.win_rate.judge.model", "evaluate.win_rate.votes", "generation.adapter_folder", "publish.to"),
 }
 """The fields that hold paths, or may do so; the numbers in lists are left out."""
 MADE = ("publish.to", "generation.adapter_folder")

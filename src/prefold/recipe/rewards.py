@@ -201,9 +201,20 @@ def _kind_of_judge(value: Any) -> str:
 
 
 class WinRate(Section):
-    judge: Annotated[
-        Annotated[EndpointJudge, Tag("judge:endpoint")] | Annotated[Reward, Tag("judge:reward")],
-        Discriminator(_kind_of_judge),
-    ]
+    judge: (
+        Annotated[
+            Annotated[EndpointJudge, Tag("judge:endpoint")] | Annotated[Reward, Tag("judge:reward")],
+            Discriminator(_kind_of_judge),
+        ]
+        | None
+    ) = None
     """Who judges: a reward as in `rewards`, e.g. `{name: reward_model, model: NAME}`, which prefers the answer that it
     gives more; or a chat model, `{endpoint: URL, model: NAME}`."""
+    votes: str | None = Field(None, min_length=1)
+    """Instead of a judge, people: the file of their votes on the answers of this run, as `prefold ui` writes it."""
+
+    @model_validator(mode="after")
+    def somebody_judges(self) -> WinRate:
+        if (self.judge is None) == (self.votes is None):
+            raise ValueError("give either `judge`, a reward or a chat model, or `votes`, a file of people's votes")
+        return self

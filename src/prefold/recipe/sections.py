@@ -455,7 +455,7 @@ class Evaluate(Sampling):
     """Other models, by any name that `model.name` can have, and run folders, that are asked the tasks as well. They are
     compared with the model before training."""
     win_rate: WinRate | None = None
-    """Have a judge say which answer to each prompt is better, the one before or the one after."""
+    """Have a judge, or people's votes, say which answer to each prompt is better, the one before or the one after."""
 
     @model_validator(mode="after")
     def tasks_are_asked(self) -> Evaluate:

@@ -212,7 +212,7 @@ def change_evidence(facts: Values) -> str:
 
 def _win_rate_sentence(win_rate: Values) -> str:
     digits = decimals_of(win_rate, 0, 0.5)
-    alike = section(win_rate, "length_controlled").get("win_rate")
+    alike, agree = section(win_rate, "length_controlled").get("win_rate"), section(win_rate, "agreement").get("share")
     evidence = (
         interval_95(win_rate.get("ci"), percent, digits),
         p_value(win_rate.get("p_value")),
@@ -220,6 +220,7 @@ def _win_rate_sentence(win_rate: Values) -> str:
         "" if finite(alike) is None else f"{percent(alike)} at equal lengths",
         counted(finite(win_rate.get("prompts")) or 0, "prompt"),
         f"judged by {judge_of(win_rate)}",
+        "" if finite(agree) is None else f"who agree in {percent(agree)} of the pairs of votes on the same answers",
     )
     rate = percent(win_rate.get("win_rate"), digits)
     return f"New answers preferred: {rate} ({', '.join(filter(None, evidence))})"

@@ -22,7 +22,7 @@ from prefold.errors import UserError, counted
 from prefold.evaluation.task_files import task_files
 from prefold.files import digest_of, read_json, without_home, write_json
 from prefold.models.fetch import is_hub_id
-from prefold.recipe import EndpointJudge, RecipeBase, RewardBase, Rows, load_recipe
+from prefold.recipe import EndpointJudge, RecipeBase, RewardBase, Rows, WinRate, load_recipe
 from prefold.recipe.paths import INPUTS, run_folder, start_of_paths
 from prefold.terminal import say
 from prefold.user_code import files_of_code
@@ -73,9 +73,9 @@ def inputs_of(recipe: RecipeBase, start: Path | None = None) -> dict[str, dict[s
     if data.decisions:
         path = Path(data.decisions).expanduser()
         checked["data.decisions"] = _input(data.decisions, path.parent, [path])
-    compared, judge = asked.compare_with, asked.win_rate and asked.win_rate.judge
+    compared, win_rate = asked.compare_with, asked.win_rate
     rewards = {f"rewards.{index}": _reward(reward) for index, reward in enumerate(recipe.rewards)}
-    judges = {"evaluate.win_rate": _reward(judge)} if judge else {}
+    judges = {"evaluate.win_rate": _judge(win_rate)} if win_rate else {}
     tasks = {}
     if asked.include_path:
         root = Path(asked.include_path).expanduser()
@@ -123,6 +123,14 @@ def _model(name: str, revision: str | None = None) -> Input:
         return Input(name, "", None)
     config = try_to_load_from_cache(name, "config.json", revision=revision) if is_hub_id(name) and "/" in name else None
     return Input(name, "", {COMMIT: Path(config).parent.name} if isinstance(config, str) else None)
+
+
+def _judge(win_rate: WinRate) -> Input:
+    if win_rate.votes is None:
+        assert win_rate.judge is not None
+        return _reward(win_rate.judge)
+    path = Path(win_rate.votes).expanduser()
+    return _input(win_rate.votes, path.parent, [path])
 
 
 def _reward(reward: RewardBase | EndpointJudge) -> Input:

@@ -127,7 +127,8 @@ def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
         return {}
     facts, samples = read_json(path), _lines(folder / "samples.jsonl")
     judge = {name: value for name, value in facts["judge"].items() if name != "cost"}
-    settings = {"the judge": judge | {"settings": recipe.evaluate.win_rate.judge.model_dump()}}
+    asked = recipe.evaluate.win_rate.judge
+    settings = {"the judge": judge | {"settings": asked and asked.model_dump()}}
     even, outcomes = when == "before", facts.get("outcomes")
     if outcomes is None:
         return {WIN_RATE: Measured("win rate", {}, settings, even, has_keys=False)}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from prefold.data.chat import encode
 from prefold.data.examples import Examples, prompts_of
 from prefold.errors import UserError
+from prefold.evaluation.people import require_votes
 from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
@@ -65,8 +66,8 @@ def require_openable(run: Run) -> None:
         raise UserError(what, where="`data`", advice=advice)
     if recipe.rounds and recipe.rounds.judge:
         open_judge(recipe.rounds.judge, lambda texts: [])
-    if recipe.evaluate.win_rate:
-        judge_of(run)
+    if win_rate := recipe.evaluate.win_rate:
+        require_votes(win_rate.votes) if win_rate.votes else judge_of(run)
     require_models(recipe.evaluate.compare_with)
 
 
@@ -76,8 +77,9 @@ def tasks_of(run: Run) -> list[OpenTask]:
 
 
 def judge_of(run: Run) -> Compares:
-    assert run.recipe.evaluate.win_rate is not None
-    return open_judge(run.recipe.evaluate.win_rate.judge, partial(encode, tokenizer=run.tokenizer))
+    win_rate = run.recipe.evaluate.win_rate
+    assert win_rate is not None and win_rate.judge is not None
+    return open_judge(win_rate.judge, partial(encode, tokenizer=run.tokenizer))
 
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefold.evaluation.people import measure_by_votes
 from prefold.evaluation.win_rate import measure_win_rate
 from prefold.files import read_jsonl, remove, write_json
 from prefold.models.fetch import fetch, weight_files
@@ -105,7 +106,9 @@ def _compare(run: Run) -> None:
 
 
 def _judge(run: Run) -> None:
-    win_rate = measure_win_rate(judge_of(run), read_jsonl(run.folder / "samples.jsonl"))
+    asked, samples = run.recipe.evaluate.win_rate, read_jsonl(run.folder / "samples.jsonl")
+    assert asked is not None
+    win_rate = measure_by_votes(asked.votes, samples) if asked.votes else measure_win_rate(judge_of(run), samples)
     write_json(run.folder / "evaluation" / "win_rate.json", win_rate)
 
 

@@ -207,7 +207,8 @@ def _leaves(value: Any, path: str = "") -> dict[str, str]:
 def _new(request: Request) -> Response:
     site, source = site_of(request), request.query_params.get("from", "")
     source = source if source in ("", *builtin_recipes()) else str(site.inside(source))
-    name, text = _recipe_to_start_from(site, source) if source else ("", "")
+    votes = request.query_params.get("votes", "")
+    name, text = _recipe_to_start_from(site, source, votes) if source else ("", "")
     return page(
         request,
         "runs_new.html.j2",
@@ -244,8 +245,9 @@ def _beginning(file: Path) -> str:
         return ""
 
 
-def _recipe_to_start_from(site: Site, source: str) -> tuple[str, str]:
-    """A file name and the text of a recipe; of a run with a run folder that is free, and paths from where we are."""
+def _recipe_to_start_from(site: Site, source: str, votes: str = "") -> tuple[str, str]:
+    """A file name and the text of a recipe; of a run with a run folder that is free, and paths from where we are.
+    `votes`: a file of people's votes, to be trained on in place of what the run was."""
     if source in builtin_recipes():
         return f"{source}.yaml", read_text(source)[0]
     path = site.inside(source)
@@ -255,7 +257,11 @@ def _recipe_to_start_from(site: Site, source: str) -> tuple[str, str]:
     values = parse_yaml(text, site.name_of(path))
     values = {**with_paths_from(start_of_paths(path), values), "output_dir": _free(site, path)}
     decided_in = Path(decisions_beside(site, source))
-    if decided_in.is_file() and not values["data"].get("decisions"):
+    if votes:
+        # What was decided about rows of other files is not for these.
+        values["data"] = {**values["data"], "train": [{"path": votes}], "decisions": None}
+        values["evaluate"] = {**(values.get("evaluate") or {}), "win_rate": None}
+    elif decided_in.is_file() and not values["data"].get("decisions"):
         values["data"]["decisions"] = os.path.relpath(decided_in, site.start)
     return f"{Path(values['output_dir']).name}.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

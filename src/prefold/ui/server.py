@@ -29,10 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import prefold.reports
 from prefold.errors import UserError
-from prefold.ui import data, runs, samples
+from prefold.ui import ahead, data, runs, samples, talk, vote
 from prefold.ui.site import HERE, Site, explained, go_to, route
 
-MODULES: tuple[ModuleType, ...] = (runs, data, samples)
+MODULES: tuple[ModuleType, ...] = (runs, data, samples, talk, ahead, vote)
 """The modules of pages, as the navigation has them."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; style-src-attr "

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from simulated import World, scores
 
+from prefold.evaluation.answer_rates import length_controlled
 from prefold.evaluation.paired import estimate, mean_interval
 from prefold.evaluation.task_comparison import compare_tasks
-from prefold.evaluation.win_rate import length_controlled
 
 WORLDS = [
     World(n, accuracy, difference, passage)

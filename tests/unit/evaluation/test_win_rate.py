@@ -12,14 +12,8 @@ import pytest
 
 from prefold.data.preference import Message
 from prefold.errors import StageError, UserError
-from prefold.evaluation.win_rate import (
-    LEAST_PROMPTS,
-    AnswerPair,
-    length_controlled,
-    measure_win_rate,
-    open_judge,
-    win_rate,
-)
+from prefold.evaluation.answer_rates import LEAST_PROMPTS, AnswerPair, length_controlled
+from prefold.evaluation.win_rate import measure_win_rate, open_judge, win_rate
 from prefold.generation.http import Refused
 from prefold.recipe import Reward, dump_recipe, load_recipe
 from prefold.rewards.judge import NoVerdict
@@ -166,7 +160,8 @@ def test_recipes_with_a_judge_are_read_and_written(judge: str, recipe_file: str,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluate.win_rate={}", "`evaluate.win_rate.judge` is missing"),
+        ("evaluate.win_rate={}", "give either `judge`, a reward or a chat model, or `votes`"),
+        ("evaluate.win_rate={judge: {name: repetition}, votes: v.jsonl}", "give either `judge`"),
         ("evaluate.win_rate.judge=3", "`evaluate.win_rate.judge` is 3"),
         ("evaluate.win_rate.judge={name: lenght}", "did you mean `length`?"),
         ("evaluate.win_rate.judge={name: length}", "`length` needs `target`"),

@@ -222,6 +222,30 @@ def test_odd_win_rates_do_not_break_the_page(tmp_path: Path) -> None:
     assert squeezed("New answers preferred 50 % 0 even") in squeezed(text)
 
 
+def test_people_judge_on_the_page_and_in_the_terminal(tmp_path: Path) -> None:
+    agreement = {"compared": 40, "pairs": 40, "share": 0.85, "alpha": 0.614}
+    people = {"kind": "people", "name": "2 people", "key": "k"}
+    of_people = {"votes": 234, "both_bad": 7, "agreement": agreement, "judge": people}
+    judged = {**WIN_RATE, **of_people, "left_out": {"same_answers": 3, "not_voted": 2, "of_other_answers": 1}}
+    text = squeezed(report(tmp_path, recipe=ASKED, win_rate=judged).text)
+    for words in (
+        "How often 2 people prefer the answer",
+        "votes 234",
+        "of these, both answers bad 7",
+        "pairs of votes that agree 85 %",
+        "Krippendorff's alpha 0.61",
+        "answers alike, not voted on 3",
+        "not voted on yet 2",
+        "other answers in the file of votes 1",
+        "judged by 2 people, who agree in 85 % of the pairs of votes on the same answers",
+    ):
+        assert squeezed(words) in text, words
+    assert "judgedby2people" in squeezed(printed(summary(write_run(tmp_path, recipe=ASKED, win_rate=judged))))
+    nobody = {"judge": {**people, "name": "0 people"}, "prompts": 0, "comparisons": 0, "agreement": None, "votes": 0}
+    text = plain(report(tmp_path, recipe=ASKED, win_rate=nobody).text)
+    assert "Nobody has voted on these answers yet" in text and "New answers preferred" not in text
+
+
 @pytest.fixture(scope="module")
 def hostile_skeleton(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:

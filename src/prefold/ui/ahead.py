@@ -1,0 +1,133 @@
+"""Answers of two models to many prompts, made in a thread while people talk or vote already."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from prefold.data.conversion import to_records
+from prefold.data.formats import read_file, reader_for
+from prefold.data.preference import Problem
+from prefold.data.shapes import find_shape
+from prefold.data.vote_file import append_line
+from prefold.errors import UserError
+from prefold.reports.run_files import as_list, readable, turns
+from prefold.ui.site import Fields, Site, action, page, route, site_of
+from prefold.ui.speakers import Speaker, speaker_of
+from prefold.ui.talk import chosen_models, model_name, settings_of
+from prefold.ui.vote import COMPARISONS
+
+HEAD_ROWS = 1000
+MOST = 1000
+HELD_OUT = "held-out"
+
+Prompt = list[dict[str, Any]]
+
+
+@dataclass
+class Work:
+    """`left`: prompts that are yet to be answered; `error`: why it went no further."""
+
+    folder: Path
+    models: list[str]
+    left: list[Prompt]
+    all: int
+    made: int = 0
+    same: int = 0
+    error: str = ""
+    is_over: bool = False
+    stopped: Event = field(default_factory=Event)
+
+    def perform(self, speakers: Sequence[Speaker], settings: dict[str, Any]) -> None:
+        try:
+            while self.left and not self.stopped.is_set() and not self.error:
+                self._answer(self.left[0], speakers, settings)
+        except UserError as error:
+            self.error = readable(str(error))
+        finally:
+            self.is_over = True
+
+    def _answer(self, prompt: Prompt, speakers: Sequence[Speaker], settings: dict[str, Any]) -> None:
+        ends = [deque(speaker.ask(prompt, settings), maxlen=1)[0] for speaker in speakers]
+        if error := next((end["error"] for end in ends if "error" in end), ""):
+            self.error = readable(str(error))
+            return
+        self.left.pop(0)
+        answers, cut_off = [end["answer"] for end in ends], [not end["finished"] for end in ends]
+        if answers[0] == answers[1]:
+            self.same += 1
+            return
+        line = {"prompt": prompt, "answers": answers, "models": self.models, "cut_off": cut_off}
+        append_line(self.folder / COMPARISONS, line)
+        self.made += 1
+
+
+_WORK: dict[Path, Work] = {}
+
+
+def work_in(folder: Path) -> Work | None:
+    """What goes on, or went on last, for what is voted on in a folder."""
+    return _WORK.get(folder)
+
+
+def prompts_of(site: Site, named: str, run: Path) -> Iterator[Prompt]:
+    """The different prompts that a run held out, or those of a file. Raises HTTPException: there are none; UserError:
+    the file cannot be read."""
+    path = run / "evaluation" / "heldout.jsonl" if named == HELD_OUT else site.inside(named)
+    if not path.is_file() or reader_for(path.name) is None:
+        raise HTTPException(400, "There are no prompts: give a .jsonl, .json, .csv or .parquet file in these folders.")
+    rows = read_file(path, site.name_of(path))
+    if named == HELD_OUT:
+        every = (as_list((row.value or {}).get("prompt")) for row in rows)
+        found: Iterator[Prompt] = (prompt for prompt in every if turns(prompt))
+    else:
+        head = list(islice(rows, HEAD_ROWS))
+        shape = find_shape(head, site.name_of(path), kinds=["prompts"])
+        records = (record for row in (*head, *rows) for record in to_records(row, shape))
+        found = ([dict(turn) for turn in it.prompt] for it in records if not isinstance(it, Problem))
+    seen: set[str] = set()
+    for prompt in found:
+        if (key := json.dumps(prompt, sort_keys=True)) not in seen:
+            seen.add(key)
+            yield prompt
+
+
+def _begin(request: Request, fields: Fields) -> Response:
+    site = site_of(request)
+    models, settings, count = chosen_models(site, fields), settings_of(fields), fields.get("count", "")
+    if not count.isdecimal() or not 0 < int(count) <= MOST:
+        raise HTTPException(400, f"How many prompts? A number from 1 to {MOST:,}.")
+    folder = site.folders[0]
+    if (going_on := work_in(folder)) and not going_on.is_over:
+        raise HTTPException(400, "Answers are being made already: wait for them, or stop that first.")
+    prompts = list(islice(prompts_of(site, fields.get("prompts", ""), models[1][0]), int(count)))
+    if not prompts:
+        raise HTTPException(400, "There are no prompts in it.")
+    work = _WORK[folder] = Work(folder, [model_name(site, *model) for model in models], prompts, len(prompts))
+    speakers = [speaker_of(*model) for model in models]
+    Thread(target=work.perform, args=(speakers, settings), daemon=True).start()
+    return _state(request)
+
+
+def _stop(request: Request, fields: Fields) -> Response:
+    if work := work_in(site_of(request).folders[0]):
+        work.stopped.set()
+    return _state(request)
+
+
+def _state(request: Request) -> Response:
+    folder = site_of(request).folders[0]
+    return page(request, "ahead.html.j2", work=work_in(folder), deck=str(folder))
+
+
+ROUTES = [route("/talk/ahead", _state), action("/talk/ahead", _begin), action("/talk/ahead/stop", _stop)]
