@@ -1,10 +1,10 @@
-"""The curves of the short runs in `benchmarks/results/`, as images: `python docs/algorithms/curves.py`."""
+"""Curves and figures of the short runs in `benchmarks/results/`, for the pages: `python docs/algorithms/curves.py`."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 300, 190, 44, 30, 12, 44
 COLOURS = ("#0f766e", "#9a8f83")
 HELD_OUT = "eval_"
+BEGIN, END = "<!-- run: by curves.py -->\n", "<!-- end of the run -->"
 
 
 class Panel(NamedTuple):
@@ -107,16 +108,40 @@ def _legend(names: Sequence[str]) -> list[str]:
     ]
 
 
-def runs() -> dict[str, str]:
-    """The drawing of each run, by the path of its file."""
-    drawings = {}
+def section(name: str, result: Mapping[str, Any] | None) -> str:
+    """What the page of a method shows of its run."""
+    command = f"    python -m benchmarks.short_runs {name}\n"
+    if result is None:
+        return f"None is recorded yet; this makes one, in minutes on a CPU:\n\n{command}"
+    lines, train = result["metrics"], result["recipe"]["train"]
+    rate, batch = train["learning_rate"], train["batch_size"]
+    held_out = {metric for panel in PANELS[name] for metric in panel.metrics if metric.startswith(HELD_OUT)}
+    about = f"SmolLM2-135M-Instruct in float32 on a CPU, LoRA of rank 16, {len(lines)} steps of {batch}, rate {rate:g}"
+    about += "; dots are held-out data." if held_out else "."
+    rows = [f"| `{metric}` | {_ends(lines, metric)} |" for panel in PANELS[name] for metric in panel.metrics]
+    table = "| | first | last |\n|---|---|---|\n" + "\n".join(rows)
+    return f"{command}\n{about}\n\n![Curves of the run](../images/curve-{name}.svg)\n\n{table}\n"
+
+
+def _ends(lines: Sequence[Mapping[str, Any]], metric: str) -> str:
+    values = [line[metric] for line in lines if metric in line]
+    return f"{values[0]:.3g} | {values[-1]:.3g}"
+
+
+def files() -> dict[Path, str]:
+    """The drawing of each run, and the pages with their runs."""
+    contents = {}
     for name, panels in PANELS.items():
-        for result in RESULTS.glob(f"run-{name}-*.json"):
-            lines = json.loads(result.read_text(encoding="utf-8"))["metrics"]
-            drawings[f"curve-{name}.svg"] = drawn(panels, lines)
-    return drawings
+        path = RESULTS / f"run-{name}-cpu.json"
+        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if result is not None:
+            contents[IMAGES / f"curve-{name}.svg"] = drawn(panels, result["metrics"])
+        page = ROOT / "docs" / "algorithms" / f"{name}.md"
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        contents[page] = f"{before}{BEGIN}\n{section(name, result)}\n{END}{rest.split(END)[1]}"
+    return contents
 
 
 if __name__ == "__main__":
-    for name, drawing in runs().items():
-        (IMAGES / name).write_text(drawing, encoding="utf-8")
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
