@@ -338,7 +338,8 @@ def why_not_shared(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens
 
 def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
     """Compare the likeliest tokens' log-probs with a plain pass, and the attention in half precision, where that is
-    used, with that in float32; say what is wrong, or None.
+    used, with that in float32; say what is wrong, or None. Of the two kinds of batches in half precision products do
+    where variable-length attention does not.
 
     Two prompts are encoded side by side, and two tokens of two completions of the first are generated beside one of the
     second: what one sees of another shows.
@@ -363,7 +364,8 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
     def shared() -> tuple[Tensor, int]:
         likeliest = plain().argmax(-1, keepdim=True)
         found, batch = logits(Products)
-        return found.log_softmax(-1).gather(-1, likeliest), len(vars(batch)["own"])
+        assert isinstance(batch, Products)
+        return found.log_softmax(-1).gather(-1, likeliest), len(batch.own)
 
     quantised = any(not parameter.dtype.is_floating_point for parameter in model.parameters())
     rounding = COARSE if quantised else TOLERANCE

@@ -57,7 +57,9 @@ def _generate(model: PreTrainedModel, batch: Sequence[int], request: GenerationR
     def choose(input_ids: Tensor, scores: Tensor) -> Tensor:
         unfinished = [i for i, sequence in enumerate(sequences) if not sequence.over]
         drawing.draw(scores[unfinished])
-        drawing.keep(request.read(drawing))
+        kept = request.read(drawing)
+        if len(kept) < len(drawing.completions):
+            drawing.keep(kept)
         chosen = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
 
