@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefold.models.adapters import load_policy
 from prefold.recipe import Lora, Model
+from prefold.trees.attention import CHECKPOINTING, unwrapped
 from prefold.trees.fused_layers import fuse_lora
 
 
@@ -195,6 +196,15 @@ class CountedCasts(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default:
             self.casts.append(args[0].shape)
         return func(*args, **(kwargs or {}))
+
+
+def test_checkpointing_gives_the_same_numbers(policy: Policy) -> None:
+    """The masks are drawn again, and the states cast again."""
+    model = policy("nf4", "bfloat16", dropout=0.2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = outcome(model)
+        getattr(unwrapped(model), f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+        assert_same(outcome(model), wanted, 0)
 
 
 def test_another_compute_dtype_takes_pefts_path(policy: Policy) -> None:

@@ -462,7 +462,7 @@ def test_what_leaves_the_peak_as_it_is_may_be_needed_later() -> None:
 
 def test_four_bits_take_the_place_of_eight() -> None:
     recipe = recipe_of(model={"dtype": "bfloat16", "load_in_8bit": True}, merge={"dtype": "bfloat16"}, lora={"r": 16})
-    first = planner(recipe, seven_billion(), Machine("cuda", 23 * GB, 0), [(6000, 4500, 4500)] * 8)
+    first = planner(recipe, seven_billion(), Machine("cuda", 26 * GB, 0), [(8000, 6500, 6500)] * 8)
     change = first.with_change(first.plan()).change
     assert change is not None and change.fields["model.load_in_4bit"]
     given = values(model={"dtype": "bfloat16", "load_in_8bit": True})
