@@ -89,6 +89,7 @@ def _listen(port: int) -> socket.socket:
     try:
         listening.bind(("127.0.0.1", port))
     except OSError as error:
+        listening.close()
         what = f"cannot listen on port {port} ({error.strerror})"
         raise UserError(what, where="`--port`", advice="give another one, or leave it out for a free one") from None
     listening.listen(128)
