@@ -150,13 +150,14 @@ def _data(request: Request) -> Response:
     site, given = site_of(request), request.query_params
     if given.get("recipe") or given.get("path"):
         files = _files(site, given)
-        if len(files) == 1 and given.get("path"):
+        if len(files) == 1 and given.get("path") and "findings" not in given:
             return go_to(f"/data/rows?{urlencode(files[0].address)}")
         recipe = given.get("recipe", "")
         title = recipe if recipe in builtin_recipes() else site.name_of(site.inside(recipe or given["path"]))
         data = _recipe_of(site, recipe)[1] if recipe else None
         elsewhere = [source.path for source in (*data.train, *data.eval) if not named_files(source)] if data else []
-        return page(request, "data_files.html.j2", files=files, recipe=recipe, title=title, elsewhere=elsewhere)
+        asked = urlencode({"recipe": recipe} if recipe else {"path": given["path"]})
+        return page(request, "data_files.html.j2", files=files, asked=asked, title=title, elsewhere=elsewhere)
     return page(
         request,
         "data_start.html.j2",
@@ -179,18 +180,18 @@ def _is_of_a_run(file: Path) -> bool:
 
 
 def _findings(request: Request) -> Response:
-    """What a check finds in the data of a recipe, each finding with links to its rows."""
-    site = site_of(request)
-    addresses = {readable(file.name): file.address for file in _files(site, request.query_params)}
-    text, _ = _recipe_of(site, request.query_params.get("recipe", ""))
-    facts = cleaned(checker.ask("check", start=str(site.start), text=text))
-    return page(
-        request,
-        "data_findings.html.j2",
-        data={**data_tables(facts), "findings": None},
-        findings=facts["findings"],
-        files=addresses,
-    )
+    """What a check finds in the data of a recipe, or what is odd about a file, each finding with links to its rows."""
+    site, given = site_of(request), request.query_params
+    files = _files(site, given)
+    addresses = {readable(file.name): file.address for file in files}
+    if given.get("path"):
+        facts = cleaned(reader.ask("survey", path=files[0].source.path if files else given["path"]))
+        if facts["refused"]:
+            raise UserError(facts["refused"])
+    else:
+        facts = cleaned(checker.ask("check", start=str(site.start), text=_recipe_of(site, given.get("recipe", ""))[0]))
+    data = None if given.get("path") else {**data_tables(facts), "findings": None}
+    return page(request, "data_findings.html.j2", data=data, findings=facts["findings"], files=addresses)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------

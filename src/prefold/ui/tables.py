@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import tempfile
+import weakref
 from collections.abc import Collection, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,7 +35,8 @@ class Table:
         self.file, self.name, self.lines = file, name, file
         self.written = None
         if file.suffix.lower() != ".jsonl":
-            self.written = tempfile.NamedTemporaryFile(prefix="prefold-")  # noqa: SIM115  # goes with this table
+            self.written = tempfile.NamedTemporaryFile(prefix="prefold-")  # noqa: SIM115
+            weakref.finalize(self, self.written.close)  # by which it is removed
             self.lines = Path(self.written.name)
         self.ends: list[NDArray[np.int64]] = []
         self.problems: dict[int, str] = {}

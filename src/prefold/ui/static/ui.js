@@ -51,6 +51,7 @@ for (const field of document.querySelectorAll("[data-check]")) {
     into.classList.add("busy");
     const part = await fetchPart(field.dataset.check, { text: field.value }).catch(() => null);
     if (part) replacePart(into, part.text);
+    said(into.querySelector("p")?.textContent ?? "");
     into.classList.remove("busy");
     busy = false;
     turn();
