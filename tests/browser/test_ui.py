@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no `chromium` on PATH"
 
 FAKE_RUN = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "reports" / "fake_run.py"))
 HOSTILE = FAKE_RUN["HOSTILE"]
+REFUSED = "status of 400"
+"""What the browser says where the server refuses something, which is shown on the page."""
 SIZES = [(1280, 800), (390, 844)]
 
 
@@ -79,7 +81,9 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
-    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    page.on(
+        "console", lambda said: wrong.append(said.text) if said.type == "error" and REFUSED not in said.text else None
+    )
     page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
     base = address.partition("/?")[0]
     page.on("request", lambda asked: None if asked.url.startswith((base, "data:")) else wrong.append(asked.url))
@@ -130,6 +134,10 @@ def test_a_row_is_struck_by_the_keyboard(page: Any, folder: Path) -> None:
     page.wait_for_url("**row=52")
     page.keyboard.press("j")
     page.wait_for_url("**row=53")
+    with page.expect_response("**/data/decide") as refused:
+        page.keyboard.press("x")
+    assert refused.value.status == 400
+    page.get_by_text("a decision without a reason").wait_for()
     page.keyboard.press("w")
     page.keyboard.type("x: both are wrong")  # a letter that is a key elsewhere is text in a field
     page.keyboard.press("Escape")
@@ -217,14 +225,7 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.slow
-def test_a_whole_round(browser: Any, tmp_path: Path) -> None:
-    from tiny_tokenizer import save_chat_model
-
-    save_chat_model(tmp_path / "tiny")
-    rows = [{"prompt": f"Say word {i}", "chosen": f"WORD {i}!", "rejected": f"word {i}, maybe"} for i in range(20)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = """method: dpo
+RECIPE = """method: dpo
 model: {name: tiny, dtype: float32}
 lora: {r: 4}
 data:
@@ -234,47 +235,23 @@ train: {batch_size: 4, max_steps: 6, learning_rate: 5e-3, save_steps: 2}
 evaluate: {prompts: 2, max_new_tokens: 8}
 output_dir: runs/first
 """
+
+
+@pytest.mark.slow
+def test_a_whole_round(browser: Any, tmp_path: Path) -> None:
+    from tiny_tokenizer import save_chat_model
+
+    save_chat_model(tmp_path / "tiny")
+    rows = [{"prompt": f"Say word {i}", "chosen": f"WORD {i}!", "rejected": f"word {i}, maybe"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with served(tmp_path) as address:
         page = browser.new_context(base_url=address.partition("/?")[0]).new_page()
         page.set_default_timeout(240_000)
         page.goto(address)
-        page.get_by_role("link", name="New run").click()
-        page.fill("#text", recipe.replace("lora:", "loora:"))
-        page.get_by_text("`loora` is not a field").wait_for()
-        page.fill("#text", recipe)
-        page.get_by_text("The data can be trained on.").wait_for()
-        page.fill("[name=name]", "first.yaml")
-        page.get_by_role("button", name="Start").click()
-        page.locator(".state.done").wait_for()
-        assert "held-out accuracy" in page.inner_text("main").lower() and page.locator("svg.lines").count() >= 4
-        assert "evaluate" in page.inner_text(".log")
-
-        page.get_by_role("link", name="Report").click()
-        assert "accuracy" in page.title()
-        page.go_back()
-        page.get_by_role("link", name="Samples").first.click()
-        page.goto("/samples?run=runs/first")
-        assert page.locator(".exchange").count() == 6
-
-        page.goto("/data?recipe=runs/first")
-        page.locator(".findings").wait_for()
-        page.goto("/data/row?recipe=runs/first&n=0&row=2")
-        page.locator("#tokens .token.trained").first.wait_for()
-        page.fill("[name=reason]", "both are wrong")
-        page.get_by_role("button", name="Strike it").click()
-        page.get_by_text("Struck: both are wrong").wait_for()
-
-        page.goto("/runs/new?from=runs/first")
-        assert "decisions: runs/first.decisions.jsonl" in page.input_value("#text")
-        page.get_by_text("struck by `data.decisions`").wait_for()
-        page.fill("#text", page.input_value("#text").replace("max_steps: 6", "max_steps: 60"))
-        page.get_by_role("button", name="Start").click()
-        page.get_by_text(re.compile(r"^[1-9]\d* steps$")).first.wait_for()
-        page.get_by_role("button", name="Stop after this step").click()
-        page.locator(".state.stopped").wait_for()
-        assert "stopping after this step" in page.inner_text(".log")
-        page.get_by_role("button", name="Go on").click()
-        page.locator(".state.done").wait_for()
+        begin_a_run(page)
+        look_at_it(page)
+        strike_a_row(page)
+        begin_the_next(page)
         page.context.close()
     steps = (tmp_path / "runs" / "first-2" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in steps] == list(range(1, 61))
@@ -282,3 +259,53 @@ output_dir: runs/first
     assert made["sources"][0]["rows_used"] == 19
     assert [finding["rows"][0]["row"] for finding in made["findings"] if finding["kind"] == "struck"] == [2]
     assert "struck by" in (tmp_path / "runs" / "first-2" / "report.html").read_text()
+
+
+def begin_a_run(page: Any) -> None:
+    """What is wrong with its recipe is said while it is written."""
+    page.get_by_role("link", name="New run").click()
+    page.fill("#text", RECIPE.replace("lora:", "loora:"))
+    page.get_by_text("`loora` is not a field").wait_for()
+    page.fill("#text", RECIPE)
+    page.get_by_text("The data can be trained on.").wait_for()
+    page.fill("[name=name]", "../first.yaml")
+    page.get_by_role("button", name="Start").click()
+    page.get_by_text("is no name for it").wait_for()
+    assert page.input_value("#text") == RECIPE
+    page.fill("[name=name]", "first.yaml")
+    page.get_by_role("button", name="Start").click()
+    page.locator(".state.done").wait_for()
+
+
+def look_at_it(page: Any) -> None:
+    assert "held-out accuracy" in page.inner_text("main").lower() and page.locator("svg.lines").count() >= 4
+    assert "evaluate" in page.inner_text(".log")
+    page.get_by_role("link", name="Report").click()
+    assert "accuracy" in page.title()
+    page.goto("/samples?run=runs/first")
+    assert page.locator(".exchange").count() == 6
+
+
+def strike_a_row(page: Any) -> None:
+    page.goto("/data?recipe=runs/first")
+    page.locator(".findings").wait_for()
+    page.goto("/data/row?recipe=runs/first&n=0&row=2")
+    page.locator("#tokens .token.trained").first.wait_for()
+    page.fill("[name=reason]", "both are wrong")
+    page.get_by_role("button", name="Strike it").click()
+    page.get_by_text("Struck: both are wrong").wait_for()
+
+
+def begin_the_next(page: Any) -> None:
+    """From the recipe of the first, with what was decided; it is stopped, and goes on."""
+    page.goto("/runs/new?from=runs/first")
+    assert "decisions: runs/first.decisions.jsonl" in page.input_value("#text")
+    page.get_by_text("struck by `data.decisions`").wait_for()
+    page.fill("#text", page.input_value("#text").replace("max_steps: 6", "max_steps: 60"))
+    page.get_by_role("button", name="Start").click()
+    page.get_by_text(re.compile(r"^[1-9]\d* steps$")).first.wait_for()
+    page.get_by_role("button", name="Stop after this step").click()
+    page.locator(".state.stopped").wait_for()
+    assert "stopping after this step" in page.inner_text(".log")
+    page.get_by_role("button", name="Go on").click()
+    page.locator(".state.done").wait_for()

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn
 
 from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired, short
@@ -24,8 +24,7 @@ from prefold.errors import UserError, did_you_mean, json_type
 from prefold.files import without_home
 from prefold.recipe import Data, Rows, Source
 
-Action = Literal["strike", "flip", "keep"]
-ACTIONS: tuple[str, ...] = get_args(Action)
+ACTIONS = ("strike", "flip", "keep")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Decision:
 
     source: str
     row: int
-    action: Action
+    action: str
     reason: str
     digest: str
 
@@ -85,9 +84,12 @@ def _decision(line: str, where: str) -> Decision:
     return Decision(**value)
 
 
-def append_decision(path: Path, file: Path | str, row: RawRow, action: Action, reason: str) -> Decision:
+def append_decision(path: Path, file: Path | str, row: RawRow, action: str, reason: str) -> Decision:
     """Write down what was decided about a row of a file, or of a source by name, at the end of `path`. Whoever writes
-    has its folder to themselves. Raises UserError: `path` holds something else, or the reason is empty."""
+    has its folder to themselves. Raises UserError: `path` holds something else, there is no such action, or no
+    reason."""
+    if action not in ACTIONS:
+        raise UserError(f"`{short(action)}` is no decision", expected="one of: " + ", ".join(ACTIONS))
     if not reason.strip():
         raise UserError("a decision without a reason", expected="in some words, why", advice="write the reason")
     if path.exists():

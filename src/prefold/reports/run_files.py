@@ -19,7 +19,6 @@ import yaml
 from prefold.errors import UserError
 
 Values = dict[str, Any]
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def read_run(folder: Path, growing: Collection[str] = GROWING) -> RunRecord:
             where=readable(str(folder)),
             advice="give the `output_dir` of a run",
         )
-    recipe = _read(folder / "recipe.yaml", lambda text: cleaned(yaml.load(text, Loader=_Loader)))
+    recipe = _read(folder / "recipe.yaml", lambda text: cleaned(_from_yaml(text)))
     recipe = recipe if isinstance(recipe, dict) else {}
     evaluated, settings = folder / "evaluation", section(recipe, "evaluate")
     lines = {
@@ -130,6 +129,14 @@ def read_run(folder: Path, growing: Collection[str] = GROWING) -> RunRecord:
         guards=_read_object(folder / "guards.json"),
         rollouts=lines["rollouts"],
     )
+
+
+def _from_yaml(text: str) -> Any:
+    """By the loader in C, which is ten times as fast; it does not know half a character (a lone surrogate)."""
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        return yaml.safe_load(text)
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

@@ -4,7 +4,6 @@ decided about single ones."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
@@ -19,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prefold.data.conversion import to_records
-from prefold.data.decisions import ACTIONS, Decision, append_decision, digest_of_row, read_decisions
+from prefold.data.decisions import Decision, append_decision, digest_of_row, read_decisions
 from prefold.data.formats import RawRow, reader_for
 from prefold.data.preference import Problem, Record
 from prefold.data.rankings import Rule, rule_of
@@ -32,8 +31,8 @@ from prefold.recipe.paths import run_folder, start_of_paths, with_paths_from
 from prefold.reports.data_tables import data_tables, example
 from prefold.reports.each_pair import joined
 from prefold.reports.run_files import Values, cleaned, readable, turns
-from prefold.ui.runs import decisions_beside, index_of, recipes_in
-from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of
+from prefold.ui.runs import decisions_beside, index_of, recipes_in, require_inside, run_at
+from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of, whole_number
 from prefold.ui.tables import Table, table_of
 from prefold.ui.worker import checker, reader
 
@@ -110,7 +109,7 @@ def _files(site: Site, given: Fields) -> list[File]:
         recipe, data = _recipe_of(site, given.get("recipe", ""))
         sources = [(split, source) for split in ("train", "eval") for source in getattr(data, split)]
         decided_in = site.inside(data.decisions or decisions_beside(site, given["recipe"]))
-    files = []
+    files: list[File] = []
     for split, source in sources:
         for name, file in named_files(source).items():
             is_builtin = source.path.startswith("builtin:")
@@ -125,21 +124,23 @@ def _recipe_of(site: Site, name: str) -> tuple[str, Data]:
     """The text of a recipe whose relative paths are absolute, and its section `data`."""
     builtin = name in builtin_recipes()
     path = Path(name) if builtin else site.inside(name)
+    path = run_at(site, name) if path.is_dir() else path
     values = parse_yaml(read_text(str(path))[0], name if builtin else site.name_of(path))
     if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
         raise UserError("it has no section `data`", where=site.name_of(path), expected="a recipe")
     folder = None if builtin else run_folder(str(path))
     values = with_paths_from(start_of_paths(folder) if folder else site.start, values)
+    require_inside(site, values)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True), make_section(Data, values["data"])
 
 
 def _file(site: Site, given: Fields) -> File:
-    files, number = _files(site, given), given.get("n") or "0"
+    files, number = _files(site, given), whole_number(given, "n")
     if not files:
         raise UserError("data sets of the Hub are not shown here", advice="`prefold data NAME` shows one")
-    if not number.isdecimal() or int(number) >= len(files):
+    if number >= len(files):
         raise HTTPException(404, "There is no such file.")
-    return files[int(number)]
+    return files[number]
 
 
 # ---- what there is ------------------------------------------------------------------------------------------------
@@ -180,9 +181,9 @@ def _is_of_a_run(file: Path) -> bool:
 def _findings(request: Request) -> Response:
     """What a check finds in the data of a recipe, each finding with links to its rows."""
     site = site_of(request)
+    addresses = {readable(file.name): file.address for file in _files(site, request.query_params)}
     text, _ = _recipe_of(site, request.query_params.get("recipe", ""))
     facts = cleaned(checker.ask("check", start=str(site.start), text=text))
-    addresses = {readable(file.name): file.address for file in _files(site, request.query_params)}
     return page(
         request,
         "data_findings.html.j2",
@@ -218,14 +219,14 @@ def _rows(request: Request) -> Response:
 
 def _numbers(file: File, given: Fields, decisions: dict[int, Decision]) -> tuple[list[int], dict[str, str] | None]:
     """The rows to show, and what in the address leads to those that follow."""
-    table, after = file.table, int(given["after"]) if given.get("after", "").isdecimal() else 0
+    table, after = file.table, whole_number(given, "after")
     if given.get("rows"):
-        named = [int(number) for number in given["rows"].split(",") if number.isdecimal()]
+        named = [int(number) for number in given["rows"].split(",") if number.isdecimal() and len(number) < 12]
         return [number for number in named if 1 <= number <= len(table)], None
     if text := given.get("text"):
         numbers = list(islice(table.holding(text, after), ON_A_PAGE + 1))
         return numbers[:ON_A_PAGE], {"after": str(numbers[-2])} if len(numbers) > ON_A_PAGE else None
-    order: Sequence[Any] = range(1, len(table) + 1)
+    order: Any = range(1, len(table) + 1)
     if given.get("order") in ("longest", "shortest"):
         order = table.by_length[::-1] if given["order"] == "longest" else table.by_length
     elif given.get("order") == "decided":
@@ -268,9 +269,9 @@ def _texts(messages: Values) -> dict[str, str]:
 
 def _row(request: Request) -> Response:
     site, given = site_of(request), request.query_params
-    file, number = _file(site, given), int(given["row"]) if given.get("row", "").isdecimal() else 1
+    file, number = _file(site, given), whole_number(given, "row", 1)
     row = file.table.row(number)
-    records = []
+    records: list[Values] = []
     for record in file.records_of(row):
         if isinstance(record, Problem):
             records.append({"problem": readable(record.message)})
@@ -303,7 +304,7 @@ def _marked(*texts: str) -> list[list[tuple[str, bool]]]:
     if max(map(len, words)) > LONGEST_COMPARED:
         return [[(text, False)] for text in texts]
     same: tuple[list[bool], ...] = tuple([False] * len(of_text) for of_text in words)
-    for at, begin, size in SequenceMatcher(None, *words, autojunk=False).get_matching_blocks():
+    for at, begin, size in SequenceMatcher(None, words[0], words[1], autojunk=False).get_matching_blocks():
         same[0][at : at + size] = same[1][begin : begin + size] = [True] * size
     return [
         [(word, not is_same) for word, is_same in zip(*pair, strict=True)] for pair in zip(words, same, strict=True)
@@ -313,31 +314,27 @@ def _marked(*texts: str) -> list[list[tuple[str, bool]]]:
 def _tokens(request: Request) -> Response:
     """A row as text and as tokens, by the tokenizer of the recipe's model or of the one that is named."""
     site, given = site_of(request), request.query_params
-    file, number = _file(site, given), given.get("row", "1")
+    file, number = _file(site, given), whole_number(given, "row", 1)
     if not file.recipe and not given.get("model"):
         return page(request, "data_tokens.html.j2", facts=None)
     kind = file.shape[0].kind if file.shape else "pairs"
     of_file = {} if file.recipe else {"model": given["model"], "path": file.source.path, "kind": kind}
     asked = {"text": file.recipe} if file.recipe else of_file
     # Other files are read by what reads them for training: it knows which nulls mean nothing.
-    value = file.table.row(int(number)).value if file.table.written is None and number.isdecimal() else None
+    value = file.table.row(number).value if file.table.written is None else None
     facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", value=value, **asked))
-    shown = [
-        example(
-            {"row": facts["row"], "tokens": tokens or {}, "counts": {name: len(tokens[name]) for name in tokens or {}}}
-        )[1]
-        for tokens in facts["tokens"]
-    ]
-    return page(request, "data_tokens.html.j2", facts=facts, records=list(zip(facts["rendered"], shown, strict=True)))
+    records = []
+    for texts, tokens in zip(facts["rendered"], facts["tokens"], strict=True):
+        counts = {name: len(of_part) for name, of_part in (tokens or {}).items()}
+        records.append((texts, example({"tokens": tokens or {}, "counts": counts})[1]))
+    return page(request, "data_tokens.html.j2", facts=facts, records=records)
 
 
 def _decide(request: Request, fields: Fields) -> Response:
     """Write down what is to become of a row."""
     site = site_of(request)
-    file, number, wanted = _file(site, fields), fields.get("row", ""), fields.get("action", "")
-    if wanted not in ACTIONS or not number.isdecimal():
-        raise UserError("this is no decision", expected=f"a row, and one of: {', '.join(ACTIONS)}")
-    row = file.table.row(int(number))
+    file, number, wanted = _file(site, fields), whole_number(fields, "row"), fields.get("action", "")
+    row = file.table.row(number)
     if row.value is None:
         raise UserError("it cannot be read, and is left out anyway", where=str(row.origin))
     records = file.records_of(row)
@@ -346,10 +343,9 @@ def _decide(request: Request, fields: Fields) -> Response:
     known = source_name(file.source) if file.is_builtin else file.path
     decided_in = site.inside(str(file.decided_in))
     with site.writing(decided_in.parent):
-        append_decision(
-            decided_in, known, row, wanted, fields.get("reason", "") or ("as it was" if wanted == "keep" else "")
-        )  # type: ignore[arg-type]
-    return go_to(f"/data/row?{urlencode({**file.address, 'row': number})}")
+        reason = fields.get("reason") or ("as it was" if wanted == "keep" else "")
+        append_decision(decided_in, known, row, wanted, reason)
+    return go_to(f"/data/row?{urlencode({**file.address, 'row': str(number)})}")
 
 
 ROUTES = [

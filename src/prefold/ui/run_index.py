@@ -72,7 +72,7 @@ def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
             entries = list(os.scandir(here))
         except OSError:
             continue
-        names = {entry.name for entry in entries}
+        names = {entry.name for entry in entries if not entry.is_symlink()}
         if "recipe.yaml" in names and names.intersection(OF_A_RUN):
             yield here
         elif level < depth:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from functools import cache
@@ -19,11 +20,11 @@ from prefold.files import is_locked, write_text
 from prefold.recipe import builtin_recipes, first_comment, parse_yaml, read_text
 from prefold.recipe.paths import start_of_paths, with_paths_from
 from prefold.reports.page import check_values
-from prefold.reports.run_files import RunRecord, read_run, readable
+from prefold.reports.run_files import RunRecord, objects, read_run, readable
 from prefold.ui import jobs
 from prefold.ui.charts import charts
-from prefold.ui.run_index import RunIndex, RunRow, run_folders
-from prefold.ui.site import Fields, Page, Site, action, explained, go_to, page, route, site_of
+from prefold.ui.run_index import READ, RunIndex, RunRow, run_folders
+from prefold.ui.site import Fields, Page, Site, action, explained, go_to, page, route, site_of, whole_number
 from prefold.ui.worker import checker
 
 PAGE = Page("/runs", "Runs")
@@ -31,6 +32,8 @@ ON_A_PAGE = 50
 OF_SAMPLES = ("evaluation/heldout.jsonl", "rollouts.jsonl", "samples.jsonl", "evaluation/tasks.json")
 MOST_COMPARED = 8
 STATES = ("running", "done", "stopped")
+SHOWN = (*READ, *OF_SAMPLES, "report.html", "data.json")
+"""What is read of a run."""
 OUTCOMES = {"better": "better", "worse": "worse", "mixed": "better and worse", "unclear": "no difference"}
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
@@ -44,11 +47,27 @@ def index_of(folders: tuple[Path, ...]) -> RunIndex:
     return RunIndex(folders)
 
 
-def _run_of(request: Request, name: str = "run") -> Path:
-    folder = site_of(request).inside(request.query_params.get(name, ""))
+def run_at(site: Site, path: str) -> Path:
+    """A run folder whose files are in the folders as well. Raises HTTPException: it is none, or they are not."""
+    folder = site.inside(path)
+    for name in SHOWN:
+        site.inside(str(folder / name))
     if not (folder / "recipe.yaml").is_file() and not jobs.job_of(folder):
         raise HTTPException(404, "There is no run in this folder.")
     return folder
+
+
+def require_inside(site: Site, values: Any) -> None:
+    """Raises HTTPException: the text of a recipe names data, or code for rewards, that is in none of the folders."""
+    data = values.get("data") if isinstance(values, dict) else None
+    data = data if isinstance(data, dict) else {}
+    rewards = {"rewards": values.get("rewards")} if isinstance(values, dict) else {}
+    named = [("path", data, name) for name in ("train", "eval", "decontaminate")] + [("file", rewards, "rewards")]
+    entries = [(field, entry) for field, part, name in named for entry in objects(part.get(name))]
+    paths = [entry[field] for field, entry in entries if isinstance(entry.get(field), str)]
+    for path in [*paths, *([data["decisions"]] if isinstance(data.get("decisions"), str) else [])]:
+        if os.path.lexists(site.start / os.path.expanduser(path)) or glob.has_magic(path):
+            site.inside(path)
 
 
 # ---- all runs -----------------------------------------------------------------------------------------------------
@@ -59,7 +78,7 @@ def _list(request: Request) -> Response:
     site, query = site_of(request), request.query_params
     every = index_of(site.folders).rows()
     rows = [row for row in every if _fits(row, site, query.get("text", ""), dict(query))]
-    first = ON_A_PAGE * (max(int(query["page"]), 1) - 1) if query.get("page", "").isdecimal() else 0
+    first = ON_A_PAGE * max(whole_number(query, "page", 1) - 1, 0)
     return page(
         request,
         "runs_part.html.j2" if request.url.path.endswith("/rows") else "runs.html.j2",
@@ -91,7 +110,8 @@ def _fits(row: RunRow, site: Site, text: str, wanted: dict[str, str]) -> bool:
 
 def _run(request: Request) -> Response:
     """What it is and does, as a page or as the part of one that is loaded anew."""
-    folder, site = _run_of(request), site_of(request)
+    site = site_of(request)
+    folder = run_at(site, request.query_params.get("run", ""))
     job, exists = jobs.job_of(folder), (folder / "recipe.yaml").is_file()
     is_part = request.url.path.endswith("/now")
     run = read_run(folder, growing=["metrics"]) if exists else None
@@ -116,7 +136,7 @@ def _end_of(log: Path) -> str:
 
 
 def _report(request: Request) -> Response:
-    report = site_of(request).inside(str(_run_of(request) / "report.html"))
+    report = run_at(site_of(request), request.query_params.get("run", "")) / "report.html"
     if not report.is_file():
         raise HTTPException(404, "This run has no report yet.")
     return FileResponse(report, headers={"content-security-policy": REPORT_POLICY})
@@ -124,9 +144,7 @@ def _report(request: Request) -> Response:
 
 def _continue(request: Request, fields: Fields) -> Response:
     site = site_of(request)
-    folder = site.inside(fields.get("run", ""))
-    if not (folder / "recipe.yaml").is_file():
-        raise HTTPException(404, "There is no run in this folder.")
+    folder = run_at(site, fields.get("run", ""))
     jobs.start(folder, [str(folder)], start_of_paths(folder))
     return go_to(_address(folder))
 
@@ -153,7 +171,7 @@ def _compare(request: Request) -> Response:
     if not 1 < len(named) <= MOST_COMPARED:
         advice = f"choose two to {MOST_COMPARED} in the table of runs"
         raise UserError(f"{len(named)} runs were chosen", where="Compare", advice=advice)
-    folders = [site.inside(name) for name in named]
+    folders = [run_at(site, name) for name in named]
     runs = {site.name_of(folder): read_run(folder, growing=["metrics"]) for folder in folders}
     index = index_of(site.folders)
     return page(
@@ -188,6 +206,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, str]:
 
 def _new(request: Request) -> Response:
     site, source = site_of(request), request.query_params.get("from", "")
+    source = source if source in ("", *builtin_recipes()) else str(site.inside(source))
     votes = request.query_params.get("votes", "")
     name, text = _recipe_to_start_from(site, source, votes) if source else ("", "")
     return page(
@@ -232,9 +251,9 @@ def _recipe_to_start_from(site: Site, source: str, votes: str = "") -> tuple[str
     if source in builtin_recipes():
         return f"{source}.yaml", read_text(source)[0]
     path = site.inside(source)
-    text = read_text(str(path))[0]
     if not path.is_dir():
-        return path.name, text
+        return path.name, read_text(str(path))[0]
+    text = read_text(str(run_at(site, source)))[0]
     values = parse_yaml(text, site.name_of(path))
     values = {**with_paths_from(start_of_paths(path), values), "output_dir": _free(site, path)}
     decided_in = Path(decisions_beside(site, source))
@@ -267,8 +286,9 @@ def _check(request: Request, fields: Fields) -> Response:
     if not text.strip():
         return page(request, "check_part.html.j2", facts=None)
     try:
+        require_inside(site_of(request), parse_yaml(text, "the recipe"))
         facts = checker.ask("check", start=str(site_of(request).start), text=text)
-    except UserError as error:  # of what is being written nothing else is to be expected
+    except (UserError, HTTPException) as error:  # of what is being written nothing else is to be expected
         response = explained(request, error)
         response.status_code = 200
         return response
@@ -279,6 +299,7 @@ def _start(request: Request, fields: Fields) -> Response:
     """Write the recipe to its file, and start a run of it."""
     site, text = site_of(request), fields.get("text", "").replace("\r\n", "\n")
     values = parse_yaml(text, "the recipe")
+    require_inside(site, values)
     output = values.get("output_dir") if isinstance(values, dict) else None
     if not isinstance(output, str) or not output:
         raise UserError("`output_dir` is missing", where="the recipe", expected="The run folder.")

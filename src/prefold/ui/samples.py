@@ -17,8 +17,8 @@ from prefold.reports.numbers import finite
 from prefold.reports.page import exchanges, shared_system
 from prefold.reports.run_files import Values, cleaned, objects, read_run
 from prefold.reports.tasks import task_table
-from prefold.ui.runs import OF_SAMPLES, index_of
-from prefold.ui.site import Page, page, route, site_of
+from prefold.ui.runs import OF_SAMPLES, index_of, run_at
+from prefold.ui.site import Page, page, route, site_of, whole_number
 from prefold.ui.tables import Table, table_of
 
 PAGE = Page("/samples", "Samples")
@@ -34,9 +34,9 @@ def _samples(request: Request) -> Response:
     site, given = site_of(request), request.query_params
     if "run" not in given:
         runs = {str(row.folder): site.name_of(row.folder) for row in index_of(site.folders).rows()[:200]}
-        shown = {path: name for path, name in runs.items() if any((Path(path) / kind).is_file() for kind in OF_SAMPLES)}
-        return page(request, "samples.html.j2", folder="", runs=shown, kinds={})
-    folder = site.inside(given["run"])
+        runs = {path: name for path, name in runs.items() if any((Path(path) / kind).is_file() for kind in OF_SAMPLES)}
+        return page(request, "samples.html.j2", folder="", runs=runs, kinds={})
+    folder = run_at(site, given["run"])
     kinds = {kind: title for kind, title in TITLES.items() if (folder / kind).is_file()}
     if not kinds:
         raise HTTPException(404, "This run has no samples yet.")
@@ -53,7 +53,7 @@ def _held_out(folder: Path, given: dict[str, str]) -> Values:
     table, run = _table(folder / HELD_OUT), read_run(folder, growing=())
     order = given.get("order", "worst")
     numbers, got_worse = _ordered(table, order if order in ORDERS else "worst")
-    first = int(given["after"]) if given.get("after", "").isdecimal() else 0
+    first = whole_number(given, "after")
     shown = [cleaned(table.row(number).value) for number in numbers[first : first + ON_A_PAGE]]
     return {
         "entries": [entry_of(line, LONGEST) for line in shown],
@@ -106,7 +106,8 @@ def _rollouts(folder: Path, given: dict[str, str]) -> Values:
     if not steps:
         raise UserError("no step has been recorded yet", where=ROLLOUTS, advice="come back when the run has taken one")
     known = list(steps)
-    step = int(given["step"]) if given.get("step", "").isdecimal() and int(given["step"]) in steps else known[-1]
+    step = whole_number(given, "step")
+    step = step if step in steps else known[-1]
     at = known.index(step)
     groups = [cleaned(table.row(number).value) for number in steps[step]]
     for group in groups:

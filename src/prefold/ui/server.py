@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import sys
+import traceback
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,7 +72,7 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
         webbrowser.open(address)  # else a browser in this terminal would take it
     settings = uvicorn.Config(
         make_app(site),
-        log_level="warning",
+        log_level="critical",
         access_log=False,
         timeout_graceful_shutdown=1,
         ws="none",
@@ -101,9 +102,16 @@ def make_app(site: Site) -> ASGIApp:
         route("/static/{name}", _static),
         *(declared for module in MODULES for declared in module.ROUTES),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: explained, UserError: explained})
+    handlers = {HTTPException: explained, UserError: explained, Exception: _failed}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.site = replace(site, navigation=pages)
     return Guard(app, site)
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    """An error of ours: the terminal shows where it happened."""
+    traceback.print_exception(error)
+    return explained(request, HTTPException(500, f"This failed ({type(error).__name__}); the terminal shows where."))
 
 
 def _static(request: Request) -> Response:

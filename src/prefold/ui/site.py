@@ -63,7 +63,9 @@ class Site:
         except (OSError, RuntimeError, ValueError):  # a circle of links, a name too long, a null byte, no such user
             raise HTTPException(404, "There is no such path.") from None
         if not any(resolved.is_relative_to(folder) for folder in self.folders):
-            raise HTTPException(403, "This path is in none of the folders that `prefold ui` was started with.")
+            raise HTTPException(
+                403, "This path is in none of the folders that `prefold ui` was started with: name its folder as well."
+            )
         return resolved
 
     def name_of(self, path: Path) -> str:
@@ -84,6 +86,12 @@ class Site:
 def site_of(request: Request) -> Site:
     site: Site = request.app.state.site
     return site
+
+
+def whole_number(given: Fields, name: str, default: int = 0) -> int:
+    """What a field holds, where that is a number that anything here could have."""
+    text = given.get(name, "")
+    return int(text) if text.isdecimal() and len(text) < 12 else default
 
 
 def page(request: Request, template: str, **values: Any) -> HTMLResponse:

@@ -30,7 +30,7 @@ def decided(tmp_path: Path, path: str, *actions: tuple[int, str], **settings: An
     file = tmp_path / "decisions.jsonl"
     rows = {row.origin.row: row for row in read_rows(Source(path=path))}
     for number, action in actions:
-        append_decision(file, Path(path), rows[number], action, f"because {number}")  # type: ignore[arg-type]
+        append_decision(file, Path(path), rows[number], action, f"because {number}")
     return Data(train=[Source(path=path, **settings)], decisions=str(file))
 
 

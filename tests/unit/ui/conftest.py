@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_texts import FAKE_RUN
 from starlette.testclient import TestClient
 
 from prefold.ui.server import make_app
 from prefold.ui.site import Site
-
-FAKE_RUN = runpy.run_path(str(Path(__file__).parents[1] / "reports" / "fake_run.py"))
-HOSTILE = [text.encode("utf-8", "replace").decode() for text in FAKE_RUN["HOSTILE"]]
-HOSTILE += [f"{quote}{text}{end}" for quote, end in (('">', ""), ("'}", "{'")) for text in HOSTILE[:30]]
-ORIGIN = {"origin": "http://127.0.0.1:8000"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,22 +53,3 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def require_harmless(text: str) -> None:
-    """No element, and no attribute that runs anything, came from a hostile text."""
-    from html.parser import HTMLParser
-
-    class Elements(HTMLParser):
-        found: list[str]
-
-        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            names = {name for name, _ in attributes}
-            assert tag not in ("img", "iframe", "object", "base", "body!", "math", "style"), (tag, attributes)
-            assert not {name for name in names if name.startswith("on")} and "srcdoc" not in names, attributes
-            assert tag != "script" or dict(attributes).get("src", "").startswith("/static/"), attributes  # type: ignore[union-attr]
-            for name in ("href", "src", "action"):
-                target = dict(attributes).get(name) or "/"
-                assert target.startswith(("/", "?", "#", "data:,")) and not target.startswith("//"), attributes
-
-    Elements().feed(text)

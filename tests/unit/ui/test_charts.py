@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAKE_RUN
+from hostile_texts import FAKE_RUN
 
 from prefold.reports.curves import LOSS
 from prefold.reports.run_files import RunRecord, read_run

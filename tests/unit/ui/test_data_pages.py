@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOSTILE, ORIGIN, require_harmless
+from hostile_texts import HOSTILE, ORIGIN, require_harmless
 from starlette.testclient import TestClient
 
 from prefold.data.decisions import read_decisions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import HOSTILE, ORIGIN, require_harmless
+from hostile_texts import HOSTILE, ORIGIN, require_harmless
 from starlette.testclient import TestClient
 
 from prefold.ui import jobs
@@ -166,6 +167,48 @@ def test_a_new_run_begins_with_the_recipe_of_another_in_a_free_folder(
     (tmp_path / "runs" / "a.decisions.jsonl").write_text("")
     text = ui_client(tmp_path).get("/runs/new?from=runs/a").text
     assert "output_dir: runs/a-3" in text and "decisions: runs/a.decisions.jsonl" in text and 'value="a-3.yaml"' in text
+
+
+OUTSIDE = ["data:\n  train: [{path: PATH}]", "data:\n  eval: [{path: PATH}]", "data:\n  decontaminate: [{path: PATH}]"]
+OUTSIDE += ["data:\n  decisions: PATH", "rewards: [{file: PATH}]", "data:\n  train: [{path: '../*.jsonl'}]"]
+
+
+@pytest.mark.parametrize("field", OUTSIDE)
+def test_a_recipe_does_not_lead_out_of_the_folders(ui_client: Client, tmp_path: Path, started: Any, field: str) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret.jsonl").write_text('{"prompt": "secret"}')
+    (tmp_path / "inside" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    client = ui_client(tmp_path / "inside")
+    for path in (str(tmp_path / "secret.jsonl"), "../secret.jsonl", "link.jsonl"):
+        text = f"method: dpo\noutput_dir: mine\n{field.replace('PATH', path)}\n"
+        assert "in none of the folders" in client.post("/runs/check", data={"text": text}, headers=ORIGIN).text
+        fields = {"text": text, "name": "mine.yaml", "folder": str(tmp_path / "inside")}
+        assert client.post("/runs/start", data=fields, headers=ORIGIN).status_code == 403
+        (tmp_path / "inside" / "there.yaml").write_text(text)
+        if "data:" in field:
+            assert client.get("/data/findings?recipe=there.yaml").status_code in (400, 403)
+    assert not started and not (tmp_path / "inside" / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "evaluation", "samples.jsonl", "run.log"])
+def test_a_file_of_a_run_that_leads_out_of_the_folders_is_not_shown(
+    ui_client: Client, fake_run: Fake, tmp_path: Path, name: str
+) -> None:
+    outside = fake_run(tmp_path / "outside")
+    (outside / "run.log").write_text("secret")
+    folder = fake_run(tmp_path / "inside" / "a")
+    shutil.rmtree(folder / name) if name == "evaluation" else (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside / name)
+    client = ui_client(tmp_path / "inside")
+    for page in (
+        "/runs/run?run=a",
+        "/samples?run=a",
+        "/runs/new?from=a",
+        "/data?recipe=a",
+        "/runs/compare?run=a&run=a/.",
+    ):
+        assert client.get(page).status_code in (400, 403, 404), page
+    assert client.get("/runs").status_code == 200
 
 
 @pytest.fixture

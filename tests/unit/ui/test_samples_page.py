@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOSTILE, require_harmless
+from hostile_texts import HOSTILE, require_harmless
 from starlette.testclient import TestClient
 
 Client = Callable[..., TestClient]

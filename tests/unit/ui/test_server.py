@@ -79,3 +79,15 @@ def test_files_of_the_pages_alone_are_static(ui_client: Client, tmp_path: Path) 
 def test_a_folder_or_port_that_cannot_be_used_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         serve([tmp_path / "missing"])
+
+
+def test_an_error_of_ours_is_a_page_and_shows_in_the_terminal(
+    ui_client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = ui_client(tmp_path)
+    client = TestClient(client.app, client.base_url, raise_server_exceptions=False, cookies=client.cookies)
+    monkeypatch.setattr("prefold.ui.runs.index_of", None)
+    answer = client.get("/runs")
+    assert answer.status_code == 500 and "This failed (TypeError)" in answer.text and "NoneType" not in answer.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "'NoneType' object is not callable" in capsys.readouterr().err

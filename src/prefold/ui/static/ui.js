@@ -4,7 +4,7 @@ const said = (text) => { document.getElementById("said").textContent = text; };
 const fetchPart = async (address, fields) => {
   const sent = fields && { method: "POST", body: new URLSearchParams(fields) };
   const response = await fetch(address, { headers: { Accept: "text/html;part" }, ...sent });
-  return { ok: response.ok, text: await response.text() };
+  return { ok: response.ok, text: await response.text(), leadsTo: response.redirected && response.url };
 };
 const atEnd = (log) => !log || log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
 for (const log of document.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;
@@ -57,6 +57,15 @@ for (const field of document.querySelectorAll("[data-check]")) {
   };
   field.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(turn, 600); });
   if (field.value) turn();
+}
+// <form data-into="id">: what is refused is said there, and what was written stays.
+for (const form of document.querySelectorAll("form[data-into]")) {
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const part = await fetchPart(form.getAttribute("action"), new FormData(form, event.submitter)).catch(() => ({ text: "The server has ended." }));
+    if (part.leadsTo) location.assign(part.leadsTo);
+    else replacePart(document.getElementById(form.dataset.into), part.text);
+  });
 }
 // data-key="n" on a button, link or field: the key presses or focuses it, but while something is written.
 const writes = (target) => target.matches("input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable]");
