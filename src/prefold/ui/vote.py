@@ -26,7 +26,7 @@ from prefold.data.formats import read_file
 from prefold.data.vote_file import WINNERS, append_line, compared_key, key_of, read_votes
 from prefold.evaluation.people import rate_by_votes
 from prefold.recipe.paths import start_of_paths
-from prefold.reports.run_files import as_list, cleaned, section, turns
+from prefold.reports.run_files import as_list, cleaned, readable, section, turns
 from prefold.ui import jobs
 from prefold.ui.run_index import run_folders
 from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of
@@ -60,7 +60,7 @@ class Comparison:
         order = self.order_for(voter)
         answers = [[self.answers[side], self.cut_off[side]] for side in order]
         prompt = [[role, text] for role, text in turns(self.prompt)]
-        return cleaned({"id": short_key(self.key), "prompt": prompt, "answers": answers})
+        return dict(cleaned({"id": short_key(self.key), "prompt": prompt, "answers": answers}))
 
 
 def short_key(key: str) -> str:
@@ -222,7 +222,7 @@ def _folder(request: Request, deck: str) -> Path:
 
 
 def _voter(name: str) -> str:
-    if not (name := cleaned(" ".join(name.split()))) or len(name) > LONGEST_NAME:
+    if not (name := readable(" ".join(name.split()))) or len(name) > LONGEST_NAME:
         raise HTTPException(400, f"A voter has a name of up to {LONGEST_NAME} characters.")
     return name
 

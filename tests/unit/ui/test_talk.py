@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,12 @@ def post(client: TestClient, action: str, **fields: Any) -> Any:
 def events(response: Any) -> list[dict[str, Any]]:
     assert response.headers["content-type"].startswith("text/event-stream")
     return [json.loads(event.removeprefix("data: ")) for event in response.text.split("\n\n") if event]
+
+
+def begins(given: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """With the whole answer waited for."""
+    every = [*given]
+    return every[0]
 
 
 def said(given: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -122,13 +129,13 @@ def test_a_model_that_dies_is_loaded_anew(run: Path) -> None:
 
 def test_a_model_that_was_trained_anew_is_loaded_anew(run: Path) -> None:
     speaker = speaker_of(run, "after")
-    assert [*speaker.ask(ASKED, {})][0] == {"loading": True}
+    assert begins(speaker.ask(ASKED, {})) == {"loading": True}
     (run / "merge.json").write_text("{}")
-    assert [*speaker.ask(ASKED, {})][0] == {"loading": True}
-    assert "loading" not in [*speaker.ask(ASKED, {})][0]
+    assert begins(speaker.ask(ASKED, {})) == {"loading": True}
+    assert "loading" not in begins(speaker.ask(ASKED, {}))
     (run / "merge.json").write_text("{} ")
     os.utime(run / "merge.json", (1, 1))
-    assert [*speaker.ask(ASKED, {})][0] == {"loading": True}
+    assert begins(speaker.ask(ASKED, {})) == {"loading": True}
 
 
 def test_an_answer_is_stopped_and_what_was_said_is_kept(run: Path) -> None:
@@ -149,6 +156,11 @@ def test_an_answer_that_nobody_waits_for_is_stopped(run: Path) -> None:
     coming.close()
     assert not speaker.asking.locked()
     assert [event.get("text") for event in speaker.ask(ASKED, {})] == ["after ", "0: ", "hello ", None]
+
+
+def test_the_server_holds_no_library_of_models() -> None:
+    code = "import sys, prefold.ui.server; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_models_are_let_go_when_nobody_talks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
