@@ -27,8 +27,8 @@ SHORT = {"name": "length", "target": 3, "unit": "characters"}
 
 @pytest.fixture(scope="session")
 def ending_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fifth of its tokens end a completion."""
-    return save_chat_model(tmp_path_factory.mktemp("models") / "ending", ends=tuple(range(0, 250, 5)))
+    """A twelfth of its tokens ends a completion."""
+    return save_chat_model(tmp_path_factory.mktemp("models") / "ending", ends=tuple(range(0, 250, 12)))
 
 
 @pytest.fixture(autouse=True)
