@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
 from transformers import AutoConfig
 
-from prefold.plan.flops import Steps, with_completions
+from prefold.plan.flops import Steps
 from prefold.plan.machine import CUDA_BYTES, Machine
 from prefold.plan.plan import Plan
 from prefold.plan.planner import Planner
-from prefold.recipe import make_recipe, read_text
+from prefold.recipe import make_recipe
 
 TREES = [(400, 300, 300)] * 16
 TOKENS = 2048
@@ -45,8 +44,6 @@ MODELS = {
     "Qwen2.5 14B": ("qwen2", 152_064, 5120, 13_824, 48, 40, 8, False),
     "Llama 3 70B": ("llama", 128_256, 8192, 28_672, 80, 64, 8, False),
 }
-RECIPES = {"neuralhermes-dpo": "Mistral 7B", "orpollama-orpo": "Llama 3 8B", "smolgrpo": "SmolLM2 135M"}
-"""Of the tutorials, with the shape of the model that they train."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA, 4 bits": {"model": {"load_in_4bit": True}, "lora": {"r": 16}},
     "LoRA, bfloat16": {"lora": {"r": 16}},
@@ -70,37 +67,12 @@ def plan_of(model: str, machine: Machine, setting: str) -> Plan:
     return Planner(make_recipe(recipe), config, machine, steps, TREES[:2]).plan()
 
 
-def plan_of_recipe(name: str, card: int) -> Plan:
-    """Of a shipped recipe, every row as long as it may be, on a card of so many GB."""
-    values = yaml.safe_load(read_text(name)[0])
-    values["model"] |= {"name": "unused", "chat_template": None}
-    recipe, config = make_recipe(values), shape(*MODELS[RECIPES[name]])
-    prompt, longest = recipe.data.max_prompt_length or recipe.data.max_length, recipe.data.max_length
-    pair = (prompt, longest - prompt, longest - prompt)
-    sampled = recipe.algorithm.kind.samples
-    batch = recipe.train.batch_size
-    trees = with_completions(recipe, [(prompt,)] * batch) if sampled else [pair] * batch
-    steps = Steps(trees, [range(batch)], sampled=sampled)
-    return Planner(recipe, config, Machine("cuda", card * 10**9, CUDA_BYTES), steps, trees[:2]).plan()
-
-
-def recipe_row(name: str) -> str:
-    for card in CARDS:
-        plan = plan_of_recipe(name, card)
-        needed = peak_of_training(plan)
-        if needed <= card * 10**9:
-            break
-    evaluated = plan.peaks["evaluate"]
-    numbers = f"{card} GB | {needed / 1e9:.1f} | {plan.budget:,}"
-    return f"| `{name}` | {RECIPES[name]} | {numbers} | {evaluated / 1e9:.1f}: {smallest(evaluated, CARDS)} |"
-
-
 def smallest(needed: int, sizes: tuple[int, ...]) -> str:
     return next((f"{size} GB" for size in sizes if needed <= size * 10**9), "several")
 
 
 def peak_of_training(plan: Plan) -> int:
-    return max(plan.peaks[phase] for phase in ("load", "self-check", "train", "rollouts") if phase in plan.peaks)
+    return max(plan.peaks[phase] for phase in ("load", "self-check", "train"))
 
 
 def gpu_row(model: str) -> str:
@@ -130,10 +102,6 @@ GPU_HEAD = f"""\
 | model | {" | ".join(SETTINGS)} | evaluate |
 |---|{"---|" * len(SETTINGS)}---|
 """
-RECIPE_HEAD = """\
-| recipe | shape | trains on | GB there | tokens of a row | evaluate |
-|---|---|---|---|---|---|
-"""
 CPU_HEAD = """\
 | model | RAM | train | merge | evaluate | and mapped | evaluated in |
 |---|---|---|---|---|---|---|
@@ -142,7 +110,6 @@ CPU_HEAD = """\
 
 def main() -> None:
     print(GPU_HEAD + "\n".join(map(gpu_row, MODELS)), end="\n\n")
-    print(RECIPE_HEAD + "\n".join(map(recipe_row, RECIPES)), end="\n\n")
     print(CPU_HEAD + "\n".join(map(cpu_row, MODELS)))
 
 
