@@ -269,9 +269,8 @@ class VariableLength(SequenceBatch):
         shifts = [start - first for start, first in zip(self.starts, firsts, strict=True)]
         ends = [first + length for first, length in zip(firsts, self._lengths, strict=True)]
         device = self.positions.device
-        self._seen_by, self._firsts, self._ends, self._shifts = torch.tensor(
-            [seen_by, firsts, ends, shifts], device=device
-        )
+        located = torch.tensor([seen_by, firsts, ends, shifts], device=device)
+        self._seen_by, self._firsts, self._ends, self._shifts = located.unbind()
         queries = pairwise(accumulate([*counts, *[1] * sum(counts)], initial=0))
         self._queries = torch.tensor([*chain(*queries)], dtype=torch.int32, device=device)
         self._of_step: dict[Any, Tensor] = {}
@@ -341,8 +340,9 @@ class VariableLength(SequenceBatch):
             return_aux=varlen.AuxRequest(lse=True),
             scale=shape.scale,
         )
-        by_prompts, own = out.unflatten(0, (2, -1, group)).transpose(2, 3)
-        prompts_normaliser, own_normaliser = normalisers.unflatten(1, (2, -1, group)).permute(1, 2, 0, 3)[..., None]
+        by_prompts, own = out.unflatten(0, (2, -1, group)).transpose(2, 3).unbind()
+        normalisers = normalisers.unflatten(1, (2, -1, group)).permute(1, 2, 0, 3)
+        prompts_normaliser, own_normaliser = normalisers[..., None].unbind()
         if shape.window is not None:
             # The kernel's mark for queries that see nothing is an infinity of either sign.
             prompts_normaliser = prompts_normaliser.masked_fill(prompts_normaliser.isinf(), float("-inf"))

@@ -47,9 +47,10 @@ def fold_adapter(model: nn.Module) -> Iterator[None]:
         if _fit(in_4_bits):
             above = {id(layer.base_layer): layer for layer in model.modules() if isinstance(layer, LoraLayer)}
             for base in in_4_bits:
-                layer = above.get(id(base))
-                folds = layer is not None and _foldable(layer) and not any(layer.lora_bias.values())
-                stack.enter_context(computing_by(layer if folds else base, _unpacked(base, layer if folds else None)))
+                around: Any = above.get(id(base))
+                folds = around is not None and _foldable(around) and not any(around.lora_bias.values())
+                forward = _unpacked(base, around if folds else None)
+                stack.enter_context(computing_by(around if folds else base, forward))
         yield
 
 
@@ -75,9 +76,9 @@ def _folded(layer: Linear) -> Iterator[None]:
 
 
 def _is_in_4_bits(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
-    # Another order, which bitsandbytes has for asking on a CPU.
+    # On a CPU bitsandbytes has an order of its own for models that are only asked.
     in_order = state is not None and not getattr(state, "packing_format_for_cpu", False)
     return in_order and get_bnb_param_type(weight) == "4bit" and hasattr(module, "compute_dtype")
 

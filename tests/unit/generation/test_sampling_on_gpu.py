@@ -34,7 +34,7 @@ def test_the_check_passes(width: int, dtype: torch.dtype, window: int | None, ca
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3_text", "phi", "gpt2"])
 def test_completions(name: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of products, as far as rounding lets them; the same in every batch likewise."""
-    how, found = Sampling(14, 3, temperature, end_tokens=ENDS), []
+    how, found = Sampling(14, 3, temperature, end_tokens=ENDS), list[Any]()
     for fits, tokens in ((True, 500), (True, 150), (False, 500)):
         monkeypatch.setattr(VariableLength, "fits", lambda config, fits=fits: fits)
         model = family(name, torch.float16).cuda()

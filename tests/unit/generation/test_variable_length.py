@@ -107,7 +107,7 @@ def test_completions_do_not_depend_on_the_batch(calls: list[int], monkeypatch: p
 
 def test_rows_that_leave_and_join_share_one_call(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a step and layer, whatever is under way. Segments are twice what is seen, less one: gaps lie between."""
-    model, seen = as_on_cuda(tiny_llama(), monkeypatch), []
+    model, seen = as_on_cuda(tiny_llama(), monkeypatch), list[tuple[int, int, set[int]]]()
     decode = engine.decode
     engine.why_not_shared(model, PROMPTS[1], 14)
 
@@ -176,7 +176,7 @@ def test_nothing_is_moved_until_half_is_free() -> None:
 
 def test_the_next_token_is_looked_at_in_time(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """No step beyond the length of the longest, or beyond a token that somebody reads."""
-    model, steps = as_on_cuda(tiny_llama(), monkeypatch), []
+    model, steps = as_on_cuda(tiny_llama(), monkeypatch), list[int]()
     decode = engine.decode
     engine.why_not_shared(model, PROMPTS[1], 14)
 
@@ -323,7 +323,7 @@ def test_out_of_memory_in_the_check_is_no_fault(calls: list[int], monkeypatch: p
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_both_kinds_attend_alike(heads: int, key_heads: int, window: int | None, calls: list[int]) -> None:
     """From where prompts are out of sight, too."""
-    model = family("llama", num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=8, hidden_size=24)
+    model: Any = family("llama", num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=8, hidden_size=24)
     for layer in model.model.layers:
         layer.self_attn.sliding_window = window
     found = [logits_of(model, kind) for kind in (VariableLength, Products)]
