@@ -86,7 +86,7 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
 
 
 def _prepare(site: Site) -> None:
-    """What takes the first page its time, before it is asked for."""
+    """What takes the first page its time, before somebody looks."""
     runs.index_of(site.folders).rows()
     for name in templates().list_templates(filter_func=lambda name: name.endswith(".html.j2")):
         templates().get_template(name)

@@ -1,7 +1,7 @@
 """Rows of a file by their numbers, with what is on the screen read and no more.
 
 A .jsonl file is read where it lies, at the bytes at which its lines begin; any other is first written out as one. Lines
-are looked for in a thread, and those that were found so far can be read.
+are looked for in a thread, and those that are known so far can be read.
 """
 
 from __future__ import annotations
@@ -136,14 +136,14 @@ class Table:
 
 def _rows_with(patterns: Collection[bytes], content: bytes, bounds: NDArray[np.int64], first: int) -> list[int]:
     """The rows of a part of a file that hold any of the patterns; `first` is the number of its first."""
-    found: set[int] = set()
+    rows: set[int] = set()
     for pattern in patterns:
         at = content.find(pattern)
         while at >= 0:
             row = int(np.searchsorted(bounds, at, side="right"))
-            found.add(row + first - 1)
+            rows.add(row + first - 1)
             at = content.find(pattern, int(bounds[row]))
-    return sorted(found)
+    return sorted(rows)
 
 
 def table_of(file: Path, name: str) -> Table:
