@@ -321,8 +321,9 @@ def _tokens(request: Request) -> Response:
     if not file.recipe and not given.get("model"):
         return page(request, "data_tokens.html.j2", facts=None)
     kind = file.shape[0].kind if file.shape else "pairs"
-    of_file = {} if file.recipe else {"model": given["model"], "path": file.source.path, "kind": kind}
-    source = {"text": file.recipe} if file.recipe else of_file
+    source = {"text": file.recipe}
+    if not file.recipe:
+        source = {"model": given["model"], "path": file.source.path, "kind": kind}
     # Other files are read by what reads them for training: it knows which nulls mean nothing.
     value = file.table.row(number).value if file.table.written is None else None
     facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", value=value, **source))
