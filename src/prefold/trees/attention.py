@@ -254,6 +254,7 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
         raise NotImplementedError("variable-length attention has no soft-cap")
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: Any = {"enable_gqa": query.shape[1] != key.shape[1]} if NAMES_GROUPED_HEADS else {}
     indices, layout = trees.once(f"keys on {key.device}", lambda row: gathered_keys(row, key.device))
     out = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
@@ -262,7 +263,7 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
         *layout,
         scale=shape.scale,
         window_size=(-1 if shape.window is None else shape.window - 1, 0),
-        **({"enable_gqa": query.shape[1] != key.shape[1]} if NAMES_GROUPED_HEADS else {}),
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out[None]

@@ -33,7 +33,7 @@ def fuse_lora(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
     for layer in layers:
-        layer.forward = MethodType(_lora_forward, layer)  # type: ignore[attr-defined]
+        layer.forward = MethodType(_lora_forward, layer)
     return len(layers)
 
 
@@ -66,10 +66,11 @@ def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Once for all layers that take the same states (query, key and value; gate and up), which then keep the same
-    tensor for their backward passes. It lies with the states, by the version by which autograd too knows whether they
-    have been written to."""
+    tensor for their backward passes. It is kept as an attribute of the states, so it goes with them, beside the
+    version by which autograd too knows whether they have been written to."""
     if x.dtype == dtype or x.is_inference():
         return x.to(dtype)
+    cast: Tensor
     version, cast = vars(x).get("cast", (None, x))
     if version != x._version or cast.dtype != dtype:
         cast = x.detach().to(dtype)
@@ -112,7 +113,7 @@ class _FusedLora(torch.autograd.Function):
 
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
-    return base.weight.to(dtype) if type(base) is nn.Linear else base.unpacked(dtype)  # type: ignore[no-any-return]
+    return base.weight.to(dtype) if type(base) is nn.Linear else base.unpacked(dtype)
 
 
 # ---- single trained rows ----------------------------------------------------------------------------------------
