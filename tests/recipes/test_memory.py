@@ -20,6 +20,7 @@ from prefold.memory import ANYWAY
 from prefold.models.load import load_model
 from prefold.recipe import RecipeBase
 from prefold.reports.run_table import summary
+from prefold.runs.opened import scorer_of
 from prefold.terminal import as_text
 from prefold.trees.logprobs import TreeLogprobs
 from prefold.trees.packing import TokenTree
@@ -134,6 +135,21 @@ def test_each_stage_is_refused_before_it_loads(recipe: MakeRecipe, monkeypatch: 
         patch.setenv(ANYWAY, "1")
         patch.setattr("prefold.runs.opened.load_model", load_model)
         assert prefold.evaluate(ours)["pairs"] > 0
+
+
+def test_models_of_one_configuration_are_checked_once(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = recipe()
+    checked: list[Scorer] = []
+
+    def counted(*arguments: Any) -> Scorer:
+        checked.append(scorer_of(*arguments))
+        return checked[-1]
+
+    monkeypatch.setattr("prefold.runs.measuring.scorer_of", counted)
+    apart = json.loads((prefold.run(ours) / "evaluation" / "heldout.json").read_text())
+    assert len(checked) == 1 and checked[0].packed
+    monkeypatch.setattr("prefold.runs.measuring.OF_FILES", set())  # the name is one of its settings then
+    assert prefold.evaluate(ours) == apart and len(checked) == 3
 
 
 def test_evaluating_in_16_bits_is_said(
