@@ -173,8 +173,8 @@ def test_the_base_as_reference(rounds: MakeRecipe, all_help: None, ending_model:
 def test_no_pair_in_a_later_round_ends_it(rounds: MakeRecipe, all_help: None, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = running.RoundsRun.answers
 
-    def all_equal(self: Any, number: int, prompts: Any, seed: int) -> Any:
-        found = answers(self, number, prompts, seed)
+    def all_equal(self: Any, number: int, prompts: Any, *more: Any) -> Any:
+        found = answers(self, number, prompts, *more)
         equal = [[each.__class__(each.text, 0, 1.0, each.finished) for each in group] for group in found]
         return equal if number == 1 and len(prompts) == PROMPTS else found
 
