@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
-from prefold.algorithms import ALGORITHMS, Algorithm
+from prefold.algorithms import ALGORITHMS
 from prefold.algorithms.base import Bound
 from prefold.recipe import (
     Benchmark,
@@ -163,16 +163,8 @@ def methods_table() -> str:
         meaning = " ".join(definitions[kind.__name__]["properties"][setting_name]["description"].split())
         hint = get_type_hints(kind, include_extras=True)[setting_name]
         methods = ", ".join(f"`{name}`" for name in names)
-        text += f"| {methods} {row(f'`{setting_name}`', type_of(hint), shown(default_of(kind, setting_name)), meaning)}"
+        text += f"| {methods} {row(f'`{setting_name}`', type_of(hint), shown(getattr(kind(), setting_name)), meaning)}"
     return text
-
-
-def default_of(kind: type[Algorithm], name: str) -> Any:
-    setting: Field[Any] = next(setting for setting in fields(kind) if setting.name == name)
-    if setting.default_factory is not MISSING:
-        return setting.default_factory()
-    assert setting.default is not MISSING
-    return setting.default
 
 
 def defaults_table() -> str:

@@ -118,6 +118,7 @@ def section(name: str, result: Mapping[str, Any] | None) -> str:
     held_out = {metric for panel in PANELS[name] for metric in panel.metrics if metric.startswith(HELD_OUT)}
     about = f"SmolLM2-135M-Instruct in float32 on a CPU, LoRA of rank 16, {len(lines)} steps of {batch}, rate {rate:g}"
     about += "; dots are held-out data." if held_out else "."
+    about += f" {result['note']}" if "note" in result else ""
     rows = [f"| `{metric}` | {_ends(lines, metric)} |" for panel in PANELS[name] for metric in panel.metrics]
     table = "| | first | last |\n|---|---|---|\n" + "\n".join(rows)
     return f"{command}\n{about}\n\n![Curves of the run](../images/curve-{name}.svg)\n\n{table}\n"
