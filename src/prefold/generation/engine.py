@@ -168,6 +168,7 @@ class LocalEngine:
             stepped = attempt(partial(self._step, begun, under_way, request))
             if stepped is None:
                 again = {*request.unfinished, *begun}
+                request.unfinished.clear()
                 under_way, waiting = [], deque(sorted(again.union(waiting)))
                 sizes = [request.size(prompt) for prompt in again]
                 single = f"{SINGLE_PROMPT} ({sizes[0]:,} tokens); {ASK_FOR_LESS}"
