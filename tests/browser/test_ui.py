@@ -265,9 +265,9 @@ def begin_a_run(page: Any) -> None:
     """What is wrong with its recipe is said while it is written."""
     page.get_by_role("link", name="New run").click()
     page.fill("#text", RECIPE.replace("lora:", "loora:"))
-    page.get_by_text("`loora` is not a field").wait_for()
+    page.locator("#checked").get_by_text("`loora` is not a field").wait_for()
     page.fill("#text", RECIPE)
-    page.get_by_text("The data can be trained on.").wait_for()
+    page.locator("#checked").get_by_text("The data can be trained on.").wait_for()
     page.fill("[name=name]", "../first.yaml")
     page.get_by_role("button", name="Start").click()
     page.get_by_text("is no name for it").wait_for()
@@ -300,7 +300,7 @@ def begin_the_next(page: Any) -> None:
     """From the recipe of the first, with what was decided; it is stopped, and goes on."""
     page.goto("/runs/new?from=runs/first")
     assert "decisions: runs/first.decisions.jsonl" in page.input_value("#text")
-    page.get_by_text("struck by `data.decisions`").wait_for()
+    page.locator("#checked").get_by_text("struck by `data.decisions`").wait_for()
     page.fill("#text", page.input_value("#text").replace("max_steps: 6", "max_steps: 60"))
     page.get_by_role("button", name="Start").click()
     page.get_by_text(re.compile(r"^[1-9]\d* steps$")).first.wait_for()

@@ -164,8 +164,10 @@ def test_the_source_has_no_door_for_code() -> None:
                     assert keyword.arg != "weights_only" or value is True, where
                     assert keyword.arg != "shell" or value is False, where
     from prefold.recipe.text import _Loader
+    from prefold.reports import run_files
 
     assert issubclass(_Loader, yaml.SafeLoader)
+    assert run_files._Loader is getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def test_yaml_builds_no_objects(tmp_path: Path) -> None:
@@ -301,8 +303,19 @@ def test_code_of_a_task_is_run_from_the_named_folder_alone(
     assert (tmp_path / "ran").exists()
 
 
-def test_there_is_no_server_to_protect() -> None:
-    """Should one come, it listens on loopback and asks for a token; this test is to be replaced then."""
-    for path in SOURCES:
-        text = path.read_text(encoding="utf-8")
-        assert not any(word in text for word in ("http.server", "socketserver", ".listen(", "uvicorn", "start_server"))
+def test_one_module_listens_on_loopback_alone() -> None:
+    """Who is answered there is held in tests/unit/ui/test_server.py."""
+    words = ("http.server", "socketserver", ".listen(", "uvicorn.", "start_server", ".bind(")
+    listening = {path.name for path in SOURCES if any(word in path.read_text(encoding="utf-8") for word in words)}
+    assert listening <= {"server.py", "launch.py"}
+    text = (Path(prefold.__file__).parent / "ui" / "server.py").read_text(encoding="utf-8")
+    assert text.count(".bind(") == 1 and 'bind(("127.0.0.1", port))' in text and "run(sockets=[listening])" in text
+
+
+def test_the_socket_of_the_pages_is_on_loopback() -> None:
+    from prefold.ui.server import _listen
+
+    with _listen(0) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(UserError, match="cannot listen on port"):
+            _listen(listening.getsockname()[1])

@@ -131,10 +131,13 @@ def read_run(folder: Path, growing: Collection[str] = GROWING) -> RunRecord:
     )
 
 
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 def _from_yaml(text: str) -> Any:
     """By the loader in C, which is ten times as fast; it does not know half a character (a lone surrogate)."""
     try:
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return yaml.safe_load(text)
 

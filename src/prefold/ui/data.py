@@ -39,7 +39,7 @@ from prefold.ui.worker import checker, reader
 PAGE = Page("/data", "Data")
 ON_A_PAGE = 50
 HEAD_ROWS = 200
-"""Rows by which the shape of a source is told here."""
+"""Rows by which the shape of a source is recognised here."""
 LONGEST_COMPARED = 3000
 """Words of an answer whose differences are marked."""
 ORDERS = {"": "as they are", "longest": "longest first", "shortest": "shortest first", "decided": "decided about"}
@@ -150,13 +150,16 @@ def _data(request: Request) -> Response:
     site, given = site_of(request), request.query_params
     if given.get("recipe") or given.get("path"):
         files = _files(site, given)
-        if len(files) == 1 and given.get("path"):
+        if len(files) == 1 and given.get("path") and "findings" not in given:
             return go_to(f"/data/rows?{urlencode(files[0].address)}")
         recipe = given.get("recipe", "")
         title = recipe if recipe in builtin_recipes() else site.name_of(site.inside(recipe or given["path"]))
         data = _recipe_of(site, recipe)[1] if recipe else None
         elsewhere = [source.path for source in (*data.train, *data.eval) if not named_files(source)] if data else []
-        return page(request, "data_files.html.j2", files=files, recipe=recipe, title=title, elsewhere=elsewhere)
+        query_of_findings = urlencode({"recipe": recipe} if recipe else {"path": given["path"]})
+        return page(
+            request, "data_files.html.j2", files=files, findings=query_of_findings, title=title, elsewhere=elsewhere
+        )
     return page(
         request,
         "data_start.html.j2",
@@ -169,8 +172,8 @@ def _data(request: Request) -> Response:
 
 def _data_files(site: Site) -> dict[str, str]:
     """Files of data in the folders and one level below, by path."""
-    found = [file for folder in site.folders for pattern in ("*", "*/*") for file in islice(folder.glob(pattern), 2000)]
-    shown = [file for file in found if reader_for(file.name) and file.is_file() and not _is_of_a_run(file)]
+    files = [file for folder in site.folders for pattern in ("*", "*/*") for file in islice(folder.glob(pattern), 2000)]
+    shown = [file for file in files if reader_for(file.name) and file.is_file() and not _is_of_a_run(file)]
     return {str(file): site.name_of(file) for file in sorted(shown)[:200]}
 
 
@@ -179,18 +182,18 @@ def _is_of_a_run(file: Path) -> bool:
 
 
 def _findings(request: Request) -> Response:
-    """What a check finds in the data of a recipe, each finding with links to its rows."""
-    site = site_of(request)
-    addresses = {readable(file.name): file.address for file in _files(site, request.query_params)}
-    text, _ = _recipe_of(site, request.query_params.get("recipe", ""))
-    facts = cleaned(checker.ask("check", start=str(site.start), text=text))
-    return page(
-        request,
-        "data_findings.html.j2",
-        data={**data_tables(facts), "findings": None},
-        findings=facts["findings"],
-        files=addresses,
-    )
+    """What a check finds in the data of a recipe, or what is odd about a file, each finding with links to its rows."""
+    site, given = site_of(request), request.query_params
+    files = _files(site, given)
+    addresses = {readable(file.name): file.address for file in files}
+    if given.get("path"):
+        facts = cleaned(reader.ask("survey", path=files[0].source.path if files else given["path"]))
+        if facts["refused"]:
+            raise UserError(facts["refused"])
+    else:
+        facts = cleaned(checker.ask("check", start=str(site.start), text=_recipe_of(site, given.get("recipe", ""))[0]))
+    data = None if given.get("path") else {**data_tables(facts), "findings": None}
+    return page(request, "data_findings.html.j2", data=data, findings=facts["findings"], files=addresses)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
@@ -318,11 +321,12 @@ def _tokens(request: Request) -> Response:
     if not file.recipe and not given.get("model"):
         return page(request, "data_tokens.html.j2", facts=None)
     kind = file.shape[0].kind if file.shape else "pairs"
-    of_file = {} if file.recipe else {"model": given["model"], "path": file.source.path, "kind": kind}
-    asked = {"text": file.recipe} if file.recipe else of_file
+    source = {"text": file.recipe}
+    if not file.recipe:
+        source = {"model": given["model"], "path": file.source.path, "kind": kind}
     # Other files are read by what reads them for training: it knows which nulls mean nothing.
     value = file.table.row(number).value if file.table.written is None else None
-    facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", value=value, **asked))
+    facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", value=value, **source))
     records = []
     for texts, tokens in zip(facts["rendered"], facts["tokens"], strict=True):
         counts = {name: len(of_part) for name, of_part in (tokens or {}).items()}

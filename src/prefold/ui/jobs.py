@@ -26,7 +26,7 @@ _children: dict[int, subprocess.Popen[bytes]] = {}
 
 @dataclass(frozen=True)
 class Job:
-    """`created`: when its process was, by which another one with the same number is told from it."""
+    """`created`: when its process was, by which another one with the same number is distinguished."""
 
     folder: str
     pid: int

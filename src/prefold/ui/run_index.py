@@ -81,7 +81,7 @@ def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
 
 
 def facts_of(folder: Path) -> Facts:
-    """What can be told without reading what it wrote step by step."""
+    """What is known without reading what it wrote step by step."""
     try:
         run = read_run(folder, growing=())
         verdict, stages = overall(run), tuple(_stages(folder / "timing.jsonl").items())
@@ -111,14 +111,14 @@ class RunIndex:
     known: dict[Path, tuple[Stamp, Facts]] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
     thread: Thread | None = None
-    found: tuple[float, list[Path]] = (0.0, [])
+    listed: tuple[float, list[Path]] = (0.0, [])
 
     def rows(self) -> list[RunRow]:
         """All runs, the latest first."""
-        if time.monotonic() - self.found[0] > BETWEEN_LOOKS:
+        if time.monotonic() - self.listed[0] > BETWEEN_LOOKS:
             every = dict.fromkeys(run for folder in self.folders for run in run_folders(folder))
-            self.found = (time.monotonic(), list(every))
-        stamps = {folder: _stamp(folder) for folder in self.found[1]}
+            self.listed = (time.monotonic(), list(every))
+        stamps = {folder: _stamp(folder) for folder in self.listed[1]}
         stamps = dict(sorted(stamps.items(), key=lambda item: max(item[1]), reverse=True))
         pending = [folder for folder, stamp in stamps.items() if self.known.get(folder, ((),))[0] != stamp]
         until = time.monotonic() + AT_ONCE

@@ -18,9 +18,9 @@ from starlette.responses import FileResponse, Response
 from prefold.errors import UserError
 from prefold.files import is_locked, write_text
 from prefold.recipe import builtin_recipes, first_comment, parse_yaml, read_text
-from prefold.recipe.paths import start_of_paths, with_paths_from
+from prefold.recipe.paths import PATHS, start_of_paths, with_paths_from
 from prefold.reports.page import check_values
-from prefold.reports.run_files import RunRecord, objects, read_run, readable
+from prefold.reports.run_files import RunRecord, read_run, readable
 from prefold.ui import jobs
 from prefold.ui.charts import charts
 from prefold.ui.run_index import READ, RunIndex, RunRow, run_folders
@@ -34,6 +34,9 @@ MOST_COMPARED = 8
 STATES = ("running", "done", "stopped")
 SHOWN = (*READ, *OF_SAMPLES, "report.html", "data.json")
 """What is read of a run."""
+OF_MODELS = {"model.name", "model.adapter", "rewards.model", "evaluate.compare_with", "evaluate.win_rate.judge.model"}
+CONFINED = PATHS - OF_MODELS
+"""The fields of a recipe whose paths must be in the folders: a model may be anywhere."""
 OUTCOMES = {"better": "better", "worse": "worse", "mixed": "better and worse", "unclear": "no difference"}
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
@@ -57,17 +60,18 @@ def run_at(site: Site, path: str) -> Path:
     return folder
 
 
-def require_inside(site: Site, values: Any) -> None:
-    """Raises HTTPException: the text of a recipe names data, or code for rewards, that is in none of the folders."""
-    data = values.get("data") if isinstance(values, dict) else None
-    data = data if isinstance(data, dict) else {}
-    rewards = {"rewards": values.get("rewards")} if isinstance(values, dict) else {}
-    named = [("path", data, name) for name in ("train", "eval", "decontaminate")] + [("file", rewards, "rewards")]
-    entries = [(field, entry) for field, part, name in named for entry in objects(part.get(name))]
-    paths = [entry[field] for field, entry in entries if isinstance(entry.get(field), str)]
-    for path in [*paths, *([data["decisions"]] if isinstance(data.get("decisions"), str) else [])]:
-        if os.path.lexists(site.start / os.path.expanduser(path)) or glob.has_magic(path):
-            site.inside(path)
+def require_inside(site: Site, values: Any, field: str = "") -> None:
+    """Raises HTTPException: a recipe names data, code or a folder to write to that is in none of the folders."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            require_inside(site, value, f"{field}.{key}".lstrip("."))
+    elif isinstance(values, list):
+        for value in values:
+            require_inside(site, value, field)
+    elif field in CONFINED and isinstance(values, str):
+        exists = os.path.lexists(site.start / os.path.expanduser(values))  # else it may be a data set of the Hub
+        if exists or glob.has_magic(values) or field == "publish.to":
+            site.inside(values)
 
 
 # ---- all runs -----------------------------------------------------------------------------------------------------

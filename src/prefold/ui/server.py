@@ -16,6 +16,7 @@ import webbrowser
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import prefold.reports
 from prefold.errors import UserError
 from prefold.ui import ahead, data, runs, samples, talk, vote
-from prefold.ui.site import HERE, Site, explained, go_to, route
+from prefold.ui.site import HERE, Site, explained, go_to, route, templates
 
 MODULES: tuple[ModuleType, ...] = (runs, data, samples, talk, ahead, vote)
 """The modules of pages, as the navigation has them."""
@@ -68,6 +69,7 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
     site = Site(resolved, Path.cwd(), listening.getsockname()[1], secrets.token_urlsafe(24))
     address = f"http://127.0.0.1:{site.port}/?token={site.token}"
     print(address, flush=True)
+    Thread(target=_prepare, args=(site,), daemon=True).start()
     if browser and (sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         webbrowser.open(address)  # else a browser in this terminal would take it
     settings = uvicorn.Config(
@@ -83,12 +85,20 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
     uvicorn.Server(settings).run(sockets=[listening])
 
 
+def _prepare(site: Site) -> None:
+    """What takes the first page its time, before somebody looks."""
+    runs.index_of(site.folders).rows()
+    for name in templates().list_templates(filter_func=lambda name: name.endswith(".html.j2")):
+        templates().get_template(name)
+
+
 def _listen(port: int) -> socket.socket:
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(("127.0.0.1", port))
     except OSError as error:
+        listening.close()
         what = f"cannot listen on port {port} ({error.strerror})"
         raise UserError(what, where="`--port`", advice="give another one, or leave it out for a free one") from None
     listening.listen(128)

@@ -98,7 +98,7 @@ def page(request: Request, template: str, **values: Any) -> HTMLResponse:
     """A page, or the part of one that `ui.js` puts in place of an earlier one."""
     site = site_of(request)
     text = (
-        _templates()
+        templates()
         .get_template(template)
         .render(site=site, path=request.url.path, query=request.query_params, **values)
     )
@@ -106,7 +106,7 @@ def page(request: Request, template: str, **values: Any) -> HTMLResponse:
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
     environment = pages(HERE)
     environment.filters |= {
         "moment": _moment,

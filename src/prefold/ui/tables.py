@@ -1,7 +1,7 @@
 """Rows of a file by their numbers, with what is on the screen read and no more.
 
 A .jsonl file is read where it lies, at the bytes at which its lines begin; any other is first written out as one. Lines
-are looked for in a thread, and those that were found so far can be read.
+are looked for in a thread, and those that are known so far can be read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import tempfile
+import weakref
 from collections.abc import Collection, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,7 +35,8 @@ class Table:
         self.file, self.name, self.lines = file, name, file
         self.written = None
         if file.suffix.lower() != ".jsonl":
-            self.written = tempfile.NamedTemporaryFile(prefix="prefold-")  # noqa: SIM115  # goes with this table
+            self.written = tempfile.NamedTemporaryFile(prefix="prefold-")  # noqa: SIM115
+            weakref.finalize(self, self.written.close)  # by which it is removed
             self.lines = Path(self.written.name)
         self.ends: list[NDArray[np.int64]] = []
         self.problems: dict[int, str] = {}
@@ -134,14 +136,14 @@ class Table:
 
 def _rows_with(patterns: Collection[bytes], content: bytes, bounds: NDArray[np.int64], first: int) -> list[int]:
     """The rows of a part of a file that hold any of the patterns; `first` is the number of its first."""
-    found: set[int] = set()
+    rows: set[int] = set()
     for pattern in patterns:
         at = content.find(pattern)
         while at >= 0:
             row = int(np.searchsorted(bounds, at, side="right"))
-            found.add(row + first - 1)
+            rows.add(row + first - 1)
             at = content.find(pattern, int(bounds[row]))
-    return sorted(found)
+    return sorted(rows)
 
 
 def table_of(file: Path, name: str) -> Table:

@@ -58,10 +58,10 @@ class Worker:
         if not answer:
             what = f"the process that does this has ended (exit code {self.child.wait()})"
             raise UserError(what, advice="try again; it may have run out of memory")
-        result: dict[str, Any] = json.loads(answer)
-        if "refused" in result:
-            raise UserError(**result["refused"])
-        return result
+        result, refused = json.loads(answer)
+        if refused:
+            raise UserError(**refused)
+        return dict(result)
 
     def end(self) -> None:
         with self.lock:
@@ -112,6 +112,13 @@ def row(
     return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind, value).as_json()
 
 
+def survey(path: str) -> dict[str, Any]:
+    """What is odd about the rows of a file, without a model."""
+    from prefold.data.survey import describe_data
+
+    return describe_data(path).as_json()
+
+
 def _recipe(text: str) -> RecipeBase:
     """What is wrong with its YAML is said before anything is imported that takes seconds."""
     values, lines = parse_yaml(text, "the recipe"), field_lines(text)
@@ -129,23 +136,22 @@ def _tokenizer_of(model: str) -> Any:
     return tokenizer_of(Model.model_validate_json(model))
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "row": row}
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "row": row, "survey": survey}
 
 
 def main() -> None:
     with stdout_for_results():
         for line in sys.stdin:
             task, arguments = json.loads(line)
+            result, refused = None, None
             try:
-                answer = TASKS[task](**arguments)
+                result = TASKS[task](**arguments)
             except UserError as error:
-                facts = {name: getattr(error, name) for name in ("what", "where", "expected", "advice")}
-                answer = {"refused": facts}
-            except Explained as error:
-                answer = {"refused": {"what": str(error)}}
+                refused = {name: getattr(error, name) for name in ("what", "where", "expected", "advice")}
             except Exception as error:
-                answer = {"refused": {"what": f"{type(error).__name__}: {first_line(error)}"}}
-            print_json(answer, indent=None, default=str)
+                what = str(error) if isinstance(error, Explained) else f"{type(error).__name__}: {first_line(error)}"
+                refused = {"what": what}
+            print_json([result, refused], indent=None, default=str)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from prefold.data.prepared_cache import key_of_data, prepare
 from prefold.data.row import see_row
 from prefold.data.sources import read_rows
 from prefold.errors import UserError
-from prefold.recipe import Data, Source
+from prefold.recipe import Data, Source, make_recipe
+from prefold.runs.fingerprints import inputs_of
 
 Write = Callable[..., str]
 RANKING = {"prompt": "Why?", "responses": ["a b", "c d", "e f"], "scores": [3, 2, 1]}
@@ -193,3 +194,14 @@ def test_decisions_are_appended_and_the_last_counts(tmp_path: Path) -> None:
     assert len(file.read_text(encoding="utf-8").splitlines()) == 3
     with pytest.raises(UserError, match="without a reason"):
         append_decision(file, tmp_path / "pairs.jsonl", row, "strike", "  ")
+
+
+def test_a_run_has_read_the_decisions(tmp_path: Path, write: Write) -> None:
+    path = write("pairs.jsonl", text_rows(3))
+    data = decided(tmp_path, path, (1, "strike"))
+    values = {"method": "dpo", "model": {"name": "a/b"}, "output_dir": "x"}
+    recipe = make_recipe({**values, "data": {"train": [{"path": path}], "decisions": data.decisions}})
+    before = inputs_of(recipe)["check"]["data.decisions"].files
+    decided(tmp_path, path, (2, "flip"))
+    after = inputs_of(recipe)["check"]["data.decisions"].files
+    assert before and after and list(before) == list(after) == ["decisions.jsonl"] and before != after

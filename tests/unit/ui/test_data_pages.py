@@ -213,6 +213,21 @@ def test_findings_lead_to_their_rows(
     assert link and numbers(client.get(link[1].replace("&amp;", "&")).text) == [2, 4]
 
 
+def test_what_is_odd_about_a_file_needs_no_model(ui_client: Client, write_rows: Write, tmp_path: Path) -> None:
+    write_rows("pairs.jsonl", [*PAIRS[:3], {"prompt": "Why?", "chosen": "", "rejected": "No."}])
+    write_rows("odd.jsonl", [{"alpha": 1}])
+    client = ui_client(tmp_path)
+    try:
+        assert "/data/findings?path=pairs.jsonl" in client.get("/data?path=pairs.jsonl&findings=1").text
+        text = client.get("/data/findings?path=pairs.jsonl").text
+        link = re.search(r'href="(/data/rows[^"]*)"', text)
+        assert "1 row left out: a text is empty" in text and link
+        assert numbers(client.get(link[1].replace("&amp;", "&")).text) == [4]
+        assert client.get("/data/findings?path=odd.jsonl").status_code == 400
+    finally:
+        reader.end()
+
+
 def test_tokens_are_those_of_the_recipe_or_of_a_model(
     ui_client: Client, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

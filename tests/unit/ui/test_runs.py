@@ -171,6 +171,7 @@ def test_a_new_run_begins_with_the_recipe_of_another_in_a_free_folder(
 
 OUTSIDE = ["data:\n  train: [{path: PATH}]", "data:\n  eval: [{path: PATH}]", "data:\n  decontaminate: [{path: PATH}]"]
 OUTSIDE += ["data:\n  decisions: PATH", "rewards: [{file: PATH}]", "data:\n  train: [{path: '../*.jsonl'}]"]
+OUTSIDE += ["evaluate: {include_path: PATH}", "evaluate: {win_rate: {judge: {file: PATH}}}", "publish: {to: ../new}"]
 
 
 @pytest.mark.parametrize("field", OUTSIDE)

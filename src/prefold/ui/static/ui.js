@@ -48,9 +48,11 @@ for (const field of document.querySelectorAll("[data-check]")) {
     if (busy || field.value === checked) return;
     busy = true;
     checked = field.value;
+    if (!into.dataset.shown) into.textContent = "Checking …";
     into.classList.add("busy");
     const part = await fetchPart(field.dataset.check, { text: field.value }).catch(() => null);
     if (part) replacePart(into, part.text);
+    said(into.querySelector("p")?.textContent ?? "");
     into.classList.remove("busy");
     busy = false;
     turn();
