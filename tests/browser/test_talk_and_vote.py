@@ -20,6 +20,7 @@ import prefold
 from prefold.data.vote_file import read_votes
 from prefold.files import read_jsonl
 from prefold.recipe import make_recipe
+from prefold.reports.run_files import readable
 from prefold.ui import ahead, speakers
 from prefold.ui.server import make_app
 from prefold.ui.site import Site
@@ -216,9 +217,8 @@ def test_answers_made_ahead_are_voted_on(open_page: Open, run: Path, fake_models
 
 @pytest.mark.slow
 def test_the_loop_is_closed(open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train, talk, vote twenty times, see the interval, train on the votes, and see them in the next report."""
+    """Train, vote on what it answers, see the interval in the report, train on the votes, and see that report."""
     monkeypatch.setenv("PREFOLD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(speakers, "_SPEAKERS", {})
     model = save_chat_model(tmp_path / "tiny", ends=(10, 46, 120))
     pairs = [{"prompt": f"Say word {i}", "chosen": f"WORD {i}!", "rejected": f"word {i}, maybe"} for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
@@ -237,23 +237,42 @@ def test_the_loop_is_closed(open_page: Open, tmp_path: Path, monkeypatch: pytest
         )
 
     run = prefold.run(recipe("one", tmp_path / "pairs.jsonl"))
-    assert all(sample["before"] != sample["after"] for sample in read_jsonl(run / "samples.jsonl"))
+    samples = [sample for sample in read_jsonl(run / "samples.jsonl") if sample["before"] != sample["after"]]
+    after, count = {bare(sample["after"][0]) for sample in samples}, len(samples)
+    assert count > 15
+    page = open_page(f"/vote?deck={run}&voter=Ann")
+    vote_by_keys(page, count, lambda first, _: "1" if bare(first) in after else "2")
+    expect(page.locator("#results")).to_contain_text("The answers of “one, after” are preferred")
+    votes = run / "votes.jsonl"
+    prefold.run(recipe("one", tmp_path / "pairs.jsonl", win_rate={"votes": str(votes)}))
+    facts = json.loads((run / "evaluation" / "win_rate.json").read_text())
+    assert (facts["votes"], facts["wins"], facts["verdict"]) == (count, count, "better")
+    report = open_page(f"/runs/report?run={run}")
+    expect(report.locator("#win-rate")).to_contain_text("How often 1 person prefers the answer after training")
+    second = prefold.run(recipe("two", votes))
+    data = json.loads((second / "data.json").read_text())
+    assert data["sources"][0]["rows_used"] == count
+    expect(open_page(f"/runs/report?run={second}").locator("body")).to_contain_text("votes.jsonl")
+
+
+@pytest.mark.slow
+def test_a_real_model_answers(open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speakers, "_SPEAKERS", {})
+    run = tmp_path / "runs" / "one"
+    model = save_chat_model(run / "merged", ends=(10, 46, 120))
+    recipe = {"method": "dpo", "model": {"name": str(model)}, "data": {"train": [{"path": "pairs.jsonl"}]}}
+    (run / "recipe.yaml").write_text(json.dumps({**recipe, "output_dir": str(run)}))
+    (run / "run.log").write_text("")
     page = open_page("/talk")
     page.keyboard.type("Say word 3")
     page.keyboard.press("Enter")
-    expect(page.locator("#retry")).to_be_enabled(timeout=3 * PATIENCE)
-    assert page.locator(".turn .ended").all_inner_texts() in ([""] * 2, *[[a, b] for a in ("", CUT) for b in ("", CUT)])
-    after = {sample["after"][0] for sample in read_jsonl(run / "samples.jsonl")}
-    page = open_page(f"/vote?deck={run}&voter=Ann")
-    vote_by_keys(page, 20, lambda first, _: "1" if first in after else "2")
-    expect(page.locator("#results")).to_contain_text("are preferred")
-    votes = run / "votes.jsonl"
-    prefold.run(recipe("one", tmp_path / "pairs.jsonl", win_rate={"votes": str(votes)}))
-    expect(open_page(f"/runs/report?run={run}").locator("body")).to_be_visible()
-    assert json.loads((run / "evaluation" / "win_rate.json").read_text())["votes"] == 20
-    second = prefold.run(recipe("two", votes))
-    data = json.loads((second / "data.json").read_text())
-    assert data["sources"][0]["rows_used"] == 20 and "votes.jsonl" in (second / "report.html").read_text()
+    expect(page.locator("#retry")).to_be_enabled(timeout=10 * PATIENCE)
+    assert set(page.locator(".turn .ended").all_inner_texts()) <= {"", CUT}
+
+
+def bare(text: str) -> str:
+    """Without spaces, and as a page shows it."""
+    return "".join(readable(text).split())
 
 
 CUT = "cut off at max_new_tokens"
