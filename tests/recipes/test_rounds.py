@@ -420,7 +420,7 @@ def test_by_command(
     monkeypatch.setattr(sys, "argv", ["prefold", "run", str(tmp_path / "recipe.yaml")])
     with pytest.raises(SystemExit) as stop:
         main()
-    assert not stop.value.code and "against the round before" in capsys.readouterr().out
+    assert not stop.value.code and "against the round before" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["prefold", "sweep", str(tmp_path / "recipe.yaml"), "dpo.beta=0.1,0.2"])
     with pytest.raises(SystemExit) as stop:
         main()
