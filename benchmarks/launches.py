@@ -65,16 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     quieten()
     model = model_of(shape_of(options))
-    measured = {
-        "decode_step": {str(prompts): decode_step(model, prompts).kernels for prompts in PROMPTS},
-        "training_step": training_step(model).kernels,
-    }
+    decoding = {str(prompts): decode_step(model, prompts).kernels for prompts in PROMPTS}
+    training = training_step(model).kernels
     table = Table("a step of", "kernels")
-    for prompts, kernels in measured["decode_step"].items():
+    for prompts, kernels in decoding.items():
         table.add_row(f"sampling, {prompts} x {GROUP}", f"{kernels:,}")
-    table.add_row("training", f"{measured['training_step']:,}")
+    table.add_row("training", f"{training:,}")
     Console().print(table)
-    print(json.dumps(measured))
+    print(json.dumps({"decode_step": decoding, "training_step": training}))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -103,7 +101,8 @@ def shape_of(options: argparse.Namespace) -> LlamaConfig:
 def model_of(config: Any) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def decode_step(model: PreTrainedModel, prompts: int) -> Launches:
@@ -114,7 +113,8 @@ def decode_step(model: PreTrainedModel, prompts: int) -> Launches:
     batch, logits = prefill(model, ids, settings, VariableLength)
     drawing = request.begin(range(prompts))
     drawing.draw(logits.repeat_interleave(GROUP, 0))
-    with Launches() as launches:
+    launches = Launches()
+    with launches:
         drawing.draw(decode(model, [batch], drawing.newest))
     return launches
 
@@ -124,7 +124,8 @@ def training_step(model: PreTrainedModel) -> Launches:
     with torch.device("meta"):
         policy = add_lora(prepare_forward(model), Lora(r=16), seed=0).train()
     trees = [TokenTree((1,) * PROMPT_TOKENS, ((1,) * NEW_TOKENS, (2,) * NEW_TOKENS))] * 2
-    with fake_tensors(), Launches() as launches:
+    launches = Launches()
+    with fake_tensors(), launches:
         move_to_cpu(policy)
         launches.names.clear()
         with using_attention(policy, attention_on("cuda", torch.bfloat16)), torch.autocast("cpu", torch.bfloat16):

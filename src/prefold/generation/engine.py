@@ -232,12 +232,13 @@ class LocalEngine:
 
 def _joined(under_way: UnderWay) -> UnderWay:
     """Batches that can be as one."""
-    if len(under_way) > 1 and all(isinstance(batch, VariableLength) for batch, _ in under_way):
-        (batch, drawing), *others = under_way
-        batch.take_over([other for other, _ in others])
-        drawing.take_over([other for _, other in others])
-        return [(batch, drawing)]
-    return under_way
+    batches = [batch for batch, _ in under_way if isinstance(batch, VariableLength)]
+    if len(under_way) < 2 or len(batches) < len(under_way):
+        return under_way
+    drawing, *others = (drawing for _, drawing in under_way)
+    batches[0].take_over(batches[1:])
+    drawing.take_over(others)
+    return [(batches[0], drawing)]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -99,7 +99,7 @@ def _computes_in(layer: Any) -> torch.dtype:
 
 
 @torch.no_grad()
-def _unpacked(base: Any, layer: Any | None) -> Callable[[Tensor], Tensor]:
+def _unpacked(base: Any, layer: Any) -> Callable[[Tensor], Tensor]:
     """The forward pass of a layer of 4 bits, with the active adapters of the LoRA layer around it, by weights of the
     dtype that it computes in, rounded once."""
     from bitsandbytes.functional import dequantize_4bit
