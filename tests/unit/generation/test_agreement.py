@@ -66,13 +66,13 @@ def test_what_the_own_engine_draws_is_in_agreement(scorer: Scorer, model: Any, t
 @pytest.mark.parametrize("done", HOW[:5], ids=str)
 def test_what_is_drawn_otherwise_is_not(scorer: Scorer, model: Any, tokenizer: Any, told: Any, done: Any) -> None:
     """By the log-probs where they are those of what was drawn from. By the tokens alone, where they are as they should
-    be, as far as 192 tokens show it."""
+    be, as far as 192 tokens show it: `min_p: 0.1` makes likely tokens about as likely as a temperature of 0.6."""
     if told is done:
         return
     group = drawn(model, tokenizer, done)
     positions = positions_of(scorer, [(PROMPT, group)], told)
     assert difference(positions, logprobs_of([(PROMPT, group)])) > 0.01
-    plainly = told.top_k == 1 or done.temperature == 0.6 or told.temperature == 0.6
+    plainly = told.top_k == 1 or (0.6 in (done.temperature, told.temperature) and done.min_p == 0)
     assert not plainly or why_not_as_told(positions, told) is not None
 
 
