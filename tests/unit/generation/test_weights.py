@@ -189,6 +189,8 @@ def test_unpacked_in_16_bits(autocast: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", ["memory", "8 bits", "another order"])
 def test_what_stays_quantised(kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantised_policy(tmp_path, "float32", **({"load_in_8bit": True} if kept == "8 bits" else {}))
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        vars(layer).pop("forward")  # the fused one, which calls no module that could be counted
     if kept == "memory":
         size = 4 * 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 192)
         for available, folds in ((2 * size, True), (2 * size - 1, False)):
