@@ -33,6 +33,7 @@ class RecipeBase(Section):
     rounds: Annotated[Rounds | None, BeforeValidator(_spelt_out, json_schema_input_type=int | Rounds | None)] = None
     """Make the pairs from the model's own answers to the prompts of `data`, in so many rounds."""
     generation: Generation = Generation()
+    """Who samples, for methods that train on the model's own completions."""
     train: Train = Train()
     guards: Guards = Guards()
     merge: Merge = Merge()

@@ -206,20 +206,16 @@ def test_tokens_that_part_are_reported(tmp_path: Path) -> None:
     assert f"another one at 3 of {sum(map(len, ROWS))} tokens" in said
 
 
-@pytest.mark.parametrize("bits", [{}, {"load_in_4bit": True}], ids=["whole", "quantised"])
 def test_a_model_that_does_not_fit_the_gpu_is_compared_on_the_cpu(
-    tmp_path: Path, bits: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if bits:
-        pytest.importorskip("bitsandbytes")
-    section = trained(save_base(tmp_path / "base"), tmp_path / "adapter", **bits)
+    section = trained(save_base(tmp_path / "base"), tmp_path / "adapter")
     wanted = merged(section, tmp_path)
     capfd.readouterr()
     monkeypatch.setattr(merge, "choose_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(merge, "choose_dtype", lambda *_: torch.float32)
     monkeypatch.setattr(merge, "free_on", lambda device: 0)
     assert merged(section, tmp_path) == wanted
-    assert capfd.readouterr().err.count("compared on the CPU") == (2 if bits else 1)
+    assert capfd.readouterr().err.count("compared on the CPU") == 1
 
 
 def test_where_models_are_compared(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
