@@ -27,9 +27,9 @@ from prefold.recipe import (
     json_schema,
 )
 from prefold.recipe.load import EVAL_FRACTION
-from prefold.recipe.rewards import BUILT_IN, RewardBase, WinRate
+from prefold.recipe.rewards import BUILT_IN, Criterion, RewardBase, WinRate
 from prefold.recipe.section import Section, meaning_of
-from prefold.recipe.sections import Merge, Train
+from prefold.recipe.sections import Generation, Merge, Rounds, Train
 
 SECTIONS: dict[str, type[Section]] = {
     "model": Model,
@@ -39,6 +39,9 @@ SECTIONS: dict[str, type[Section]] = {
     "data.train, values": Values,
     "data.decontaminate": Benchmark,
     "rewards": RewardBase,
+    "rewards, criteria of a rubric": Criterion,
+    "rounds": Rounds,
+    "generation": Generation,
     "train": Train,
     "guards": Guards,
     "merge": Merge,
