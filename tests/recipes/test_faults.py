@@ -206,7 +206,7 @@ def test_a_run_that_early_stopping_ended_takes_no_further_step(
 def test_the_best_is_kept_between_two_checkpoints(recipe: MakeRecipe) -> None:
     """Measured at every step, saved at every fourth, and the rate soon does harm: the best is one of the others."""
     best = {"eval_steps": 1, "save_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    folder = prefold.train(recipe(train={**best, "max_steps": 8, "learning_rate": 0.3}))
+    folder = prefold.train(recipe(train={**best, "max_steps": 8, "learning_rate": 3.0}))
     losses = {line["step"]: line["eval_loss"] for line in lines(folder)}
     step = min(losses, key=lambda step: losses[step])
     assert step % 4
@@ -218,7 +218,7 @@ def test_the_best_is_kept_between_two_checkpoints(recipe: MakeRecipe) -> None:
 def test_the_best_step_may_have_no_checkpoint(recipe: MakeRecipe) -> None:
     """Measured, but not wanted in the end, and one checkpoint kept."""
     settings = {"eval_steps": 1, "save_steps": 4, "save_total_limit": 1, "metric_for_best_model": "loss"}
-    folder = prefold.train(recipe(train={**settings, "max_steps": 8, "learning_rate": 0.3}))
+    folder = prefold.train(recipe(train={**settings, "max_steps": 8, "learning_rate": 3.0}))
     losses = {line["step"]: line["eval_loss"] for line in lines(folder)}
     assert min(losses, key=lambda step: losses[step]) % 4
     assert [path.name for path in folder.glob("checkpoints/*")] == ["checkpoint-8"]
