@@ -300,8 +300,8 @@ def test_out_of_memory_while_sampling(grpo: MakeRecipe, tmp_path: Path, monkeypa
     straight = prefold.train(grpo(output_dir=str(tmp_path / "straight")))
     step = generate.decode
 
-    def limited(model: Any, waves: Any, tokens: Any, starts: Any) -> torch.Tensor:
-        found = step(model, waves, tokens, starts)
+    def limited(model: Any, batches: Any, tokens: Any) -> torch.Tensor:
+        found = step(model, batches, tokens)
         if len(tokens) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
