@@ -154,6 +154,8 @@ def _matches(row: str, data: Data) -> tuple[str, list[tuple[str, Source]]]:
         for name, sources in by_name.items()
         if not wanted or wanted in (name, PurePath(name).name) or any(wanted == source.path for _, source in sources)
     }
+    if wanted in by_name:  # a source's path may be the name of another's rows as well
+        return wanted, by_name[wanted]
     if len(fitting) == 1:
         return next(iter(fitting.items()))
     shown = "".join(f"\n    {name}:{number}" for name in list(fitting or by_name)[:8])
