@@ -152,15 +152,15 @@ _ABOUT_ROWS = {
     ),
     "tie": (" left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
     "voted_again": (
-        " left out: further votes on two answers, which count in the row of the first",
+        " left out: further votes, which count in the row of the first",
         "nothing to do: the majority of the votes on two answers makes one pair",
     ),
     "voters_differ": (
         ": people differ on which answer is better; the majority decides",
-        "read these answers; `where: len(voters) > 2` keeps those that three people or more have voted on",
+        "read these answers; `where: len(voters) > 2` keeps those of three or more",
     ),
     "withdrawn": (
-        " left out: votes that were undone or replaced, and lines that undo them",
+        " left out: votes undone or replaced, and the lines that undo them",
         "nothing to do: the last vote of a voter on two answers counts",
     ),
     "small_margin": (" left out: no two ratings far enough apart", "this is what `min_margin` asks for"),

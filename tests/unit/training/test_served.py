@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,9 @@ def test_a_true_server_is_believed(
                 assert all(torch.equal(weight, after[name]) for name, weight in before.items())
             assert len(server.adapters) == 1 and len(list((tmp_path / "served").iterdir())) == 1
     assert served is training.served and not server.adapters and not (tmp_path / "served").exists()
-    assert "nats in the mean; more than 1.0e-04 stops the run" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    [allowed] = re.findall(r"nats in the mean; more than (\S+) stops the run", said)
+    assert 1e-4 <= float(allowed) < 1e-3
 
 
 def test_log_probs_are_those_before_truncation(ending_model: Path, server: VllmServer, tmp_path: Path) -> None:
