@@ -31,7 +31,8 @@ def fuse_lora(model: nn.Module) -> int:
     Layers on trained weights, with DoRA, a bias of their own or several adapters keep PEFT's, and so do those on
     quantised weights that have no `unpacked(dtype)`.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
+    adapted = (module for module in model.modules() if isinstance(module, LoraLayer))
+    layers = [layer for layer in adapted if type(layer).__name__ in LINEAR and _is_plain(layer)]
     for layer in layers:
         layer.forward = MethodType(_lora_forward, layer)
     return len(layers)
@@ -41,8 +42,7 @@ def _is_plain(layer: Any) -> bool:
     base = layer.base_layer
     name, *others = layer.lora_A
     return (
-        type(layer).__name__ in LINEAR
-        and (type(base) is nn.Linear or hasattr(base, "unpacked"))
+        (type(base) is nn.Linear or hasattr(base, "unpacked"))
         and not any(parameter.requires_grad for parameter in base.parameters())
         and not others
         and name not in layer.lora_variant

@@ -278,7 +278,9 @@ def test_a_job_goes_on_by_itself_is_followed_and_stopped(tmp_path: Path, monkeyp
     (tmp_path / "prefold.py").write_text("\n".join(lines))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     folder = tmp_path / "run"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     job = jobs.start(folder, ["RECIPE"], tmp_path)
+    signal.signal(signal.SIGINT, before)
     assert os.getsid(job.pid) == job.pid != os.getsid(0)
     deadline = time.monotonic() + 20
     while "began" not in job.said() and time.monotonic() < deadline:
