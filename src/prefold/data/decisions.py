@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, Record, RowId, Unpaired, short
 from prefold.data.sources import named_files, names_of_rows, source_name
+from prefold.data.vote_file import append_line
 from prefold.errors import UserError, did_you_mean, json_type
 from prefold.files import without_home
 from prefold.recipe import Data, Rows, Source
@@ -96,13 +97,7 @@ def append_decision(path: Path, file: Path | str, row: RawRow, action: str, reas
         read_decisions(path)
     source = os.path.relpath(file.resolve(), path.parent.resolve()) if isinstance(file, Path) else file
     decision = Decision(source, row.origin.row, action, " ".join(reason.split()), digest_of_row(row.value or {}))
-    line = json.dumps(asdict(decision), ensure_ascii=False) + "\n"
-    with path.open("a+b") as opened:
-        if opened.tell() and (opened.seek(-1, os.SEEK_END), opened.read())[1] != b"\n":
-            line = f"\n{line}"
-        opened.write(line.encode())
-        opened.flush()
-        os.fsync(opened.fileno())
+    append_line(path, asdict(decision))
     return decision
 
 
