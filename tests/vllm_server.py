@@ -110,7 +110,7 @@ class VllmServer(ThreadingHTTPServer):
             with_model_logprobs=True,
         )
         plain = body["temperature"] == 0 or self.lies("raw") or self.lies("greedy")
-        seed = self.seeds.get(tuple(prompt), len(self.requests))
+        seed = self.seeds.get(tuple(prompt), len(prompt) + 100 * self.loaded)
         with self.weights(name), torch.no_grad():
             [group] = LocalEngine(self.model, self.tokenizer).sample([read], sampling, [seed])
         group = group * 2 if self.lies("twice") else group

@@ -24,7 +24,8 @@ TOKENS = 256
 NEAR = 0.25
 """Nats by which rounding may put a token outside what truncation keeps."""
 FEW, SHARE = 2, 0.02
-"""Tokens, and the share of them, that may lie outside nevertheless: where `top_p` cuts, rounding decides."""
+"""Tokens, and the share of them, that prove nothing: rounding decides whether truncation keeps a token that is about as
+likely as the last one that it keeps."""
 CERTAIN = 25.0
 """Nats: what is less likely than exp(-25) to happen by chance does not."""
 
@@ -121,9 +122,13 @@ def logprobs_of(drawn: Sequence[Drawn]) -> Tensor:
     return torch.tensor([value for _, group in drawn for each in group for value in each.logprobs])
 
 
-def difference(positions: Positions, given: Tensor) -> float:
-    """Mean difference in nats, without its sign, of what a server gave and the policy's."""
-    return float((given + positions.kept - positions.logprobs).abs().mean())
+def difference(positions: Positions, given: Tensor, sampling: Sampling) -> float:
+    """Mean difference in nats, without its sign, of what a server gave and the policy's. Where truncation cuts tokens
+    off, the largest few are left out: a token that only one of two engines keeps changes the log-probs of all."""
+    differences = (given + positions.kept - positions.logprobs).abs()
+    tokens = len(differences)
+    few = min(max(FEW, int(SHARE * tokens)), tokens // 2) if sampling.truncates else 0
+    return float(differences.sort().values[: tokens - few].mean()) if differences.isfinite().all() else math.nan
 
 
 def why_not_as_told(positions: Positions, sampling: Sampling) -> str | None:

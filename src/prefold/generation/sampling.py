@@ -33,6 +33,10 @@ class Sampling:
     with_model_logprobs: bool = False
     with_entropies: bool = False
 
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
     @classmethod
     def of(cls, wanted: settings.Sampling, num_answers: int = 1) -> Sampling:
         """As a section of a recipe, or a command, says."""

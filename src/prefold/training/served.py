@@ -193,11 +193,10 @@ class ServedCompletions:
         """The completions that a server has drawn, their log-probs of the whole distribution where truncation cut some
         of it off."""
         sampling, when = self.sampling, f"step {self.step + 1}"
-        truncates = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
-        some = list(drawn) if truncates else some_of(drawn, TOKENS)
+        some = list(drawn) if sampling.truncates else some_of(drawn, TOKENS)
         positions, figure = self._compared(server, some, sampling, self.allowed[server.url], when)
         self.furthest = max(self.furthest, figure)
-        if not truncates:
+        if not sampling.truncates:
             return [list(group) for _, group in drawn]
         whole = iter((logprobs_of(some) + positions.kept).tolist())
         return [
@@ -213,10 +212,13 @@ class ServedCompletions:
             UserError: too far, with what explains it; or the tokens are not drawn as they should have been.
         """
         given, positions = logprobs_of(drawn), positions_of(self.scorer, drawn, sampling)
-        figure, why = difference(positions, given), why_not_as_told(positions, sampling)
+        figure, why = difference(positions, given, sampling), why_not_as_told(positions, sampling)
+        from_plain = float((given - positions.plain).abs().mean())
+        # If they are the plain ones, that is how far rounding puts them.
+        allowed = min(allowed, max(LEAST, LEEWAY * from_plain))
         if figure <= allowed and why is None:
             return positions, figure
-        are_plain = float((given - positions.plain).abs().mean()) <= allowed
+        are_plain = from_plain <= allowed
         if why and (figure <= allowed or are_plain):
             raise server.error(f"{why} ({when})", ADVICE)
         what = f"its log-probs are {figure:.2g} nats off the policy's in the mean, rounding explains {allowed:.2g}"
@@ -231,7 +233,7 @@ class ServedCompletions:
         }
         for name, weights in others.items():
             with weights():
-                if difference(positions_of(self.scorer, drawn, sampling), given) <= allowed:
+                if difference(positions_of(self.scorer, drawn, sampling), given, sampling) <= allowed:
                     raise server.error(f"{what}; they are those of {name}", ADVICE)
         cause = "it has other weights (another base model, adapter or precision)"
         raise server.error(f"{what}; {cause}, or reads or draws otherwise than it says", ADVICE)

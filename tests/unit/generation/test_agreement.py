@@ -58,7 +58,8 @@ def test_what_the_own_engine_draws_is_in_agreement(scorer: Scorer, model: Any, t
     group = drawn(model, tokenizer, sampling)
     positions = positions_of(scorer, [(PROMPT, group)], sampling)
     assert len(positions.logprobs) == 8 * 24
-    assert difference(positions, logprobs_of([(PROMPT, group)])) < 1e-5 and why_not_as_told(positions, sampling) is None
+    assert difference(positions, logprobs_of([(PROMPT, group)]), sampling) < 1e-5
+    assert why_not_as_told(positions, sampling) is None
     assert not positions.outside.any()
 
 
@@ -71,7 +72,7 @@ def test_what_is_drawn_otherwise_is_not(scorer: Scorer, model: Any, tokenizer: A
         return
     group = drawn(model, tokenizer, done)
     positions = positions_of(scorer, [(PROMPT, group)], told)
-    assert difference(positions, logprobs_of([(PROMPT, group)])) > 0.01
+    assert difference(positions, logprobs_of([(PROMPT, group)]), told) > 0.01
     plainly = told.top_k == 1 or (0.6 in (done.temperature, told.temperature) and done.min_p == 0)
     assert not plainly or why_not_as_told(positions, told) is not None
 
@@ -94,6 +95,20 @@ def test_positions_by_hand(scorer: Scorer, model: Any) -> None:
     assert positions.variance.item() == pytest.approx((share * (share.log() - mean) ** 2).sum().item(), abs=1e-5)
     other = positions_of(scorer, [(PROMPT, [Completion((int(logits.argmin()),), "", False, (0.0,))])], sampling)
     assert other.outside.item() and other.luck.item() == 0.0
+
+
+def test_a_token_at_the_border_is_no_lie() -> None:
+    """Two tokens as likely as the twentieth: an engine keeps 20, the other 21."""
+    zeros, given = torch.zeros(100), torch.full((100,), -3.0)
+    positions = Positions(given.clone(), zeros, zeros.clone(), zeros, zeros, zeros.bool())
+    given[7] -= math.log(20 / 21)
+    assert difference(positions, given, Sampling(top_k=20)) == 0.0
+    assert difference(positions, given, Sampling()) == pytest.approx(math.log(21 / 20) / 100, rel=1e-4)
+    given[:3] -= 1.0
+    assert difference(positions, given, Sampling(top_k=20)) > 0.01
+    assert difference(Positions(*(each[:1] for each in positions)), given[:1], Sampling(top_k=20)) == 1.0
+    given[0] = math.nan
+    assert math.isnan(difference(positions, given, Sampling(top_k=20)))
 
 
 def test_chance_is_no_lie() -> None:
