@@ -1,7 +1,7 @@
 """`where:` of a source: a condition over a row's columns -> keep the row or not.
 
-The condition is written in Python's syntax and never run as Python: its syntax tree is translated node by node, and a
-node of any other kind is refused.
+The condition is written in Python's syntax and never run as Python: its syntax tree is translated node by node, and
+unsupported nodes are refused.
 
     rating >= 5 and in_gsm8k_train == false
     0.2 < margin <= 0.9 or source in ["arc", "gsm8k"]

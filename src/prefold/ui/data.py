@@ -1,5 +1,5 @@
-"""The pages of data: the rows of a recipe or file as they are read, as messages and as they are trained on, and what is
-decided about single ones."""
+"""The pages of data: the rows of a recipe or file as they are read, as messages and as they are trained on, and
+decisions about single rows."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ from prefold.ui.worker import checker, reader
 PAGE = Page("/data", "Data")
 ON_A_PAGE = 50
 HEAD_ROWS = 200
-"""Rows by which the shape of a source is recognised here."""
+"""Rows from which the shape of a file is recognised here."""
 LONGEST_COMPARED = 3000
-"""Words of an answer whose differences are marked."""
+"""Words and spaces of the longest answer in which differences are marked."""
 ORDERS = {"": "as they are", "longest": "longest first", "shortest": "shortest first", "decided": "decided about"}
 
 
 @dataclass(frozen=True)
 class File:
-    """One of the files of a recipe, or by itself. `recipe` is the text of a recipe whose paths lead from anywhere."""
+    """A data file of a recipe, or by itself. `recipe`: the recipe's text with absolute paths, empty for a file by
+    itself; `address`: the query that names the file."""
 
     site: Site
     address: dict[str, str]
@@ -72,13 +73,16 @@ class File:
         return self.source.path.startswith("builtin:")
 
     def decisions(self) -> dict[int, Decision]:
-        """The last about each row, of those about this file. Raises UserError: see `read_decisions`."""
+        """The last decision about each row of this file. Raises UserError: see `read_decisions`."""
         if not self.decided_in.is_file():
             return {}
         known = {source_name(self.source)} if self.is_builtin else {str(self.path)}
-        every = read_decisions(self.decided_in)
         root = self.decided_in.parent
-        return {row: it for (source, row), it in every.items() if {source, str((root / source).resolve())} & known}
+        return {
+            row: decision
+            for (source, row), decision in read_decisions(self.decided_in).items()
+            if {source, str((root / source).resolve())} & known
+        }
 
     def records_of(self, row: RawRow) -> list[Record | Problem]:
         if self.shape is None:
@@ -100,7 +104,7 @@ def _shape_of(table: Table, source: str, rows: int) -> tuple[Shape, Rule] | None
 
 
 def _files(site: Site, given: Fields) -> list[File]:
-    """The files that a recipe, or a path, stands for. Raises UserError, HTTPException: one cannot be shown."""
+    """The data files of a recipe or of a path. Raises UserError, HTTPException: one cannot be shown."""
     if path := given.get("path"):
         source = make_section(Source, {"path": path if path.startswith("builtin:") else str(site.inside(path))})
         sources, recipe, named_by = [("train", source)], "", site.folders[0] / source.path.rpartition(":")[2]
@@ -113,10 +117,10 @@ def _files(site: Site, given: Fields) -> list[File]:
     for split, source in sources:
         for name, file in named_files(source).items():
             is_builtin = source.path.startswith("builtin:")
-            whole = Path(str(file)) if is_builtin else site.inside(str(file))
+            resolved = Path(str(file)) if is_builtin else site.inside(str(file))
             address = {key: given[key] for key in ("path", "recipe", "model") if given.get(key)}
             address["n"] = str(len(files))
-            files.append(File(site, address, source, split, name, whole, recipe, decided_in))
+            files.append(File(site, address, source, split, name, resolved, recipe, decided_in))
     return files
 
 
@@ -182,7 +186,7 @@ def _is_of_a_run(file: Path) -> bool:
 
 
 def _findings(request: Request) -> Response:
-    """What a check finds in the data of a recipe, or what is odd about a file, each finding with links to its rows."""
+    """The findings in the data of a recipe or in a file, each with links to its rows."""
     site, given = site_of(request), request.query_params
     files = _files(site, given)
     addresses = {readable(file.name): file.address for file in files}
@@ -200,7 +204,7 @@ def _findings(request: Request) -> Response:
 
 
 def _rows(request: Request) -> Response:
-    """Rows of a file: a page of them, those that hold a text, or those that are named."""
+    """Rows of a file: a page of all, of those that contain a text, or those with given numbers."""
     site, given = site_of(request), request.query_params
     file = _file(site, given)
     decisions, table = file.decisions(), file.table
@@ -221,7 +225,7 @@ def _rows(request: Request) -> Response:
 
 
 def _numbers(file: File, given: Fields, decisions: dict[int, Decision]) -> tuple[list[int], dict[str, str] | None]:
-    """The rows to show, and what in the address leads to those that follow."""
+    """The numbers of the rows to show, and what the address of the next page has in addition."""
     table, after = file.table, whole_number(given, "after")
     if given.get("rows"):
         named = [int(number) for number in given["rows"].split(",") if number.isdecimal() and len(number) < 12]
@@ -239,7 +243,7 @@ def _numbers(file: File, given: Fields, decisions: dict[int, Decision]) -> tuple
 
 
 def _in_short(file: File, number: int) -> Values:
-    """A row of the list: its parts, cut."""
+    """A row of the list, with the beginnings of its parts."""
     row = file.table.row(number)
     records = file.records_of(row)
     first = records[0] if records else None
@@ -302,7 +306,7 @@ def _row(request: Request) -> Response:
 
 
 def _marked(*texts: str) -> list[list[tuple[str, bool]]]:
-    """Two texts in pieces, each with whether the other has it not."""
+    """Two texts in pieces, each with whether the other text lacks it."""
     words = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]
     if max(map(len, words)) > LONGEST_COMPARED:
         return [[(text, False)] for text in texts]
@@ -324,7 +328,7 @@ def _tokens(request: Request) -> Response:
     source = {"text": file.recipe}
     if not file.recipe:
         source = {"model": given["model"], "path": file.source.path, "kind": kind}
-    # Other files are read by what reads them for training: it knows which nulls mean nothing.
+    # A file that had to be converted is read again as for training, which knows the nulls that mean nothing.
     value = file.table.row(number).value if file.table.written is None else None
     facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", value=value, **source))
     records = []
@@ -335,7 +339,7 @@ def _tokens(request: Request) -> Response:
 
 
 def _decide(request: Request, fields: Fields) -> Response:
-    """Write down what is to become of a row."""
+    """Record a decision about a row."""
     site = site_of(request)
     file, number, wanted = _file(site, fields), whole_number(fields, "row"), fields.get("action", "")
     row = file.table.row(number)
@@ -343,7 +347,7 @@ def _decide(request: Request, fields: Fields) -> Response:
         raise UserError("it cannot be read, and is left out anyway", where=str(row.origin))
     records = file.records_of(row)
     if wanted == "flip" and not any(getattr(record, "answers", ()) for record in records):
-        raise UserError("it has no answer whose preference could be turned round", where=str(row.origin))
+        raise UserError("it has no preference or label to flip", where=str(row.origin))
     known = source_name(file.source) if file.is_builtin else file.path
     decided_in = site.inside(str(file.decided_in))
     with site.writing(decided_in.parent):

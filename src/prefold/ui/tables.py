@@ -1,7 +1,7 @@
-"""Rows of a file by their numbers, with what is on the screen read and no more.
+"""Rows of a file by number: only the rows on the screen are read.
 
-A .jsonl file is read where it lies, at the bytes at which its lines begin; any other is first written out as one. Lines
-are looked for in a thread, and those that are known so far can be read.
+A .jsonl file is read in place, by the byte offsets of its lines; any other is first converted to a temporary one. Lines
+are indexed in a thread, and those indexed so far can be read.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ from prefold.data.preference import RowId
 from prefold.errors import UserError
 
 CHUNK = 2**23
-"""Bytes that are looked through at once."""
+"""Bytes that are read at once."""
 SOON = 0.12
-"""Seconds that the first look may take."""
+"""Seconds to wait for the index of a new table, before it is used as far as it goes."""
 
 
 class Table:
-    """The rows of `file`, which call their source `name`."""
+    """The rows of `file`, whose ids name the source `name`."""
 
     def __init__(self, file: Path, name: str):
         self.file, self.name, self.lines = file, name, file
         self.written = None
         if file.suffix.lower() != ".jsonl":
             self.written = tempfile.NamedTemporaryFile(prefix="prefold-")  # noqa: SIM115
-            weakref.finalize(self, self.written.close)  # by which it is removed
+            weakref.finalize(self, self.written.close)  # which removes it
             self.lines = Path(self.written.name)
         self.ends: list[NDArray[np.int64]] = []
         self.problems: dict[int, str] = {}
         self.failed: UserError | None = None
         self.is_whole = Event()
-        Thread(target=self._look, daemon=True).start()
+        Thread(target=self._index, daemon=True).start()
         self.is_whole.wait(SOON)
 
-    def _look(self) -> None:
+    def _index(self) -> None:
         try:
-            self._write_out()
+            self._convert()
             self._find_ends()
         except (OSError, UserError) as error:
             self.failed = error if isinstance(error, UserError) else UserError(f"cannot be read ({error.strerror})")
         finally:
             self.is_whole.set()
 
-    def _write_out(self) -> None:
-        """Every row as a line of JSON with the row's number; one that cannot be read is an empty line."""
+    def _convert(self) -> None:
+        """Write every row as JSON on the line with the row's number, and an empty line for one that cannot be read."""
         line = 1
         for row in read_file(self.file, self.name) if self.written else ():
             assert self.written
@@ -68,17 +68,17 @@ class Table:
             self.written.flush()
 
     def _find_ends(self) -> None:
-        at, ended = 0, True
+        offset, ended = 0, True
         with self.lines.open("rb") as opened:
             while chunk := opened.read(CHUNK):
-                self.ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at + 1)
-                at, ended = at + len(chunk), chunk.endswith(b"\n")
+                self.ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + offset + 1)
+                offset, ended = offset + len(chunk), chunk.endswith(b"\n")
         if not ended:
-            self.ends.append(np.array([at]))
+            self.ends.append(np.array([offset]))
 
     @property
     def bounds(self) -> NDArray[np.int64]:
-        """Where the first line begins, and where each ends, as far as is known."""
+        """Byte offsets of the start of the first line and of the end of each line indexed so far, `[lines + 1]`."""
         return self._all_bounds if self.is_whole.is_set() else np.concatenate([[0], *self.ends]).astype(np.int64)
 
     @cached_property
@@ -86,7 +86,7 @@ class Table:
         return np.concatenate([[0], *self.ends]).astype(np.int64)
 
     def __len__(self) -> int:
-        """Rows that are known."""
+        """Rows indexed so far."""
         return len(self.bounds) - 1
 
     def row(self, number: int) -> RawRow:
@@ -114,12 +114,12 @@ class Table:
 
     @cached_property
     def by_length(self) -> NDArray[np.int64]:
-        """The numbers of all rows, the shortest first."""
+        """The numbers of all rows, the shortest first, `[rows]`."""
         self.is_whole.wait()
         return np.argsort(np.diff(self.bounds), kind="stable") + 1
 
     def holding(self, text: str, after: int = 0) -> Iterator[int]:
-        """The numbers of the rows that hold a text, behind row `after`; A to Z are as a to z."""
+        """The numbers of the rows after row `after` that contain a text, ignoring the case of A to Z."""
         self.is_whole.wait()
         bounds = self.bounds
         written = [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False)]
@@ -135,7 +135,7 @@ class Table:
 
 
 def _rows_with(patterns: Collection[bytes], content: bytes, bounds: NDArray[np.int64], first: int) -> list[int]:
-    """The rows of a part of a file that hold any of the patterns; `first` is the number of its first."""
+    """The numbers of the rows of `content` that contain any of the patterns; `first` is that of its first row."""
     rows: set[int] = set()
     for pattern in patterns:
         at = content.find(pattern)

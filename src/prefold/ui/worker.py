@@ -1,7 +1,7 @@
-"""What needs torch, a tokenizer or a data set of the Hub, done in a child process, so that the server stays small.
+"""Tasks that need torch, a tokenizer or a data set of the Hub, done in a child process, so that the server stays small.
 
-Requests and answers are JSON lines on the child's stdin and stdout, one at a time. It ends when nothing has been asked
-for a while, and with the server.
+Requests and answers are JSON lines on the child's stdin and stdout, one at a time. The child ends after `IDLE` seconds
+without a request, and with the server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from prefold.recipe import RecipeBase
 
 IDLE = 300.0
-"""Seconds."""
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Worker:
     timer: Timer | None = None
 
     def ask(self, task: str, **arguments: Any) -> dict[str, Any]:
-        """Have a task of `TASKS` done. Raises UserError: what it says."""
+        """Do a task of `TASKS` in the child. Raises UserError: the task fails, or the child has ended."""
         with self.lock:
             if self.timer:
                 self.timer.cancel()
@@ -75,14 +74,14 @@ class Worker:
 
 
 checker, reader = Worker(), Worker()
-"""Of recipes and of rows: a check of many rows takes its time."""
+"""One for recipes and one for rows, so that a row need not wait for a long check."""
 
 
 # ---- in the child -------------------------------------------------------------------------------------------------
 
 
 def check(start: str, text: str) -> dict[str, Any]:
-    """Findings and plan of the text of a recipe whose relative paths begin in `start`."""
+    """Findings and plan of a recipe, given as text, whose relative paths start from `start`."""
     os.chdir(start)
     recipe = _recipe(text)
     from prefold.runs.check import check
@@ -99,8 +98,8 @@ def row(
     path: str = "",
     kind: Kind = "pairs",
 ) -> dict[str, Any]:
-    """A row, which holds `value` where that is known, from file to tokens: of a recipe's text, or of a file as a
-    model's chat template writes it."""
+    """A row from file to tokens: by a recipe, given as text, or of the file `path` by a model's chat template.
+    `value`: what the row holds, if it has been read already."""
     os.chdir(start)
     if text:
         recipe = _recipe(text)
@@ -113,14 +112,14 @@ def row(
 
 
 def survey(path: str) -> dict[str, Any]:
-    """What is odd about the rows of a file, without a model."""
+    """What is known about the rows of a file without a model."""
     from prefold.data.survey import describe_data
 
     return describe_data(path).as_json()
 
 
 def _recipe(text: str) -> RecipeBase:
-    """What is wrong with its YAML is said before anything is imported that takes seconds."""
+    """Errors in the YAML are reported before the imports that take seconds."""
     values, lines = parse_yaml(text, "the recipe"), field_lines(text)
     if not isinstance(values, dict):
         raise UserError("it is not a mapping of sections", where="the recipe", advice="begin with `method: dpo`")

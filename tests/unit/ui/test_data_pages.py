@@ -54,7 +54,7 @@ def test_rows_by_length_text_and_number(ui_client: Client, write_rows: Write, tm
     text = client.get("/data/rows?path=pairs.jsonl&text=yes").text
     assert numbers(client.get(following(text)).text) == list(range(51, 101))
     assert numbers(client.get("/data/rows?path=pairs.jsonl&rows=5,7,900,0,x").text) == [5, 7]
-    assert "No row is like that" in client.get("/data/rows?path=pairs.jsonl&text=absent").text
+    assert "No row matches" in client.get("/data/rows?path=pairs.jsonl&text=absent").text
 
 
 def test_a_row_shows_what_differs(ui_client: Client, write_rows: Write, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_decisions_of_a_recipe_go_where_it_says(ui_client: Client, write_rows: W
         assert numbers(client.get(f"/data/rows?recipe={name}.yaml&n=0&order=decided").text) == []
         assert numbers(client.get(f"/data/rows?recipe={name}.yaml&n=1&order=decided").text) == [2]
     assert client.get("/data/rows?recipe=mine.yaml&n=2").status_code == 404
-    assert "uses that" in client.get("/runs/new?from=mine.yaml").text.replace("</code>", "")
+    assert "applies them" in client.get("/runs/new?from=mine.yaml").text.replace("</code>", "")
 
 
 def test_a_data_set_of_the_hub_is_named_and_not_opened(ui_client: Client, tmp_path: Path) -> None:
