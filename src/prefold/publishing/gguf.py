@@ -171,8 +171,8 @@ def _quantize(merged: Path, file: Path, kind: str, title: str) -> None:
         if not kept:
             source.unlink()
     if done.returncode or not file.is_file():
-        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise StageError(f"{QUANTIZER} could not make {kind}: {said[-1] if said else f'exit code {done.returncode}'}")
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise StageError(f"{QUANTIZER} could not make {kind}: {lines[-1] if lines else f'exit code {done.returncode}'}")
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,8 @@ def push_checkpoint(recipe: RecipeBase, checkpoint: Path) -> None:
 def _stale(api: HfApi, name: str, revision: str | None, items: Sequence[Item]) -> list[CommitOperationDelete]:
     """Deletions of the repository's weight files that are not among the new ones: transformers could load those."""
     kept = {item.name for item in items}
-    there = [Path(file) for file in api.list_repo_files(name, revision=revision)]
-    stale = [file for file in there if any(file.match(pattern) for pattern in WEIGHTS)]
+    files = [Path(file) for file in api.list_repo_files(name, revision=revision)]
+    stale = [file for file in files if any(file.match(pattern) for pattern in WEIGHTS)]
     return [CommitOperationDelete(file.as_posix()) for file in stale if file.as_posix() not in kept]
 
 
@@ -141,17 +141,17 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _refusal(name: str, reason: BaseException) -> UserError | StageError:
-    again = "`prefold publish` goes on from there"
+    again = "`prefold publish` continues from there"
     if isinstance(reason, errors.HfHubHTTPError):
         status = reason.response.status_code
         if status in (401, 403, 404):
             return UserError(
-                f"the Hub lets nobody write there with this token (HTTP {status})",
+                f"the Hub does not let this token write there (HTTP {status})",
                 where=name,
-                expected="a token with the right to write, of somebody who may write to that name",
+                expected="a write token of an account that may write to this repository",
                 advice="check `publish.hub_model_id`; `hf auth login`, or set HF_TOKEN",
             )
-        return StageError(f"{name}: the Hub refused it (HTTP {status}); {again} when that is mended")
+        return StageError(f"{name}: the Hub refused it (HTTP {status}); {again} once that is fixed")
     if isinstance(reason, httpx2.HTTPError | ConnectionError | TimeoutError):
         return StageError(f"{name}: the connection to the Hub broke ({type(reason).__name__}); {again}")
     return StageError(f"{name}: the push failed: {first_line(reason)}")

@@ -147,7 +147,7 @@ def _file(site: Site, given: Fields) -> File:
     return files[number]
 
 
-# ---- what there is ------------------------------------------------------------------------------------------------
+# ---- recipes, runs and files --------------------------------------------------------------------------------------
 
 
 def _data(request: Request) -> Response:

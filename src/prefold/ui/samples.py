@@ -108,15 +108,15 @@ def _rollouts(folder: Path, given: dict[str, str]) -> Values:
     known = list(steps)
     step = whole_number(given, "step")
     step = step if step in steps else known[-1]
-    at = known.index(step)
+    index = known.index(step)
     groups = [cleaned(table.row(number).value) for number in steps[step]]
     for group in groups:
         group["completions"] = sorted(objects(group.get("completions")), key=_reward, reverse=True)
     return {
         "groups": groups,
         "step": step,
-        "before": known[at - 1] if at else None,
-        "following": known[at + 1] if at + 1 < len(known) else None,
+        "before": known[index - 1] if index else None,
+        "following": known[index + 1] if index + 1 < len(known) else None,
         "last": known[-1],
     }
 

@@ -88,9 +88,9 @@ def section_of(run: str, which: str) -> tuple[Model, Model]:
     if which == "before":
         return recipe.model, recipe.model
     checkpoint = Path(run) / "checkpoints" / which
-    whole = recipe.lora == "none"
-    section = recipe.model.whole(checkpoint) if whole else recipe.model.model_copy(update={"adapter": str(checkpoint)})
-    return section, recipe.model
+    if recipe.lora == "none":
+        return recipe.model.whole(checkpoint), recipe.model
+    return recipe.model.model_copy(update={"adapter": str(checkpoint)}), recipe.model
 
 
 def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: dict[str, Any], lines: Lines) -> None:

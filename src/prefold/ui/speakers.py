@@ -49,8 +49,8 @@ class Speaker:
             self.number += 1
             number, is_over = self.number, False
             try:
-                asked = {"number": number, "messages": messages, "settings": settings, "attempt": attempt}
-                self._send(asked)  # a process that has ended shows in what is received
+                request = {"number": number, "messages": messages, "settings": settings, "attempt": attempt}
+                self._send(request)  # `_receive` notices a process that has ended
                 while not is_over:
                     values = self._receive()
                     if values.pop("number", number) == number:  # an answer that was stopped may still be in the pipe
