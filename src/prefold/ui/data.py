@@ -123,7 +123,8 @@ def _files(site: Site, given: Fields) -> list[File]:
         decided_in = site.inside(data.decisions or decisions_beside(site, given["recipe"]))
     files: list[File] = []
     for split, source in sources:
-        for name, file in (named_files(source) or {source_name(source): None}).items():
+        named: dict[str, Any] = {**named_files(source)} or {source_name(source): None}
+        for name, file in named.items():
             is_outside = file is None or source.path.startswith(BUILTIN_PREFIX)
             whole = None if file is None else Path(str(file)) if is_outside else site.inside(str(file))
             address = {key: given[key] for key in ("path", "recipe", "model") if given.get(key)}
