@@ -106,9 +106,10 @@ class Measuring(ABC):
         return open_model(section, "`evaluate`", measured=True, in_16_bits=self.in_16_bits, load=load)
 
     def engine(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> Engine:
-        """What samples: the model, or servers that are given the same weights."""
+        """What samples: the model, or servers that are given the same weights. Servers of a recipe in 4 or 8 bits have
+        another base: what is measured has its weights unquantised."""
         recipe = self.recipe
-        if not recipe.generation.by_servers:
+        if not recipe.generation.by_servers or recipe.model.load_in_4bit or recipe.model.load_in_8bit:
             return LocalEngine(model, tokenizer)
         started_from = Path(recipe.model.adapter).expanduser() if recipe.model.adapter else None
         adapter = self.folder / "adapter" if when == "after" else started_from
