@@ -359,7 +359,8 @@ def _server(url: str) -> str:
 
 
 class Generation(Section):
-    """What writes the completions that are trained on. May be changed while a run is under way."""
+    """What writes the completions that are trained on, and those that `evaluate` measures. May be changed while a run
+    is under way."""
 
     engine: Literal["prefold", "vllm"] = "prefold"
     """`prefold`: the model itself, where it is trained; `vllm`: servers that are given its weights at every step."""

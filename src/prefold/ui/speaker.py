@@ -2,7 +2,8 @@
 
 In, a line of JSON each: `{"number", "messages", "settings", "attempt"}` is answered, `{"stop": number}` ends that
 answer. Out: `{"ready": true}` once the model is there, or `{"error"}`; then, each with its number, `{"text"}` as an
-answer comes, and at its end `{"answer", "finished", "stopped"}` or `{"error"}`. The process ends with its input.
+answer comes, and at its end `{"answer", "finished", "stopped"}` or `{"error"}`. The process ends with its input. An
+error has `too_large` beside it where the model needs more memory than is at hand.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from prefold.generation.engine import answer
 from prefold.generation.opening import open_model
 from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
+from prefold.memory import TooLarge
 from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Chat, Model, make_section
 
@@ -113,7 +115,7 @@ def main(run: str, which: str) -> None:
         section, of_tokenizer = section_of(run, which)
         model, tokenizer = open_model(section, "`talk`", tokens=CHAT_TOKENS), tokenizer_of(of_tokenizer)
     except Exception as error:
-        return lines.write(error=explain(error)[0])
+        return lines.write(error=explain(error)[0], too_large=isinstance(error, TooLarge))
     lines.write(ready=True)
     while True:
         request = lines.asked.get()

@@ -82,15 +82,21 @@ class Speaker:
 
     def _load(self) -> str:
         """Why the model cannot be had; empty where it is there. One is loaded after the other, since each takes of the
-        memory that the one before leaves."""
+        memory that the one before leaves; where that is not enough, the others are let go."""
         self.end()
         with _LOADING:
             self.written = self._last_written()
-            self.process = Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, encoding="utf-8")
-            error = str(self._receive().get("error", ""))
-        if error:
+            answer = self._begin()
+            if answer.get("too_large") and _let_others_go(self):
+                answer = self._begin()
+        return str(answer.get("error", ""))
+
+    def _begin(self) -> dict[str, Any]:
+        self.process = Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, encoding="utf-8")
+        answer = self._receive()
+        if "error" in answer:
             self.end()
-        return error
+        return answer
 
     def _last_written(self) -> int:
         try:
@@ -136,9 +142,15 @@ def speaker_of(run: Path, which: str) -> Speaker:
     return speaker
 
 
-def end_all() -> None:
-    for speaker in _SPEAKERS.values():
-        speaker.end()
+def _let_others_go(speaker: Speaker) -> bool:
+    """Whether any other model was kept; one that answers is waited for."""
+    others = [other for other in list(_SPEAKERS.values()) if other is not speaker and other.is_loaded]
+    for other in others:
+        while other.is_loaded:
+            if other.asking.acquire(timeout=0.1):
+                other.end()
+                other.asking.release()
+    return bool(others)
 
 
 def _let_go() -> None:
