@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from chat_server import Failure
+from json_server import Failure, running
 from run_files import lines
 from safetensors.torch import load_file
 from tiny_tokenizer import save_chat_model
-from vllm_server import VllmServer, serving
+from vllm_server import VllmServer
 
 import prefold
 from prefold.errors import UserError
@@ -39,7 +39,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(ending_model: Path) -> Iterator[VllmServer]:
-    with serving(ending_model) as server:
+    with running(VllmServer(ending_model)) as server:
         yield server
 
 
@@ -167,7 +167,7 @@ def test_several_servers_share_the_work(
 ) -> None:
     """And whoever of them lies is named, not the other."""
     monkeypatch.setenv("VLLM_API_KEY", "sk-secret")
-    with serving(ending_model) as other:
+    with running(VllmServer(ending_model)) as other:
         recipe = grpo(generation=served(server, other), train={"batch_size": 6})
         other.lie, other.lies_from = "base", 3
         message = refusal(recipe)
