@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -84,7 +84,8 @@ class Servers(Protocol):
 
 
 class ServedCompletions:
-    """Called with the number of a step and prompts, gives a group of completions for each, and metrics.
+    """Called with the number of a step and prompts, gives a group of completions for each, and metrics. All processes
+    call it: the first asks the servers, and a sharded policy takes all of them to compare.
 
     Args:
         scorer: of the policy, a PEFT model.
@@ -132,8 +133,10 @@ class ServedCompletions:
 
     def __exit__(self, error: object, *_: object) -> None:
         """Leave nothing in the folder, and with the servers, unless one of them may be why the run ends."""
+        if not ranks.is_first():
+            return
         if error is None:
-            self._take_back(self.name)
+            take_back(self.servers, self.name)
         if self.name:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -141,22 +144,26 @@ class ServedCompletions:
 
     def _hand_over(self, name: str) -> None:
         """Give the servers the weights as they are."""
-        with new_folder(self.folder / name) as aside:
+        folder, before = self.folder / name, self.name
+        with new_folder(folder) if ranks.is_first() else nullcontext(folder) as aside:
             save_weights(self.model, aside)
-        before, self.name = self.name, hand_over(self.servers, self.folder / name, self.label)
+        self.name = ranks.from_first(lambda: hand_over(self.servers, folder, self.label))
+        if not ranks.is_first():
+            return
         if before != self.name:
-            self._take_back(before)
+            take_back(self.servers, before)
         for other in self.folder.iterdir():
             if other.name != name:
                 remove(other)
 
-    def _take_back(self, name: str) -> None:
-        take_back(self.servers, name)
-
     def _answered(
         self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, name: str | None, only: Server | None = None
     ) -> Sequence[tuple[Server, list[Completion]]]:
-        answered = self.servers.sample(prompts, sampling, self.ends, name, only)
+        def ask() -> list[tuple[int, list[Completion]]]:
+            answered = self.servers.sample(prompts, sampling, self.ends, name, only)
+            return [(self.servers.all.index(server), group) for server, group in answered]
+
+        answered = [(self.servers.all[number], group) for number, group in ranks.from_first(ask)]
         require_known_tokens(answered, self.model)
         return answered
 
