@@ -23,12 +23,16 @@ FOOTPRINT, FOOTPRINT_BYTES, INFO_VERSION = 72, 512, 4
 """Offset of `ri_phys_footprint` in macOS' `rusage_info_v4`, space for all of it, and `RUSAGE_INFO_V4`."""
 
 
+class TooLarge(UserError):
+    """What is about to be loaded takes more memory than is at hand."""
+
+
 def require(where: str, needed: int, at_hand: int, advice: str = "") -> None:
-    """Raises UserError: what is about to be loaded takes more memory than is at hand, and nobody said `--anyway`."""
+    """Raises TooLarge: `needed` bytes are more than those at hand, and nobody said `--anyway`."""
     if needed > at_hand and not anyway():
         what = f"needs {gigabytes(needed)} of memory, and {gigabytes(at_hand)} are at hand"
         advice = f"{advice}; " if advice else ""
-        raise UserError(what, where=where, advice=f"{advice}`--anyway` tries it all the same")
+        raise TooLarge(what, where=where, advice=f"{advice}`--anyway` tries it all the same")
 
 
 def anyway() -> bool:

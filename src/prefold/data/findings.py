@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prefold.data.examples import Examples
 
 Severity = Literal["error", "warning", "note"]
-ROWS_SHOWN = 20
+ROWS_SHOWN = 200
 FEW_HELD_OUT = 50
 _BIASED_SHARE = 0.65
 _OPENING_TOKENS = 3

@@ -23,6 +23,7 @@ from prefold.generation.http import Connection, Gone, Missing, Passing, Refused,
 from prefold.generation.samplers import Answers, LocalModel, as_answers
 from prefold.generation.sampling import Completion, Sampling
 from prefold.recipe import Generation
+from prefold.terminal import Advance
 
 T = TypeVar("T")
 
@@ -211,16 +212,20 @@ class Servers:
         ends: Sequence[int],
         name: str | None,
         only: Server | None = None,
+        advance: Advance = lambda **changes: None,
     ) -> list[tuple[Server, list[Completion]]]:
         """For each prompt its completions, and who has drawn them: the server with the fewest requests in flight.
 
         Args:
             name: of an adapter; None: the model without any.
             only: the server to ask.
+            advance: called for each prompt that is done.
         """
-
         drawn = partial(self.complete, sampling=sampling, ends=ends, name=name, only=only)
-        done = dict(in_parallel(lambda index: drawn(prompts[index]), range(len(prompts)), self.concurrency))
+        done = {}
+        for index, answer in in_parallel(lambda index: drawn(prompts[index]), range(len(prompts)), self.concurrency):
+            done[index] = answer
+            advance(advance=1)
         return [done[index] for index in range(len(prompts))]
 
     @property

@@ -89,7 +89,7 @@ class RecipeBase(Section):
 
     @model_validator(mode="after")
     def can_be_sharded(self) -> RecipeBase:
-        lora = self.lora if isinstance(self.lora, Lora) else Lora()
+        lora, kind = self.lora if isinstance(self.lora, Lora) else Lora(), self.algorithm.kind
         barred = {
             "model.load_in_4bit": self.model.load_in_4bit,
             "model.load_in_8bit": self.model.load_in_8bit,
@@ -97,7 +97,8 @@ class RecipeBase(Section):
             "model.chat_template": self.model.chat_template,
             "lora.use_dora": lora.use_dora,
             "lora.modules_to_save": lora.modules_to_save,
-            f"method: {self.method}": ALGORITHMS[self.method].kind.samples or ALGORITHMS[self.method].kind.scores,
+            f"method: {self.method}": kind.scores,
+            f"method: {self.method}` without servers in `generation": kind.samples and not self.generation.by_servers,
         }
         given = [name for name, value in barred.items() if value]
         if self.train.fsdp and given:

@@ -361,7 +361,8 @@ def _server(url: str) -> str:
 
 
 class Generation(Section):
-    """What samples the completions that are trained on. May be changed when a run is continued."""
+    """What samples the completions that are trained on, and those that `evaluate` measures. May be changed when a run
+    is continued."""
 
     engine: Literal["prefold", "vllm"] = "prefold"
     """`prefold`: the training process itself; `vllm`: servers, which get the new weights at every step."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -31,19 +32,22 @@ from prefold.evaluation.held_out_pairs import (
     score_pairs,
 )
 from prefold.evaluation.held_out_rewards import by_prompt, compare_rewards
-from prefold.generation.engine import answer, sample
+from prefold.generation.engine import Engine, LocalEngine, answer
 from prefold.generation.opening import open_model
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import seed_of
+from prefold.generation.servers import Servers
+from prefold.generation.weights import fold_adapter
 from prefold.models.adapters import load_start
 from prefold.models.load import load_model
 from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Model, RecipeBase
 from prefold.rewards.scoring import Group, column_names, scored_groups
 from prefold.runs.context import Run
-from prefold.runs.opened import head_seed_of, loaded_rewards, scorer_of
+from prefold.runs.opened import head_seed_of, loaded_rewards, scorer_of, served_folder
 from prefold.terminal import progress_bar
 from prefold.training.sampled_trees import sampling_of
+from prefold.training.served import ServedEngine
 from prefold.trees.attention import candidates, unwrapped
 from prefold.trees.memory import free_memory
 from prefold.trees.scorer import Scorer
@@ -66,9 +70,10 @@ class Measuring(ABC):
     has_before: ClassVar[bool] = True
 
     def __init__(self, run: Run, held_out: Examples, in_16_bits: bool = False):
-        self.recipe, self.held_out, self.in_16_bits = run.recipe, held_out, in_16_bits
+        self.recipe, self.folder, self.held_out, self.in_16_bits = run.recipe, run.folder, held_out, in_16_bits
         self.prompts, self.given = evaluation_prompts(run.recipe, held_out)
         self._checked: tuple[Any, Scorer] | None = None
+        self._rounding: dict[str, float] = {}
 
     def measure(self, section: Model, when: str) -> tuple[Any, Answers]:
         """What held-out data say of a model, and its answers. The model is released afterwards."""
@@ -76,7 +81,10 @@ class Measuring(ABC):
         model, tokenizer = self.open(section), tokenizer_of(section)
         result, template = self.score(model, tokenizer, when), recipe.data.template
         sampling = Sampling.of(recipe.evaluate, recipe.evaluate.num_answers)
-        answers = answer(model, tokenizer, self.prompts, sampling, f"answers {when}", None, template, self.given)
+        engine = self.engine(model, tokenizer, when)
+        answers = answer(
+            model, tokenizer, self.prompts, sampling, f"answers {when}", None, template, self.given, engine
+        )
         del model
         free_memory()
         return result, answers
@@ -96,6 +104,17 @@ class Measuring(ABC):
 
     def open(self, section: Model, load: Callable[..., PreTrainedModel] = load_start) -> PreTrainedModel:
         return open_model(section, "`evaluate`", measured=True, in_16_bits=self.in_16_bits, load=load)
+
+    def engine(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> Engine:
+        """What samples: the model, or servers that are given the same weights. Servers of a recipe in 4 or 8 bits have
+        another base: what is measured has its weights unquantised."""
+        recipe = self.recipe
+        if not recipe.generation.by_servers or recipe.model.load_in_4bit or recipe.model.load_in_8bit:
+            return LocalEngine(model, tokenizer)
+        started_from = Path(recipe.model.adapter).expanduser() if recipe.model.adapter else None
+        adapter = self.folder / "adapter" if when == "after" else started_from
+        servers, folder = Servers(recipe.generation, tokenizer), served_folder(recipe)
+        return ServedEngine(servers, model, tokenizer, adapter, folder, recipe.run_folder.name, self._rounding)
 
     def scorer(self, model: nn.Module) -> Scorer:
         """Of models with one configuration the first is checked: where a token looks does not hang on the weights."""
@@ -182,7 +201,8 @@ class PromptsByRewards(Measuring):
         seeds = [seed_of(recipe.train.seed, index) for index in range(len(prompts))]
         with progress_bar(f"held-out prompts {when}", len(prompts)) as advance:
             ids = [tree.prompt for tree in held_out.trees]
-            completions = sample(model, tokenizer, ids, drawn, seeds, advance)
+            with fold_adapter(model):
+                completions = self.engine(model, tokenizer, when).sample(ids, replace(drawn, seed=0), seeds, advance)
         return ranks.from_first(lambda: scored_groups(rewards, prompts, completions, columns))
 
     def compare(self, before: Sequence[Group], after: Sequence[Group]) -> Comparison:

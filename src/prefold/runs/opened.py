@@ -119,6 +119,12 @@ def scorer_of(
     return choose_scorer(model, checked, budget, recipe.model.attn_implementation, longest, deepest, dtype)
 
 
+def served_folder(recipe: RecipeBase) -> Path:
+    """Where adapters are put for servers."""
+    wanted = recipe.generation.adapter_folder
+    return Path(wanted).expanduser() / recipe.run_folder.name if wanted else recipe.run_folder / "served"
+
+
 def sample_trees(examples: Examples) -> list[TokenTree]:
     """Two small trees and a middling one, for checks that should cost little."""
     sizes = [sum(lengths) for lengths in examples.lengths]

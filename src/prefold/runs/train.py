@@ -36,6 +36,7 @@ from prefold.runs.opened import (
     policy_of,
     require_openable,
     scorer_of,
+    served_folder,
 )
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
@@ -205,10 +206,7 @@ def _served(recipe: RecipeBase, scorer: Scorer, prompts: Examples) -> Iterator[S
         return
     tokenizer = tokenizer_of(recipe.model)
     longest = max(prompt for prompt, *_ in prompts.lengths) + draws.max_completion_length
-    folder = recipe.run_folder / "served"
-    if section.adapter_folder:
-        folder = Path(section.adapter_folder).expanduser() / recipe.run_folder.name
-    servers = Servers(section, tokenizer, longest)
+    servers, folder = Servers(section, tokenizer, longest), served_folder(recipe)
     served = ServedCompletions(servers, scorer, tokenizer, sampling_of(draws), folder, recipe.run_folder.name)
     told = {name: getattr(recipe.algorithm, name) for name in recipe.algorithm.for_servers}
     weighed = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)

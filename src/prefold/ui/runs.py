@@ -130,7 +130,7 @@ def _run(request: Request) -> Response:
         at_work=bool(job and job.is_running) or is_locked(folder),
         log=readable(job.said()) if job else _end_of(folder / "run.log"),
         charts=charts({site.name_of(folder): run}) if run else [],
-        has={name: (folder / name).is_file() for name in ("report.html", *OF_SAMPLES)},
+        has={name: (folder / name).is_file() for name in ("report.html", "merge.json", *OF_SAMPLES)},
         has_samples=any((folder / name).is_file() for name in OF_SAMPLES),
     )
 

@@ -1,9 +1,9 @@
 """A model in a process of its own, which frees all memory when it ends: `python -m prefold.ui.speaker RUN WHICH`.
 
 Input, one JSON object per line: `{"number", "messages", "settings", "attempt"}` asks for an answer, `{"stop": number}`
-ends that answer. Output, likewise: `{"ready": true}` once the model is loaded, or `{"error"}`; then, each with the
-answer's number, `{"text"}` as it is written, and at its end `{"answer", "finished", "stopped"}` or `{"error"}`. The
-process ends with its input.
+ends that answer. Output, likewise: `{"ready": true}` once the model is loaded, or `{"error", "too_large"}`, the latter
+true if it needs more memory than is available; then, each with the answer's number, `{"text"}` as it is written, and at
+its end `{"answer", "finished", "stopped"}` or `{"error"}`. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from prefold.generation.engine import answer
 from prefold.generation.opening import open_model
 from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
+from prefold.memory import TooLarge
 from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Chat, Model, make_section
 
@@ -114,7 +115,7 @@ def main(run: str, which: str) -> None:
         section, of_tokenizer = section_of(run, which)
         model, tokenizer = open_model(section, "`talk`", tokens=CHAT_TOKENS), tokenizer_of(of_tokenizer)
     except Exception as error:
-        return lines.write(error=explain(error)[0])
+        return lines.write(error=explain(error)[0], too_large=isinstance(error, TooLarge))
     lines.write(ready=True)
     while True:
         request = lines.asked.get()

@@ -82,15 +82,21 @@ class Speaker:
 
     def _load(self) -> str:
         """Load the model. Returns why it cannot be loaded, or an empty text. Models are loaded one after the other, so
-        that each sees the memory that the others leave."""
+        that each sees the memory that the others leave; if that is not enough, the others are ended."""
         self.end()
         with _LOADING:
             self.written = self._last_written()
-            self.process = Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, encoding="utf-8")
-            error = str(self._receive().get("error", ""))
-        if error:
+            answer = self._begin()
+            if answer.get("too_large") and _end_others(self):
+                answer = self._begin()
+        return str(answer.get("error", ""))
+
+    def _begin(self) -> dict[str, Any]:
+        self.process = Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, encoding="utf-8")
+        answer = self._receive()
+        if "error" in answer:
             self.end()
-        return error
+        return answer
 
     def _last_written(self) -> int:
         try:
@@ -136,9 +142,15 @@ def speaker_of(run: Path, which: str) -> Speaker:
     return speaker
 
 
-def end_all() -> None:
-    for speaker in _SPEAKERS.values():
-        speaker.end()
+def _end_others(speaker: Speaker) -> bool:
+    """End all other models, after the answers that they are giving. Returns whether there were any."""
+    others = [other for other in list(_SPEAKERS.values()) if other is not speaker and other.is_loaded]
+    for other in others:
+        while other.is_loaded:
+            if other.asking.acquire(timeout=0.1):
+                other.end()
+                other.asking.release()
+    return bool(others)
 
 
 def _end_idle() -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
+from pathlib import Path
 from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from prefold.recipe import RecipeBase
 
 IDLE = 300.0
+STREAMED = 1000
+"""Rows that are read of a stream, which may have no end."""
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Worker:
 
 
 checker, reader = Worker(), Worker()
-"""One for recipes and one for rows, so that a row need not wait for a long check."""
+"""One for checks and downloads, one for rows and surveys, so that a row need not wait for a long check."""
 
 
 # ---- in the child -------------------------------------------------------------------------------------------------
@@ -111,6 +115,17 @@ def row(
     return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind, value).as_json()
 
 
+def download(source: str, lines: str) -> dict[str, Any]:
+    """Write the rows of a data set of the Hub to a file of JSON lines; of a stream, the first `STREAMED`."""
+    from prefold.data.sources import read_rows
+
+    section = Source.model_validate_json(source)
+    with Path(lines).open("w", encoding="utf-8", errors="surrogatepass") as opened:
+        for row in islice(read_rows(section), STREAMED if section.streaming else None):
+            opened.write(json.dumps(row.value, ensure_ascii=False, default=str) + "\n")
+    return {}
+
+
 def survey(path: str) -> dict[str, Any]:
     """What is known about the rows of a file without a model."""
     from prefold.data.survey import describe_data
@@ -135,7 +150,7 @@ def _tokenizer_of(model: str) -> Any:
     return tokenizer_of(Model.model_validate_json(model))
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "row": row, "survey": survey}
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "download": download, "row": row, "survey": survey}
 
 
 def main() -> None:
