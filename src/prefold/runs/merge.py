@@ -17,7 +17,7 @@ from prefold.terminal import say
 def merge(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
     rows = compared_rows(recipe, run.checked_data().train)
-    tokenizer = tokenizer_of(recipe.model)  # one of its own, since its padding may change
+    tokenizer = tokenizer_of(recipe.model)  # not the run's, since its padding may change
     if recipe.algorithm.kind.scores:
         pad_apart(tokenizer, {row[-1] for row in rows})
     computed = choose_dtype(recipe.model.dtype, choose_device())
