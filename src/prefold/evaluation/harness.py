@@ -103,8 +103,8 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ends))
         except jinja2.exceptions.TemplateError:  # some templates accept no system message
-            others = [message for message in chat_history if message["role"] != "system"]
-            return str(self.tokenizer.apply_chat_template(others, tokenize=False, **ends))
+            without_system = [message for message in chat_history if message["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(without_system, tokenize=False, **ends))
 
     # ---- log-likelihoods ----
 
@@ -203,8 +203,8 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     def _prompt(self, context: str, longest: int) -> list[int]:
         """The last `longest` tokens of a context."""
-        whole = has_bos_prefix(context, getattr(self.tokenizer, "bos_token", None))
-        ids = self.tokenizer.encode(context, **({"add_special_tokens": False} if whole else {}))
+        has_bos = has_bos_prefix(context, getattr(self.tokenizer, "bos_token", None))
+        ids = self.tokenizer.encode(context, **({"add_special_tokens": False} if has_bos else {}))
         return list(ids[-longest:]) or [self.prefix_token_id]
 
     def _sampling(self, kwargs: dict[str, Any], until: Sequence[str]) -> Sampling:

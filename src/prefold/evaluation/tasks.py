@@ -166,7 +166,7 @@ def measure(
         lm.label = f"{opened.name} {when}".strip()
         with _as_the_harness_runs():
             opened.task.set_fewshot_seed(SEEDS["fewshot"])
-            asked = partial(
+            run_task = partial(
                 evaluate,
                 lm=lm,
                 task_dict={"tasks": {opened.name: opened.task}, "groups": {}},
@@ -176,7 +176,7 @@ def measure(
                 fewshot_as_multiturn=True,
             )
             try:
-                results: Any = call_user_code(asked)
+                results: Any = call_user_code(run_task)
             except UserCodeFailed as failure:
                 if isinstance(failure.error, Exception):
                     raise failure.error from None

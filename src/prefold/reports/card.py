@@ -37,7 +37,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
 
 
 def write_card(run_folder: Path) -> Path:
-    """Write the card of a run's merged model beside it, and return its path. Raises UserError: see `read_run`."""
+    """Write the card of a run's merged model into its folder, and return its path. Raises UserError: see `read_run`."""
     path = run_folder / "merged" / CARD
     write_text(path, render_card(run_folder))
     return path

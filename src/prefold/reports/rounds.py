@@ -39,10 +39,11 @@ def write_rounds(folder: Path) -> None:
         rule=RULE,
         tables=tables,
         reaches={baseline: _reach(rows) for baseline, rows in tables.items()},
-        models={_model(0): section(facts, "base")} | {_model(one["round"]): section(one, "model") for one in rounds},
+        models={_model(0): section(facts, "base")}
+        | {_model(entry["round"]): section(entry, "model") for entry in rounds},
         by_rewards=finite(section(facts, "base").get("reward")) is not None,
-        pairs={f"Round {one['round']}": section(one, "pairs") for one in rounds},
-        reports={_model(one["round"]): f"rounds/{one['round']}/report.html" for one in rounds},
+        pairs={f"Round {entry['round']}": section(entry, "pairs") for entry in rounds},
+        reports={_model(entry["round"]): f"rounds/{entry['round']}/report.html" for entry in rounds},
         costs=_costs(facts),
     )
     write_text(folder / PAGE, text)
@@ -73,13 +74,13 @@ def verdict(facts: Values) -> Verdict:
     if best:
         headline = f"{'One round' if best == 1 else f'{best} rounds'} made the model better"
         if outcome != "better":
-            headline = f"Each of {best} rounds improved on the one before, but the last not clearly on the base"
+            headline = f"Each of {best} rounds improved on the one before, but the last is not clearly above the base"
     else:
         headline = "The first round " + {"worse": "made the model worse"}.get(outcome, "did not clearly help")
     lines = [
-        Line(outcome_of(each["against_before"]), f"{name}: {_sentence(each['against_before'])}")
-        for each in rounds
-        for name in [f"Round {each['round']} against {_before(each['round'])}"]
+        Line(outcome_of(entry["against_before"]), f"{name}: {_sentence(entry['against_before'])}")
+        for entry in rounds
+        for name in [f"Round {entry['round']} against {_before(entry['round'])}"]
     ]
     if best > 1:
         lines.append(Line(outcome, f"Round {best} against the base: {_sentence(total)}"))
@@ -116,7 +117,7 @@ def _sentence(facts: Values) -> str:
 
 
 def _by_round(facts: Values, against: str) -> dict[str, Values]:
-    return {f"Round {each['round']}": section(each, against) for each in objects(facts.get("rounds"))}
+    return {f"Round {entry['round']}": section(entry, against) for entry in objects(facts.get("rounds"))}
 
 
 def _reach(rows: dict[str, Values]) -> float:
@@ -136,6 +137,6 @@ def _costs(facts: Values) -> dict[str, Counter[str]]:
 
 def _all_costs(facts: Values) -> Iterator[Values]:
     yield section(section(facts, "base"), "cost")
-    for each in objects(facts.get("rounds")):
-        yield section(section(each, "pairs"), "cost")
-        yield section(section(each, "model"), "cost")
+    for entry in objects(facts.get("rounds")):
+        yield section(section(entry, "pairs"), "cost")
+        yield section(section(entry, "model"), "cost")

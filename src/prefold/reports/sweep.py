@@ -130,8 +130,8 @@ def _others(sweep: Values, tied: int) -> list[Line]:
         return []
     if not alike:
         return [Line("better", "Better than each of the others, after correction for all comparisons")]
-    those = "them" if tied else "it"
-    return [Line("unclear", f"{_units(sweep)} do not show {those} to be better than {_listed(alike)}")]
+    highest = "them" if tied else "it"
+    return [Line("unclear", f"{_units(sweep)} do not show {highest} to be better than {_listed(alike)}")]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -109,7 +109,7 @@ def _single(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> Run:
     parsed = as_recipe(recipe, overrides)
     if parsed.rounds:
         advice = f"`prefold run` performs them all; each is a run folder of its own, {parsed.output_dir}/{ROUNDS}/1"
-        raise UserError("rounds are several runs, of which none is named here", where="`rounds`", advice=advice)
+        raise UserError("rounds are several runs, and this command works on one", where="`rounds`", advice=advice)
     return Run(parsed)
 
 

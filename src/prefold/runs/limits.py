@@ -126,11 +126,11 @@ def _questions(run: Run) -> list[list[int]]:
     if recipe.algorithm.kind.scores:
         return []
     prompts, given = evaluation_prompts(recipe, run.prepared.held_out)
-    beside = given or [{}] * len(prompts)
+    arguments = given or [{}] * len(prompts)
     ids = []
-    for number, (prompt, more) in enumerate(zip(prompts, beside, strict=True), 1):
+    for number, (prompt, of_template) in enumerate(zip(prompts, arguments, strict=True), 1):
         try:
-            ids.append(render(prompt, run.tokenizer, recipe.data.template, more))
+            ids.append(render(prompt, run.tokenizer, recipe.data.template, of_template))
         except (TemplateError, TypeError, ValueError, Unfit) as error:
             what, where = f"the chat template refuses it: {first_line(error)}", f"prompt {number} of `evaluate`"
             raise UserError(what, where=where, advice="change the prompt, or leave it out") from None

@@ -22,8 +22,8 @@ def merge(run: Run) -> None:
         pad_apart(tokenizer, {row[-1] for row in rows})
     computed = choose_dtype(recipe.model.dtype, choose_device())
     dtype, seed = str(merge_dtype(recipe, computed)).removeprefix("torch."), head_seed_of(recipe)
-    whole = recipe.lora == "none"
-    base, adapter = (Model(name=str(folder / "trained")), None) if whole else (recipe.model, folder / "adapter")
+    trains_all = recipe.lora == "none"
+    base, adapter = (Model(name=str(folder / "trained")), None) if trains_all else (recipe.model, folder / "adapter")
     result = merge_adapter(base, adapter, folder / "merged", tokenizer, rows, dtype, seed, trained_logits(folder))
     for remark in remarks(result):
         say(f"  {remark}")
