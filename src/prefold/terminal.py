@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 IN_NOTEBOOK = Console().is_jupyter
-# Only the first of several processes prints. In a notebook rich would make an output of each line, so it is plain there.
+# Only the first of several processes prints. Not as Jupyter, where rich would make an output of each line.
 console = Console(
     stderr=not IN_NOTEBOOK, force_jupyter=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0"
 )

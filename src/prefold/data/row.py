@@ -123,7 +123,7 @@ def see_row(
     """
     if data.template == "chat":
         require_chat_template(tokenizer)
-    # A bad row that would stop a run is shown.
+    # A bad row, which may stop a run, is shown here.
     lenient = data.model_copy(update={"bad_rows": "drop", **({"overlong": "drop"} if data.overlong == "error" else {})})
     name, matches = _matches(row, data)
     seen = []

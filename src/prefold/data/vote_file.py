@@ -69,7 +69,7 @@ def _last_line(file: Any) -> bytes:
 
 
 def read_votes(path: Path) -> list[dict[str, Any]]:
-    """The votes that count, in the order of their lines; empty if there is no file. Raises UserError: it cannot be
+    """The votes that count, in line order; empty if there is no file. Raises UserError: it cannot be
     read."""
     rows = read_file(path, without_home(str(path))) if path.exists() else ()
     lines = {row.origin.row: row.value for row in rows if row.value is not None}
