@@ -1,7 +1,7 @@
-"""What held-out data say of a model, before training and after it, for each kind of method.
+"""Measuring a model on held-out data, before and after training, for each kind of method.
 
 Pairs and unpaired completions are measured by their log-probs, prompts by the rewards of completions that are sampled
-as in training, and a model that gives scores by the scores of pairs.
+as in training, and a reward model by its scores of pairs.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ from prefold.trees.scorer import Scorer
 
 Answers = list[list[Completion]]
 OF_FILES = {"_name_or_path", "dtype", "transformers_version"}
-"""Of a configuration, what says where the weights come from, and how they are stored."""
+"""Entries of a configuration that say where the weights come from and how they are stored."""
 Comparison = tuple[dict[str, Any], list[dict[str, Any]] | None]
 """The content of the file in `evaluation/` that compares after with before, and the lines of `heldout.jsonl`."""
 
 
 class Measuring(ABC):
-    """How one kind of method has models measured.
+    """How models are measured for one kind of method.
 
-    `metric` is what models are chosen by, in the file that compares them; `has_before` whether the model before
-    training can be measured.
+    `metric` is the entry of the comparison by which the runs of a sweep are ranked; `has_before` says whether the model
+    before training can be measured.
     """
 
     metric: ClassVar[str] = "accuracy"
@@ -76,7 +76,7 @@ class Measuring(ABC):
         self._rounding: dict[str, float] = {}
 
     def measure(self, section: Model, when: str) -> tuple[Any, Answers]:
-        """What held-out data say of a model, and its answers. The model is released afterwards."""
+        """The result on held-out data, and the answers to the prompts. The model is released afterwards."""
         recipe = self.recipe
         model, tokenizer = self.open(section), tokenizer_of(section)
         result, template = self.score(model, tokenizer, when), recipe.data.template
@@ -91,7 +91,7 @@ class Measuring(ABC):
 
     @property
     def keys(self) -> list[str]:
-        """Of what is held out, equal for equal pairs or prompts in whatever run."""
+        """A key for each held-out pair or prompt, the same in every run."""
         return [key.hex() for key in self.held_out.record_keys]
 
     @property
@@ -117,7 +117,7 @@ class Measuring(ABC):
         return ServedEngine(servers, model, tokenizer, adapter, folder, recipe.run_folder.name, self._rounding)
 
     def scorer(self, model: nn.Module) -> Scorer:
-        """Of models with one configuration the first is checked: where a token looks does not hang on the weights."""
+        """A scorer; of models with one configuration only the first is checked, as attention is the same in all."""
         base = unwrapped(model)
         settings = {name: value for name, value in base.config.to_dict().items() if name not in OF_FILES}
         kind = settings, candidates(base.device, base.dtype, base.config.get_text_config())
@@ -150,7 +150,7 @@ class PairsByLogprobs(Measuring):
 
 
 class MatchedPairs(PairsByLogprobs):
-    """Each desirable completion with an undesirable one."""
+    """Unpaired completions, each desirable one matched with an undesirable one."""
 
     @property
     def matches(self) -> list[tuple[int, int]]:
@@ -164,7 +164,7 @@ class MatchedPairs(PairsByLogprobs):
 
     @property
     def texts(self) -> Iterator[dict[str, Any]]:
-        """Prompts that differ are with their completions."""
+        """The matched completions; prompts that differ are part of their completions."""
         records = self.held_out.records
         for indices in self.matches:
             first, second = (records[index] for index in indices)
@@ -185,16 +185,16 @@ class PromptsByRewards(Measuring):
 
     @property
     def keys(self) -> list[str]:
-        """What rewards read beside a prompt is a part of it."""
+        """The columns that rewards read are part of a prompt's key."""
         columns = (json.dumps(prompt.columns, sort_keys=True, default=str) for prompt in prompts_of(self.held_out))
         keys = zip(super().keys, columns, strict=True)
         return [blake2b(f"{key} {read}".encode(), digest_size=16).hexdigest() for key, read in keys]
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> list[Group]:
-        """Rewards of a completion of each held-out prompt, sampled as in training."""
+        """Rewards of one completion of each held-out prompt, sampled as in training."""
         recipe, held_out = self.recipe, self.held_out
-        drawn = held_out_sampling(recipe)
-        assert drawn is not None
+        sampling = held_out_sampling(recipe)
+        assert sampling is not None
         prompts = prompts_of(held_out)
         columns = column_names(prompts)
         rewards = loaded_rewards(recipe, columns) if prompts else []
@@ -202,7 +202,7 @@ class PromptsByRewards(Measuring):
         with progress_bar(f"held-out prompts {when}", len(prompts)) as advance:
             ids = [tree.prompt for tree in held_out.trees]
             with fold_adapter(model):
-                completions = self.engine(model, tokenizer, when).sample(ids, replace(drawn, seed=0), seeds, advance)
+                completions = self.engine(model, tokenizer, when).sample(ids, replace(sampling, seed=0), seeds, advance)
         return ranks.from_first(lambda: scored_groups(rewards, prompts, completions, columns))
 
     def compare(self, before: Sequence[Group], after: Sequence[Group]) -> Comparison:
@@ -210,7 +210,7 @@ class PromptsByRewards(Measuring):
 
 
 class PairsByHead(PairsByLogprobs):
-    """How well a trained head tells held-out pairs apart. Before training there was none to compare it with."""
+    """How well a trained score head tells held-out pairs apart. Before training there is no head to compare with."""
 
     has_before = False
 
@@ -238,8 +238,8 @@ MEASURING: dict[Kind, type[Measuring]] = {
 
 
 def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> tuple[list[list[Message]], list[dict[str, Any]]]:
-    """The conversations to answer, and what their template is given beside them: those the recipe names, else the first
-    different held-out prompts."""
+    """The conversations to answer, and the further arguments of their template: those that the recipe names (without
+    arguments), else the first distinct held-out prompts."""
     wanted = recipe.evaluate.prompts
     given: list[dict[str, Any]] = []
     if isinstance(wanted, list):
@@ -255,6 +255,6 @@ def evaluation_prompts(recipe: RecipeBase, held_out: Examples) -> tuple[list[lis
 
 
 def held_out_sampling(recipe: RecipeBase) -> Sampling | None:
-    """How a completion of each held-out prompt is drawn: as in training; None for methods that train on stored ones."""
+    """How one completion of each held-out prompt is sampled: as in training; None for methods that do not sample."""
     draws = recipe.algorithm.draws
     return replace(sampling_of(draws), num_answers=1) if draws else None
