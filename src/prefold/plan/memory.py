@@ -203,9 +203,11 @@ class Memory:
 
     @cached_property
     def _merging_on_host(self) -> tuple[int, int]:
-        """Bytes of the logits, and of the largest module in float32, as it is merged and as it is compared."""
+        """Bytes of the logits, and of a module in float32 beside them: the widest while models are compared, or before
+        that the widest with LoRA, and its sum with that."""
         tokens = min(sum(sum(tree[:2]) for tree in self.rows.compared), COMPARED)
-        return LOGITS * 4 * tokens * self.meta.text_config.vocab_size, 2 * 4 * self.sizes.widest
+        logits = LOGITS * 4 * tokens * self.meta.text_config.vocab_size
+        return logits, max(4 * self.sizes.widest, 2 * 4 * self.sizes.adapted - logits)
 
     @property
     def host(self) -> int:

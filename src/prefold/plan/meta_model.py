@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -38,7 +39,7 @@ class Sizes(NamedTuple):
     Bytes: `weights` of the frozen weights as they are kept, of which `whole` are not quantised; `trained_bytes` of the
     trained ones. Parameters by use: `linear` of the layers that every token is multiplied with, `adapter_products`
     those of the adapter, `head` of the vocabulary matrix, `vocabulary` of embeddings and head, `widest` the most that a
-    single module has.
+    single module has, `adapted` of those with LoRA.
     """
 
     parameters: int
@@ -50,6 +51,7 @@ class Sizes(NamedTuple):
     head: int
     vocabulary: int
     widest: int
+    adapted: int
     whole: int
 
 
@@ -186,9 +188,10 @@ def sizes_of(meta: MetaModel) -> Sizes:
     embeddings, head = (cast(Any, layer()).weight for layer in (base.get_input_embeddings, base.get_output_embeddings))
     sizes["head"], sizes["vocabulary"] = head.numel(), head.numel() + (0 if embeddings is head else embeddings.numel())
     sizes["linear"] -= sizes["vocabulary"]
-    sizes["widest"] = max(
-        sum(weight.numel() for weight in module.parameters(recurse=False)) for module in base.modules()
-    )
+    adapted = [module.get_base_layer() for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    for name, modules in (("widest", list(base.modules())), ("adapted", adapted)):
+        own = (sum(weight.numel() for weight in module.parameters(recurse=False)) for module in modules)
+        sizes[name] = max(own, default=0)
     return Sizes(**sizes)
 
 
