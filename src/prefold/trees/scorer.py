@@ -207,7 +207,7 @@ def choose_scorer(
     if scorer.packed:
         return scorer
     if setting == "trees":
-        raise StageError(f"`model.attn_implementation: trees` cannot be had for this model: {reason}")
+        raise StageError(f"`model.attn_implementation: trees` is not possible with this model: {reason}")
     logger.warning("prompts are encoded once per completion (plain path): %s", reason)
     scorer.reason = reason
     return scorer
