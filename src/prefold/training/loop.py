@@ -463,7 +463,7 @@ class TrainingLoop:
 
     @property
     def best(self) -> int | None:
-        """The step of the best checkpoint; None if none is wanted in the end: the best step may then have none."""
+        """Step of the best checkpoint; None without `load_best_model_at_end`: the best step may have no checkpoint."""
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
     def _is_interrupted(self) -> bool:
