@@ -157,7 +157,7 @@ class ByDifference(Pairwise):
             raise ValueError("f_alpha_divergence_coef is used by `f_divergence_type: alpha_divergence` only")
 
     def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """`[B]`, `[B]`: of the chosen and the rejected completions; with the reverse KL divergence, their log-ratios."""
+        """`[B]`, `[B]`: of chosen and rejected completions; with the reverse KL divergence, their log-ratios."""
         kind, ratios = self.f_divergence_type, (pairs.chosen_ratios, pairs.rejected_ratios)
         if kind == "reverse_kl":
             return ratios
