@@ -254,8 +254,8 @@ def _config_of(folder: Path, where: str) -> dict[str, Any]:
 
 
 def _require_same_base(config: dict[str, Any], model: PreTrainedModel, where: str) -> None:
-    """Raises UserError: the adapter names another base (folders do not count), or trains tokens beyond the
-    vocabulary."""
+    """Raises UserError: the adapter names another base, or trains tokens beyond the vocabulary. Folders of bases do not
+    count."""
     named = str(config.get("base_model_name_or_path") or "").rstrip("/")
     if named and Path(named).name.lower() != Path(str(model.name_or_path)).name.lower():
         what = f"is an adapter of `{without_home(named)}`, not of `{model.name_or_path}`"
