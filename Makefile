@@ -1,4 +1,4 @@
-# Every target does its own set-up in .venv and writes inside this folder only.
+# Every target sets itself up in .venv and writes only inside this folder.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ export HF_HOME ?= $(CURDIR)/.cache/huggingface
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' Makefile
 
-install: $(STAMP) ## .venv with prefold and all that developing takes
+install: $(STAMP) ## .venv with prefold and the development tools
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefold needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -36,7 +36,7 @@ test-slow: install ## the longer tests: the real model, TRL, the tutorials as wr
 test-gpu: install ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
 
-# All else as it is pinned; gigabytes.
+# Everything else stays pinned. Downloads gigabytes.
 test-oldest: $(OLDEST)/.installed ## the fast tests with the oldest torch and transformers that are allowed
 	$(OLDEST)/bin/pytest -n auto --maxprocesses 4 --dist worksteal -m 'not slow and not gpu'
 
@@ -54,13 +54,13 @@ lint: install ## ruff: rules and format
 types: install ## mypy, strict
 	$(BIN)/mypy
 
-docs: install ## write the pages that are made from the code anew
+docs: install ## regenerate the pages that are made from the code
 	$(BIN)/python docs/recipe_reference.py > docs/recipe.md
 	$(BIN)/python docs/algorithms/table.py > docs/algorithms/README.md
 	$(BIN)/python docs/algorithms/curves.py
 
 BASE ?= main
-bench: install ## steps of this tree against another commit's, in alternation: make bench BASE=COMMIT
+bench: install ## time steps of this tree and of another commit alternately: make bench BASE=COMMIT
 	git worktree add --force --detach .bench $(BASE)
 	$(BIN)/python -m benchmarks.vs_trl dpo --base .bench/src --pairs 20; status=$$?; \
 	git worktree remove --force .bench; exit $$status

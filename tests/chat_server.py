@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from json_server import Failure, JsonServer, running
 
 from prefold.generation import endpoint
-
-
-@dataclass
-class Failure:
-    """A reply that is no answer. `seconds`: how long it takes to come."""
-
-    status: int = 200
-    body: str = ""
-    headers: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 def words(body: dict[str, Any]) -> str:
@@ -32,64 +17,21 @@ def words(body: dict[str, Any]) -> str:
     return " ".join(["w"] * (1 + body.get("seed", 0) % 7))
 
 
-class ChatServer(ThreadingHTTPServer):
-    """`answer` makes of a request's body the text of the answer; `failures` come first, one for each request."""
-
-    daemon_threads = True
+class ChatServer(JsonServer):
+    """`answer` makes of a request's body the text of the answer."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__()
         self.answer: Callable[[dict[str, Any]], str | Failure | None] = words
-        self.failures: list[Failure] = []
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.lock = threading.Lock()
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, *_: Any) -> None:
-        """Nothing on stderr where a client has gone away."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: ChatServer
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on stderr."""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(body)
-            self.server.keys.append(self.headers.get("Authorization"))
-            reply = self.server.failures.pop(0) if self.server.failures else self.server.answer(body)
-        if self.path != "/v1/chat/completions":
-            reply = Failure(404, '{"error": {"message": "no such path"}}')
-        if not isinstance(reply, Failure):
-            message = {"role": "assistant", "content": reply}
-            reply = Failure(body=json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}))
-        time.sleep(reply.seconds)
-        self.send_response(reply.status)
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(reply.body.encode())))
-        self.end_headers()
-        self.wfile.write(reply.body.encode())
-
-
-@contextmanager
-def serving() -> Iterator[ChatServer]:
-    server = ChatServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    def reply(self, path: str, body: Any) -> Failure | dict[str, Any] | str:
+        if path != "/v1/chat/completions":
+            return Failure(404, '{"error": {"message": "no such path"}}')
+        text = self.answer(body)
+        if isinstance(text, Failure):
+            return text
+        message = {"role": "assistant", "content": text}
+        return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
 
 
 @pytest.fixture(autouse=True)
@@ -103,5 +45,5 @@ def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def chat_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
     """With waits that are short enough for tests."""
     monkeypatch.setattr(endpoint, "WAITS", (0.01,) * len(endpoint.WAITS))
-    with serving() as server:
+    with running(ChatServer()) as server:
         yield server

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 from huggingface_hub import constants
+from json_server import running
 
 TOKEN = "hf_atokenthatmayappearnowhere"
 LARGE = 4000
@@ -235,11 +235,5 @@ def uploads_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     # Between tries the client waits for seconds.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with running(hub):
         yield hub
-    finally:
-        hub.shutdown()
-        thread.join()
-        hub.server_close()

@@ -4,16 +4,13 @@ as it is told to."""
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
-from chat_server import Failure
+from json_server import Failure, JsonServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,33 +21,19 @@ LOWEST = -9999.0
 """What vLLM writes for minus infinity."""
 
 
-class VllmServer(ThreadingHTTPServer):
+class VllmServer(JsonServer):
     """`lie` is told from the adapter number `lies_from` on (the first is the probe of the start), the model without
-    any counting as 0. `failures` come first, one for each completion request. `seeds`: of prompts, where a test wants
-    the completions of another engine.
+    any counting as 0. `seeds`: of prompts, where a test wants the completions of another engine.
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__()
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.adapters: dict[str, int] = {}
         self.loaded = 0
         self.lie, self.lies_from = "", 0
-        self.failures: list[Failure] = []
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
         self.seeds: dict[tuple[int, ...], int] = {}
-        self.lock = threading.Lock()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, *_: Any) -> None:
-        """Nothing on stderr where a client has gone away."""
 
     def lies(self, name: str) -> bool:
         return self.lie == name and self.loaded >= self.lies_from
@@ -148,47 +131,3 @@ class VllmServer(ThreadingHTTPServer):
         head.data = kept.roll(1, 0)
         yield
         head.data = kept
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: VllmServer
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on stderr."""
-
-    def do_GET(self) -> None:
-        self.answer(None)
-
-    def do_POST(self) -> None:
-        self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-    def answer(self, body: Any) -> None:
-        server = self.server
-        reply: Failure | dict[str, Any] | str
-        with server.lock:
-            server.requests.append({"path": self.path, **(body or {})})
-            server.keys.append(self.headers.get("Authorization"))
-            fails = self.path.endswith("/completions") and server.failures
-            reply = server.failures.pop(0) if fails else server.reply(self.path, body)
-        if not isinstance(reply, Failure):
-            reply = Failure(body=reply if isinstance(reply, str) else json.dumps(reply))
-        time.sleep(reply.seconds)
-        self.send_response(reply.status)
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(reply.body.encode())))
-        self.end_headers()
-        self.wfile.write(reply.body.encode())
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[VllmServer]:
-    server = VllmServer(folder)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -1,6 +1,6 @@
 """The commands: parse, call, print. No logic.
 
-Exit codes: 0 done; 1 a stage failed, or `check` found an error; 2 wrong use.
+Exit codes: 0 done; 1 a stage failed, or `check` found an error; 2 wrong use; 130 and 143 stopped.
 """
 
 from __future__ import annotations
@@ -42,21 +42,19 @@ app = typer.Typer(
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, a built-in recipe or a run folder.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[section.field=value]...", help="Fields of the recipe with other values.", show_default=False
-    ),
+    typer.Argument(metavar="[section.field=value]...", help="Fields of the recipe to set.", show_default=False),
 ]
 Processes = Annotated[
-    int, typer.Option("--nproc", help="Processes of this machine to train with: as many as it has GPUs.", min=1)
+    int, typer.Option("--nproc", help="Processes to train with on this machine: one for each GPU.", min=1)
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is in the run folder and start over.")]
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a hub id, a folder, a GGUF file or pypi:...")
 ]
-Html = Annotated[Path | None, typer.Option(help="Write what was found to this page as well.")]
+Html = Annotated[Path | None, typer.Option(help="Also write the result to this HTML page.")]
 
 
-def _results_alone(context: typer.Context, wanted: bool) -> bool:
+def _keep_stdout_for_results(context: typer.Context, wanted: bool) -> bool:
     if wanted:
         context.with_resource(stdout_for_results())
     return wanted
@@ -72,29 +70,29 @@ Anyway = Annotated[
     bool, typer.Option("--anyway", help="Load models even where memory looks too small.", callback=_try_anyway)
 ]
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_results_alone)
+    bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_keep_stdout_for_results)
 ]
 
 
 def read(recipe: str, overrides: Sequence[str] | None) -> RecipeBase:
-    """The recipe of a command: what is wrong with it is said before anything is imported that takes seconds."""
+    """Load the recipe of a command, so that its errors are reported before imports that take seconds."""
     if launched() > 1:
         from prefold import ranks
 
-        ranks.join()  # so that one process says it
+        ranks.join()  # so that only one process reports an error
     from prefold.recipe import load_recipe
 
     return load_recipe(recipe, overrides or [])
 
 
 def flag(name: str, field: FieldInfo) -> Any:
-    """The option of a command for a field of a section."""
+    """A command's option for a field of a section of the recipe."""
     bounds = {key: getattr(part, key) for part in field.metadata for key in ("ge", "gt", "le") if hasattr(part, key)}
-    least = bounds["gt"] + 1 if "gt" in bounds and field.annotation is not float else bounds.get("gt")
+    lower = bounds["gt"] + 1 if "gt" in bounds and field.annotation is not float else bounds.get("gt")
     option = typer.Option(
         f"--{name.replace('_', '-')}",
         help=meaning_of(field),
-        min=bounds.get("ge", least),
+        min=bounds.get("ge", lower),
         max=bounds.get("le"),
         show_default=field.default not in ([], None),
     )
@@ -124,7 +122,7 @@ def options(
 
 
 def _require_fields_without_dashes(context: typer.Context) -> None:
-    """Raises UserError: a field of the recipe is given like an option."""
+    """Raises UserError: a field of the recipe is written like an option."""
     command: Any = vars(context.command)["commands"][context.invoked_subcommand]
     options = {"--help", *(name for parameter in command.params for name in parameter.opts)}
     unknown = [i for i, argument in enumerate(sys.argv) if argument[:2] == "--" and _name_of(argument) not in options]
@@ -166,13 +164,13 @@ def check(
     overrides: Overrides = None,
     reference: Annotated[
         bool,
-        typer.Option("--reference", help="Score pairs by the model: which are learnt already, which look flipped."),
+        typer.Option("--reference", help="Score pairs by the model: which it knows already, which look flipped."),
     ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time this machine for some seconds: how long the run will take.")
+        bool, typer.Option("--measure", help="Time this machine for some seconds, to estimate how long the run takes.")
     ] = False,
     device_memory: Annotated[
-        str | None, typer.Option(help="Plan for a GPU of so much memory, e.g. 24GB, instead of this machine.")
+        str | None, typer.Option(help="Plan for a GPU with this much memory, e.g. 24GB, instead of this machine.")
     ] = None,
     row: Annotated[
         str | None, typer.Option(help="Show this row alone, from file to tokens: N, or FILE:N of several.")
@@ -213,16 +211,18 @@ def data(
     ],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[field=value]...", help="Other fields of a source: split=test.", show_default=False),
+        typer.Argument(
+            metavar="[field=value]...", help="Further fields of the source: split=test.", show_default=False
+        ),
     ] = None,
     columns: Annotated[
-        list[str] | None, typer.Option(help="Which column is what, ROLE=COLUMN; may be given several times.")
+        list[str] | None, typer.Option(help="The column of a role, ROLE=COLUMN; may be repeated.")
     ] = None,
     where: Annotated[str | None, typer.Option(help=meaning_of(Source.model_fields["where"]))] = None,
-    limit: Annotated[int | None, typer.Option(help="Read so many rows and no more.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Read at most this many rows.", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a source of data holds, what would be made of its rows, and what for: without a recipe and a model."""
+    """What a source of data contains, what becomes of its rows, and which methods it fits; without recipe or model."""
     from prefold.reports.survey import print_survey
 
     given: dict[str, Any] = {"where": where} if where else {}
@@ -239,18 +239,18 @@ def data(
 def train(
     recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False, nproc: Processes = 1, anyway: Anyway = False
 ) -> None:
-    """Check and train, and leave the adapter."""
+    """Check and train, up to the adapter."""
     _restart_in_processes(nproc, "train", recipe, overrides, fresh)
     made = read(recipe, overrides)
     print(prefold.train(made, fresh=fresh))
 
 
 class ProcessesEnded(SystemExit):
-    """The end of processes that have said themselves why."""
+    """The processes of `--nproc` have ended, and have reported errors themselves."""
 
 
 def _restart_in_processes(number: int, command: str, recipe: str, overrides: list[str] | None, fresh: bool) -> None:
-    """Hand a command to several processes, if there are to be any, and end with them."""
+    """Run the command in several processes, if several are asked for, and exit with them."""
     if number == 1:
         return
     if launched() > 1:
@@ -261,7 +261,7 @@ def _restart_in_processes(number: int, command: str, recipe: str, overrides: lis
 
 @app.command()
 def merge(recipe: RecipeName, overrides: Overrides = None, anyway: Anyway = False) -> None:
-    """Merge the adapter into its unquantised base and prove it."""
+    """Merge the adapter into its unquantised base, and check the result."""
     made = read(recipe, overrides)
     print(prefold.merge(made))
 
@@ -283,16 +283,18 @@ def compare(
     ],
     tasks: Annotated[
         str | None,
-        typer.Option(help="Ask all of them these, by name: TASK,SUITE,... Unset: what the run folders were asked."),
+        typer.Option(help="Tasks for all of them: TASK,SUITE,... Unset: those of the run folders."),
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of YAML files with tasks of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="First so many questions of each task.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Ask only the first questions of each task, this many.", min=1)
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     html: Html = None,
     as_json: AsJson = False,
     anyway: Anyway = False,
 ) -> None:
-    """Compare run folders and models with the first of them, question by question; one run folder with its base."""
+    """Compare run folders and models with the first one, question by question; a single run folder with its base."""
     from prefold.reports.comparison import summary, write_comparison
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -310,12 +312,12 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="section.field=value,value...",
-            help="Fields with several values each, and fields with another value.",
+            help="Fields to vary, with several values each, and fields to set.",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Folder of the runs. Unset: the recipe's `output_dir`, with `-sweep` behind it.")
+        str | None, typer.Option(help="Folder of the runs. Unset: the recipe's `output_dir` with the suffix `-sweep`.")
     ] = None,
     as_json: AsJson = False,
     anyway: Anyway = False,
@@ -323,7 +325,7 @@ def sweep(
     """A run for each combination of values, and one comparison: which is best, and how far to believe it."""
     from prefold.reports.sweep import summary
 
-    read_text(recipe)  # before anything is imported that takes seconds
+    read_text(recipe)  # before imports that take seconds
     result = prefold.sweep(recipe, overrides or [], output=output)
     print_json(result) if as_json else console.print(summary(result))
     raise typer.Exit(1 if any(point["status"] == "failed" for point in result["points"]) else 0)
@@ -346,7 +348,7 @@ def publish(
     as_json: AsJson = False,
     anyway: Anyway = False,
 ) -> None:
-    """Push the result to the Hub, or put it into a folder, as the section `publish` says."""
+    """Push the result to the Hub, or copy it to a folder, as the section `publish` says."""
     from prefold.reports.run_table import print_published
 
     made = read(recipe, overrides)
@@ -422,14 +424,14 @@ def recipes(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file that `--output` names.")] = False,
 ) -> None:
-    """List the built-in recipes, print one to start from, or make one of another tool's file:
+    """List the built-in recipes, print one to start from, or make one from another tool's file:
     `prefold recipes import FILE --output mine.yaml`."""
     if name == "import" and file is None:
         raise UserError("no file to import", advice="`prefold recipes import FILE --output mine.yaml`")
     if name == "import":
         from prefold.importing import import_recipe, write_imported
 
-        # The recipe to its file or on stdout, and what became of the file's keys on stderr.
+        # The recipe goes to its file or to stdout, and what became of the file's keys to stderr.
         imported = import_recipe(str(file), method, output)
         written = write_imported(imported, str(file), output, force) if output else []
         print(f"{file}: a file of {imported.tool}\n\n{imported.account}", file=sys.stderr)
@@ -458,12 +460,16 @@ def schema() -> None:
 def ui(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="What pages may read and write. Unset: here.", show_default=False),
+        typer.Argument(
+            metavar="[FOLDER]...",
+            help="Folders that the pages may read and write. Unset: the current one.",
+            show_default=False,
+        ),
     ] = None,
-    port: Annotated[int, typer.Option(help="Of this machine; 0: a free one.", min=0, max=65535)] = 0,
+    port: Annotated[int, typer.Option(help="Port on this machine; 0: a free one.", min=0, max=65535)] = 0,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address and open no browser.")] = False,
 ) -> None:
-    """Pages in the browser, for you alone: runs, data and samples looked at, compared, and begun."""
+    """Pages in the browser, for you alone: look at runs, data and samples, compare them, and start runs."""
     try:
         from prefold.ui.server import serve
     except ImportError as error:
@@ -494,7 +500,7 @@ def main() -> NoReturn:
     except ProcessesEnded:
         raise
     except SystemExit as stop:
-        # What typer makes of Ctrl-C, and training of SIGTERM.
+        # Ctrl-C, for which typer exits with 130, or SIGTERM.
         if isinstance(stop.code, int) and stop.code in (130, 143):
             fail(stopped(sys.argv[1:]), stop.code)
         raise
@@ -506,7 +512,7 @@ def main() -> NoReturn:
 
 
 GO_ON = ("run", "train", "merge", "evaluate", "compare", "sweep", "pairs")
-"""Commands that keep what was done when they are stopped."""
+"""Commands that go on from where they were stopped."""
 
 
 def stopped(arguments: Sequence[str]) -> str:
@@ -528,7 +534,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End with a message; of several processes the first one that fails has it."""
+    """Exit with a message; of several processes only the first one that fails prints it."""
     if launched() > 1:
         from prefold import ranks
 

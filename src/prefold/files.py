@@ -1,4 +1,5 @@
-"""Files that are either whole or absent: everything is written under a temporary name and renamed."""
+"""Files that are whole or absent: everything is written under a temporary name and then renamed. Also locks, digests
+and names of files."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ import psutil
 from prefold.errors import UserError
 
 PATIENCE = 5.0
-"""Seconds in which a process that was just killed lets go of its folder."""
+"""Seconds to wait for the lock of a folder: a process that was just killed releases it a little later."""
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -38,8 +39,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `path`; on success it takes the place of `path`, on failure it is
-    removed."""
+    """Yield an empty temporary folder beside `path`; on success it replaces `path`, on failure it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -53,8 +53,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def unfinished_folder(path: Path, made_from: str) -> Iterator[Path]:
-    """Like `new_folder`, but a process that is ended leaves the temporary folder to the next one that makes `path` from
-    the same: whoever writes in it says which of its files are whole. Removed if what is done in it fails."""
+    """Like `new_folder`, but a process that is stopped leaves the temporary folder to the next one with the same
+    `made_from`. The caller has to know which of the files in it are whole. An error of the caller removes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.unfinished")
     mark = temporary / ".made_from"
@@ -73,7 +73,7 @@ def unfinished_folder(path: Path, made_from: str) -> Iterator[Path]:
 
 
 def _exchange(temporary: Path, path: Path) -> None:
-    """Put a folder that is whole where another one may be."""
+    """Move a folder to `path`, in place of the one that may be there."""
     old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     flush_to_disk(temporary)
     try:
@@ -85,7 +85,7 @@ def _exchange(temporary: Path, path: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have a file, or all that is in a folder, on the disk before anything that relies on it, should the power fail."""
+    """Flush a file, or all files in a folder, to the disk, so that a power failure cannot lose them."""
     for file in [*path.rglob("*"), path]:
         if file.is_file():
             with file.open("rb") as opened:
@@ -94,8 +94,8 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, where: str) -> Iterator[None]:
-    """Have a folder to oneself, until this process ends however it ends; where the file system knows locks. Raises
-    UserError: another process has it."""
+    """Lock a folder; the lock ends with this process, however that ends. Does nothing on a file system without locks.
+    Raises UserError: another process has the lock."""
     descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
         while not _lock(descriptor):
@@ -118,7 +118,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process has a folder to itself now."""
+    """Whether a process has the lock of a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -142,7 +142,7 @@ def remove_left_over(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -150,9 +150,9 @@ def remove(path: Path) -> None:
 
 
 LARGE = 2**20
-"""Bytes of a file whose digest is worth keeping."""
+"""Bytes from which the digest of a file is cached."""
 RECENT = 2 * 10**9
-"""Nanoseconds in which a file may be written twice and have the same times."""
+"""Nanoseconds within which two writes to a file may leave the same times."""
 
 
 def sha256_of(file: Path) -> str:
@@ -161,19 +161,19 @@ def sha256_of(file: Path) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file's bytes. That of a large file is kept in the cache for as long as its size and times, as the
-    file system has them, stay what they are. Raises OSError: it cannot be read."""
-    facts = path.stat()
-    changed = max(facts.st_mtime_ns, facts.st_ctime_ns)
-    state = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
-    kept = cache_folder() / "digests" / hashlib.sha256(state.encode()).hexdigest()[:32]
-    if facts.st_size >= LARGE:
+    """SHA-256 of a file's bytes. That of a large file is cached while its path, inode, size and times stay the same.
+    Raises OSError: it cannot be read."""
+    stat = path.stat()
+    changed = max(stat.st_mtime_ns, stat.st_ctime_ns)
+    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+    cached = cache_folder() / "digests" / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if stat.st_size >= LARGE:
         with suppress(OSError):
-            return kept.read_text()
+            return cached.read_text()
     digest = sha256_of(path)
-    if facts.st_size >= LARGE and time.time_ns() - changed > RECENT:
-        with suppress(OSError):  # a cache that cannot be written to costs time alone
-            write_text(kept, digest)
+    if stat.st_size >= LARGE and time.time_ns() - changed > RECENT:
+        with suppress(OSError):  # without a writable cache it only takes longer
+            write_text(cached, digest)
     return digest
 
 
@@ -199,7 +199,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def require_writable(folder: Path, advice: str = "") -> None:
-    """Create `folder` and prove that a file can be written in it. Raises UserError: that is not so."""
+    """Create `folder`, and check that a file can be written in it. Raises UserError: it cannot."""
     advice = advice or "choose another one, e.g. `output_dir=runs/mine`, or change its permissions"
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         what = "is a file, not a folder" if folder.exists() else "is a link that leads nowhere"
@@ -215,12 +215,12 @@ def require_writable(folder: Path, advice: str = "") -> None:
 
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# Writers that are not Python's report a failed write in words of their own.
+# Native writers report a failed write in their own words.
 _FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
 
 
 def storage_trouble(error: BaseException) -> str:
-    """Why something cannot be written or read, if that is what an error is about; empty if not."""
+    """Why a file cannot be written or read, if the error is about that; empty if not."""
     if isinstance(error, OSError) and error.errno in STORAGE:
         return f"{error.strerror}{f': {without_home(str(error.filename))}' if error.filename else ''}"
     if any(words in str(error) for words in _FULL):
@@ -229,7 +229,7 @@ def storage_trouble(error: BaseException) -> str:
 
 
 def without_home(path: str) -> str:
-    """`path` with the user's home folder written as `~`, so that a run folder can be handed on."""
+    """`path` with the user's home folder as `~`, so that a run folder that is passed on does not show it."""
     home = str(Path.home())
     return "~" + path[len(home) :] if path == home or path.startswith(home + os.sep) else path
 
@@ -240,7 +240,7 @@ def without_secrets(text: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where converted models and reference log-probs are kept: `$PREFOLD_CACHE`, else the user's cache folder."""
+    """The folder of everything that is cached: `$PREFOLD_CACHE`, else `prefold` in the user's cache folder."""
     if chosen := os.environ.get("PREFOLD_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefold"

@@ -23,12 +23,16 @@ FOOTPRINT, FOOTPRINT_BYTES, INFO_VERSION = 72, 512, 4
 """Offset of `ri_phys_footprint` in macOS' `rusage_info_v4`, bytes for the whole struct, and `RUSAGE_INFO_V4`."""
 
 
+class TooLarge(UserError):
+    """What is to be loaded takes more memory than is available."""
+
+
 def require(where: str, needed: int, at_hand: int, advice: str = "") -> None:
-    """Raises UserError: more memory is needed than available, and `--anyway` was not given."""
+    """Raises TooLarge: more memory is needed than available, and `--anyway` was not given."""
     if needed > at_hand and not anyway():
         what = f"needs {gigabytes(needed)} of memory, and {gigabytes(at_hand)} are at hand"
         advice = f"{advice}; " if advice else ""
-        raise UserError(what, where=where, advice=f"{advice}`--anyway` tries it all the same")
+        raise TooLarge(what, where=where, advice=f"{advice}`--anyway` tries it all the same")
 
 
 def anyway() -> bool:

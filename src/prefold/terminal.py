@@ -1,5 +1,5 @@
-"""What a person sees while something runs. Everything goes to stderr, so that stdout can carry results; in a notebook
-to stdout, since its stderr looks like an error."""
+"""What a person sees while something runs. It goes to stderr, so that stdout is left to results; in a notebook to
+stdout, since notebooks show stderr like an error."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from rich.progress import (
 from rich.text import Text
 
 IN_NOTEBOOK = Console().is_jupyter
-# Of several processes the first one talks. In a notebook plain lines: rich would make an output of each.
+# Only the first of several processes prints. Not as Jupyter, where rich would make an output of each line.
 console = Console(
     stderr=not IN_NOTEBOOK, force_jupyter=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0"
 )
 
 Advance = Callable[..., None]
-"""Moves a bar on, in rich's words: `advance` is so many items, `text` what is shown beside it."""
+"""Advances a bar; keywords as in rich: `advance` is a number of items, `text` is shown beside the bar."""
 BETWEEN_UPDATES = 0.5
-"""Seconds between two states of a bar in a notebook."""
+"""Seconds between two updates of a bar in a notebook."""
 BETWEEN_LINES = 30.0
-"""Seconds between two lines about the same work, where there is no terminal."""
+"""Seconds between two lines about the same work, without a terminal."""
 UNTOLD = 1.0
-"""Seconds that work may take until it is said what it is, where there is no terminal."""
+"""Seconds that work may take before a line says what it is, without a terminal."""
 SOON = 0.2
 """The same at the start of a command."""
 
 
 class Doing(NamedTuple):
-    """Work that goes on: what it is, and its bar if it has one."""
+    """Work in progress: what it is, and its bar if it has one."""
 
     text: str
     bar: Task | None = None
@@ -58,12 +58,12 @@ _doing: list[Doing] = []
 
 
 def doing() -> Doing | None:
-    """The innermost work that goes on now; None between one and the next."""
+    """The innermost work in progress; None if there is none."""
     return next(reversed(_doing), None)  # another thread may end it meanwhile
 
 
 @contextmanager
-def _going_on(text: str, bar: Task | None = None) -> Iterator[None]:
+def _in_progress(text: str, bar: Task | None = None) -> Iterator[None]:
     work = Doing(text, bar)
     _doing.append(work)
     try:
@@ -74,20 +74,20 @@ def _going_on(text: str, bar: Task | None = None) -> Iterator[None]:
 
 @contextmanager
 def busy(text: str, untold: float = UNTOLD) -> Iterator[None]:
-    """Say what goes on whose end cannot be known: beside a clock, gone when it is done; on a stream that is no terminal
-    as a line, if it takes longer than `untold` seconds."""
+    """Show work of unknown length: a spinner with a clock, removed at the end; without a terminal a line, if it takes
+    longer than `untold` seconds."""
     if console.is_terminal and not IN_NOTEBOOK:
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True) as progress:
             progress.add_task(text, total=None)
-            with _going_on(text):
+            with _in_progress(text):
                 yield
         return
     timer = Timer(untold, say, [f"{text} ..."])
     timer.daemon = True
     timer.start()
     try:
-        with _going_on(text):
+        with _in_progress(text):
             yield
     finally:
         timer.cancel()
@@ -95,8 +95,8 @@ def busy(text: str, untold: float = UNTOLD) -> Iterator[None]:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """While open, libraries are imported: without looking for garbage, of which imports make none and which takes an
-    eighth of their time. In a command of ours what they have made is never looked at again."""
+    """For imports of libraries: without garbage collection, which takes an eighth of their time and finds nothing. In a
+    command of prefold, what they have made is also left out of later collections."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -111,8 +111,8 @@ def loading() -> Iterator[None]:
 
 @contextmanager
 def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator[Advance]:
-    """A progress bar that fits 80 columns; on a stream that is no terminal, a line now and then and when it ends.
-    Without a total it counts, and is gone when it is done."""
+    """A progress bar that fits 80 columns; without a terminal, a line now and then and at the end. Without a total it
+    counts, and is removed at the end."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=12),
@@ -124,7 +124,7 @@ def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator
     )
     progress = Progress(*columns, console=console, transient=total is None)
     task = progress.add_task(description, total=total, completed=done, text="", done=done)
-    going_on = _going_on(description, progress.tasks[0])
+    going_on = _in_progress(description, progress.tasks[0])
     if console.is_terminal and not IN_NOTEBOOK:
         with progress, going_on:
             yield partial(progress.update, task)
@@ -160,7 +160,7 @@ class _Left(ProgressColumn):
 
 
 def speed(bar: Task) -> float | None:
-    """Items a second since it began, as a mean: they come in bursts. None where none is done."""
+    """The mean of items a second since the start, as they come in bursts. None if none is done."""
     moved = bar.completed - bar.fields["done"]
     return moved / bar.elapsed if moved and bar.elapsed else None
 
@@ -194,7 +194,7 @@ def clock(seconds: float | None) -> str:
 
 
 def _cell(progress: Progress) -> Callable[[], None]:
-    # One output that is replaced, since a bar of rich's own needs widgets, which not every notebook has.
+    # One output that is replaced, since rich's own bar needs widgets, which not every notebook has.
     from IPython.display import display
 
     shown = display(progress, display_id=True)
@@ -202,7 +202,7 @@ def _cell(progress: Progress) -> Callable[[], None]:
 
 
 def say(text: str) -> None:
-    """A line; a log has it as one, however long."""
+    """Print a line; outside a terminal it is not wrapped."""
     console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
 
@@ -220,8 +220,8 @@ _results: TextIO | None = None
 
 @contextmanager
 def stdout_for_results() -> Iterator[None]:
-    """What anything but `print_json` prints goes to stderr: Python, libraries in C, child processes. That of file
-    descriptor 1 does so to the end of the process, since libraries may say something when it ends."""
+    """Redirect stdout to stderr for everything but `print_json`: Python, libraries in C, child processes. File
+    descriptor 1 stays redirected until the process ends, since libraries may print then."""
     global _results
     stdout = sys.stdout
     stdout.flush()

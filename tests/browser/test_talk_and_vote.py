@@ -71,7 +71,8 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     context.close()
     server.should_exit = True
     thread.join(20)
-    speakers.end_all()
+    for speaker in speakers._SPEAKERS.values():
+        speaker.end()
     assert wrong == []
 
 

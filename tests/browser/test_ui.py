@@ -270,7 +270,7 @@ def begin_a_run(page: Any) -> None:
     page.locator("#checked").get_by_text("The data can be trained on.").wait_for()
     page.fill("[name=name]", "../first.yaml")
     page.get_by_role("button", name="Start").click()
-    page.get_by_text("is no name for it").wait_for()
+    page.get_by_text("cannot be its name").wait_for()
     assert page.input_value("#text") == RECIPE
     page.fill("[name=name]", "first.yaml")
     page.get_by_role("button", name="Start").click()
@@ -307,5 +307,5 @@ def begin_the_next(page: Any) -> None:
     page.get_by_role("button", name="Stop after this step").click()
     page.locator(".state.stopped").wait_for()
     assert "stopping after this step" in page.inner_text(".log")
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Continue").click()
     page.locator(".state.done").wait_for()

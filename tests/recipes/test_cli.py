@@ -279,7 +279,7 @@ def test_the_version(cli: Cli) -> None:
         (["run", "RECIPE", "lora.target_modules=[nothing]"], "no module of the model is called 'nothing'"),
         (["run", "RECIPE", "model.attn_implementation=flash"], "`model.attn_implementation` is 'flash'"),
         (["run", "RECIPE", "train.lr_scheduler_type=cosine_with_min_lr"], "`train.lr_scheduler_type`"),
-        (["merge", "RECIPE"], "`merge` needs what `check` leaves"),
+        (["merge", "RECIPE"], "`merge` needs the output of `check`"),
         (["generate", "MODEL"], "no prompt"),
         (["generate", "MODEL", "--file", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["generate", "MODEL", "--file", "BAD"], "row 2: no prompt"),

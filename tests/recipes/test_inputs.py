@@ -293,7 +293,7 @@ def test_a_finished_run(name: str, project: Callable[[str, str], Path], capfd: p
         capfd.readouterr()
         show("runs/mine")
         said = unwrapped(capfd)
-        assert "made of inputs that are no longer what they were" in said and case.said in said
+        assert "its inputs have changed since it was made" in said and case.said in said
     assert contents(folder) == before
     if case.again:
         prefold.run(recipe)
@@ -431,7 +431,7 @@ def test_changed_settings(project: Callable[[str, str], Path], capfd: pytest.Cap
     # A report is of the run as it is; what rests on outdated results is not made, and they are not removed for it.
     prefold.report("dpo.yaml", ["evaluate.prompts=1"])
     assert "`evaluate.prompts` was 2, is 1; the report is of the run as it was" in unwrapped(capfd)
-    with pytest.raises(UserError, match="`publish` needs what `evaluate` leaves, and that is out of date"):
+    with pytest.raises(UserError, match="`publish` needs the output of `evaluate`, which is out of date"):
         prefold.publish("dpo.yaml", ["evaluate.prompts=1", "publish.to=out"])
     assert contents(folder) == before and not Path("out").exists()
     (folder / "samples.jsonl").unlink()  # what is left of a stage is named as well

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 from harness_tasks import write_tasks
+from json_server import running
 from processes import Pair, stopping_at
 from run_files import lines
 from safetensors.torch import load_file
+from tiny_tokenizer import save_chat_model
+from vllm_server import VllmServer
 
 import prefold
 from prefold import ranks
@@ -309,9 +312,32 @@ def test_what_cannot_be_sharded(changes: dict[str, Any], recipe: MakeRecipe) -> 
         recipe(train={"fsdp": True}, **changes)
 
 
-def test_rollouts_of_sharded_models_are_refused(grpo: MakeRecipe) -> None:
-    with pytest.raises(UserError, match=r"`train\.fsdp` does not go with `method: grpo`"):
+def test_sharded_models_sample_by_servers_alone(grpo: MakeRecipe) -> None:
+    with pytest.raises(UserError, match=r"does not go with `method: grpo` without servers in `generation`"):
         grpo(train={"batch_size": 2, "fsdp": True})
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["replicas", "shards"])
+def test_several_processes_with_a_server(
+    fsdp: bool, pair: Pair, grpo: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first asks the server, all of them compare; it is given the weights of one process, and a lie ends all."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    train = {"batch_size": 3, "max_steps": 4, "learning_rate": 5e-3, "save_steps": 2, "max_tokens": 150}
+    model = save_chat_model(tmp_path / "ending", ends=tuple(range(0, 250, 12)))
+    with running(VllmServer(model)) as server:
+        changes = {"generation": {"engine": "vllm", "urls": [server.address]}, "model": {"name": str(model)}}
+        two = grpo({"top_k": 20}, train={**train, "fsdp": fsdp}, output_dir=str(tmp_path / "two"), **changes)
+        pair.do("train", two)
+        asked, server.loaded = [body["path"] for body in server.requests], 0
+        one = prefold.train(grpo({"top_k": 20}, train=train, output_dir=str(tmp_path / "one"), **changes))
+        assert_alike(tmp_path / "two", one)
+        assert str(lines(tmp_path / "two", "rollouts.jsonl")) == str(lines(one, "rollouts.jsonl"))
+        of_one = [body["path"] for body in server.requests[len(asked) :]]
+        assert asked.count("/v1/completions") == of_one.count("/v1/completions") and not server.adapters
+        server.lie, server.loaded, server.lies_from = "base", 0, 2
+        with pytest.raises(UserError, match="they are those of the base model, without the adapter"):
+            pair.do("train", grpo(train={**train, "fsdp": fsdp}, output_dir=str(tmp_path / "lie"), **changes))
 
 
 def test_one_process_has_nothing_to_shard_with(recipe: MakeRecipe) -> None:

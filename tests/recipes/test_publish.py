@@ -90,7 +90,7 @@ def test_a_missing_token_stops_before_training(
 def test_an_unfinished_run_is_not_published(recipe: MakeRecipe, tmp_path: Path) -> None:
     wanted = recipe(publish={"to": str(tmp_path / "out")})
     prefold.train(wanted)
-    with pytest.raises(UserError, match="`publish` needs what `merge` leaves"):
+    with pytest.raises(UserError, match="`publish` needs the output of `merge`"):
         prefold.publish(wanted)
     with pytest.raises(UserError, match="was not checked"):
         prefold.publish(wanted, dry_run=True)

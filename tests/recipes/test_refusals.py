@@ -324,11 +324,11 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Changes], str]] = {
 }
 
 SETTINGS: dict[str, tuple[Changes, str]] = {
-    "galore": ({"train": {"optim": "galore_adamw"}}, "`galore_adamw` works on modules that `optim_target_modules`"),
-    "apollo": ({"train": {"optim": "apollo_adamw"}}, "`apollo_adamw` works on modules"),
-    "lomo": ({"train": {"optim": "lomo"}}, "`lomo` changes weights amid the backward pass"),
+    "galore": ({"train": {"optim": "galore_adamw"}}, "`galore_adamw` needs `optim_target_modules`"),
+    "apollo": ({"train": {"optim": "apollo_adamw"}}, "`apollo_adamw` needs `optim_target_modules`"),
+    "lomo": ({"train": {"optim": "lomo"}}, "`lomo` changes weights during the backward pass"),
     "adalomo": ({"train": {"optim": "adalomo"}}, "`adalomo` changes weights"),
-    "schedule-free": ({"train": {"optim": "schedule_free_adamw"}}, "keeps other weights for training than for use"),
+    "schedule-free": ({"train": {"optim": "schedule_free_adamw"}}, "trains on other weights than it evaluates"),
     "torchao": ({"train": {"optim": "adamw_torch_4bit"}}, "`adamw_torch_4bit` is not available here: .*torchao"),
     "grokadamw": ({"train": {"optim": "grokadamw"}}, "`grokadamw` is not available here: .*grokadamw"),
     "no floor": ({"train": {"lr_scheduler_type": "cosine_with_min_lr"}}, "One of min_lr or min_lr_rate should be set"),

@@ -11,7 +11,8 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, Failure, chat_server
+from chat_server import ChatServer, chat_server
+from json_server import Failure
 from tiny_tokenizer import save_chat_model
 
 import prefold

@@ -174,10 +174,10 @@ def test_changed_data_is_refused(recipe: MakeRecipe, pairs: Path) -> None:
 
 
 def test_stages_one_by_one(recipe: MakeRecipe) -> None:
-    with pytest.raises(UserError, match=r"(?s)`merge` needs what `check` leaves.*`prefold train`"):
+    with pytest.raises(UserError, match=r"(?s)`merge` needs the output of `check`.*`prefold train`"):
         prefold.merge(recipe())
     folder = prefold.train(recipe())
-    with pytest.raises(UserError, match="`evaluate` needs what `merge` leaves"):
+    with pytest.raises(UserError, match="`evaluate` needs the output of `merge`"):
         prefold.evaluate(recipe())
     assert prefold.merge(recipe()) == folder / "merged"
     assert prefold.evaluate(recipe())["pairs"] == 6

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from chat_server import Failure
+from json_server import Failure, running
 from run_files import lines
 from safetensors.torch import load_file
 from tiny_tokenizer import save_chat_model
-from vllm_server import VllmServer, serving
+from vllm_server import VllmServer
 
 import prefold
 from prefold.errors import UserError
@@ -39,7 +39,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(ending_model: Path) -> Iterator[VllmServer]:
-    with serving(ending_model) as server:
+    with running(VllmServer(ending_model)) as server:
         yield server
 
 
@@ -167,7 +167,7 @@ def test_several_servers_share_the_work(
 ) -> None:
     """And whoever of them lies is named, not the other."""
     monkeypatch.setenv("VLLM_API_KEY", "sk-secret")
-    with serving(ending_model) as other:
+    with running(VllmServer(ending_model)) as other:
         recipe = grpo(generation=served(server, other), train={"batch_size": 6})
         other.lie, other.lies_from = "base", 3
         message = refusal(recipe)
@@ -198,6 +198,59 @@ def test_what_servers_cannot_be_given_is_refused(grpo: MakeRecipe, recipe: MakeR
             make()
     message = refusal(grpo({"max_completion_length": 190}, generation=here))
     assert "takes 200 tokens at most" in message and "--max-model-len" in message
+
+
+# ---- evaluation -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(grpo: MakeRecipe, tmp_path: Path) -> MakeRecipe:
+    """A recipe with six held-out prompts, two of which are answered without chance."""
+
+    def make(settings: dict[str, Any] | None = None, **changes: Any) -> RecipeBase:
+        data = {"train": [{"path": str(tmp_path / "prompts.jsonl")}], "eval_fraction": 0.5}
+        return grpo(settings, data=data, evaluate={"prompts": 2, "max_new_tokens": 6}, **changes)
+
+    return make
+
+
+@pytest.mark.usefixtures("same_seeds")
+def test_evaluation_by_servers(evaluated: MakeRecipe, server: VllmServer, tmp_path: Path) -> None:
+    own = prefold.train(evaluated(output_dir=str(tmp_path / "own")))
+    other = prefold.train(evaluated(generation=served(server)))
+    for folder in (own, other):
+        prefold.merge(folder)
+        server.requests.clear()
+        prefold.evaluate(folder)
+    assert lines(other / "samples.jsonl") == lines(own / "samples.jsonl")
+    asked = [(body["model"], body["temperature"]) for body in server.requests if body["path"] == "/v1/completions"]
+    [name] = {name for name, _ in asked} - {"base"}
+    assert name.startswith("run-") or name.startswith(other.name)
+    for each in ("base", name):
+        assert asked.count((each, 1.0)) == 6 and asked.count((each, 0.0)) == 2
+    assert not server.adapters and not (other / "served").exists()
+    held_out = lines(other / "evaluation" / "heldout.jsonl")
+    assert len(held_out) == 6 and None not in [line["after"] for line in held_out]
+
+
+@pytest.mark.parametrize(
+    ("lie", "named"),
+    [
+        ("base", "off the model's"),
+        ("other base", "off the model's"),
+        ("foreign", "draws tokens"),
+        ("temperature", "off"),
+    ],
+)
+def test_a_lie_in_an_evaluation_is_named(evaluated: MakeRecipe, server: VllmServer, lie: str, named: str) -> None:
+    recipe = evaluated({"temperature": 0.5}, generation=served(server))
+    folder = prefold.train(recipe)
+    prefold.merge(folder)
+    server.lie, server.lies_from = lie, server.loaded + 1 if lie == "base" else 0
+    with pytest.raises(UserError) as caught:
+        prefold.evaluate(folder)
+    assert server.address in str(caught.value) and named in str(caught.value)
+    assert not (folder / "served").exists() and not server.adapters
 
 
 @pytest.mark.slow

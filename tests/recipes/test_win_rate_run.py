@@ -64,7 +64,7 @@ def test_a_judge_that_is_down_leaves_the_evaluation(
         prefold.run(down)
     assert (down.run_folder / "evaluation" / "heldout.json").is_file()
     assert not (down.run_folder / "evaluation" / "win_rate.json").exists()
-    with pytest.raises(UserError, match=r"(?s)needs what `judge` leaves.*`prefold evaluate`"):
+    with pytest.raises(UserError, match=r"(?s)needs the output of `judge`.*`prefold evaluate`"):
         prefold.publish(down.model_copy(update={"publish": Publish(to=str(tmp_path / "out"))}))
 
 

@@ -1,7 +1,7 @@
-"""Cells of a row: by a column or a path into it, and the lists that some files write as text.
+"""Cells of a row: access by column or path, lists that files store as text, and tests of what a cell holds.
 
-A path is keys and positions joined by dots, `input.messages`, `answers.0.text`; a column of exactly that name goes
-first. It reaches into lists and objects that are written as text, too.
+A path joins keys and positions (from 0) with dots: `input.messages`, `answers.0.text`. A column of exactly that name
+takes precedence. Paths also reach into lists and objects that are stored as text.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from prefold.data.preference import Unfit, role_of, short
 from prefold.recipe.values import as_number
 
 Form = Callable[[Any], bool]
-"""Whether a cell is of a form."""
+"""A test of what a cell holds."""
 MISSING = object()
-"""What is at a path that a row does not have."""
-_WRITTEN = re.compile(r"""\s*['"]?(\[|\{)""")
+"""The cell at a path that a row does not have. A null is None."""
+_OPENING_BRACKET = re.compile(r"""\s*['"]?(\[|\{)""")
 _SPEAKER, _WORDS = re.compile(r"""['"](role|from)\\?['"]\s*:"""), re.compile(r"""['"](content|value)\\?['"]\s*:""")
 _START = 300
-"""Characters within which a list of messages shows itself as one."""
+"""Characters at the start of a text that are searched for the keys of a message."""
 
 
 def cell_at(row: Mapping[str, Any], path: str) -> Any:
     """The cell at a column or path, or MISSING."""
     if path in row or "." not in path:
         return row.get(path, MISSING)
-    here: Any = row
+    value: Any = row
     for part in path.split("."):
-        here = _item(here, part)
-    return here
+        value = _item(value, part)
+    return value
 
 
 def end_of_path(row: Mapping[str, Any], path: str) -> tuple[str, str, list[str]]:
-    """Where a path ends that a row does not have: the path so far, the part that is not there, and the keys or
-    positions that are."""
+    """For a path that a row does not have: the part of it that exists, the first key that is missing, and the keys or
+    positions that are there instead."""
     parts = path.split(".")
-    at = next(at for at in range(len(parts)) if cell_at(row, ".".join(parts[: at + 1])) is MISSING)
-    here: Any = cell_at(row, ".".join(parts[:at])) if at else row
-    keys = here if isinstance(here, dict) else range(len(_list(here)))
-    return ".".join(parts[:at]), parts[at], list(map(str, keys))
+    depth = next(depth for depth in range(len(parts)) if cell_at(row, ".".join(parts[: depth + 1])) is MISSING)
+    parent: Any = cell_at(row, ".".join(parts[:depth])) if depth else row
+    keys = parent if isinstance(parent, dict) else range(len(_list(parent)))
+    return ".".join(parts[:depth]), parts[depth], list(map(str, keys))
 
 
 def has_cell(row: Mapping[str, Any], path: str) -> bool:
@@ -64,8 +64,8 @@ def _list(value: Any) -> list[Any]:
 
 
 def read_written(text: str) -> Any:
-    """What a cell that holds a list, an object or null as JSON or printed by Python says; MISSING if it is neither."""
-    if not _WRITTEN.match(text := text.strip()) and text not in ("null", "None"):
+    """A list, an object or null parsed from its text, as JSON or as printed by Python; MISSING if the text is none."""
+    if not _OPENING_BRACKET.match(text := text.strip()) and text not in ("null", "None"):
         return MISSING
     for read in (json.loads, ast.literal_eval):
         try:
@@ -91,32 +91,33 @@ def is_turns(value: Any) -> bool:
 
 
 def holds_turns(value: Any) -> bool:
-    """Messages, or an object with messages in it."""
+    """Messages, or an object that holds some."""
     return is_turns(value) or (isinstance(value, dict) and any(map(is_turns, value.values())))
 
 
 def written(cells: Sequence[Any], is_meant: Callable[[Any], bool]) -> list[Any]:
-    """The cells that are texts, read; MISSING for those that are not what is meant."""
+    """The text cells, parsed; MISSING for each that is not what is meant. Empty if no text begins like a list or an
+    object."""
     texts = [cell for cell in cells if isinstance(cell, str) and cell.strip()]
-    # Nothing else begins like that, so most columns cost a glance.
-    begins = any(_WRITTEN.match(text) for text in texts)
+    # Most columns hold no such text, and need not be parsed.
+    begins = any(_OPENING_BRACKET.match(text) for text in texts)
     return [value if is_meant(value) else MISSING for value in map(read_written, texts)] if begins else []
 
 
 def is_cut_off(text: Any) -> bool:
-    """Whether a text begins as a list of messages, or as a message, and cannot be read."""
-    if not isinstance(text, str) or not (begin := _WRITTEN.match(text)):
+    """Whether a text begins like a list of messages, or a message, but cannot be parsed."""
+    if not isinstance(text, str) or not (begin := _OPENING_BRACKET.match(text)):
         return False
     keys = [bool(key.search(text[:_START])) for key in (_SPEAKER, _WORDS)]
     return (any(keys) if begin[1] == "[" else all(keys)) and read_written(text) is MISSING
 
 
 def need_list(text: str, where: str) -> Any:
-    """A cell of a column whose lists are written as text. Raises Unfit: it cannot be read."""
+    """The list in a cell of a column that stores lists as text; None if blank. Raises Unfit: it cannot be parsed."""
     if not text.strip():
         return None
     if (value := read_written(text)) is MISSING:
-        raise Unfit("bad_message", f"{where} is text that is no list, unlike that of other rows")
+        raise Unfit("bad_message", f"{where} is text but not a list, unlike in other rows")
     return value
 
 
@@ -125,7 +126,7 @@ def is_empty(cell: Any) -> bool:
 
 
 def is_tools(cell: Any) -> bool:
-    """A list of objects, or of texts of objects, or the text of a list."""
+    """An object or a list of them; the whole, or each object, may be stored as text."""
     tools = _tools_in(cell)
     return tools != [] and all(isinstance(tool, dict) for tool in tools)
 
@@ -136,13 +137,13 @@ def _tools_in(cell: Any) -> list[Any]:
 
 
 def is_kwargs(cell: Any) -> bool:
-    """An object, or the text of one."""
+    """An object, which may be stored as text."""
     value = read_if_text(cell)
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 def is_history(cell: Any) -> bool:
-    """Earlier rounds as pairs of question and answer, or as messages; or the text of that."""
+    """Earlier turns, as (question, answer) pairs or as messages; they may be stored as text."""
     value = read_if_text(cell)
     if not isinstance(value, list) or not value:
         return False
@@ -150,34 +151,34 @@ def is_history(cell: Any) -> bool:
 
 
 def read_if_text(cell: Any) -> Any:
-    """A cell, or what its text says where it says something."""
+    """The list, object or null that a text cell holds; any other cell as it is."""
     value = read_written(cell) if isinstance(cell, str) else cell
     return cell if value is MISSING else value
 
 
 def template_kwargs(tools: Any, kwargs: Any, where_tools: str, where_kwargs: str) -> dict[str, Any]:
-    """What a row gives to the chat template beside its messages. Raises Unfit: a cell is not what it should be."""
+    """The keywords that a row passes to the chat template. Raises Unfit: a cell has another form or a reserved key."""
     tools, kwargs = ([] if is_empty(cell) else read_if_text(cell) for cell in (tools, kwargs))
     if not is_empty(tools) and not is_tools(tools):
-        raise Unfit("bad_message", f"{where_tools} is no list of tools")
+        raise Unfit("bad_message", f"{where_tools} is not a list of tools")
     given = {} if is_empty(kwargs) else kwargs
     if not is_kwargs(given):
-        raise Unfit("bad_message", f"{where_kwargs} is no object")
-    if taken := sorted(given.keys() & _NOT_OF_A_ROW):
-        raise Unfit("bad_message", f"{where_kwargs} has `{taken[0]}`, which is not for a row to say")
+        raise Unfit("bad_message", f"{where_kwargs} is not an object")
+    if taken := sorted(given.keys() & _RESERVED_KEYWORDS):
+        raise Unfit("bad_message", f"{where_kwargs} sets `{taken[0]}`, which a row may not set")
     return given if is_empty(tools) else {**given, "tools": _tools_in(tools)}
 
 
-_NOT_OF_A_ROW = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
-_NOT_OF_A_ROW |= {"continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"}
-_NOT_OF_A_ROW |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+_RESERVED_KEYWORDS = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
+_RESERVED_KEYWORDS |= {"continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"}
+_RESERVED_KEYWORDS |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 
 
 # ---- forms ------------------------------------------------------------------------------------------------------
 
 
 def _speaker(turn: Any) -> Any:
-    """Who speaks in a turn; None if it is none."""
+    """The speaker of a turn; None if the value is not a turn."""
     return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
 
 
@@ -194,7 +195,7 @@ def is_bare_text(value: Any) -> bool:
 
 
 def is_texts(value: Any) -> bool:
-    """A list of strings, of which some may be null."""
+    """A list of strings; any but the first may be null."""
     return _is_filled(value) and is_text(value[0]) and all(item is None or is_text(item) for item in value)
 
 
@@ -203,7 +204,7 @@ def is_sentences(value: Any) -> bool:
 
 
 def is_opening(value: Any) -> bool:
-    """Turns that wait for an answer."""
+    """A list of turns of which the last is not the assistant's."""
     return _is_filled(value) and bool(_speaker(value[-1])) and not _assistant_speaks(value[-1])
 
 
@@ -212,12 +213,12 @@ def is_answer(value: Any) -> bool:
 
 
 def is_answered(value: Any) -> bool:
-    """Turns that end with an answer."""
+    """A list of turns of which the last is the assistant's."""
     return _is_filled(value) and bool(_speaker(value[0])) and _assistant_speaks(value[-1])
 
 
 def is_dialogue(value: Any) -> bool:
-    """A dialogue with its prompt."""
+    """A dialogue that begins with its prompt."""
     if isinstance(value, str):
         return holds_dialogue(value)
     return _is_filled(value) and bool(_speaker(value[0])) and not _assistant_speaks(value[0])

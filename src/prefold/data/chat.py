@@ -1,11 +1,11 @@
 """Messages -> token ids by the model's chat template, and what happens to records that are too long.
 
-The ids are the template's own. A prompt ends where the conversation stops being what the template writes to ask for an
-answer (`add_generation_prompt=True`); everything after that is the completion, with the end token and what the template
-writes behind it. No id is added, and none is dropped but by `truncate_prompt`.
+The ids are the template's own. The prompt is the longest prefix that the conversations share with the prompt rendered
+with `add_generation_prompt=True`; everything after it is the completion, including the end token and what the template
+writes after that. No id is added, and none is dropped except by `truncate_prompt`.
 
 With `data.template: none` a prompt is the tokenizer's ids of the bare text (with its BOS token, if it adds one), and a
-completion goes on from there and ends with the EOS token.
+completion continues it and ends with the EOS token.
 
 Data in: a `Record`; data out: a `TokenTree` with a completion for each of its answers.
 """
@@ -43,8 +43,8 @@ Template = Literal["chat", "none"]
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A record as ids. `oddities` name findings; there are none where all is as it should be. `details` say of some of
-    them what is odd."""
+    """A record as token ids. `oddities`: kinds of findings, empty if nothing is odd. `details`: what exactly is
+    odd, for some of these kinds."""
 
     tree: TokenTree
     oddities: tuple[str, ...]
@@ -53,7 +53,7 @@ class Tokenized:
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that messages can become ids at all. Raises UserError: the tokenizer has no chat template."""
+    """Raises UserError: the tokenizer has no chat template."""
     try:
         tokenizer.get_chat_template()
     except ValueError:
@@ -69,29 +69,29 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def tokenize_all(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, template: Template = "chat"
 ) -> list[Tokenized | Problem]:
-    """Records as ids, in their order; all texts meet the tokenizer in one call, which uses all cores.
+    """Tokenize records, in order. The tokenizer is called once for all texts, so that it uses all cores.
 
-    A `Problem` takes the place of a record where the template refuses the messages (some know no system message, or
-    want strict turns), cannot write all of them, or leaves nothing to train on.
+    A `Problem` replaces a record if the template refuses its messages (some take no system message, or require
+    alternating turns), does not write all of them, or leaves nothing to train on.
     """
     writer = Writer(tokenizer, template)
     written = [writer.written(record) for record in records]
-    texts = [text for of_record in written if not isinstance(of_record, Problem) for text in of_record.texts]
+    texts = [text for rendered in written if not isinstance(rendered, Problem) for text in rendered.texts]
     ids = iter(encode(texts, tokenizer, template))
     special = {token for token, how in tokenizer.added_tokens_decoder.items() if how.special}
     special.update(tokenizer.all_special_ids)
     return [
-        of_record
-        if isinstance(of_record, Problem)
-        else _parted(record, of_record, [next(ids) for _ in of_record.texts], tokenizer, special, template)
-        for record, of_record in zip(records, written, strict=True)
+        rendered
+        if isinstance(rendered, Problem)
+        else _tokenized(record, rendered, [next(ids) for _ in rendered.texts], tokenizer, special, template)
+        for record, rendered in zip(records, written, strict=True)
     ]
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A record as texts: the prompt, with what asks for an answer; the conversation with each of the answers; and for
-    each answer of several turns the two texts of each of the assistant's (see `spans`)."""
+class _Rendered:
+    """A record as rendered texts: the prompt, with its generation prompt; the conversation with each of the answers;
+    and for each answer of several turns, two texts for each turn of the assistant (see `spans`)."""
 
     prompt: str
     conversations: list[str]
@@ -104,30 +104,30 @@ class _Written:
 
 
 class Writer:
-    """Messages as text, and what of them the template does not write."""
+    """Renders messages as text, and notices what the template leaves out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "chat"):
         self._tokenizer, self._template = tokenizer, template
         self._reads = reads(tokenizer) if template == "chat" else Reads(frozenset(), frozenset())
         self._reads_reasoning = not self._reads.fields.isdisjoint(REASONING)
-        self._ignores_asking: dict[str, bool] = {}
+        self._ignores_generation_prompt: dict[str, bool] = {}
 
-    def written(self, record: Record) -> _Written | Problem:
+    def written(self, record: Record) -> _Rendered | Problem:
         try:
             prompt = self.text(record.prompt, record.template_kwargs, asks=True)
             conversations = [self._text_of(record, answer) for answer in record.answers]
             steps = [self._steps(record, answer) if len(answer) > 1 else [] for answer in record.answers]
             details = self._unread(record)
             if self._template == "chat":
-                details |= self._amiss(record, prompt, conversations)
-            return _Written(prompt, conversations, steps, details)
+                details |= self._text_oddities(record, prompt, conversations)
+            return _Rendered(prompt, conversations, steps, details)
         except Unfit as unfit:
             return Problem(unfit.kind, unfit.message, record.origin)
         except REFUSALS as error:
             return Problem("template_refused", f"the chat template refuses it: {error}", record.origin)
 
     def text(self, messages: Messages, given: dict[str, Any], asks: bool = False) -> str:
-        """Raises one of `REFUSALS`, or Unfit: the template cannot write them."""
+        """Render messages. Raises one of `REFUSALS`, or Unfit: the template cannot write them."""
         if self._template == "none":
             roles = [message["role"] for message in messages]
             if roles != ["user", "assistant"][: 1 if asks else 2]:
@@ -146,7 +146,7 @@ class Writer:
             if not calls:
                 raise
             refusal = error
-        try:  # some templates want arguments as text
+        try:  # some templates expect arguments as text
             return self._apply(list(map(_with_text_arguments, turns)), given, asks)
         except REFUSALS:
             raise refusal from None
@@ -170,15 +170,15 @@ class Writer:
         ]
 
     def _renamed(self, message: Message) -> Message:
-        """With its reasoning under a name that the template reads."""
-        names = [name for name in REASONING if name in message and name not in self._reads.fields]
-        others = [name for name in REASONING if name in self._reads.fields and name not in message]
-        if not (names and others):
+        """The message with its reasoning under a name that the template reads."""
+        unread = [name for name in REASONING if name in message and name not in self._reads.fields]
+        readable = [name for name in REASONING if name in self._reads.fields and name not in message]
+        if not (unread and readable):
             return message
-        return {others[0] if name == names[0] else name: value for name, value in message.items()}
+        return {readable[0] if name == unread[0] else name: value for name, value in message.items()}
 
     def _unread(self, record: Record) -> dict[str, str]:
-        """The fields and keywords that the template does not read."""
+        """The fields and keywords that the template does not read, as the detail of an oddity."""
         parts = (record.prompt, *record.answers)
         names = dict.fromkeys(name for part in parts for message in part if len(message) > 2 for name in message)
         if self._reads_reasoning:
@@ -187,9 +187,9 @@ class Writer:
         unread += [name for name in record.template_kwargs if name not in self._reads.variables]
         return {"unread_field": ", ".join(f"`{short(name)}`" for name in unread)} if unread else {}
 
-    def _amiss(self, record: Record, prompt: str, conversations: Sequence[str]) -> dict[str, str]:
-        """What is odd about the texts, as details of oddities. Raises Unfit: a turn of a tool is not written whole, or
-        the prompt is written otherwise with an answer behind it."""
+    def _text_oddities(self, record: Record, prompt: str, conversations: Sequence[str]) -> dict[str, str]:
+        """What is odd about the texts, as details of oddities. Raises Unfit: a tool call or what a tool returned is not
+        written whole, or the prompt is written differently once an answer follows."""
         details = _dropped([turn for turn in record.prompt if turn["role"] != "assistant"], prompt)
         _require_calls(record.prompt, prompt)
         for answer, conversation in zip(record.answers, conversations, strict=True):
@@ -208,25 +208,25 @@ class Writer:
         return details
 
     def _header(self, record: Record, turn: Message, rest: str, prompt: str) -> str:
-        """What a template that does not write how an answer begins when it asks for it writes before the answer."""
+        """What the template writes before the answer if it ignores `add_generation_prompt`; else empty."""
         own = [words[:20] for text in texts_of(turn) for words in THOUGHT.split(text.strip()) if words]
         header = rest[: min((rest.find(words) for words in own if words in rest), default=0)]
         if not header.strip():
             return ""
         role = record.prompt[-1]["role"]
-        if role not in self._ignores_asking:
-            self._ignores_asking[role] = self.text(record.prompt, record.template_kwargs) == prompt
-        return header if self._ignores_asking[role] and not turn.get("tool_calls") else ""
+        if role not in self._ignores_generation_prompt:
+            self._ignores_generation_prompt[role] = self.text(record.prompt, record.template_kwargs) == prompt
+        return header if self._ignores_generation_prompt[role] and not turn.get("tool_calls") else ""
 
     def _require_same_prompt(self, record: Record, prompt: str, conversation: str) -> None:
-        """Raises Unfit where even without what asks for an answer the prompt does not begin the conversation."""
+        """Raises Unfit: the conversation does not begin with the prompt, even without a generation prompt."""
         alone = self.text(record.prompt, record.template_kwargs)
         left = alone[common(alone, conversation) :]
         for token in self._tokenizer.all_special_tokens:
             left = left.replace(token, "")
         if left.strip():
             words = quoted(conversation[common(prompt, conversation) :])
-            what = "the chat template writes the prompt otherwise once an answer follows, so its words would be trained"
+            what = "the chat template writes the prompt differently once an answer follows, so it would be trained on"
             raise Unfit("template_refused", f"{what}: {words}")
 
 
@@ -242,7 +242,7 @@ def _with_text_arguments(message: Message) -> Message:
 
 
 def _dropped(turns: Sequence[Message], text: str, reasoning: Sequence[str] = ()) -> dict[str, str]:
-    """The words of messages that a text does not hold. Raises Unfit: those are what a tool returned."""
+    """The detail of an oddity if a text lacks words of the messages. Raises Unfit: it lacks what a tool returned."""
     details = {}
     for turn in turns:
         for name in ("content", *reasoning):
@@ -265,20 +265,21 @@ def _require_calls(turns: Sequence[Message], text: str) -> None:
             raise Unfit("template_refused", what)
 
 
-def _parted(
+def _tokenized(
     record: Record,
-    written: _Written,
+    written: _Rendered,
     ids_of_all: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     special: Collection[int],
     template: Template,
 ) -> Tokenized | Problem:
     number = len(record.answers)
-    prompt, conversations, more = ids_of_all[0], list(ids_of_all[1 : number + 1]), iter(ids_of_all[number + 1 :])
+    prompt, conversations = ids_of_all[0], list(ids_of_all[1 : number + 1])
+    step_ids = iter(ids_of_all[number + 1 :])
     if template == "none":
         eos = cast(int, tokenizer.eos_token_id)
         conversations = [[*ids, eos] if ids[-1:] != [eos] else ids for ids in conversations]
-    # One prompt for all: what lies behind the shortest common beginning belongs to the completions.
+    # All completions share one prompt: whatever follows the shortest common prefix belongs to them.
     cut = min((common(prompt, ids) for ids in conversations), default=len(prompt))
     completions = tuple(tuple(ids[cut:]) for ids in conversations)
     if cut == 0:
@@ -290,15 +291,15 @@ def _parted(
         return Problem("identical", "`chosen` and `rejected` become the same tokens", record.origin)
     context: list[tuple[Span, ...]] = []
     for answer, ids, steps in zip(record.answers, conversations, written.steps, strict=True):
-        of_steps = [(next(more), next(more)) for _ in steps]
+        of_steps = [(next(step_ids), next(step_ids)) for _ in steps]
         try:
             context.append(context_of(answer, ids, cut, of_steps, tokenizer, special) if steps else ())
         except Unfit as unfit:
             return Problem(unfit.kind, unfit.message, record.origin)
     tree = TokenTree(tuple(prompt[:cut]), completions, tuple(context) if any(context) else ())
     if tree.context and len(completions) > 1:
-        said = {tuple(ids[i] for i in scored) for ids, scored in zip(completions, tree.scored, strict=True)}
-        if len(said) < len(completions):
+        scored_ids = {tuple(ids[i] for i in scored) for ids, scored in zip(completions, tree.scored, strict=True)}
+        if len(scored_ids) < len(completions):
             what = "the assistant says the same in `chosen` and `rejected`, and what others say in between differs"
             return Problem("identical", what, record.origin)
     endings = [ending(ids, tokenizer, special) for ids in completions]
@@ -318,7 +319,7 @@ def _parted(
 def _differing(
     asked: Sequence[int], completion: Sequence[int], turn: Message, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """Where a prompt is no prefix of the conversation: what generation reads there, and what is trained."""
+    """How generation and training differ if the prompt is not a prefix of the conversation."""
     asks, trained = (cast(str, tokenizer.decode(ids)) for ids in (list(asked), list(completion[:200])))
     words = turn["content"].strip()[:20]
     header = trained.partition(words)[0] if words and words in trained else trained[:20]
@@ -326,9 +327,9 @@ def _differing(
 
 
 def fit(tokenized: Tokenized, data: Data) -> TokenTree | Problem:
-    """The tree within `data.max_length` tokens of prompt and longer completion, by the policy `data.overlong`.
+    """Fit the prompt and the longest completion into `data.max_length` tokens, by the policy `data.overlong`.
 
-    A completion is never cut, so what cannot fit is a `Problem` also where prompts are truncated.
+    A completion is never cut, so even truncating the prompt may leave a `Problem`.
     """
     tree = tokenized.tree
     completion = max(map(len, tree.completions), default=0)
@@ -351,20 +352,20 @@ def render(
     template: Template = "chat",
     given: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation up to where the model's answer begins; `given` are the row's `template_kwargs`."""
+    """Token ids of messages and a generation prompt; `given`: the row's `template_kwargs`."""
     text = Writer(tokenizer, template).text(tuple(messages), given or {}, asks=True)
     return encode([text], tokenizer, template)[0]
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: Template = "chat") -> list[list[int]]:
-    """Ids of each text; with special tokens of the tokenizer's own only where no template writes any."""
+    """Token ids of each text; the tokenizer adds its special tokens only if no template writes them."""
     if not texts:
         return []
-    # verbose=False: transformers' remark on long sequences; `fit` sees to those.
+    # verbose=False: no warning about long sequences, which `fit` deals with.
     ids = tokenizer(list(texts), add_special_tokens=template == "none", verbose=False)["input_ids"]
     return cast("list[list[int]]", ids)
 
 
 def quoted(text: str, limit: int = 60) -> str:
-    """A text as a message shows it, in one line."""
+    """A text as messages show it, on one line."""
     return json.dumps(text if len(text) <= limit else text[:limit] + "...", ensure_ascii=False)

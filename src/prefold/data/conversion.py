@@ -54,13 +54,12 @@ def to_records(
     where_system: str = "`data.system`",
     rule: rankings.Rule = rankings.BY_DEFAULT,
 ) -> list[Record | Problem]:
-    """Convert a row; whatever is wrong with it comes back as the first `Problem` found, never as an exception. A
-    ranking gives a record or problem for each pair, and a problem for each answer that cannot be used; any other row
-    gives one.
+    """Convert a row. What is wrong with it is returned as a `Problem`, the first one, and never raised. A ranking gives
+    a record or problem for each pair, and a problem for each answer that cannot be used; any other row gives one.
 
     Args:
-        system: a system message for all rows, from the setting that `where_system` names.
-        rule: for rankings.
+        system: a system message for all rows; `where_system` is what messages call the setting.
+        rule: what to make of a ranking.
     """
     try:
         if row.value is None:
@@ -94,14 +93,14 @@ def _pair(row: Row) -> Preference:
     where = (row.where("chosen"), row.where("rejected"))
     role = "messages" if "messages" in row.shape.column_of else "prompt"
     are_turns = isinstance(chosen, list) or isinstance(rejected, list)
-    # Answers that are whole dialogues bring their prompt; a prompt column is not put before them again.
+    # Answers that are whole dialogues contain their prompt; a prompt column is not put before them again.
     if role == "prompt" and are_turns and (not row.has(role) or (is_dialogue(chosen) and is_dialogue(rejected))):
         return _of_dialogues(row)
     prompt = row.dialogue(role) if role == "messages" else row.prompt()
     answers = [row.answer("chosen"), row.answer("rejected")]
     if row.shape.repeats_prompt:
         start = row.need("prompt")
-        answers = [_behind_prompt(answer, start, name) for answer, name in zip(answers, where, strict=True)]
+        answers = [_without_prompt(answer, start, name) for answer, name in zip(answers, where, strict=True)]
     return _checked_pair(row, prompt, answers, (*where, row.where(role)))
 
 
@@ -112,7 +111,7 @@ def _of_dialogues(row: Row) -> Preference:
     return _checked_pair(row, prompt, answers, (*where, f"the prompt in {where[0]}"))
 
 
-def _behind_prompt(answer: list[Message], prompt: str, where: str) -> list[Message]:
+def _without_prompt(answer: list[Message], prompt: str, where: str) -> list[Message]:
     text = answer[0]["content"]
     if not text.startswith(prompt):
         raise Unfit("prompts_differ", f"{where} does not begin with the prompt, as those of other rows do")
@@ -120,7 +119,7 @@ def _behind_prompt(answer: list[Message], prompt: str, where: str) -> list[Messa
 
 
 def _voted(row: Row) -> Preference:
-    """The better answer is that of the majority of the votes that were given."""
+    """The answer that most votes prefer is chosen; empty votes and ties do not count."""
     values = row.shape.values
     cells = {name: cell_at(row.value, name) for name in vote_columns(row.shape.column_of["vote"], row.value)}
     given = {name: cell for name, cell in cells.items() if not is_empty(cell)}
@@ -144,7 +143,7 @@ def _voted(row: Row) -> Preference:
 
 
 def _scored(row: Row) -> Preference:
-    """The better answer is that of the higher score."""
+    """The answer with the higher score is chosen."""
     cells = {role: row.need(role) for role in ("score_1", "score_2")}
     scores = []
     for role, cell in cells.items():
@@ -153,14 +152,14 @@ def _scored(row: Row) -> Preference:
         scores.append(score)
     if scores[0] == scores[1]:
         raise Unfit("tie", f"{row.where('score_1')} and {row.where('score_2')} are the same")
-    # Of winners it is said that they won, not by how much.
+    # Columns of winners say who won, not by how much.
     is_winner = row.shape.column_of["score_1"].startswith("winner")
     better = 1 if scores[0] > scores[1] else 2
     return _of_two(row, better, None if is_winner else (max(scores), min(scores)))
 
 
 def _of_two(row: Row, better: int, rated: tuple[float, float] | None) -> Preference:
-    """The pair of two outputs, of which `better` (1 or 2) is chosen."""
+    """The pair of the two outputs, with output `better` (1 or 2) as chosen."""
     roles = (f"output_{better}", f"output_{3 - better}")
     where = (row.where(roles[0]), row.where(roles[1]))
     if row.shape.layout.forms["output_1"] is is_answer:
@@ -172,7 +171,7 @@ def _of_two(row: Row, better: int, rated: tuple[float, float] | None) -> Prefere
 
 
 def _output_dialogue(row: Row, role: str) -> list[Message]:
-    """An output that is a whole dialogue, or a list of as many answers as there are prompts."""
+    """An output as a dialogue: a whole one, or the list of prompts and its list of answers, interleaved."""
     if "prompt" not in row.shape.column_of:
         return row.dialogue(role)
     lists = [row.need("prompt"), row.need(role)]
@@ -180,7 +179,7 @@ def _output_dialogue(row: Row, role: str) -> list[Message]:
         if not is_texts(texts):
             raise Unfit("bad_message", f"{row.where(name)} is {json_type(texts)}, not a list of texts")
     if len(lists[0]) != len(lists[1]):
-        raise Unfit("bad_message", f"{row.where(role)} has not one answer to each prompt")
+        raise Unfit("bad_message", f"{row.where(role)} does not have one answer for each prompt")
     return [
         message(speaker, text, row.where(name))
         for texts in zip(*lists, strict=True)
@@ -189,15 +188,14 @@ def _output_dialogue(row: Row, role: str) -> list[Message]:
 
 
 def _answered(row: Row) -> Preference:
-    """The answer that a dialogue ends with is chosen; the rejected one is in a column beside it, alone or in a
-    dialogue."""
+    """The answer at the end of a dialogue is chosen; the rejected one is in another column, alone or in a dialogue."""
     where = (row.where("messages"), row.where("rejected"))
     dialogue = row.dialogue("messages")
     if is_dialogue(row.need("rejected")):
         prompt, *answers = part(dialogue, row.dialogue("rejected"), where)
     else:
         rejected = row.answer("rejected")
-        # A lone answer stands for the last one; one that calls tools, for all that follows the question.
+        # A rejected answer of one turn replaces the last turn; one with tool calls, all that follows the question.
         prompt, chosen = part_answer(dialogue, ("assistant",) if len(rejected) == 1 else ("assistant", "tool"))
         answers = [chosen, rejected]
     return _checked_pair(row, prompt, answers, (*where, where[0]))
@@ -212,7 +210,7 @@ def _answered_text(row: Row) -> Preference:
 def _checked_pair(
     row: Row, prompt: list[Message], answers: Sequence[list[Message]], where: tuple[str, str, str]
 ) -> Preference:
-    """The pair; `where` names chosen, rejected and prompt."""
+    """The pair, if it is valid; `where`: what messages call chosen, rejected and prompt."""
     prompt = row.with_system(prompt)
     check_pair(answers, where)
     check_prompt(prompt, where[2])
@@ -241,7 +239,7 @@ def _label(row: Row) -> bool:
         label, expected = as_flag(cell), "true or false"
     else:
         meaning, expected = values.meaning_of(cell), "a value that stands for wanted or not"
-        # What lies between wanted and unwanted on a scale of numbers says nothing.
+        # A number between those for wanted and unwanted is neither.
         if meaning == "tie" or (meaning is None and as_number(cell) is not None):
             raise Unfit("tie", f"{row.where('label')} says neither wanted nor unwanted")
         label = None if meaning is None else meaning == "desirable"
@@ -300,7 +298,9 @@ def _of_rankings(made: Sequence[Ranking], row: Row, rule: rankings.Rule) -> list
                 results += [pair for pair in pairs if isinstance(pair, Unfit)]
         except Unfit as unfit:
             results += [*ranking.unfit, *([] if unfit in ranking.unfit else [unfit])]
-    return [Problem(it.kind, it.message, row.origin) if isinstance(it, Unfit) else it for it in results]
+    return [
+        Problem(result.kind, result.message, row.origin) if isinstance(result, Unfit) else result for result in results
+    ]
 
 
 def _ranked_pair(row: Row, prompt: list[Message], where: str, better: Answer, worse: Answer) -> Preference | Unfit:
@@ -312,7 +312,8 @@ def _ranked_pair(row: Row, prompt: list[Message], where: str, better: Answer, wo
 
 
 def _labelled(row: Row, prompt: list[Message], where: str, ranking: Ranking, values: Values) -> list[Record]:
-    """Each answer whose rating is wanted or unwanted. Raises Unfit: there is none, or the prompt is not fit."""
+    """A record for each answer whose rating means wanted or unwanted. Raises Unfit: there is none, or the prompt or
+    one of these answers cannot be used."""
     checked = _checked_prompt(row, prompt, where)
     meanings = [(answer, values.meaning_of(answer.given)) for answer in ranking.answers]
     labelled = [(answer, meaning == "desirable") for answer, meaning in meanings if meaning not in (None, "tie")]
@@ -324,7 +325,7 @@ def _labelled(row: Row, prompt: list[Message], where: str, ranking: Ranking, val
 
 
 def _unpaired_of(pairs: Sequence[Preference]) -> list[Record]:
-    """Each answer of the pairs once."""
+    """The answers of the pairs with their labels, each once."""
     records: list[Record] = []
     for pair in pairs:
         sides = [Unpaired(pair.prompt, pair.chosen, True, pair.origin)]
@@ -338,7 +339,7 @@ def _unknown(row: Row) -> Record:
 
 
 def _value_text(value: Any) -> str:
-    """A value as a message shows it: numbers and strings as they are, of others what they are."""
+    """A value as messages show it: a string or number itself, of anything else the type."""
     if isinstance(value, str | float) or (type(value) is int and abs(value) < 10**9):
         return f"`{short(value)}`"
     return json_type(value)
@@ -363,7 +364,7 @@ _COMPLETION: _Forms = {"completion": is_answer}
 _QUERY = _PROMPT | _COMPLETION | {"rejected": is_answer}
 _SENTENCES: _Forms = {"sentences": is_sentences}
 _LABEL: _Forms = {"label": is_scalar}
-# The first layout that fits wins among those of the same columns.
+# Of the layouts that fit the same columns, the first wins.
 LAYOUTS = (
     Layout("text", "pairs", _pair, _TEXTS, "strings `prompt`, `chosen`, `rejected` (and `system`)"),
     Layout("messages", "pairs", _pair, _PROMPT | _ANSWERS, "`prompt`: list of {role, content}; answers: text or list"),
@@ -401,7 +402,7 @@ LAYOUTS = (
     Layout("labelled messages", "unpaired", _unpaired, _ANSWERED | _LABEL, "`messages`: list, answer last; `label`"),
     Layout("prompts", "prompts", _prompt, _PROMPT, "`prompt` or `question`, and columns for rewards"),
     Layout("sentences", "prompts", _sentences, _SENTENCES, "`source`: a list of sentences, and columns"),
-    Layout("opening messages", "prompts", _prompt, _OPENING, "`messages`: a list that waits for an answer"),
+    Layout("opening messages", "prompts", _prompt, _OPENING, "`messages`: a list that ends before the answer"),
     Layout("two conversations", "pairs", _voted, _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
     Layout(
         "opening of two conversations",

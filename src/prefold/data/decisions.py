@@ -1,10 +1,10 @@
-"""What people have decided about single rows: `data.decisions` of a recipe, a file of JSON lines that is appended to.
+"""Decisions of people about single rows: `data.decisions` of a recipe, an append-only file of JSON lines.
 
     {"source": "pairs.jsonl", "row": 12, "action": "flip", "reason": "the label is wrong", "digest": "5f0c…"}
 
-A row is `strike`n, `flip`ped (chosen and rejected change sides, or a label its value), or is to be as it was (`keep`);
-of several decisions about a row the last counts. `digest` is of what the row held when it was decided about: a row that
-has changed since, or has moved in its file, is no longer the one that was meant.
+`strike` leaves the row out, `flip` swaps chosen and rejected or inverts a label, and `keep` uses the row as it is; the
+last decision about a row counts. `digest` is that of the row when the decision was made: if it differs, the row has
+changed since, or another row has taken its number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ACTIONS = ("strike", "flip", "keep")
 
 @dataclass(frozen=True)
 class Decision:
-    """`source`: the path of a file from the folder of the decisions, or the name of a source that is no file."""
+    """`source`: a file's path relative to the folder of the decisions, or the name of a source that is not a file."""
 
     source: str
     row: int
@@ -40,14 +40,14 @@ class Decision:
 
 
 def digest_of_row(value: dict[str, Any]) -> str:
-    """Of what a row holds, whatever the order of its columns."""
+    """16 hex digits of the SHA-256 of a row, whatever the order of its columns."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def read_decisions(path: Path) -> dict[tuple[str, int], Decision]:
-    """The last decision about each row, in the order of the file. Raises UserError: it cannot be read, or a line is no
-    decision."""
+    """The last decision about each row, by source and row. Raises UserError: the file cannot be read, or a line is not
+    a decision."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -86,9 +86,9 @@ def _decision(line: str, where: str) -> Decision:
 
 
 def append_decision(path: Path, file: Path | str, row: RawRow, action: str, reason: str) -> Decision:
-    """Write down what was decided about a row of a file, or of a source by name, at the end of `path`. Whoever writes
-    has its folder to themselves. Raises UserError: `path` holds something else, there is no such action, or no
-    reason."""
+    """Append a decision about a row of `file`, a path or the name of a source that is not a file. The caller has locked
+    the folder of `path`. Raises UserError: `path` holds something else, the action is unknown, or the reason is empty.
+    """
     if action not in ACTIONS:
         raise UserError(f"`{short(action)}` is no decision", expected="one of: " + ", ".join(ACTIONS))
     if not reason.strip():
@@ -105,7 +105,7 @@ class Decisions:
     """The decisions of a recipe about the rows of its sources."""
 
     def __init__(self, path: Path, sources: Iterable[Source]):
-        """Raises UserError: see `read_decisions`; or one is about a source that is none of `sources`."""
+        """Raises UserError: see `read_decisions`; or a decision is about a source that is not among `sources`."""
         self.path, self.of_rows = path, dict[RowId, Decision]()
         names: dict[str, list[str]] = {}
         for source in sources:
@@ -117,19 +117,19 @@ class Decisions:
         for decision in read_decisions(path).values():
             if decision.action == "keep":
                 continue
-            here = names.get(decision.source) or names.get(str((path.parent / decision.source).resolve()))
-            if here is None:
+            known_as = names.get(decision.source) or names.get(str((path.parent / decision.source).resolve()))
+            if known_as is None:
                 what = f"row {decision.row} of {short(decision.source)}, which is none of the recipe's sources"
                 advice = "take the line out, or give the recipe its own file of decisions"
                 raise UserError(f"it decides about {what}", where=_where(path), advice=advice)
-            self.of_rows |= {RowId(name, decision.row): decision for name in here}
+            self.of_rows |= {RowId(name, decision.row): decision for name in known_as}
 
     @classmethod
     def of(cls, data: Data) -> Decisions | None:
         return cls(Path(data.decisions).expanduser(), (*data.train, *data.eval)) if data.decisions else None
 
     def checked(self, rows: Iterable[RawRow], source: Rows) -> Iterator[RawRow]:
-        """The rows of a source as they are. Raises UserError: see `check`; or, at the end, one is not there."""
+        """The rows of a source, each checked. Raises UserError: see `check`; or, at the end, a row does not exist."""
         last = dict.fromkeys(names_of_rows(source), 0)
         for row in rows:
             last[row.origin.source] = row.origin.row
@@ -140,22 +140,22 @@ class Decisions:
                 self._refuse(origin, f"is not there, the last is {last[origin.source]}")
 
     def check(self, row: RawRow) -> None:
-        """Raises UserError: it is not what it was when it was decided about."""
+        """Raises UserError: the row has changed since it was decided about."""
         decision = self.of_rows.get(row.origin)
         if decision and (row.value is None or digest_of_row(row.value) != decision.digest):
-            self._refuse(row.origin, "holds something else than when it was decided about")
+            self._refuse(row.origin, "has changed since it was decided about")
 
     def _refuse(self, origin: RowId, what: str) -> NoReturn:
         advice = "restore its source, or decide again: `prefold ui` shows the row"
         raise UserError(f"{origin} {what}", where=_where(self.path), advice=advice)
 
     def flips(self, origin: RowId) -> list[Problem]:
-        """What is odd about a row that is used, if it was flipped."""
+        """The oddity of a row that is used but was flipped, if it was."""
         decision = self.of_rows.get(origin)
         return [Problem("flipped", decision.reason, origin)] if decision and decision.action == "flip" else []
 
     def applied(self, record: Record | Problem) -> Record | Problem:
-        """A record as it was decided. Raises UserError: what has no other side cannot be flipped."""
+        """A record after the decision about it. Raises UserError: a prompt alone cannot be flipped."""
         decision = self.of_rows.get(record.origin)
         if decision is None or isinstance(record, Problem):
             return record

@@ -1,4 +1,4 @@
-"""Whole dialogues in one cell: strings in ChatML or as transcripts, lists of turns, and where prompt and answer part.
+"""Dialogues in one cell (ChatML strings, transcripts, lists of turns), and their split into prompt and answers.
 
 ChatML        "<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\nSo.<|im_end|>\\n"
 transcript    "\\n\\nHuman: Why?\\n\\nAssistant: So."
@@ -17,11 +17,11 @@ _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 Parted = tuple[list[Message], list[Message], list[Message]]
-"""A prompt, which is the turns in common, and the two answers."""
+"""A prompt (the turns in common) and the two answers."""
 
 
 def string_writing(text: str) -> Writing:
-    """How a string is written, by its first characters."""
+    """The format of a string, by its first characters."""
     start = text[:200].lstrip()
     if start.startswith(_TURN_START):
         return "ChatML"
@@ -29,19 +29,19 @@ def string_writing(text: str) -> Writing:
 
 
 def holds_dialogue(text: str) -> bool:
-    """Whether a string is written as a dialogue that somebody else than the assistant begins."""
+    """Whether a string is a dialogue that does not begin with the assistant."""
     return string_writing(text) != "plain" and not text[:200].lstrip().startswith(f"{_TURN_START}assistant")
 
 
 def read_dialogue(value: Any, where: str, writing: Writing) -> list[Message]:
-    """A cell with a whole dialogue as messages. Raises Unfit: it is not written like that, or a turn cannot be used."""
+    """The messages of a cell that holds a whole dialogue. Raises Unfit: it has another format, or an unusable turn."""
     if isinstance(value, str) and writing in _STRING_READERS:
         return _read_string(value, where, writing)
     return messages(value, where, writing)
 
 
 def read_prompt(text: str, where: str, writing: Writing) -> list[Message]:
-    """A prompt in a string; where it opens the assistant's turn, that opening is not a message."""
+    """The messages of a prompt in a string; an empty turn of the assistant at its end is left out."""
     if writing in _STRING_READERS:
         return _read_string(text, where, writing, may_stay_open=True)
     return [message("user", text, where)]
@@ -63,7 +63,8 @@ def read_answer(value: Any, where: str, writing: Writing) -> list[Message]:
 
 
 def part(chosen: list[Message], rejected: list[Message], where: tuple[str, str]) -> Parted:
-    """Cut two dialogues where they part, or before: an answer begins with the assistant's own words."""
+    """Split two dialogues into the prompt, which ends before the assistant speaks, and two answers. Raises Unfit: they
+    have no prompt in common."""
     common = sum(1 for _ in takewhile(lambda pair: said(pair[0]) == said(pair[1]), zip(chosen, rejected, strict=False)))
     while common and chosen[common - 1]["role"] == "assistant":
         common -= 1
@@ -73,7 +74,7 @@ def part(chosen: list[Message], rejected: list[Message], where: tuple[str, str])
 
 
 def part_transcripts(chosen: list[Message], rejected: list[Message], where: tuple[str, str]) -> Parted:
-    """`part`, for dialogues that should differ in the assistant's last words only."""
+    """`part` for dialogues that may differ only in the assistant's last turns. Raises Unfit: they differ before."""
     try:
         prompt, *answers = part(chosen, rejected, where)
     except Unfit as unfit:
@@ -84,7 +85,7 @@ def part_transcripts(chosen: list[Message], rejected: list[Message], where: tupl
 
 
 def part_answer(dialogue: list[Message], roles: Sequence[str]) -> tuple[list[Message], list[Message]]:
-    """The prompt, and the last turns that are of these roles."""
+    """Split off the turns of these roles that a dialogue ends with."""
     length = sum(1 for _ in takewhile(lambda turn: turn["role"] in roles, reversed(dialogue)))
     cut = len(dialogue) - length
     return dialogue[:cut], dialogue[cut:]
@@ -120,7 +121,7 @@ def _chatml_turns(text: str, where: str) -> list[tuple[str, str]]:
 
 
 def _without_end(words: str) -> str:
-    """`words` up to the end token that closes them; as they are if none does."""
+    """`words` without an end token at their end."""
     stripped = words.rstrip()
     return stripped.removesuffix(_TURN_END) if stripped.endswith(_TURN_END) else words
 

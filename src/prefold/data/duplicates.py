@@ -1,14 +1,15 @@
-"""Records that repeat earlier ones, and records that hold text of a benchmark.
+"""Records that repeat earlier ones, and records that contain text of a benchmark.
 
-Both compare runs of words: lower case, without punctuation; of scripts without spaces between words, a character is a
-word. A word is a 64-bit hash and a run of them a polynomial of their hashes, so that runs are numpy arrays `[runs]` of
-uint64. Two of a data set's runs that differ share a hash about once in 1e19 comparisons, which is ignored.
+Near repeats and benchmark texts are compared by runs of consecutive words: lower case, without punctuation; each
+Chinese or Japanese character is a word. A word is a 64-bit hash and a run a polynomial of its hashes, so that the runs
+of a text are an array `[runs]` of uint64. Two different runs share a hash about once in 1e19 comparisons, which is
+ignored.
 
-Near repeats are found as in A. Broder, "On the resemblance and containment of documents" (1997), with banding: only
-records that agree in a band of minimum hashes are compared, and then exactly.
+Near repeats follow A. Broder, "On the resemblance and containment of documents" (1997), with banding: only records
+that agree in a band of minimum hashes are compared, and then exactly.
 
 Data in: the parts of a record (prompt, chosen, rejected), each a list of messages; data out: the row that it repeats,
-or the benchmark text that it holds.
+or the benchmark text that it contains.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ Parts = Sequence[Sequence[Message]]
 
 SHINGLE_WORDS = 5
 NEAR = 0.8
-"""Share of the runs of two texts, of those that either has, that both have in near repeats."""
+"""Jaccard similarity, runs in both texts over runs in either, from which texts are near repeats."""
 BENCHMARK_WORDS = 13
 WHOLE_MESSAGE_WORDS = 5
-"""A benchmark text of fewer words must be a whole message: "what is it" is held by too many."""
+"""A benchmark text of fewer words must be a whole message: too many contain "what is it"."""
 
-# 24 bands of 2 hashes per part: records whose three parts are each alike by just `NEAR` agree in a band with
-# probability 1 - (1 - 0.8**6)**24 > 0.999.
+# 24 bands of 2 hashes per part: records whose three parts each have just the similarity `NEAR` agree in some band
+# with probability 1 - (1 - 0.8**6)**24 > 0.999.
 _BANDS, _HASHES = 24, 2
 _CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
@@ -45,7 +46,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text; the text itself where it has none, such as "?!"."""
+    """The words of a text; the text itself if it has none, such as "?!"."""
     return _WORD.findall(text.lower()) or [text]
 
 
@@ -59,7 +60,7 @@ def _hashes(words: Iterable[str]) -> Runs:
 
 
 def _runs(hashes: Runs, length: int) -> Runs:
-    """One number for every `length` words in a row, in order; for all of them where they are fewer."""
+    """A hash for every `length` consecutive words, in order; one for all the words if there are fewer."""
     length = min(length, len(hashes))
     runs = np.zeros(len(hashes) - length + 1, dtype=np.uint64)
     for start in range(length):
@@ -68,19 +69,19 @@ def _runs(hashes: Runs, length: int) -> Runs:
 
 
 class ExactRepeats:
-    """Same messages, word for word."""
+    """Finds records whose messages are the same as those of an earlier one."""
 
     def __init__(self) -> None:
         self._rows: dict[str, RowId] = {}
 
     def earlier(self, parts: Parts, origin: RowId) -> RowId | None:
-        """The row that a record repeats; a record that repeats none is remembered as `origin`."""
+        """The row that a record repeats; None if it repeats none, and then it is remembered as `origin`."""
         row = self._rows.setdefault(messages_key(*parts), origin)
         return None if row is origin else row
 
 
 class NearRepeats:
-    """Every part alike by `NEAR` or more: Jaccard similarity of the sets of runs of `SHINGLE_WORDS` words."""
+    """Finds records of which every part has a similarity of `NEAR` or more, in runs of `SHINGLE_WORDS` words."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[RowId, list[Runs]]] = []
@@ -93,11 +94,11 @@ class NearRepeats:
         shingles = [_shingles(part) for part in parts]
         minima = np.stack([(self._factors * part + self._offsets).min(axis=1) for part in shingles])
         bands = minima.reshape(len(parts), _BANDS, _HASHES).swapaxes(0, 1)
-        # What a record must have in common with another one to be compared to it, one key a band.
+        # One key for each band; only records that share a key are compared.
         keys = [bytes([number]) + band.tobytes() for number, band in enumerate(bands)]
         for index in sorted({index for key in keys for index in self._bands.get(key, ())}):
-            row, others = self._seen[index]
-            if all(_similarity(*both) >= NEAR for both in zip(shingles, others, strict=True)):
+            row, seen = self._seen[index]
+            if all(_similarity(*both) >= NEAR for both in zip(shingles, seen, strict=True)):
                 return row
         for key in keys:
             self._bands.setdefault(key, []).append(len(self._seen))
@@ -111,17 +112,17 @@ def _shingles(part: Sequence[Message]) -> Runs:
 
 
 def _similarity(first: Runs, second: Runs) -> float:
-    both = len(np.intersect1d(first, second, assume_unique=True))
-    return both / (len(first) + len(second) - both)
+    shared = len(np.intersect1d(first, second, assume_unique=True))
+    return shared / (len(first) + len(second) - shared)
 
 
 REPEATS: dict[str, type[ExactRepeats] | type[NearRepeats]] = {"drop_exact": ExactRepeats, "drop_near": NearRepeats}
-"""By the policy `data.duplicates`."""
+"""By `data.duplicates`, of which `keep` needs none."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A row that holds text of a benchmark: where that text is from, and the words in common."""
+    """A row that contains text of a benchmark: the row of that text, and the words in common."""
 
     row: RowId
     benchmark: RowId
@@ -129,7 +130,7 @@ class Match:
 
 
 class Contamination:
-    """Finds `BENCHMARK_WORDS` words in a row of a benchmark text in a record, or a shorter benchmark text whole."""
+    """Finds records that contain `BENCHMARK_WORDS` consecutive words of a benchmark text, or a shorter text whole."""
 
     def __init__(self, texts: Iterable[tuple[str, RowId]]):
         self._origins: dict[int, RowId] = {}
@@ -140,7 +141,7 @@ class Contamination:
                 self._origins.setdefault(run, origin)
 
     def find(self, parts: Parts, origin: RowId) -> Match | None:
-        """The first match of a record; None if it holds no benchmark text."""
+        """The first match of a record; None if it contains no benchmark text."""
         for message in chain.from_iterable(parts):
             words = words_of("\n".join(texts_of(message)))
             for length, start, run in _hits(words, self._known):
@@ -149,7 +150,7 @@ class Contamination:
 
 
 def overlapping(texts: Sequence[str], records: Iterable[Parts]) -> list[bool]:
-    """Of each text, whether a record holds `BENCHMARK_WORDS` words in a row of it, or all of a shorter one."""
+    """For each text, whether a record contains `BENCHMARK_WORDS` consecutive words of it, or all of a shorter one."""
     of_texts, known = _runs_of(texts)
     held: set[int] = set()
     for message in chain.from_iterable(chain.from_iterable(records)):
@@ -158,7 +159,7 @@ def overlapping(texts: Sequence[str], records: Iterable[Parts]) -> list[bool]:
 
 
 def _runs_of(texts: Iterable[str]) -> tuple[list[Runs], dict[int, Runs]]:
-    """The runs of each benchmark text, and those of all, sorted, by their number of words."""
+    """The runs of each benchmark text; and, by their number of words, the distinct runs of all texts, sorted."""
     of_texts, by_length = [], defaultdict(list)
     for text in texts:
         hashes = _hashes(words_of(text))
@@ -168,7 +169,7 @@ def _runs_of(texts: Iterable[str]) -> tuple[list[Runs], dict[int, Runs]]:
 
 
 def _hits(words: Sequence[str], known: Mapping[int, Runs]) -> Iterator[tuple[int, int, int]]:
-    """Of known runs in a message: the number of words, the first one's index, the run."""
+    """The known runs in a message: (number of words, index of the first word, run)."""
     hashes = _hashes(words)
     for length, of_length in known.items():
         if length <= len(words) and (length >= WHOLE_MESSAGE_WORDS or length == len(words)):

@@ -1,7 +1,7 @@
-"""Examples on disk: what was written and the token ids that it became, in an Arrow file that is mapped and not read.
+"""Examples on disk: records and their token ids, in an Arrow file that is memory-mapped.
 
-A set of a million pairs takes no more memory than one of a hundred. Where no path is given, the file lies in the
-system's temporary folder and goes with the last `Examples` that reads it.
+A set of a million pairs takes hardly more memory than one of a hundred. Without a path, the file lies in the system's
+temporary folder and is removed with the last `Examples` that reads it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Example:
-    """A record as it was written and as it is trained on.
+    """A record and its token ids.
 
     `tree.completions` are `(chosen, rejected)` of a `Preference`, the completion of an `Unpaired`, none of a `Prompt`.
     """
@@ -52,21 +52,21 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Rows of the file in some order. Records and trees are made when they are asked for."""
+    """Rows of the file in some order. Records and trees are made on access."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch], order: NDArray[np.int64], owner: Any = None):
         self._batches, self.order, self._owner = batches, order, owner
 
     @classmethod
     def open(cls, path: Path, owner: Any = None) -> Examples:
-        """All rows of a file, in their order; `owner` lives as long as what is made of it."""
+        """All rows of a file, in order; `owner` is kept alive by this object and its selections."""
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         return cls(batches, np.arange(sum(batch.num_rows for batch in batches)), owner)
 
     @classmethod
     def of(cls, examples: Iterable[Example], path: Path | None = None) -> Examples:
-        """Examples as they come, written to a file."""
+        """Write examples to a file as they come, a temporary one without `path`, and open it."""
         folder = None
         if path is None:
             folder = tempfile.TemporaryDirectory(prefix="prefold-", ignore_cleanup_errors=True)
@@ -103,7 +103,7 @@ class Examples(Sequence[Example]):
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
-        """Tokens of each tree's prompt and of its completions, scored or not, without reading the tokens."""
+        """Numbers of tokens of each tree's prompt and of its completions, scored or not. The tokens are not read."""
         values = list(chain.from_iterable(_tuples(batch.column("lengths")) for batch in self._batches))
         return [values[row] for row in self.order.tolist()]
 
@@ -117,16 +117,16 @@ class Examples(Sequence[Example]):
 
     @property
     def prompt_keys(self) -> list[bytes]:
-        """Equal for prompts of equal messages, and for nothing else."""
+        """Keys that are equal exactly if the messages of the prompts are."""
         return self._column("prompt_key")
 
     @property
     def record_keys(self) -> list[bytes]:
-        """Equal for records whose prompt and answers are equal, and what their template is given; for nothing else."""
+        """Keys that are equal exactly if prompts, answers and the keywords for the template are."""
         return self._column("record_key")
 
     def largest_token(self) -> tuple[int, int]:
-        """The largest token id, and the index of a row that has it; (-1, 0) where there is no token."""
+        """The largest token id, and the index of a row that has it; (-1, 0) if there are no rows."""
         largest = np.concatenate([np.full(1, -1), *map(_largest_ids, self._batches)])[1:][self.order]
         return (int(largest.max()), int(largest.argmax())) if len(largest) else (-1, 0)
 
@@ -162,7 +162,7 @@ class Examples(Sequence[Example]):
 
 
 class _View(Sequence[Item]):
-    """A list whose items are made when they are asked for."""
+    """A list whose items are made on access."""
 
     def __init__(self, length: int, make: Callable[[int], Item]):
         self._length, self._make = length, make
@@ -177,7 +177,7 @@ class _View(Sequence[Item]):
 
 
 def _largest_ids(batch: pa.RecordBatch) -> NDArray[np.int64]:
-    """`[rows]`"""
+    """The largest token id of each row, `[rows]`."""
     column = batch.column("ids")
     # `to_numpy` imports pandas, which takes half a second.
     ids: Any = np.from_dlpack(column.values)
@@ -201,9 +201,9 @@ def _row(example: Example) -> dict[str, Any]:
     return {
         "ids": np.array(list(chain.from_iterable(parts)), dtype=np.int32),
         "lengths": [len(part) for part in parts],
-        # Of each span the completion, its start and its stop.
+        # For each span: the index of its completion, its start, its stop.
         "context": [n for i, spans in enumerate(example.tree.context) for span in spans for n in (i, *span)],
-        # Values of a .parquet file may be dates and bytes, which rewards are given as text.
+        # Values of .parquet files may be dates or bytes; rewards get them as text.
         "record": json.dumps(fields, default=str),
         "kind": type(record).__name__,
         "source": record.origin.source,
@@ -218,7 +218,7 @@ def _key(*parts: Sequence[Message]) -> bytes:
 
 
 def prompts_of(examples: Examples | Iterable[Example]) -> list[Prompt]:
-    """The records of examples of a set of prompts."""
-    # Trees are not made for them.
+    """The prompts among the records of examples."""
+    # `Examples.records` makes no trees.
     records = examples.records if isinstance(examples, Examples) else (example.record for example in examples)
     return [record for record in records if isinstance(record, Prompt)]

@@ -1,7 +1,7 @@
-"""What is wrong or odd with the data, by row, and how many tokens it comes to.
+"""Findings: what is wrong or odd with the data, by row; and counts of its tokens.
 
-A finding is for a person: what was found, in how many rows, in which, and what to do. Only one of severity `error`
-stops anything. Nothing is changed here: what is dropped or cut was dropped or cut before, and is counted here.
+A finding tells a person what was found, in how many rows, in which, and what to do. Only one of severity `error` stops
+a run. Nothing is changed here: rows were dropped or cut before, and are only counted here.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from prefold.data.examples import Examples
 
 Severity = Literal["error", "warning", "note"]
-ROWS_SHOWN = 20
+ROWS_SHOWN = 200
 FEW_HELD_OUT = 50
 _BIASED_SHARE = 0.65
 _OPENING_TOKENS = 3
 _SHORT_PROMPT = 15
-"""Characters of a prompt that an answer may begin with by chance."""
+"""Characters up to which an answer may begin with its prompt by chance."""
 _OPENING_DIFFERENCE = 0.2
 _SHORT_SYSTEM = 8
-"""Characters of a system text that may begin a question by chance."""
+"""Characters up to which a question may begin with its system text by chance."""
 _MARKER = re.compile("`([^`]+)`")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`rows` are the first `ROWS_SHOWN` of the `count` rows concerned; none where it is about the whole set."""
+    """`rows` are the first `ROWS_SHOWN` of the `count` rows concerned; empty if it is about the whole set."""
 
     kind: str
     severity: Severity
@@ -56,8 +56,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class SourceCount:
-    """A source by its name; `rows_used` became `examples`, `rows_filtered` were left out by `where`, `rows_not_drawn`
-    by `weight` or `count`. The others of `rows_in` are problems, counted in the findings."""
+    """What became of the rows of the source named `path`: `rows_used` became `examples`, `rows_filtered` were left out
+    by `where`, `rows_not_drawn` by `weight` or `count`. The rest of `rows_in` are problems, counted in the findings."""
 
     path: str
     shape: str
@@ -66,13 +66,13 @@ class SourceCount:
     rows_filtered: int = 0
     rows_not_drawn: int = 0
     unused: tuple[str, ...] = ()
-    """Columns that nothing is made of."""
+    """Columns that are not used."""
     examples: int = 0
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of a set of trees. `packed` writes each prompt once, `plain` once per completion."""
+    """Tokens of a set of trees. `packed` counts each prompt once, `plain` once per completion."""
 
     trees: int
     prompt: int
@@ -80,11 +80,11 @@ class TokenCounts:
     packed: int
     plain: int
     longest: int
-    """Tokens of the longest prompt and completion, which is what `max_length` bounds."""
+    """The most tokens of a prompt and a completion together, which `max_length` bounds."""
 
     @property
     def shared_share(self) -> float:
-        """Share of the plain tokens that need not be computed, because completions share their prompt."""
+        """Share of the plain tokens that are saved, because completions share their prompt."""
         return 1 - self.packed / self.plain if self.plain else 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class DataReport:
     train: TokenCounts
     held_out: TokenCounts
     contamination: tuple[Match, ...] = ()
-    """The rows left out because they hold text of a benchmark, with the text in common."""
+    """The rows left out because they contain text of a benchmark, with the words in common."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -125,8 +125,8 @@ _DETAILED = (
     "prompt_not_prefix",
     "template_refused",
 )
-"""Kinds whose finding shows what was seen in the rows."""
-# kind -> what is said behind the number of rows, and advice
+"""Kinds whose finding shows the most frequent messages of its problems."""
+# Kind -> what follows the number of rows in the message, and the advice.
 _ABOUT_ROWS = {
     "broken_row": (" left out: cannot be read", "write one JSON object per row"),
     "where_failed": (
@@ -251,10 +251,10 @@ _ABOUT_ROWS = {
 
 
 def oddities_of(record: Record, template: str = "chat", by_template: tuple[str, str] = ("", "")) -> Iterator[Problem]:
-    """What is odd about a record's texts and ratings; it is used all the same.
+    """What is odd about the texts and ratings of a record that is used.
 
     Args:
-        template: with `none`, a prompt may be written in any format.
+        template: with `none`, a prompt may contain the markers of any format.
         by_template: `system_texts_of` the tokenizer.
     """
     prompt, *answers = [[*chain.from_iterable(map(texts_of, part))] for part in (record.prompt, *record.answers)]
@@ -283,8 +283,8 @@ def _has_system_twice(record: Record, always: str, default: str) -> bool:
 
 
 def system_texts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template writes by itself before the text of a system message, and in place of one; empty where it
-    writes nothing, or takes no system message."""
+    """What the chat template writes by itself before the text of a system message, and in place of one; empty if it
+    writes nothing there, or takes no system message."""
     system, user = {"role": "system", "content": "\x01"}, {"role": "user", "content": "\x02"}
     try:
         given, silent = (
@@ -322,7 +322,7 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
 
 
 def left_out_in_part(problems: Sequence[Problem]) -> list[Finding]:
-    """What is left out of rows that are used all the same: single answers of a ranking, or pairs of it."""
+    """A finding about single answers or pairs of rankings that were left out of rows that are used."""
     if not problems:
         return []
     kinds = Counter(problem.kind for problem in problems).most_common()
@@ -367,7 +367,7 @@ def small_held_out(held_out: Examples) -> Finding | None:
 
 @dataclass(frozen=True, slots=True)
 class PairFacts:
-    """What the findings about pairs need of each: hashes of the pair and of the same pair turned round, and per side
+    """What findings need to know of a pair: hashes of it and of the same pair with its sides swapped, and for each side
     the number of tokens and the first ones."""
 
     pair: int
@@ -402,7 +402,7 @@ def length_bias(facts: Sequence[PairFacts]) -> Finding | None:
     """One side longer in more than 65 % of the pairs, and in more than chance would explain. Ties count one half."""
     chosen = sum(fact.lengths[0] > fact.lengths[1] for fact in facts)
     rejected = sum(fact.lengths[0] < fact.lengths[1] for fact in facts)
-    # Twice the standard error of the count is the root of the number: small sets lean to one side by chance.
+    # Two standard errors of a count of n pairs are sqrt(n): small sets lean to one side by chance.
     threshold = max((_BIASED_SHARE - 0.5) * len(facts), math.sqrt(len(facts)))
     if abs(chosen - rejected) / 2 <= threshold:
         return None
@@ -413,8 +413,8 @@ def length_bias(facts: Sequence[PairFacts]) -> Finding | None:
 
 
 def telling_opening(facts: Sequence[PairFacts], tokenizer: PreTrainedTokenizerBase) -> Finding | None:
-    """First tokens that begin one side's answers far more often than the other's: 20 points or more, and three times
-    the standard error of chance."""
+    """First tokens that begin one side's answers far more often than the other's: by 20 percentage points or more, and
+    by three standard errors or more."""
     counts: tuple[Counter[tuple[int, ...]], Counter[tuple[int, ...]]] = (Counter(), Counter())
     for fact in facts:
         for side in (0, 1):
@@ -423,7 +423,7 @@ def telling_opening(facts: Sequence[PairFacts], tokenizer: PreTrainedTokenizerBa
     openings = counts[0].keys() | counts[1].keys()
     if not openings:
         return None
-    # Of openings that tell as much, the longest says most.
+    # Of openings that tell the sides apart equally well, take the longest.
     best = max(openings, key=lambda tokens: (abs(counts[0][tokens] - counts[1][tokens]), len(tokens), tokens))
     either = [counts[side][best] for side in (0, 1)]
     threshold = max(_OPENING_DIFFERENCE * len(facts), 3 * math.sqrt(sum(either)))
@@ -437,7 +437,7 @@ def telling_opening(facts: Sequence[PairFacts], tokenizer: PreTrainedTokenizerBa
 
 
 def about_sets(train: Examples, held_out: Examples, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """Every finding that takes more than one row to see."""
+    """The findings about a whole set."""
     findings = [duplicate(train), duplicate(held_out), prompt_in_both_splits(train, held_out), small_held_out(held_out)]
     if isinstance(train.records[0], Unpaired):
         findings.append(one_label([isinstance(record, Unpaired) and record.label for record in train.records]))
@@ -482,7 +482,7 @@ def count_tokens(examples: Examples) -> TokenCounts:
 
 
 def fingerprint(examples: Examples) -> str:
-    """SHA-256 over the trees in order; says whether two runs were given the same data."""
+    """SHA-256 of the trees in order, which tells whether two runs had the same data."""
     digest = hashlib.sha256()
     for tree in examples.trees:
         digest.update(tree.key.encode())

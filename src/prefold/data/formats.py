@@ -1,8 +1,8 @@
 """One file -> rows, by its ending: JSON lines, a JSON list, CSV, Parquet; all but the last may be compressed.
 
-Data in: a file's bytes as a stream; data out: `RawRow` after `RawRow`, read as they are asked for (a JSON list alone is
-read whole). A row that cannot be understood is a row with a problem, because it says nothing about the next. A file
-that cannot be read further on ends with such a row; a file that cannot be read from the start is a `UserError`.
+Data in: a file's bytes as a stream; data out: an iterator of `RawRow` (only a JSON list is read whole). A row that
+cannot be parsed becomes a row with a problem, since the next one may be sound. A file that cannot be read to its end
+ends with such a row; a file of which no row can be read is a `UserError`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from prefold.errors import UserError, json_type
 
 _BATCH_ROWS = 256
 _SURROGATES = range(0xDC80, 0xDD00)
-"""What bytes that are not UTF-8 become under `surrogateescape`."""
+"""The code points that `surrogateescape` makes of bytes that are not UTF-8."""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it was read: either an object, or None and what kept it from being one.
+    """One row as it was read: `value` is an object, or None, and then `problem` says why.
 
-    `pads_with_nulls`: its source writes null for the fields of an object that other rows have, as Arrow does. `kind`:
-    of the finding that counts the row, whatever else is found in it; of one with a problem, unset: `broken_row`.
+    `pads_with_nulls`: the source writes null for fields of objects that only other rows have, as Arrow does. `kind`:
+    of a finding that counts the row beside any others; of a row with a problem, the kind of the problem, `broken_row`
+    if empty.
     """
 
     origin: RowId
@@ -49,7 +50,7 @@ Reader = Callable[[IO[bytes], str], Iterator[RawRow]]
 
 
 def reader_for(file_name: str) -> Reader | None:
-    """How files of this name are read; None if they are not."""
+    """The reader of files of this name; None if there is none."""
     *before, ending = ["", *PurePath(file_name.lower()).suffixes]
     if ending in _DECOMPRESSED and before[-1] != ".parquet":
         ending = before[-1]
@@ -57,8 +58,8 @@ def reader_for(file_name: str) -> Reader | None:
 
 
 def read_file(file: Traversable, name: str) -> Iterator[RawRow]:
-    """Rows of a file that `reader_for` knows; `name` is what they call it. Raises UserError: the file cannot be read,
-    or is not of its format."""
+    """The rows of a file that `reader_for` has a reader for; `name` is the source in their origins. Raises UserError:
+    the file cannot be read, or is not in its format."""
     reader, rows = reader_for(file.name), 0
     assert reader is not None, file.name
     try:
@@ -84,7 +85,7 @@ def _json_lines(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
     for index, line in enumerate(stream):
-        yield line if index else _without_mark(line, name)
+        yield line if index else _without_byte_order_mark(line, name)
 
 
 def _json_line(line: bytes, origin: RowId) -> RawRow:
@@ -107,7 +108,7 @@ def _object(value: Any, origin: RowId) -> RawRow:
 
 
 def _json_list(stream: IO[bytes], name: str) -> Iterator[RawRow]:
-    content = _without_mark(stream.read(), name)
+    content = _without_byte_order_mark(stream.read(), name)
     try:
         text = content.decode("utf-8")
         values = json.loads(text) if text.strip() else []
@@ -147,12 +148,12 @@ def _csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 def _records(lines: Iterator[str]) -> Iterator[tuple[list[str], str | None]]:
-    """The values of each record, and what is wrong with it. Reading goes on behind the first line of a record that
-    cannot be read: an open quote takes in all lines up to the next quote, and those may be good records."""
-    again: deque[str] = deque()
+    """The values of each record, and what is wrong with it. After a record that cannot be parsed, reading resumes at
+    its second line: an open quote takes in all lines up to the next quote, and those may be good records."""
+    pushed_back: deque[str] = deque()
 
     def next_lines(taken: list[str]) -> Iterator[str]:
-        while (line := again.popleft() if again else next(lines, None)) is not None:
+        while (line := pushed_back.popleft() if pushed_back else next(lines, None)) is not None:
             taken.append(line)
             yield line
 
@@ -162,7 +163,7 @@ def _records(lines: Iterator[str]) -> Iterator[tuple[list[str], str | None]]:
         try:
             record = next(csv.reader(next_lines(taken), strict=True), None)
         except csv.Error as error:
-            again.extendleft(reversed(taken[1:]))
+            pushed_back.extendleft(reversed(taken[1:]))
             yield [], _CSV_PROBLEMS.get(str(error), f"not CSV: {error}")
             continue
         text = "".join(record or ())
@@ -200,7 +201,7 @@ def _parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 def _python_values(batch: Any) -> list[dict[str, Any] | Exception]:
-    """The rows of a record batch; where one of them cannot be a Python value, an exception in its place."""
+    """The rows of a record batch; an exception in place of a row that has no Python value."""
     try:
         rows: list[dict[str, Any] | Exception] = batch.to_pylist()
         return rows
@@ -213,12 +214,12 @@ def _python_values(batch: Any) -> list[dict[str, Any] | Exception]:
 def _zstd(raw: IO[bytes]) -> IO[bytes]:
     import pyarrow
 
-    # It gives nothing of a read that fails, so the rows before a cut are lost by as much as is read at once.
+    # A read that fails returns nothing, so a small buffer loses the fewest rows before the end of a truncated file.
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), buffer_size=256)
 
 
-def _without_mark(content: bytes, name: str) -> bytes:
-    """The beginning of a file, or all of it, without the byte order mark of UTF-8."""
+def _without_byte_order_mark(content: bytes, name: str) -> bytes:
+    """A file's bytes from its start, without a UTF-8 byte order mark. Raises UserError: they seem to be UTF-16."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise _not_utf8("but, it seems, UTF-16", name)
     return content.removeprefix(codecs.BOM_UTF8)

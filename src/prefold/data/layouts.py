@@ -1,7 +1,7 @@
-"""What a layout, a shape and a row are, for those that recognise sources and those that read rows.
+"""Layouts, shapes and rows: what the recognition of sources and the reading of rows share.
 
-A layout says which roles the columns of a row have, and reads it. A source has a shape: a layout, its columns by role,
-and the way in which turns are written. The layouts are the tables in `conversion` and `rankings`.
+A layout says which roles the columns of a row have, and how to read the row. A source has a shape: a layout, its
+columns by role, and how its turns are written. The tables of layouts are in `conversion` and `rankings`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ Kind = Literal["pairs", "unpaired", "prompts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PairsFrom = Literal["best_worst", "adjacent", "all"]
 Columns = tuple[tuple[str, str], ...]
-"""Pairs of (our role, the file's column, or a path into one)."""
+"""Pairs of (role, column of the file or path into one)."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`given` is the number that the file has; `level` orders the answers, the best highest: a rating, or minus a
-    rank."""
+    """`given` is the number in the file; `level` orders the answers, the best highest: a rating, or a negated rank."""
 
     turns: list[Message]
     given: float
@@ -59,7 +58,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Answers to a prompt (None: that of the row's prompt column); `unfit` says what is wrong with those left out."""
+    """Answers to a prompt (None: the one in the row's prompt column); `unfit`: what is wrong with those left out."""
 
     answers: list[Answer]
     where: str
@@ -69,11 +68,11 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """`forms`: what each role's cell must be; `meaning`: what a message shows; `read` raises Unfit. `aside`: roles that
-    may be named, but are not used; `absent`: roles that a row of this layout does not have.
+    """`forms`: a test of each role's cell; `meaning`: the layout in messages; `read` raises Unfit. `aside`: further
+    roles that `columns` may name: a column that is ignored, or keys in the answers of a ranking; `absent`: roles of
+    which a row of this layout has no column.
 
-    For rankings: `pairs_from`, where the recipe says nothing; `is_rated`: the numbers that order the answers are the
-    row's, not an order alone.
+    For rankings: `pairs_from` if the recipe does not set it; `is_rated`: the answers are ordered by numbers in the row.
     """
 
     name: str
@@ -89,12 +88,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a source's columns hold.
+    """What the columns of a source contain.
 
-    `parsed` are columns with lists that are written as text; `repeats_prompt`: both answers begin with the prompt's
-    text; `values`: what votes or labels mean, where they are not 1 and 2 or true and false; `media`: columns that make
-    a row unfit where they are filled; `unused`: columns that nothing is made of; `not_understood`: those of `tools`,
-    `history` and the like that hold something else.
+    `parsed`: columns that store lists as text; `repeats_prompt`: both answers begin with the prompt's text; `values`:
+    what votes or labels mean, if not 1 and 2 or true and false; `media`: columns that make a row unfit unless empty;
+    `unused`: columns that are not used; `not_understood`: columns named `tools`, `history` and the like that contain
+    something else.
     """
 
     layout: Layout
@@ -117,15 +116,15 @@ class Shape:
         how = ("" if self.writing == "plain" else self.writing, "written as text" if self.parsed else "", repeats)
         return ", ".join([self.layout.name, *filter(None, how)])
 
-    # Every row asks for these.
+    # Cached, since every row uses them.
     @cached_property
     def column_of(self) -> dict[str, str]:
-        """The columns by role."""
+        """The column of each role."""
         return dict(self.columns)
 
     @cached_property
     def name_of(self) -> dict[str, str]:
-        """What messages call the columns, by role."""
+        """What messages call the column of each role."""
         return {role: f"`{short(column)}`" for role, column in self.columns}
 
 
@@ -153,7 +152,7 @@ class Row:
         return without_nulls(cell) if self.pads_with_nulls else cell
 
     def find(self, role: str) -> Any:
-        """The cell, or None where there is none."""
+        """The cell of a role; None if there is none."""
         cell = self._cell(role)
         return None if cell is MISSING else cell
 
@@ -165,7 +164,7 @@ class Row:
         return cell
 
     def without_role(self) -> dict[str, Any]:
-        """The cells that have no role, by their columns."""
+        """The cells of columns without a role."""
         used = self.shape.column_of.values()
         return {name: value for name, value in self.value.items() if name not in used}
 
@@ -176,16 +175,16 @@ class Row:
         return read_answer(self.need(role), self.where(role), self.shape.writing)
 
     def prompt(self) -> list[Message]:
-        """The prompt with the rounds before it, without the text of a system column."""
+        """The prompt after the turns of the `history` column; the `system` column is not part of it."""
         prompt, where = self._last_prompt(), self.where("history")
-        if is_empty(rounds := read_if_text(self.find("history"))):
+        if is_empty(history := read_if_text(self.find("history"))):
             return prompt
-        if not is_history(rounds):
-            raise Unfit("bad_message", f"{where} is no list of earlier rounds")
-        if is_turns(rounds):
-            earlier = messages(rounds, where, "ShareGPT" if "from" in rounds[0] else "plain")
+        if not is_history(history):
+            raise Unfit("bad_message", f"{where} is not a list of earlier turns")
+        if is_turns(history):
+            earlier = messages(history, where, "ShareGPT" if "from" in history[0] else "plain")
         else:
-            turns = zip(("user", "assistant") * len(rounds), chain.from_iterable(rounds), strict=True)
+            turns = zip(("user", "assistant") * len(history), chain.from_iterable(history), strict=True)
             earlier = [message(role, text, where) for role, text in turns]
         start = 1 if prompt[0]["role"] == "system" else 0
         return [*prompt[:start], *earlier, *prompt[start:]]

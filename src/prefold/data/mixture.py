@@ -1,8 +1,8 @@
-"""The sources of a recipe -> what is trained on, what is held out, and a report on both.
+"""The sources of a recipe -> training data, held-out data, and a report on both.
 
-    sources -> rows to use -> preferences -> token trees that fit -> those that repeat none -> train | held out
+    sources -> selected rows -> records -> token trees that fit -> without repeats -> train | held out
 
-Every row that is read becomes an example (a ranking becomes several), or is counted as filtered by `where`, as not
+Every row that is read becomes an example (or several, from a ranking), or is counted as filtered by `where`, as not
 drawn, or as a problem. The same recipe, tokenizer and seed give the same examples in the same order.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEAD_ROWS = 1000
-"""Rows that are enough to tell the shape of a source."""
+"""Rows from which the shape of a source is recognised."""
 _TOKENIZED_AT_ONCE = 256
 _NO_FAULT = ("repeated", "contaminated", "struck", "tie", "small_margin", "voted_again", "withdrawn")
 
@@ -51,7 +51,7 @@ class Prepared:
     held_out: Examples
     report: DataReport
     fingerprints: dict[str, str]
-    """Of the token ids of each of the two."""
+    """SHA-256 of the token ids of `train` and of `held_out`."""
 
 
 def load_split(
@@ -60,13 +60,13 @@ def load_split(
     """Read, convert, tokenize and split everything that `data` names.
 
     Args:
-        kind: of the records that the algorithm trains on.
-        folder: for the examples, `train.arrow` and `eval.arrow`; unset: a temporary one.
+        kind: of records that the method trains on.
+        folder: where `train.arrow` and `eval.arrow` are written; None: a temporary folder.
 
     Raises:
-        UserError: a source cannot be read or has no known columns, has fewer rows than are to be drawn, the tokenizer
-            has no chat template, no usable row is left, a bad or overlong row where the policy is `error`, or nothing
-            to hold out of a single prompt, or `data.decisions` does not fit the sources.
+        UserError: a source cannot be read, is not recognised or has fewer rows than are to be drawn; the tokenizer has
+            no chat template; no usable row is left; a row is bad or too long and the policy is `error`; all rows have
+            the same prompt, so that none can be held out; or `data.decisions` does not fit the sources.
     """
     if data.template == "chat":
         require_chat_template(tokenizer)
@@ -99,7 +99,7 @@ def load_split(
 
 
 def unpaired(example: Example) -> list[Example]:
-    """The two answers of a pair by themselves, the chosen one as the desirable; any other example as it is."""
+    """The two answers of a pair as labelled examples, chosen as desirable; any other example as it is."""
     record, tree = example.record, example.tree
     if not isinstance(record, Preference):
         return [example]
@@ -113,9 +113,9 @@ def unpaired(example: Example) -> list[Example]:
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Split into (train, held out), about `fraction` of the examples held out, all those of a prompt on one side.
+    """Split into (train, held out), with about `fraction` of the examples held out and all those of a prompt together.
 
-    Which prompts are held out hangs on the seed and on the prompts themselves, not on the order of the rows. Raises
+    Which prompts are held out depends on the seed and the prompts themselves, not on the order of the rows. Raises
     UserError: all examples have the same prompt.
     """
     keys = examples.prompt_keys
@@ -125,21 +125,21 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
         advice = "give held-out rows of their own in `data.eval`"
         raise UserError(what, where="`data.eval_fraction`", advice=advice)
     drawn = sorted(sizes, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
-    wanted = min(round(fraction * len(examples)), len(examples) - 1)
-    chosen: set[bytes] = set()
+    remaining = min(round(fraction * len(examples)), len(examples) - 1)
+    held_out_keys: set[bytes] = set()
     for key in drawn:
-        if sizes[key] <= wanted:
-            chosen.add(key)
-            wanted -= sizes[key]
-    chosen = chosen or {min(drawn, key=lambda key: sizes[key])}
-    held_out = np.array([key in chosen for key in keys])
+        if sizes[key] <= remaining:
+            held_out_keys.add(key)
+            remaining -= sizes[key]
+    held_out_keys = held_out_keys or {min(drawn, key=lambda key: sizes[key])}
+    held_out = np.array([key in held_out_keys for key in keys])
     return examples.select(np.flatnonzero(~held_out)), examples.select(np.flatnonzero(held_out))
 
 
 @dataclass
 class Side:
-    """Training or held-out data: what has come of its rows so far. `problems` has one for each row that is left out;
-    `parts` are pairs and answers that are left out of rows that are used, `oddities` are of what is used."""
+    """Training or held-out data: what has become of its rows so far. `problems` has one entry for each row left out;
+    `parts` are pairs and answers left out of rows that are used; `oddities` are about what is used."""
 
     name: str
     data: Data
@@ -194,15 +194,15 @@ class Side:
         self.counts.append(counts)
 
     def shape_of(self, head: Sequence[RawRow], source: Source) -> tuple[Shape, rankings.Rule]:
-        """The shape of a source, and what is made of its rankings."""
-        # Each side of a pair is an answer with a label.
+        """The shape of a source, and what to make of its rankings."""
+        # Each side of a pair serves as an answer with a label.
         kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
         name = source_name(source)
         shape = find_shape(head, name, source.columns, kinds, source.values)
         return shape, rankings.rule_of(source, shape.layout.name, name, self.kind)
 
     def usable(self, rows: Sequence[RawRow], shape: Shape, rule: rankings.Rule) -> Iterator[list[Example]]:
-        """The examples of each row that makes any. Tokenizing many at once keeps all cores busy."""
+        """The examples of each row that has any. Tokenizing many rows at once keeps all cores busy."""
         results = [self.records_of(row, shape, rule) for row in rows]
         records = [result for of_row in results for result in of_row if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self.tokenizer, self.data.template))
@@ -224,16 +224,16 @@ class Side:
         records = to_records(row, shape, self.data.system, rule=rule)
         if self.decisions:
             records = [self.decisions.applied(record) for record in records]
-        return list(map(self._untouched, records)) if self.contamination else records
+        return list(map(self._uncontaminated, records)) if self.contamination else records
 
-    def _untouched(self, record: Record | Problem) -> Record | Problem:
-        """The record, or a problem if it holds words of a benchmark."""
+    def _uncontaminated(self, record: Record | Problem) -> Record | Problem:
+        """The record, or a problem if it contains text of a benchmark."""
         if isinstance(record, Problem) or not self.contamination:
             return record
         match = self.contamination.find((record.prompt, *record.answers), record.origin)
         if not match:
             return record
-        # Pairs of a row may share the words.
+        # Several pairs of a row may contain the same words.
         if match not in self.matches[-1:]:
             self.matches.append(match)
         return Problem("contaminated", f"holds words of {match.benchmark}: {match.words}", record.origin)
@@ -254,10 +254,10 @@ class Side:
         return Example(record, tree)
 
     def _leave_out(self, problems: Sequence[Problem], row_is_used: bool = False) -> None:
-        """Count what is wrong with a row, or stop where that is the policy."""
+        """Record the problems of a row. Raises UserError: the policy for one of them is `error`."""
         for problem in problems:
             name = "overlong" if problem.kind == "overlong" else "bad_rows"
-            # Ties are no fault of a row; the others are left out because the recipe asks for it.
+            # Ties and votes that do not count are no fault of a row; the others are left out as the recipe asks.
             if getattr(self.data, name) == "error" and problem.kind not in _NO_FAULT:
                 advice = f"mend the row, or set `data.{name}: drop`"
                 raise UserError(problem.message, where=str(problem.origin), advice=advice)

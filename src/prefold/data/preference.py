@@ -1,6 +1,6 @@
-"""The records that rows become, and the cleaning of single cells: what is text, what is a message, what is a prompt.
+"""The records that rows become, and the checks of single cells: texts, messages, prompts, answers.
 
-Which columns hold what is known to `shapes` alone.
+Only `shapes` knows which columns contain what.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from prefold.errors import json_type
 
 Message = dict[str, Any]
-"""`role`, `content` (text), and what else the file gives to a turn, such as `reasoning_content` and `tool_calls`."""
+"""`role`, `content` (text), and a turn's other fields in the file, such as `reasoning_content` and `tool_calls`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ Messages = tuple[Message, ...]
 class Preference:
     """One pair: a prompt (messages, the last one not the assistant's) and two answers (messages that follow it).
 
-    `ratings` are the numbers that the row gives to chosen and rejected, where it gives any.
+    `ratings` are the numbers that the row gives to chosen and rejected, if any.
     """
 
     prompt: Messages
@@ -45,7 +45,7 @@ class Preference:
     origin: RowId
     ratings: tuple[float, float] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """What the row gives to the chat template beside its messages: `tools`, and its `chat_template_kwargs`."""
+    """The keywords that the row passes to the chat template: `tools`, and its `chat_template_kwargs`."""
 
     @property
     def answers(self) -> tuple[Messages, ...]:
@@ -69,7 +69,7 @@ class Unpaired:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt without an answer. `columns` are those of its row that the prompt was not made of, as they were read."""
+    """A prompt without an answer. `columns` are the other columns of its row, as they were read."""
 
     prompt: Messages
     columns: dict[str, Any]
@@ -85,25 +85,25 @@ Record = Preference | Unpaired | Prompt
 
 
 def whole_prompt(record: Record) -> Messages:
-    """The prompt with what else its template is given as one more message: with other tools it is another prompt."""
+    """The prompt, and the keywords for the template as one more message: with other tools it is another prompt."""
     given = record.template_kwargs
     as_message = ({"role": "template", "content": json.dumps(given, sort_keys=True, default=str)},) if given else ()
     return record.prompt + as_message
 
 
 def messages_key(*parts: Sequence[Message]) -> str:
-    """A text that is the same for equal messages, whatever the order of their fields, and for nothing else."""
+    """A text that is the same exactly for equal messages, whatever the order of their fields."""
     return json.dumps([list(map(_message_key, part)) for part in parts], sort_keys=True, default=str)
 
 
 def _message_key(message: Message) -> tuple[Any, ...]:
-    """Without further fields the same as ever: what is held out hangs on it."""
+    """This must not change for a message without further fields: it decides which prompts are held out."""
     further = {name: value for name, value in message.items() if name not in ("role", "content")}
     return (message["role"], message["content"], *([further] if further else []))
 
 
 def texts_of(message: Message) -> list[str]:
-    """Every text that a message holds: what is said, what is thought, and what tools are called with."""
+    """Every text of a message: its content, its reasoning, and the names and arguments of its tool calls."""
     thoughts = [message[name] for name in REASONING if name in message]
     return [
         message["content"],
@@ -120,13 +120,13 @@ def call_texts(call: dict[str, Any]) -> list[str]:
 def _leaves(value: Any) -> list[str]:
     if isinstance(value, dict | list):
         return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
-    # What is true, false or null, templates write in several ways.
+    # Templates write true, false and null in several ways.
     return [str(value)] if isinstance(value, str | int | float) and not isinstance(value, bool) else []
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a row cannot be used, or what is odd about one that is. `kind` is that of the finding that counts it."""
+    """Why a row cannot be used, or what is odd about one that is used. `kind` is that of the finding that counts it."""
 
     kind: str
     message: str
@@ -142,12 +142,12 @@ _ROLE_NAMES = {
 }
 _ROLE_OF = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 _CALL_TURNS = ("function_call", "tool_call")
-"""Names under which some files write an assistant's turn that is nothing but a call, as JSON text."""
+"""Roles that some files give to a turn of the assistant that is only a tool call, written as JSON text."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""The names of what an assistant thinks before it speaks; a template reads one or two of them."""
+"""Fields for the assistant's reasoning before its answer; a template reads one or two of them."""
 _SAID = ("role", "content", *REASONING, "tool_calls")
 _WEIGHTS = ("weight", "train", "loss")
-"""The names under which files say whether a turn is trained on; a message has only the first, and only as 0."""
+"""Fields that say in files whether a turn is trained on; a `Message` has only the first, and only with the value 0."""
 _MEDIA = re.compile(r"(?:input_)?(?:image|video|audio)(?:s|_url)?")
 
 Writing = Literal["plain", "ShareGPT", "ChatML", "transcripts"]
@@ -155,14 +155,14 @@ Writing = Literal["plain", "ShareGPT", "ChatML", "transcripts"]
 
 
 class Unfit(Exception):
-    """Leaves a conversion at the first thing that makes the row unfit."""
+    """Ends the conversion of a row that cannot be used; `kind` is that of the `Problem`."""
 
     def __init__(self, kind: str, message: str):
         self.kind, self.message = kind, message
 
 
 def role_of(name: Any) -> str | None:
-    """What a file's name of a speaker stands for; None for a name that is not known."""
+    """The role for a file's name of a speaker; None if the name is not known."""
     return "assistant" if name in _CALL_TURNS else _ROLE_OF.get(name.lower()) if isinstance(name, str) else None
 
 
@@ -176,7 +176,7 @@ def messages(value: Any, where: str, writing: Writing = "plain") -> list[Message
 
 
 def message(role: str, text: Any, where: str, may_be_empty: bool = False) -> Message:
-    """One message of a text. Raises Unfit: it is no text, is empty, or cannot be written as UTF-8."""
+    """A message with this text. Raises Unfit: it is not text, is empty, or cannot be encoded as UTF-8."""
     if not isinstance(text, str):
         raise Unfit("not_text", f"{where} is {json_type(text)}, not text")
     if not text.strip() and not may_be_empty:
@@ -208,7 +208,7 @@ def _turn(item: Any, where: str, writing: Writing) -> Message:
 
 
 def _with_all_fields(item: dict[str, Any], role: str, names: tuple[str, str], where: str) -> Message:
-    """A turn that has more than the two fields of these `names`, or in them something else than text."""
+    """A turn with more than the two fields `names`, or with content that is not text."""
     speaker, words = names
     more = {name: value for name, value in item.items() if name not in names and value is not None}
     if item[speaker] in _CALL_TURNS:
@@ -229,7 +229,7 @@ def _with_all_fields(item: dict[str, Any], role: str, names: tuple[str, str], wh
         raise Unfit("not_text", f"{where}: `{odd[0]}` is {json_type(more[odd[0]])}, not text")
     if role == "assistant":
         _read_weight(more, where)
-    else:  # others' turns have no weight but 0
+    else:  # nobody else's turns are trained on, so a weight of 0 says nothing
         more = {name: value for name, value in more.items() if value or name not in _WEIGHTS}
     if more:
         _check_characters(json.dumps(more, ensure_ascii=False, default=str), where)
@@ -237,7 +237,7 @@ def _with_all_fields(item: dict[str, Any], role: str, names: tuple[str, str], wh
 
 
 def _read_weight(more: dict[str, Any], where: str) -> None:
-    """Leaves `weight: 0` in the fields of a turn that is only read, and no weight in those of others."""
+    """Replace a turn's weights by `weight: 0` if it is only read, else by none. Raises Unfit: one is not 0 or 1."""
     weights = {name: more.pop(name) for name in _WEIGHTS if name in more}
     for name, weight in weights.items():
         if weight not in (0, 1):
@@ -249,7 +249,7 @@ def _read_weight(more: dict[str, Any], where: str) -> None:
 
 
 def _joined(content: Any, more: dict[str, Any], where: str) -> Any:
-    """Content in parts as one text; parts that hold thoughts go to the message's fields in `more`."""
+    """Content in parts as one text; parts with reasoning go to `reasoning_content` in `more`."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -259,8 +259,8 @@ def _joined(content: Any, more: dict[str, Any], where: str) -> Any:
         if not isinstance(part, dict):
             raise Unfit("bad_message", f"{where} has a part that is {json_type(part)}, not {{type, text}}")
         kind = part.get("type", "text")
-        given = [field for field, value in part.items() if value is not None]
-        if any(map(_MEDIA.fullmatch, (str(kind), *given))):
+        filled = [field for field, value in part.items() if value is not None]
+        if any(map(_MEDIA.fullmatch, (str(kind), *filled))):
             raise Unfit("media", f"{where} has a part of the type `{short(kind)}`")
         if kind in ("thinking", "reasoning") and isinstance(part.get(kind, part.get("text")), str):
             more["reasoning_content"] = more.get("reasoning_content", "") + part.get(kind, part.get("text"))
@@ -274,7 +274,8 @@ def _joined(content: Any, more: dict[str, Any], where: str) -> Any:
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Calls as templates read them: `{"type": "function", "function": {"name", "arguments"}}`, the last an object."""
+    """Calls as templates read them: `{"type": "function", "function": {"name", "arguments"}}`. Arguments that are text
+    become an object if they can be parsed."""
     if isinstance(value, str):
         value = _from_json(value)
     calls = []
@@ -298,7 +299,7 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _from_json(text: str) -> Any:
-    """What JSON text says; None where it is none."""
+    """The parsed JSON; None if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -306,7 +307,7 @@ def _from_json(text: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """A cell without the nulls that Arrow writes for fields which only other rows have; texts that are null stay."""
+    """A cell without the nulls that Arrow writes for fields that only other rows have; texts that are null stay."""
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     if not isinstance(value, dict):
@@ -316,7 +317,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def with_system(system: Any, prompt: list[Message], where: str = "`system`") -> list[Message]:
-    """Put the text of a system column first; an empty one is the same as none."""
+    """Put a system message first; an empty text is the same as none. Raises Unfit: the prompt has another one."""
     if system is None or system == "":
         return prompt
     first = message("system", system, where, may_be_empty=True)
@@ -335,8 +336,8 @@ def check_prompt(prompt: list[Message], where: str) -> None:
 
 
 def check_answer(answer: list[Message], where: str) -> None:
-    """An answer begins and ends with the assistant, a turn of which is trained on; what tools return, and what a user
-    says, may come between."""
+    """Raises Unfit unless an answer begins and ends with the assistant and has a turn to train on. Turns of tools and
+    users may come between."""
     if not answer:
         raise Unfit("empty_text", f"{where} has no answer")
     for turn in (answer[0], answer[-1]):
@@ -350,7 +351,7 @@ def check_answer(answer: list[Message], where: str) -> None:
 
 
 def check_pair(answers: Sequence[list[Message]], where: Sequence[str]) -> None:
-    """Two answers are a pair if they differ, and what a user says within them is the same."""
+    """Raises Unfit unless two answers are valid and differ, and the user says the same within them."""
     bare = [[[_bare(value) for value in said(turn)] for turn in answer] for answer in answers]
     if bare[0] == bare[1]:
         raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
@@ -362,7 +363,7 @@ def check_pair(answers: Sequence[list[Message]], where: Sequence[str]) -> None:
 
 
 def said(turn: Message) -> list[Any]:
-    """What decides whether two turns say the same; ids, times and the like do not."""
+    """What decides whether two turns are the same; ids, times and the like do not."""
     return [turn.get(name) for name in _SAID]
 
 
@@ -371,6 +372,6 @@ def _bare(value: Any) -> Any:
 
 
 def short(value: Any) -> str:
-    """`value` as a few characters that any terminal can show."""
+    """`value` as at most 30 printable characters."""
     text = repr(value[:40] if isinstance(value, str) else reprlib.repr(value))[1:-1]
     return text if len(text) <= 30 else text[:27] + "..."

@@ -1,9 +1,9 @@
-"""Prepared data kept on disk, so that later stages and commands need not tokenize them again.
+"""Prepared data cached on disk, so that later stages and commands need not tokenize them again.
 
-An entry is a folder of the cache, named by the digest of all that decides what is in it: the settings, the contents of
-the files (of a Hub data set, what was downloaded of it), the tokenizer with its template, and the code that prepares.
-It is written whole or not at all. Processes may write the same one side by side, and what is removed while it is read
-stays readable until then.
+An entry is a folder, named by a digest of everything that decides its content: the settings, the contents of the files
+(of a Hub data set, what was downloaded), the tokenizer with its template, and the code that prepares. It is written
+whole or not at all. Several processes may write the same entry at once, and an entry that is removed while it is being
+read stays readable.
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LIMIT = 20 * 2**30
-"""Bytes of all entries; beyond them, those go that were not used for longest."""
-
+"""Bytes of all entries; beyond that, the least recently used are removed."""
 
 _FACTS = TypeAdapter(tuple[DataReport, dict[str, str]])
-"""What of `Prepared` is not examples: the report and the fingerprints."""
+"""The parts of `Prepared` that are not examples: the report and the fingerprints."""
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind = "pairs") -> Prepared:
-    """`load_split`, or what an earlier call of it has left for the same data; it raises the same errors."""
+    """The result of `load_split`, from the cache if it is there. Raises the same errors."""
     if data.template == "chat":
         require_chat_template(tokenizer)
-    sources = _sources(data)
+    sources = _identities(data)
     key = None if None in sources else _key(data, tokenizer, seed, kind, sources)
     if key is None:
         return load_split(data, tokenizer, seed, kind)
@@ -62,16 +61,16 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kin
             np.save(aside / "train.npy", prepared.train.order)
             np.save(aside / "held_out.npy", prepared.held_out.order)
             (aside / "facts.json").write_bytes(_FACTS.dump_json((prepared.report, prepared.fingerprints)))
-            if _sources(data) != sources:
+            if _identities(data) != sources:
                 raise OSError("a source has changed while it was read")
         _remove_old(folder)
-    except OSError:  # as well: no space, a cache that cannot be written to, another process that was faster
+    except OSError:  # also: no space, a cache that cannot be written to, another process that was faster
         prepared = prepared or load_split(data, tokenizer, seed, kind)
     return prepared
 
 
 def _opened(folder: Path, data: Data) -> Prepared:
-    """Raises OSError, ValueError or EOFError where there is no sound entry."""
+    """Raises OSError, ValueError or EOFError: there is no sound entry."""
     report, fingerprints = _FACTS.validate_json((folder / "facts.json").read_bytes())
     train = Examples.open(folder / "train.arrow")
     held_out = Examples.open(folder / "eval.arrow") if data.eval else train
@@ -95,8 +94,8 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _sources(data: Data) -> list[str | None]:
-    """Of the decisions about their rows as well."""
+def _identities(data: Data) -> list[str | None]:
+    """What identifies the sources and the decisions about their rows; None where only reading a source can tell."""
     decided = repr(read_decisions(Path(data.decisions).expanduser())) if data.decisions else ""
     return [hashlib.sha256(decided.encode()).hexdigest()] + [
         identity_of(source) for source in (*data.decontaminate, *data.train, *data.eval)
@@ -104,20 +103,20 @@ def _sources(data: Data) -> list[str | None]:
 
 
 def key_of_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> str | None:
-    """A digest of all that decides what `prepare` gives; None where that is not known. Raises UserError: there is no
-    such source."""
-    sources = _sources(data)
+    """A digest of everything that decides what `prepare` returns; None if that is not known. Raises UserError: a source
+    does not exist."""
+    sources = _identities(data)
     return None if None in sources else _key(data, tokenizer, seed, kind, sources)
 
 
 def _key(
     data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind, sources: list[str | None]
 ) -> str | None:
-    """None where it is not known what decides the tokens."""
+    """None if the tokenizer has no backend whose state could be digested."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    # Set by each call anew.
+    # These are set by each call of the tokenizer, and decide nothing here.
     backend.no_padding()
     backend.no_truncation()
     ids = hashlib.sha256(backend.to_str().encode()).hexdigest()
@@ -138,6 +137,6 @@ def _key(
 
 @cache
 def _code() -> Any:
-    """What turns rows into tokens: this package, and the libraries that it calls."""
+    """The code that makes tokens of rows: a digest of this package, and versions of the libraries that it calls."""
     contents = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(contents)).hexdigest(), *map(version, ("transformers", "tokenizers", "jinja2"))

@@ -1,6 +1,6 @@
-"""Rows that order several answers, by ratings, by ranks, or the best first; lists and trees -> rankings -> pairs.
+"""Rows that order several answers, by ratings, by ranks, or the best first: lists and trees -> rankings -> pairs.
 
-A row holds a ranking, or several of them (a tree), of which `conversion` makes records.
+A row has one ranking, or several (a tree), of which `conversion` makes records.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from prefold.recipe.values import Values, as_number
 ITEM_ROLES = ("answer", "rating", "rank")
 """Roles that `columns` may give to a key, or to a path of keys, inside the objects of a list of answers."""
 _ANSWER_KEYS = ("answer", "response", "completion", "text", "output", "generation", "content")
-# Keys that are taken for a rating (highest best) or a rank (lowest best) by themselves, the first before others. Other
-# numbers may be lowest at the best answer, a toxicity score for one, so they have to be named.
+# Keys that are recognised as a rating (highest is best) or a rank (lowest is best), the first ones taking precedence.
+# Others have to be named, because their lowest number may be the best, as that of a toxicity score is.
 _RATINGS = (
     *("overall_score", "overall_rating", "score", "rating", "reward", "pm_score", "rm_score", "reward_score"),
     *("fine-grained_score", "fine_grained_score"),
@@ -36,8 +36,8 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Rule:
-    """What is made of a ranking: pairs (see `Source.pairs_from` and `Source.min_margin`), or unpaired answers: those of
-    the pairs, or those whose rating has one of the `values`."""
+    """What to make of a ranking: pairs (see `Source.pairs_from` and `Source.min_margin`), or unpaired answers: those of
+    the pairs, or those whose rating `values` calls desirable or undesirable."""
 
     pairs_from: PairsFrom | None = None
     min_margin: float | None = None
@@ -49,7 +49,7 @@ BY_DEFAULT = Rule()
 
 
 class _Undecided(Unfit):
-    """It is not known for sure which answer is better; refuses the source where its first rows are like that."""
+    """It is uncertain which answer is better. `require_sure` refuses a source whose first rows are like that."""
 
     def __init__(self, kind: str, message: str, advice: str):
         super().__init__(kind, message)
@@ -57,8 +57,8 @@ class _Undecided(Unfit):
 
 
 def rule_of(source: Source, layout: str, name: str, kind: str) -> Rule:
-    """What the recipe asks to be made of a source's rankings. Raises UserError: the source is no ranking, has no
-    ratings for a margin, or nothing of that kind is made of it."""
+    """What the recipe asks to make of a source's rankings. Raises UserError: a setting does not apply, since the source
+    has no rankings or no ratings for a margin, or the method takes other records."""
     is_rated = {ranking.name: ranking.is_rated for ranking in LAYOUTS}
     of_pairs, refused = ("pairs_from", "min_margin"), dict[str, str]()
     if kind == "prompts":
@@ -84,7 +84,7 @@ def rule_of(source: Source, layout: str, name: str, kind: str) -> Rule:
 
 
 def require_sure(shape: Shape, values: Sequence[dict[str, Any]], source: str) -> None:
-    """Raises UserError: by the first rows of a ranking it is not sure which answers are better."""
+    """Raises UserError: the first rows of a ranking leave open which answers are better."""
     undecided: list[_Undecided] = []
     is_read = False
     for number, value in enumerate(values, start=1):
@@ -103,7 +103,7 @@ def require_sure(shape: Shape, values: Sequence[dict[str, Any]], source: str) ->
 
 
 def pairs(ranking: Ranking, rule: Rule, layout: Layout) -> list[tuple[Answer, Answer]]:
-    """(better, worse), the best first. Equal levels make no pair. Raises Unfit: there is none."""
+    """Pairs (better, worse), the best first. Equal levels make no pair. Raises Unfit: there is no pair."""
     ordered = sorted(ranking.answers, key=lambda answer: -answer.level)
     if len(ordered) < 2:
         raise next(iter(ranking.unfit), Unfit("missing_field", f"{ranking.where} has fewer than two ranked answers"))
@@ -124,22 +124,22 @@ def pairs(ranking: Ranking, rule: Rule, layout: Layout) -> list[tuple[Answer, An
 
 
 def is_list_of_objects(value: Any) -> bool:
-    """Objects that are no turns of a dialogue."""
+    """A list of objects that are not turns of a dialogue."""
     return isinstance(value, list) and value != [] and all(isinstance(x, dict) and not _speaks(x) for x in value)
 
 
 def is_list_of_answers(value: Any) -> bool:
-    """Texts, or lists of the assistant's turns."""
+    """A list of texts, or of lists of turns."""
     return _is_list_of(value, lambda item: is_text(item) or _is_turns(item))
 
 
 def is_list_of_numbers(value: Any) -> bool:
-    """Numbers or `chosen` and `rejected`."""
+    """A list of numbers, or of `chosen` and `rejected`."""
     return _is_list_of(value, lambda item: _number(item) is not None)
 
 
 def _is_list_of(value: Any, is_meant: Form) -> bool:
-    """Some may be null, but not all."""
+    """A list of which some items may be null, but not all."""
     return isinstance(value, list) and any(map(is_meant, value)) and all(x is None or is_meant(x) for x in value)
 
 
@@ -172,7 +172,7 @@ def is_part_of_ranking(value: Any) -> bool:
 
 
 def _at(item: Any, path: str) -> Any:
-    """What is at a key or path, None where there is nothing."""
+    """The value at a key or path; None if there is none."""
     cell = cell_at(item, path) if isinstance(item, dict) else MISSING
     return None if cell is MISSING else cell
 
@@ -181,7 +181,7 @@ def _at(item: Any, path: str) -> Any:
 
 
 def _cells(row: Row) -> dict[str, Any]:
-    """By the roles that the layout has beside the prompt."""
+    """The cells by the roles of the layout, without the prompt."""
     return {role: row.need(role) for role in row.shape.layout.forms if role != "prompt"}
 
 
@@ -210,8 +210,8 @@ def _objects(row: Row) -> list[Ranking]:
 
 
 def _numbers_of(items: Sequence[dict[str, Any]], row: Row) -> tuple[list[float | None], bool]:
-    """The rating or rank of each answer, and whether they are ranks. Raises Unfit: nothing known says it, or two things
-    that contradict each other."""
+    """The rating or rank of each answer, and whether they are ranks. Raises Unfit: there are no numbers under a known
+    key, or those of two keys contradict each other."""
     columns, where = row.shape.column_of, row.where("answers")
     named = {columns[role]: role == "rank" for role in ("rating", "rank") if role in columns}
     numbers: dict[str, list[float | None]] = {}
@@ -250,7 +250,7 @@ def _contradict(first: Sequence[float | None], second: Sequence[float | None], i
 def _ranking(
     row: Row, where: str, answers: Sequence[Any], numbers: Sequence[float | None], by_rank: bool = False
 ) -> Ranking:
-    """The answers that can be read and have a rating; a rank is 0 or more, and the lowest is best."""
+    """A ranking of the answers that can be read and have a rating, or a rank (0 or more, the lowest is best)."""
     ranking = Ranking([], where)
     for position, (answer, number) in enumerate(zip(answers, numbers, strict=True), start=1):
         where_answer = f"{where}, answer {position}"
@@ -267,7 +267,9 @@ def _ranking(
 def _lists(row: Row) -> list[Ranking]:
     """A list of answers, and a list of their ratings or ranks."""
     cells = _cells(row)
-    (answers, where), (numbers, where_numbers) = ((_items(cells[it], row.where(it)), row.where(it)) for it in cells)
+    (answers, where), (numbers, where_numbers) = (
+        (_items(cells[role], row.where(role)), row.where(role)) for role in cells
+    )
     if len(answers) != len(numbers):
         raise Unfit("missing_field", f"{where} has {len(answers)} answers, {where_numbers} {len(numbers)}")
     levels = list(map(_number, numbers))
@@ -283,7 +285,7 @@ def _best_first(row: Row) -> list[Ranking]:
 
 
 def _chosen_and_rejected(row: Row) -> list[Ranking]:
-    """A text or a list of them as chosen, and as rejected."""
+    """Chosen and rejected, each an answer or a list of them."""
     sides = []
     for role, cell in _cells(row).items():
         answers = _items(cell, row.where(role)) if cell == [] or is_list_of_answers(cell) else [cell]
@@ -327,8 +329,8 @@ def _require_counting_from_0(shape: Shape, values: Sequence[dict[str, Any]], sou
 
 
 def _tree(row: Row) -> list[Ranking]:
-    """Every set of replies of the assistant that are ranked, after the messages that lead to them. Deleted messages
-    are not read."""
+    """A ranking for each message of the user with two or more ranked replies of the assistant; the prompt is the path
+    to that message. Deleted messages are left out."""
     where = row.where("tree")
     rankings = []
     for path, replies in _branches(row.need("tree"), where):
@@ -344,7 +346,7 @@ def _tree(row: Row) -> list[Ranking]:
 
 
 def _branches(root: Any, where: str) -> Iterator[tuple[list[Message], list[dict[str, Any]]]]:
-    """The messages of a tree that have replies, in its order: what leads to each and itself, and its replies."""
+    """Each message of a tree that has replies, in order: the path from the root to it, and its replies."""
     pending: list[tuple[list[Message], Any]] = [([], root)]
     while pending:
         before, node = pending.pop()
@@ -372,7 +374,7 @@ _TWO: _Forms = {"better_worse": lambda value: is_texts(value) and len(value) == 
 _SIDES: _Forms = dict.fromkeys(("chosen", "rejected"), lambda value: is_answer(value) or is_list_of_answers(value))
 _EITHER: _Forms = {"answers": lambda value: is_list_of_answers(value) or is_list_of_objects(value)}
 _CHOICE: _Forms = _EITHER | {"choice": is_index}
-# They come into question where no other layout fits: what is chosen is not chosen again.
+# They are tried after those of `conversion`: a row that has a chosen answer needs no ranking.
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "rated answers",
@@ -394,7 +396,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "pairs",
         _chosen_and_rejected,
         _PROMPT | _SIDES,
-        "one a text, one a list",
+        "`chosen`, `rejected`: each an answer or a list of answers",
         pairs_from="all",
     ),
     Layout("answers and choice", "pairs", _choice, _PROMPT | _CHOICE, "`answers`, `choice`: an index", ("answer",)),
@@ -406,7 +408,7 @@ LAYOUTS: tuple[Layout, ...] = (
 LAYOUTS += tuple(replace(layout, kind="prompts") for layout in LAYOUTS)
 READ_FROM_TEXT = ("answers", "rating", "rank", "best_first")
 """Roles whose lists may be written as text, as .csv files have them."""
-# Columns that tell a layout which needs more than a row, and what to do.
+# Columns of data sets whose single rows make no pairs -> what is wrong with a row, and what to do.
 _OTHER = {
     ("message_id", "parent_id", "text", "role"): (
         "each row is a message of a tree, and its pairs lie in other rows",
@@ -424,7 +426,7 @@ _OTHER = {
 
 
 def require_whole_rows(columns: Sequence[str], source: str) -> None:
-    """Raises UserError: the columns are known to need other rows, or to hold no pairs."""
+    """Raises UserError: the columns are those of a data set whose single rows make no pairs."""
     for names, (what, advice) in _OTHER.items():
         if set(names) <= set(columns):
             raise UserError(what, where=source, expected="rows that hold all that is compared", advice=advice)

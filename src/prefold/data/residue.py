@@ -1,7 +1,7 @@
-"""What other formats and wrong decoding leave within texts: markers of templates, placeholders of media, escapes.
+"""What other formats and wrong decoding leave in texts: markers of templates, placeholders of media, escapes.
 
-A marker that nothing but a template writes counts wherever it is. What ordinary text may hold as well (`### Response:`,
-`&lt;`) counts beside its partner, at the end of a prompt, or throughout a text.
+A marker that only templates write counts anywhere. One that ordinary text may contain (`### Response:`, `&lt;`) counts
+together with its counterpart, at the end of a prompt, or if the whole text is written like that.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _is_turn(hit: _Hit) -> bool:
 
 
 def _is_placeholder(hit: _Hit) -> bool:
-    """At the edge of a line of the prompt, and no element of a page that is closed."""
+    """Whether a marker is at the start or end of a line of the prompt, and not an HTML element with a closing tag."""
     text, marker = hit.match.string, hit.match[0]
     before, after = text[: hit.match.start()].rpartition("\n")[2], text[hit.match.end() :].partition("\n")[0]
     return hit.in_prompt and not (before.strip() and after.strip()) and f"</{marker[1:]}" not in text
@@ -52,7 +52,7 @@ def _is_placeholder(hit: _Hit) -> bool:
 
 @lru_cache(16)
 def _is_escaped(text: str) -> bool:
-    """Whether all that HTML escapes is escaped, and not just shown once."""
+    """Whether a text is escaped for HTML throughout, and does not just mention an entity."""
     entities = _ENTITY.findall(text)
     plain = _ENTITY.sub("", text)
     return not re.search("[<>&]|``", plain) and (len(entities) > 1 or bool(re.search(rf"\w{_ENTITY.pattern}\w", text)))
@@ -60,13 +60,13 @@ def _is_escaped(text: str) -> bool:
 
 @lru_cache(16)
 def _has_written_newlines(text: str) -> bool:
-    """Whether line ends are written as two characters: more than once in a text of one line, code left out."""
+    """Whether a text of one line has several line ends written as two characters, not counting quotes and code."""
     unquoted = re.sub(r"`[^`]*`|\"[^\"]*\"|'[^']*'", "", text)
     return "\n" not in text.strip() and len(re.findall(r"(?<=[\w.,:;!?)\]*n])\\n(?![a-z])", unquoted)) > 1
 
 
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|#0?39|#x27);")
-# Kind of finding, pattern, and whether a marker counts where it is. Patterns that begin with a character are quick.
+# Kind of finding, pattern, and whether a match counts. Patterns that begin with a literal character are fast.
 _RULES: tuple[tuple[str, str, Callable[[_Hit], bool]], ...] = (
     (
         "template_residue",
@@ -92,16 +92,16 @@ _MARKERS = re.compile("|".join(pattern for _, pattern, _ in _RULES))
 
 
 def residue_of(prompt: Sequence[str], answers: Sequence[str]) -> dict[str, list[str]]:
-    """Kinds of findings, each with its markers, by the texts of a record."""
+    """The markers in the texts of a record, by kind of finding."""
     texts = [*((text, True) for text in prompt), *((text, False) for text in answers)]
-    matches = [(match, asks) for text, asks in texts for match in _MARKERS.finditer(text)]
+    matches = [(match, in_prompt) for text, in_prompt in texts for match in _MARKERS.finditer(text)]
     if not matches:
         return {}
     beginnings = {"Human:" for text, _ in texts if text.lstrip().startswith("Human:")}
     all_markers = frozenset({_bare(match[0]) for match, _ in matches} | beginnings)
     seen: dict[str, list[str]] = {}
-    for match, asks in matches:
-        hit = _Hit(match, asks, asks and match.string is prompt[-1], all_markers)
+    for match, in_prompt in matches:
+        hit = _Hit(match, in_prompt, in_prompt and match.string is prompt[-1], all_markers)
         kind, _, counts = next(rule for rule in _RULES if re.fullmatch(rule[1], match[0]))
         if counts(hit) and (marker := match[0].strip()) not in seen.setdefault(kind, []):
             seen[kind].append(marker)

@@ -1,4 +1,4 @@
-"""A row of a recipe's data, from its file to its tokens. It is read, converted and tokenized by what prepares all rows.
+"""A row of a recipe's data, from its file to its tokens, prepared by the same code as all rows.
 
 Data in: where the row is (`12`, `pairs.jsonl:12`); data out: `SeenRow`.
 """
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 
 Seen = tuple[Record, list[str] | None, TokenTree | None]
-"""A record, its rendered texts (the prompt, and the conversation with each answer), and its tree; None where there is
+"""A record, its rendered texts (the prompt, and the conversation with each answer), and its tree; None if there is
 none."""
 
 
 LONGEST_CHARACTER = 4
-"""Tokens that a character takes at most: its bytes in UTF-8."""
+"""The most tokens that a character can take: one for each byte in UTF-8."""
 
 
 @dataclass(frozen=True)
 class SeenRow:
-    """A row as it is read and the records that are made of it; `left_out` says why it is not trained on, if so."""
+    """A row as it is read, and the records made of it; `left_out` says why it, or a part of it, is not trained on."""
 
     raw: RawRow
     split: str
@@ -71,7 +71,7 @@ class SeenRow:
 
 
 def tokens_of(record: Record, tree: TokenTree, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict[str, Any]]]:
-    """Of each part of a record its tokens as `{id, text, part}`, the last being prompt, context or scored."""
+    """The tokens of each part of a record as `{id, text, part}`, where `part` is prompt, context or scored."""
     context = tree.context or ((),) * len(tree.completions)
     parts = [["prompt"] * len(tree.prompt)]
     for ids, spans in zip(tree.completions, context, strict=True):
@@ -95,7 +95,7 @@ def _texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[s
 
     before = start = 0
     for stop in range(1, len(ids) + 1):
-        # With the tokens before it, since some decoders drop the space before the first.
+        # Decoded with the tokens before it, since some decoders drop a space at the start.
         known, text = decoded(before, start), decoded(before, stop)
         if text.endswith("\ufffd") and stop - start < LONGEST_CHARACTER and stop < len(ids):
             yield ""
@@ -112,18 +112,18 @@ def see_row(
     kind: Kind,
     value: dict[str, Any] | None = None,
 ) -> SeenRow:
-    """Read up to a row and make of it what `load_split` would; of a source that is drawn from, all rows are read.
+    """Read up to a row and convert it as `load_split` would. If the source is drawn from, all its rows are read.
 
     Args:
-        row: its 1-based number as findings name it, behind the name of its source or file where there are several.
-        value: what it holds, where that is known, so that its file is not read up to it.
+        row: its 1-based number as in findings, after the name of its source or file and a colon if there are several.
+        value: the content of the row if it is known, so that its file need not be read up to it.
 
     Raises:
-        UserError: there is no such row, several are called so, or its source cannot be read or recognised.
+        UserError: the row does not exist, the name is ambiguous, or its source cannot be read or recognised.
     """
     if data.template == "chat":
         require_chat_template(tokenizer)
-    # What stops a run at a bad row is shown here.
+    # A bad row, which may stop a run, is shown here.
     lenient = data.model_copy(update={"bad_rows": "drop", **({"overlong": "drop"} if data.overlong == "error" else {})})
     name, matches = _matches(row, data)
     seen = []
@@ -136,11 +136,11 @@ def see_row(
         raw = _read(source, origin) if value is None else RawRow(origin, value)
         seen.append(_seen(raw, source, getattr(data, split), side, seed))
     # The same file may be a source twice, with conditions that leave the row to one of them.
-    return min(seen, key=lambda each: bool(each.left_out))
+    return min(seen, key=lambda candidate: bool(candidate.left_out))
 
 
 def _matches(row: str, data: Data) -> tuple[str, list[tuple[str, Source]]]:
-    """What the wanted row calls its source, and the sources that may have it."""
+    """The name of the source in the row's origin, and the sources that may contain the row, each with its split."""
     wanted, _, number = row.rpartition(":")
     if not number.isdecimal() or not int(number):
         raise UserError(f"`{row}` is no row", where="`--row`", expected="its number, such as 12 or pairs.jsonl:12")
@@ -216,7 +216,7 @@ def _filtered(raw: RawRow, source: Source) -> list[Problem]:
 
 
 def _read_through(rows: Sequence[RawRow], source: Source, side: Side) -> None:
-    """Let a side see earlier rows, which a row may repeat."""
+    """Convert earlier rows, so that the side knows what a row may repeat."""
     for _ in side.usable(rows, *side.shape_of(rows[:HEAD_ROWS], source)):
         pass
 

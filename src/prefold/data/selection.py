@@ -1,6 +1,6 @@
-"""Sources -> the rows that are to be used: filtered by `where`, drawn by `weight` and `count`, counted.
+"""Sources -> selected rows: filtered by `where`, drawn by `weight` and `count`, and counted.
 
-Knows nothing of what the columns mean. The draws are those of `datasets.Dataset.shuffle(seed=seed).select(range(n))`,
+What the columns mean is not known here. The draws are those of `datasets.Dataset.shuffle(seed=seed).select(range(n))`,
 so that a recipe can repeat a published mixture row by row.
 """
 
@@ -23,15 +23,15 @@ from prefold.recipe.where import Mismatch, Where
 from prefold.terminal import progress_bar
 
 ROWS_BETWEEN = 256
-"""Rows between two states of a bar."""
+"""Rows between two updates of a progress bar."""
 
 
 @dataclass
 class Selection:
-    """The rows of a source that are to be used, once `rows` is exhausted with the counts of those that are not.
+    """The selected rows of a source, and counts of the others, which are complete once `rows` is exhausted.
 
     `rows_in` were read; `problems` are those for which `where` could not be evaluated. Rows that could not be read
-    are among `rows`: what is wrong with them is told where rows are converted.
+    are among `rows`: the conversion reports what is wrong with them.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Selection:
 
 
 def select_rows(sources: Sequence[Source], seed: int, decisions: Decisions | None = None) -> list[Selection]:
-    """Apply `where`, `weight` and `count`. Sources that have neither of the last two are read as `rows` is asked for.
+    """Apply `where`, `weight` and `count`. Sources without the last two, or streamed with `count`, are read lazily.
 
     Raises UserError: a source cannot be read, `where` names a column that no row has or leaves none, there are fewer
-    rows than are to be drawn, or a row is no longer what was decided about.
+    rows than are to be drawn, or a row has changed since it was decided about.
     """
     selections = [_filtered(source, decisions) for source in sources]
-    # The rows of a source that can be read, all at once, to draw from.
+    # The readable rows of the sources that are drawn from, in memory.
     pools: list[tuple[Source, Selection, list[RawRow]]] = []
     for source, selection in zip(sources, selections, strict=True):
         if source.count and source.streaming:
@@ -58,7 +58,7 @@ def select_rows(sources: Sequence[Source], seed: int, decisions: Decisions | Non
             rows = list(watched(selection.rows, selection.name))
             selection.rows = iter([row for row in rows if row.value is None])
             pools.append((source, selection, [row for row in rows if row.value is not None]))
-    # The source that runs out first sets the scale: no row is repeated. The tolerance is that of the division.
+    # The source that runs out first sets the scale: no row is repeated. 1e-6 is for the rounding of the division.
     scale = min((len(pool) / source.weight for source, _, pool in pools if source.weight), default=0.0)
     for source, selection, pool in pools:
         wanted = source.count or scale * (source.weight or 0)
@@ -72,8 +72,8 @@ def select_rows(sources: Sequence[Source], seed: int, decisions: Decisions | Non
 
 
 def benchmark_texts(benchmark: Benchmark) -> Iterator[tuple[str, RowId]]:
-    """The texts of a benchmark and where they are from; a null has none. Raises UserError: it cannot be read, a row is
-    broken or has no such column, or something in it is not text."""
+    """The texts of a benchmark and the rows they are from; nulls and blank texts are left out. Raises UserError: it
+    cannot be read, a row is broken or lacks the column, or a value is not text."""
     selection, column = _filtered(benchmark), benchmark.column
     for row in selection.rows:
         text = (row.value or {}).get(column)
@@ -143,13 +143,13 @@ def _too_few(name: str, rows: int, count: int, share: float = 0) -> UserError:
 
 
 def shuffled(number: int, seed: int) -> list[int]:
-    """The order that `datasets.Dataset.shuffle(seed=seed)` gives to so many rows."""
+    """The order in which `datasets.Dataset.shuffle(seed=seed)` puts this number of rows."""
     order: list[int] = np.random.default_rng(seed).permutation(number).tolist()
     return order
 
 
 def watched(rows: Iterable[RawRow], name: str) -> Iterator[RawRow]:
-    """The rows, with a count that goes on as they are read."""
+    """The rows, with a bar that counts them as they are read."""
     with progress_bar(f"reading {name}", None) as advance:
         for number, row in enumerate(rows, 1):
             yield row

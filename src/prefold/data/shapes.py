@@ -1,6 +1,6 @@
 """The shape of a source, recognised by the columns of its first rows and by what is in them.
 
-A new layout is a row, with its reader, in the table of `conversion` or of `rankings`.
+To add a layout, add a row with its reader to the table of `conversion` or of `rankings`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _ENDS = (("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"), ("_0", "_1"))
 
 
 def _couples(stems: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
-    """Names of two columns that go together."""
+    """Pairs of names of columns that go together."""
     return [(stem + first, stem + second) for stem in stems.split() for first, second in _ENDS] + [*more]
 
 
@@ -61,7 +61,7 @@ _OUTPUTS = _couples(
 )
 _SCORES = _couples("score rating reward")
 _WINNERS = ("winner_model_a", "winner_model_b")
-# Role -> columns that are taken for it by themselves; the first is what messages call it.
+# Role -> columns that are recognised as having it; messages name the first.
 _COLUMNS_OF_ROLES = {
     "prompt": "prompt question instruction input question.full_text query context history",
     "chosen": """
@@ -97,7 +97,7 @@ _COLUMNS_OF_ROLES = {
     "tree": "prompt",
 }
 _KNOWN_COLUMNS = {role: tuple(names.split()) for role, names in _COLUMNS_OF_ROLES.items()}
-# Roles that a row may have beside those of its layout: what their cells are, and their columns.
+# Roles that a row may have beside those of its layout: the form of their cells, and their columns.
 _EXTRAS: dict[str, tuple[Form, tuple[str, ...]]] = {
     "system": (is_text, ("system", "system_prompt")),
     "tools": (is_tools, ("tools", "input.tools")),
@@ -105,15 +105,15 @@ _EXTRAS: dict[str, tuple[Form, tuple[str, ...]]] = {
     "history": (is_history, ("history",)),
 }
 _WEAK_PROMPTS = ("query", "context", "history")
-"""Columns that are the prompt only where no other is."""
+"""Columns that are the prompt only if no other is."""
 _TOGETHER = (("output_1", "output_2"), ("score_1", "score_2"))
-"""Roles whose columns are of one family."""
+"""Roles whose columns go together, such as `response_a` and `response_b`."""
 ROLES = (*_KNOWN_COLUMNS, *_EXTRAS, "input")
 READ_IN_PAIRS = {"input", *_MEDIA}.union(
     *(names for _, names in _EXTRAS.values()),
     *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1")),
 )
-"""Columns that a row of `prompt`, `chosen` and `rejected` cannot have beside them without being read otherwise."""
+"""Columns that change how a row is read if it has them beside `prompt`, `chosen` and `rejected`."""
 
 
 def find_shape(
@@ -123,19 +123,19 @@ def find_shape(
     kinds: Sequence[Kind] = KINDS,
     values: Values | None = None,
 ) -> Shape:
-    """The shape of a source by its first rows that are objects; layout `unknown` if no row is one.
+    """Recognise the shape of a source by its first rows; the layout is `unknown` if none of them is an object.
 
-    Pairs go before unpaired answers, and these before prompts: what a row has besides its prompt is not overlooked.
+    Pairs take precedence over unpaired answers, and these over prompts, so that nothing beside a prompt is overlooked.
 
     Args:
-        rows: the first ones will do.
-        columns: our role -> the file's column or a path into one, where it is not to be guessed.
-        kinds: those that come into question; with `prompts` alone, the prompts of pairs are found too.
-        values: what votes or labels mean, where the recipe says it.
+        rows: the first ones of the source.
+        columns: role -> column of the file or path into one, for roles that are not to be recognised.
+        kinds: those to consider; with `prompts` alone, the prompts of pairs are recognised too.
+        values: what votes or labels mean, if the recipe says it.
 
     Raises:
-        UserError: `columns` names a role or a column that is not there, no shape fits, or several fit equally; votes or
-            labels do not say for sure what they mean; a column holds lists as text in some rows alone.
+        UserError: `columns` names a role or a column that does not exist; no shape fits, or several fit equally; it is
+            uncertain what votes or labels mean; or a column holds lists as text in some rows only.
     """
     given = [row.value for row in rows if row.value is not None]
     named = dict(columns or {})
@@ -146,7 +146,7 @@ def find_shape(
     first = read[:_ROWS_LOOKED_AT]
     for kind, forgiving in itertools.product([kind for kind in KINDS if kind in kinds], (False, True)):
         layouts, ranked = (
-            [layout for layout in table if layout.kind == kind and _comes_into_question(layout, named, values)]
+            [layout for layout in table if layout.kind == kind and _is_candidate(layout, named, values)]
             for table in (conversion.LAYOUTS, rankings.LAYOUTS)
         )
         fitting = [
@@ -164,14 +164,14 @@ def find_shape(
     raise _no_shape(first, source, named, kinds, values)
 
 
-def _comes_into_question(layout: Layout, named: Mapping[str, str], values: Values | None) -> bool:
+def _is_candidate(layout: Layout, named: Mapping[str, str], values: Values | None) -> bool:
     role = values and ("vote" if values.of_votes else "label")
     is_used = role is None or role in layout.forms or (role == "label" and layout.is_rated)
     return named.keys() <= _roles(layout) and is_used
 
 
 def _roles(layout: Layout) -> set[str]:
-    """Those that `columns` may name."""
+    """The roles that `columns` may name."""
     with_prompt = ("input", "history") if "prompt" in layout.forms else ()
     return {*layout.forms, *layout.aside, "system", "tools", "chat_template_kwargs", *with_prompt}
 
@@ -179,8 +179,8 @@ def _roles(layout: Layout) -> set[str]:
 def _with_lists_read(
     rows: Sequence[dict[str, Any]], named: Mapping[str, str]
 ) -> tuple[list[dict[str, Any]], set[str], dict[str, str]]:
-    """The rows with the lists that columns hold as text throughout, these columns, and those that do so in some rows
-    alone, with what they hold."""
+    """The rows, with lists parsed in the columns that store them as text in every row; these columns; and the columns
+    that do so in some rows only, with a description of their cells."""
     cells = {
         name: [cell for row in rows if (cell := cell_at(row, name)) is not MISSING]
         for name in dict.fromkeys([*itertools.chain.from_iterable(rows), *named.values()])
@@ -200,8 +200,10 @@ def _with_lists_read(
                 mixed[name] = f"text that begins as a list of messages and cannot be read as one: {counted(cut, 'row')}"
             elif fit:
                 mixed[name] = f"{what} as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
-    # A list of strings may be an answer like any other; prompts beside as many answers of each side are none.
-    texts = {name for name, of_column in cells.items() if (it := written(of_column, is_texts)) and MISSING not in it}
+    # The text of a list may be an answer; but lists of prompts beside lists of answers of each side are lists.
+    texts = {
+        name for name, of_column in cells.items() if (lists := written(of_column, is_texts)) and MISSING not in lists
+    }
     for outputs in _OUTPUTS:
         if texts.issuperset(outputs) and (prompt := texts.intersection(_KNOWN_COLUMNS["prompt"])):
             parsed |= {*outputs, *prompt}
@@ -228,7 +230,7 @@ def _completed(
     values: Values | None,
     source: str,
 ) -> Shape:
-    """The shape with all that takes more than a few rows to see."""
+    """The shape with everything that takes more than a few rows to recognise."""
     columns = dict(shape.columns)
     present = dict.fromkeys(itertools.chain.from_iterable(given))
     scored = next(((first, second) for first, second in _SCORES if {first, second} <= present.keys()), None)
@@ -256,7 +258,7 @@ def _completed(
 
 
 def _extra_column(form: Form, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
-    """The column of an extra role: the first that has cells of its form; none where its cells are of others."""
+    """The column of an extra role: the first with a cell of its form; else the usual one if that is empty."""
     filled = {name: [cell for row in rows if not is_empty(read_if_text(cell := cell_at(row, name)))] for name in names}
     fitting = [name for name in names if any(map(form, filled[name]))]
     return fitting[0] if fitting else names[0] if not filled[names[0]] else None
@@ -265,7 +267,7 @@ def _extra_column(form: Form, names: Sequence[str], rows: Sequence[dict[str, Any
 def _meaning(
     columns: Mapping[str, str], rows: Sequence[dict[str, Any]], values: Values | None, source: str
 ) -> Values | None:
-    """What votes or labels mean, where they are not 1 and 2 or true and false."""
+    """What votes or labels mean, if not 1 and 2 or true and false."""
     role = next((role for role in ("vote", "label") if role in columns), None)
     if role is None:
         return values
@@ -286,25 +288,25 @@ def _all_repeat_prompt(columns: Mapping[str, str], rows: Sequence[dict[str, Any]
     texts = [[cell_at(row, columns[role]) for role in ("prompt", "chosen", "rejected")] for row in rows]
     full = [cells for cells in texts if all(isinstance(cell, str) and cell.strip() for cell in cells)]
     # A few short prompts may begin their answers by chance.
-    is_much = sum(len(prompt) for prompt, *_ in full) >= _REPEATED_CHARACTERS
-    return is_much and all(answer.startswith(prompt) for prompt, *answers in full for answer in answers)
+    is_enough = sum(len(prompt) for prompt, *_ in full) >= _REPEATED_CHARACTERS
+    return is_enough and all(answer.startswith(prompt) for prompt, *answers in full for answer in answers)
 
 
 def _unused(shape: Shape, used: set[str], rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """The columns with something in them that no role has, that give no rating and are not known to the layout."""
+    """The columns that are not empty, have no role, give no rating and are not known to the layout."""
     aside = set(shape.layout.aside).difference(rankings.ITEM_ROLES)
     known = {*used, *_MEDIA, "winner_tie"}.union(*(_KNOWN_COLUMNS[role] for role in aside))
     filled = {name: cell for row in rows for name, cell in row.items() if name not in known and not is_empty(cell)}
     votes = vote_columns(dict(shape.columns).get("vote", ""), filled)
     names = [name for name, cell in filled.items() if not is_rating(name, cell) and name not in votes]
-    # A name may hold what no file and no terminal can.
+    # A name may contain lone surrogates, which cannot be encoded.
     return tuple(name.encode("utf-8", "backslashreplace").decode() for name in names)
 
 
 def _fitting(
     value: dict[str, Any], layouts: Sequence[Layout], named: Mapping[str, str], forgiving: bool
 ) -> list[Shape]:
-    """The shapes that fit a row, at most one for the same columns."""
+    """The shapes that fit a row, at most one for the same assignment of columns."""
     shapes: dict[Columns, Shape] = {}
     for layout in layouts:
         if any(name in value for role in layout.absent for name in _KNOWN_COLUMNS[role]):
@@ -318,13 +320,13 @@ def _fitting(
 
 
 def _assignments(layout: Layout, value: dict[str, Any], named: Mapping[str, str]) -> Iterator[Columns]:
-    """Every way to find the roles of a layout among a row's columns."""
+    """Every assignment of a row's columns to the roles of a layout."""
     for chosen in itertools.product(*_choices(layout, value, named).values()):
         columns = dict(zip(layout.forms, chosen, strict=True))
         if not _go_together(columns, named):
             continue
         extra = {"system": named.get("system", "system")}
-        # `input` is more of an instruction; beside another prompt it may be anything.
+        # `input` continues an `instruction`; beside another prompt it may be anything.
         if columns.get("prompt") == "instruction" or "input" in named:
             extra["input"] = named.get("input", "input")
         extra |= {role: named[role] for role in rankings.ITEM_ROLES if role in named and role in layout.aside}
@@ -332,8 +334,8 @@ def _assignments(layout: Layout, value: dict[str, Any], named: Mapping[str, str]
 
 
 def _go_together(columns: Mapping[str, str], named: Mapping[str, str]) -> bool:
-    """Whether two columns that were not named are of one family, and no triple of a search engine is taken for a
-    pair."""
+    """Whether the recognised columns go together, no column has two roles, and no triple of retrieval data (query,
+    positive, negative) is taken for a pair."""
     for first, second in _TOGETHER:
         if first in columns and not {first, second} & named.keys():
             families = zip(_KNOWN_COLUMNS[first], _KNOWN_COLUMNS[second], strict=True)
@@ -344,7 +346,7 @@ def _go_together(columns: Mapping[str, str], named: Mapping[str, str]) -> bool:
 
 
 def _choices(layout: Layout, value: dict[str, Any], named: Mapping[str, str]) -> dict[str, list[str]]:
-    """Columns of a row by the roles of a layout that they may have."""
+    """The columns of a row that may have a role, for each role of a layout."""
     names = {role: [named[role]] if role in named else [*_KNOWN_COLUMNS[role]] for role in layout.forms}
     if "prompt" in names.keys() - named:
         if layout.kind == "prompts" or "instruction" in value or "input" in named:
@@ -358,7 +360,7 @@ def _choices(layout: Layout, value: dict[str, Any], named: Mapping[str, str]) ->
 
 
 def _fits(layout: Layout, value: dict[str, Any], columns: Columns, forgiving: bool) -> bool:
-    """Whether the cells have their forms; if forgiving, empty ones may be of any, but not all besides the prompt."""
+    """Whether the cells have their forms; if forgiving, some beside the prompt may be empty, but not all."""
     cells = {role: cell_at(value, column) for role, column in columns if role in layout.forms}
     if not forgiving:
         return all(layout.forms[role](cell) for role, cell in cells.items())
@@ -435,11 +437,11 @@ def _no_shape(
     what = f"its columns are no known shape{of_kinds}: {_shown(columns)}" if columns else "its rows have no columns"
     advice = "rename its columns, or say by `columns:` which is what"
     layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
-    layouts = [layout for layout in layouts if _comes_into_question(layout, named, meaning)] or layouts
+    layouts = [layout for layout in layouts if _is_candidate(layout, named, meaning)] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
     choices = [_choices(layout, merged, named) for layout in layouts]
     present = [{role: names[0] for role, names in of_layout.items() if names} for of_layout in choices]
-    # A prompt alone is near to no ranking.
+    # A row that has only a prompt is near no ranking.
     is_near = [
         layout not in rankings.LAYOUTS or roles.keys() - {"prompt", "tree"}
         for layout, roles in zip(layouts, present, strict=True)
@@ -457,7 +459,7 @@ def _no_shape(
 
 
 def _misfit(layout: Layout, present: Mapping[str, str], value: dict[str, Any], named: Mapping[str, str]) -> str:
-    """What keeps a row from having a layout, of whose roles it has the `present` ones."""
+    """Why a row does not have a layout; `present`: the columns that it has, by role."""
     if unknown := [role for role in named if role not in _roles(layout)]:
         return f"but it has no {listed(unknown)}, which `columns` names"
     if missing := [_KNOWN_COLUMNS[role][0] for role in layout.forms if role not in present]:

@@ -1,8 +1,7 @@
-"""Files, folders, built-in sets and Hub data sets -> rows. Knows nothing of what the columns mean.
-The lines of a file of votes belong together: `vote_file` says how.
+"""Files, folders, built-in sets and Hub data sets -> rows. What the columns mean is not known here.
 
-Data in: a `recipe.Rows`; data out: `RawRow` after `RawRow`, read as they are asked for. What a file's bytes mean is
-said in `formats`. Code that comes with a Hub data set is never run.
+Data in: a `recipe.Rows`; data out: an iterator of `RawRow`. `formats` reads the files, and `vote_file` joins the lines
+of a file of votes. Code that comes with a Hub data set is never run.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def source_name(source: Rows) -> str:
-    """What messages call a source: its path as the resolved recipe has it, and the parts of it that are named. Rows
-    call it the same, but for those of a folder or glob, which name their file."""
+    """The name of a source in messages and in the origins of its rows: its path in the resolved recipe, with `name` and
+    `split` if they are set. Rows of a folder or glob have the name of their file instead."""
     parts = ", ".join(part for part in (source.name, source.split) if part is not None)
     return without_home(source.path) + (f" ({parts})" if parts else "")
 
 
 def names_of_rows(source: Rows) -> list[str]:
-    """What the rows of a source may call where they are from. Raises UserError: there is no such source."""
+    """The source names in the origins of the rows. Raises UserError: the source does not exist."""
     return list(named_files(source)) or [source_name(source)]
 
 
 def read_rows(source: Rows) -> Iterator[RawRow]:
-    """Find the source now, read its rows as they are asked for. Raises UserError: there is no such source, or it is not
-    of its format; for what only reading can tell, while reading."""
+    """Find the source at once, and read its rows lazily. Raises UserError: the source does not exist, or is not in its
+    format; what only reading can tell is raised while reading."""
     files = named_files(source)
     if not files:
         return _hub_rows(_load_from_hub(source), source)
@@ -53,11 +52,11 @@ def read_rows(source: Rows) -> Iterator[RawRow]:
 
 
 def identity_of(source: Rows) -> str | None:
-    """A text that is another one once the rows are others; None where only reading them can tell. Raises UserError:
-    there is no such source."""
+    """A text that changes whenever the rows change; None if only reading them can tell. Raises UserError: the source
+    does not exist."""
     files = named_files(source)
     if not files:
-        # Of a commit, configuration and split.
+        # The fingerprint is that of a commit, configuration and split.
         return None if source.streaming else getattr(_load_from_hub(source), "_fingerprint", None)
     digest = hashlib.sha256()
     try:
@@ -69,7 +68,7 @@ def identity_of(source: Rows) -> str | None:
 
 
 def named_files(source: Rows) -> dict[str, Traversable]:
-    """The files of a source by what messages call them; none where it may be a data set of the Hub."""
+    """The files of a source by their names in messages; empty if it may be a data set of the Hub."""
     if source.path.startswith(BUILTIN_PREFIX):
         _require_no_hub_fields(source, "a built-in set", ("name", "revision", "streaming"))
         return {source_name(source): _builtin_file(source)}
@@ -87,8 +86,8 @@ def _require_no_hub_fields(source: Rows, what: str, names: tuple[str, ...]) -> N
 
 
 def _files(source: Rows) -> list[Path]:
-    """The files that a path, folder or glob stands for, sorted; none if it may be a data set of the Hub. Raises
-    UserError: there is no such file, or none that can be read."""
+    """The files of a path, folder or glob, sorted; empty if it may be a data set of the Hub. Raises UserError: there is
+    no such file, or none that can be read."""
     path = Path(os.path.expanduser(source.path))
     try:
         if path.is_dir():
@@ -124,12 +123,12 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _shown(path: Path) -> str:
-    """What messages call a file."""
+    """The name of a file in messages."""
     return without_home(_printable(str(path)))
 
 
 def _printable(name: str) -> str:
-    """A file name, with escapes where it is not UTF-8."""
+    """A file name, with escapes for bytes that are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -178,14 +177,14 @@ def _listed(names: list[str], limit: int = 8) -> str:
 
 
 def _hub_rows(loaded: Iterable[dict[str, Any]], source: Rows) -> Iterator[RawRow]:
-    """A row's number is its index in the split."""
+    """A row's number is its position in the split, from 1."""
     with _explained(source):
         for number, value in enumerate(loaded, start=1):
             yield RawRow(RowId(source_name(source), number), value, pads_with_nulls=True)
 
 
 def _load_from_hub(source: Rows) -> Any:
-    """Download, or find in the cache."""
+    """Download the data set, or load it from the cache."""
     import datasets
 
     with _explained(source):

@@ -1,8 +1,8 @@
 """Which tokens of an answer of several turns are scored: those that the assistant writes, in turns without `weight: 0`.
 
-A template is asked twice for each of the assistant's turns: for the conversation before it, up to where it writes, and
-for the conversation that ends with it. Both are found again in the ids of the whole conversation. Templates that write
-a turn otherwise once others follow it are searched for its end token and its own words.
+The template is rendered twice for each of the assistant's turns: for the conversation before it, with a generation
+prompt, and for the conversation that ends with it. Both are located in the ids of the whole conversation. If the
+template writes a turn differently once others follow, its end is located by its end token and its own words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EMPTY_THOUGHT = re.compile(r"\s*<think(ing)?>\s*</think(?(1)ing)>\s*")
 
 
 def is_written(words: str, text: str) -> bool:
-    """Whether a text holds some words: as they are, as JSON, or with other white space, also around thoughts."""
+    """Whether a text contains some words: as they are, as JSON, or with other white space, also around thoughts."""
     if words.strip() in text or any(json.dumps(words, ensure_ascii=how)[1:-1] in text for how in (False, True)):
         return True
     squeezed = "".join(text.split())
@@ -32,21 +32,21 @@ def is_written(words: str, text: str) -> bool:
 
 
 def common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many items two sequences have in common at their start."""
+    """The length of the common prefix of two sequences."""
     if second[: len(first)] == first:
         return len(first)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def ending(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: Collection[int]) -> list[int]:
-    """The special tokens that some tokens end with, white space between them left out; the last comes first."""
-    found = []
+    """The special tokens at the end of `ids`, the last one first; white space between them is skipped."""
+    end_tokens = []
     for token in reversed(ids):
         if token in special:
-            found.append(token)
+            end_tokens.append(token)
         elif cast(str, tokenizer.decode([token])).strip():
             break
-    return found
+    return end_tokens
 
 
 def context_of(
@@ -61,11 +61,11 @@ def context_of(
 
     Args:
         ids: of the whole conversation, whose first `cut` are the prompt.
-        steps: for each of the assistant's turns the ids of the conversation before it, with what asks for it, and of
-            the conversation up to its end.
+        steps: for each of the assistant's turns, the ids of the conversation before it with a generation prompt, and
+            of the conversation up to its end.
 
     Raises:
-        Unfit: the template writes turns otherwise once others follow, so that their tokens cannot be known.
+        Unfit: the template writes turns differently once others follow, so that their tokens cannot be located.
     """
     numbers = [number for number, turn in enumerate(answer) if turn["role"] == "assistant"]
     context: list[Span] = []
@@ -80,7 +80,7 @@ def context_of(
             context.append((end - cut, start - cut))
         end = len(ids)
         if position < len(numbers) - 1:
-            # Where what asks for the next turn is not found, a turn may be as long as what is left.
+            # If the prompt of the next turn is not in `ids`, this turn may be as long as what is left.
             limit = common(ids, steps[position + 1][0])
             left = ids[start : limit if limit > start else len(ids)]
             end = start + _length(answer[number], left, until[common(asked, until) :], tokenizer, special)
@@ -90,7 +90,7 @@ def context_of(
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Without empty spans, and with those that touch as one."""
+    """The spans without empty ones, and with adjacent ones merged."""
     joined: list[Span] = []
     for start, stop in spans:
         if joined and joined[-1][1] == start:
@@ -101,10 +101,11 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
 
 
 def _start(ids: Sequence[int], end: int, asked: list[int], before: list[int]) -> int:
-    """Where a turn begins that is asked for by `asked`, the turn before it ending at `end`, and in `before`."""
+    """The index of a turn's first token. `asked`: the ids up to it, rendered alone; `end`: where the turn before it
+    ends in `ids`; `before`: the ids up to there, rendered alone."""
     if (start := common(ids, asked)) >= end:
         return start
-    # The template writes something before `end` otherwise; what follows the earlier turn is compared alone.
+    # The template writes something before `end` differently: only what follows the earlier turn is compared.
     if common(asked, before) < len(before) - 1:
         raise _unknown()
     return end + common(ids[end:], asked[len(before) :])
@@ -117,30 +118,30 @@ def _length(
     tokenizer: PreTrainedTokenizerBase,
     special: Collection[int],
 ) -> int:
-    """How many of the first of `ids` are the turn, which the template writes as `own` where nothing follows it."""
+    """How many of the first `ids` are the turn, which the template writes as `own` if nothing follows it."""
     same = common(ids, own)
     rest = own[same:]
     if all(token in special or not cast(str, tokenizer.decode([token])).strip() for token in rest):
         if not rest or ending(own[:same], tokenizer, special):
             return same
-        if same < len(ids) and ids[same] in special:  # a token that ends turns within, in place of the last one's
+        if same < len(ids) and ids[same] in special:  # the end token of turns that others follow
             return same + 1
     words = [turn["content"], *(text for call in turn.get("tool_calls", ()) for text in call_texts(call))]
-    behind = list(takewhile(lambda token: token not in special, reversed(own)))[::-1]
+    trailing = list(takewhile(lambda token: token not in special, reversed(own)))[::-1]
     for length in _lengths(ids, ending(own, tokenizer, special), special):
         text = cast(str, tokenizer.decode(ids[:length]))
         if all(is_written(word, text) for word in words):
-            return length + len(behind) if ids[length : length + len(behind)] == behind else length
+            return length + len(trailing) if ids[length : length + len(trailing)] == trailing else length
     raise _unknown()
 
 
 def _lengths(ids: Sequence[int], marks: Sequence[int], special: Collection[int]) -> Iterator[int]:
-    """Up to where a turn may go: a token that ends the turn alone, else a special one with another behind it."""
+    """Lengths that a turn may have: up to a token that ends it alone, else up to the first of two special tokens."""
     for mark in marks:
-        yield from (place + 1 for place, token in enumerate(ids) if token == mark)
-    yield from (place + 1 for place, two in enumerate(pairwise(ids)) if two[0] in special and two[1] in special)
+        yield from (index + 1 for index, token in enumerate(ids) if token == mark)
+    yield from (index + 1 for index, pair in enumerate(pairwise(ids)) if pair[0] in special and pair[1] in special)
 
 
 def _unknown() -> Unfit:
-    what = "the chat template writes a turn otherwise once others follow, so which tokens it becomes cannot be known"
+    what = "the chat template writes a turn differently once others follow, so its tokens cannot be located"
     return Unfit("template_refused", what)

@@ -1,4 +1,4 @@
-"""What a source tells by itself, without recipe and model: its columns, what is made of its rows, what it is good for.
+"""What a source contains, without a recipe or a model: its columns, what becomes of its rows, which methods it fits.
 
 Data in: a `Source`; data out: a `Survey`. Nothing here needs torch or transformers, so that it answers at once.
 """
@@ -34,7 +34,7 @@ METHODS: dict[Kind, tuple[str, ...]] = {
 }
 """Some of the methods that take each kind; the registry of all of them imports torch."""
 FITTING: dict[Kind, tuple[Kind, ...]] = {kind: (kind,) for kind in KINDS} | {"unpaired": ("unpaired", "pairs")}
-"""Kinds of sources for each kind that a method takes: a side of a pair is an answer with a label."""
+"""Kinds of sources for each kind that a method takes: each side of a pair serves as an answer with a label."""
 _HEAD_ROWS = 1000
 _FIRST_ROWS = 3
 _VALUES_COUNTED = 12
@@ -42,20 +42,20 @@ _VALUES_COUNTED = 12
 
 @dataclass
 class Survey:
-    """`refusal` is what `prefold check` would stop with; then nothing is known but the columns."""
+    """`refusal` is what `prefold check` would stop with; then only the columns are known."""
 
     source: Source
     columns: dict[str, dict[str, Any]]
     refusal: UserError | None = None
     shape: Shape | None = None
     uses: dict[Kind, str | None] = field(default_factory=dict)
-    """The shape for each kind that a method may take; None where the source has none of that kind."""
+    """The name of the shape for each kind that a method may take; None if the source has none of that kind."""
     rows: int = 0
     rows_filtered: int = 0
     rows_usable: int = 0
     records: int = 0
     problems: list[Problem] = field(default_factory=list)
-    """Of rows that are left out, and what is odd about the others; `parts` are left out of rows that are used."""
+    """Why rows are left out, and what is odd about the others; `parts`: what is left out of rows that are used."""
     parts: list[Problem] = field(default_factory=list)
     votes: dict[str, Counter[str]] = field(default_factory=dict)
     first: list[Record] = field(default_factory=list)
@@ -86,15 +86,15 @@ class Survey:
 
 
 def describe_data(path: str, *, limit: int | None = None, **settings: Any) -> Survey:
-    """What a file, folder, built-in set or data set of the Hub holds, and what would be made of its rows.
+    """What a file, folder, built-in set or data set of the Hub contains, and what would become of its rows.
 
     Args:
-        limit: read so many rows and no more.
+        limit: the most rows to read.
         settings: other fields of a source in a recipe, such as `columns` and `where`.
 
     Raises:
-        UserError: a setting is wrong, or the source cannot be read. One that is not recognised is no error, but has a
-            `refusal`.
+        UserError: a setting is wrong, or the source cannot be read. One that is not recognised does not raise: its
+            survey has a `refusal`.
     """
     source = make_section(Source, {"path": path, **settings})
     [selection] = select_rows([source], seed=0)
@@ -152,7 +152,7 @@ def _shape_name(head: Sequence[RawRow], source: Source, kinds: Sequence[Kind]) -
 
 
 def _roles(shape: Shape, columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What the columns are read as; those that are not used are left out."""
+    """The roles of the columns that are used."""
     roles: dict[str, str] = {}
     for role, path in shape.columns:
         for name in vote_columns(path, columns) if role == "vote" else [path]:
@@ -166,7 +166,7 @@ def _roles(shape: Shape, columns: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 
 def columns_of(rows: Iterable[RawRow]) -> dict[str, dict[str, Any]]:
-    """Of each column what its cells hold, with the share of the rows, its first cell that is not empty, and no role."""
+    """For each column the kinds of its cells with their counts, its first cell that is not empty, and no role yet."""
     holds: dict[str, Counter[str]] = {}
     examples: dict[str, Any] = {}
     for row in rows:
@@ -195,11 +195,11 @@ def kind_of_cell(cell: Any) -> str:
 
 
 def parts_of(record: Record) -> tuple[str, ...]:
-    """What the prompt and the answers of a record are called."""
+    """The names of the prompt and the answers of a record."""
     return ("prompt", *{Unpaired: ("completion",), Prompt: ()}.get(type(record), ("chosen", "rejected")))
 
 
 def messages_of(record: Record) -> dict[str, Any]:
-    """The messages of a record by the names of its parts, its label, and what its row gives to the template."""
+    """The messages of a record by the names of its parts, its label, and its keywords for the template."""
     written = dict(zip(parts_of(record), map(list, (record.prompt, *record.answers)), strict=True))
     return {**written, **({"label": record.label} if isinstance(record, Unpaired) else {}), **record.template_kwargs}

@@ -1,4 +1,4 @@
-"""What a chat template reads, and the keywords that every call of it is given (`model.chat_template_kwargs`)."""
+"""What a chat template reads, and the keywords that are passed to every call of it (`model.chat_template_kwargs`)."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 DATE = "strftime_now"
 """The function that templates call for today's date; transformers provides it."""
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""What a template raises that cannot write some messages."""
+"""What a template raises if it cannot write the messages."""
 _OWN = {"messages", "add_generation_prompt", "raise_exception"}
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _CODES = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("-", "")]
 
 
 class Reads(NamedTuple):
-    """`variables`: the keywords that a template reads and that can be given to it; `fields`: the names of what it reads
-    of messages and tools."""
+    """`variables`: the keywords that a template reads and that can be passed to it; `fields`: every attribute and
+    string in it, among them the fields of messages and tools that it reads."""
 
     variables: frozenset[str]
     fields: frozenset[str]
 
 
 def reads(tokenizer: PreTrainedTokenizerBase) -> Reads:
-    """What the tokenizer's template reads; of several, what any of them does."""
+    """What the tokenizer's template reads; of several templates, what any of them reads."""
     return _reads(source_of(tokenizer))
 
 
@@ -50,27 +50,27 @@ def source_of(tokenizer: PreTrainedTokenizerBase) -> str:
 def _reads(source: str) -> Reads:
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
-    except jinja2.TemplateSyntaxError:  # every call of it says so
+    except jinja2.TemplateSyntaxError:  # every call of the template says so
         return Reads(frozenset(), frozenset())
-    # What a template sets itself is no keyword, unless it looks first whether it was given.
+    # A variable that a template sets itself is no keyword, unless it first tests whether the variable is defined.
     set_inside = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
     tests = [*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter)]
-    looked_for = {
+    tested = {
         test.node.name
         for test in tests
         if isinstance(test.node, nodes.Name) and test.name in ("defined", "undefined", "default", "d")
     }
-    variables = meta.find_undeclared_variables(tree) - (set_inside - looked_for) - _OWN
+    variables = meta.find_undeclared_variables(tree) - (set_inside - tested) - _OWN
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
     constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return Reads(frozenset(variables), frozenset(attributes | constants))
 
 
 def give_keywords(tokenizer: PreTrainedTokenizerBase, keywords: Mapping[str, Any]) -> None:
-    """Let every later call of the template have these keywords; what a call gives itself goes before them. The template
+    """Pass these keywords to every later call of the template; those of the call itself take precedence. The template
     that is saved stays as it is.
 
-    Raises UserError: the template does not read one of them, or transformers takes it for something else.
+    Raises UserError: the template does not read one of them, or it is an argument of `apply_chat_template`.
     """
     taken = {*_OWN, *inspect.signature(type(tokenizer).apply_chat_template).parameters} - {"tools", "documents"}
     known = reads(tokenizer).variables - taken
@@ -85,7 +85,7 @@ def give_keywords(tokenizer: PreTrainedTokenizerBase, keywords: Mapping[str, Any
 
 
 def keywords_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `give_keywords` gave."""
+    """The keywords set by `give_keywords`."""
     return dict(getattr(tokenizer.apply_chat_template, "keywords", {}))
 
 
@@ -97,13 +97,13 @@ def _apply(tokenizer: PreTrainedTokenizerBase, conversation: Any, strftime_now: 
 
 
 def dated(template: str, day: date) -> str:
-    """A template for which today is another day. transformers passes no functions on, so Jinja itself has to do it."""
+    """A template for which today is `day`. transformers passes no functions on, so a macro replaces `strftime_now`."""
     written = "".join(f"|replace({code!r},{day.strftime(code)!r})" for code in _CODES if day.strftime(code) != code)
     return f"{{% macro {DATE}(form) %}}{{{{ form{written} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
 
 def moving_date(tokenizer: PreTrainedTokenizerBase, conversation: Any, **given: Any) -> str | None:
-    """The date that a template writes into a conversation and that is another tomorrow; None where it writes none."""
+    """The line of a conversation in which the template writes today's date; None if it writes none."""
     if DATE in keywords_of(tokenizer) or DATE not in source_of(tokenizer):
         return None
     template = tokenizer.get_chat_template(tools=given.get("tools"))

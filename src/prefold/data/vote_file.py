@@ -1,10 +1,10 @@
-"""`votes.jsonl`: what people say of two answers to a prompt, one line a vote; and what a file of votes is as data.
+"""`votes.jsonl`: people's votes on two answers to a prompt, one a line; and such a file as a source of data.
 
     {"id", "voter", "prompt": messages, "answer_a", "answer_b", "model_a", "model_b", "winner", "note", "time"}
     {"undo": the id of a vote, "voter", "time"}
 
-Lines are only ever added. Of the votes of a voter on the same two answers, whichever is shown first, the last one
-counts that was not undone.
+The file is append-only. Of the votes of a voter on the same two answers, in either order, the last one that was not
+undone counts.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ _OF_ONE_VOTE = ("id", "voter", "note", "time")
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Add a line of JSON, through to the disk before this returns. What a crash left of a last line is removed first,
-    since nobody was told that it was written; a last line that only lacks its end is kept. Raises UserError: it cannot
-    be written."""
+    """Append a line of JSON, and flush it to the disk. What a crash left of a last line is removed first, since it was
+    not yet acknowledged; a last line that only lacks its newline is kept. Raises UserError: it cannot be written."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
     try:
         with path.open("a+b") as file:
@@ -57,7 +56,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _last_line(file: Any) -> bytes:
-    """What follows the last end of a line."""
+    """What follows the last newline."""
     end, tail = file.seek(0, os.SEEK_END), b""
     while b"\n" not in tail and len(tail) < end:
         start = max(0, end - len(tail) - 4096)
@@ -70,21 +69,24 @@ def _last_line(file: Any) -> bytes:
 
 
 def read_votes(path: Path) -> list[dict[str, Any]]:
-    """The votes that count, in the order of their lines; none where there is no file. Raises UserError: it cannot be
+    """The votes that count, in line order; empty if there is no file. Raises UserError: it cannot be
     read."""
     rows = read_file(path, without_home(str(path))) if path.exists() else ()
     lines = {row.origin.row: row.value for row in rows if row.value is not None}
     votes = {number: line for number, line in lines.items() if "undo" in line or not _misfit(line)}
-    return [votes[number] for number in sorted(chain.from_iterable(of.values() for of in _standing(votes).values()))]
+    return [
+        votes[number]
+        for number in sorted(chain.from_iterable(by_voter.values() for by_voter in _counting(votes).values()))
+    ]
 
 
 def holds_votes(path: Path) -> bool:
-    """Whether any line is a vote, be it undone."""
+    """Whether any line is a vote, undone or not."""
     return any(not _misfit(row.value) for row in read_file(path, without_home(str(path))) if row.value is not None)
 
 
 def compared_key(prompt: Any, answers: Iterable[Any]) -> str:
-    """The same for the same two answers to a prompt, in whatever order."""
+    """A text that is the same for the same two answers to a prompt, in either order."""
     return json.dumps([prompt, sorted(map(json.dumps, answers))], sort_keys=True)
 
 
@@ -98,8 +100,8 @@ def preference_for(answer: Any, vote: Mapping[str, Any]) -> float:
     return share if vote["answer_a"] == answer else 1 - share
 
 
-def _standing(lines: Mapping[int, dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By what was compared, and by voter, the number of the vote that counts."""
+def _counting(lines: Mapping[int, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """The numbers of the votes that count, by `key_of` the vote and by voter."""
     undone = {str(line["undo"]) for line in lines.values() if "undo" in line}
     standing: dict[str, dict[str, int]] = {}
     for number, line in lines.items():
@@ -109,7 +111,7 @@ def _standing(lines: Mapping[int, dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _misfit(line: Mapping[str, Any]) -> str:
-    """Why a line is no vote; empty for one that is."""
+    """Why a line is not a vote; empty if it is one."""
     if missing := [name for name in _FIELDS if name not in line]:
         return f"`{missing[0]}` is missing"
     if line["winner"] not in WINNERS:
@@ -121,22 +123,22 @@ def _misfit(line: Mapping[str, Any]) -> str:
 
 
 def joined_votes(rows: Iterable[RawRow]) -> Iterator[RawRow]:
-    """Rows as they are, unless the first one that can be read is a vote: then the first vote on two answers stands for
-    all of them, its `winner` being that of the majority and `voters` who voted; the other lines are left out, each with
-    the kind of the finding that counts it."""
+    """Rows as they are, unless the first one that can be read is a vote. Then the votes that count on the same two
+    answers become one row, in place of the first: its `winner` is that of the majority, and `voters` are those who
+    voted. The other lines are left out, each with the kind of the finding that counts it."""
     reading, head = iter(rows), list[RawRow]()
     while not (head and head[-1].value is not None) and (row := next(reading, None)) is not None:
         head.append(row)
     if not head or not set(_FIELDS) <= (head[-1].value or {}).keys():
         yield from chain(head, reading)
         return
-    every = [*head, *reading]
-    lines = {number: row.value for number, row in enumerate(every) if row.value is not None}
+    all_rows = [*head, *reading]
+    lines = {number: row.value for number, row in enumerate(all_rows) if row.value is not None}
     misfits = {number: _misfit(line) for number, line in lines.items() if "undo" not in line}
     votes = {number: line for number, line in lines.items() if not misfits.get(number)}
-    joined = {min(of.values()): list(of.values()) for of in _standing(votes).values()}
+    joined = {min(by_voter.values()): list(by_voter.values()) for by_voter in _counting(votes).values()}
     first_of = {number: first for first, numbers in joined.items() for number in numbers}
-    for number, row in enumerate(every):
+    for number, row in enumerate(all_rows):
         if number in joined:
             yield _joined(row, [votes[at] for at in joined[number]])
         elif row.value is None:
@@ -144,7 +146,7 @@ def joined_votes(rows: Iterable[RawRow]) -> Iterator[RawRow]:
         elif misfits.get(number):
             yield RawRow(row.origin, None, misfits[number], kind="bad_label")
         elif number in first_of:
-            yield RawRow(row.origin, None, f"counts with {every[first_of[number]].origin}", kind="voted_again")
+            yield RawRow(row.origin, None, f"counts with {all_rows[first_of[number]].origin}", kind="voted_again")
         else:
             yield RawRow(row.origin, None, "undone, replaced, or what undoes a vote", kind="withdrawn")
 

@@ -1,8 +1,8 @@
-"""Cells that say which answer is better, by how much, or whether one is wanted.
+"""Votes, scores and labels: cells that say which answer is better, by how much, or whether one is wanted.
 
-What the values of a column mean is recognised for sure or refused. Sure are the votes 1 and 2 (0 and 1.5 are ties, what
-is between is for the nearer one), words that name an answer, the columns of well-known sets whose scale is documented,
-and for labels true and false. Anything else is said by `values:` of the source.
+A source is refused if the meaning of its values is uncertain. It is certain for the votes 1 and 2 (0 and 1.5 are ties,
+what is between goes to the nearer answer), words that name an answer, columns of well-known sets whose scale is
+documented, and the labels true and false. For anything else the source has to set `values`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LABELS = Values(
     undesirable=["undesirable", "bad", "rejected", "dispreferred", "negative", "no", "thumbs_down", "thumbs down"],
 )
 _SIGNED, _FROM_0 = Values(first="< 0", second="> 0", tie=0), Values(first=0, second=1)
-# The two answers and the vote of a well-known set -> a further column of it, and what its votes mean.
+# The two answers and the vote of a well-known set -> a further column of the set, and what its votes mean.
 _SETS = {
     ("response1", "response2", "overall_preference"): ("context", _SIGNED),
     ("response_1", "response_2", "preference_strength"): ("prompt", _SIGNED),
@@ -51,10 +51,10 @@ _SETS = {
 
 
 def as_vote(value: Any, values: Values | None = None) -> int | None:
-    """1 or 2 for the better answer, 0 for a tie, None for what is no vote."""
+    """1 or 2 for the better answer, 0 for a tie, None if the value is not a vote."""
     if values is not None:
         return {"first": 1, "second": 2, "tie": 0}.get(values.meaning_of(value) or "")
-    # bool is an int to Python, but `true` says nothing about which of two.
+    # `as_number` takes no bool: `true` does not say which of the two.
     number = as_number(value)
     if number in (0, 1.5):
         return 0
@@ -62,7 +62,7 @@ def as_vote(value: Any, values: Values | None = None) -> int | None:
 
 
 def as_flag(value: Any) -> bool | None:
-    """True or false, also from 1 and 0; None for what is neither."""
+    """True or false, also from 1 and 0; None if the value is neither."""
     if isinstance(value, str) and len(value) <= 24:
         return _FLAGS.get(value.strip().lower())
     if isinstance(value, bool | int | float) and value in (0, 1):
@@ -71,13 +71,13 @@ def as_flag(value: Any) -> bool | None:
 
 
 def margin_of(vote: Any, values: Values | None) -> float | None:
-    """By how much a vote of a signed scale prefers its answer."""
+    """By how much a vote on a signed scale prefers its answer; None on any other scale."""
     number = as_number(vote)
     return abs(number) if values is not None and number is not None and values.signed else None
 
 
 def vote_columns(column: str, value: Mapping[str, Any]) -> list[str]:
-    """The columns of a row that hold its votes: `column`, or every annotator's where it is the first one's."""
+    """The columns of a row with its votes: `column`; if that is the first annotator's, those of all annotators."""
     if column not in ("annotator1", "annotator_1"):
         return [column]
     return [name for name in value if _ANNOTATOR.fullmatch(name)] or [column]
@@ -92,12 +92,12 @@ def scale_of_votes(
     """What the votes of a column mean; None for 1 and 2.
 
     Args:
-        votes: cells of the first rows; those that are no value at all are not judged.
+        votes: cells of the first rows; those that cannot be votes are ignored (see `is_scalar`).
         outputs: the columns of the two answers.
         columns: all that the source has.
 
     Raises:
-        UserError: they do not say for sure which answer is meant.
+        UserError: it is uncertain which answer the votes mean.
     """
     known = list(filter(is_scalar, votes))
     numbers = [cell for cell in known if as_number(cell) is not None]
@@ -106,18 +106,18 @@ def scale_of_votes(
     if documented is not None and further in columns:
         if known and all(as_vote(cell, documented) is not None for cell in known):
             return documented
-    # A few words among numbers are mistakes of their rows, and left out with them.
+    # A few words among numbers are mistakes in their rows, which are left out.
     elif len(numbers) > len(known) / 2:
         from_1 = list(map(as_vote, numbers))
-        # Votes of several people have 0 for a tie by convention; elsewhere 0 may be the first answer, and 2 a tie.
+        # In votes of several people 0 is a tie by convention; elsewhere 0 may be the first answer, and 2 a tie.
         by_convention = _ANNOTATOR.fullmatch(vote) or (2 in from_1 and vote in ("label", "preference"))
         may_count_from_0 = 0 in map(as_number, numbers) and not by_convention
-        # A column of a well-known set whose other columns are not there is not known to count from 1.
+        # The column of a well-known set without that set's other columns is not known to count from 1.
         is_of_set = any(vote == of_set for _, _, of_set in _SETS)
         if None not in from_1 and order == "plain" and not may_count_from_0 and not is_of_set:
             return None
     elif known:
-        # Unchecked, because columns may have any names.
+        # Not validated, because columns may have any names.
         named = Values.model_construct(first=outputs[0], second=outputs[1], tie=_TIES)
         words = {"plain": [named, _BY_LETTER, _BY_NUMBER], "from 0": [named, _BY_LETTER], "crossed": [named]}[order]
         for values in words:
@@ -127,7 +127,7 @@ def scale_of_votes(
 
 
 def scale_of_labels(labels: Sequence[Any], column: str, source: str) -> Values | None:
-    """What the labels of a column mean; None for true and false. Raises UserError: they do not say it for sure."""
+    """What the labels of a column mean; None for true and false. Raises UserError: it is uncertain."""
     known = list(filter(is_scalar, labels))
     numbers = {number for cell in known if (number := as_number(cell)) is not None}
     # 1 and 0 are true and false alone; on a scale of more numbers 1 may be the lowest.
@@ -148,7 +148,7 @@ def require_decided(cells: Sequence[Any], column: str, values: Values, source: s
 
 
 def _order(outputs: tuple[str, str]) -> str:
-    """Whether the names of the answers' columns go with votes that count from 1: `plain`, or `from 0`, `crossed`."""
+    """How the columns of the two answers are numbered: `plain` (from 1, or not at all), `from 0`, or `crossed`."""
     ends = (outputs[0][-1:].lower(), outputs[1][-1:].lower())
     return "from 0" if ends == ("0", "1") else "crossed" if ends in (("1", "0"), ("2", "1"), ("b", "a")) else "plain"
 
@@ -184,9 +184,9 @@ _RATING = re.compile(r"(?:(chosen|rejected)_(?:score|rating|reward)|(?:score|rat
 
 
 def ratings(value: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The numbers that a row gives to chosen and rejected, in columns such as `chosen-rating` or `score_chosen` of its
-    own or of an object in it (`metadata`); None if it does not rate both. A `margin` alone is the chosen one's, over
-    0."""
+    """A row's ratings of chosen and rejected, in columns such as `chosen-rating` or `score_chosen`, its own or those of
+    an object in it (`metadata`); None if it does not rate both. A `margin` alone is the rating of chosen, with 0 for
+    rejected."""
     rated: dict[str, float] = {}
     for cells in (value, *(cell for cell in value.values() if isinstance(cell, dict))):
         for name, cell in cells.items():
@@ -199,11 +199,11 @@ def ratings(value: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def is_rating(column: str, cell: Any) -> bool:
-    """Whether a column, or an object in it, gives a rating."""
+    """Whether a column, or a field of an object in it, is a rating."""
     return column == "margin" or any(map(_rated_side, (column, *(cell if isinstance(cell, dict) else ()))))
 
 
-# Kept, because every row asks for all of its columns.
+# Cached, because it is called for every column of every row.
 @lru_cache(maxsize=1000)
 def _rated_side(column: Any) -> str:
     """Which answer a column rates, `chosen` or `rejected`; empty for none."""

@@ -19,12 +19,12 @@ from prefold.data.preference import Message
 from prefold.evaluation.paired import LEVEL, Floats, rate
 
 LEAST_PROMPTS = 20
-"""For the length-controlled rate: fewer do not bear a second coefficient."""
+"""Fewest prompts for the length-controlled rate: fewer do not support a second coefficient."""
 
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """An answer of each model to the prompt of that number."""
+    """An answer of each model to the prompt of index `number`."""
 
     number: int
     prompt: list[Message]
@@ -33,8 +33,8 @@ class AnswerPair:
 
 
 def answer_pairs(samples: Sequence[Mapping[str, Any]]) -> list[AnswerPair]:
-    """Of samples `{"prompt", "before": [...], "after": [...]}` the first answer before with the first one after, and so
-    on."""
+    """Pairs from samples `{"prompt", "before": [...], "after": [...]}`: the first answer before with the first one
+    after, and so on."""
     return [
         AnswerPair(number, list(sample["prompt"]), before, after)
         for number, sample in enumerate(samples)
@@ -45,8 +45,8 @@ def answer_pairs(samples: Sequence[Mapping[str, Any]]) -> list[AnswerPair]:
 def rate_of_answers(
     pairs: Sequence[AnswerPair], outcomes: Sequence[float | None], at_equal_lengths: bool = True
 ) -> dict[str, Any]:
-    """The facts of a win rate: 1 where the answer after training is preferred, 0 where the one before is, between them
-    where judges differ, None for what was not judged."""
+    """The facts of a win rate. `outcomes`: 1 where the answer after training is preferred, 0 where the one before is,
+    values between where judges differ, None where none judged."""
     judged = [(pair, outcome) for pair, outcome in zip(pairs, outcomes, strict=True) if outcome is not None]
     if not judged:
         return {"prompts": 0, "comparisons": 0}
@@ -69,7 +69,7 @@ def rate_of_answers(
 
 
 def _of_prompts(wins: Floats, lengths: Floats, prompts: Sequence[str]) -> dict[str, Any] | None:
-    """The length-controlled rate, by the means over each prompt's answers."""
+    """The length-controlled rate, from the means over each prompt's answers."""
     _, groups = np.unique(np.asarray(prompts), return_inverse=True)
     sizes = np.bincount(groups)
     longer = np.bincount(groups, lengths[:, 1] - lengths[:, 0]) / sizes

@@ -1,9 +1,9 @@
-"""A model as lm-evaluation-harness wants it, on the tree engine.
+"""A model with the interface of lm-evaluation-harness, on the tree engine.
 
 Tokens, truncation and defaults are those of the harness's own model for transformers (`lm_eval.models.huggingface`,
-0.4.13), so that scores are the same; what requests have in common is computed once: a question for all its answers,
-few-shot examples for all questions that have the same ones. Several processes take a share of the requests each, and
-have all responses. Left out of it: encoder-decoder models, and thinking that is cut from completions.
+0.4.13), so that scores are the same. What requests have in common is computed once: a question for all its answers,
+few-shot examples for all questions that have the same ones. Each of several processes computes a share of the requests
+and receives all responses. Left out: encoder-decoder models, and cutting the thinking from completions.
 Data in: the harness's requests; data out: its responses.
 """
 
@@ -43,18 +43,18 @@ from prefold.trees.reader import Reader, choose_reader
 from prefold.trees.reference import model_digest
 
 VERSION = "1"
-"""Part of the name of remembered responses; to be raised when the numbers that this engine gives change."""
+"""Part of the key of cached responses; to be raised when the numbers of this engine change."""
 MAX_GEN_TOKS = 256
-"""Tokens of a completion where a task does not say."""
+"""Most tokens of a completion if the task does not say."""
 DEFAULTS = {"top_p": 1.0, "top_k": 50, "min_p": 0.0, "repetition_penalty": 1.0}
-"""What transformers samples with where neither the task nor the model says."""
+"""What transformers samples with if neither the task nor the model says."""
 
 
 class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     """
     Args:
         model: with or without adapters, whole or quantised.
-        cache: folder in which responses are remembered by the weights and the requests; None for none.
+        cache: folder in which responses are cached by weights and requests; None for no cache.
         label: what the progress bar says.
     """
 
@@ -72,7 +72,7 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         self._reader: Reader | None = None
         self._longest_checked = 0
 
-    # ---- what the harness's own model for transformers says of itself ----
+    # ---- properties and tokens, as of the harness's own model for transformers ----
 
     @property
     def eot_token_id(self) -> int:
@@ -102,9 +102,9 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         ends["continue_final_message"] = not add_generation_prompt
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ends))
-        except jinja2.exceptions.TemplateError:  # some templates know no system message
-            others = [message for message in chat_history if message["role"] != "system"]
-            return str(self.tokenizer.apply_chat_template(others, tokenize=False, **ends))
+        except jinja2.exceptions.TemplateError:  # some templates accept no system message
+            without_system = [message for message in chat_history if message["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(without_system, tokenize=False, **ends))
 
     # ---- log-likelihoods ----
 
@@ -143,7 +143,8 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return [(float(logprob), bool(greedy)) for logprob, greedy in answers]
 
     def _text(self, context: list[int], answer: list[int], known: dict[int, int]) -> Text:
-        """What fits, the end kept. `known`: one object for each id, since the tokenizer makes a new one every time."""
+        """Context and answer, cut at the start to what fits. `known` keeps one object for each id, since the tokenizer
+        makes a new one every time."""
         if len(answer) > self.max_length:
             what = f"asks for an answer of {len(answer):,} tokens, and the model reads {self.max_length:,}"
             raise UserError(what, where=self.label, advice="leave out the task, or take a model that reads more")
@@ -151,7 +152,7 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return Text(tuple(tokens), len(answer))
 
     def _read(self, texts: Sequence[Text]) -> list[tuple[float, bool]]:
-        answers: list[tuple[float, bool]] = [(0.0, True)] * len(texts)  # of an answer of no tokens
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(texts)  # for answers without tokens
         indices = [index for index, text in enumerate(texts) if text.scored]
         scored = [texts[index] for index in indices]
         if not scored:
@@ -201,9 +202,9 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return list(self._remembered(f"completions {sampling!r} {until!r}", drawn, write))
 
     def _prompt(self, context: str, longest: int) -> list[int]:
-        """The end of a context."""
-        whole = has_bos_prefix(context, getattr(self.tokenizer, "bos_token", None))
-        ids = self.tokenizer.encode(context, **({"add_special_tokens": False} if whole else {}))
+        """The last `longest` tokens of a context."""
+        has_bos = has_bos_prefix(context, getattr(self.tokenizer, "bos_token", None))
+        ids = self.tokenizer.encode(context, **({"add_special_tokens": False} if has_bos else {}))
         return list(ids[-longest:]) or [self.prefix_token_id]
 
     def _sampling(self, kwargs: dict[str, Any], until: Sequence[str]) -> Sampling:
@@ -226,10 +227,10 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         stop = tuple(text for text in until if text)
         return Sampling(most, 1, temperature, stop=stop, end_tokens=tuple(ends), **chosen)
 
-    # ---- memory ----
+    # ---- cache ----
 
     def _remembered(self, kind: str, requests: Sequence[Any], compute: Callable[[], list[Any]]) -> list[Any]:
-        """What `compute` gives, once for this model and these requests."""
+        """What `compute` returns, cached for this model and these requests."""
         if self._cache is None:
             return compute()
         digest = hashlib.sha256()
@@ -255,7 +256,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides how a model responds to a request."""
+    """A digest of everything that decides how a model responds to a request."""
 
     def adapters(module: nn.Module) -> object:
         if not isinstance(module, BaseTunerLayer):

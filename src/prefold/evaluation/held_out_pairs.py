@@ -1,11 +1,11 @@
 """Held-out pairs before and after: how often, and by how much, the chosen completion is the likelier one.
 
-`accuracy` and `margin` compare the mean log-prob per token, which means something before training and for every method.
+`accuracy` and `margin` compare the mean log-prob per token, which has a meaning before training and for every method.
 Unpaired completions are matched, a desirable one with an undesirable one, of the same prompt where that is possible.
 `reward` is the implicit reward against the model before training, scaled as in the training curves. Ties count one
 half.
 
-A reward model has scores in their place. It is compared with chance: before training there was no head to compare.
+A reward model has scores instead of log-probs. It is compared with chance, as there is no head before training.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PairScores:
 def score_pairs(
     scorer: Scorer, trees: Sequence[TokenTree], label: str, matches: Sequence[tuple[int, int]] | None = None
 ) -> PairScores:
-    """Score trees of two completions each; or of one each, as the pairs that `matches` makes of them."""
+    """Score trees of two completions each; or trees of one each, as pairs of the indices in `matches`."""
     scorer.model.eval()
     shape = (len(trees), len(trees[0].completions))
     sums, means = np.zeros(shape), np.zeros(shape)
@@ -54,7 +54,8 @@ def score_pairs(
 
 
 def match(prompts: Sequence[bytes], labels: Sequence[bool]) -> list[tuple[int, int]]:
-    """Indices of a desirable and an undesirable completion each: of the same prompt first, then in their order.
+    """Indices of pairs of a desirable and an undesirable completion: first those of the same prompt, then the rest in
+    order.
 
     Each completion is used once at most, so that the pairs are independent.
     """
@@ -90,8 +91,8 @@ def compare_pairs(before: PairScores, after: PairScores, reward_scale: float) ->
 def by_pair(
     keys: Sequence[str], texts: Iterable[dict[str, Any]], after: Floats, before: Floats | None = None
 ) -> list[dict[str, Any]]:
-    """The lines of `evaluation/heldout.jsonl`: whether the chosen one of each pair is the higher one, 1, 0 or 0.5, by
-    how much, and the pair. `keys` are equal for equal pairs, in whatever run."""
+    """The lines of `evaluation/heldout.jsonl`: whether the chosen completion of each pair is the higher one (1, 0, or
+    0.5 for a tie), by how much, and the pair. `keys`: the same for the same pair in every run."""
     sides = {when: values for when, values in (("before", before), ("after", after)) if values is not None}
     columns: dict[str, Any] = {"key": keys} | {when: _wins(values).tolist() for when, values in sides.items()}
     columns |= {f"margin_{when}": map(_number, values[:, 0] - values[:, 1]) for when, values in sides.items()}

@@ -1,4 +1,4 @@
-"""Held-out prompts before and after: what the rewards say about a completion of each."""
+"""Held-out prompts before and after: the rewards of the completions of each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prefold.rewards.scoring import Group
 def compare_rewards(before: Sequence[Group], after: Sequence[Group]) -> dict[str, Any]:
     """The content of `evaluation/rewards.json`.
 
-    Compared are the prompts whose completions both have a reward: of several completions, their mean. Intervals are
-    95 %, over prompts; null for a single one.
+    The prompts that have a reward before and after are compared; several completions of a prompt count by their mean.
+    Intervals are 95 %, over prompts; null for a single one.
     """
     known = [both for both in zip(before, after, strict=True) if None not in map(_mean, both)]
     if not known:
@@ -33,8 +33,8 @@ def compare_rewards(before: Sequence[Group], after: Sequence[Group]) -> dict[str
 
 
 def by_prompt(keys: Sequence[str], before: Sequence[Group], after: Sequence[Group]) -> list[dict[str, Any]]:
-    """The lines of `evaluation/heldout.jsonl`: the mean reward of each prompt, null where nothing is said, and its
-    first completion. `keys` are equal for equal prompts, in whatever run."""
+    """The lines of `evaluation/heldout.jsonl`: the mean reward of each prompt, null if it has none, and its first
+    completion. `keys`: the same for the same prompt in every run."""
     return [
         {
             "key": key,

@@ -1,22 +1,22 @@
 """Two models on the same questions, pairs or prompts: one rule for estimate, interval, p-value and verdict.
 
 A difference is shown where its p-value is below 0.05, and exactly then the interval leaves out 0: whatever the measure,
-both come from one `Difference`. What they promise is held by simulation in
+both come from one `Difference`. Coverage and agreement are tested by simulation in
 `tests/unit/evaluation/test_intervals_cover.py` and `test_verdicts_agree.py`.
 
 The p-value is the exact one of the sign-flip (permutation) test: how often a difference as large comes about if the two
 models are exchanged at random, question by question, or cluster by cluster where questions belong together (those about
 one passage). For right and wrong answers that is McNemar's exact test, and it is computed for any number of them. For
-more than `FEW` other values it is Student's, which is the same by then.
+more than `FEW` other values it is Student's, which by then is the same.
 
-The interval is Student's, with the jackknife's standard error over clusters. Right and wrong answers (differences of
--1, 0, 1 and halves) have two made-up ones added, one each way, as Bonett and Price do (Journal of Educational and
-Behavioral Statistics 37, 2012): with few answers that changed Student's interval covers too rarely, and with none it
-has no width. Where Student's test and the p-value do not agree whether there is a difference, the standard error is
-that with which they do (Miettinen's test-based limits, American Journal of Epidemiology 103, 1976).
+The interval is Student's, with the jackknife's standard error over clusters. To right and wrong answers (differences of
+-1, 0, 1 and halves) two imaginary ones are added, one each way, as by Bonett and Price (Journal of Educational and
+Behavioral Statistics 37, 2012): with few answers that changed, Student's interval covers too rarely, and with none it
+has no width. Where Student's test and the p-value disagree whether there is a difference, the standard error is the one
+with which they agree (Miettinen's test-based limits, American Journal of Epidemiology 103, 1976).
 
-Several comparisons are corrected together by Bonferroni, the simple correction that intervals have too: p-values are
-multiplied by their number, and the intervals hold for all of them at once.
+Several comparisons are corrected together by Bonferroni, a correction that applies to intervals as well: p-values are
+multiplied by the number of comparisons, and the intervals hold for all of them at once.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ Floats = NDArray[np.float64]
 LEVEL = 0.05
 POWER = 0.8
 FEW = 25
-"""Values other than right and wrong for which the exact test is computed."""
+"""Most values other than right and wrong (zeros aside) for which the exact test is computed."""
 _CELLS = 2**15
-"""Steps that the sum of such values is divided into, a rounding that no p-value shows."""
+"""Steps that the sum of such values is divided into; the rounding does not show in a p-value."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, and what is known of it.
+    """A mean difference with its uncertainty.
 
     Args:
         mean: the difference that was measured.
-        centre: of its interval; other than `mean` for right and wrong answers alone.
+        centre: of its interval; differs from `mean` only for right and wrong answers.
         error: standard error; infinite for a single observation.
         freedom: degrees of freedom of Student's distribution.
-        moves: by how much each independent observation, which is a cluster, moves the mean.
-        largest: the mean cannot be beyond this; infinite where that is not known.
-        step: all of `moves` are multiples of it; None where they are any numbers.
-        tests: comparisons that are corrected together.
+        moves: how much each independent observation, a cluster, contributes to the mean.
+        largest: the mean cannot be beyond this; infinite if unknown.
+        step: all of `moves` are multiples of it; None if they are arbitrary numbers.
+        tests: number of comparisons that are corrected together.
     """
 
     mean: float
@@ -66,7 +66,7 @@ class Difference:
     tests: int = 1
 
     def among(self, tests: int) -> Difference:
-        """The same as one of so many comparisons."""
+        """The same difference as one of `tests` comparisons."""
         return replace(self, tests=tests)
 
     @property
@@ -105,7 +105,7 @@ class Difference:
 
     def detectable(self) -> float | None:
         """The smallest true difference that so many observations would show in 4 of 5 cases; None if they are too few
-        to show any, because even if all agreed that would come about by chance too often."""
+        to show any, because even full agreement would come about by chance too often."""
         level = LEVEL / self.tests
         needed = math.ceil(1 - math.log2(level))
         if self.units < needed or not math.isfinite(self.error):
@@ -117,8 +117,8 @@ class Difference:
         return min(self.largest, max(smallest, self.largest * needed / self.units))
 
     def facts(self, n: int, of: str = "question", shares: bool = True, higher_is_better: bool = True) -> dict[str, Any]:
-        """What every comparison has under these names, here and in the files of a run. `n`: how many `of` there are;
-        `shares`: whether the difference is one of shares, which is given in points."""
+        """The facts of a comparison, under the names that they have in all files of a run. `n`: how many of the unit
+        `of` there are; `shares`: whether the difference is one of shares, which the verdict gives in points."""
         return {
             "difference": self.mean,
             "ci": self.interval(),
@@ -143,8 +143,8 @@ class Difference:
 
 
 def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = None) -> Difference:
-    """The mean difference `after - before` of values `[n]`. `clusters` has one for each question; those of one cluster
-    belong together (unset: each stands for itself)."""
+    """The mean difference `after - before` of values `[n]`. `clusters`: the cluster of each question (unset: questions
+    are independent)."""
     change = after - before
     sums, sizes = _by_cluster(change, clusters)
     n, scale = len(change), _scale(before, after)
@@ -162,7 +162,7 @@ def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = Non
 
 
 def weighted_mean(parts: Sequence[Difference], weights: Sequence[float]) -> Difference:
-    """Of independent differences; the degrees of freedom are Satterthwaite's."""
+    """The weighted mean of independent differences; the degrees of freedom are Satterthwaite's."""
     if len(parts) == 1:
         return parts[0]
     variances = [(weight * part.error) ** 2 for part, weight in zip(parts, weights, strict=True)]
@@ -186,7 +186,7 @@ def rate(wins: Floats, clusters: Sequence[str] | None = None, of: str = "prompt"
 
 
 def beyond_half(wins: Floats, clusters: Sequence[str] | None = None) -> Difference:
-    """Of a share of wins to one half."""
+    """The difference of a share of wins `[n]`, ties counted one half, from one half."""
     twice = estimate(1 - wins, wins, clusters)
     return replace(
         twice,
@@ -209,7 +209,7 @@ def won(differences: Floats) -> Floats:
 
 
 def wilson(shares: Floats, level: float = LEVEL) -> list[float]:
-    """The interval of a mean of right and wrong, `1 - level`."""
+    """Wilson's interval of a mean of right and wrong, at `1 - level`."""
 
     from statsmodels.stats.proportion import proportion_confint
 
@@ -218,7 +218,7 @@ def wilson(shares: Floats, level: float = LEVEL) -> list[float]:
 
 
 def mean_interval(values: Floats, level: float = LEVEL) -> list[float] | None:
-    """The interval of a mean of one model, Student's, `1 - level`; None for a single value."""
+    """Student's interval of the mean of one model, at `1 - level`; None for a single value."""
     if len(values) < 2:
         return None
     half = float(scipy.stats.t.isf(level / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
@@ -226,7 +226,7 @@ def mean_interval(values: Floats, level: float = LEVEL) -> list[float] | None:
 
 
 def _scale(before: Floats, after: Floats) -> float:
-    """How far right is from wrong, where there are no other values, but half right among shares; else 0."""
+    """How far right is from wrong, if there are no other values (shares may also be one half); else 0."""
     pooled = np.concatenate([before, after])
     if are_shares(pooled):
         return float(np.isin(pooled, (0, 0.5, 1)).all())
@@ -247,7 +247,7 @@ def _exchanged(moves: Floats, step: float | None) -> float:
 
 
 def _by_cluster(change: Floats, clusters: Sequence[str] | None) -> tuple[Floats, NDArray[np.int64]]:
-    """Sums and sizes."""
+    """The sum and the size of each cluster."""
     if clusters is None:
         return change, np.ones(len(change), dtype=np.int64)
     _, numbers = np.unique(np.asarray(clusters), return_inverse=True)

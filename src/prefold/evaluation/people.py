@@ -1,7 +1,7 @@
 """Win rate by people's votes, and how far people agree.
 
-Each two answers count once, by the mean of what those who voted on them prefer: 1 for the answer after training, 0 for
-the one before, one half for neither. Votes on other answers than those of the run say nothing of it.
+Each pair of answers counts once, by the mean of its votes: 1 for the answer after training, 0 for the one before, one
+half for neither. Votes on answers other than the run's do not count.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ def measure_by_votes(file: str, samples: Sequence[Mapping[str, Any]]) -> dict[st
 def rate_by_votes(
     votes: Iterable[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]], at_equal_lengths: bool = True
 ) -> dict[str, Any]:
-    """The same of votes that count."""
+    """The content of `evaluation/win_rate.json`, from the votes that count."""
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for vote in votes:
         by_key.setdefault(key_of(vote), []).append(vote)
     pairs = answer_pairs(samples)
     cast: list[list[Mapping[str, Any]]] = []
-    for pair in pairs:  # answers that are there twice were voted on once
+    for pair in pairs:  # votes on answers that occur twice count once
         answers = (pair.before, pair.after)
         cast.append([] if pair.before == pair.after else by_key.pop(compared_key(pair.prompt, answers), []))
-    preferred = [[preference_for(pair.after, vote) for vote in of] for pair, of in zip(pairs, cast, strict=True)]
+    preferred = [[preference_for(pair.after, vote) for vote in own] for pair, own in zip(pairs, cast, strict=True)]
     outcomes = [fmean(of_pair) if of_pair else None for of_pair in preferred]
     by_sample: list[list[float | None]] = [[] for _ in samples]
     for pair, outcome in zip(pairs, outcomes, strict=True):
         by_sample[pair.number].append(outcome)
     people = sorted({vote["voter"].strip() for vote in chain.from_iterable(cast)})
-    # Who they are is not for the report, but whether two runs were judged by the same.
+    # The voters are not named in the report; the key tells whether two runs were judged by the same.
     key = blake2b("\n".join(people).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
     same = sum(pair.before == pair.after for pair in pairs)
     return {
@@ -78,10 +78,10 @@ def rate_by_votes(
 
 
 def agreement(rated: Iterable[Sequence[float]]) -> dict[str, Any] | None:
-    """How far people agree, by the votes on each two answers; None where nobody shared any. `share`: of all pairs of
-    votes on the same answers, how many say the same. `alpha`: Krippendorff's for nominal data, which takes chance out
-    and bears that not everybody voted on everything (Content Analysis, 2nd edition, section 11.3); None where all votes
-    say the same."""
+    """How far people agree, from the votes on each pair of answers; None if no pair has several. `share`: the share of
+    the pairs of votes on the same answers that agree. `alpha`: Krippendorff's for nominal data, which corrects for
+    chance and allows for missing votes (Content Analysis, 2nd edition, section 11.3); None if all votes are the
+    same."""
     shared = [votes for votes in rated if len(votes) > 1]
     if not shared:
         return None

@@ -1,5 +1,5 @@
 """What a model scored on a task, question by question, and how that is read from the harness's samples: the metric of
-each question, and what a person wants to read of it."""
+each question, and texts for people to read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prefold.evaluation.suites import PRIMARY, Wanted
 SHOWN = 400
 """Characters of a question or answer that are kept for people to read."""
 PASSAGE = 200
-"""Characters that questions must share at their start, and half of the shorter one, to be about one passage."""
+"""Characters that questions about one passage share at their start; they must also be half of the shorter question."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class TaskScores:
     group: str | None = None
     """E.g. `mmlu` for `mmlu_anatomy`: groups count once in the leaderboard's average."""
     contaminated: tuple[bool, ...] | None = None
-    """Whether the question stands in what the model was trained on here; None where that data is not known."""
+    """Whether the question occurs in the data that the model was trained on here; None if that is not known."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskScores:
-        """From its `asdict`, written and read again."""
+        """From the JSON of its `asdict`."""
         fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
         return cls(**fields)
 
 
 @dataclass(frozen=True)
 class OpenTask:
-    """A task whose questions are at hand. `name` tells it from the same task asked in another way."""
+    """A task with its questions loaded. `name` tells it from the same task asked in another way."""
 
     name: str
     task: Any
@@ -74,8 +74,8 @@ class OpenTask:
 def scores_of(
     opened: OpenTask, samples: Sequence[Mapping[str, Any]], trained_on: Collection[str] | None = None
 ) -> TaskScores:
-    """Of one model on a task. `samples` are the harness's, one for each question and filter; `trained_on` the questions
-    that stand in the model's training data, as they are asked, None where that is not known."""
+    """The scores of one model on a task. `samples`: the harness's, one for each question and filter; `trained_on`: the
+    questions, as they are asked, that occur in the model's training data, None if that is not known."""
     task, wanted = opened.task, opened.wanted
     metric = primary_metric(opened, {name: samples[0][name] for name in samples[0]["metrics"]})
     chosen = wanted.filter or next(sample["filter"] for sample in samples if metric in sample)
@@ -101,8 +101,8 @@ def scores_of(
 
 
 def primary_metric(opened: OpenTask, results: Mapping[str, Any]) -> str:
-    """The metric by which a task is judged, by the harness's results for one of its questions. Raises UserError if no
-    metric is of a single question."""
+    """The metric by which a task is judged, from the harness's results for one of its questions. Raises UserError if no
+    metric is defined for a single question."""
     if opened.wanted.metric is not None:
         return opened.wanted.metric
     rolling = opened.task.OUTPUT_TYPE == "loglikelihood_rolling"
@@ -117,7 +117,7 @@ def primary_metric(opened: OpenTask, results: Mapping[str, Any]) -> str:
 
 
 def _value(task: Any, metric: str, value: Any) -> float:
-    """Of a document whose likelihood is asked for, bits (or nats, for a perplexity) by byte or word."""
+    """The metric of a question; for the likelihood of a document, bits (or nats, for a perplexity) per byte or word."""
     if task.OUTPUT_TYPE != "loglikelihood_rolling":
         return float(value)
     logprob, weight = value
@@ -125,7 +125,7 @@ def _value(task: Any, metric: str, value: Any) -> float:
 
 
 def _unique(keys: Sequence[str]) -> Iterator[str]:
-    """A document that is asked several times has a key each time."""
+    """The keys, made unique by a number behind the second and further occurrences."""
     seen: Counter[str] = Counter()
     for key in keys:
         seen[key] += 1
@@ -133,7 +133,7 @@ def _unique(keys: Sequence[str]) -> Iterator[str]:
 
 
 def _clusters(questions: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """One key for the questions of a passage: those that share a long start beyond what all of them share."""
+    """One key for all questions about a passage: those that share a long start beyond what all questions share."""
     common = len(shared_start(texts)) if len(texts) > 1 else 0
     clusters = list(questions)
     for first, second in pairwise(sorted(range(len(texts)), key=lambda index: texts[index])):
@@ -145,16 +145,16 @@ def _clusters(questions: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 
 def shared_start(texts: Sequence[str]) -> str:
-    """What all texts start with, to the character."""
+    """The longest common prefix."""
     return commonprefix(list(texts))  # noqa: RUF071
 
 
 def question_of(task: Any, doc: Any) -> str:
-    """As it is asked, without examples before it."""
+    """A question as it is asked, without few-shot examples."""
     text = task.doc_to_text(doc)
     if isinstance(text, str):
         return text
-    # The choices are in the question, as in WinoGrande: they are shown one after the other, then what follows.
+    # The choices are part of the question, as in WinoGrande: show them all, then what follows.
     choices = " / ".join(map(str, task.doc_to_choice(doc)))
     return f"{choices} ... {task.doc_to_target(doc)}"
 
@@ -171,7 +171,7 @@ def _answer(task: Any, metric: str, sample: Mapping[str, Any]) -> str:
 
 
 def _target(task: Any, sample: Mapping[str, Any]) -> str:
-    """The right answer in words, where the task gives its number."""
+    """The right answer in words, also if the task gives its number."""
     target = sample["target"]
     if task.OUTPUT_TYPE == "multiple_choice":
         right = task.doc_to_text(sample["doc"]) if task.multiple_input else target

@@ -1,7 +1,7 @@
-"""How far the model already tells chosen from rejected before it is trained (`prefold check --reference`).
+"""How well the model already tells chosen from rejected before it is trained (`prefold check --reference`).
 
-Pairs that it separates by far teach it nothing; a pair that it is against by far more than against the others may have
-its labels the wrong way round.
+Pairs that it separates widely teach it little; a pair in which it prefers the rejected completion far more strongly
+than in the others may have its labels the wrong way round.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def findings_of(scores: PairScores, origins: Sequence[RowId]) -> list[Finding]:
     if len(against):
         worst = sorted(against.tolist(), key=lambda index: float(margins[index]))[:ROWS_SHOWN]
         number = "1 pair" if len(against) == 1 else f"{len(against)} pairs"
-        message = f"the model is far more against {number} than against the others"
+        message = f"in {number} the model prefers the rejected completion far more strongly than in the others"
         advice = "read them, the first ones first: their labels may be flipped"
         rows = tuple(origins[index] for index in worst)
         findings.append(Finding("likely_flipped", "warning", len(against), rows, message, advice))

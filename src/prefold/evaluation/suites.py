@@ -1,4 +1,4 @@
-"""Sets of tasks by name, as leaderboards put them together, and the metric by which each task is judged.
+"""Sets of tasks by name, as leaderboards define them, and the metric by which each task is judged.
 
 Tasks are those of lm-evaluation-harness as it is today; where a suite's own numbers came from other definitions,
 `differs` says how.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 PRIMARY = ("acc_norm", "exact_match", "acc", "bits_per_byte")
-"""The first of these that a task has is its primary metric where nothing else is said; else its first one."""
+"""A task's primary metric, unless one is stated: the first of these that it has, else its first one."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ SUITES = {
         "task each for all numbers of objects, where there were three. Do not compare this set with published numbers.",
     ),
 }
-"""What `evaluate.tasks` knows beside the harness's own names."""
+"""Sets that `evaluate.tasks` accepts by name, besides single tasks and the harness's groups."""
 
 
 def wanted_by(name: str) -> list[Wanted]:

@@ -1,7 +1,7 @@
 """Two models on the same tasks, question by question: what got better, what got worse, and how sure that is.
 
-Interval, p-value and verdict are those of `paired`, for all tasks at once. The tasks of a group count as one in that,
-and as one in the average, as the leaderboards have it; the tasks inside of a group are corrected among themselves.
+Interval, p-value and verdict are those of `paired`, corrected for all tasks at once. A group of tasks counts as one in
+that correction and in the average, as on leaderboards; the tasks inside a group are corrected among themselves.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from prefold.evaluation.paired import Difference, Floats, are_shares, estimate, 
 from prefold.evaluation.scores import TaskScores
 
 FLIPPED_SHOWN = 5
-"""Questions that are kept with their texts, of each direction and task."""
+"""Flipped questions that are kept with their texts, for each task and direction."""
 Marks = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A task as both models answered it: the questions that both of them have, with what each scored."""
+    """A task as both models answered it: the questions that both were asked, with their scores."""
 
     scores: TaskScores
     other: TaskScores
     questions: list[tuple[int, int]]
-    """Where each stands in `scores` and in `other`."""
+    """The index of each in `scores` and in `other`."""
     before: Floats
     after: Floats
     difference: Difference
@@ -39,7 +39,7 @@ class _Task:
 
     @property
     def shares(self) -> bool:
-        """Whether its score is a share, so that it can stand in an average with others."""
+        """Whether its score is a share, so that it can be averaged with others."""
         return are_shares(self.before, self.after)
 
     @property
@@ -59,7 +59,7 @@ def compare_tasks(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> 
 
     A difference is `after - before`. `ci` and `p_value` are corrected for the number of `tests` made together; `ci` is
     null for a single question whose score is not right or wrong. `fixed` and `broken` count answers that became right
-    and wrong; they are null for other scores. `contaminated` are the questions that stand in the training data of
+    and wrong; they are null for other scores. `contaminated` are the questions that occur in the training data of
     either model, `clean` all others, each set compared by itself; null where no training data is known.
     """
     tasks, left_out = _matched(before, after)
@@ -99,7 +99,7 @@ def _matched(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> tuple
 
 
 def _named(scores: Sequence[TaskScores]) -> dict[str, TaskScores]:
-    """By the task's name, with what tells them apart where several have it."""
+    """Scores by the task's name; if several have the same name, with suite and number of examples."""
     counts = Counter(task.task for task in scores)
     return {
         task.task if counts[task.task] == 1 else f"{task.task} ({task.suite or 'alone'}, {task.num_fewshot}-shot)": task
@@ -132,7 +132,7 @@ def _paired(before: TaskScores, after: TaskScores) -> _Task | str:
 
 
 def _same_questions(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Where the same question stands in both; of a question that is there twice, the first with the first."""
+    """The indices of each question in both; questions that occur several times are matched in order."""
     waiting: dict[str, list[int]] = {}
     for index, key in reversed(list(enumerate(second))):
         waiting.setdefault(key, []).append(index)
@@ -168,7 +168,7 @@ def _facts(task: _Task) -> dict[str, Any]:
 
 
 def _some_questions(task: _Task, marks: Marks) -> dict[str, Any]:
-    """Those that are marked, compared by themselves."""
+    """The comparison on the marked questions alone."""
     chosen = np.flatnonzero(marks)
     if not len(chosen):
         return {"n": 0}
@@ -197,7 +197,7 @@ def _texts(task: _Task, marks: Marks) -> list[dict[str, str]]:
 
 
 def _groups(tasks: dict[str, _Task]) -> dict[str, list[str]]:
-    """Names of tasks by their group, of which the average is taken; any other task is a group of itself."""
+    """Names of tasks by their group; a task that is in none, or cannot be averaged, is a group of its own."""
     by_group: dict[tuple[str | None, str], list[str]] = {}
     for name, task in tasks.items():
         group = task.scores.group if task.averaged else None
@@ -223,7 +223,7 @@ def _group_facts(members: Sequence[str], tasks: Sequence[_Task], mean: Differenc
 
 
 def _average(tasks: dict[str, _Task], groups: dict[str, list[str]]) -> dict[str, Any]:
-    """Over the scores that are shares of which more is better: of the tasks in a group, then of the groups."""
+    """The average of scores that are shares and better if higher: over the tasks of a group, then over groups."""
     members = [[tasks[name] for name in names if tasks[name].averaged] for names in groups.values()]
     members = [of_group for of_group in members if of_group]
     if not members:

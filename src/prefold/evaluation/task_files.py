@@ -1,6 +1,7 @@
-"""Which files tasks of the user's own are made of: their YAML, what that includes, code and data.
+"""The files that a user's own tasks are made of: their YAML, what that includes, code and data.
 
-Said by the files' text alone, without the harness, which takes seconds to import. Data on the Hub are none of them.
+They are found from the text of the YAML alone, without the harness, which takes seconds to import. Data on the Hub are
+not among them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from prefold.user_code import files_of_code
 
 
 class _Function(str):
-    """`module.name`, the module beside the YAML file."""
+    """`module.name`, with the module next to the YAML file."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,10 +30,10 @@ _Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
 
 
 def task_files(include_path: Path, names: Sequence[str], start: Path) -> dict[str, Path]:
-    """The files of the tasks and groups of these names, by their paths from `include_path`.
+    """The files of the tasks and groups of these names, by their paths relative to `include_path`.
 
     Args:
-        start: where relative paths of data begin.
+        start: folder that relative paths of data start from.
     """
     configs = {path: _read(path) for path in sorted(include_path.rglob("*.yaml"))}
     pending, files, seen = list(names), dict[str, Path](), set[str]()
@@ -54,7 +55,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _names(value: Any) -> list[str]:
-    """Of the tasks and groups in a value, whatever it is."""
+    """The names of tasks and groups in a value of any type."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
@@ -63,7 +64,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _add(files: dict[str, Path], path: Path, root: Path, start: Path) -> None:
-    """A YAML file, and what it names."""
+    """Add a YAML file, and the files that it names."""
     if path in files.values():
         return
     files[os.path.relpath(path, root)] = path
@@ -79,7 +80,7 @@ def _add(files: dict[str, Path], path: Path, root: Path, start: Path) -> None:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The texts in nested values, each with the name that it has; below `data_files` with that."""
+    """The texts in nested values, each with its key; everything below `data_files` has that key."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _leaves(item, key if key == "data_files" else str(name))

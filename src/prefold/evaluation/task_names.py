@@ -1,7 +1,7 @@
 """Which YAML files of lm-evaluation-harness describe the tasks that are wanted.
 
-The harness reads its 14,000 files before it knows any name, which takes most of a minute. Here only the folders that
-matter are read.
+The harness parses its 14,000 files before it knows any name, which takes most of a minute. Here only the folders that
+matter are parsed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*(?:\n[ \t]*- )?["']?
 
 
 def manager_of(names: Sequence[str], include_path: str | None) -> TaskManager:
-    """Knows these names and those that they refer to. Raises UserError: a name or the folder is not there."""
+    """The manager of these tasks and those that they refer to. Raises UserError: a name or the folder does not
+    exist."""
     own = [] if include_path is None else [Path(include_path).expanduser()]
     if own and not own[0].is_dir():
         where = f"evaluate.include_path: {without_home(str(own[0]))}"
@@ -64,7 +65,7 @@ def _reading(folders: Sequence[Path]) -> TaskManager:
 
 
 def _missing(names: Sequence[str], known: Mapping[str, Any]) -> set[str]:
-    """Names that are not known, and those that known groups refer to without knowing them."""
+    """The names that are not known, including those that known groups refer to."""
     pending: list[str] = list(names)
     seen: set[str] = set()
     while pending:
@@ -78,7 +79,7 @@ def _missing(names: Sequence[str], known: Mapping[str, Any]) -> set[str]:
 
 @lru_cache(maxsize=1)
 def _folders() -> dict[str, Path]:
-    """Of each name in the harness's own YAML files, the folder that it is in."""
+    """The folder of each name in the harness's own YAML files."""
     import lm_eval
 
     root = Path(lm_eval.__file__).parent / "tasks"

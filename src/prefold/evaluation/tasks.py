@@ -39,17 +39,17 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 TOKENS = 4096
-"""Of questions and answers that are kept at a time, as far as memory is reckoned with."""
+"""Tokens of questions and answers that are assumed to be in memory at a time."""
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-"""The harness's own."""
+"""The harness's defaults."""
 
 
 def open_tasks(settings: Evaluate, tokenizer: PreTrainedTokenizerBase | None = None) -> list[OpenTask]:
-    """The tasks that a recipe asks for, each proven by building its first question; the tokenizer of the model that
-    will be asked, by having the chat template that is asked for.
+    """The tasks that a recipe names, each checked by building its first question. The tokenizer, of the model that will
+    be asked, is checked for a chat template if the recipe applies it.
 
     Raises:
-        UserError: a name is unknown, or a task's data cannot be had.
+        UserError: a name is unknown, a task cannot be opened or asked here, or the chat template is missing.
     """
     if not settings.tasks:
         return []
@@ -74,7 +74,7 @@ def _opened(manager: TaskManager, wanted: Wanted, num_fewshot: int | None) -> li
     group = wanted.task if list(tasks) != [wanted.task] and wanted.group is None else wanted.group
     shots = num_fewshot if wanted.num_fewshot is None else wanted.num_fewshot
     for task in tasks.values():
-        # As in the harness: no examples, where a task says so itself, is part of what the task is.
+        # As in the harness: a task that is defined to have no examples gets none.
         if shots is not None and task.config.num_fewshot != 0:
             task.set_config("num_fewshot", shots)
     return [OpenTask(name, task, replace(wanted, task=name, group=group)) for name, task in tasks.items()]
@@ -95,7 +95,7 @@ def _cannot_be_opened(manager: TaskManager, name: str, error: BaseException) -> 
 
 
 def _told_apart(tasks: Sequence[OpenTask]) -> list[OpenTask]:
-    """Tasks that are asked for twice, with different numbers of examples, have different names."""
+    """The tasks; one that is named twice, with different numbers of examples, gets different names."""
     shots: dict[str, int] = {}
     return [
         opened
@@ -106,8 +106,7 @@ def _told_apart(tasks: Sequence[OpenTask]) -> list[OpenTask]:
 
 
 def _prove(opened: OpenTask) -> None:
-    """Build the first question and judge an answer to it, by a model that knows nothing. Raises UserError if the task
-    cannot be asked here."""
+    """Build the first question and score a dummy answer to it. Raises UserError if the task cannot be asked here."""
     name, task = opened.name, opened.task
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError(f"the task `{name}` runs code that the model writes, which prefold does not", where=WHERE)
@@ -138,7 +137,7 @@ def measure_model(
     trained_on: Collection[str] | None = None,
     in_16_bits: bool | None = None,
 ) -> list[TaskScores]:
-    """Load a model, ask it, and let go of it. `when` is what the progress bars say beside the name of the task, e.g.
+    """Load a model, put the tasks to it, and release it. `when`: what progress bars show after the task's name, e.g.
     `before`; `trained_on` as in `scores_of`, `in_16_bits` as in `how_to_keep`."""
     model = open_model(section, "`evaluate.tasks`", measured=True, tokens=TOKENS, in_16_bits=in_16_bits)
     scores = measure(model, tokenizer_of(section), tasks, settings, when, trained_on)
@@ -155,8 +154,8 @@ def measure(
     when: str = "",
     trained_on: Collection[str] | None = None,
 ) -> list[TaskScores]:
-    """Ask a model, as it is: with or without adapters, whole or quantised. Responses are remembered in the cache folder
-    by the model's weights and the requests."""
+    """Put tasks to a model as it is: with or without adapters, quantised or not. Responses are cached by the model's
+    weights and the requests."""
     from lm_eval.evaluator import evaluate
 
     from prefold.evaluation.harness import TreeLM
@@ -167,7 +166,7 @@ def measure(
         lm.label = f"{opened.name} {when}".strip()
         with _as_the_harness_runs():
             opened.task.set_fewshot_seed(SEEDS["fewshot"])
-            asked = partial(
+            run_task = partial(
                 evaluate,
                 lm=lm,
                 task_dict={"tasks": {opened.name: opened.task}, "groups": {}},
@@ -177,7 +176,7 @@ def measure(
                 fewshot_as_multiturn=True,
             )
             try:
-                results: Any = call_user_code(asked)
+                results: Any = call_user_code(run_task)
             except UserCodeFailed as failure:
                 if isinstance(failure.error, Exception):
                     raise failure.error from None
@@ -188,7 +187,7 @@ def measure(
 
 
 def recorded_settings(settings: Evaluate) -> dict[str, Any]:
-    """What to know of the questions beside their scores."""
+    """How the questions were asked, to be recorded with the scores."""
     return {
         "harness": f"lm_eval {version('lm_eval')}",
         "apply_chat_template": settings.apply_chat_template,
@@ -200,7 +199,8 @@ def recorded_settings(settings: Evaluate) -> dict[str, Any]:
 
 @contextmanager
 def _as_the_harness_runs() -> Iterator[None]:
-    """Its random seeds, and nothing of its logs, bars and prints on the terminal; afterwards all is as it was."""
+    """The harness's random seeds, with its logs and progress bars off and its prints on stderr; all is restored
+    afterwards."""
     environment = dict(os.environ)
     import lm_eval.api.task
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

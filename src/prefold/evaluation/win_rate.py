@@ -1,6 +1,6 @@
 """Win rate: how often a judge prefers the answer of the trained model to that of the model before training.
 
-A judge is a reward, which prefers the answer that it gives more, or a chat model behind an endpoint, which is shown
+A judge is a reward, which prefers the answer with the higher value, or a chat model behind an endpoint, which is shown
 both orders (`prefold.rewards.judge`). A tie counts one half.
 """
 
@@ -24,14 +24,14 @@ from prefold.rewards.scoring import LoadedReward, score, weighted
 from prefold.terminal import progress_bar
 
 FAILURES_IN_A_ROW = 10
-"""Answers without a verdict after which nothing more is expected."""
+"""Pairs without a verdict, one after another, after which judging is given up."""
 REPLIES_SHOWN = 3
 _SHOWN_CHARACTERS = 120
 
 
 Outcome = float | NoVerdict | Refused | None
-"""1 where the answer after training is preferred, 0 where the one before is, 0.5 where they are even; or why the judge
-says nothing. None: a reward that has no number for one of them."""
+"""1 where the answer after training is preferred, 0 where the one before is, 0.5 where they are even; or why there is
+no verdict. None: the reward has no number for one of them."""
 TokenIds = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -80,8 +80,8 @@ def _shortened(reply: object) -> str:
 
 
 def open_judge(spec: EndpointJudge | RewardBase, token_ids: TokenIds) -> Compares:
-    """The judge that a recipe names; a reward model or endpoint is first used when it judges. Raises UserError: a
-    reward cannot be loaded or needs what answers do not have; an address is none."""
+    """The judge that a recipe names; a reward model or endpoint is not used before it judges. Raises UserError: a
+    reward cannot be loaded or needs more than prompts and answers, or an address is invalid."""
     if isinstance(spec, EndpointJudge):
         endpoint = Endpoint(spec.endpoint, spec.model, spec.timeout)
         return EndpointCompares(Judge.at(endpoint, cache_folder()), spec.concurrency)
@@ -91,7 +91,7 @@ def open_judge(spec: EndpointJudge | RewardBase, token_ids: TokenIds) -> Compare
 
 @dataclass(frozen=True)
 class _RewardCompares:
-    """`facts` say who judges, and what that took so far; `outcomes` are with the indices of their pairs."""
+    """A reward as the judge. `facts`: who judges; `outcomes`: each with the index of its pair."""
 
     reward: LoadedReward
     model: str | None
@@ -110,7 +110,7 @@ class _RewardCompares:
 
 @dataclass(frozen=True)
 class EndpointCompares:
-    """The same; its outcomes come in any order."""
+    """A chat model behind an endpoint as the judge; `facts` include its cost, and outcomes come in any order."""
 
     judge: Judge
     workers: int

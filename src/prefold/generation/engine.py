@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,18 @@ class ModelState:
     @staticmethod
     def of(model: nn.Module) -> ModelState:
         return vars(model).setdefault("generation_state", ModelState())  # type: ignore[no-any-return]
+
+
+class Engine(Protocol):
+    """Samples completions: from a local model, or from servers."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        numbers: Sequence[int] | None = None,
+        advance: Advance = ...,
+    ) -> list[list[Completion]]: ...
 
 
 class LocalEngine:
@@ -480,11 +492,13 @@ def answer(
     streamer: BaseStreamer | None = None,
     template: Template = "chat",
     given: Sequence[dict[str, Any]] | None = None,
+    engine: Engine | None = None,
 ) -> list[list[Completion]]:
     """`num_answers` answers to each conversation, in the order of `prompts`, without spaces around their texts.
 
     Args:
         given: for each prompt further arguments of its chat template, such as `tools`.
+        engine: by default `LocalEngine`.
         label: of the progress bar.
         streamer: for a single prompt with one answer, receives the tokens as they come, in place of the bar.
 
@@ -494,14 +508,12 @@ def answer(
     beside = given or [{}] * len(prompts)
     ids = [render(prompt, tokenizer, template, more) for prompt, more in zip(prompts, beside, strict=True)]
     require_prompts(model, tokenizer, ids, sampling.max_new_tokens)
-    engine = LocalEngine(model, tokenizer)
+    own = LocalEngine(model, tokenizer)
     if streamer is None:
         with progress_bar(label, len(prompts)) as advance:
-            answers = engine.sample(ids, sampling, advance=advance)
+            answers = (engine or own).sample(ids, sampling, advance=advance)
     else:
         streamer.put(torch.tensor(ids))
-        answers = engine.sample(
-            ids, sampling, on_token=lambda prompt, number, token: streamer.put(torch.tensor([token]))
-        )
+        answers = own.sample(ids, sampling, on_token=lambda prompt, number, token: streamer.put(torch.tensor([token])))
         streamer.end()
     return [[replace(completion, text=completion.text.strip()) for completion in group] for group in answers]

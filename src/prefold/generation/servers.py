@@ -22,6 +22,7 @@ from prefold.generation.http import Connection, Gone, Missing, Passing, Refused,
 from prefold.generation.samplers import Answers, LocalModel, as_answers
 from prefold.generation.sampling import Completion, Sampling
 from prefold.recipe import Generation
+from prefold.terminal import Advance
 
 T = TypeVar("T")
 
@@ -210,6 +211,7 @@ class Servers:
         ends: Sequence[int],
         name: str | None,
         only: Server | None = None,
+        advance: Advance = lambda **changes: None,
     ) -> list[tuple[Server, list[Completion]]]:
         """For each prompt its completions, and the server that sampled them: the one with the fewest requests in
         flight.
@@ -217,10 +219,13 @@ class Servers:
         Args:
             name: of an adapter; None: the model without any.
             only: the server to use.
+            advance: called for each prompt that is done.
         """
-
         complete = partial(self.complete, sampling=sampling, ends=ends, name=name, only=only)
-        done = dict(in_parallel(lambda index: complete(prompts[index]), range(len(prompts)), self.concurrency))
+        done = {}
+        for index, answer in in_parallel(lambda index: complete(prompts[index]), range(len(prompts)), self.concurrency):
+            done[index] = answer
+            advance(advance=1)
         return [done[index] for index in range(len(prompts))]
 
     @property

@@ -1,7 +1,7 @@
-"""Recipes from the files of other tools: TRL, Axolotl, LLaMA-Factory, ms-swift.
+"""Recipes from the configuration files of other tools: TRL, Axolotl, LLaMA-Factory, ms-swift.
 
-A file of tables for each tool says what becomes of its keys, and a module what is more than an entry of a table. Every
-key of a file ends up in a field or in a note, and a recipe that comes out has passed the checks of all recipes.
+For each tool a YAML file of tables says what becomes of its keys, and a module does what a table cannot express. Every
+key of a file ends up in a field or in a note, and the resulting recipe has passed the checks of all recipes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TOOLS = (TRL, AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT)
 @dataclass(frozen=True)
 class Imported:
     """`text`: the recipe, as YAML with comments; `account`: what became of the file's keys; `notes`: the same, one by
-    one; `files`: what the recipe names and does not hold, by path."""
+    one; `files`: the contents of further files that the recipe refers to, by path."""
 
     tool: str
     text: str
@@ -40,11 +40,11 @@ class Imported:
 
 
 def import_recipe(file: str, method: str | None = None, output: str | None = None) -> Imported:
-    """Turn another tool's YAML file into a recipe. It writes nothing: see `write_imported`.
+    """Turn another tool's YAML file into a recipe. Nothing is written: see `write_imported`.
 
     Args:
         file: path of the file.
-        method: TRL's command that the file is for (`dpo`, `orpo`, ...), where its keys do not tell.
+        method: TRL's command that the file is for (`dpo`, `orpo`, ...), if its keys do not tell.
         output: where the recipe is to be written.
 
     Raises:
@@ -62,7 +62,7 @@ def import_recipe(file: str, method: str | None = None, output: str | None = Non
     about = (ALGORITHMS[method].__doc__ or method).partition(":")[0].partition(";")[0]
     heading = [
         f"{about}, from {Path(file).name} of {draft.tool}.",
-        "What is not named here is as prefold has it. `prefold check` shows what will be trained on.",
+        "Fields that are not set here have prefold's defaults. `prefold check` shows what will be trained on.",
     ]
     return Imported(tool.name, recipe_text(draft, heading), account(draft), tuple(draft.notes), draft.files)
 
@@ -94,7 +94,7 @@ def _read(file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"cannot be read: {reason}", where=file, expected="a YAML file of another tool") from None
-    # JSON is YAML, but for tabs between its parts.
+    # JSON is YAML, except for tabs between its tokens.
     values = parse_yaml(text.expandtabs() if file.endswith(".json") else text, file)
     if not isinstance(values, dict) or not values:
         raise UserError("not a mapping of settings", where=file, expected="a YAML file of another tool")
@@ -102,7 +102,8 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def _tool_of(given: dict[str, Any], file: str) -> Tool:
-    """The tool that a key of the file is of alone, else the one whose own keys the file has most of."""
+    """The tool with the most `decides` keys in the file, and among equals the most `tells` keys. Raises UserError: none
+    has any, or several have as many."""
     if "method" in given and isinstance(given.get("model"), dict):
         raise UserError("this is a recipe of prefold already", where=file, advice=f"`prefold check {file}`")
     hits = [[len({*tool.keys.get(kind, ())} & set(given)) for kind in ("decides", "tells")] for tool in _TOOLS]
@@ -118,7 +119,7 @@ def _tool_of(given: dict[str, Any], file: str) -> Tool:
 
 
 def _complete(draft: Draft, file: str) -> None:
-    """What a recipe must have and a file may lack."""
+    """Fill in what a recipe must have and the file lacks. Raises UserError: the file names no model."""
     if "model.name" not in draft.values:
         raise UserError("the file names no model", where=file, advice="add the key that names it, and import again")
     if "output_dir" not in draft.values:

@@ -1,4 +1,4 @@
-"""Axolotl's configurations. It trains with TRL's trainers, whose defaults hold where it has none of its own."""
+"""Axolotl's configurations. It trains with TRL's trainers, whose defaults hold unless it has its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _write_losses(draft: Draft, where: str, method: str | None) -> None:
 
 
 def _write_data(draft: Draft, where: str) -> None:
-    """Sources, and a chat template from a file; a named one gives way to the model's own."""
+    """Sources, and the chat template. Instead of a template given by name, the model's own is used."""
     write_sources(draft, "datasets", "data.train")
     write_sources(draft, "test_datasets", "data.eval")
     if isinstance(draft.look("chat_template_jinja"), str):
@@ -46,8 +46,7 @@ def _write_data(draft: Draft, where: str) -> None:
 
 
 def _write_steps(draft: Draft) -> None:
-    """The warm-up where the file says nothing, trackers by their switches, and when checkpoints and measurements are
-    made."""
+    """The default warm-up, trackers from their switches, and the intervals of checkpoints and measurements."""
     if steps := draft.values.get("train.max_steps"):
         draft.fill("train.warmup_steps", min(int(0.03 * steps), 100), f"0.03 of {steps} steps")
     else:

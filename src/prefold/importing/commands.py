@@ -1,4 +1,4 @@
-"""Which of TRL's commands a file is for: it does not say so, but its keys may."""
+"""Infers from its keys which of TRL's commands a file is for, since the file itself does not say."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ COMMANDS = ("dpo", "orpo", "cpo", "kto", "grpo", "reward")
 
 
 def command_of(draft: Draft, where: str, method: str | None) -> str:
-    """What `--method` says, or what fits all keys and losses that not all commands have. Where several do, the name of
-    the file or of its folder chooses among them; it decides nothing alone."""
+    """The command given by `--method`, or the one that has all the file's losses and all its keys that only some
+    commands have. If several do, the name of the file or of its folder chooses among them; it decides nothing alone.
+    Raises UserError: there is none, or several are left."""
     if method is not None:
         if method in COMMANDS:
             return method
         raise UserError(f"`--method {method}` is none of TRL's", where=where, expected=", ".join(COMMANDS))
-    told, losses = _told(draft), _losses(draft, where)
-    owners = [set(names.split()) for names in (*told.values(), *losses.values())]
+    by_key, by_loss = _commands_by_key(draft), _commands_by_loss(draft, where)
+    owners = [set(names.split()) for names in (*by_key.values(), *by_loss.values())]
     fitting = set.intersection(*owners) if owners else set()
     if owners and not fitting:
-        keys = "; ".join(f"{key}: {names.replace(' ', ', ')}" for key, names in (told | losses).items())
+        keys = "; ".join(f"{key}: {names.replace(' ', ', ')}" for key, names in (by_key | by_loss).items())
         what = "keys of several of TRL's commands, and no command has them all"
         raise UserError(what, where=where, expected=f"keys of one ({keys})", advice="say which it is by `--method`")
-    rarer = read_tool("trl")["rather"]
-    likely = {name for name in fitting if rarer.get(name) not in fitting}
-    if (named := _named(fitting, where)) and likely != {named}:
+    preferred = read_tool("trl")["rather"]
+    likely = {name for name in fitting if preferred.get(name) not in fitting}
+    if (named := _command_in_name(fitting, where)) and likely != {named}:
         fit = ", ".join(sorted(fitting - {named}))
         text = f"they fit {fit} as well; read as `trl {named}` by the file's name"
         draft.comments["method"] = f"by the file's name: its keys fit {fit} as well"
-        draft.notes.append(Note("decided", (*(told or {"loss_type": ""}),), text))
+        draft.notes.append(Note("decided", (*(by_key or {"loss_type": ""}),), text))
         likely = {named}
     if len(likely) == 1:
         return _supported(likely.pop(), where)
@@ -45,17 +46,17 @@ def command_of(draft: Draft, where: str, method: str | None) -> str:
     )
 
 
-def _told(draft: Draft) -> dict[str, str]:
-    """The file's keys that not all commands have -> the commands that do. What is switched off tells nothing."""
+def _commands_by_key(draft: Draft) -> dict[str, str]:
+    """Those keys of the file that only some commands have -> these commands. Keys that are off do not count."""
     table = {key: names for names, keys in read_tool("trl")["told_by_keys"].items() for key in keys}
-    told = {key: table[key] for key in draft.given if key in table and draft.look(key) not in (None, False)}
+    by_key = {key: table[key] for key in draft.given if key in table and draft.look(key) not in (None, False)}
     if draft.look("lora_task_type") != "SEQ_CLS":
-        told.pop("lora_task_type", None)
-    return told
+        by_key.pop("lora_task_type", None)
+    return by_key
 
 
-def _losses(draft: Draft, where: str) -> dict[str, str]:
-    """The file's losses -> the commands that have them."""
+def _commands_by_loss(draft: Draft, where: str) -> dict[str, str]:
+    """The file's losses -> the commands that have them. Raises UserError: no command has any of them."""
     table = {loss: names for names, losses in read_tool("trl")["told_by_losses"].items() for loss in losses}
     names = [name for name in listed(draft.look("loss_type", [])) if isinstance(name, str)]
     known = {name: table[name] for name in names if name in table}
@@ -65,8 +66,8 @@ def _losses(draft: Draft, where: str) -> dict[str, str]:
     return known
 
 
-def _named(fitting: set[str], where: str) -> str | None:
-    """The command that the file's name has in it, else that of its folder."""
+def _command_in_name(fitting: set[str], where: str) -> str | None:
+    """The command that the file's name contains, else the one that its folder's name contains."""
     path = Path(where)
     for part in (path.stem, path.parent.name):
         if len(named := fitting & {*re.split(r"[^a-z]+", part.lower())}) == 1:

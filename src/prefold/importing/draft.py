@@ -1,4 +1,4 @@
-"""A recipe in the making, out of another tool's file: what was set, why, and what became of every key."""
+"""The draft of a recipe from another tool's file: which fields are set, why, and what became of every key."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ class Note:
 
 
 class Draft:
-    """Every key of the file is taken once, and leaves a note."""
+    """A recipe in the making. Every key of the file is taken once and leaves a note."""
 
     def __init__(self, tool: str, given: Mapping[str, Any], output: Path | None = None):
         self.tool, self.output = tool, output
         self.files: dict[Path, str] = {}
-        """What is to be written beside the recipe, `output`."""
+        """Contents of files to be written beside the recipe (`output`), by path."""
         self.given = dict(given)
         self.values: dict[str, Any] = {}
-        """By dotted field."""
+        """The values of the recipe by dotted field."""
         self.comments: dict[str, str] = {}
         self.notes: list[Note] = []
         self.silent: list[str] = []
-        """Fields that have the other tool's default, since the file says nothing of them."""
+        """Fields with the other tool's default, since the file does not set them."""
         self._left = dict(given)
         for key, value in given.items():
             if value is None or value in ("", [], {}):
                 self.note("off", key)
 
     def section(self, key: str) -> None:
-        """Put the keys of a section beside the others, as `section.key`."""
+        """Flatten a section: its keys join the others as `section.key`."""
         section = self._left.get(key)
         if not isinstance(section, Mapping):
             return
@@ -55,16 +55,16 @@ class Draft:
         return key in self._left
 
     def look(self, key: str, default: Any = None) -> Any:
-        """The value of a key that is not off, which may have been taken."""
+        """The value of a key, taken or not; `default` if it is absent or null."""
         value = self.given.get(key)
         return default if value is None else value
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key, whose note the caller writes."""
+        """Take a key and return its value; the caller writes its note."""
         return self._left.pop(key, default)
 
     def carry(self, field: str, value: Any, *keys: str, comment: str = "") -> None:
-        """Set a field to what these keys say."""
+        """Set a field, and note the keys that its value is from."""
         self.values[field] = value
         if comment:
             self.comments[field] = comment
@@ -80,14 +80,14 @@ class Draft:
         self.notes.append(Note(group, keys, text))
 
     def fill(self, field: str, value: Any, why: str = "") -> None:
-        """Set a field of which the file says nothing to the other tool's default."""
+        """Set a field that is not set yet to the other tool's default."""
         if field not in self.values:
             self.silent.append(field)
             self.values[field] = value
             self.comments[field] = f"{self.tool}'s default{': ' if why else ''}{why}"
 
     def follow(self, table: Table) -> None:
-        """Take the keys that a table knows."""
+        """Take the keys that a table has, as it says."""
         for key in [key for key in self._left if key in table]:
             entry, value = table[key], self._left[key]
             try:
@@ -103,11 +103,11 @@ class Draft:
                 self.note(entry.kind, key, text=entry.text)
 
     def off(self, *keys: str) -> None:
-        """Note those of the keys that nobody took as off."""
+        """Note as off those of the keys that were not taken."""
         for key in filter(self.has, keys):
             self.note("off", key)
 
     def finish(self) -> None:
-        """Note the keys that nobody took."""
+        """Note as unknown the keys that were not taken."""
         for key in list(self._left):
             self.note("unknown", key)

@@ -10,7 +10,7 @@ from prefold.importing.tables import is_number, listed
 
 
 def write_mixer(draft: Draft) -> None:
-    """Data sets -> the share of each one's training rows; all of them have the same splits."""
+    """The sources of `dataset_mixer`: data sets with the share of their training rows, all with the same splits."""
     if not draft.has("dataset_mixer"):
         return
     mixer = draft.look("dataset_mixer")

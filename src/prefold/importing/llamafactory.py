@@ -1,4 +1,4 @@
-"""LLaMA-Factory's configurations. It trains with transformers' trainer, whose defaults hold for what it has from it."""
+"""LLaMA-Factory's configurations. It trains with transformers' trainer, whose defaults hold for the shared keys."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _write_losses(draft: Draft, where: str, method: str | None) -> None:
 def write_stage(
     draft: Draft, where: str, command: str, keys: list[str], settings: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """The losses of a stage; `keys`: those that chose it."""
+    """Set the losses of a stage; `keys`: those that chose the stage."""
     if command != "dpo":
         write_losses(draft, [Loss(command)], settings[command], keys)
         return
     loss = known(draft.look("pref_loss", "sigmoid"), LOSSES, "pref_loss", where)
     losses, keys = [loss], [*keys, *filter(draft.has, ["pref_loss"])]
-    # With BCO beside it, their sum is divided by the sum of their weights.
+    # With BCO beside it, the weighted sum of the two is divided by the sum of their weights.
     if is_number(part := draft.look("pref_bco_weight", 0)) and part > 0:
         losses = [Loss(loss.method, loss.settings, 1 / (1 + part)), Loss("bco", weight=part / (1 + part))]
         keys.append("pref_bco_weight")

@@ -1,5 +1,4 @@
-"""Data sets of LLaMA-Factory, whose names stand for entries of a file beside the data: dataset_info.json, or a YAML
-file of that kind."""
+"""Data sets of LLaMA-Factory, whose names refer to entries of dataset_info.json, a file beside the data."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ TO_WRITE = f"of {INFO}, which is not at hand: write the file or Hub data set tha
 
 
 def write_data(draft: Draft, where: str) -> None:
-    """Sources of `dataset` and `eval_dataset`; `where`: the file, beside which its `dataset_dir` may be."""
+    """Sources of `dataset` and `eval_dataset`; `where`: the file, beside which `dataset_dir` may be."""
     info, folder = _read_info(draft, where)
     count, weights = draft.take("max_samples"), take_weights(draft, "interleave_probs")
     for key, field in {"dataset": "data.train", "eval_dataset": "data.eval"}.items():
@@ -47,7 +46,7 @@ def _count(source: Mapping[str, Any], count: Any) -> dict[str, Any]:
 
 
 def _read_info(draft: Draft, where: str) -> tuple[dict[str, Any], Path]:
-    """The file's dataset_info.json and its folder; nothing if it is not at hand."""
+    """The content and the folder of dataset_info.json; no content if the file does not exist."""
     given = draft.take("dataset_dir")
     name = given if isinstance(given, str) else "data"
     folders = [Path(where).expanduser().parent / name, Path(name)]
@@ -66,7 +65,7 @@ def _read_info(draft: Draft, where: str) -> tuple[dict[str, Any], Path]:
 
 
 def _source(name: str, info: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The source that a name stands for, and what of its entry has no counterpart."""
+    """The source of a data set by its name, and what in its entry has no counterpart."""
     entry = info.get(name)
     if not isinstance(entry, Mapping):
         return {"path": name}, []
@@ -89,7 +88,7 @@ def _source(name: str, info: Mapping[str, Any], folder: Path) -> tuple[dict[str,
 
 
 def _columns(entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Columns that are not called as prefold calls them; an answer by itself is read where there are no pairs."""
+    """(role, column) for columns with other names than prefold's. `response` counts only if there are no pairs."""
     for key, column in (entry.get("columns") or {}).items():
         role = KEYS["columns"].get(key)
         if role and column and column != role and not (role == "completion" and entry.get("ranking")):

@@ -1,5 +1,5 @@
 """LLaMA-Factory's second layout, of `USE_V1=1 llamafactory-cli dpo FILE`: fewer keys, sections for LoRA and quantised
-weights, and data sets by a file of their own."""
+weights, and data sets in a file of their own."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def _write_losses(draft: Draft, where: str, method: str | None) -> None:
 
 
 def _command(draft: Draft, where: str, method: str | None, converters: set[Any]) -> str:
-    """Which command the file is for, by the class of its model, a setting of pairs, or what its data are."""
+    """The command that the file is for, by the class of its model, a setting for pairs, or the format of its data."""
     commands = " | ".join(KEYS["commands"])
     if method is not None and method not in KEYS["commands"]:
         raise UserError(f"`--method {method}` is none of {draft.tool}'s", where=where, expected=commands)
     of_pairs = "pair" in converters or any(map(draft.has, ["pref_loss", *KEYS["settings"]["dpo"].values()]))
-    said = "rm" if str(draft.look("model_class")) == "cls" else "dpo" if of_pairs else None
-    if said is None and method is None and converters & {"alpaca", "sharegpt"}:
+    by_file = "rm" if str(draft.look("model_class")) == "cls" else "dpo" if of_pairs else None
+    if by_file is None and method is None and converters & {"alpaca", "sharegpt"}:
         raise supervised("a file for supervised fine-tuning", where, ": data with `converter: pair`")
-    if said and method not in (None, said):
-        raise UserError(f"`--method {method}`, and the file is for `{said}`", where=where, advice="leave it out")
-    if chosen := method or said:
+    if by_file and method not in (None, by_file):
+        raise UserError(f"`--method {method}`, and the file is for `{by_file}`", where=where, advice="leave it out")
+    if chosen := method or by_file:
         return chosen
     raise UserError(
         "the command is not in the file, and its keys fit several",
@@ -54,7 +54,7 @@ def _command(draft: Draft, where: str, method: str | None, converters: set[Any])
 
 
 def _read_sets(value: Any, where: str) -> dict[str, Any]:
-    """The data sets by their names: those of a YAML file if it is at hand, else the value itself as a path."""
+    """The data sets by their names: those of the YAML file if it exists, else the value itself as a path."""
     name = str(value)
     if Path(name).suffix in (".yaml", ".yml"):
         beside = Path(where).expanduser().parent
@@ -85,7 +85,7 @@ def _write_sources(draft: Draft, key: str, field: str, entries: Mapping[str, Any
 
 
 def _write_batch(draft: Draft, where: str) -> None:
-    """The batch of a step, which the file may give whole."""
+    """The batch of a step, if the file gives it as a whole."""
     if draft.has("global_batch_size") and is_number(whole := draft.look("global_batch_size")):
         micro = filter(draft.has, ["micro_batch_size"])
         draft.carry("train.batch_size", whole, "global_batch_size", *micro, comment="over all devices")

@@ -48,7 +48,7 @@ def supervised(what: str, where: str, choices: str = "") -> UserError:
 
 
 def known(name: Any, table: Mapping[str, T], key: str, where: str) -> T:
-    """What a table has for the value of a key."""
+    """The table's entry for the value of a key. Raises UserError: there is none."""
     if isinstance(name, str) and name in table:
         return table[name]
     advice = "choose one of them in a copy of the file, or start from a built-in recipe (`prefold recipes`)"
@@ -59,7 +59,7 @@ def known(name: Any, table: Mapping[str, T], key: str, where: str) -> T:
 
 
 def require_method(method: str | None, given: Any, key: str, where: str) -> None:
-    """`--method` can but repeat what the file says."""
+    """Raises UserError: `--method` is not what the file says."""
     if method not in (None, given):
         raise UserError(f"`--method {method}`, and the file says `{key}: {given}`", where=where, advice="leave it out")
 
@@ -74,9 +74,10 @@ def write_losses(
     """Set method and settings.
 
     Args:
-        losses: what is summed; several, or one with a weight, make `method: mixed`.
-        settings: our setting -> the key that the file has for it.
+        losses: those to sum; several, or one with a weight, make `method: mixed`.
+        settings: prefold's setting -> its key in the file.
         keys: those that chose the losses.
+        defaults: the settings where neither the file nor the loss has them.
     """
     single = len(losses) == 1 and losses[0].weight == 1
     method = losses[0].method if single else "mixed"
@@ -103,7 +104,7 @@ def write_losses(
 
 
 def _settings_in(draft: Draft, losses: Sequence[Loss], settings: Mapping[str, str], mixed: str) -> dict[str, Any]:
-    """The settings that the file gives and a loss has. The others are noted."""
+    """The settings that the file gives and a loss has. Others are noted as off or missing."""
     given: dict[str, Any] = {}
     for name, key in settings.items():
         if not draft.has(key):
@@ -111,7 +112,7 @@ def _settings_in(draft: Draft, losses: Sequence[Loss], settings: Mapping[str, st
         value = draft.take(key)
         owners = [loss.method for loss in losses if loss.has(name)]
         idle = name == "f_alpha_divergence_coef" and draft.look("f_divergence_type") != "alpha_divergence"
-        # EXO needs some smoothing; where there is none TRL takes the paper's, as prefold does.
+        # EXO needs some smoothing; without it TRL takes that of the paper, as prefold does.
         idle = idle or (name == "label_smoothing" and losses[0].method == "exo" and not value)
         if idle or not owners:
             no_use = value is False or value in (0, "reverse_kl")
@@ -125,7 +126,7 @@ def _settings_in(draft: Draft, losses: Sequence[Loss], settings: Mapping[str, st
 
 
 def add_supervised(draft: Draft, losses: list[Loss], key: str) -> list[str]:
-    """The supervised loss with the weight that a key has; gives the key where it does so."""
+    """Append the supervised loss with the weight that a key gives; returns the key if it did."""
     weight = draft.look(key)
     if not draft.has(key) or not is_number(weight) or weight <= 0:
         draft.off(key)
@@ -152,7 +153,7 @@ def write_command(
         keys: the tool's file of tables. `settings`: those of each command; `prefixes`: what their keys begin with;
             `loss_defaults`: where the tool's are not TRL's.
         chosen_by: keys that chose the command.
-        default: the loss where the file names none, if it is not TRL's.
+        default: the loss if the file names none, unless it is TRL's default.
         beta: the key of `beta`, if it has another name.
     """
     prefix, names = keys.get("prefixes", {}).get(command, ""), LOSSES.get(command, {})
@@ -188,7 +189,7 @@ def write_command(
 
 
 def _write_cispo(draft: Draft, key: str) -> None:
-    """It clips at `epsilon_high` alone, which TRL takes from `epsilon` where it is not given."""
+    """CISPO clips only at `epsilon_high`, which TRL takes from `epsilon` if it is not given."""
     given = [*filter(draft.has, [key])]
     epsilon = draft.take(key, 0.2)
     if not draft.has(f"{key}_high"):
@@ -203,7 +204,7 @@ def _write_rewards(draft: Draft, keys: Mapping[str, Any], prefix: str) -> None:
     scale_key, weights_key = f"{prefix}scale_rewards", f"{prefix}reward_weights"
     if draft.has(scale_key):
         value = draft.take(scale_key)
-        # It was a yes or no once.
+        # It was a boolean in older versions.
         draft.carry("grpo.scale_rewards", {"True": "group", "False": "none"}.get(str(value), value), scale_key)
     own, given = TRL["rewards"] | keys.get("rewards", {}), [*filter(draft.has, keys["reward_keys"])]
     names = [(key, name) for key in given for name in listed(draft.take(key))]

@@ -1,4 +1,4 @@
-"""A draft as a commented recipe, and what became of the file's keys, for people."""
+"""A draft as a commented recipe, and the account of what became of the file's keys."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ WIDTH = 80
 LINE_WIDTH = 120
 _COMMENT_WIDTH = 100
 _BLOCKS = ("data.train", "data.eval", "rewards", "mixed.losses")
-"""Lists that have a line for each entry."""
+"""Lists that are written with a line for each entry."""
 
 
 def nested(draft: Draft) -> dict[str, Any]:
-    """The values of the recipe, in the order in which a recipe has its fields."""
+    """The values of the recipe by section, in the order of a recipe's fields."""
     values: dict[str, Any] = {}
     for section in section_fields(Recipe):
         if draft.values.get(section) is not None:
@@ -34,7 +34,7 @@ def nested(draft: Draft) -> dict[str, Any]:
 
 
 def recipe_text(draft: Draft, heading: list[str]) -> str:
-    """The recipe as YAML, each comment beside its field, or above it where it is long."""
+    """The recipe as YAML, each comment beside its field, or above it if it is long."""
     lines = [f"# {line}" for paragraph in heading for line in textwrap.wrap(paragraph, _COMMENT_WIDTH)]
     for section, value in nested(draft).items():
         if isinstance(value, dict):
@@ -61,7 +61,7 @@ def _field(dotted: str, value: Any, draft: Draft, indent: str) -> list[str]:
 
 
 def _entry_lines(entry: Any, indent: str) -> list[str]:
-    """An entry of a list, in a line where that is not too long."""
+    """An entry of a list, on one line if that is not too long."""
     line = f"{indent}- {_plain(entry)}"
     if len(line) <= LINE_WIDTH or not isinstance(entry, dict):
         return [line]
@@ -74,7 +74,7 @@ def _plain(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-# ---- what is said -----------------------------------------------------------------------------------------------
+# ---- the account ------------------------------------------------------------------------------------------------
 
 _TITLES: dict[Group, str] = {
     "same": "Carried over under the same name",
@@ -90,15 +90,15 @@ def account(draft: Draft) -> str:
     """What became of every key, by group, at most 80 columns wide."""
     given = list(draft.given)
 
-    def in_file(note: Note) -> int:
-        """Where the note's first key is."""
+    def position(note: Note) -> int:
+        """The position of the note's first key in the file."""
         outer = note.keys[0].partition(".")[0]
         return given.index(outer if outer in given else note.keys[0])
 
     blocks = []
     for group, title in _TITLES.items():
         by_text: dict[str, list[str]] = {}
-        for note in sorted((note for note in draft.notes if note.group == group), key=in_file):
+        for note in sorted((note for note in draft.notes if note.group == group), key=position):
             by_text.setdefault(note.text, []).extend(note.keys)
         if by_text:
             entries = [_entry(keys, text) for text, keys in by_text.items()]

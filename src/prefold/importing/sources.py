@@ -15,21 +15,21 @@ KEYS = read_tool("sources")
 WORDS = KEYS["words"]
 TO_RENAME = "other names of roles and contents need renaming in the rows"
 READERS = ("json", "csv", "parquet")
-"""What is written for a path where the files are named beside it."""
+"""What `path` says if the files are in `data_files` or `data_dir`."""
 TO_DOWNLOAD = "download this and give its path: a source is a whole split, a folder or files"
 
 
 def carry_sources(
     draft: Draft, key: str, field: str, sources: list[dict[str, Any]], lost: Sequence[str] = (), comment: str = ""
 ) -> None:
-    """Sources of a key, and what of it has no counterpart."""
+    """Set a field to the sources of a key, and note what of it has no counterpart."""
     draft.carry(field, sources, key, comment=comment)
     for text in lost:
         draft.note("missing", key, text=text)
 
 
 def take_weights(draft: Draft, key: str) -> list[Any]:
-    """One number for each data set, which may be text."""
+    """The weights, one for each data set; they may be given as text."""
     if not draft.has(key):
         return []
     draft.note("renamed", key, text="`weight` of each source")
@@ -37,19 +37,19 @@ def take_weights(draft: Draft, key: str) -> list[Any]:
 
 
 def weigh(sources: Sequence[dict[str, Any]], weights: Sequence[Any]) -> None:
-    """A source has a weight or a count."""
+    """Give the sources their weights. A source with a weight has no count."""
     for source, weight in zip(sources, weights, strict=False):
         source.pop("count", None)
         source["weight"] = weight
 
 
 def is_file(path: str) -> bool:
-    """Also a packed one, `a.jsonl.gz`."""
+    """Whether a path is that of a file: it exists, or has a known suffix, also in `a.jsonl.gz`."""
     return not {".jsonl", ".json", ".csv", ".parquet", ".txt"}.isdisjoint(Path(path).suffixes) or Path(path).exists()
 
 
 def drop_splits_of_files(draft: Draft) -> None:
-    """What is read from files is `train` to the other tools; here splits are the Hub's."""
+    """Other tools call what is read from a file `train`; here only data sets of the Hub have splits."""
     for source in (*draft.values["data.train"], *draft.values.get("data.eval", [])):
         if source.get("split") == "train" and is_file(str(source["path"])):
             del source["split"]
@@ -59,8 +59,8 @@ def drop_splits_of_files(draft: Draft) -> None:
 
 
 def write_sources(draft: Draft, key: str, field: str, shares: bool = False) -> None:
-    """A list of data sets. Keys inside an entry are noted as `key.inner`, once where entries say the same; `shares`:
-    their `weight` is the share of a set's own rows."""
+    """A list of data sets. Keys inside an entry are noted as `key.inner`, once if entries say the same. `shares`: a
+    `weight` is the share of a set's own rows."""
     if not draft.has(key):
         return
     entries = draft.take(key)
@@ -79,7 +79,7 @@ def write_sources(draft: Draft, key: str, field: str, shares: bool = False) -> N
 
 
 def _sources(values: dict[str, Any], notes: list[tuple[str, Group, str]], shares: bool) -> list[dict[str, Any]]:
-    """The sources of an entry; `notes` gets what became of its keys."""
+    """The sources of an entry; what became of its keys is added to `notes`."""
     key = "id" if "id" in values else "path"
     source, files, folder = {"path": values.pop(key, "")}, values.pop("data_files", None), values.pop("data_dir", None)
     notes.append((key, "renamed", "`path`"))
@@ -112,7 +112,7 @@ def _sources(values: dict[str, Any], notes: list[tuple[str, Group, str]], shares
 
 
 def _without_counterpart(name: str, value: Any) -> tuple[Group, str]:
-    """What is said of a key that no field of a source is for."""
+    """The note for a key that is no field of a source."""
     if name == "type" and isinstance(value, str) and value.partition(".")[0] not in KEYS["types"]:
         return "missing", f"{value}: code that makes rows; write what it makes to a file, and name that"
     if name.endswith("_format") and str(value).strip("{} ") not in ROLES:

@@ -1,4 +1,4 @@
-"""ms-swift's argument files: `swift rlhf FILE`. It trains with TRL's trainers, by defaults of its own."""
+"""ms-swift's argument files: `swift rlhf FILE`. It trains with TRL's trainers, with its own defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prefold.importing.write import Tool, has_held_out, samples
 KEYS = read_tool("swift")
 MODELSCOPE = "a name on ModelScope, unless the file has `use_hf: true`: see that the Hub's is the same"
 VISION = "(^|[-_./])(vl|vision|omni|audio|llava|pixtral|internvl[0-9.]*)([-_.]|[0-9]|$)"
-"""What the names of models of images, video and sound have in them."""
+"""A pattern of the names of models of images, video and sound."""
 
 
 def _write_losses(draft: Draft, where: str, method: str | None) -> None:
@@ -34,7 +34,7 @@ def _write_losses(draft: Draft, where: str, method: str | None) -> None:
 
 
 def _type(draft: Draft, where: str, method: str | None) -> str:
-    """`rlhf_type`, which is DPO's where a file has settings that no other command has."""
+    """The file's `rlhf_type`, else `method`; without both `dpo`, if a setting rules out supervised fine-tuning."""
     kind = draft.look("rlhf_type")
     if kind is None and method is None:
         if any(map(draft.has, KEYS["aligns"])):
@@ -60,7 +60,8 @@ def _refuse_images(draft: Draft, where: str) -> None:
 
 
 def _write_data(draft: Draft, where: str) -> None:
-    """Longer rows are left out unless the file has them cut."""
+    """Sources, and what becomes of rows that are too long: unless the file says, prompts are cut if the method samples,
+    else rows are dropped."""
     columns, weights = _columns(draft), take_weights(draft, "interleave_prob")
     for key, field in {"dataset": "data.train", "val_dataset": "data.eval"}.items():
         if not draft.has(key):
@@ -88,7 +89,7 @@ def _write_data(draft: Draft, where: str) -> None:
 
 
 def _columns(draft: Draft) -> dict[str, str]:
-    """Columns by the roles that they have, from `{column: name}`, which may be JSON."""
+    """Columns by role, from `{column: name}`, which may be JSON."""
     if not draft.has("columns"):
         return {}
     try:
@@ -106,7 +107,7 @@ def _columns(draft: Draft) -> dict[str, str]:
 
 
 def _sources(text: str, columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What `hub::name:subset/subset#count` stands for."""
+    """The sources that `hub::name:subset/subset#count` means, one for each subset."""
     name, _, count = text.partition("#")
     name = re.sub("^(hf|ms)::", "", name, flags=re.IGNORECASE)
     name, _, subsets = name.partition(":") if not Path(name).exists() else (name, "", "")
@@ -120,7 +121,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _write_batch(draft: Draft) -> None:
-    """Where the file says nothing, gradients are accumulated until a step has 16 pairs or more."""
+    """The default batch: gradients are accumulated until a step has 16 pairs or more."""
     device = draft.look("per_device_train_batch_size", 1)
     if samples(draft) or "gradient_accumulation_steps" in draft.given or not isinstance(device, int) or device < 1:
         return
@@ -130,7 +131,7 @@ def _write_batch(draft: Draft) -> None:
 
 
 def _write_steps(draft: Draft) -> None:
-    """The rate, which hangs on how the model is trained, and when held-out data is measured."""
+    """The default learning rate, which depends on LoRA, and how often held-out data is measured."""
     if not draft.has("learning_rate"):
         draft.fill("train.learning_rate", 1e-5 if draft.values.get("lora") == "none" else 1e-4)
     measures = has_held_out(draft) and not samples(draft) and not any(map(draft.has, ("eval_strategy", "eval_steps")))

@@ -1,4 +1,4 @@
-"""Tables of other tools' keys, which the files `*.yaml` beside this one hold."""
+"""Tables of other tools' keys, from the `*.yaml` files beside this one, and conversions of the values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NoCounterpartError(Exception):
 
 
 def of_names(names: Collection[str], advice: str) -> Callable[[Any], Any]:
-    """A conversion that takes these names as they are."""
+    """A conversion that takes these names as they are, and no others."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, str) and value in names:
@@ -31,12 +31,12 @@ def of_names(names: Collection[str], advice: str) -> Callable[[Any], Any]:
 
 
 def whole_or_share(value: Any) -> Any:
-    """A number of steps, or below 1 their share."""
+    """A number of steps, or a share of them below 1."""
     return int(value) if isinstance(value, float) and value >= 1 and value.is_integer() else value
 
 
 def mapping(value: Any) -> Any:
-    """Also as JSON."""
+    """A mapping, which may be written as JSON."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
@@ -55,7 +55,7 @@ def overlong(value: Any) -> Any:
 
 
 def listed(value: Any) -> list[Any]:
-    """Several values, also as one text with commas."""
+    """A list of values, which may be written as one text with commas."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return value if isinstance(value, list) else [value]
@@ -66,11 +66,11 @@ def is_number(value: Any) -> bool:
 
 
 def modules(value: Any) -> Any:
-    """LoRA's targets: a word for all linear layers, or names."""
+    """LoRA's target modules: `all-linear`, a pattern, or a list of names."""
     names = listed(value)
     if names in (["all"], ["all-linear"]):
         return "all-linear"
-    # peft reads one string as a pattern, and a list as names.
+    # peft takes a string as a pattern, and a list as names.
     return value if isinstance(value, str) and re.search(r"[*+^$|\\(\[]", value) else names
 
 
@@ -93,12 +93,11 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "revision": lambda value: None if value == "main" else value,
     "duplicates": lambda value: "drop_exact" if value else "keep",
 }
-"""What a field's value is made of a key's with: None where it is the usual one."""
+"""What makes a field's value of a key's; None if the field need not be set."""
 
 
 class Entry(NamedTuple):
-    """What becomes of a key: a field (`text` is its name), none that is needed (why), or none that there is (what to
-    do)."""
+    """What becomes of a key. `text`: of `field` its name, of `decided` why none is needed, of `missing` what to do."""
 
     kind: Literal["field", "decided", "missing"]
     text: str
@@ -110,7 +109,7 @@ Table = Mapping[str, Entry]
 
 @cache
 def read_tool(name: str) -> dict[str, Any]:
-    """The file of a tool."""
+    """The content of a tool's YAML file."""
     text = (resources.files("prefold.importing") / f"{name}.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = parse_yaml(text, name)
     return values

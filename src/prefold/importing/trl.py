@@ -13,7 +13,7 @@ from prefold.importing.sources import write_sources
 from prefold.importing.write import Tool, samples, write_fraction, write_template
 
 REWARD_RATE = 1e-4
-"""The learning rate of reward models; the others' is in the table."""
+"""TRL's default learning rate of reward models; that of other methods is in trl.yaml."""
 
 
 def _write_losses(draft: Draft, where: str, method: str | None) -> None:
@@ -28,7 +28,7 @@ def _write_data(draft: Draft, where: str) -> None:
         write_template(draft, key)
     write_sources(draft, "datasets", "data.train")
     draft.section("dataset_mixture")
-    # Where the handbook mixes, a weight is the share of a data set's own rows.
+    # In a mixture, a weight is the share of a data set's own rows.
     write_sources(draft, "dataset_mixture.datasets", "data.train", shares=True)
     write_fraction(draft, "dataset_mixture.test_split_size")
     write_mixer(draft)
@@ -44,7 +44,7 @@ def _write_data(draft: Draft, where: str) -> None:
 
 
 def _write_named(draft: Draft) -> None:
-    """`dataset_name` and its splits; `datasets` goes before it."""
+    """`dataset_name` and its splits; `datasets` takes precedence."""
     keys: Sequence[str] = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
     name, config, train, test = (draft.take(key) for key in keys)
     given, prompt = [key for key in keys if draft.look(key)], draft.take("dataset_prompt_column")

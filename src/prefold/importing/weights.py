@@ -1,4 +1,4 @@
-"""What is trained: all weights, or LoRA over weights that may be quantised, by the tables of a tool."""
+"""What is trained: all weights, or LoRA on a base that may be quantised, by the tables of a tool."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from prefold.importing.draft import Draft
 from prefold.importing.tables import Entry, Table, listed, table_of
 
-_PEFTS_CHOICE = ["q_proj", "v_proj"]
+_PEFT_DEFAULT = ["q_proj", "v_proj"]
 
 
 def write_weights(draft: Draft, keys: Mapping[str, Any]) -> None:
-    """`lora`: none, a new adapter, or `model.adapter`."""
+    """Set `lora` to none or to a new adapter's settings, or set `model.adapter`."""
     lora, quantised = keys["lora"], keys["quantised"]
     table = table_of(lora)
     key = next(filter(draft.has, lora["kind"]), lora["kind"][0])
@@ -34,7 +34,7 @@ def write_weights(draft: Draft, keys: Mapping[str, Any]) -> None:
         _switch_dropout_off(draft, lora["defaults"]["lora.lora_dropout"], **lora["without_dropout"])
     draft.follow(table)
     for field, value in lora["defaults"].items():
-        why = "peft's choice for Llama, Mistral, Qwen, Gemma" if value == _PEFTS_CHOICE else ""
+        why = "peft's choice for Llama, Mistral, Qwen, Gemma" if value == _PEFT_DEFAULT else ""
         draft.fill(field, value, why)
 
 
@@ -51,7 +51,7 @@ def _write_all_weights(draft: Draft, key: str, table: Table, quantised: Mapping[
 
 
 def _write_quantised(draft: Draft, table: Mapping[str, Any]) -> None:
-    """Weights in 4 or 8 bits, by switches or by a number of bits, and the settings of those in 4."""
+    """Weights in 4 or 8 bits, from switches or a number of bits, and the settings for 4 bits."""
     draft.follow({f"load_in_{bits}bit": Entry("field", f"model.load_in_{bits}bit", "on") for bits in (4, 8)})
     key, (by, unset) = table.get("bits", ""), table.get("by", ("", ""))
     if draft.has(key):
@@ -73,7 +73,7 @@ def _write_quantised(draft: Draft, table: Mapping[str, Any]) -> None:
 
 
 def _write_start(draft: Draft, key: str, table: Table) -> None:
-    """An adapter to go on from."""
+    """An adapter to continue from."""
     first, *others = listed(draft.take(key))
     draft.carry("model.adapter", first, key, comment="it brings its own LoRA settings")
     if others:
@@ -84,7 +84,7 @@ def _write_start(draft: Draft, key: str, table: Table) -> None:
 
 
 def _switch_dropout_off(draft: Draft, default: float, by: str, but_for: list[str]) -> None:
-    """The trainers of most methods set every dropout of the model to 0, that of a new adapter too."""
+    """The trainers of most methods set every dropout of the model to 0, including that of a new adapter."""
     was = draft.look("lora_dropout", default)
     if was and draft.look("disable_dropout", draft.values["method"] not in but_for):
         keys = [*filter(draft.has, ("disable_dropout", "lora_dropout"))]

@@ -1,5 +1,5 @@
-"""A recipe out of another tool's file: the order in which it is written, and what the tools have in common: batches,
-steps, held-out data, trackers, the result."""
+"""Fills the draft of a recipe from another tool's file: the order in which that is done, and what the tools have in
+common: batches, steps, held-out data, trackers, publishing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prefold.recipe.sections import HUB_MODEL_ID, Tracker
 
 @dataclass(frozen=True)
 class Tool:
-    """What is a tool's own. `keys`: the content of its file of tables.
+    """What is specific to a tool. `keys`: the content of its YAML file.
 
     Args:
         write_losses: sets the method, from the draft, the file's name and what `--method` says.
-        write_data: sources, and what is done with their rows.
-        write_steps: what there is beside the arguments of transformers' trainer.
+        write_data: sets the sources, and what is done with their rows.
+        write_steps: sets what is not an argument of transformers' trainer.
     """
 
     keys: Mapping[str, Any]
@@ -71,7 +71,7 @@ def samples(draft: Draft) -> bool:
 
 
 def write_batch(draft: Draft, key: str, default: int) -> None:
-    """The batch of an optimizer step from its factors, of which a device's has this key; GRPO's count completions."""
+    """The batch of an optimizer step: that of a device (`key`) times accumulation; for GRPO over the group's size."""
     factors = [draft.look(key, default), draft.look("gradient_accumulation_steps", 1)]
     given = [*filter(draft.has, (key, "gradient_accumulation_steps"))]
     group = draft.values.get("grpo.num_generations", 8)
@@ -90,13 +90,13 @@ def write_batch(draft: Draft, key: str, default: int) -> None:
 
 
 def write_steps(draft: Draft) -> None:
-    """`max_steps`, and the warm-up."""
+    """`max_steps` and the warm-up."""
     steps = draft.take("max_steps", -1)
     if isinstance(steps, int) and steps > 0:
         draft.carry("train.max_steps", steps, "max_steps")
     elif draft.look("max_steps") is not None:
         draft.note("off", "max_steps")
-    # Either may be a share of all steps; the number comes first where there are both.
+    # Either may be a share of all steps; `warmup_steps` takes precedence.
     warmup, ratio = draft.take("warmup_steps", 0), draft.take("warmup_ratio", 0)
     key, other = ("warmup_steps", "warmup_ratio") if warmup else ("warmup_ratio", "warmup_steps")
     if draft.look(other) is not None:
@@ -108,7 +108,7 @@ def write_steps(draft: Draft) -> None:
 
 
 def write_evaluation(draft: Draft, keys: Mapping[str, Any]) -> None:
-    """Measurements while training, from a strategy, without which `eval_steps` is enough for some tools."""
+    """Measurements during training, from the strategy; for some tools `eval_steps` is enough without one."""
     held_out = has_held_out(draft)
     strategies = [*filter(draft.has, ("evaluation_strategy", "eval_strategy"))]
     for key in strategies:
@@ -120,7 +120,7 @@ def write_evaluation(draft: Draft, keys: Mapping[str, Any]) -> None:
     best = draft.look("metric_for_best_model") or draft.look("load_best_model_at_end")
     for key in filter(draft.has, ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")):
         value = draft.take(key)
-        # False says something of a metric; of a switch, that it is off.
+        # For `greater_is_better` false is a value; for the others it means off.
         if not (best if key == "greater_is_better" else value):
             draft.note("off", key)
         elif "train.eval_steps" in draft.values:
@@ -154,12 +154,12 @@ def _measure(draft: Draft, key: str, held_out: bool, logging_steps: int) -> None
 
 
 def write_per_epoch(draft: Draft, key: str, times: Any, field: str, at_the_end: str, why_not: str = "") -> None:
-    """What is done so many times an epoch, as a share of all steps; once, it is done at the end. `why_not`: why it
-    cannot be done."""
+    """Set a field for what is done `times` an epoch to a share of all steps, unless that is once, at the end.
+    `why_not`: why it cannot be set."""
     if not draft.has(key):
         return
     numbers = (times, draft.values["train.num_train_epochs"])
-    part = round(1 / math.prod(numbers), 4) if all(is_number(it) and it > 0 for it in numbers) else 0
+    part = round(1 / math.prod(numbers), 4) if all(is_number(number) and number > 0 for number in numbers) else 0
     often = "once" if times == 1 else f"{times} times"
     if not 0 < part < 1:
         draft.note("decided" if times else "off", key, text=at_the_end)
@@ -231,7 +231,7 @@ def write_publish(draft: Draft, push_key: str | None) -> None:
 
 
 def write_template(draft: Draft, key: str) -> None:
-    """A chat template. One that the file holds as text goes to a file beside the recipe, if that is written to one."""
+    """A chat template. One that is text in the file goes to a file beside the recipe, if the recipe goes to a file."""
     value = draft.take(key)
     if value == "chatml" or str(value).endswith(".jinja"):
         draft.carry("model.chat_template", value, key)

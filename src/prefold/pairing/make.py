@@ -1,8 +1,8 @@
 """Preference pairs from a model's own answers: prompts -> answers -> scores -> the best against the worst -> a file.
 
 Every answer and score is kept in a work file beside the output, under a key of all that it depends on. A run that was
-stopped goes on from there, and one with another margin or reward makes no answer twice. The output appears when it is
-whole, and is a source of `prefold run` as it is.
+stopped continues from there, and one with another margin or reward generates no answer again. The output appears when
+it is complete, and `prefold run` reads it as it is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from prefold.rewards.scoring import column_names, costs_of
 from prefold.terminal import say
 
 LOCAL = "local"
-"""Stands for no endpoint where another model has one."""
+"""In place of an endpoint's address: the model is loaded here."""
 _HEAD_ROWS = 1000
 Chosen = tuple[Prompt, tuple[Candidate, Candidate]]
 """A prompt with its chosen and its rejected answer."""
@@ -48,8 +48,8 @@ Chosen = tuple[Prompt, tuple[Candidate, Candidate]]
 
 @dataclass(frozen=True)
 class PairReport:
-    """What became of the prompts: `prompts` = `pairs` + the sum of `left_out`; the mean scores, if there are any; what
-    rewards that ask an endpoint have taken (`costs_of`)."""
+    """What became of the prompts: `prompts` = `pairs` + the sum of `left_out` (by reason). `mean_score`: of all, the
+    chosen and the rejected answers, None without scores; `cost`: see `costs_of`."""
 
     output: str
     prompts: int
@@ -68,14 +68,14 @@ def pairs(
 
     Args:
         prompts: a file, folder, built-in set or Hub data set.
-        model: what answers: a run folder, or a model by any name; two of them both answer every prompt.
-        output: the file of pairs, .jsonl. Beside it a work file keeps answers and scores, from which a call that was
-            stopped goes on.
+        model: the model that answers: a run folder, or a model by any name; of two, both answer every prompt.
+        output: the file of pairs, .jsonl. A work file beside it keeps answers and scores, from which a call that was
+            stopped continues.
         **settings
 
     Raises:
-        UserError: settings that do not go together, prompts that cannot be read, a model, reward or endpoint that
-            cannot be used.
+        UserError: settings do not go together, the prompts cannot be read, or a model, reward or endpoint cannot be
+            used.
         StageError: no pair could be made, or the judge gives no verdicts.
     """
     return make_pairs(make_section(Pairs, {"prompts": prompts, "model": model, "output": output, **settings}))
@@ -124,7 +124,7 @@ REASONS = {
     "no_vote": "without a vote",
     "tie": "with a vote for neither",
 }
-"""Why a prompt has no pair; a row that is no prompt has the name of its finding."""
+"""Why a prompt has no pair. A row that is no prompt is counted by the name of its finding instead."""
 
 
 def listed(left_out: dict[str, int]) -> str:
@@ -137,7 +137,7 @@ def listed(left_out: dict[str, int]) -> str:
 def _candidates(
     settings: Pairs, samplers: Sequence[Sampler], prompts: Sequence[Prompt]
 ) -> tuple[list[Candidates], dict[str, dict[str, int]]]:
-    """All models' answers to each prompt with their scores, or why there are none; and what the scores have taken."""
+    """All models' answers to each prompt with their scores, or why there are none; and the cost of the scores."""
     judge = None
     if settings.judge_endpoint is not None and settings.judge_model is not None:
         judge = Judge.at(Endpoint(settings.judge_endpoint, settings.judge_model, settings.timeout), cache_folder())
@@ -199,7 +199,7 @@ def _samplers(settings: Pairs) -> list[Sampler]:
 
 
 def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
-    """The prompts, and how many rows are none, by the name of what is wrong with them."""
+    """The prompts, and how many rows are none, by the kind of their problem."""
     columns = {"prompt": settings.prompt_column} if settings.prompt_column else None
     given = {"path": settings.prompts, "name": settings.name, "split": settings.split, "where": settings.where}
     [selection] = select_rows([make_section(Source, given, "PROMPTS")], seed=0)
@@ -227,7 +227,7 @@ def _read_prompts(settings: Pairs) -> tuple[list[Prompt], Counter[str]]:
 def best_pairs(
     prompts: Sequence[Prompt], candidates: Sequence[Candidates], limits: Pairs | Rounds
 ) -> tuple[list[Chosen], Counter[str]]:
-    """The prompts that have a pair within the limits, with it; and why the others have none."""
+    """The prompts that have a pair within the limits, with this pair; and how many have none, by reason."""
     best = [best_pair(of_prompt, limits.min_margin, limits.max_length_ratio) for of_prompt in candidates]
     chosen = [(prompt, pair) for prompt, pair in zip(prompts, best, strict=True) if not isinstance(pair, str)]
     return chosen, Counter(reason for reason in best if isinstance(reason, str))
@@ -257,15 +257,15 @@ def mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candidat
 
 
 def beside_prompt(prompt: Prompt) -> dict[str, Any]:
-    """The columns of what its template is given beside messages."""
-    given = dict(prompt.template_kwargs)
-    tools = {"tools": given.pop("tools")} if "tools" in given else {}
-    return tools | ({"chat_template_kwargs": given} if given else {})
+    """The columns for the prompt's arguments of the chat template: `tools` and `chat_template_kwargs`."""
+    kwargs = dict(prompt.template_kwargs)
+    tools = {"tools": kwargs.pop("tools")} if "tools" in kwargs else {}
+    return tools | ({"chat_template_kwargs": kwargs} if kwargs else {})
 
 
 def write_pairs(output: Path, pairs: Sequence[Chosen], with_scores: bool = True) -> None:
     as_text = all(len(prompt.prompt) == 1 and not holds_dialogue(prompt.prompt[0]["content"]) for prompt, _ in pairs)
-    # What cannot be written as UTF-8 can only be in the columns that were brought along.
+    # Only the prompts' other columns can hold what UTF-8 cannot encode.
     with new_file(output) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
         for prompt, (chosen, rejected) in pairs:
             row: dict[str, Any] = {"prompt": prompt.prompt[0]["content"] if as_text else list(prompt.prompt)}
@@ -275,9 +275,9 @@ def write_pairs(output: Path, pairs: Sequence[Chosen], with_scores: bool = True)
                 row |= {"score_chosen": chosen.score, "score_rejected": rejected.score}
             row |= beside_prompt(prompt)
             for name, value in prompt.columns.items():
-                # What would be read as part of the pair, or as its rating, gets another name.
+                # A column that would be read as part of the pair, or as its rating, gets another name.
                 taken = name in READ_IN_PAIRS or is_rating(name, value)
-                # As JSON has it: dates and bytes as text, no NaN.
+                # Valid JSON: dates and bytes become text, NaN becomes null.
                 cell = json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None)
                 row[f"source_{name}" if taken else name] = cell
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Scores of the answers to prompts, by rewards or a judge, and the two answers that are a pair.
+"""Scores of the answers to prompts, by rewards or a judge, and the choice of a pair.
 
 Scores are kept in the work file under a key of all that they depend on; only what is missing there is computed.
 """
@@ -24,13 +24,13 @@ from prefold.rewards.scoring import LoadedReward, column_names, score, weighted
 from prefold.terminal import progress_bar
 
 FAILURES_IN_A_ROW = 10
-"""Prompts without a verdict after which nothing more is expected."""
+"""Prompts in a row without a verdict after which the judge is given up."""
 _SCORED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An answer to a prompt by one of the models; `score` is None where no reward says anything about it."""
+    """An answer to a prompt; `model` is the index of the model that gave it, and `score` None if it has none."""
 
     text: str
     model: int
@@ -53,8 +53,8 @@ def rewarded(
     """The candidates with the weighted sum of their rewards.
 
     Args:
-        identity: of the rewards (`reward_identity`).
-        samplers: the models, which know the tokens of their answers; none if one of them does not.
+        identity: the `reward_identity` of each reward.
+        samplers: the models, for the token ids of their answers; empty if one of them does not know these.
     """
     columns = column_names(prompts)
     with_ids = bool(samplers) and any(reward.takes("completion_ids") for reward in rewards)
@@ -65,7 +65,11 @@ def rewarded(
             rows = [(prompts[i], answer) for i in batch for answer in _answers_in(candidates[i])]
             messages = [list(prompt.prompt) for prompt, _ in rows]
             texts = [answer.text for _, answer in rows]
-            ids = [(samplers[one.model].token_ids([one.text]) or [[]])[0] for _, one in rows] if with_ids else None
+            ids = (
+                [(samplers[answer.model].token_ids([answer.text]) or [[]])[0] for _, answer in rows]
+                if with_ids
+                else None
+            )
             cells = {name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns}
             totals = iter(weighted(rewards, score(rewards, messages, texts, ids, cells)))
             for index in batch:
@@ -78,7 +82,7 @@ def reward_identity(spec: RewardBase) -> Any:
     """What a reward's scores depend on beyond the prompt and the answer: its settings, its code or its weights.
 
     Raises:
-        UserError: its model cannot be had.
+        UserError: its model cannot be fetched.
     """
     contents: Any = None
     if spec.file is not None:
@@ -91,7 +95,7 @@ def reward_identity(spec: RewardBase) -> Any:
 def judged(
     judge: Judge, prompts: Sequence[Prompt], candidates: Sequence[Candidates], work: Journal, workers: int
 ) -> list[Candidates]:
-    """The candidates with the share of the others that they were preferred to.
+    """The candidates with their scores: the share of a prompt's other answers that each was preferred to.
 
     Raises:
         StageError: the judge gives no verdict for many prompts in a row.
@@ -133,14 +137,16 @@ def _with_scores(
     identity: Any,
     compute: Callable[[Sequence[int]], Iterable[tuple[int, Sequence[float | None]]]],
 ) -> list[Candidates]:
-    """Scores from the work file or anew, where there is something to compare.
+    """The candidates with scores, from the work file or computed; fewer than two answers stay as they are.
 
     Args:
         identity: what scores depend on beyond the prompt and its candidates.
-        compute: gives indices with their scores; those without are without a verdict.
+        compute: yields indices of prompts with the scores of their answers; an index that it leaves out has no verdict.
     """
     keys = {
-        index: key_of("scores", identity, prompt.prompt, prompt.columns, [(one.text, one.model) for one in answers])
+        index: key_of(
+            "scores", identity, prompt.prompt, prompt.columns, [(answer.text, answer.model) for answer in answers]
+        )
         for index, (prompt, answers) in enumerate(zip(prompts, map(_answers_in, candidates), strict=True))
         if len(answers) > 1
     }
@@ -164,8 +170,8 @@ def best_pair(
 ) -> tuple[Candidate, Candidate] | str:
     """(chosen, rejected): of the pairs within the limits the one with the largest margin; or why there is none.
 
-    Without limits that is the best against the worst. Among equals the first ones are taken. An answer that was cut off
-    is in no pair: training on it would teach to stop there.
+    Without limits that is the best against the worst; of equal answers, the first. An answer that was cut off is in no
+    pair: training on it would teach the model to stop there.
     """
     if isinstance(candidates, str):
         return candidates

@@ -1,4 +1,4 @@
-"""People's votes: two answers to each prompt as they are offered, and the pairs that the votes make of them."""
+"""People's votes: two answers to each prompt that are offered to vote on, and the pairs that the votes make of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ _VOTES = Values(first=1, second=2, tie=0)
 
 
 def offer(path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidates]) -> int:
-    """Write what is to be voted on, and return how many prompts that are."""
+    """Write two answers to each prompt, to be voted on, and return the number of prompts that have two."""
     rows = [
-        {"prompt": list(prompt.prompt), "output_1": two[0].text, "output_2": two[1].text, "vote": None, **more}
-        for prompt, two in zip(prompts, map(_offered, candidates), strict=True)
-        for more in [beside_prompt(prompt)]
-        if two
+        {
+            "prompt": list(prompt.prompt),
+            "output_1": answers[0].text,
+            "output_2": answers[1].text,
+            "vote": None,
+            **beside_prompt(prompt),
+        }
+        for prompt, answers in zip(prompts, map(_offered, candidates), strict=True)
+        if answers
     ]
     write_jsonl(path, rows)
     return len(rows)
@@ -37,17 +42,17 @@ def voted_pairs(
     """The pairs of a file of votes, in the order of the prompts, and why the other prompts have none.
 
     Raises:
-        UserError: it cannot be read, holds votes on other answers than were offered, or two on the same.
+        UserError: it cannot be read, has votes on answers that were not offered, or two votes on the same answers.
     """
     offered = {
-        (messages_key(prompt.prompt), frozenset(each.text for each in two)): (index, two)
-        for index, (prompt, two) in enumerate(zip(prompts, map(_offered, candidates), strict=True))
-        if two
+        (messages_key(prompt.prompt), frozenset(answer.text for answer in answers)): (index, answers)
+        for index, (prompt, answers) in enumerate(zip(prompts, map(_offered, candidates), strict=True))
+        if answers
     }
     rows = list(read_rows(make_section(Source, {"path": str(votes)}, "votes")))
-    # What has become of the file that was offered; any other shape of pairs or votes says itself what it means.
-    offers = any("vote" in (row.value or {}) for row in rows)
-    shape = find_shape(rows, votes.name, kinds=("pairs",), values=_VOTES if offers else None)
+    # The file that `offer` wrote has numbers for votes; any other layout of pairs or votes explains itself.
+    is_offer = any("vote" in (row.value or {}) for row in rows)
+    shape = find_shape(rows, votes.name, kinds=("pairs",), values=_VOTES if is_offer else None)
     records = [record for row in rows for record in to_records(row, shape)]
     kinds = [record.kind for record in records if isinstance(record, Problem)]
     left_out = Counter("no_vote" if kind == "null_field" else kind for kind in kinds)
@@ -56,14 +61,14 @@ def voted_pairs(
         if not isinstance(record, Preference):
             continue
         texts = [_text(answer) for answer in record.answers]
-        index, two = offered.get((messages_key(record.prompt), frozenset(texts)), (-1, ()))
+        index, answers = offered.get((messages_key(record.prompt), frozenset(texts)), (-1, ()))
         where = str(record.origin)
         if index < 0:
             expected = "votes on the file that this round has written, in which nothing but the votes is changed"
             raise UserError("is a vote on answers that were not offered", where=where, expected=expected)
         if index in chosen:
             raise UserError("is a second vote on the same answers", where=where, advice="decide for one of them")
-        by_text = {each.text: each for each in two}
+        by_text = {answer.text: answer for answer in answers}
         chosen[index] = (prompts[index], (by_text[texts[0]], by_text[texts[1]]))
     left_out["too_few_answers"] += len(prompts) - len(offered)
     left_out["no_vote"] += max(0, len(prompts) - len(chosen) - left_out.total())
@@ -71,9 +76,11 @@ def voted_pairs(
 
 
 def _offered(candidates: Candidates) -> tuple[Candidate, Candidate] | None:
-    """The first two answers with words that differ and were not cut off."""
-    whole = [] if isinstance(candidates, str) else [each for each in candidates if each.text and each.finished]
-    different = list({each.text: each for each in reversed(whole)}.values())[::-1]
+    """The first two different answers that are not empty and were not cut off."""
+    if isinstance(candidates, str):
+        return None
+    usable = [answer for answer in candidates if answer.text and answer.finished]
+    different = list({answer.text: answer for answer in reversed(usable)}.values())[::-1]
     return (different[0], different[1]) if len(different) > 1 else None
 
 

@@ -15,12 +15,13 @@ from prefold.trees.attention import heads_of
 from prefold.trees.budget import split_by_budget
 
 STEPS_READ = 2000
-"""Steps whose micro-batches are laid out; of a longer run, so many of them at equal distances."""
+"""Most steps whose micro-batches are laid out; of a longer run, evenly spaced ones."""
 
 
 class Tokens(NamedTuple):
-    """Of trees: `unique` with each prompt once, `plain` with one for each completion, `scored` those of completions
-    (and of prompts, where they are scored), `attended` the pairs of positions of which one looks at the other."""
+    """Token counts of trees: `unique` with each prompt once, `plain` with a copy of it for each completion, `scored`
+    those of completions (and prompts, if they are scored); `attended` counts the pairs of positions of which one
+    attends to the other."""
 
     unique: int
     plain: int
@@ -48,7 +49,7 @@ def _attended(tree: Lengths) -> int:
 
 
 def with_completions(recipe: RecipeBase, trees: Sequence[Lengths]) -> list[Lengths]:
-    """Where completions are yet to be sampled, a group of the longest that may come hangs from each prompt."""
+    """The trees; where completions are yet to be sampled, each prompt gets a group of the longest possible ones."""
     _, longest, number = recipe.sampled
     return [(tree[0], *([longest] * number)) for tree in trees] if number else list(trees)
 
@@ -63,7 +64,7 @@ class StepOrder(Protocol):
 
 @dataclass(frozen=True)
 class Steps:
-    """The optimizer steps of a run. `sampled`: completions are at most as long as those of `trees`."""
+    """The optimizer steps of a run. `sampled`: the real completions may be shorter than those of `trees`."""
 
     trees: Sequence[Lengths]
     order: StepOrder
@@ -75,7 +76,7 @@ class Steps:
             yield [self.trees[index] for index in self.order[step]]
 
     def fullest_row(self, budget: int, packed: bool) -> Row:
-        """The micro-batch with most tokens, as the engine lays them out."""
+        """The micro-batch with the most tokens, as the engine lays them out."""
         size = sum if packed else plain_size
         return max(self._rows(budget, size), key=lambda row: (sum(map(size, row)), row))
 
@@ -87,40 +88,40 @@ class Steps:
                 yield _ending_early(trees, budget, size)
 
     def tokens(self, scores_prompt: bool) -> Tokens:
-        """Of all steps together."""
+        """The tokens of all steps together, extrapolated from those that are read."""
         steps = [Tokens.of(trees, scores_prompt) for trees in self]
         return Tokens(*(round(len(self.order) / len(steps) * sum(numbers)) for numbers in zip(*steps, strict=True)))
 
 
 def _ending_early(trees: Sequence[Lengths], budget: int, size: Callable[[Lengths], int]) -> Row:
-    """A row to which one tree more is added than fits, because its completions end early."""
+    """A row with one tree more than would fit at full length, because the completions of that tree end early."""
     sizes = list(accumulate(map(size, trees)))
     number = bisect_left(sizes, budget) + 1
     if number > len(trees) or number == 1:
         return tuple(trees[:number])
-    *whole, (prompt, *completions) = trees[:number]
+    *row, (prompt, *completions) = trees[:number]
     less = -(-(sizes[number - 1] - budget) // len(completions))
     if less < min(completions):
-        whole.append((prompt, *(length - less for length in completions)))
-    return tuple(whole)
+        row.append((prompt, *(length - less for length in completions)))
+    return tuple(row)
 
 
 def training_flops(meta: MetaModel, tokens: Tokens, computed: int) -> float:
-    """Of the matrix products of all steps, forward and backward. `computed` tokens go through the layers: unique ones
-    on the tree engine, else plain ones.
+    """FLOPs of the matrix products of all steps, forward and backward. `computed`: tokens that go through the layers,
+    unique ones on the tree engine, else plain ones.
 
-    The backward pass has a product for the gradients of the inputs, and one for those of weights that are trained.
-    Checkpointing computes the layers a second time. A frozen head has its gradient taken in the forward pass.
+    The backward pass has one product for the gradients of the inputs, and one for those of the trained weights.
+    Checkpointing computes the layers a second time. The gradient of a frozen head is taken in the forward pass.
     """
-    sizes, again, whole = meta.sizes, int(meta.recipe.train.gradient_checkpointing), int(meta.trains_all)
-    layers = 2.0 * computed * ((2 + again + whole) * sizes.linear + (3 + again) * sizes.adapter_products)
+    sizes, again, trains_all = meta.sizes, int(meta.recipe.train.gradient_checkpointing), int(meta.trains_all)
+    layers = 2.0 * computed * ((2 + again + trains_all) * sizes.linear + (3 + again) * sizes.adapter_products)
     # Scores and mixing in every forward pass; the backward pass repeats the scores and has four products of its own.
     attention = 2.0 * tokens.attended * _attention_width(meta) * (2 * (1 + again) + 5)
-    return layers + attention + 2.0 * tokens.scored * (2 + 2 * whole) * sizes.head
+    return layers + attention + 2.0 * tokens.scored * (2 + 2 * trains_all) * sizes.head
 
 
 def scoring_flops(meta: MetaModel, tokens: Tokens, computed: int) -> float:
-    """Of one forward pass without gradients."""
+    """FLOPs of one forward pass without gradients."""
     sizes = meta.sizes
     attention = 4.0 * tokens.attended * _attention_width(meta)
     return 2.0 * (computed * sizes.linear + tokens.scored * sizes.head) + attention

@@ -1,4 +1,4 @@
-"""What a run has: the device, and the memory at hand."""
+"""The machine of a run: its device and the memory at hand."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from prefold.models.device import choose_device
 from prefold.trees.memory import free_memory
 
 CUDA_BYTES = 750 * 2**20
-"""What CUDA and its libraries take of a GPU before the first tensor; not verified on this version."""
+"""GPU memory that CUDA and its libraries take before the first tensor; not verified on this version."""
 UNITS = {"GB": 10**9, "G": 10**9, "GIB": 2**30, "MB": 10**6, "M": 10**6, "MIB": 2**20}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`device` is `cpu`, `cuda` or `mps`, `memory` the bytes at hand, `process` those that are taken before a model is
-    loaded. `counts_mapped`: what bounds the memory counts mapped files too."""
+    """`device` is `cpu`, `cuda` or `mps`, `memory` the bytes at hand, `process` those in use before a model is loaded.
+    `counts_mapped`: the limit on memory, a ulimit, counts mapped files too."""
 
     device: str
     memory: int
@@ -31,14 +31,14 @@ class Machine:
 
     @staticmethod
     def planned(device_memory: int | None) -> Machine:
-        """A machine with a GPU of so many bytes; unset: this one."""
+        """A machine with a GPU of `device_memory` bytes; unset: this machine."""
         if device_memory:
             return Machine("cuda", device_memory, CUDA_BYTES)
         return Machine.here(choose_device().type)
 
     @staticmethod
     def here(device: str) -> Machine:
-        """This machine, with that device."""
+        """This machine, computing on `device`."""
         if device == "cuda":
             free, _ = torch.cuda.mem_get_info()
             return Machine(device, free + torch.cuda.memory_reserved(), 0)
@@ -53,12 +53,12 @@ class Machine:
         return Machine(device, memory, process, bound_by_ulimit)
 
     def evaluation_dtype(self, computed: torch.dtype) -> torch.dtype:
-        """In which a model that is trained in `computed` is evaluated."""
+        """The dtype in which a model that is trained in `computed` is evaluated."""
         return torch.float32 if self.device == "cpu" else computed
 
 
 def bytes_of(text: str) -> int:
-    """`24GB`, `79.6GiB` in bytes. Raises UserError for what is no amount of memory."""
+    """An amount of memory, such as `24GB` or `79.6GiB`, in bytes. Raises UserError: `text` is no positive amount."""
     number = text.strip().upper().rstrip("GIMB")
     try:
         size = int(float(number) * UNITS[text.strip().upper()[len(number) :]])

@@ -27,24 +27,24 @@ from prefold.trees.attention import heads_of
 from prefold.trees.self_check import revealing, window_of
 
 SLACK = {"cpu": 0.17, "cuda": 0.05}
-"""What an allocator holds beyond what is in use, as a share of all that comes and goes. On a CPU freed blocks are kept,
-and those of one micro-batch do not fit between what outlives another, such as optimizer states; with checkpointing they
-are returned. Both CPU figures were set by the measurements in `docs/scaling.md`; that of a GPU is a guess."""
+"""What an allocator holds beyond what is in use, as a share of all that comes and goes. A CPU's keeps freed blocks, and
+what outlives a micro-batch, such as optimizer states, fragments them; with checkpointing they are returned. Both CPU
+figures were set by the measurements in `docs/scaling.md`; that of a GPU is a guess."""
 BUFFERS = 150 * 10**6
-"""What libraries allocate for themselves once they compute, on a CPU."""
+"""Bytes that libraries allocate for themselves once they compute, on a CPU."""
 UNSAMPLED = (32, 32, 32)
-"""Lengths of what the self-check takes for completions that are yet to be sampled."""
+"""Lengths of the completions that the self-check makes up where they are yet to be sampled."""
 LOGITS = 6
-"""Sets that merging keeps: of the base, as it is and rounded, of base + adapter, of the model that was trained and of
-what was loaded back, and differences."""
+"""Sets of logits that merging keeps: of the base, as it is and rounded, of base + adapter, of the trained model and of
+the model that is loaded back, and their differences."""
 PROBE = 512
-"""Rows and columns of the matrix that an optimizer takes a step with, to see what it keeps."""
+"""Rows and columns of the matrix with which an optimizer takes a step, to see what it keeps."""
 
 
 class Rows(NamedTuple):
-    """Micro-batches as lengths of their trees: the fullest of `training`, the fullest held-out one of `evaluation`; the
-    few trees whose logits merging has `compared`, of which the self-check takes parts, and of the `longest` tree; and
-    tokens of the longest `prompt`."""
+    """Lengths of trees: the fullest micro-batch of `training`, and the fullest held-out one of `evaluation`; the few
+    trees that merging has `compared`, and the `longest` tree, of all of which the self-check takes parts. `prompt`:
+    tokens of the longest prompt."""
 
     training: Row
     evaluation: Row
@@ -80,8 +80,8 @@ class Memory:
     def in_16_bits(self) -> bool:
         """Whether models are evaluated with their weights in 16 bits, since float32 does not fit: each module is
         widened for its call."""
-        whole, narrow = (sum(self._with_allocator(self._evaluating(each)).values()) for each in (False, True))
-        return self.on_cpu and whole > self.machine.memory and narrow < whole
+        wide, narrow = (sum(self._with_allocator(self._evaluating(halved)).values()) for halved in (False, True))
+        return self.on_cpu and wide > self.machine.memory and narrow < wide
 
     @property
     def slack(self) -> float:
@@ -91,7 +91,7 @@ class Memory:
 
     @cached_property
     def optimizer(self) -> int:
-        """Bytes that are kept between steps, of all trained numbers."""
+        """Bytes that the optimizer keeps between steps, for all trained parameters."""
         return int(self.sizes.trained * state_bytes(self.meta))
 
     def _training(self) -> Parts:
@@ -109,20 +109,21 @@ class Memory:
         }
 
     def _whole(self, dtype: torch.dtype, *stored: torch.dtype | None) -> Parts:
-        """A whole model in a dtype: mapped where that is what its files have, of several models each; of a mapped file
-        the pages can be given back and are read again, which is slow in the midst of work."""
-        whole = self.sizes.parameters * dtype.itemsize
-        mapped = whole - self._grown(dtype) if self.on_cpu and all(each == dtype for each in stored) else 0
-        return {"weights": whole - mapped, "mapped": mapped}
+        """A whole model in a dtype: mapped from its files if they are `stored` in that dtype (the files of all models,
+        if several take turns). Mapped pages can be given back, but then they are read again during work, slowly."""
+        size = self.sizes.parameters * dtype.itemsize
+        is_mapped = self.on_cpu and all(stored_dtype == dtype for stored_dtype in stored)
+        mapped = size - self._grown(dtype) if is_mapped else 0
+        return {"weights": size - mapped, "mapped": mapped}
 
     def _grown(self, dtype: torch.dtype) -> int:
-        """Bytes at both ends of the model that are made anew, where the tokens of a chat format do not fit."""
+        """Bytes of embeddings and head that are allocated anew, if the tokens of a chat format need more rows."""
         section = self.meta.recipe.model
         grows = section.chat_template and self.meta.text_config.vocab_size > vocabulary_before(section)[1]
         return self.sizes.vocabulary * dtype.itemsize if grows else 0
 
     def _loading(self) -> Parts:
-        """One tensor at a time comes from the files to where it stays."""
+        """Tensors are loaded from the files one at a time."""
         peak, mapped = self.loading, self._policy()["mapped"]
         if self.machine.counts_mapped:
             mapped = self.sizes.parameters * (self.meta.stored_dtype or self.meta.weights_dtype).itemsize
@@ -133,18 +134,18 @@ class Memory:
     def loading(self) -> Loading:
         meta, dtype = self.meta, self.meta.weights_dtype
         quantised = not meta.trains_all and meta.is_quantised
-        # What is not known is taken for another dtype, so that every weight is cast.
+        # An unknown dtype is assumed to be another one, so that every weight is cast.
         stored = meta.stored_dtype or (torch.bfloat16 if dtype == torch.float32 else torch.float32)
         return loading_peak(meta.base(dtype), meta.recipe.model, stored, self.machine.device, quantised)
 
     def _policy(self) -> Parts:
-        """What is there as long as the policy is."""
+        """What the policy takes for as long as it is loaded."""
         sizes, meta = self.sizes, self.meta
         kept = (sizes.trained_bytes if meta.trains_all else sizes.weights) // meta.shards
         as_stored = self.on_cpu and not meta.trains_all and meta.shards == 1 and meta.stored_dtype == meta.dtype
         mapped = sizes.whole - self._grown(meta.dtype) if as_stored else 0
-        # Of weights that are sharded, those that are whole at a time: the layer at work, the next one and the
-        # vocabulary; with their gradients, where they are trained.
+        # Of sharded weights, those that are gathered at a time: the current layer, the next one and the vocabulary;
+        # with their gradients, if they are trained.
         numbers = sizes.parameters - sizes.linear + 2 * sizes.linear // meta.layers
         gathered = numbers * meta.weights_dtype.itemsize * (2 if meta.trains_all else 1)
         return {
@@ -153,7 +154,7 @@ class Memory:
             "mapped": mapped,
             "gathered": 0 if meta.shards == 1 else gathered,
             "adapter": 0 if meta.trains_all else sizes.trained_bytes,
-            # Training that goes on with an adapter keeps a frozen copy of it.
+            # Training that continues an adapter keeps a frozen copy of it.
             "reference": sizes.trained_bytes if meta.recipe.model.adapter and not meta.recipe.model.reference else 0,
         }
 
@@ -170,8 +171,9 @@ class Memory:
         return {**self._policy(), "activations": activations, "head": wide}
 
     def _sampling(self, draws: Draws) -> Parts:
-        """While completions are sampled the adapter is folded into a copy of the weights, of 4 bits where half of what
-        is left can hold it; on a CPU others are copied once more, in the order that products with few rows like."""
+        """While completions are sampled, the adapter is folded into a copy of the weights; weights of 4 bits are only
+        copied, unpacked, if half of what is left can hold them. On a CPU, unquantised ones are copied once more, in a
+        layout that is faster for products with few rows."""
         meta, policy = self.meta, self._policy()
         plain, taken = self.sizes.linear * meta.weights_dtype.itemsize, policy["process"] + policy["weights"]
         if meta.is_quantised:
@@ -186,9 +188,8 @@ class Memory:
         return {**policy, "optimizer": self.optimizer, "cache": copies + cache}
 
     def _merging(self) -> Parts:
-        """Tensor by tensor into the files; then, one after the other, what gives logits to compare: whole models, which
-        stay mapped, are passed over a few times and computed in float32. Those that do not fit a GPU are compared on
-        the CPU."""
+        """The files are written tensor by tensor. Then the logits of whole models, whose weights stay mapped, are
+        computed in float32, one model after the other. Those that do not fit a GPU are compared on the CPU."""
         meta, sizes = self.meta, self.sizes
         whole = sizes.parameters * merge_dtype(meta.recipe, meta.dtype).itemsize
         head, widest = self._merging_on_host if self.on_cpu else (0, 0)
@@ -212,15 +213,16 @@ class Memory:
         return 0 if self.on_cpu else max(self.loading.host, sum(self._merging_on_host))
 
     def _evaluating(self, in_16_bits: bool) -> Parts:
-        """Held-out rows are scored and prompts answered, by one whole model at a time: that before training and the
-        merged one."""
+        """Held-out rows are scored and prompts answered, by one whole model at a time: the one before training, then
+        the merged one."""
         meta, settings, device = self.meta, self.meta.recipe.evaluate, self.machine.device
         base, merged = meta.stored_dtype, merge_dtype(meta.recipe, meta.dtype)
         computed = self.machine.evaluation_dtype(meta.dtype)
         attention = self.attention and attention_on(device, computed)
         whole = self._whole(computed, base, merged)
         if in_16_bits:
-            whole = self._whole(torch.bfloat16, *(torch.bfloat16 if is_half(each) else each for each in (base, merged)))
+            stored = (torch.bfloat16 if is_half(dtype) else dtype for dtype in (base, merged))
+            whole = self._whole(torch.bfloat16, *stored)
         scoring = cache = 0
         if self.rows.evaluation:
             scoring = scoring_pass(meta, computed, self.rows.evaluation, self.budget, attention)
@@ -236,11 +238,11 @@ class Memory:
         }
 
     def _reordered(self, linear: int, taken: int) -> int:
-        """A second copy of the weights, where half of what is left can hold it."""
+        """Bytes of a second copy of the weights, if half of what is left can hold it."""
         return linear if self.on_cpu and linear <= SHARE * (self.machine.memory - taken) else 0
 
     def _cache(self, prompts: int, answers: int, new_tokens: int) -> int:
-        """Keys and values that are kept at a time, in all layers; a CPU keeps them in float32."""
+        """Bytes of the keys and values that are kept at a time, in all layers; on a CPU they are in float32."""
         _, heads, width = heads_of(self.meta.config)
         a_token = self.meta.layers * 2 * heads * width * (4 if self.on_cpu else self.meta.dtype.itemsize)
         at_once = max(1, min(prompts, ROWS.get(self.machine.device, 64) // answers))
@@ -256,8 +258,8 @@ def number_of_prompts(recipe: RecipeBase) -> int:
 
 
 def state_bytes(meta: MetaModel) -> float:
-    """Bytes that the recipe's optimizer keeps for a trained number, by what it keeps after a step with a matrix; those
-    of two float32 numbers where it cannot be had here."""
+    """Bytes that the recipe's optimizer keeps for each trained parameter, as found by a step with a matrix; those of
+    two float32 numbers if it cannot be used here."""
     layer: Any = nn.Linear(PROBE, PROBE, bias=False)
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_arguments(meta.recipe, 1), layer)

@@ -1,7 +1,7 @@
-"""A model as its configuration describes it: all shapes, no weights. Nothing is downloaded and nothing allocated.
+"""A model as its configuration describes it: all shapes, no weights. No weight is downloaded or allocated.
 
-It is put together by the same functions as the real one, on torch's meta device, so that what is trained and what is
-quantised need no formulas by model family. For a pass its tensors become fake ones, which claim to be on a device.
+It is built by the same functions as the real one, on torch's meta device, so that no formula by model family is needed
+for what is trained and what is quantised. For a pass, its tensors become fake ones, which claim to be on the CPU.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ from prefold.trees.attention import unwrapped
 
 
 class Sizes(NamedTuple):
-    """`parameters` of the model without an adapter; `trained` ones; bytes of the frozen `weights` as they are kept
-    (quantised or not), and of the `trained_bytes`; `linear`, parameters of the layers that every token meets in a
-    product, `adapter_products` those of the adapter, `head` those of the vocabulary matrix, `vocabulary` those
-    of both ends, `widest` the most that a single module has; `whole`, of the bytes of `weights` those that are not
-    quantised."""
+    """`parameters` of the model without an adapter, and `trained` ones.
+
+    Bytes: `weights` of the frozen weights as they are kept, of which `whole` are not quantised; `trained_bytes` of the
+    trained ones. Parameters by use: `linear` of the layers that every token is multiplied with, `adapter_products`
+    those of the adapter, `head` of the vocabulary matrix, `vocabulary` of embeddings and head, `widest` the most that a
+    single module has.
+    """
 
     parameters: int
     trained: int
@@ -53,7 +55,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MetaModel:
-    """What is to be trained, and how: `config` is of the model, `dtype` what is computed in.
+    """What is to be trained, and how: `config` is the model's, `dtype` the one that is computed in.
 
     Two are equal if their passes are.
     """
@@ -76,7 +78,7 @@ class MetaModel:
 
     @cached_property
     def _started_adapter(self) -> LoraConfig | None:
-        """Settings of the adapter that training goes on with."""
+        """Settings of the adapter that training continues."""
         if self.recipe.model.adapter is None:
             return None
         settings = LoraConfig.from_pretrained(str(Path(self.recipe.model.adapter).expanduser()))
@@ -102,7 +104,7 @@ class MetaModel:
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        """Of the weights in their files, as far as the configuration says it."""
+        """The dtype of the weights in their files; None if the configuration does not say it."""
         named = getattr(self.config, "dtype", None)
         return getattr(torch, named, None) if isinstance(named, str) else named
 
@@ -116,20 +118,20 @@ class MetaModel:
 
     @property
     def shards(self) -> int:
-        """Processes that share the weights out among themselves, as far as they have been started."""
+        """The number of started processes over which the weights are sharded."""
         return launched() if self.recipe.train.fsdp else 1
 
     def own(self, trained: int) -> int:
-        """Of something that is kept for each trained number, what this process has: LoRA weights are whole in all."""
+        """This process's part of what is kept for the trained parameters; LoRA weights are not sharded."""
         return trained // (self.shards if self.trains_all else 1)
 
     def policy(self, layers: int | None = None) -> nn.Module:
-        """The model to train, of so many layers (unset: all of its own), on the meta device."""
+        """The model to train, with its first `layers` layers (unset: all), on the meta device."""
         base = self.base(self.weights_dtype, layers)
         if self.trains_all:
             return base
         if self.is_quantised:
-            # Those that bitsandbytes takes: every linear layer but the head.
+            # bitsandbytes quantises every linear layer but the head.
             head = base.get_output_embeddings()
             for layer in base.modules():
                 if type(layer) is nn.Linear and layer is not head:
@@ -144,12 +146,12 @@ class MetaModel:
             return adapted
 
     def base(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        """The whole model in a dtype, as it is merged and evaluated; or of the first so many of its layers."""
+        """The model without an adapter, as it is merged and evaluated, with its first `layers` layers (unset: all)."""
         config = copy.deepcopy(self.config)
         if layers is not None:
             text = config.get_text_config()
             text.num_hidden_layers = layers
-            if vars(text).get("layer_types"):  # of some it is derived from their number
+            if vars(text).get("layer_types"):  # some configurations derive it from the number of layers
                 text.layer_types = text.layer_types[:layers]
         attention = plain_attention(self.recipe.model.attn_implementation, config)
         with quiet(), torch.device("meta"):
@@ -191,7 +193,7 @@ def sizes_of(meta: MetaModel) -> Sizes:
 
 
 def _met_by_a_token(weight: Tensor, text_config: Any) -> int:
-    """Of a stack of experts, those that a token is sent to."""
+    """The parameters that a token is multiplied with: of a stack of experts, those that it is routed to."""
     experts = getattr(text_config, "num_local_experts", None) or getattr(text_config, "num_experts", None)
     if weight.ndim < 3 or not experts or weight.shape[0] != experts:
         return weight.numel()
@@ -199,7 +201,7 @@ def _met_by_a_token(weight: Tensor, text_config: Any) -> int:
 
 
 def config_of(section: Model) -> Any:
-    """The configuration of a model, its vocabulary grown if it is to learn a chat format. Needs no weights. Raises
+    """The configuration of a model, with the vocabulary that its chat format needs; no weights are needed. Raises
     UserError: there is no such model, or its configuration cannot be read."""
     config = read_config(section, fetch(section.name, section.revision, weights=False))
     text = config.get_text_config()
@@ -210,13 +212,13 @@ def config_of(section: Model) -> Any:
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """While open, tensors have shapes and dtypes and nothing in them."""
+    """While open, new tensors have shapes and dtypes but no contents."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
 
 def move_to_cpu(model: nn.Module) -> None:
-    """Let the tensors of a model on the meta device claim to be on the CPU. To be called with `fake_tensors` open."""
+    """Replace a meta model's tensors by fake ones on the CPU, in place. To be called with `fake_tensors` open."""
     moved: dict[int, Tensor] = {}
 
     def on_cpu(tensor: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ def move_to_cpu(model: nn.Module) -> None:
 
 
 class QuantisedLinear(nn.Linear):
-    """A quantised layer as far as memory goes: its weights are unpacked for each product, and its inputs not saved."""
+    """Takes as much memory as a quantised layer: weights are unpacked for each product, and inputs are not saved."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):

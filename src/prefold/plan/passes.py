@@ -1,7 +1,7 @@
-"""What one pass of the engine over a row allocates: the engine's own code, on a model without contents.
+"""What one pass of the engine over a row allocates, found by running the engine's own code on fake tensors.
 
-A model of one layer and one of two say what a layer keeps, so a pass takes as long for 80 layers as for 2. What was
-counted is remembered, since the runs of a sweep and the changes to a recipe ask for the same passes.
+Models of one layer and of two show what a layer keeps, so a pass takes as long for 80 layers as for 2. Results are
+cached, since the runs of a sweep and the changes to a recipe need the same passes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def trees_of(row: Sequence[Lengths]) -> list[TokenTree]:
 @lru_cache(maxsize=256)
 def training_pass(meta: MetaModel, row: Row, budget: int, attention: str | None) -> tuple[int, int]:
     """Bytes of activations and of the head while the log-probs of a row are computed and differentiated, on top of
-    weights and gradients. `budget` is tokens of a micro-batch, `attention` the backend, None for the plain path."""
+    weights and gradients. `budget`: tokens of a micro-batch; `attention`: the backend, None for the plain path."""
     packed = pack(trees_of(row), scores_prompt=meta.recipe.algorithm.scores_prompt)
     try:
         kept, peak, head = _training_pass(meta, min(meta.layers, 2), packed, budget, attention)
         kept_by_one = _training_pass(meta, 1, packed, budget, attention, forward_only=True)[0] if meta.layers > 2 else 0
-    except Exception as error:  # the pass of a model that depends on its contents cannot be foreseen
+    except Exception as error:  # a pass that depends on the contents of tensors cannot run on fake ones
         logger.debug("no dry run: %s", error)
         return _roughly(meta, packed), 0
     return peak + max(meta.layers - 2, 0) * (kept - kept_by_one) - head, head
@@ -56,7 +56,7 @@ def training_pass(meta: MetaModel, row: Row, budget: int, attention: str | None)
 def _training_pass(
     meta: MetaModel, layers: int, packed: PackedTrees, budget: int, attention: str | None, forward_only: bool = False
 ) -> tuple[int, int, int]:
-    """Bytes: what is kept for the backward pass, the peak of both passes, and that of the head alone, which comes on
+    """Bytes: what is kept for the backward pass, the peak of both passes, and the peak of the head alone, which is on
     top of what is kept."""
     model = meta.policy(layers).train()
     if meta.recipe.train.gradient_checkpointing:
@@ -68,7 +68,7 @@ def _training_pass(
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
         row = _without_contents(packed, mode)
         with _using(attention, model), AllocatedBytes(_resident(model)) as allocated:
-            # Mixed precision as training has it.
+            # Mixed precision as in training.
             with torch.autocast("cpu", meta.dtype, enabled=meta.dtype != torch.float32):
                 tokens = _scored(meta, model, row, budget, attention)
             kept = allocated.now
@@ -81,8 +81,8 @@ def _training_pass(
 
 @lru_cache(maxsize=256)
 def scoring_pass(meta: MetaModel, dtype: torch.dtype, row: Row, budget: int, attention: str | None) -> int:
-    """Bytes while the log-probs of a row are computed without gradients, by the whole model in a dtype: those of one
-    layer at a time."""
+    """Bytes of activations while a whole model in `dtype` computes the log-probs of a row without gradients: those of
+    one layer at a time."""
     packed = pack(trees_of(row))
     try:
         model = meta.base(dtype, 1)
@@ -128,15 +128,15 @@ def _roughly(meta: MetaModel, row: PackedTrees) -> int:
 
 
 def _without_contents(row: PackedTrees, mode: FakeTensorMode) -> PackedTrees:
-    """A row laid out in earnest, its tensors without contents."""
-    given = {field.name: getattr(row, field.name) for field in fields(row)}
-    fake: Any = {name: mode.from_tensor(value) for name, value in given.items() if isinstance(value, Tensor)}
+    """A packed row with fake tensors in place of its own."""
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    fake: Any = {name: mode.from_tensor(value) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(row, **fake, scratch={})
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """While open, counts the bytes of every storage that an operation makes, until it is let go of; `resident` tensors
-    were there before. What autograd saves counts like any other; what a kernel allocates inside is not seen."""
+    """While open, counts the bytes of every storage that an operation allocates, until it is freed; `resident` tensors
+    are not counted. What autograd saves is counted; what a kernel allocates internally is not seen."""
 
     def __init__(self, resident: Iterable[Tensor] = ()):
         super().__init__()
@@ -145,8 +145,8 @@ class AllocatedBytes(TorchDispatchMode):
         self._sizes = {storage._cdata: 0 for storage in self._resident}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._sizes:
@@ -154,7 +154,7 @@ class AllocatedBytes(TorchDispatchMode):
                     self.now += storage.nbytes()
                     self.peak = max(self.peak, self.now)
                     weakref.finalize(storage, self._release, storage._cdata)
-        return made
+        return result
 
     def _release(self, address: int) -> None:
         self.now -= self._sizes.pop(address)
@@ -172,5 +172,5 @@ register(ON_GPU, _on_gpu)
 
 
 def attention_on(device: str, dtype: torch.dtype) -> str:
-    """The backend whose pass stands for that of a device."""
+    """The attention backend whose allocations stand for those on a device."""
     return ON_GPU if device == "cuda" and dtype != torch.float32 else "prefold_joined"

@@ -11,7 +11,7 @@ from prefold.data.findings import Finding
 from prefold.memory import anyway, gigabytes
 
 Parts = dict[str, int]
-"""Bytes by what they are taken for."""
+"""Bytes by what they are used for."""
 STEP_OF_BUDGETS = 64
 SPREAD = (
     "`train.fsdp` divides the weights by the processes that were started, `model.device_map` by devices that are not "
@@ -21,7 +21,7 @@ SPREAD = (
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes that a run leaves in its folder and in the cache, and those that are `free` where the folder is."""
+    """Bytes that a run leaves in its folder and in the cache, and the bytes `free` where the folder is."""
 
     checkpoints: int
     adapter: int
@@ -36,8 +36,8 @@ class Disk:
 
 @dataclass(frozen=True)
 class Growth:
-    """Bytes that training takes for rows of so many tokens: `fixed + per_token * tokens`; `longest` is the least that a
-    row may have."""
+    """Bytes that training takes for rows of `tokens` tokens: `fixed + per_token * tokens`. `longest`: tokens of the
+    largest tree, which every budget must hold."""
 
     fixed: float
     per_token: float
@@ -51,7 +51,8 @@ class Growth:
 
 @dataclass(frozen=True)
 class Change:
-    """Fields by dotted path that bring a run into the memory at hand, or as near as they can."""
+    """Fields, by dotted path, that make a run fit the memory at hand, or bring it as near as possible; `peak`: bytes
+    that it then takes."""
 
     fields: dict[str, Any]
     peak: int
@@ -79,10 +80,10 @@ def overrides_of(fields: dict[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class Plan:
     """`memory` is the peak of each phase by part, in bytes. `max_tokens` is the recipe's, `budget` what it means on the
-    device. `spread`: the weights go to several devices, of which the plan knows no more than the processes that were
-    started. `seconds` were measured, or None; `untimed` is not in them. `host`: bytes of RAM that loading and merging
-    take where the device has memory of its own. `in_16_bits`: float32 weights would not fit where models are evaluated,
-    so each module is widened for its call."""
+    device. `spread`: the weights are spread over several devices, of which the plan knows only the number of started
+    processes. `seconds` are measured, by phase, or None; `untimed` names what they leave out. `host`: bytes of RAM that
+    loading and merging take where the device has memory of its own. `in_16_bits`: models are evaluated with weights in
+    16 bits, each module widened for its call, since float32 would not fit."""
 
     optimizer_steps: int
     batch_size: int
@@ -134,7 +135,7 @@ class Plan:
         return plan
 
     def findings(self) -> list[Finding]:
-        """What of the plan cannot be."""
+        """Findings where memory or disk does not suffice."""
         findings = []
         if not self.fits:
             phase = max(self.peaks, key=self.peaks.__getitem__)

@@ -1,7 +1,7 @@
 """From a recipe and the lengths of its trees to its plan.
 
-Memory comes from performing the engine's own passes on a model without contents (`passes.py`), so it follows the code.
-Nothing is downloaded but the configuration and the tokenizer.
+Memory is counted by running the engine's own passes on fake tensors (`passes.py`), so it follows the code. Only the
+configuration and the tokenizer are downloaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from prefold.trees.memory import CPU_TOKENS, budget_for
 from prefold.trees.self_check import obstacle, stretched_positions
 
 UNTIMED = ("tasks", "compare_with", "win_rate", "rounds")
-"""Of the section `evaluate`: what they take depends on what is asked of whom; the plan is that of one round."""
+"""Fields of `evaluate` whose time depends on the tasks, models or judge; and `rounds`, as the plan is of one round."""
 CHECKED = 3
 """Trees of the self-check; merging compares logits on as many."""
 
@@ -49,13 +49,13 @@ def make_plan(
 
     Args:
         train: lengths of the trees to train on; of prompts alone where completions are sampled.
-        held_out: of the held-out ones.
+        held_out: lengths of the held-out trees.
         order: which of the trees each optimizer step covers.
         device_memory: bytes of a GPU to plan for; unset: this machine.
         measure: time the engine on this machine.
 
     Raises:
-        UserError: the model's configuration cannot be had.
+        UserError: the model's configuration cannot be read.
     """
     machine = Machine.planned(device_memory)
     steps = Steps(with_completions(recipe, train), order, sampled=recipe.data_kind == "prompts")
@@ -86,7 +86,7 @@ class Planner:
         recipe, meta, memory = self.recipe, self.meta, self.memory()
         phases = memory.phases()
         tokens = self.steps.tokens(recipe.algorithm.scores_prompt)
-        # Of training, the reference included; sampling not.
+        # Of training and the reference, without sampling.
         flops = training_flops(meta, tokens, self._computed(tokens))
         if recipe.algorithm.needs_reference:
             referenced = self._referenced()
@@ -141,19 +141,19 @@ class Planner:
         return Memory(self.meta, self.machine, rows, self.budget, self.packed)
 
     def _growth(self, memory: Memory, parts: Parts) -> Growth:
-        """Activations grow with the tokens of a row; a row of half the lengths says by how much."""
+        """How activations grow with the tokens of a row, by comparison with a row of half the lengths."""
         row, slack = memory.rows.training, 1 + memory.slack
         half = tuple(tuple(max(1, length // 2) for length in tree) for tree in row)
-        whole, less = (sum(training_pass(self.meta, each, self.budget, memory.attention)) for each in (row, half))
+        more, less = (sum(training_pass(self.meta, trees, self.budget, memory.attention)) for trees in (row, half))
         size = sum if self.packed else plain_size
         tokens, fewer = (sum(map(size, trees)) for trees in (row, half))
-        slope = max((whole - less) / max(tokens - fewer, 1), 1.0)
+        slope = max((more - less) / max(tokens - fewer, 1), 1.0)
         rest = sum(parts.values()) - slack * (parts["activations"] + parts["head"])
-        return Growth(rest + slack * (whole - slope * tokens), slack * slope, max(map(size, self.steps.trees)))
+        return Growth(rest + slack * (more - slope * tokens), slack * slope, max(map(size, self.steps.trees)))
 
     def _disk(self, memory: Memory) -> Disk:
         sizes, settings, algorithm = self.meta.sizes, self.recipe.train, self.recipe.algorithm
-        # One more than are kept while the newest is written, and the best one beside the last.
+        # While the newest is written there is one more than are kept; the best one may be kept besides the last.
         steps = len(self.steps.order)
         kept = min(settings.save_total_limit, -(-steps // in_steps(settings.save_steps, steps)))
         kept += 1 + int(settings.load_best_model_at_end)
@@ -170,7 +170,7 @@ class Planner:
         return tokens.unique if self.packed else tokens.plain
 
     def _referenced(self) -> Tokens:
-        """What the reference scores: of what is stored all that is drawn, once; completions each time they are
+        """Tokens that the reference scores: stored trees that are drawn, once each; completions each time they are
         sampled."""
         algorithm = self.recipe.algorithm
         if algorithm.kind.samples:
@@ -181,8 +181,8 @@ class Planner:
         return Tokens.of([*(trees[index] for index in drawn), *measured])
 
     def seconds(self) -> dict[str, float]:
-        """Of each phase, as measured on this machine; sampled completions at their full length. Loading and merging,
-        which are copying, are not in it, nor is what `untimed` names."""
+        """Seconds of each phase, as measured on this machine, with sampled completions at their full length. Loading
+        and merging, which only copy, are left out, as is what `untimed` names."""
         recipe, processes = self.recipe, launched()
         algorithm, settings, draws = recipe.algorithm, recipe.evaluate, recipe.algorithm.draws
         answers = 0 if algorithm.kind.scores else number_of_prompts(recipe) * settings.num_answers
@@ -215,14 +215,14 @@ class Planner:
             times = -(-steps // algorithm.iterations)
             seconds |= {"rollouts": written(times * sampled, draws.max_completion_length)} if samples_here else {}
             measured += written(len(self.held_out), draws.max_completion_length)
-        # A model that scores answers is measured after training alone.
+        # A reward model is measured only after training.
         seconds["evaluate"] = measured if algorithm.kind.scores else 2 * measured
         alone = ("evaluate",) if recipe.train.fsdp else ()
         return {phase: round(value / (1 if phase in alone else processes), 1) for phase, value in seconds.items()}
 
     def with_change(self, plan: Plan) -> Plan:
-        """The plan with the fewest of the changes, in this order, that make it fit. What leaves the peak as it is,
-        because another phase is higher, may be what is needed once that one is lower."""
+        """The plan with a change of the recipe: candidates that lower the peak are added in order until it fits. They
+        are tried twice, since one may lower the peak only after another has lowered the phase that was higher."""
         fields: dict[str, Any] = {}
         best: Change | None = None
         for change in 2 * list(self._candidates(plan)):
@@ -242,16 +242,16 @@ class Planner:
         return replace(plan, change=best)
 
     def _candidates(self, plan: Plan) -> Iterator[dict[str, Any]]:
-        recipe, model, whole = self.recipe, self.recipe.model, self.meta.trains_all
+        recipe, model, trains_all = self.recipe, self.recipe.model, self.meta.trains_all
         if plan.largest_budget is not None and plan.largest_budget < plan.budget:
             yield {"train.max_tokens": plan.largest_budget}
-        if self.meta.dtype == torch.float32 and not whole:
+        if self.meta.dtype == torch.float32 and not trains_all:
             yield {"model.dtype": "bfloat16"}
         if not recipe.train.gradient_checkpointing:
             yield {"train.gradient_checkpointing": True}
-        if whole and "8bit" not in recipe.train.optim:
+        if trains_all and "8bit" not in recipe.train.optim:
             yield {"train.optim": "adamw_8bit"}
-        if not whole and not model.load_in_4bit and not recipe.train.fsdp:
+        if not trains_all and not model.load_in_4bit and not recipe.train.fsdp:
             yield {"model.load_in_4bit": True, **({"model.load_in_8bit": False} if model.load_in_8bit else {})}
         if merge_dtype(recipe, self.meta.dtype) == torch.float32:
             yield {"merge.dtype": "bfloat16"}
@@ -271,5 +271,5 @@ class Planner:
 
 
 def _shortened(trees: Sequence[Lengths], longest: int) -> list[Lengths]:
-    """As if no tree were longer: those that are take the lengths that remain."""
+    """The trees with every length cut to half of `longest`, about what `data.max_length: longest` leaves of them."""
     return [tuple(min(length, longest // 2) for length in tree) for tree in trees]

@@ -1,8 +1,8 @@
 """How long a run will take: the engine's own passes, timed on this machine.
 
-They are performed on models with random weights, of the planned model's shape but of one layer and of three: the
-difference is what two layers take, the rest is the head's. No weights are downloaded, and a second or two is enough. A
-model of many large layers is timed on shorter rows.
+They run on models with random weights that have the planned model's shape but one layer and three layers: the
+difference is the time of two layers, the rest that of the head. No weights are downloaded, and it takes a second or
+two. A model with large layers is timed on shorter rows.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from prefold.trees.self_check import choose_attention
 FEW, MORE = 1, 3
 """Layers of the two models."""
 TOKENS = 768
-"""Of the row that is timed."""
+"""Most tokens of the timed row on a CPU; on a GPU eight times as many."""
 MOST_FLOPS = 5e11
-"""Of all timed passes on a CPU."""
+"""FLOPs of all timed passes on a CPU, about."""
 REPEATS = 3
 NEW_TOKENS = 6
 """Decoding steps that are timed."""
 SPREAD = 0.02
-"""Of the random weights."""
+"""Random weights are uniform between minus and plus this."""
 
 
 class Rate(NamedTuple):
-    """Seconds of a token in a layer, and of a scored token in the head."""
+    """Seconds for a token in a `layer`, and for a scored token in the `head`."""
 
     layer: float
     head: float
@@ -52,8 +52,8 @@ class Rate(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Forward and backward passes; forward passes of the reference; those of the evaluation, in its dtype; seconds of
-    a decoding step of `rows` rows."""
+    """`training`: forward and backward passes; `reference`, `evaluation`: forward passes, each in its dtype;
+    `decoding`: seconds of a decoding step of `rows` rows."""
 
     training: Rate
     reference: Rate
@@ -70,7 +70,8 @@ def measure(
     rows: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rates:
-    """Of the training set's `trees` a few middling ones are timed; `rows` of completions are written side by side."""
+    """Time the passes on a few of the training set's `trees`, of middling size, and decoding of `rows` completions at
+    once (fewer if the engine decodes fewer)."""
     device = choose_device()
     affordable = 8 * TOKENS
     if device.type == "cpu":
@@ -106,7 +107,7 @@ def measure(
 
 
 def _layer_and_rest(seconds: Sequence[float], layers: Sequence[int]) -> tuple[float, float]:
-    """Seconds of a layer, and of all but the layers."""
+    """Seconds of one layer, and of everything but the layers."""
     layer = seconds[0] / layers[0]
     if len(layers) > 1:
         layer = max((seconds[1] - seconds[0]) / (layers[1] - layers[0]), 0.0)
@@ -114,7 +115,7 @@ def _layer_and_rest(seconds: Sequence[float], layers: Sequence[int]) -> tuple[fl
 
 
 def middling(trees: Sequence[Lengths], tokens: int) -> list[Lengths]:
-    """Trees of middling size, about so many tokens of them; shortened if a single one is more."""
+    """Trees of median size and above, with at most `tokens` tokens together; a single larger tree is shortened."""
     by_size = sorted(trees, key=sum)
     row: list[Lengths] = []
     for tree in by_size[len(by_size) // 2 :]:
@@ -126,7 +127,7 @@ def middling(trees: Sequence[Lengths], tokens: int) -> list[Lengths]:
 
 
 def with_random_weights(meta: MetaModel, model: nn.Module, device: torch.device) -> nn.Module:
-    """A model of the meta device, on a real one; quantised if it is to be."""
+    """Move a model from the meta device to a real one, in place, with random weights; quantised if it is to be."""
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
@@ -142,21 +143,21 @@ def with_random_weights(meta: MetaModel, model: nn.Module, device: torch.device)
 
 
 def _quantised(layer: QuantisedLinear, meta: MetaModel) -> nn.Module:
-    """The layer of bitsandbytes that another stands for."""
-    from bitsandbytes.nn import modules  # not everywhere installed
+    """The layer of bitsandbytes that a `QuantisedLinear` stands for."""
+    from bitsandbytes.nn import modules  # not installed everywhere
 
     settings = quantisation(meta.recipe.model, meta.dtype)
     assert settings is not None
     shape, weight = (layer.in_features, layer.out_features), layer.weight.data
-    made: Any
+    quantised: Any
     if settings.load_in_8bit:
-        made = modules.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=6.0)
-        made.weight = modules.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        quantised = modules.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=6.0)
+        quantised.weight = modules.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         double, kind = settings.bnb_4bit_use_double_quant, settings.bnb_4bit_quant_type
-        made = modules.Linear4bit(*shape, False, settings.bnb_4bit_compute_dtype, quant_type=kind)
-        made.weight = modules.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=kind)
-    return cast(nn.Module, made)
+        quantised = modules.Linear4bit(*shape, False, settings.bnb_4bit_compute_dtype, quant_type=kind)
+        quantised.weight = modules.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=kind)
+    return cast(nn.Module, quantised)
 
 
 def _train(scorer: Scorer, row: Sequence[Lengths], dtype: torch.dtype) -> None:
@@ -176,7 +177,7 @@ def _score(scorer: Scorer, row: Sequence[Lengths], dtype: torch.dtype) -> None:
 
 
 def _decoding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Sequence[Lengths], rows: int) -> float:
-    """Seconds of a step of `rows` rows under one prompt."""
+    """Seconds of a decoding step of `rows` completions of one prompt."""
     engine, prompt = LocalEngine(model, tokenizer), [[0] * row[0][0]]
 
     def write(tokens: int) -> None:
@@ -187,7 +188,7 @@ def _decoding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: S
 
 
 def _best(perform: Callable[[], None]) -> float:
-    """Seconds of the fastest of several times, after one to warm up."""
+    """Seconds of the fastest of `REPEATS` calls, after one to warm up."""
     seconds = []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()

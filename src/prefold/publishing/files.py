@@ -1,4 +1,4 @@
-"""What is published of a run: every file, with its name there and its size, listed once."""
+"""The files of a run that are published, each with its published name and its size."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from prefold.reports.card import CARD, render_card
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OF_THE_MODEL = ("config.json", "generation_config.json", *WEIGHTS, CARD)
-"""What lies in `merged/` beside the tokenizer and its template."""
+"""The files in `merged/` that do not belong to the tokenizer."""
 OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json", *WEIGHTS)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file to publish: where its bytes are (None: made when it is published), what it is called there, its size."""
+    """A file to publish. `source`: its path or contents (None: it is made when it is published); `name`: its published
+    name; `size`: in bytes."""
 
     source: Path | bytes | None
     name: str
@@ -35,14 +36,14 @@ class Item:
 
 
 def items_of(run_folder: Path, section: Publish) -> list[Item]:
-    """The model at the root, the adapter beside it in a folder of its own."""
+    """The files to publish: the model at the root, the adapter in a folder, or at the root if it is alone."""
     merged = run_folder / "merged"
     text = render_card(run_folder, tuple(section.what)).encode()
     items = [Item(text, CARD, len(text))]
     if "merged" in section.what:
         items += [_item(file, name) for name, file in _by_name(merged).items() if name != CARD]
     if "adapter" in section.what:
-        # With the tokenizer and its template, which a chat format that was learnt has changed.
+        # With the tokenizer and its template, which training on a new chat format changes.
         tokenizer = {name: file for name, file in _by_name(merged).items() if not _matches(file, OF_THE_MODEL)}
         files = {name: file for name, file in (tokenizer | _by_name(run_folder / "adapter")).items() if name != CARD}
         prefix = "" if section.what == ["adapter"] else "adapter/"
@@ -54,7 +55,7 @@ def items_of(run_folder: Path, section: Publish) -> list[Item]:
 
 
 def checkpoint_items(checkpoint: Path, tokenizer: Path) -> list[Item]:
-    """The weights of a checkpoint, without what training goes on from, and the files of a tokenizer."""
+    """The weights of a checkpoint, without the training state, and the files of a tokenizer."""
     weights = {name: file for name, file in _by_name(checkpoint).items() if _matches(file, OF_A_CHECKPOINT)}
     return [_item(file, name) for name, file in {**weights, **_by_name(tokenizer)}.items()]
 
@@ -77,8 +78,8 @@ def title_of(run_folder: Path, section: Publish) -> str:
 
 
 def require_whole(run_folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run's merged model, if the model is fit to be published. Raises UserError: its merge check
-    failed or was not made, or a file is missing or cut short."""
+    """The tokenizer of a run's merged model. Raises UserError: the model is not to be published, since its merge check
+    failed or was not made, or a file is missing or damaged."""
     merged, record = run_folder / "merged", run_folder / "merge.json"
     where, redo = without_home(str(merged)), "`prefold merge` makes it again"
     result: dict[str, Any] = read_json(record) if record.is_file() else {}

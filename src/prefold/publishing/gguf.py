@@ -1,6 +1,6 @@
-"""A merged model as GGUF, the format of llama.cpp, proven by loading the file back and comparing logits and token ids.
+"""A merged model as GGUF, the format of llama.cpp, checked by loading the file back and comparing logits and token ids.
 
-Llama, Mistral, Qwen2 and Qwen3, each with the layout that llama.cpp reads; others are refused by name. F16 and Q8_0 are
+Llama, Mistral, Qwen2 and Qwen3, each in the layout that llama.cpp reads; other families are refused. F16 and Q8_0 are
 written here, one tensor in memory at a time; the K-quants are made from F16 by llama.cpp's own `llama-quantize`.
 """
 
@@ -67,16 +67,16 @@ BITS = {
     "Q3_K_S": 3.6,
     "Q2_K": 3.2,
 }
-"""About how many a number takes; the K-quants keep some matrices in more than others."""
+"""Bits per weight, about; the K-quants keep some matrices in more than others."""
 TOLERANCE = {"F16": 5e-3, "Q8_0": 5e-2}
-"""Largest root-mean-square difference of the logits from the merged model's, as a share of their own root mean
+"""Largest root-mean-square difference of the logits from the merged model's, as a share of the latter's root mean
 square."""
 UNRELATED = 1.0
 """The same for K-quants, whose loss depends on the model and is reported: logits of another model differ by more."""
 BLOCK = 32
-"""Numbers that share a scale in Q8_0; rows of another width are kept in F16."""
+"""Weights that share a scale in Q8_0; rows whose width is no multiple of it are kept in F16."""
 LARGEST = 65504.0
-"""That F16 holds."""
+"""The largest number in F16."""
 RECORD = "checks.json"
 
 
@@ -104,15 +104,15 @@ def require_exportable(model: Path, tokenizer: PreTrainedTokenizerBase, kinds: S
 def export_gguf(
     merged: Path, folder: Path, title: str, kinds: Sequence[str], texts: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Write `folder` with one checked file for each kind, or nothing; what it holds already is kept if it is the same.
-    Gives for each file, called after the model's title, its name, kind, size and the difference that was measured.
+    """Write `folder` with one checked file for each kind, or nothing; an earlier export of the same is kept. Returns
+    for each file, named after `title`, its name, kind, size in bytes and the measured difference of its logits.
 
     Args:
         texts: conversations on which logits and ids are compared, their special tokens spelt out.
 
     Raises:
         UserError: see `require_exportable`.
-        StageError: a file is not the model, or llama.cpp's program failed.
+        StageError: a file differs from the model, or llama.cpp's program failed.
     """
     made = _made_before(merged, folder, title, kinds)
     if made is not None:
@@ -139,14 +139,14 @@ def file_name(title: str, kind: str) -> str:
 
 
 def expected_bytes(merged: Path, kind: str) -> int:
-    """About the size of a file that is yet to be made."""
+    """The estimated size of a file that does not exist yet."""
     config = AutoConfig.from_pretrained(merged, local_files_only=True)
     numbers = sum(math.prod(tensor.shape) for tensor in _tensors(merged, config, kind))
     return int(numbers * BITS[kind] / 8)
 
 
 def _made_before(merged: Path, folder: Path, title: str, kinds: Sequence[str]) -> list[dict[str, Any]] | None:
-    """What an earlier export of the same merged model left, if it is what is wanted now."""
+    """The checks of an earlier export of the same merged model, if its files are those that are wanted now."""
     record = folder / RECORD
     if not record.is_file() or record.stat().st_mtime_ns < (merged.parent / "merge.json").stat().st_mtime_ns:
         return None
@@ -171,14 +171,14 @@ def _quantize(merged: Path, file: Path, kind: str, title: str) -> None:
         if not kept:
             source.unlink()
     if done.returncode or not file.is_file():
-        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise StageError(f"{QUANTIZER} could not make {kind}: {said[-1] if said else f'exit code {done.returncode}'}")
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise StageError(f"{QUANTIZER} could not make {kind}: {lines[-1] if lines else f'exit code {done.returncode}'}")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the file: its name there, and where its numbers come from. `heads` is 0 but where rows are to be
-    reordered."""
+    """A tensor of the GGUF file: its `name` there, and the tensor `source` of the `file` that it is read from. `heads`:
+    the number of heads whose rows are reordered, or 0."""
 
     name: str
     source: str
@@ -188,7 +188,7 @@ class Stored:
     heads: int
 
     def load(self) -> NDArray[Any]:
-        """The numbers as they are stored, packed in blocks or not."""
+        """The data of the tensor as it is stored, quantised or not."""
         with safe_open(self.file, "pt") as opened:
             weight: Tensor = opened.get_tensor(self.source).float()
         if self.kind == Kind.F16 and not bool((weight.abs() <= LARGEST).all()):
@@ -214,7 +214,7 @@ def write_gguf(merged: Path, file: Path, kind: str, title: str) -> None:
         for tensor in tensors:
             block, size = gguf.GGML_QUANT_SIZES[tensor.kind]
             size *= math.prod(tensor.shape) // block
-            # The dtype of numpy says nothing beside `raw_dtype`.
+            # The numpy dtype is ignored, given `raw_dtype`.
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float16), size, raw_dtype=tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -242,7 +242,7 @@ def _tensors(merged: Path, config: Any, kind: str) -> Iterator[Stored]:
 
 
 def _kind(kind: str, shape: tuple[int, ...]) -> Kind:
-    """Norms and biases stay in float32."""
+    """The type of a tensor: norms and biases stay in float32."""
     if len(shape) < 2:
         return Kind.F32
     return Kind.Q8_0 if kind == "Q8_0" and shape[-1] % BLOCK == 0 else Kind.F16
@@ -257,8 +257,8 @@ def _heads(config: Any, name: str) -> int:
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The rows of queries or keys `[heads * head_dim, ...]` in llama.cpp's order: it rotates neighbouring rows of a
-    head, transformers its two halves."""
+    """The rows of a query or key matrix `[heads * head_dim, ...]` in llama.cpp's order: its rotary embeddings pair
+    neighbouring rows of a head, those of transformers a head's two halves."""
     rows = weight.shape[0]
     return weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
@@ -271,7 +271,7 @@ def _describe(writer: GGUFWriter, config: Any, kind: str, title: str) -> None:
     writer.add_file_type(WRITTEN[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
-    # Up to a sliding window, which llama.cpp does not have for these families.
+    # At most the sliding window, which llama.cpp does not support for these families.
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     writer.add_context_length(min(config.max_position_embeddings, window))
     writer.add_embedding_length(config.hidden_size)
@@ -290,8 +290,8 @@ def _describe(writer: GGUFWriter, config: Any, kind: str, title: str) -> None:
 
 @dataclass(frozen=True)
 class Original:
-    """What a file is held against: the merged model's tokenizer, its `logits` `[tokens of all texts, V]`, and how many
-    `numbers` its weights are, which are unpacked to `dtype`."""
+    """What a file is compared with: the merged model's tokenizer, its `logits` `[tokens of all texts, V]` and its
+    `dtype`, which a file's weights are loaded in; `numbers`: how many weights it has."""
 
     tokenizer: PreTrainedTokenizerBase
     texts: Sequence[str]
@@ -303,7 +303,7 @@ class Original:
 
 def _original(merged: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Original:
     ids: Any = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    # A GPU may hold no more than the model as it is.
+    # In its own dtype: a GPU may have no memory for a larger one.
     dtype: Any = str(AutoConfig.from_pretrained(merged, local_files_only=True).dtype).removeprefix("torch.")
     model = open_model(Model(name=str(merged), dtype=dtype), "GGUF", measured=True, load=load_model)
     original = Original(tokenizer, texts, ids, logits_of(model, ids), model.dtype, stored_weights(merged).numbers)
@@ -313,8 +313,8 @@ def _original(merged: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
 
 
 def _check(file: Path, kind: str, original: Original) -> float:
-    """How far the logits of a file are from the original's. Raises StageError: further than its kind explains, or its
-    tokenizer gives other ids."""
+    """The relative difference of a file's logits from the original's. Raises StageError: it is larger than the file's
+    kind explains, or the tokenizer gives other ids."""
     machine = Machine.here(choose_device().type)
     memory.require(file.name, machine.process + WORKING + original.numbers * original.dtype.itemsize, machine.memory)
     with quiet(), redirect_stderr(StringIO()):
@@ -339,8 +339,8 @@ def _check(file: Path, kind: str, original: Original) -> float:
 def _require_same_tokenizer(original: Original, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     wanted, texts = original.tokenizer, list(original.texts)
     if read_vocabulary(wanted, name).cuts is None:
-        # From such a file transformers puts a space before the first word of a text, llama.cpp after every special
-        # token: only texts without them are the same to both.
+        # With a tokenizer from such a file, transformers puts a space before the first word of a text, llama.cpp after
+        # every special token: only texts without special tokens are the same to both.
         texts = [str(wanted.decode(list(row), skip_special_tokens=True)) for row in original.ids]
     if wanted(texts, add_special_tokens=False)["input_ids"] != tokenizer(texts, add_special_tokens=False)["input_ids"]:
         raise StageError(f"the tokenizer in {name} writes other ids for the same text; it was not kept")

@@ -1,7 +1,8 @@
-"""A tokenizer as the metadata of a GGUF file: pieces, their kinds, merges or scores, special ids, chat template.
+"""A tokenizer as the metadata of a GGUF file: tokens, their types, merges or scores, special ids, chat template.
 
-llama.cpp knows the ways in which tokenizers cut text before they merge by name only; a tokenizer whose way has no name
-is refused. Byte-level BPE (Llama 3, Qwen, Mistral's Tekken, SmolLM2) and sentencepiece BPE (Llama 2, Mistral 7B).
+llama.cpp knows pre-tokenizers, which split text before the merges, by name only; a tokenizer whose pre-tokenizer has no
+name there is refused. Supported are byte-level BPE (Llama 3, Qwen, Mistral's Tekken, SmolLM2) and sentencepiece BPE
+(Llama 2, Mistral 7B).
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from prefold.errors import UserError
 
 SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35")}
-"""llama.cpp's names of regular expressions that cut text; transformers reads files by the same table."""
+"""llama.cpp's names of pre-tokenizers by their regular expressions; transformers reads files by the same table."""
 GPT2, DIGITS = "gpt-2", "smollm"
-"""Its names for GPT-2's own expression, without and with every digit cut off first."""
+"""llama.cpp's names of GPT-2's pre-tokenizer, and of the one that splits off every digit first."""
 SPACE = "\u2581"
 """What sentencepiece writes for a space."""
 LOWEST = -1e4
-"""Score of pieces that no merge makes; they are looked up whole."""
+"""Score of tokens that no merge makes; they are looked up whole."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`cuts` is llama.cpp's name for how text is cut, None for sentencepiece, which cuts nothing; `special` by id."""
+    """`pieces`: ids by token; `special`: added tokens by id; `cuts`: llama.cpp's name of the pre-tokenizer, None for
+    sentencepiece, which has none."""
 
     pieces: dict[str, int]
     merges: list[tuple[str, str]]
@@ -37,7 +39,7 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, where: str) -> Vocabulary:
-    """Raises UserError if llama.cpp has no such tokenizer."""
+    """The vocabulary of a tokenizer. Raises UserError: llama.cpp has no such tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if backend is not None else {}
     model = described.get("model", {})
@@ -73,7 +75,8 @@ def _unknown(what: str, where: str) -> UserError:
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
-    """Describe a tokenizer in a file. Those `rows` of the embeddings without a token get one that never occurs."""
+    """Write a tokenizer to a file. `rows`: how many the embeddings have; those without a token get an unused one.
+    Raises UserError: see `read_vocabulary`, or a token has no row."""
     vocabulary = read_vocabulary(tokenizer, where)
     if max(*vocabulary.pieces.values(), *vocabulary.special, 0) >= rows:
         what = f"cannot become GGUF: its tokenizer has tokens that its {rows} embeddings do not"
@@ -116,7 +119,7 @@ def _tokens(vocabulary: Vocabulary, rows: int) -> tuple[list[str], list[TokenTyp
 
 
 def _scores(vocabulary: Vocabulary, tokens: list[str]) -> list[float]:
-    """The order of the merges, which sentencepiece keeps as scores of what they make."""
+    """The order of the merges as sentencepiece has it: as scores of the tokens that they make."""
     made: dict[str, float] = {}
     for left, right in vocabulary.merges:
         made.setdefault(left + right, -float(len(made)))

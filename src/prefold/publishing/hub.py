@@ -1,7 +1,7 @@
-"""Files to a repository of the Hub, by the Hub's own client.
+"""Push files to a repository of the Hub, by the Hub's own client.
 
-A push is one commit, so that a repository never holds half a model; what a broken connection had already brought there
-is not sent again. The token is the client's business: it is never read into a value that could be written down.
+A push is one commit, so that a repository never holds half a model; what was uploaded before a connection broke is not
+sent again. The token is left to the client: no value that could be written down ever holds it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def require_token(hub_model_id: str) -> None:
 
 
 def push(section: Publish, items: Sequence[Item], message: str, before: dict[str, Any]) -> dict[str, Any]:
-    """Push the files in one commit, with this message unless the section has one, and say where they are. The pull
-    request of an earlier push, which left `before`, is gone on with while it is open.
+    """Push the files in one commit, with this message unless the section has one. Returns `commit`, `branch` and
+    `pull_request`. `before`: the record of an earlier push, whose pull request is added to while it is open.
 
     Raises:
         UserError: the token may not write there, or the repository is public and must not be.
@@ -84,7 +84,7 @@ def push(section: Publish, items: Sequence[Item], message: str, before: dict[str
 
 
 def push_checkpoint(recipe: RecipeBase, checkpoint: Path) -> None:
-    """Push the weights of a checkpoint in one commit of a branch of their own; errors are those of `push`."""
+    """Push the weights of a checkpoint in one commit to the branch `checkpoints`. Errors are those of `push`."""
     assert recipe.publish
     section = recipe.publish.model_copy(update={"branch": CHECKPOINTS, "create_pr": False, "commit_message": None})
     with tempfile.TemporaryDirectory() as aside:
@@ -94,15 +94,15 @@ def push_checkpoint(recipe: RecipeBase, checkpoint: Path) -> None:
 
 
 def _stale(api: HfApi, name: str, revision: str | None, items: Sequence[Item]) -> list[CommitOperationDelete]:
-    """Weight files there that are not among the new ones: transformers could take them for the model's."""
+    """Deletions of the repository's weight files that are not among the new ones: transformers could load those."""
     kept = {item.name for item in items}
-    there = [Path(file) for file in api.list_repo_files(name, revision=revision)]
-    stale = [file for file in there if any(file.match(pattern) for pattern in WEIGHTS)]
+    files = [Path(file) for file in api.list_repo_files(name, revision=revision)]
+    stale = [file for file in files if any(file.match(pattern) for pattern in WEIGHTS)]
     return [CommitOperationDelete(file.as_posix()) for file in stale if file.as_posix() not in kept]
 
 
 def _open_pull_request(api: HfApi, name: str, before: dict[str, Any]) -> str | None:
-    """The pull request of an earlier push there, if it is still open."""
+    """The pull request of an earlier push to this repository, if it is still open."""
     reference = before.get("pull_request")
     if not reference or before.get("hub_model_id") != name:
         return None
@@ -113,7 +113,7 @@ def _open_pull_request(api: HfApi, name: str, before: dict[str, Any]) -> str | N
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """The client's bars on a terminal only, and none of its advice."""
+    """Show the client's progress bars on a terminal only, and hide its warnings."""
     logger, hidden = logging.getLogger("huggingface_hub"), are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -131,27 +131,27 @@ def _quiet_client() -> Iterator[None]:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """One message for what keeps the Hub from taking the files. Its client's own texts hold addresses."""
+    """Turn errors of the Hub's client, whose texts contain addresses, into one message."""
     try:
         yield
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
-        # The client wraps what goes wrong with a single large file.
+        # The client wraps errors with a single large file.
         reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         raise _refusal(name, reason) from None
 
 
 def _refusal(name: str, reason: BaseException) -> UserError | StageError:
-    again = "`prefold publish` goes on from there"
+    again = "`prefold publish` continues from there"
     if isinstance(reason, errors.HfHubHTTPError):
         status = reason.response.status_code
         if status in (401, 403, 404):
             return UserError(
-                f"the Hub lets nobody write there with this token (HTTP {status})",
+                f"the Hub does not let this token write there (HTTP {status})",
                 where=name,
-                expected="a token with the right to write, of somebody who may write to that name",
+                expected="a write token of an account that may write to this repository",
                 advice="check `publish.hub_model_id`; `hf auth login`, or set HF_TOKEN",
             )
-        return StageError(f"{name}: the Hub refused it (HTTP {status}); {again} when that is mended")
+        return StageError(f"{name}: the Hub refused it (HTTP {status}); {again} once that is fixed")
     if isinstance(reason, httpx2.HTTPError | ConnectionError | TimeoutError):
         return StageError(f"{name}: the connection to the Hub broke ({type(reason).__name__}); {again}")
     return StageError(f"{name}: the push failed: {first_line(reason)}")

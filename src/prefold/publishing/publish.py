@@ -1,4 +1,4 @@
-"""A finished run goes out: to a repository of the Hub, to a folder, or both, with GGUF files where they are wanted."""
+"""Publish a finished run: to a repository of the Hub, to a folder, or both, with GGUF files if wanted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prefold.terminal import progress_bar, say
 
 RECORD = "publish.json"
 COMPARED, LONGEST = 3, 2000
-"""Answered prompts on which a GGUF file is compared with the model, and characters of each."""
+"""Number of answered prompts on which a GGUF file is compared with the model, and the most characters of each."""
 
 
 def require_section(recipe: RecipeBase) -> Publish:
@@ -40,14 +40,14 @@ def require_section(recipe: RecipeBase) -> Publish:
 
 
 def require_ready(recipe: RecipeBase) -> None:
-    """What would stop publishing after hours of training and can be told before it; asks nothing of the network. Raises
-    UserError: no token, a folder that is not to be replaced, or a model that cannot become GGUF."""
+    """Check before training what would stop publishing after it, without the network. Raises UserError: there is no
+    token, the folder must not be replaced, or the model cannot become GGUF."""
     if (section := recipe.publish) is None:
         return
     if section.hub_model_id:
         require_token(section.hub_model_id)
     folder = Path(section.to).expanduser() if section.to else None
-    if folder and not (folder / CARD).is_file():  # what has a card may be of an earlier publishing, which is known then
+    if folder and not (folder / CARD).is_file():  # a card may be ours, which publishing knows
         _require_own(folder, str(section.to), ())
     if section.gguf:
         base = fetch(recipe.model.name, recipe.model.revision)
@@ -55,18 +55,18 @@ def require_ready(recipe: RecipeBase) -> None:
 
 
 def planned(run_folder: Path, section: Publish) -> dict[str, Any]:
-    """What publishing would do: `files` with `bytes`, and where they would go. GGUF files that are yet to be made have
-    sizes to go by."""
+    """What publishing would do: `files` with `bytes`, and where they would go. The sizes of GGUF files that do not
+    exist yet are estimates."""
     require_whole(run_folder)
     return _outcome(section, items_of(run_folder, section))
 
 
 def publish_run(run_folder: Path, section: Publish) -> None:
-    """Publish what the section says and leave `publish.json`.
+    """Publish what the section says, and write `publish.json`.
 
     Raises:
         UserError: see `require_whole` and `push`; or the folder cannot be written to.
-        StageError: the connection broke, or a GGUF file is not the model.
+        StageError: the connection broke, or a GGUF file differs from the model.
     """
     if section.hub_model_id:
         require_token(section.hub_model_id)
@@ -97,7 +97,7 @@ def _outcome(section: Publish, items: Sequence[Item]) -> dict[str, Any]:
 
 
 def compared_texts(run_folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Prompts with the model's own answers, as it reads them."""
+    """Prompts with the model's own answers, in its chat format if it has one; without any, a fixed text."""
     samples = run_folder / "samples.jsonl"
     texts = []
     for row in (read_jsonl(samples) if samples.is_file() else [])[:COMPARED]:
@@ -111,8 +111,8 @@ def compared_texts(run_folder: Path, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _copy(items: Sequence[Item], to: str, before: Sequence[str]) -> None:
-    """Put the files into a folder, which appears when it is whole. What was published there `before`, by name, may be
-    replaced. Raises UserError if it holds other files, or cannot be written to."""
+    """Copy the files to a folder, which appears when it is complete. The files `before`, published there earlier, may
+    be replaced. Raises UserError: it holds other files, or cannot be written to."""
     folder = Path(to).expanduser()
     _require_own(folder, to, {*before, *(item.name for item in items)})
     say(f"  to {without_home(to)}")
@@ -133,7 +133,7 @@ def _copy(items: Sequence[Item], to: str, before: Sequence[str]) -> None:
 
 
 def _require_own(folder: Path, shown: str, known: Collection[str]) -> None:
-    """A folder that is there already is replaced as a whole, so it may hold no file but the `known` ones."""
+    """Raises UserError: it is a file, or holds files other than the `known` ones; it is replaced as a whole."""
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file, not a folder", where=shown, advice="choose another `publish.to`")
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]

@@ -1,8 +1,8 @@
 """The recipe file: strict sections, dotted overrides, resolved dump, JSON schema.
 
 A recipe is YAML with one section per stage. Every field is declared once, here or beside the algorithm it belongs to,
-with its type, bounds and meaning; the Python API and the commands take theirs from here. An unknown field is an error
-that names the nearest one; nothing is accepted and then ignored. Fields left out take the method's vetted default
+with its type, bounds and meaning; the Python API and the commands take their parameters from here. An unknown field is
+an error that names the nearest one; nothing is accepted and then ignored. A field left out takes the method's default
 (`Algorithm.defaults`) or the one written here.
 """
 
@@ -50,7 +50,7 @@ _WITH_ALGORITHMS = {
     "load": ("as_dict", "as_recipe", "dump_recipe", "json_schema", "load_recipe", "make_recipe"),
     "recipe": ("Recipe", "RecipeBase"),
 }
-"""Imported when they are used: the commands' flags need none of the methods."""
+"""Names by module, imported on first use: they load every method, which the commands' flags do not need."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""From a recipe's text and overrides to a checked recipe, and back to text; and the schema of all recipes."""
+"""From a recipe's text and overrides to a checked recipe, and back to text; and the JSON schema of recipes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from prefold.recipe.section import describe
 from prefold.recipe.text import apply_override, field_lines, parse_yaml, read_text
 
 OPTIONAL = ("rewards", "rounds", "publish")
-"""Sections that few recipes have."""
+"""Sections that a resolved recipe leaves out if they are empty."""
 EVAL_FRACTION = 0.1
-"""Held out where a recipe says nothing: no run ends without a comparison."""
+"""Share held out where a recipe says nothing about it, since no run ends without a comparison."""
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> RecipeBase:
     """Read a recipe, apply `section.field=value` overrides, fill in the method's defaults and check everything.
 
-    That of a run folder is for this folder, wherever it was before, and its paths lead where they did.
+    The recipe of a run folder is for that folder, even if it was moved, and its paths still lead where they did.
 
     Raises:
         UserError: for the first thing that is wrong, with its field and line.
@@ -50,7 +50,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> RecipeBase:
 
 
 def as_recipe(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> RecipeBase:
-    """A recipe by name, read; one that is read already."""
+    """A recipe as it is, or loaded by its name."""
     if not isinstance(recipe, RecipeBase):
         return load_recipe(str(recipe), overrides)
     if overrides:
@@ -71,7 +71,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe", lines: dict[str, 
 
 
 def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm]) -> dict[str, Any]:
-    """A copy of `values` in which silent fields have the method's vetted defaults."""
+    """A copy of `values` in which the fields left out have the method's defaults."""
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     if isinstance(data := filled.get("data"), dict) and not data.get("eval"):
         data.setdefault("eval_fraction", EVAL_FRACTION)
@@ -88,36 +88,35 @@ def with_defaults(values: dict[str, Any], method: str, algorithm: type[Algorithm
 
 
 def as_dict(recipe: RecipeBase) -> dict[str, Any]:
-    """The resolved recipe as plain values, without sections that the method does not use and without the user's home
-    path."""
+    """The resolved recipe as plain values, without unused sections, and with `~` for the user's home folder."""
     values = recipe.model_dump(mode="json")
     values[recipe.method] = asdict(recipe.algorithm)
     values["rewards"] = [reward.model_dump(mode="json", exclude_none=True) for reward in recipe.rewards]
     if judged := recipe.evaluate.win_rate:
         values["evaluate"]["win_rate"] = judged.model_dump(mode="json", exclude_none=True)
     own = {recipe.method, *(name for name in OPTIONAL if getattr(recipe, name))}
-    idle = {*ALGORITHMS, *OPTIONAL} - own
+    unused = {*ALGORITHMS, *OPTIONAL} - own
     if not recipe.generation.by_servers:
-        idle.add("generation")
-    return {key: _homeless(value) for key, value in values.items() if key not in idle}
+        unused.add("generation")
+    return {key: _with_tilde(value) for key, value in values.items() if key not in unused}
 
 
-def _homeless(value: Any) -> Any:
+def _with_tilde(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _homeless(item) for key, item in value.items()}
+        return {key: _with_tilde(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_homeless(item) for item in value]
+        return [_with_tilde(item) for item in value]
     return without_home(value) if isinstance(value, str) else value
 
 
 def dump_recipe(recipe: RecipeBase, start: Path | None = None) -> str:
-    """The resolved recipe as YAML; with `start`, its relative paths begin there, and become absolute."""
+    """The resolved recipe as YAML; with `start`, its relative paths are made absolute from there."""
     values = as_dict(recipe) if start is None else with_paths_from(start, as_dict(recipe))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def json_schema() -> dict[str, Any]:
-    """Of a recipe, with what every setting of an algorithm means."""
+    """The JSON schema of a recipe, with a description of every setting of the methods."""
     schema: dict[str, Any] = Recipe.model_json_schema()
     for algorithm in ALGORITHMS.values():
         settings = schema["$defs"][algorithm.__name__]["properties"]

@@ -1,4 +1,4 @@
-"""What `prefold pairs` can be told, and what of it goes together."""
+"""The settings of `prefold pairs`, and which of them go together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefold.recipe.rewards import Concurrency, Timeout
 from prefold.recipe.sampling import MaxNewTokens, Sampling, Temperature
 
 JUDGE = "judge"
-"""Among rewards: a chat model decides."""
+"""Among the values of `reward`: a chat model scores the answers."""
 Texts = Annotated[
     list[str], BeforeValidator(lambda value: list(map(str, [value] if isinstance(value, str | Path) else value)))
 ]
@@ -22,7 +22,7 @@ class Pairs(Sampling):
     prompts: Annotated[str, BeforeValidator(str)]
     """A file, folder, built-in set or Hub data set."""
     model: Texts
-    """What answers, as MODEL elsewhere; twice for two models."""
+    """The model that answers, named as MODEL elsewhere; twice for two models."""
     output: Annotated[Path, BeforeValidator(lambda value: Path(value).expanduser())]
     """The file of pairs, .jsonl."""
     reward: Texts = []
@@ -30,35 +30,35 @@ class Pairs(Sampling):
     prefer_first: bool = False
     """No scores: the first model's answer is chosen, the second's rejected."""
     num_completions: int | None = Field(None, gt=0)
-    """Answers per prompt and model. 4; with --prefer-first 1."""
+    """Answers per prompt and model: 4; with --prefer-first 1."""
     min_margin: float = Field(0.0, ge=0)
-    """Least difference of a pair's scores."""
+    """Smallest difference of a pair's scores."""
     max_length_ratio: float | None = Field(None, ge=1)
-    """A pair's longer answer is at most so many times the shorter."""
+    """A pair's longer answer has at most so many times the characters of the shorter."""
     endpoint: Texts = []
-    """Address of an OpenAI-compatible server that has the models; with two models one each, or `local`."""
+    """Address of an OpenAI-compatible server that has the models; with two models, one for each, or `local`."""
     server: Texts = []
-    """Address of a vLLM server that has the model; several share the prompts, which they are sent as token ids."""
+    """Address of a vLLM server that has the model; several share the prompts, which are sent as token ids."""
     judge_endpoint: str | None = None
     """Address of the judge's server."""
     judge_model: str | None = None
-    """The judge."""
+    """The judge's name there."""
     where: str | None = None
     """Condition on a row's columns, as in a recipe."""
     limit: int | None = Field(None, gt=0)
-    """First so many prompts."""
+    """Use only the first so many prompts."""
     name: str | None = None
     """Configuration of a Hub data set."""
     split: str | None = None
     """Split of a built-in set or Hub data set."""
     prompt_column: str | None = None
-    """Column of the prompts, if it is not found."""
+    """Column of the prompts, if it is not recognised."""
     max_new_tokens: MaxNewTokens = 512
     temperature: Temperature = 0.8
     concurrency: Concurrency = 8
     timeout: Timeout = 300.0
     fresh: bool = False
-    """Use no answers and scores of an earlier run."""
+    """Delete the answers and scores of an earlier run first."""
 
     @property
     def answers_per_model(self) -> int:

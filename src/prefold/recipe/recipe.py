@@ -1,4 +1,4 @@
-"""The whole recipe, and what its sections ask of one another."""
+"""The whole recipe, with the checks across its sections."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def _spelt_out(rounds: Any) -> Any:
 
 class RecipeBase(Section):
     method: Literal[tuple(ALGORITHMS)]  # type: ignore[valid-type]
-    """How to align."""
+    """The method of alignment."""
     description: str | None = Field(None, min_length=1)
     """What the model is taught, in a sentence: shown in the terminal, the report and the model card."""
     model: Model
     lora: Lora | Literal["none"] | None = Lora()
-    """LoRA settings, or `none` for full fine-tuning; empty only beside `model.adapter`, which brings its own."""
+    """LoRA settings, or `none` for full fine-tuning. Leave it out with `model.adapter`, which brings its own."""
     data: Data
     rewards: list[Reward] = []
-    """What scores completions, for methods that train on the model's own, and for `rounds`."""
+    """What scores completions, for methods that sample them, and for `rounds`."""
     rounds: Annotated[Rounds | None, BeforeValidator(_spelt_out, json_schema_input_type=int | Rounds | None)] = None
-    """Make the pairs from the model's own answers to the prompts of `data`, in so many rounds."""
+    """Make the pairs from the model's own answers to the prompts of `data`, in this many rounds."""
     generation: Generation = Generation()
-    """Who samples, for methods that train on the model's own completions."""
+    """What samples the completions, for methods that train on the model's own."""
     train: Train = Train()
     guards: Guards = Guards()
     merge: Merge = Merge()
@@ -53,13 +53,13 @@ class RecipeBase(Section):
 
     @property
     def data_kind(self) -> Literal["pairs", "unpaired", "prompts"]:
-        """What the rows of `data` are to be."""
+        """What the rows of `data` have to hold."""
         return "prompts" if self.rounds else self.algorithm.kind.data
 
     @property
     def sampled(self) -> tuple[str, int, int]:
-        """Where completions are yet to be sampled: the field of their longest length, that, and how many of a prompt
-        are trained on at most; else lengths and numbers of 0."""
+        """(field, length, number) where the run samples completions: the field that limits their length, the limit in
+        tokens, and the most completions of a prompt that are trained on; otherwise ("", 0, 0)."""
         if draws := self.algorithm.draws:
             return f"{self.method}.max_completion_length", draws.max_completion_length, draws.num_generations
         return ("rounds.max_new_tokens", self.rounds.max_new_tokens, 2) if self.rounds else ("", 0, 0)
@@ -79,7 +79,7 @@ class RecipeBase(Section):
         if self.lora is None and not self.model.adapter:
             raise ValueError("`lora` is empty; give its fields, `none` for full fine-tuning, or leave it out")
         if self.lora == "none" and (self.model.load_in_4bit or self.model.load_in_8bit):
-            raise ValueError("`lora: none` trains all weights, which quantised ones cannot be; remove one of them")
+            raise ValueError("`lora: none` trains all weights, and quantised weights cannot be; remove one of them")
         if self.publish and "adapter" in self.publish.what and self.lora == "none":
             raise ValueError("`publish.what` has `adapter`, and `lora: none` leaves none; remove one of them")
         for name in ("chat_template", "chat_template_kwargs"):
@@ -89,7 +89,7 @@ class RecipeBase(Section):
 
     @model_validator(mode="after")
     def can_be_sharded(self) -> RecipeBase:
-        lora = self.lora if isinstance(self.lora, Lora) else Lora()
+        lora, kind = self.lora if isinstance(self.lora, Lora) else Lora(), self.algorithm.kind
         barred = {
             "model.load_in_4bit": self.model.load_in_4bit,
             "model.load_in_8bit": self.model.load_in_8bit,
@@ -97,7 +97,8 @@ class RecipeBase(Section):
             "model.chat_template": self.model.chat_template,
             "lora.use_dora": lora.use_dora,
             "lora.modules_to_save": lora.modules_to_save,
-            f"method: {self.method}": ALGORITHMS[self.method].kind.samples or ALGORITHMS[self.method].kind.scores,
+            f"method: {self.method}": kind.scores,
+            f"method: {self.method}` without servers in `generation": kind.samples and not self.generation.by_servers,
         }
         given = [name for name, value in barred.items() if value]
         if self.train.fsdp and given:
@@ -108,9 +109,11 @@ class RecipeBase(Section):
     def servers_can_be_given_the_weights(self) -> RecipeBase:
         settings = self.algorithm
         if not self.generation.by_servers:
-            idle = [name for name in settings.for_servers if getattr(settings, name) != getattr(type(settings), name)]
-            if idle:
-                raise ValueError(f"`{self.method}.{idle[0]}` is for servers, and there are none in `generation`")
+            ignored = [
+                name for name in settings.for_servers if getattr(settings, name) != getattr(type(settings), name)
+            ]
+            if ignored:
+                raise ValueError(f"`{self.method}.{ignored[0]}` is for servers, and there are none in `generation`")
             return self
         if not settings.kind.samples:
             what = f"`generation` would be ignored by `method: {self.method}`, which samples nothing"
@@ -154,10 +157,10 @@ class RecipeBase(Section):
                 f"`{self.method}.beta` compares with the model before training, which full fine-tuning does not keep; "
                 f"set `{self.method}.beta: 0`, or train LoRA"
             )
-        idle = self.evaluate.changed(*Evaluate.model_fields)
-        if idle and self.algorithm.kind.scores:
+        ignored = self.evaluate.changed(*Evaluate.model_fields)
+        if ignored and self.algorithm.kind.scores:
             what = f"would be ignored by {method}, whose model scores answers and gives none; remove it"
-            raise ValueError(f"`evaluate.{idle[0]}` {what}")
+            raise ValueError(f"`evaluate.{ignored[0]}` {what}")
         return self
 
     @model_validator(mode="after")
@@ -166,14 +169,14 @@ class RecipeBase(Section):
         if rounds is None:
             return self
         if self.algorithm.kind != PAIRED:
-            raise ValueError(f"`rounds` make pairs, which `method: {self.method}` does not train on; take dpo, say")
+            raise ValueError(f"`rounds` make pairs, which `method: {self.method}` does not train on; use dpo instead")
         if bool(self.rewards) == bool(rounds.judge):
             what = "`rounds` need something that scores answers" if rounds.judge is None else "answers are scored twice"
             raise ValueError(f"{what}; give `rewards`, or a `judge` in `rounds`")
         if rounds.reference == "base" and not self.algorithm.needs_reference:
             raise ValueError(f"`rounds.reference` would be ignored by `{self.method}`, which has none; remove it")
-        if rounds.votes and (idle := rounds.changed("min_margin", "max_length_ratio")):
-            raise ValueError(f"`rounds.{idle[0]}` would be ignored beside `votes`, which make the pairs; remove it")
+        if rounds.votes and (ignored := rounds.changed("min_margin", "max_length_ratio")):
+            raise ValueError(f"`rounds.{ignored[0]}` would be ignored beside `votes`, which make the pairs; remove it")
         barred = {
             "publish": self.publish and "every round would be published to the same place; publish the best at the end",
             "train.fsdp": self.train.fsdp and "answers are sampled in one process",

@@ -42,7 +42,7 @@ class ExactNumber(Section):
 
 class Repetition(Section):
     ngram_size: int = Field(3, ge=1)
-    """Words of a run."""
+    """Words in an n-gram."""
 
 
 class RewardModel(Section):
@@ -52,38 +52,38 @@ class RewardModel(Section):
 
 class SymbolicEquality(Section):
     seconds: float = Field(5.0, gt=0)
-    """What takes longer to compare counts as different."""
+    """Formulas that take longer to compare count as different."""
 
 
 Timeout = Annotated[float, Field(gt=0, description="Seconds that an endpoint's answer may take.")]
-Concurrency = Annotated[int, Field(gt=0, description="Requests to an endpoint at a time.")]
+Concurrency = Annotated[int, Field(gt=0, description="Concurrent requests to an endpoint.")]
 
 
 def without_password(address: str) -> str:
     if "@" in urlsplit(address).netloc:
-        raise ValueError("holds a password, which would stand in the run folder; put a key in the environment variable")
+        raise ValueError("holds a password, which the run folder would record; put a key in the environment variable")
     return address
 
 
 class AtEndpoint(Section):
     endpoint: Annotated[str, Field(min_length=1), AfterValidator(without_password)]
-    """Its address, e.g. `http://localhost:8000/v1`. A key is read from the environment variable OPENAI_API_KEY."""
+    """Address, e.g. `http://localhost:8000/v1`. A key is read from the environment variable OPENAI_API_KEY."""
     model: str = Field(min_length=1)
-    """The model's name there."""
+    """The chat model's name at the endpoint."""
     timeout: Timeout = 300.0
     concurrency: Concurrency = 8
 
 
 class Criterion(Section):
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")
-    """What it is called in the model's replies, e.g. `correct`."""
+    """Its name in the model's replies, e.g. `correct`."""
     text: str = Field(min_length=1)
     """What a completion has to be or to do."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Its share of the score, relative to the other criteria's."""
 
 
-def _different(criteria: list[Criterion]) -> list[Criterion]:
+def _named_apart(criteria: list[Criterion]) -> list[Criterion]:
     names = [criterion.name for criterion in criteria]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two criteria are called `{twice}`")
@@ -91,8 +91,8 @@ def _different(criteria: list[Criterion]) -> list[Criterion]:
 
 
 class Rubric(AtEndpoint):
-    criteria: Annotated[list[Criterion], Field(min_length=1), AfterValidator(_different)]
-    """What the chat model says yes or no to; the score is the weights of what is met, over the sum of all."""
+    criteria: Annotated[list[Criterion], Field(min_length=1), AfterValidator(_named_apart)]
+    """What the chat model says yes or no to; the score is the weight of the criteria that are met over that of all."""
 
 
 BUILT_IN: dict[str, type[Section]] = {
@@ -110,18 +110,18 @@ BUILT_IN: dict[str, type[Section]] = {
 
 class RewardBase(Section):
     name: str = Field(min_length=1)
-    """A built-in reward; or, with `file`, the function of that name in it."""
+    """A built-in reward; or, with `file`, the name of a function in it."""
     file: str | None = Field(None, min_length=1)
     """A Python file with a reward function."""
     weight: float = Field(1.0, allow_inf_nan=False)
-    """What its numbers are multiplied with before those of all rewards are added."""
+    """Weight of its scores in the sum over all rewards."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What an exception, or anything but a finite number or None, does: `stop` the run and show the completion, or
-    `skip`: the completion has no score of this reward, and is counted."""
+    """What to do if it raises an exception, or returns anything but a finite number or None: `stop` the run and show
+    the completion, or `skip`: the completion has no score of this reward, and is counted."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is given of the built-in reward's own settings."""
+        """The built-in reward's own settings, as far as they are given."""
         own = {name: getattr(self, name) for name in type(self).model_fields if name not in RewardBase.model_fields}
         return {name: value for name, value in own.items() if value is not None}
 
@@ -136,7 +136,7 @@ class RewardBase(Section):
         own = {} if values.get("file") else BUILT_IN[name].model_fields
         known = [*own, *RewardBase.model_fields]
         for key, value in values.items():
-            # A resolved recipe holds the settings of all rewards, empty where they are not this one's.
+            # A dumped reward has the settings of all rewards, empty where they are not its own.
             if key not in known and (value is not None or key not in cls.model_fields):
                 hint = did_you_mean(key, known) or "it has " + (", ".join(own) or "none")
                 raise ValueError(f"`{key}` is not a setting of `{name}`; {hint}")
@@ -163,7 +163,7 @@ def parse_reward(text: str) -> RewardBase:
     """`NAME[:SETTING=VALUE,...]`, `FILE.py:FUNCTION[,weight=...]` or `model:NAME[,weight=...]`.
 
     Raises:
-        UserError: it is none of these, or the reward has not such a setting.
+        UserError: it is none of these, or the reward has no such setting.
     """
     first, *given = re.split(r",(?=\w+=)", text)
     values: dict[str, Any]
@@ -208,10 +208,10 @@ class WinRate(Section):
         ]
         | None
     ) = None
-    """Who judges: a reward as in `rewards`, e.g. `{name: reward_model, model: NAME}`, which prefers the answer that it
-    gives more; or a chat model, `{endpoint: URL, model: NAME}`."""
+    """The judge: a reward as in `rewards`, e.g. `{name: reward_model, model: NAME}`, which prefers the answer with the
+    higher score; or a chat model, `{endpoint: URL, model: NAME}`."""
     votes: str | None = Field(None, min_length=1)
-    """Instead of a judge, people: the file of their votes on the answers of this run, as `prefold ui` writes it."""
+    """Instead of a judge: a file of people's votes on the answers of this run, as `prefold ui` writes it."""
 
     @model_validator(mode="after")
     def somebody_judges(self) -> WinRate:

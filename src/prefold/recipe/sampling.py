@@ -1,4 +1,4 @@
-"""How answers are drawn: what `evaluate`, `generate`, `chat` and `pairs` have in common."""
+"""How answers are sampled: the settings that `evaluate`, `generate`, `chat` and `pairs` share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from prefold.recipe.section import Section
 
 MaxNewTokens = Annotated[int, Field(gt=0, description="Longest answer, in tokens.")]
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False, description="0 is greedy.")]
-MinP = Annotated[float, Field(ge=0, le=1, description="Leave out tokens below this share of the likeliest; 0 is off.")]
+MinP = Annotated[
+    float,
+    Field(ge=0, le=1, description="Leave out tokens below this share of the likeliest one's probability; 0 is off."),
+]
 
 
 class Sampling(Section):
@@ -19,12 +22,12 @@ class Sampling(Section):
     max_new_tokens: MaxNewTokens = 256
     temperature: Temperature = 0.0
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that make up this share."""
+    """Sample from the likeliest tokens that together have this probability."""
     top_k: int = Field(0, ge=0)
-    """Sample from so many likeliest tokens; 0 is off."""
+    """Sample from this many of the likeliest tokens; 0 is off."""
     min_p: MinP = 0.0
     seed: int = Field(42, ge=0)
-    """Of the sampling."""
+    """Seed of the sampling."""
 
 
 class Generate(Sampling):

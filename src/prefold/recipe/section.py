@@ -1,5 +1,4 @@
-"""What all sections of a recipe have in common, and what is wrong with one, in one message: field, line, what was
-expected, what to do."""
+"""The base class of all sections, and validation errors as one message: field, line, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     def changed(self, *names: str) -> list[str]:
-        """Those of these fields that are not at their default."""
+        """Which of these fields differ from their defaults."""
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
 
@@ -42,6 +41,7 @@ HINTS = {
     "push_to_hub": "write `publish: {{hub_model_id: NAME/MODEL}}`",
     "hub_private_repo": "write `publish: {{private: true}}`",
 }
+"""Advice on fields of other tools, and on fields that are often put into the wrong section."""
 _BATCH_FACTORS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 HINTS["gradient_accumulation_steps"] = HINTS["per_device_train_batch_size"]
 
@@ -65,7 +65,7 @@ def describe(
     where: str,
     lines: Mapping[str, int] | None = None,
 ) -> UserError:
-    """Turn pydantic's first finding into one message with field, line, what was expected and what to do."""
+    """Turn pydantic's first error into one message with field, line, what was expected and what to do."""
     errors = invalid.errors()
     error = errors[0]
     path = _field_path(error)
@@ -79,7 +79,7 @@ def describe(
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")
         return UserError(f"`{dotted}`: {message}" if dotted else message, where=where)
-    # A field of several types has one finding for each of them.
+    # pydantic reports a field of several types once for each type.
     expected = dict.fromkeys(_expected(other["msg"]) for other in errors if _field_path(other) == path)
     got = "empty" if error["input"] is None else repr(error["input"])
     return UserError(
@@ -91,7 +91,7 @@ def describe(
 
 
 _BRANCH = re.compile(r"(Lora|int|str|float|none|bool)|(literal\[|list\[|dict\[|function-|judge:).*")
-"""What pydantic puts between the fields of a path: the branch of a union."""
+"""Parts of an error's path that are not fields: there pydantic names the branch of a union."""
 
 
 def _field_path(error: ErrorDetails) -> list[str]:
@@ -132,7 +132,7 @@ def _nearest(path: Sequence[str], section: type[Section], values: Mapping[str, A
 
 
 def section_fields(section: type[Section], path: Sequence[str] = ()) -> dict[str, str]:
-    """Names and meanings of the fields of a section, or of the one that lies in it at `path`."""
+    """Names and descriptions of the fields of a section, or of the section nested in it at `path`."""
     here: Any = section
     for part in path:
         if part.isdigit():
@@ -164,11 +164,11 @@ def all_fields(section: type[Section], path: Sequence[str] = ()) -> Iterator[str
 def with_fields(
     section: type[Section], annotate: Callable[[str, FieldInfo], Any] | None = None
 ) -> Callable[[Function], Function]:
-    """Have a function that ends in `**settings` show the section's fields in its signature, those that it does not
-    inherit first, and their meanings in its docstring.
+    """Give a function that ends in `**settings` a signature with the section's fields, inherited ones last.
 
     Args:
-        annotate: gives a field's annotation by its name; without it the annotation is the field's type.
+        annotate: (name, field) -> the parameter's annotation. Without it, the annotation is the field's type, and the
+            fields' descriptions take the place of `**settings` in the function's docstring.
     """
 
     def decorate(function: Function) -> Function:
@@ -200,5 +200,5 @@ def with_fields(
 
 
 def meaning_of(field: FieldInfo) -> str:
-    """In one line."""
+    """A field's description, in one line."""
     return " ".join((field.description or "").split())

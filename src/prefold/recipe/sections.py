@@ -24,27 +24,27 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: bfloat16 where the device computes in it natively, float16 on older GPUs, float32 else."""
+    """`auto`: bfloat16 where the device computes in it natively, float16 on older GPUs, else float32."""
     attn_implementation: Literal["auto", "trees", "sdpa", "eager"] = "auto"
     """`auto`: trees (each prompt encoded once) if the self-check passes, else plain sdpa; `trees`: fail instead of
     falling back; `sdpa`, `eager`: the plain path with that attention."""
     device_map: str | dict[str, str | int] | None = None
-    """As transformers takes it; unset: the whole model on the training device."""
+    """As in transformers; unset: the whole model on the training device."""
     adapter: str | None = Field(None, min_length=1)
-    """Folder of a LoRA adapter of this model, e.g. another run's `adapter/`: training goes on with it, and the
-    reference is a frozen copy of it. It brings its own LoRA settings, so the section `lora` is left out."""
+    """Folder of a LoRA adapter of this model, e.g. another run's `adapter/`: training continues from it, and the
+    reference is a frozen copy of it. It brings its own LoRA settings, so leave out the section `lora`."""
     reference: Literal["base"] | None = None
-    """With `adapter`: `base` takes the model without the adapter for the reference, in place of the frozen copy."""
+    """With `adapter`: `base` makes the model without the adapter the reference, instead of the frozen copy."""
     chat_template: str | None = None
-    """The chat format that a base model is to learn: `chatml`, or a file FILE.jinja with a template whose tokens the
-    tokenizer has. The rows of its tokens in the embeddings are trained. Unset: the tokenizer's own template."""
+    """The chat format that a base model learns: `chatml`, or a file FILE.jinja with a template whose tokens the
+    tokenizer has. The embedding rows of these tokens are trained. Unset: the tokenizer's own template."""
     chat_template_kwargs: dict[str, Any] = {}
-    """What the chat template is given beside messages, wherever prefold writes them: `{enable_thinking: false}`,
-    `{date_string: 30 Jun 2025}`. A row's own go before these. `strftime_now: 2025-06-30` fixes the day that a template
+    """Arguments of the chat template, wherever prefold applies it: `{enable_thinking: false}`,
+    `{date_string: 30 Jun 2025}`. A row's own take precedence. `strftime_now: 2025-06-30` fixes the date that a template
     writes as today's."""
     load_in_4bit: bool = False
-    """Train over weights that are held in 4 bits (QLoRA). The adapter is merged into the unquantised weights, and they
-    are what is evaluated."""
+    """Train an adapter over weights held in 4 bits (QLoRA). It is merged into the unquantised weights, and the result
+    is what is evaluated."""
     load_in_8bit: bool = False
     """The same in 8 bits."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
@@ -52,12 +52,12 @@ class Model(Section):
     bnb_4bit_use_double_quant: bool | None = None
     """Quantise the scales of 4-bit weights as well, which saves 0.4 bits per weight; unset: `false`."""
     bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """What 4-bit weights are unpacked to for each product; unset: `auto`, that of `dtype`."""
+    """The dtype that 4-bit weights are dequantised to for each product; unset: `auto`, the same as `dtype`."""
 
     @model_validator(mode="before")
     @classmethod
     def four_bits_are_spelt_out(cls, values: Any) -> Any:
-        """With 4-bit weights the unset settings take their values here, so that the resolved recipe names them."""
+        """With 4-bit weights, fill in the settings left unset, so that the resolved recipe names them."""
         if not isinstance(values, dict) or not values.get("load_in_4bit"):
             return values
         given = {name: value for name, value in values.items() if value is not None or name not in FOUR_BITS}
@@ -66,7 +66,7 @@ class Model(Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def the_date_is_one(cls, keywords: dict[str, Any]) -> dict[str, Any]:
-        """As text, whether YAML took it for a date or not."""
+        """Normalise `strftime_now` to text, since YAML reads a bare date as a date."""
         if "strftime_now" not in keywords:
             return keywords
         try:
@@ -81,25 +81,26 @@ class Model(Section):
             raise ValueError("give either `load_in_4bit` or `load_in_8bit`, not both")
         if self.reference and not self.adapter:
             raise ValueError("`reference` would be ignored without `adapter`: the base is the reference then")
-        idle = [name for name in FOUR_BITS if getattr(self, name) is not None]
-        if idle and not self.load_in_4bit:
-            raise ValueError(f"`{idle[0]}` would be ignored without `load_in_4bit: true`")
+        ignored = [name for name in FOUR_BITS if getattr(self, name) is not None]
+        if ignored and not self.load_in_4bit:
+            raise ValueError(f"`{ignored[0]}` would be ignored without `load_in_4bit: true`")
         if self.chat_template not in (None, "chatml") and not str(self.chat_template).endswith(".jinja"):
             raise ValueError(f"`chat_template` is `{self.chat_template}`; write `chatml`, or name a file FILE.jinja")
         return self
 
     def whole(self, folder: Path) -> Model:
-        """These settings for what has become of the model: whole weights in a folder, with their chat format."""
+        """The settings for a folder of full weights that this model was trained to: without adapter, quantisation and
+        chat template."""
         kept = ("dtype", "attn_implementation", "device_map", "chat_template_kwargs")
         return Model(name=str(folder), **{name: getattr(self, name) for name in kept})
 
 
 FOUR_BITS = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "auto"}
-"""What the settings of 4-bit weights are where they are left out."""
+"""Defaults of the settings of 4-bit weights."""
 
 
 class Lora(Section):
-    """Field names and meanings are those of peft's `LoraConfig`."""
+    """Fields are those of peft's `LoraConfig`."""
 
     r: int = Field(16, gt=0)
     """Rank of the update."""
@@ -112,13 +113,14 @@ class Lora(Section):
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r, so that high ranks learn as fast as low ones."""
     use_dora: bool = False
-    """Train the length of every output's weights beside their direction (DoRA): slower, often better at low ranks."""
+    """Train the magnitude of each output's weights apart from their direction (DoRA): slower, often better at low
+    ranks."""
     modules_to_save: list[str] = []
     """Modules that are trained and saved whole beside LoRA, by name, e.g. `[lm_head]`."""
 
 
 class Rows(Section):
-    """Where rows are read from, and which of them."""
+    """Where rows are read from, and which rows."""
 
     path: str = Field(min_length=1)
     """A file (.jsonl, .json, .csv, .parquet; the first three also .gz, .bz2, .xz or .zst), a folder or a glob of files,
@@ -144,20 +146,21 @@ class Rows(Section):
 
 class Source(Rows):
     columns: dict[str, str] | None = None
-    """Columns that have other names than those of a known shape, or a path into one: `{prompt: input.question}`."""
+    """Names of columns where they differ from those of a known layout, or paths into a column:
+    `{prompt: input.question}`."""
     values: Values | None = None
     """What the values of the vote or label column mean: `{first: "< 0", second: "> 0", tie: 0}`."""
     weight: float | None = Field(None, gt=0)
     """Share of the rows, relative to the other sources that have a weight. The mixture is the largest one that keeps
     these proportions without repeating a row; the rows are drawn by `train.seed`."""
     count: int | float | None = Field(None, gt=0)
-    """Number of rows, or below 1 their share, drawn by `train.seed`."""
+    """Number of rows, or a share of them below 1, drawn by `train.seed`."""
     pairs_from: Literal["best_worst", "adjacent", "all"] | None = None
-    """Which pairs are made of rows that rank several answers: the best against the worst (`best_worst`; of equal
-    ones, the first), each against the next one in the order (`adjacent`), or every two (`all`). Equal ratings make no
-    pair. Unset: `best_worst`; where a row has lists of chosen and of rejected answers, each against each."""
+    """Which pairs are made of a row that ranks several answers: the best against the worst (`best_worst`; of equals,
+    the first), each against the next in order (`adjacent`), or every two (`all`). Equal ratings make no pair. Unset:
+    `best_worst`; where a row has lists of chosen and of rejected answers, each chosen one against each rejected one."""
     min_margin: float | None = Field(None, gt=0)
-    """Pairs of a ranking whose ratings differ by less are left out; ranks count 1 from each to the next."""
+    """Pairs of a ranking whose ratings differ by less are left out; neighbouring ranks differ by 1."""
 
     @model_validator(mode="after")
     def one_way_to_choose_rows(self) -> Source:
@@ -185,28 +188,28 @@ class Data(Section):
     eval: list[Source] = []
     """Where the held-out pairs come from; or set `eval_fraction`."""
     eval_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of the training rows to hold out, equal prompts on one side. 0.1 where neither this nor `eval` is given."""
+    """Share of the training rows to hold out, equal prompts on one side; 0.1 if neither this nor `eval` is given."""
     shuffle: bool = False
-    """Shuffle the examples of all sources together by `train.seed`. Each epoch of training draws an order anyway."""
+    """Shuffle the examples of all sources together by `train.seed`. Training shuffles each epoch anyway."""
     duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
-    """What happens to a repeated pair: `drop_exact` leaves out those that are the same word for word,
-    `drop_near` also those whose prompt, chosen and rejected each share 0.8 of their runs of 5 words with an earlier
-    pair's."""
+    """What happens to a repeated pair: `drop_exact` leaves out those that are the same word for word, `drop_near` also
+    those whose prompt, chosen and rejected each share 0.8 of their runs of 5 words with an earlier pair's (Jaccard
+    similarity)."""
     decisions: str | None = Field(None, min_length=1)
-    """File of decisions about single rows, which `prefold ui` writes: rows that are left out, and pairs whose answers
-    change sides. The rows are checked to be those that were meant."""
+    """File of decisions about single rows, which `prefold ui` writes: rows to leave out, and pairs whose answers change
+    sides. Each row is checked to be the one that was decided about."""
     decontaminate: list[Benchmark] = []
-    """Texts to be evaluated on: training pairs that hold 13 words of one in a row, or a shorter one whole, are left
+    """Texts of benchmarks: training pairs that contain 13 words in a row of one, or all of a shorter one, are left
     out."""
     system: str | None = None
-    """System message put before each prompt; a row that brings another one is left out."""
+    """System message before each prompt; a row with another one is left out."""
     template: Literal["chat", "none"] = "chat"
-    """How messages become text: by the model's chat template, or `none`: a prompt and its answer as they are, with the
-    tokenizer's BOS token before and its EOS token behind them."""
+    """How messages become text: by the model's chat template, or `none`: a prompt and its answer as they are, between
+    the tokenizer's BOS and EOS tokens."""
     max_length: int = Field(1024, gt=1)
     """Tokens of prompt and completion together; of the prompt alone where completions are sampled."""
     max_prompt_length: int | None = Field(None, gt=0)
-    """Tokens that `overlong: truncate_prompt` leaves of a prompt; unset: what fits beside the longer completion."""
+    """Tokens that `overlong: truncate_prompt` keeps of a prompt; unset: what fits beside the longer completion."""
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
     """What happens to a pair that is longer than `max_length`."""
     bad_rows: Literal["drop", "error"] = "drop"
@@ -225,12 +228,12 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Written down, since reading them from transformers takes seconds.
+# Listed here, since importing them from transformers takes seconds.
 SCHEDULERS = _names("""
     constant constant_with_warmup cosine cosine_warmup_with_min_lr cosine_with_min_lr cosine_with_restarts inverse_sqrt
     linear polynomial warmup_stable_decay
 """)
-"""transformers' schedules, without the two that follow a metric which training on steps does not have."""
+"""transformers' schedules, except the two that follow a held-out metric at every step."""
 OPTIMIZERS = _names("""
     adafactor adagrad adamw_8bit adamw_anyprecision adamw_bnb_8bit adamw_torch adamw_torch_4bit adamw_torch_8bit
     adamw_torch_fused adamw_torch_npu_fused adamw_torch_xla ademamix ademamix_8bit grokadamw lion_32bit lion_8bit
@@ -239,11 +242,11 @@ OPTIMIZERS = _names("""
 """)
 """transformers' optimizers that work here."""
 UNUSABLE = {
-    "galore": "works on modules that `optim_target_modules` names, which a recipe cannot",
-    "apollo": "works on modules that `optim_target_modules` names, which a recipe cannot",
-    "lomo": "changes weights amid the backward pass, and a step here has several",
-    "adalomo": "changes weights amid the backward pass, and a step here has several",
-    "schedule_free": "keeps other weights for training than for use, and nothing here changes from one to the other",
+    "galore": "needs `optim_target_modules`, which recipes do not have",
+    "apollo": "needs `optim_target_modules`, which recipes do not have",
+    "lomo": "changes weights during the backward pass, and a step here has several",
+    "adalomo": "changes weights during the backward pass, and a step here has several",
+    "schedule_free": "trains on other weights than it evaluates, and nothing here switches between them",
 }
 """Optimizers of transformers that cannot work here, by the beginning of their names."""
 
@@ -253,7 +256,7 @@ def _unusable(optimizer: str) -> str:
 
 
 def in_steps(value: int | float, steps: int) -> int:
-    """A number of steps, or what a share below 1 of all these steps comes to, as transformers rounds it."""
+    """`value` as a number of steps: below 1 it is a share of all `steps`, rounded up as in transformers."""
     return math.ceil(value * steps) if value < 1 else int(value)
 
 
@@ -261,11 +264,10 @@ Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 
 
 class Train(Section):
-    """Field names and meanings are those of transformers' `TrainingArguments`, but for `batch_size` and
-    `max_tokens`."""
+    """Fields are those of transformers' `TrainingArguments`, except `batch_size` and `max_tokens`."""
 
     learning_rate: float = Field(5e-5, gt=0)
-    """The highest rate, after warm-up."""
+    """Peak learning rate, reached after warm-up."""
     batch_size: int = Field(16, gt=0)
     """Pairs (or prompts) per optimizer step, over all devices."""
     num_train_epochs: float = Field(1.0, gt=0)
@@ -275,49 +277,49 @@ class Train(Section):
     max_tokens: int | Literal["auto"] = "auto"
     """Token budget of a micro-batch: how much is computed at once. It changes speed and memory, never the numbers."""
     warmup_steps: int | float = Field(0, ge=0)
-    """Optimizer steps in which the rate rises from 0, or below 1 their share of all steps, rounded up."""
+    """Optimizer steps in which the learning rate rises from 0; below 1, a share of all steps, rounded up."""
     lr_scheduler_type: str = "linear"
-    """How the rate goes on after warm-up, by transformers' names: `linear`, `cosine`, `constant`, ..."""
+    """Learning rate schedule after warm-up, by transformers' name: `linear`, `cosine`, `constant`, ..."""
     lr_scheduler_kwargs: dict[str, Any] = {}
-    """Settings of that schedule, as transformers takes them."""
+    """Arguments of that schedule, as in transformers."""
     optim: str = "adamw_torch"
-    """The optimizer, by transformers' names: `adamw_torch`, `adamw_bnb_8bit`, `paged_adamw_32bit`, ..."""
+    """The optimizer, by transformers' name: `adamw_torch`, `adamw_bnb_8bit`, `paged_adamw_32bit`, ..."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of the optimizer."""
+    """The optimizer's weight decay."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the optimizer's first moment."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     """Decay of its second moment."""
     adam_epsilon: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
     fsdp: bool = False
-    """Shard the model over all processes (FSDP2): each holds a part of every weight, and fetches the others' while it
-    computes. For models of which a device cannot hold a copy."""
+    """Shard the model over all processes (FSDP2): each holds a part of every weight, and gathers the rest while it
+    computes. For models too large for one device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(42, ge=0)
-    """Of the data order, the initialisation of LoRA and of a reward model's head, and dropout."""
+    """Seed of the data order, the initialisation of LoRA and of a reward model's head, and dropout."""
     save_steps: int | float = Field(50, gt=0)
-    """Optimizer steps between checkpoints, or below 1 their share of all steps, rounded up."""
+    """Optimizer steps between checkpoints; below 1, a share of all steps, rounded up."""
     save_total_limit: int = Field(2, gt=0)
     """Checkpoints kept."""
     eval_steps: int | float | None = Field(None, gt=0)
-    """Optimizer steps between measurements of the held-out data while training, or below 1 their share of all steps;
-    unset: none are made."""
+    """Optimizer steps between measurements on the held-out data; below 1, a share of all steps, rounded up. Unset:
+    nothing is measured during training."""
     metric_for_best_model: str | None = None
     """A held-out metric, such as `loss` or `rewards/margins`, by which checkpoints are compared."""
     greater_is_better: bool | None = None
     """Unset: yes, unless the metric's name ends in `loss`."""
     load_best_model_at_end: bool = False
-    """Go on with the best checkpoint instead of the last; `loss` decides unless `metric_for_best_model` is given."""
+    """Continue with the best checkpoint instead of the last; `loss` decides unless `metric_for_best_model` is given."""
     early_stopping_patience: int | None = Field(None, gt=0)
-    """Measurements in a row without a better metric after which training ends."""
+    """Training ends after this many measurements in a row without a better metric."""
     report_to: list[Tracker] = []
     """Trackers that get every step's metrics."""
     project: str = "prefold"
-    """What the trackers call the group of runs: project, or experiment."""
+    """The project (in MLflow, the experiment) of the run in the trackers."""
     run_name: str | None = None
     """Name of the run in the trackers; unset: the name of the run folder."""
 
@@ -338,9 +340,9 @@ class Train(Section):
         if given and self.eval_steps is None:
             raise ValueError(f"`{given[0]}` needs held-out metrics while training; set `eval_steps`")
         best = self.metric_for_best_model or self.load_best_model_at_end
-        idle = [name for name in ("greater_is_better", "early_stopping_patience") if name in given and not best]
-        if idle:
-            raise ValueError(f"`{idle[0]}` needs a `metric_for_best_model`")
+        ignored = [name for name in ("greater_is_better", "early_stopping_patience") if name in given and not best]
+        if ignored:
+            raise ValueError(f"`{ignored[0]}` needs a `metric_for_best_model`")
         return self
 
     @model_validator(mode="after")
@@ -359,18 +361,19 @@ def _server(url: str) -> str:
 
 
 class Generation(Section):
-    """What writes the completions that are trained on. May be changed while a run is under way."""
+    """What samples the completions that are trained on, and those that `evaluate` measures. May be changed when a run
+    is continued."""
 
     engine: Literal["prefold", "vllm"] = "prefold"
-    """`prefold`: the model itself, where it is trained; `vllm`: servers that are given its weights at every step."""
+    """`prefold`: the training process itself; `vllm`: servers, which get the new weights at every step."""
     urls: list[Annotated[str, AfterValidator(_server)]] = []
     """Addresses of the servers, e.g. `[http://gpu-1:8000/v1, http://gpu-2:8000/v1]`. A key is read from the environment
     variable VLLM_API_KEY."""
     adapter_folder: str | None = Field(None, min_length=1)
-    """Where the weights of a step are put for the servers: a folder that they reach by the same path; unset: `served/`
-    in the run folder."""
+    """Folder through which the servers get the weights, reached by them under the same path; unset: `served/` in the
+    run folder."""
     concurrency: int = Field(64, gt=0)
-    """Requests to each server at a time, with all completions of a prompt in each."""
+    """Concurrent requests to each server, each for all completions of a prompt."""
     timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that the completions of a prompt may take."""
 
@@ -382,9 +385,9 @@ class Generation(Section):
     def servers_are_named(self) -> Generation:
         if self.by_servers and not self.urls:
             raise ValueError("`engine: vllm` needs the servers' addresses, e.g. `urls: [http://localhost:8000/v1]`")
-        idle = self.changed("urls", "adapter_folder", "concurrency", "timeout")
-        if idle and not self.by_servers:
-            raise ValueError(f"`{idle[0]}` would be ignored without `engine: vllm`")
+        ignored = self.changed("urls", "adapter_folder", "concurrency", "timeout")
+        if ignored and not self.by_servers:
+            raise ValueError(f"`{ignored[0]}` would be ignored without `engine: vllm`")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("`urls` names a server twice")
         return self
@@ -396,9 +399,9 @@ Acts = Literal["off", "warn", "stop", "roll_back", "lower_rate"]
 
 
 class Guards(Section):
-    """What follows when training goes wrong: `off`: not looked for; `warn`: said once, and reported; `stop`: the run
-    ends and keeps its checkpoints; `roll_back`: back to the last checkpoint, and on at half the rate; `lower_rate`: on
-    at half the rate. May be changed while a run is under way."""
+    """What happens when training goes wrong: `off`: nothing; `warn`: it is reported, once; `stop`: the run ends and
+    keeps its checkpoints; `roll_back`: it continues from the last checkpoint at half the learning rate; `lower_rate`:
+    it continues at half the learning rate. May be changed when a run is continued."""
 
     not_finite: Literal["stop", "roll_back"] = "stop"
     """Loss or gradient is NaN or infinite; the rows of the step are shown."""
@@ -413,7 +416,7 @@ class Guards(Section):
     held_out_falling: Acts = "warn"
     """The margin on held-out pairs falls (with `train.eval_steps`)."""
     kl_running_off: Acts = "warn"
-    """The model moves far away from the reference."""
+    """The policy moves far away from the reference."""
     equal_rewards: Stops = "warn"
     """All completions of each prompt get the same reward."""
     cut_off: Stops = "warn"
@@ -430,38 +433,38 @@ class Guards(Section):
 
 class Merge(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: the dtype that was trained in."""
+    """`auto`: the dtype of training."""
 
 
 class Evaluate(Sampling):
     tasks: list[str] = []
-    """What to ask before and after: suites (`open_llm_leaderboard`, `nous`), tasks and groups of
-    lm-evaluation-harness, the built-in `everyday_facts`, and tasks of your own, all by name."""
+    """Tasks to run before and after training, by name: suites (`open_llm_leaderboard`, `nous`), tasks and groups of
+    lm-evaluation-harness, the built-in `everyday_facts`, and tasks of your own."""
     include_path: str | None = Field(None, min_length=1)
     """Folder of YAML files in the harness's format, with tasks of your own."""
     limit: int | None = Field(None, gt=0)
-    """Questions of each task, the first ones; unset: all."""
+    """Use only the first so many questions of each task; unset: all."""
     num_fewshot: int | None = Field(None, ge=0)
-    """Examples before each question, for tasks that are not named by a suite and have no fixed number; unset: each
-    task's own."""
+    """Few-shot examples before each question, for tasks that no suite names and that have no fixed number; unset: each
+    task's own number."""
     apply_chat_template: bool = False
-    """Ask the tasks as chat messages; off, as most published scores are."""
+    """Ask the questions as chat messages; off, as for most published scores."""
     prompts: int | list[str] = 8
     """How many held-out prompts are answered before and after, or the prompts themselves."""
     max_new_tokens: MaxNewTokens = 96
     num_answers: int = Field(1, gt=0)
     """Answers per prompt and model."""
     compare_with: list[str] = []
-    """Other models, by any name that `model.name` can have, and run folders, that are asked the tasks as well. They are
-    compared with the model before training."""
+    """Other models, named as in `model.name`, and run folders, to run the tasks on as well. They are compared with the
+    model before training."""
     win_rate: WinRate | None = None
-    """Have a judge, or people's votes, say which answer to each prompt is better, the one before or the one after."""
+    """Let a judge, or people's votes, decide whether the answer to each prompt is better before or after training."""
 
     @model_validator(mode="after")
     def tasks_are_asked(self) -> Evaluate:
-        idle = self.changed("include_path", "limit", "num_fewshot", "apply_chat_template")
-        if idle and not self.tasks:
-            raise ValueError(f"`{idle[0]}` is for `tasks`, and there are none")
+        ignored = self.changed("include_path", "limit", "num_fewshot", "apply_chat_template")
+        if ignored and not self.tasks:
+            raise ValueError(f"`{ignored[0]}` is for `tasks`, and there are none")
         if self.compare_with and not self.tasks:
             raise ValueError("`compare_with` asks other models the `tasks`, and there are none")
         return self
@@ -470,8 +473,8 @@ class Evaluate(Sampling):
     def sampling_is_used(self) -> Evaluate:
         if isinstance(self.prompts, int) and self.prompts < 0:
             raise ValueError("`prompts` must be a count of 0 or more, or a list of prompts")
-        if self.temperature == 0 and (idle := self.changed("top_p", "top_k", "min_p", "num_answers")):
-            what = ", ".join(f"`{name}`" for name in idle)
+        if self.temperature == 0 and (ignored := self.changed("top_p", "top_k", "min_p", "num_answers")):
+            what = ", ".join(f"`{name}`" for name in ignored)
             raise ValueError(f"{what} would change nothing at temperature 0; set `temperature`")
         if self.win_rate and not self.prompts:
             raise ValueError("`win_rate` judges the answers to `prompts`, and there are none")
@@ -480,32 +483,32 @@ class Evaluate(Sampling):
 
 class Rounds(Section):
     """Train on the model's own answers, round after round: it answers every prompt, the answers are scored, the best is
-    trained against the worst, and the model that comes out answers again."""
+    trained against the worst, and the trained model answers again."""
 
     number: int = Field(gt=0)
-    """How many rounds at most. A round that did not make the model better is the last."""
+    """Maximum number of rounds; the first that does not improve the model is the last."""
     num_completions: int = Field(4, gt=1)
     """Answers to each prompt."""
     max_new_tokens: MaxNewTokens = 256
     temperature: float = Field(0.8, gt=0, allow_inf_nan=False)
-    """At 0 all answers to a prompt would be the same."""
+    """Sampling temperature; at 0 all answers to a prompt would be the same."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that make up this share."""
+    """Sample from the likeliest tokens that together have this probability."""
     top_k: int = Field(0, ge=0)
-    """Sample from so many likeliest tokens; 0 is off."""
+    """Sample from this many of the likeliest tokens; 0 is off."""
     min_p: MinP = 0.0
     min_margin: float = Field(0.0, ge=0)
-    """Least difference of a pair's scores."""
+    """Smallest difference of a pair's scores."""
     max_length_ratio: float | None = Field(None, ge=1)
-    """A pair's longer answer is at most so many times the shorter."""
+    """A pair's longer answer has at most so many times the characters of the shorter."""
     reference: Literal["last", "base"] = "last"
-    """What the policy of a round is compared with: the model that the `last` round left, which it starts from, or the
-    `base`, which the first round starts from."""
+    """The reference of each round: the model that it starts from, which the `last` round left, or the `base`, which the
+    first round starts from."""
     judge: EndpointJudge | None = None
-    """Who scores the answers in place of `rewards`: a chat model, which is shown every two of them."""
+    """A chat model that scores the answers in place of `rewards`, comparing every two of them."""
     votes: str | None = Field(None, min_length=1)
-    """Folder of people's votes, `1.jsonl` of the first round, and so on: they make the pairs, and the scores compare
-    the models. A round writes what is to be voted on, and ends there as long as its votes are not there."""
+    """Folder of people's votes, `1.jsonl` for the first round, and so on: they make the pairs, and the scores only
+    compare the models. A round without its file of votes writes what to vote on, and stops."""
 
 
 GgufKind = Literal["F16", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"]
@@ -513,26 +516,26 @@ HUB_MODEL_ID = r"[A-Za-z0-9][\w.-]{0,94}/[A-Za-z0-9][\w.-]{0,94}"
 
 
 class Publish(Section):
-    """Where the result goes. The token of the Hub is never written here: `hf auth login` or HF_TOKEN."""
+    """Where the result goes. The Hub's token is never written here: use `hf auth login` or HF_TOKEN."""
 
     hub_model_id: str | None = Field(None, pattern=f"^{HUB_MODEL_ID}$")
     """The repository to push to, NAME/MODEL; created if it does not exist."""
     to: str | None = Field(None, min_length=1)
-    """A folder to put the files into, instead or as well."""
+    """A folder to write the files to, instead of the Hub or as well."""
     what: list[Literal["merged", "adapter", "gguf"]] = Field(["merged"], min_length=1)
     """`merged`: the whole model; `adapter`: the LoRA weights; `gguf`: files for llama.cpp."""
     gguf: list[GgufKind] | None = Field(None, min_length=1)
     """Which GGUF files, e.g. `[F16, Q4_K_M]`; the kinds with a K need llama.cpp's `llama-quantize`. Unset: `[Q8_0]`."""
     private: bool = True
-    """Whether a repository that is created is private. A public one is not pushed to while this is set."""
+    """Create the repository as a private one, and refuse to push to a public one."""
     tags: list[str] = []
-    """Tags of the model card, beside its own."""
+    """Tags of the model card, in addition to its own."""
     branch: str | None = Field(None, min_length=1)
     """Branch to push to, created if it does not exist; unset: `main`."""
     create_pr: bool = False
     """Open a pull request instead of pushing to `main`."""
     commit_message: str | None = Field(None, min_length=1)
-    """Unset: which method and which base."""
+    """Unset: the method and the base model."""
     checkpoints: bool = False
     """Push the weights of every checkpoint too, to the repository's branch `checkpoints`; training waits meanwhile. A
     push that fails is reported, and the run continues."""
@@ -550,9 +553,9 @@ class Publish(Section):
             raise ValueError("give `hub_model_id`, the Hub repository to push to, or `to`, a folder")
         if self.gguf and "gguf" not in self.what:
             raise ValueError("`gguf` would be ignored: `what` does not have `gguf`")
-        idle = self.changed("branch", "create_pr", "commit_message", "checkpoints")
-        if idle and not self.hub_model_id:
-            raise ValueError(f"`{idle[0]}` would be ignored without `hub_model_id`")
+        ignored = self.changed("branch", "create_pr", "commit_message", "checkpoints")
+        if ignored and not self.hub_model_id:
+            raise ValueError(f"`{ignored[0]}` would be ignored without `hub_model_id`")
         if self.branch and self.create_pr:
             raise ValueError("a pull request is opened against `main`; remove `branch` or `create_pr`")
         return self

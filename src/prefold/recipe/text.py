@@ -1,4 +1,4 @@
-"""Recipes as text: where they lie, and their YAML."""
+"""Recipes as text: where they are found, and their YAML."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `section.field=value` in place; numbers in the path are places in a list."""
+    """Set one `section.field=value` in place; numbers in the path are indices of a list."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError("not an override", where=override, expected="section.field=value, e.g. `train.max_steps=10`")
@@ -115,5 +115,5 @@ def read_text(name: str) -> tuple[str, str]:
 
 
 def first_comment(name: str) -> str:
-    """What a built-in recipe says of itself in its first line."""
+    """The description of a built-in recipe, which is its first line."""
     return read_text(name)[0].splitlines()[0].lstrip("# ")

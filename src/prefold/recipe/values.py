@@ -1,7 +1,7 @@
 """`values:` of a source: what the cells of its vote or label column mean.
 
-A meaning is given by a value, a list of values, or a condition in text: `-1`, `[A, model_a]`, `"< 0"`. Numbers are
-equal to the texts that .csv files make of them, and texts are compared without regard to case.
+A meaning is given by a value, a list of values, or a condition in text: `-1`, `[A, model_a]`, `"< 0"`. A number equals
+the text that a .csv file has for it, and texts are compared without regard to case.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Value = bool | int | float | str
 _CONDITION = re.compile(r"\s*(<=|>=|<|>)(.*)", re.DOTALL)
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _LONGEST_NUMBER = 24
+"""Characters; a longer text is no number."""
 
 
 class Values(Section):
@@ -29,11 +30,11 @@ class Values(Section):
     second: Value | list[Value] | None = None
     """Votes for the second answer."""
     tie: Value | list[Value] | None = None
-    """Votes for neither, and labels that say nothing."""
+    """Votes for neither answer, and labels that say nothing."""
     desirable: Value | list[Value] | None = None
     """Labels of answers that are wanted."""
     undesirable: Value | list[Value] | None = None
-    """Labels of answers that are not."""
+    """Labels of answers that are not wanted."""
 
     @property
     def of_votes(self) -> bool:
@@ -41,24 +42,28 @@ class Values(Section):
 
     @property
     def signed(self) -> bool:
-        """Whether numbers below 0 are for one answer and numbers above 0 for the other, so that their size is by how
-        much."""
+        """Whether numbers below 0 vote for one answer and those above 0 for the other, so that their size is by how
+        much it is preferred."""
         sides = [{self.meaning_of(point) for point in self._points() if sign * point > 0} for sign in (1, -1)]
         sides = [side - {None, "tie"} for side in sides]
         return self.of_votes and len(sides[0]) == len(sides[1]) == 1 and sides[0] != sides[1]
 
     def meaning_of(self, cell: Any) -> str | None:
-        """The name of the field that a cell belongs to; None where none names it."""
+        """The name of the field whose values include the cell; None if there is none."""
         return next((name for name, value in self._named() if _is_named(value, cell)), None)
 
     def _named(self) -> list[tuple[str, Value]]:
-        """Each value with the field that it is in."""
+        """(field, value) for every value of every field."""
         given = {name: getattr(self, name) for name in type(self).model_fields}
-        listed = {name: it if isinstance(it, list) else [it] for name, it in given.items() if it is not None}
-        return [(name, value) for name, values in listed.items() for value in values]
+        return [
+            (name, value)
+            for name, values in given.items()
+            if values is not None
+            for value in (values if isinstance(values, list) else [values])
+        ]
 
     def _points(self) -> list[float]:
-        """Numbers of which one lies in each range that the values tell apart."""
+        """Numbers, at least one in each range that the values distinguish."""
         bounds = sorted({bound for _, value in self._named() if (bound := _bound(value)) is not None})
         between = [(low + high) / 2 for low, high in pairwise(bounds)]
         return [*bounds, *between, bounds[0] - 1, bounds[-1] + 1] if bounds else []

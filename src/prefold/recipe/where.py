@@ -1,13 +1,13 @@
 """`where:` of a source: a condition over a row's columns -> keep the row or not.
 
-The condition is written in Python's syntax and never run as Python: its tree is translated piece by piece, and what is
-not listed here is refused.
+The condition is written in Python's syntax and never run as Python: its syntax tree is translated node by node, and
+unsupported nodes are refused.
 
     rating >= 5 and in_gsm8k_train == false
     0.2 < margin <= 0.9 or source in ["arc", "gsm8k"]
     len(chosen[-1].content) > 0 and not lower(column("model-name")) == "gpt-4"
 
-Names that Python could not read, or reads as its own (`from`, `is`), are written `column("from")`.
+Names that are no identifiers of Python, or its keywords (`from`, `is`), are written `column("from")`.
 
 Values are those of JSON: numbers, strings, `true`, `false`, `null`, lists. A comparison with a missing or null value is
 false; `x == null` and `x != null` ask for it. Comparing values of two types fails for that row instead of being
@@ -39,7 +39,7 @@ class Mismatch(Exception):
 
 
 class Where:
-    """A condition, ready to be asked about rows.
+    """A condition, ready to be called with rows.
 
     Raises:
         WhereError: the text is no condition; the message says at which character.
@@ -62,7 +62,7 @@ class Where:
         return _truth(self._condition(row), self._text)
 
     def require_known_columns(self, source: str) -> None:
-        """After all rows were asked about: no column may have been missing in every one of them.
+        """Check, after the condition was called with all rows, that no column was missing from every one of them.
 
         Raises:
             UserError: for the first that was, with the nearest name.
@@ -91,23 +91,23 @@ class Where:
                 inner = self._translate(operand)
                 return lambda row: not _truth(inner(row), ast.unparse(operand))
             case ast.BoolOp(op=op, values=values):
-                parts_of_it = [(self._translate(value), value) for value in values]
+                operands = [(self._translate(value), value) for value in values]
                 decide = all if isinstance(op, ast.And) else any
-                return lambda row: decide(_truth(inner(row), ast.unparse(value)) for inner, value in parts_of_it)
+                return lambda row: decide(_truth(inner(row), ast.unparse(value)) for inner, value in operands)
             case ast.Compare(left=left, ops=ops, comparators=comparators):
                 return self._comparison([left, *comparators], ops)
         raise self._refused(node)
 
     def _comparison(self, nodes: Sequence[ast.expr], ops: Sequence[ast.cmpop]) -> Evaluate:
-        """`a < b <= c` holds where each neighbouring two do."""
+        """`a < b <= c` holds if both `a < b` and `b <= c` do."""
         values = [self._translate(node) for node in nodes]
         links = []
         for index, op in enumerate(map(type, ops)):
-            beside = nodes[index : index + 2]
-            of_null = any(ast.unparse(node) in ("None", "null") for node in beside)
-            if op not in _NULL_TESTS and (of_null or op in (ast.Is, ast.IsNot)):
+            pair = nodes[index : index + 2]
+            with_null = any(ast.unparse(node) in ("None", "null") for node in pair)
+            if op not in _NULL_TESTS and (with_null or op in (ast.Is, ast.IsNot)):
                 raise self._refused(nodes[index + 1])
-            compare = _NULL_TESTS[op] if of_null else partial(_compared, op, " and ".join(map(ast.unparse, beside)))
+            compare = _NULL_TESTS[op] if with_null else partial(_compared, op, " and ".join(map(ast.unparse, pair)))
             links.append((compare, values[index], values[index + 1]))
         return lambda row: all(compare(left(row), right(row)) for compare, left, right in links)
 
@@ -134,11 +134,11 @@ class Where:
 
 def _parsed(text: str) -> ast.expr:
     try:
-        # Python remarks on odd escapes in strings; the text is not a program.
+        # Python warns of odd escapes in strings; the text is not a program.
         with warnings.catch_warnings(action="ignore"):
             return ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        # Python has no place for what is missing at the end.
+        # Python gives no offset for what is missing at the end.
         raise WhereError(f"cannot be read at character {error.offset or len(text) + 1}: {error.msg}") from None
     except (ValueError, MemoryError) as error:
         raise WhereError(f"cannot be read: {error or 'nested too deeply'}") from None
@@ -146,7 +146,8 @@ def _parsed(text: str) -> ast.expr:
 
 @dataclass
 class _Column:
-    """Names and places that lead to a value; `beside` are the names that were there where one of them was not."""
+    """The names and indices that lead to a value. `seen`: whether any row had it; `beside`: the names that rows had
+    where one of the path's was missing."""
 
     parts: tuple[str | int, ...]
     seen: bool = False
@@ -174,7 +175,7 @@ class _Column:
 
 
 def _path(node: ast.expr) -> tuple[str | int, ...]:
-    """The parts of `a.b["c"][0]` or `column("a")`; empty where the node is something else."""
+    """The parts of `a.b["c"][0]` or `column("a")`; empty for any other node."""
     match node:
         case ast.Name(id=name) if name not in _WORDS:
             return (name,)
@@ -211,7 +212,7 @@ def _compared(op: type[ast.cmpop], text: str, left: Any, right: Any) -> bool:
 
 def _contains(values: Any, value: Any, text: str) -> bool:
     if isinstance(values, list):
-        # Python holds true for 1.
+        # In Python, True == 1.
         return any(json_type(value) == json_type(item) and value == item for item in values)
     if isinstance(value, str) and isinstance(values, str):
         return value in values
@@ -232,7 +233,7 @@ _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lower": (str.lower, "is not text"),
     "number": (float, "that is no number"),
 }
-"""With what is said of values that they do not take."""
+"""Each with what the error says of a value that it does not take."""
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,

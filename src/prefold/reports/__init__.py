@@ -1,1 +1,1 @@
-"""What a run says about itself: one HTML page, one terminal table. Reads the run folder and nothing else."""
+"""Pages, cards and terminal tables about runs, data and comparisons. Imports neither torch nor transformers."""

@@ -37,7 +37,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
 
 
 def write_card(run_folder: Path) -> Path:
-    """Write the card of a run's merged model beside it, and return its path. Raises UserError: see `read_run`."""
+    """Write the card of a run's merged model into its folder, and return its path. Raises UserError: see `read_run`."""
     path = run_folder / "merged" / CARD
     write_text(path, render_card(run_folder))
     return path
@@ -88,7 +88,7 @@ _PUNCTUATION = re.compile(
 def literal(value: Any) -> Any:
     """A value as text on one line in which nothing is Markdown or HTML; `Markup` is left as it is.
 
-    A character reference never is punctuation to Markdown, so nothing can be closed, opened or linked with one.
+    A character reference is never punctuation to Markdown, so nothing can be closed, opened or linked with one.
     """
     if isinstance(value, Markup):
         return value
@@ -104,7 +104,7 @@ def fenced(text: str, language: str = "") -> Markup:
 
 
 def last_part(text: str) -> str:
-    """`text`, or what stands behind the last slash if it begins as a path of this machine does."""
+    """`text`; if it begins like a local path, only what follows the last slash."""
     return text.rstrip("/").rpartition("/")[2] or "folder" if re.match(r"~?/|~[\w-]*/|\.\.?/", text) else text
 
 
@@ -143,7 +143,7 @@ def _title(run: RunRecord) -> str:
 
 
 def _base(run: RunRecord) -> Values:
-    """The base as it was found when the adapter was merged; `name` is what the recipe calls it."""
+    """The base as recorded when the adapter was merged; `name` is what the recipe calls it."""
     known = section(section(run.merge, "provenance"), "base")
     return {"name": last_part(run.model), "hub_id": None, "revision": None, **known}
 
@@ -159,7 +159,7 @@ def _measured(tasks: dict[str, Values]) -> dict[str, Values]:
 
 
 def _settings(recipe: Values) -> dict[str, str]:
-    """The fields that say most, in the recipe's own words; the whole recipe stands further down."""
+    """The fields that say most, as the recipe names them; the whole recipe follows at the end of the card."""
     method, train, model = str(recipe.get("method", "")), section(recipe, "train"), section(recipe, "model")
     shown = {f"{method}.{name}": value for name, value in section(recipe, method).items()}
     if recipe.get("lora") == "none":
@@ -175,7 +175,7 @@ def _settings(recipe: Values) -> dict[str, str]:
 
 
 def _rounded(value: Any) -> Any:
-    """A number to four digits: a rate that was computed has sixteen."""
+    """A float to four significant digits: a computed rate has sixteen."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

@@ -72,7 +72,7 @@ def _tokens(tokens: dict[str, Values]) -> Table:
 
 
 def _print_separation(console: Console, separation: Values) -> None:
-    """A histogram of the margins; the bars of pairs that the model has the wrong way round are dimmed."""
+    """A histogram of the margins; the bars of pairs that the model ranks the wrong way round are dimmed."""
     share, pairs = separation["accuracy"], separation["pairs"]
     title = f"The model before training prefers the chosen one in {share:.0%} of {pairs} pairs."
     console.print(Text(title, style="bold"))

@@ -1,4 +1,4 @@
-"""What `prefold compare` found, as a page and for a terminal of 80 columns."""
+"""The result of `prefold compare`, as a page and for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_comparison(path: Path, comparison: Values) -> None:
 
 
 def summary(comparison: Values) -> RenderableType:
-    """Something for rich to print, in which every text is plain text."""
+    """The result for rich to print, in which every text is plain text."""
     comparison = cleaned(comparison)
     lines: list[RenderableType] = []
     for name, facts in section(comparison, "models").items():

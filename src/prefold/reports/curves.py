@@ -1,7 +1,7 @@
 """The training curves: what to draw, what a healthy one looks like, and bokeh's description of the plots.
 
-Bokeh it is because its script is a quarter of the size of plotly's, and a report should be small enough to mail.
-Nothing but numbers of the run reaches a plot; its words are ours.
+Bokeh, because its script is a quarter of the size of plotly's, and a report should be small enough to mail. Nothing but
+numbers of the run reaches a plot; its texts are ours.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SMOOTH_FROM = 40
 
 
 def library() -> str:
-    """Bokeh's own script, whole."""
+    """The complete script of bokeh."""
     from bokeh.resources import Resources
 
     return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
 
 
 def drawing() -> str:
-    """What hands the plots of a page to it."""
+    """The script that hands the plots of a page to bokeh."""
     return Path(__file__).with_name("draw_curves.js").read_text(encoding="utf-8")
 
 
@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class CurveKind:
-    """A plot to draw where its metrics were logged. `level` is a height that means something, drawn dashed."""
+    """A plot, drawn if its metrics were logged. `level`: a height to compare with, drawn dashed."""
 
     title: str
     lines: tuple[Line, ...]
@@ -99,12 +99,13 @@ REWARD = CurveKind(
 LENGTH = CurveKind(
     "Length of completions",
     (Line("completions/mean_length", "tokens", PLAIN),),
-    "Healthy: it moves only as far as the reward asks for. At the limit completions are cut off, and learn from that.",
+    "Healthy: it moves only as far as the reward asks for. At the limit completions are cut off, and the model learns "
+    "from those.",
 )
 DIVERGENCE = CurveKind(
     "KL divergence from the reference",
     (Line("kl", "nats per token", PLAIN),),
-    "Healthy: it grows slowly. A jump says that the model leaves what it knew; a larger beta holds it.",
+    "Healthy: it grows slowly. A jump means that the model is leaving what it knew; a larger beta holds it back.",
 )
 SCORES = CurveKind(
     "Scores",
@@ -113,19 +114,19 @@ SCORES = CurveKind(
         Line("mean_reward", "mean", PLAIN),
         Line("min_reward", "lowest", REJECTED),
     ),
-    "Healthy: they spread out, and the mean stays put. `center_rewards_coefficient` holds one that wanders off.",
+    "Healthy: they spread out, and the mean stays put. `center_rewards_coefficient` keeps a mean from wandering off.",
 )
 SCORE_MARGIN = replace(MARGINS, title="Margin", lines=(Line("margin", "margin", PLAIN),))
 SCORE_ACCURACY = replace(ACCURACIES, title="Accuracy", lines=(Line("accuracy", "accuracy", PLAIN),))
 KINDS = (REWARDS, MARGINS, ACCURACIES, REWARD, LENGTH, DIVERGENCE, SCORES, SCORE_MARGIN, SCORE_ACCURACY)
-"""Beside the loss, in the order in which they are drawn."""
+"""All plots but the loss, in the order in which they are drawn."""
 LOSSES = {"dpo": LOSS_FROM_LN_2, "grpo": LOSS_FROM_0}
 """Losses whose first value is known; every other method gets `LOSS`."""
 
 
 class Curve(NamedTuple):
-    """`target` is the id of the element to draw in; `ends` has first and last values, for `write`; `plot` is bokeh's
-    own JSON."""
+    """`target`: id of the element to draw in; `ends`: first and last values, formatted by `write`; `gaps`: number of
+    steps without a finite value; `window`: steps of the moving mean; `plot`: bokeh's JSON."""
 
     kind: CurveKind
     target: str
@@ -199,7 +200,7 @@ def _quiet_axes(plot: Any, kind: CurveKind) -> None:
 
 
 def number_or_nan(value: Any) -> float:
-    """NaN for what is no finite number: there bokeh breaks a line."""
+    """`value`, or NaN if it is no finite number: there bokeh breaks the line."""
     number = finite(value)
     return math.nan if number is None else number
 
@@ -209,13 +210,13 @@ def _known(values: Sequence[float]) -> list[float]:
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values up to each, gaps left out; a gap stays one."""
+    """For each value the mean of the last `window` up to it, gaps left out; a gap stays a gap."""
     recent = (_known(values[max(0, end - window) : end]) for end in range(1, len(values) + 1))
     return [value if math.isnan(value) else statistics.fmean(last) for value, last in zip(values, recent, strict=True)]
 
 
 def thinned(values: Sequence[float], most: int = MOST_POINTS) -> list[float]:
-    """At most `most` values: means of neighbours, as many to each as it takes."""
+    """At most `most` values: means of as many neighbours as it takes."""
     size = max(math.ceil(len(values) / most), 1)
     groups = (_known(values[start : start + size]) for start in range(0, len(values), size))
     return [float(f"{statistics.fmean(group):.6g}") if group else math.nan for group in groups]

@@ -1,4 +1,4 @@
-"""What `prefold check` found in the data, as its page, the report and the terminal show it."""
+"""What `prefold check` found in the data, prepared for its page, the report and the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefold.reports.numbers import finite
 from prefold.reports.run_files import Values, as_list, objects, section
 
 SEVERITIES = {"error": 0, "warning": 1, "note": 2}
-"""With the order in which they are shown."""
+"""Severities of findings, with the order in which they are shown."""
 ROW_COUNTS = {
     "rows_in": "Rows",
     "rows_filtered": "Filtered by where",
@@ -32,7 +32,7 @@ OF_COMPLETIONS = ("completions", "plain", "packed", "shared_share")
 
 
 def data_tables(data: Values) -> Values:
-    """`counted` and `tokens` are labels by what is counted, of `sources` and of `splits`."""
+    """Values for `data.html.j2`; `counted` and `tokens` are the labels of the counts of `sources` and of `splits`."""
     sources, tokens = objects(data.get("sources")), section(data, "tokens")
     splits = {name: section(tokens, name) for name in tokens if section(tokens, name)}
     empty = dict.fromkeys(("severity", "kind", "count", "message", "advice"), "")
@@ -60,19 +60,19 @@ def data_tables(data: Values) -> Values:
 
 
 def is_counted(name: str, sources: list[Values]) -> bool:
-    """Whether a count of rows says something; that of examples does where they are not as many as the rows used."""
+    """Whether a count is worth showing; the number of examples is, if it differs from the number of rows used."""
     if name == "examples":
         return any(source.get(name) not in (None, 0, source.get("rows_used")) for source in sources)
     return any(finite(source.get(name)) for source in sources)
 
 
 def list_of(value: Any) -> list[Any]:
-    """A list, also of a tuple, which it is where it was not read from a file."""
+    """A list, also from a tuple, as values have that were not read from a file."""
     return list(value) if isinstance(value, tuple) else as_list(value)
 
 
 def unused(sources: list[Values]) -> dict[str, str]:
-    """By sources the columns that nothing is made of; those that have the same ones are named together."""
+    """The columns that are not used, by source; sources with the same ones are named together."""
     by_columns: dict[str, list[str]] = {}
     for source in sources:
         if columns := ", ".join(map(str, list_of(source.get("unused")))):
@@ -81,14 +81,14 @@ def unused(sources: list[Values]) -> dict[str, str]:
 
 
 def histogram(separation: Values) -> list[tuple[Any, Any, Any]]:
-    """Ends and number of pairs of each bin."""
+    """Both ends of each bin, and its number of pairs."""
     bins = section(separation, "histogram")
     counts, edges = as_list(bins.get("counts")), as_list(bins.get("edges"))
     return list(zip(edges, edges[1:], counts, strict=False))
 
 
 class Token(NamedTuple):
-    """`part`: prompt, context (read, and not trained on), scored, or left_out. `differs`: from the other completion."""
+    """`part`: prompt, context (read, but not trained on), scored, or left_out. `differs`: from the other completion."""
 
     text: str
     part: str
@@ -97,7 +97,7 @@ class Token(NamedTuple):
 
 
 def example(shown: Values) -> tuple[str, dict[str, tuple[Any, list[Token]]]]:
-    """A row as it is trained on: where it is from, and by part its number of tokens and those that are shown."""
+    """A row as it is trained on: its origin, and by part the number of tokens and the tokens that are shown."""
     row, counts, parts = section(shown, "row"), section(shown, "counts"), section(shown, "tokens")
     tokens = {name: objects(parts[name]) for name in parts}
     sides = [tokens.get("chosen", []), tokens.get("rejected", [])]
@@ -120,7 +120,7 @@ def example(shown: Values) -> tuple[str, dict[str, tuple[Any, list[Token]]]]:
 
 
 def _differing(chosen: list[Values], rejected: list[Values]) -> tuple[set[int], set[int]]:
-    """The tokens of each of two completions that the other has not, in the order in which they are written."""
+    """For each of two completions, the indices of the tokens that the other lacks, when both are aligned in order."""
     first, second = ([str(token.get("text", "")) for token in side] for side in (chosen, rejected))
     left = set(range(len(chosen))), set(range(len(rejected)))
     for block in SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks():
@@ -134,7 +134,8 @@ def has_context(shown: Values) -> bool:
 
 
 def lengths(data: Values) -> list[tuple[dict[str, Any], list[tuple[str, list[Any]]]]]:
-    """Histograms of lengths, those with the same bins as one: medians by part, and of each bin its name and counts."""
+    """Histograms of lengths, one for all parts with the same bins: medians by part, and the label and counts of each
+    bin."""
     parts = section(data, "lengths")
     by_edges: dict[tuple[Any, ...], dict[str, Values]] = {}
     for name in parts:
@@ -152,7 +153,7 @@ def lengths(data: Values) -> list[tuple[dict[str, Any], list[tuple[str, list[Any
 
 
 def rows_of(finding: Values, most: int = 8) -> str:
-    """The first rows by source, each source named once."""
+    """The first `most` rows of a finding, each source named once."""
     rows = objects(finding.get("rows"))
     by_source: dict[str, list[str]] = {}
     for row in rows[:most]:

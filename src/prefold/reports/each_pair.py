@@ -1,4 +1,4 @@
-"""Every held-out pair, or prompt, before and after: as a distribution, and to be looked up, what got worse first."""
+"""Every held-out pair, or prompt, before and after training: the distribution, and a list with the worst first."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from prefold.reports.run_files import RunRecord, Values, objects, turns
 BINS = 12
 MOST_SHOWN = 2000
 MOST_CHARACTERS = 2_000_000
-"""Of all texts together: a report should be small enough to mail."""
+"""Of all texts together, about: a report should be small enough to mail."""
 FEWEST_CHARACTERS = 300
-"""Of each text, however many there are."""
+"""Kept of each text, however many there are."""
 
 Text = tuple[str, bool]
 """A text, and whether it was cut."""
@@ -25,7 +25,7 @@ Text = tuple[str, bool]
 
 @dataclass(frozen=True)
 class Entry:
-    """A pair with its margins, or a prompt with its rewards. `answers` are by what to call them."""
+    """A pair with its margins, or a prompt with its rewards. `answers` by label."""
 
     row: str
     before: float | None
@@ -45,7 +45,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class EachPair:
-    """`bins`: ends of each, and how many there are in it before and after. `left_out`: how many are not shown."""
+    """`bins`: range of each, and the counts by side; `sides`: before and after, or after alone. `left_out`: how many
+    are not shown."""
 
     measured: str
     bins: list[tuple[str, list[int]]]
@@ -56,7 +57,7 @@ class EachPair:
 
 
 def each_pair(run: RunRecord) -> EachPair | None:
-    """None where an earlier version wrote down less."""
+    """None if the run has no held-out lines with texts, which earlier versions did not write."""
     lines = [line for line in run.held_out_lines if "prompt" in line]
     if not lines:
         return None
@@ -74,7 +75,7 @@ def each_pair(run: RunRecord) -> EachPair | None:
 
 
 def entry_of(line: Values, characters: int = FEWEST_CHARACTERS) -> Entry:
-    """A line of evaluation/heldout.jsonl, its texts cut to so many characters."""
+    """A line of evaluation/heldout.jsonl, each of its texts cut to `characters`."""
     kind = "margin_" if "chosen" in line else ""
     before, after = (finite(line.get(f"{kind}{when}")) for when in ("before", "after"))
     if kind:
@@ -89,12 +90,12 @@ def entry_of(line: Values, characters: int = FEWEST_CHARACTERS) -> Entry:
 
 
 def joined(messages: Any) -> str:
-    """Messages as a text."""
+    """Messages as one text."""
     return "\n\n".join(map(_written, objects(messages)))
 
 
 def _written(message: Values) -> str:
-    """The text of an answer; of any other turn its role as well, and what a turn holds beside its text."""
+    """The text of a turn, with its role unless that is the assistant's, and with its further fields."""
     role, text = str(message.get("role", "")), str(message.get("content", ""))
     more = {name: value for name, value in message.items() if name not in ("role", "content", "weight")}
     parts = [text if role == "assistant" else f"{role}: {text}"]
@@ -118,7 +119,7 @@ def _bins(sides: Sequence[Sequence[float | None]]) -> list[tuple[str, list[int]]
 
 
 def _round_up(width: float) -> float:
-    """The next one of 1, 2, 5, 10 and so on, or of their tenths and so on."""
+    """`width` rounded up to 1, 2 or 5 times a power of 10."""
     if width <= 0:
         return 0.0
     power = 10.0 ** math.floor(math.log10(width))

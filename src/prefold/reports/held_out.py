@@ -34,7 +34,7 @@ class Row:
 
 
 def columns_of(run: RunRecord) -> tuple[str, ...]:
-    """What the run has values for."""
+    """The columns that the run has values for."""
     return ("after",) if run.scores else ("before", "after", "change")
 
 
@@ -48,8 +48,8 @@ def rows_of(run: RunRecord) -> list[Row]:
 
 
 def comparison_of(run: RunRecord) -> Values:
-    """The held-out comparison with the facts that every comparison has, under their names; empty where there is none.
-    A model that scores answers is compared with chance, `even`."""
+    """The held-out comparison, with the facts that every comparison has; empty if there is none. A reward model is
+    compared with chance, `even`."""
     if run.heldout is None:
         return _one_comparison(run.rewards or {}, "reward", "prompt")
     chance, after = section(run.heldout, "chance"), section(run.heldout, "after")
@@ -69,8 +69,8 @@ def _one_comparison(facts: Values, metric: str, unit: str) -> Values:
 
 
 def _with_verdict(facts: Values, even: float) -> Values:
-    """Earlier versions wrote none, and took interval and p-value from two tests: where these do not agree, nothing is
-    shown, and the interval is left out."""
+    """Add a verdict if there is none. Earlier versions wrote none, and took interval and p-value from two tests: where
+    these disagree, the verdict is empty, and the interval is left out."""
     if "verdict" in facts:
         return facts
     (low, high), p_value = interval(facts.get("ci")), finite(facts.get("p_value"))
@@ -81,13 +81,13 @@ def _with_verdict(facts: Values, even: float) -> Values:
 
 
 def accuracies_of(run: RunRecord) -> dict[str, Values]:
-    """What was measured before and after, where each has an accuracy; else nothing."""
+    """The held-out facts by column, `before` and `after`, if each has an accuracy; else empty."""
     sides = {name: section(run.heldout, name) for name in columns_of(run) if name != "change"}
     return sides if all(finite(facts.get("accuracy")) is not None for facts in sides.values()) else {}
 
 
 def _score_rows(after: Values, digits: int) -> list[Row]:
-    """Of a model that scores answers; none if there were no pairs."""
+    """Rows of a reward model; none if there were no pairs."""
     if not after:
         return []
     share = "share of held-out pairs in which the chosen answer has the higher score"
@@ -124,7 +124,7 @@ def _pair_rows(heldout: Values, digits: int) -> list[Row]:
 
 
 def _reward_rows(rewards: Values, digits: int) -> list[Row]:
-    """Of a run whose method samples; none if there was no prompt to compare."""
+    """Rows of a run whose method samples; none if there was no prompt to compare."""
     before, after = section(rewards, "before"), section(rewards, "after")
     if not before or not after:
         return []
@@ -152,8 +152,8 @@ def _columns(before: Any, after: Any, change: Any) -> dict[str, Any]:
 
 
 def accuracy_digits(comparison: Values) -> int:
-    """Decimals of a held-out accuracy: one where rounding to whole percentages would belie the subtraction, or more
-    where the verdict needs them."""
+    """Decimals of a held-out accuracy in percent: none; one if whole percentages would not add up; or more, if the
+    verdict needs them."""
     before, after = (finite(comparison.get(when)) or 0.0 for when in ("before", "after"))
     difference = finite(comparison.get("difference"))
     difference = after - before if difference is None else difference

@@ -1,5 +1,5 @@
-"""`report.html` while a run goes on: the stage at hand, curves, the latest rollouts, guards and findings. A browser
-that has it open loads it anew by itself."""
+"""`report.html` while a run is going: the current stage, curves, the latest rollouts, guards and findings. A browser
+that has it open reloads it by itself."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from prefold.terminal import doing, rate, say, seconds_left, speed
 logger = logging.getLogger(__name__)
 
 SHARE = 0.01
-"""Of the time, at most, that writing the page may take."""
+"""The largest share of the time that writing the page may take."""
 LEAST = 3.0
-"""Seconds between two pages at least."""
+"""Least seconds between two pages."""
 PARTICIPLES = {
     "check": "Checking",
     "train": "Training",
@@ -33,7 +33,7 @@ PARTICIPLES = {
     "compare": "Comparing",
     "judge": "Judging",
 }
-"""What a stage is called while it goes on."""
+"""Headlines of the stages while they are going."""
 
 
 class LivePage:
@@ -41,7 +41,7 @@ class LivePage:
 
     Args:
         stages: their names, in order.
-        shown: the path of the page, as it is said.
+        shown: the path of the page, as it is printed.
     """
 
     def __init__(self, folder: Path, stages: Sequence[str], shown: str):
@@ -50,7 +50,7 @@ class LivePage:
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
-        """Keep the page current. After the last stage, and where one fails, it becomes the report of what there is."""
+        """Keep the page current. After the last stage, or when one fails, it becomes the report."""
         if not self.due:
             say(f"page: {self.shown}")
         ended = Event()
@@ -71,7 +71,7 @@ class LivePage:
             began, before = time.thread_time(), self.cost
             _attempt(lambda: write_text(self.folder / REPORT, self.render(stage)))
             self.cost = time.thread_time() - began
-            # The first page with curves imports what draws them, and is no measure of those that follow.
+            # The first page with curves also imports bokeh: the cheaper of the last two pages counts.
             self.between = max(LEAST, min(before, self.cost) / SHARE)
             self.due = time.monotonic() + self.between
 
@@ -83,7 +83,7 @@ class LivePage:
 
 @dataclass(frozen=True)
 class State:
-    """What goes on: `share` of it is done, None where its end cannot be known."""
+    """The state of the current stage; `share` of it is done, None if its end is not known."""
 
     headline: str
     share: float | None
@@ -108,7 +108,7 @@ class State:
 
 
 def _marked(run: RunRecord, stages: Sequence[str], now: str) -> list[tuple[str, str, str]]:
-    """Every stage with `done`, `now` or `later`, and what it took."""
+    """Every stage with `done`, `now` or `later`, and the time that it took."""
     costs, at = stage_costs(run.timing), stages.index(now)
     took = [duration(costs[name][0]) if name in costs else "" for name in stages[:at]]
     done = [(name, "done", text) for name, text in zip(stages, took, strict=False)]
@@ -116,7 +116,7 @@ def _marked(run: RunRecord, stages: Sequence[str], now: str) -> list[tuple[str, 
 
 
 def _attempt(write: Callable[[], object]) -> None:
-    """A page that cannot be written does not stop a run."""
+    """Write the page; if it cannot be written, the run goes on."""
     try:
         write()
     except Exception as error:
@@ -130,5 +130,5 @@ def _end(ended: Event, thread: Thread) -> None:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt | SystemExit):
-        return "it was asked to. The same command goes on from there."
+        return "interrupted. The same command continues from there."
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a notebook shows of a run: its report in a frame, so that neither meets the other's styles and scripts."""
+"""What a notebook shows of a run: its report in a frame, which keeps styles and scripts of the two apart."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Shown:
 def show(run: str | Path) -> Shown:
     """The report of a run folder, to be shown by a notebook: verdict, before and after, curves, answers side by side.
 
-    It is made from what the run has written so far, and leaves nothing behind. Raises UserError: see `read_run`.
+    It is made from what the run has written so far, and writes nothing. Raises UserError: see `read_run`.
     """
     folder = Path(run).expanduser()
     return Shown(as_text(lambda console: console.print(summary(folder))), render(read_run(folder)))
 
 
 def framed(page: str) -> str:
-    """A whole page of HTML as an element of another one, which it cannot reach."""
+    """A whole page of HTML as an element of another page, sandboxed so that it cannot reach that."""
     style = "width: 100%; height: 46rem; border: 0; resize: vertical"
     return f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" style="{style}"></iframe>'

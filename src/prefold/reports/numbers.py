@@ -1,4 +1,4 @@
-"""Numbers for people, as every page, card and table writes them. What is no finite number is a dash."""
+"""Formatting of numbers on every page, card and table. Anything but a finite number is written as a dash."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def interval(value: Any) -> tuple[float, float] | tuple[None, None]:
 
 
 def exact(value: Any) -> str:
-    """A number in full. A text in place of one says why there is none."""
+    """A number in full; a text in its place is returned as it is, since it says why there is none."""
     if finite(value) is not None:
         return repr(value)
     return "no finite value" if isinstance(value, float) else value if isinstance(value, str) else ""
@@ -44,7 +44,7 @@ def _write(value: Any, write: Callable[[float], str]) -> str:
 
 
 def written(value: Any, write: Callable[[Any], str], unit: str = "") -> str:
-    """By a function; `unit` stands behind what is a number."""
+    """`value` formatted by `write`, with `unit` appended if it is a number."""
     return write(value) + (unit if finite(value) is not None else "")
 
 
@@ -62,22 +62,23 @@ def signed(value: Any, digits: int = 2) -> str:
 
 
 def decimal(value: Any, digits: int = 3) -> str:
-    """Three decimals, or more, where they say something, else three significant digits."""
+    """`digits` decimals from 0.001 to 100, else three significant digits."""
     return _write(value, lambda number: f"{number:.{digits}f}" if 1e-3 <= abs(number) < 100 else f"{number:.3g}")
 
 
 def score(value: Any, shares: bool, digits: int = 1) -> str:
-    """What a task, or a run, scores: a share in percent, or another number."""
+    """The score of a task or a run: a share in percent, or another number."""
     return percent(value, digits) if shares else decimal(value, max(3, digits))
 
 
 def change(value: Any, shares: bool, digits: int | None = None, unit: str = "") -> str:
-    """A difference of two scores; `unit` stands behind the one of shares."""
+    """A difference of two scores; `unit` is appended to a difference of shares."""
     return points(value, 1 if digits is None else digits) + unit if shares else signed(value, digits or 2)
 
 
 def decimals(least: int, scale: float, visible: Sequence[float | None], most: int = 12) -> int:
-    """The decimals, `least` or more, with which none of these numbers, times `scale`, is written as 0 that is not 0."""
+    """The fewest decimals from `least` to `most` with which no number but 0 in `visible`, times `scale`, is written as
+    0."""
     numbers = [scale * abs(value) for value in visible if value is not None and abs(value) > 1e-12]
     return next((digits for digits in range(least, most) if all(round(value, digits) for value in numbers)), most)
 
@@ -91,12 +92,12 @@ def count(value: Any) -> str:
 
 
 def counted(value: Any, noun: str) -> str:
-    """`1 pair`, `84 pairs`; empty for what is no number."""
+    """`1 pair`, `84 pairs`; empty for anything but a number."""
     return "" if finite(value) is None else f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def p_value(value: Any) -> str:
-    """Two digits, or as many as show on which side of 0.05 it is; empty for what is no number."""
+    """Two significant digits, or as many as show on which side of 0.05 it is; empty for anything but a number."""
     number = finite(value)
     if number is None:
         return ""
@@ -107,13 +108,13 @@ def p_value(value: Any) -> str:
 
 
 def ends(ci: Any, write: Callable[..., str], *settings: Any) -> str:
-    """`22 % to 41 %`, each end by `write`; empty where there is no interval."""
+    """`22 % to 41 %`, each end formatted by `write`; empty if there is no interval."""
     low, high = interval(ci)
     return "" if low is None else f"{write(low, *settings)} to {write(high, *settings)}"
 
 
 def interval_95(ci: Any, write: Callable[..., str], *settings: Any) -> str:
-    """The same with `95 % interval` before it."""
+    """The same, preceded by `95 % interval`."""
     text = ends(ci, write, *settings)
     return text and f"95{NARROW_SPACE}% interval {text}"
 
@@ -138,12 +139,12 @@ def memory(megabytes: Any) -> str:
 
 
 def size(number: float) -> str:
-    """Of bytes."""
+    """`1.2 GB`, of a number of bytes."""
     return _in_units(number, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B", 1, 100)
 
 
 def about_count(value: float) -> str:
-    """`12,345`, or `1.2e15` where nobody counts digits."""
+    """`12,345`, or `1.2e15` for ten million and more."""
     return f"{value:,.0f}" if value < 1e7 else f"{value:.1e}".replace("e+", "e").replace("e0", "e")
 
 
@@ -152,7 +153,7 @@ def about_duration(seconds: float) -> str:
 
 
 def _in_units(number: float, units: Sequence[tuple[str, float]], smallest: str, least: int, decimals_below: int) -> str:
-    """In the largest unit of which there are at least `least`."""
+    """`number` in the largest unit of which there are at least `least`."""
     for unit, length in units:
         if number >= least * length:
             return f"{number / length:.{int(number < decimals_below * length)}f} {unit}"

@@ -1,8 +1,8 @@
-"""The report of a run: one HTML file that needs nothing but itself.
+"""The report of a run: one self-contained HTML file.
 
-Every text of the run is data that a model or a stranger wrote. It reaches the page through
-two doors only: autoescaped template values, and numbers in a JSON block. Behind that stands a content security policy
-which allows the page's own scripts by their hashes, and no request at all.
+Every text of the run is data that a model or a stranger wrote. Data reach the page in two ways only: as autoescaped
+template values, and as numbers in a JSON block. In addition, a content security policy allows the page's own scripts
+by their hashes, and no request at all.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ REPORT = "report.html"
 
 
 def write_report(run_folder: Path, stopped: str = "") -> Path:
-    """Write `report.html` into the run folder from what the run has written so far, and return its path. `stopped`
-    says where and why the run ended before its end. Raises UserError: see `read_run`."""
+    """Write `report.html` into the run folder from what the run has written so far, and return its path. `stopped`:
+    where and why the run stopped early. Raises UserError: see `read_run`."""
     path = run_folder / REPORT
     write_text(path, render(read_run(run_folder), cleaned(stopped)))
     return path
 
 
 def write_check(path: Path, recipe: str, facts: Values) -> None:
-    """What `prefold check` found as a page of its own. Raises UserError if it cannot be written there."""
+    """Write the result of `prefold check` as a page of its own. Raises UserError if it cannot be written there."""
     write_page(path, render_check(recipe, facts))
 
 
 def write_page(path: Path, text: str) -> None:
-    """Raises UserError where it cannot be written."""
+    """Raises UserError if it cannot be written."""
     try:
         write_text(path, text)
     except OSError as error:
@@ -61,7 +61,7 @@ def render_check(recipe: str, facts: Values) -> str:
 
 
 def check_values(recipe: str, facts: Values) -> Values:
-    """What a template shows of what `prefold check` found."""
+    """Values for `check.html.j2`, from the result of `prefold check`."""
     facts = cleaned({**facts, "recipe": recipe})
     severities = [finding["severity"] for finding in facts["findings"]]
     numbers = [counted(severities.count(severity), severity) for severity in SEVERITIES if severity in severities]
@@ -106,12 +106,12 @@ def render(run: RunRecord, stopped: str = "") -> str:
 
 
 def render_live(run: RunRecord, **state: Any) -> str:
-    """While it goes on. `state` is what the template shows of it."""
+    """The page of a run that is going; `state`: further values for `live.html.j2`."""
     return page_template("live.html.j2")(run=run, **state, **of_training(run, live_script()))
 
 
 def of_training(run: RunRecord, *more_scripts: str) -> Values:
-    """What a page shows of training and of its data."""
+    """Values for the sections about training and its data, and for the page's scripts."""
     drawn = curves(run)
     texts = [*([library(), drawing()] if drawn else []), *more_scripts]
     scripts = [script_safe(text) for text in texts]
@@ -131,7 +131,8 @@ def live_script() -> str:
 
 
 def script_safe(script: str) -> Markup:
-    """Code that cannot close its own element. Code holds `</` and `<!--` in strings and regular expressions only."""
+    """A script that cannot close its own element. Scripts hold `</` and `<!--` only in strings and regular expressions,
+    where the backslash changes nothing."""
     return Markup(script.replace("</", "<\\/").replace("<!--", "<\\!--"))
 
 
@@ -198,7 +199,7 @@ def stage_costs(timing: Sequence[Values]) -> dict[str, tuple[float, float]]:
 
 
 def step_facts(timing: Sequence[Values]) -> list[tuple[str, float, Callable[[Any], str]]]:
-    """Labels with values and what writes them."""
+    """Label, value and formatting function of each fact about the optimizer steps."""
     steps = [row for row in timing if "step" in row]
     seconds, tokens = _known(steps, "seconds"), _known(steps, "tokens")
     if not seconds:

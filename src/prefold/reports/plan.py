@@ -25,7 +25,7 @@ PARTS = {
     "cache": "keys and values of the tokens that are generated",
     "allocator": "memory that is not given back at once",
 }
-"""What the parts of a plan's memory are."""
+"""Explanations of the parts of a plan's memory."""
 LINES = {
     "steps": "updates of the weights",
     "fits": "peak against what is at hand",
@@ -52,7 +52,7 @@ def print_plan(console: Console, plan: Values) -> None:
 
 
 def in_two_lines(plan: Values) -> list[str]:
-    """What a run says before it begins."""
+    """The plan as a run prints it before it begins."""
     seconds = f", about {about_duration(sum(plan['seconds'].values()))}{_untimed(plan)}" if plan["seconds"] else ""
     tokens, flops, disk = about_count(plan["tokens"]), about_count(plan["flops"]), plan["disk"]
     return [
@@ -74,7 +74,7 @@ def memory_rows(plan: Values) -> Iterator[list[str]]:
 
 
 def plan_lines(plan: Values) -> list[tuple[str, str]]:
-    """Label and text; each fits a line of a terminal."""
+    """Label and text of each line; each fits a line of a terminal."""
     disk, largest = plan["disk"], plan["largest_budget"]
     shared = "" if plan["packed"] else ", plain path"
     if plan["packed"] and plan["plain_tokens"] > plan["tokens"]:

@@ -1,5 +1,5 @@
-"""What a model wrote while it trained on its own completions: the best and the worst by their rewards, so that a reward
-that is being gamed is seen."""
+"""What a model wrote while it trained on its own completions: the best and the worst by reward, which shows whether the
+reward is being gamed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from prefold.reports.run_files import RunRecord, Values, objects
 
 
 def sampled(run: RunRecord) -> list[tuple[Values, Values, Values]]:
-    """Of the first, a middle and the last step that was recorded, a group whose rewards differ if there is one, with
-    its worst and its best completion."""
+    """For the first, the middle and the last recorded step, the group whose rewards differ most, with its worst and its
+    best completion."""
     by_step: dict[str, list[tuple[Values, Values, Values]]] = {}
     for group in run.rollouts:
         completions = objects(group.get("completions"))

@@ -1,4 +1,4 @@
-"""What rounds came to, as a page and for a terminal of 80 columns: each model against the one before and the base."""
+"""The result of rounds, as a page and for a terminal of 80 columns: each model against the one before and the base."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ RULE = (
 
 
 def write_rounds(folder: Path) -> None:
-    """The page in a folder of rounds, from its `rounds.json`."""
+    """Write the page of a folder of rounds, from its `rounds.json`."""
     facts = cleaned(read_json(folder / FACTS))
     rounds, recipe = objects(facts["rounds"]), section(facts, "recipe")
     tables = {"The round before": _by_round(facts, "against_before")}
-    if len(rounds) > 1:  # the first has the base before it
+    if len(rounds) > 1:  # before the first round there is only the base
         tables["The base"] = _by_round(facts, "against_base")
     text = page_template("rounds.html.j2")(
         name=cleaned(folder.resolve().name),
@@ -39,21 +39,22 @@ def write_rounds(folder: Path) -> None:
         rule=RULE,
         tables=tables,
         reaches={baseline: _reach(rows) for baseline, rows in tables.items()},
-        models={_model(0): section(facts, "base")} | {_model(each["round"]): section(each, "model") for each in rounds},
+        models={_model(0): section(facts, "base")}
+        | {_model(entry["round"]): section(entry, "model") for entry in rounds},
         by_rewards=finite(section(facts, "base").get("reward")) is not None,
-        pairs={f"Round {each['round']}": section(each, "pairs") for each in rounds},
-        reports={_model(each["round"]): f"rounds/{each['round']}/report.html" for each in rounds},
+        pairs={f"Round {entry['round']}": section(entry, "pairs") for entry in rounds},
+        reports={_model(entry["round"]): f"rounds/{entry['round']}/report.html" for entry in rounds},
         costs=_costs(facts),
     )
     write_text(folder / PAGE, text)
 
 
 def summary(folder: Path) -> RenderableType:
-    """Something for rich to print, in which every text is plain text."""
+    """The result for rich to print, in which every text is plain text."""
     facts = cleaned(read_json(folder / FACTS))
-    found = verdict(facts)
-    lines: list[RenderableType] = [plain(found.headline, STYLES[found.outcome])]
-    lines += [indented(coloured(line.text, line.outcome)) for line in found.lines]
+    result = verdict(facts)
+    lines: list[RenderableType] = [plain(result.headline, STYLES[result.outcome])]
+    lines += [indented(coloured(line.text, line.outcome)) for line in result.lines]
     if table := task_table({"tasks": _by_round(facts, "against_before")}):
         lines.append(Padding(tasks_table(table, heading="against the round before"), (1, 0, 1, 0)))
     shown = cleaned(without_home(str(folder)))
@@ -73,13 +74,13 @@ def verdict(facts: Values) -> Verdict:
     if best:
         headline = f"{'One round' if best == 1 else f'{best} rounds'} made the model better"
         if outcome != "better":
-            headline = f"Each of {best} rounds was better than the one before, not clearly the last than the base"
+            headline = f"Each of {best} rounds improved on the one before, but the last is not clearly above the base"
     else:
         headline = "The first round " + {"worse": "made the model worse"}.get(outcome, "did not clearly help")
     lines = [
-        Line(outcome_of(each["against_before"]), f"{name}: {_sentence(each['against_before'])}")
-        for each in rounds
-        for name in [f"Round {each['round']} against {_before(each['round'])}"]
+        Line(outcome_of(entry["against_before"]), f"{name}: {_sentence(entry['against_before'])}")
+        for entry in rounds
+        for name in [f"Round {entry['round']} against {_before(entry['round'])}"]
     ]
     if best > 1:
         lines.append(Line(outcome, f"Round {best} against the base: {_sentence(total)}"))
@@ -116,7 +117,7 @@ def _sentence(facts: Values) -> str:
 
 
 def _by_round(facts: Values, against: str) -> dict[str, Values]:
-    return {f"Round {each['round']}": section(each, against) for each in objects(facts.get("rounds"))}
+    return {f"Round {entry['round']}": section(entry, against) for entry in objects(facts.get("rounds"))}
 
 
 def _reach(rows: dict[str, Values]) -> float:
@@ -126,7 +127,7 @@ def _reach(rows: dict[str, Values]) -> float:
 
 
 def _costs(facts: Values) -> dict[str, Counter[str]]:
-    """What rewards that ask an endpoint have taken in all, by their names."""
+    """The total cost of rewards that call an endpoint, by their names."""
     total: dict[str, Counter[str]] = {}
     for cost in _all_costs(facts):
         for name, numbers in cost.items():
@@ -136,6 +137,6 @@ def _costs(facts: Values) -> dict[str, Counter[str]]:
 
 def _all_costs(facts: Values) -> Iterator[Values]:
     yield section(section(facts, "base"), "cost")
-    for each in objects(facts.get("rounds")):
-        yield section(section(each, "pairs"), "cost")
-        yield section(section(each, "model"), "cost")
+    for entry in objects(facts.get("rounds")):
+        yield section(section(entry, "pairs"), "cost")
+        yield section(section(entry, "model"), "cost")

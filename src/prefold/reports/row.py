@@ -14,7 +14,7 @@ from prefold.reports.terminal_tables import indented
 
 LONGEST_CELL = 400
 MARKS = {"prompt": "", "context": "~", "scored": "+"}
-"""Tell the parts apart where there is no colour."""
+"""What tells the parts apart without colours."""
 STYLES = {"prompt": "dim", "context": "yellow", "scored": "green"}
 VISIBLE = CONTROL | {ord(" "): "\u00b7", ord("\n"): "\u23ce", ord("\t"): "\u21e5", ord("\r"): "\u240d"}
 
@@ -47,7 +47,8 @@ def print_row(facts: Values, console: Console | None = None) -> None:
 
 
 def shown_cell(cell: Any, longest: int = LONGEST_CELL) -> str:
-    """A cell as text that a terminal can show, cut where it is long: a very long one in its middle."""
+    """A cell as text that a terminal can show. A longer one is cut: at its end if `longest` is below `LONGEST_CELL`,
+    else in its middle."""
     text = cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
     text = text.encode("utf-8", "backslashreplace").decode().translate(CONTROL)
     if len(text) <= longest:
@@ -59,7 +60,7 @@ def shown_cell(cell: Any, longest: int = LONGEST_CELL) -> str:
 
 
 def print_messages(console: Console, messages: Values, longest: int = LONGEST_CELL) -> None:
-    """The parts of a record, each message with its role and whatever else it has beside its text."""
+    """The parts of a record, each message with its role and the fields that it has besides its text."""
     for part, value in messages.items():
         if part not in ("prompt", "chosen", "rejected", "completion"):
             _print_named(console, part, shown_cell(value, longest))
@@ -82,7 +83,7 @@ def _print_named(console: Console, name: str, text: str) -> None:
 
 
 def _print_rendered(console: Console, rendered: dict[str, str]) -> None:
-    """The prompt, and of each conversation what goes beyond it."""
+    """The prompt, and of each conversation what follows the prompt."""
     for part, text in rendered.items():
         goes_on = part != "prompt" and text.startswith(rendered["prompt"])
         _print_named(console, part, text[len(rendered["prompt"]) :] if goes_on else text)
@@ -103,7 +104,7 @@ def _print_tokens(console: Console, tokens: dict[str, list[Values]]) -> None:
 
 
 def _print_wrapped(console: Console, tokens: list[Values]) -> None:
-    """A token and its id stay in one line; a line of the text ends one."""
+    """Lines are broken between tokens, never between a token and its id, and wherever the text has a line break."""
     line = Text()
     for token in tokens:
         text = token["text"].translate(VISIBLE) or "\u2205"

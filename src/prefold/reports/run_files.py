@@ -1,8 +1,7 @@
 """The files of a run folder as plain values.
 
 Everything that comes out of `read_run` is safe to show: text holds no control characters and no broken Unicode, so it
-can neither steer a terminal nor fail to encode. Markup is left as it is; escaping it is the work of whoever writes the
-page.
+can neither steer a terminal nor fail to encode. Markup is left as it is; whoever writes a page escapes it.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run folder. None, or an empty list, stands for a file that the run has not written yet. Of its
-    rollouts only the first, the middle and the last groups are here."""
+    """The files of a run folder. None, or an empty list, stands for a file that the run has not written yet. Only the
+    first, the middle and the last groups of its rollouts are included."""
 
     folder: Path
     recipe_text: str
@@ -76,7 +75,7 @@ class RunRecord:
 
     @property
     def precision(self) -> str:
-        """What to know of how the models were evaluated; empty where it was as usual."""
+        """A remark on the evaluation if weights were in 16 bits; else empty."""
         if not (self.heldout or self.rewards or {}).get("weights_in_16_bits"):
             return ""
         return (
@@ -86,14 +85,14 @@ class RunRecord:
 
 
 GROWING = ("data", "metrics", "timing", "samples", "rollouts")
-"""What grows with a run's data, steps and samples, and its verdict does not need."""
+"""Files that grow with a run's data, steps and samples, and that its verdict does not need."""
 
 
 def read_run(folder: Path, growing: Collection[str] = GROWING) -> RunRecord:
     """Read what a run has written so far. Raises UserError: it holds no recipe, or one of its files cannot be read.
 
     Args:
-        growing: which of `GROWING` to read; the others are as if they were not there.
+        growing: which of `GROWING` to read; the others are treated as missing.
     """
     recipe_text = _read(folder / "recipe.yaml", readable)
     if recipe_text is None:
@@ -120,7 +119,7 @@ def read_run(folder: Path, growing: Collection[str] = GROWING) -> RunRecord:
         timing=lines["timing"],
         heldout=_read_object(evaluated / "heldout.json"),
         rewards=_read_object(evaluated / "rewards.json"),
-        # What an earlier recipe asked for may still lie there.
+        # Results that an earlier recipe asked for may still be in the folder.
         tasks=_read_object(evaluated / "tasks.json") if settings.get("tasks") else None,
         compared=_read_object(evaluated / "compared.json") if settings.get("compare_with") else None,
         win_rate=_read_object(evaluated / "win_rate.json") if settings.get("win_rate") else None,
@@ -135,7 +134,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _from_yaml(text: str) -> Any:
-    """By the loader in C, which is ten times as fast; it does not know half a character (a lone surrogate)."""
+    """Parse by the loader in C, which is ten times as fast; where it fails (lone surrogates), by the one in Python."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:

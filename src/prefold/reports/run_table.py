@@ -1,4 +1,4 @@
-"""What a run says about itself in a terminal of 80 columns: the verdict, before and after, and where things lie."""
+"""A run in a terminal of 80 columns: the verdict, before and after, and the paths of report and merged model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prefold.reports.verdict import overall
 
 
 def summary(run_folder: Path) -> RenderableType:
-    """Something for rich to print. Raises UserError: see `read_run`."""
+    """The run for rich to print. Raises UserError: see `read_run`."""
     run = read_run(run_folder)
     verdict = overall(run)
     lines: list[RenderableType] = [plain(run.description)] if run.description else []
@@ -37,7 +37,7 @@ def summary(run_folder: Path) -> RenderableType:
 
 
 def _files(run_folder: Path) -> Table:
-    """Where the report and the merged model lie, of those that exist."""
+    """The paths of the report and the merged model, if they exist."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")

@@ -1,5 +1,5 @@
-"""What `prefold sweep` found, as a page and for a terminal of 80 columns: the best of many runs, if one is, and how far
-to believe it."""
+"""The result of `prefold sweep`, as a page and for a terminal of 80 columns: the best of many runs, if there is one,
+and how far to trust it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIRM = "Before you rely on it, measure it on data that did not choose it"
 
 
 def write_sweep(folder: Path, sweep: Values) -> Path:
-    """The page in a sweep's folder, from the content of `sweep.json` and the folders of the runs; returns its path."""
+    """Write the page of a sweep, from the content of `sweep.json` and the folders of the runs; returns its path."""
     sweep = cleaned(sweep)
     done = {name: read_run(folder / name) for name in _points(sweep, "done")}
     tasks = {_spaced(name): run.tasks for name, run in done.items() if run.tasks}
@@ -36,7 +36,7 @@ def write_sweep(folder: Path, sweep: Values) -> Path:
         verdict=verdict(sweep),
         table=_table(sweep),
         models=list(tasks),
-        # Beside the model before training, if it is the same for all.
+        # Next to the model before training, if its scores are the same in all runs.
         scores=score_table(tasks) if all(scores == baselines[0] for scores in baselines) else None,
         done={name: overall(run) for name, run in done.items()},
         failed={name: point.get("error", "") for name, point in _points(sweep, "failed").items()},
@@ -50,7 +50,7 @@ def write_sweep(folder: Path, sweep: Values) -> Path:
 
 
 def summary(sweep: Values) -> RenderableType:
-    """Something for rich to print, in which every text is plain text."""
+    """The result for rich to print, in which every text is plain text."""
     sweep = cleaned(sweep)
     best = verdict(sweep)
     lines: list[RenderableType] = [plain(best.headline, STYLES[best.outcome])]
@@ -66,7 +66,7 @@ def summary(sweep: Values) -> RenderableType:
 
 
 def verdict(sweep: Values) -> Verdict:
-    """Which run is best, if one is; what that is worth, and which others may be as good."""
+    """Which run is best, if there is one; how far to trust that, and which others may be as good."""
     measured = _measured(sweep)
     tied = [name for name in as_list(sweep.get("tied")) if name in measured]
     highest = tied or [name for name in [sweep.get("best")] if name in measured]
@@ -94,7 +94,7 @@ def _ranking(tied: Sequence[str], highest: str, as_good: bool, runs: int, metric
 
 
 def _sentence(facts: Values) -> str:
-    """A model that scores answers was none before: it is compared with chance."""
+    """The change of a run; a reward model, which has no score before training, is compared with chance."""
     if finite(facts.get("before")) is not None:
         return f"held-out {_metric(facts)} {change_sentence(facts)}"
     return f"held-out {_metric(facts)} against chance {change_sentence({**facts, 'before': CHANCE})}"
@@ -112,7 +112,7 @@ def _metric(facts: Values) -> str:
 
 
 def _chosen_by_luck(sweep: Values, facts: Values, runs: int) -> list[Line]:
-    """Nothing where none was chosen, or where luck could not move it."""
+    """How far luck may have raised the best score; empty if none was chosen, or if luck could not raise it."""
     shares, luck = bool(facts.get("shares")), finite(sweep.get("luck"))
     if sweep.get("tied") or not luck:
         return []
@@ -130,8 +130,8 @@ def _others(sweep: Values, tied: int) -> list[Line]:
         return []
     if not alike:
         return [Line("better", "Better than each of the others, after correction for all comparisons")]
-    those = "them" if tied else "it"
-    return [Line("unclear", f"{_units(sweep)} do not show {those} to be better than {_listed(alike)}")]
+    highest = "them" if tied else "it"
+    return [Line("unclear", f"{_units(sweep)} do not show {highest} to be better than {_listed(alike)}")]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -145,9 +145,9 @@ def _units(sweep: Values) -> str:
 
 
 def _table(sweep: Values) -> TaskTable | None:
-    """The runs as tasks are shown: before, after, change. Below each name what is between it and the best run."""
+    """The runs, in the form of tasks: before, after, change. Below each name its difference to the highest run."""
     choice = sweep.get("best"), bool(sweep.get("as_good"))
-    # The number of pairs is said above, once.
+    # The number of pairs is given once, above the table.
     notes = {name: {"metric": _to_best(facts, *choice), "n": None} for name, facts in _measured(sweep).items()}
     return task_table({"tasks": {_spaced(name): facts | notes[name] for name, facts in _measured(sweep).items()}})
 
@@ -165,12 +165,12 @@ def _to_best(facts: Values, best: Any, as_good: bool) -> str:
 
 
 def _spaced(name: str) -> str:
-    """`learning_rate=1e-5, beta=0.1`, which may be broken where it is too long for a line."""
+    """`learning_rate=1e-5, beta=0.1`, which can be wrapped."""
     return name.replace(",", ", ")
 
 
 def _points(sweep: Values, status: str) -> dict[str, Values]:
-    """The runs by name that have this status."""
+    """The runs that have this status, by name."""
     return {str(point["name"]): point for point in objects(sweep.get("points")) if point.get("status") == status}
 
 

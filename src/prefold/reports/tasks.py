@@ -1,7 +1,7 @@
-"""Comparisons as pages and terminal show them: what counts once, and what is said beside a score.
+"""How pages and the terminal show comparisons: which entries count, and the remarks next to a score.
 
-`facts` are those of a comparison, of whatever measure, as `evaluation/tasks.json` has them: what `Difference.facts`
-says, with `before`, `after` and `n`.
+`facts` are those of one comparison, by any measure, as in `evaluation/tasks.json`: `Difference.facts`, with `before`,
+`after` and `n`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ def outcome_of(facts: Values) -> Outcome:
 
 
 def is_same(facts: Values) -> bool:
-    """Whether nothing changed anywhere."""
+    """Whether not a single result changed."""
     return facts.get("changed") == 0 and outcome_of(facts) == "unclear"
 
 
 def decimals_of(facts: Values, least: int | None = None, even: float = 0.0) -> int:
-    """How many decimals its numbers are written with, so that they say what the verdict says: what leaves out `even`,
-    which is no difference, is not written as if it held it, and a difference is not written as none."""
+    """How many decimals to write, so that the numbers agree with the verdict: an interval that leaves out `even`, which
+    means no difference, is not rounded to end there, and a difference is not rounded to none."""
     shares = are_shares(facts)
     least = least if least is not None else 1 if shares else 2
     scale, difference = 100.0 if shares else 1.0, finite(facts.get("difference"))
     digits = decimals(least, scale, [difference], least + 3)
     most = least + 3 if outcome_of(facts) == "unclear" else 12
-    # Rounded as it is written, and not the distance to `even`.
+    # What is rounded is the end, as it is written, and not its distance to `even`.
     ends = [scale * end for end in interval(facts.get("ci")) if end is not None and end != even]
     return next((n for n in range(digits, most) if all(round(end, n) != scale * even for end in ends)), most)
 
 
 def smallest(facts: Values) -> str:
-    """Where no difference is shown, what it would have taken; empty where that is not known."""
+    """If no difference is shown, the smallest that would have been; empty if that is not known."""
     if outcome_of(facts) != "unclear" or "detectable" not in facts:
         return ""
     detectable = finite(facts["detectable"])
@@ -66,7 +66,7 @@ def members_of(group: Values) -> list[str]:
 
 
 def entries(comparison: Values | None) -> dict[str, Values]:
-    """What counts once: other measures, then, in the order of the tasks, groups and the tasks that are in none."""
+    """The entries that count, each once: other measures; then groups, and tasks outside groups, in the tasks' order."""
     groups, counting = tasks_of(comparison, "groups"), tasks_of(comparison, "measures")
     group_of = {task: name for name, group in groups.items() for task in members_of(group)}
     for task, facts in tasks_of(comparison).items():
@@ -76,7 +76,7 @@ def entries(comparison: Values | None) -> dict[str, Values]:
 
 
 def averages(comparison: Values | None) -> dict[str, Values]:
-    """By what they are called; one of a single task says nothing new."""
+    """The averages by label; one over a single task says nothing new and is left out."""
     every = {f"Average, {name}": facts for name, facts in tasks_of(comparison, "suites").items()}
     every |= {"Average": section(comparison, "average")}
     return {name: facts for name, facts in every.items() if (finite(facts.get("tasks")) or 0) > 1}
@@ -84,8 +84,8 @@ def averages(comparison: Values | None) -> dict[str, Values]:
 
 class TaskTable(NamedTuple):
     """`rows`: groups and the tasks that are in none; `averages` below them; `members`: the tasks of each group.
-    `flipped`: task, number of questions, whether they became right, and some of them. The scale of differences goes
-    from `-reach` to `reach`."""
+    `flipped`: task, number of flipped questions, whether they became right, and some of them. The scale of differences
+    goes from `-reach` to `reach`."""
 
     rows: dict[str, Values]
     averages: dict[str, Values]
@@ -98,7 +98,7 @@ class TaskTable(NamedTuple):
 
 
 def task_table(comparison: Values | None) -> TaskTable | None:
-    """None where nothing was compared."""
+    """None if nothing was compared."""
     tasks, rows, means = tasks_of(comparison), entries(comparison), averages(comparison)
     if not rows:
         return None
@@ -126,7 +126,7 @@ _REACHES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 
 def _reach(rows: Iterable[Values]) -> float:
-    """A round number that all intervals fit in."""
+    """A round number that no interval of shares exceeds."""
     shares = [facts for facts in rows if are_shares(facts)]
     ends = [(*interval(facts.get("ci")), finite(facts.get("difference"))) for facts in shares]
     largest = max((abs(end) for row in ends for end in row if end), default=0.0)
@@ -134,13 +134,13 @@ def _reach(rows: Iterable[Values]) -> float:
 
 
 def none_trained_on(comparison: Values | None) -> bool:
-    """Whether the questions were looked for in the training data, and none stands there."""
+    """Whether the questions were looked for in the training data, and none was found there."""
     numbers = [finite(section(task, "contaminated").get("n")) for task in tasks_of(comparison).values()]
     return bool(numbers) and all(number == 0 for number in numbers)
 
 
 def score_table(comparisons: dict[str, Values]) -> dict[str, list[Values | None]]:
-    """By task the facts of each model, None where it was not compared; every comparison is with the same baseline."""
+    """The facts of each model by task, None where it was not compared; every comparison is with the same baseline."""
     models = [entries(comparison) | averages(comparison) for comparison in comparisons.values()]
     # Averages go last, whichever model has them.
     names = sorted(dict.fromkeys(name for model in models for name in model), key=lambda name: name[:7] == "Average")
@@ -148,8 +148,8 @@ def score_table(comparisons: dict[str, Values]) -> dict[str, list[Values | None]
 
 
 def note(facts: Values) -> str:
-    """`acc_norm, 25-shot, 1 172 questions`; of a group or an average, how many tasks; of questions that not all were
-    asked of both, how many there were."""
+    """`acc_norm, 25-shot, 1 172 questions`; for a group or an average, the number of tasks; if not all questions were
+    asked of both sides, the number asked of each."""
     shots, several = finite(facts.get("num_fewshot")), len(members_of(facts)) or finite(facts.get("tasks"))
     n, asked = facts.get("n"), as_list(facts.get("asked"))
     shared = f"shared, of {' and '.join(map(count, asked))}" if asked and any(number != n for number in asked) else ""
@@ -181,8 +181,8 @@ def in_words(facts: Values) -> str:
 
 
 def whisker(value: Any, ci: Any, reach: float | None = None) -> tuple[float, float, float] | None:
-    """Where an interval begins and ends, and where its value is, in percent of the scale from `-reach` to `reach`;
-    without `reach`, from 0 to 1."""
+    """Both ends of an interval and its value, in percent of the scale from `-reach` to `reach`; without `reach`, of the
+    scale from 0 to 1."""
     centre = finite(value)
     if centre is None:
         return None

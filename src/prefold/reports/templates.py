@@ -1,6 +1,6 @@
 """The templates of pages and cards, with the functions of `numbers.py` and `tasks.py` as filters.
 
-On a page every value is escaped, and each number is shown in full where the pointer rests on it.
+On a page every value is escaped, and each number is shown in full when the pointer rests on it.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ TEXTS = (
 
 
 def page_template(name: str) -> Callable[..., str]:
-    """What renders a page."""
+    """The function that renders a page."""
     return pages().get_template(name).render
 
 
 @cache
 def pages(*folders: Path) -> Environment:
-    """The templates of pages: those here, and those of further folders."""
+    """The templates of pages: those of this folder, and of further ones."""
     return _environment({write.__name__: _in_span(write) for write in NUMBERS}, folders, autoescape=True)
 
 
 def card_template(name: str, finalize: Callable[[Any], Any], *filters: Callable[..., Any]) -> Callable[..., str]:
-    """What renders a card, every value through `finalize`, with filters of its own."""
+    """The function that renders a card. Every value goes through `finalize`; `filters` are added to the usual ones."""
     own = {function.__name__: function for function in (*NUMBERS, *filters)}
     settings: dict[str, Any] = {"autoescape": False, "finalize": finalize, "keep_trailing_newline": True}
     return _environment(own, **settings).get_template(name).render

@@ -45,7 +45,7 @@ def indented(text: Text, left: int = 2, below: int = 0) -> Padding:
 
 
 def grid(first: str, *others: str, header: bool = True, whole: bool = False) -> Table:
-    """A table without lines; numbers are to the right of the first column, and `whole` ones are never broken."""
+    """A table without lines; the columns after the first are right-aligned, and if `whole`, never wrapped."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=header)
     table.add_column(first, overflow="fold")
     for name in others:

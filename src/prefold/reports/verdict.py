@@ -1,5 +1,5 @@
-"""The verdict on a run in words: those of `evaluation/paired.py`, by which an interval leaves out 0, or chance, exactly
-where the p-value is below 0.05 and a difference is said."""
+"""The verdict on a run in words, from those of `evaluation/paired.py`: a difference is stated exactly where the p-value
+is below 0.05, and then the interval leaves out 0, or chance."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LINES_SHOWN = 6
 
 
 class Line(NamedTuple):
-    """One of the things that were measured, in words and numbers."""
+    """One measurement, in words and numbers."""
 
     outcome: Outcome
     text: str
@@ -48,8 +48,8 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured says about the run: `headline` in words, `evidence` in numbers; or, where that is several
-    things, in `lines`."""
+    """What the measurements say about a run: `headline` in words, and `evidence` in numbers, or `lines` if there are
+    several measurements."""
 
     outcome: Outcome
     headline: str
@@ -62,7 +62,7 @@ class Verdict:
 
 
 def overall(run: RunRecord) -> Verdict:
-    """What got better and what got worse. Where nothing but held-out data was measured, that verdict."""
+    """What got better and what got worse; if only held-out data was measured, the verdict on that."""
     own, win_rate = held_out_verdict(run), run.win_rate or {}
     is_judged = finite(win_rate.get("win_rate")) is not None
     if not tasks_of(run.tasks) and not is_judged:
@@ -77,7 +77,7 @@ def overall(run: RunRecord) -> Verdict:
 
 
 def verdict_on_comparison(comparison: Values) -> Verdict:
-    """The same of two of those that `prefold compare` compares."""
+    """The verdict on two sides of `prefold compare`."""
     if not entries(comparison):
         return Verdict("missing", "Nothing could be compared")
     lines = [
@@ -88,7 +88,7 @@ def verdict_on_comparison(comparison: Values) -> Verdict:
 
 
 def _verdict_on(subjects: dict[str, Values], lines: Sequence[Line]) -> Verdict:
-    """`subjects`: the facts of whatever was measured."""
+    """`subjects`: the facts of each measurement, by name."""
     better, worse = ([name for name in subjects if outcome_of(subjects[name]) == side] for side in ("better", "worse"))
     rest = "; no clear difference elsewhere" if len(better) + len(worse) < len(subjects) else ""
     outcome: Outcome = "unclear"
@@ -182,7 +182,7 @@ def _at_most(lines: list[Line], words: str) -> list[Line]:
 
 
 def _seen(facts: Values) -> str:
-    """`3 of 1,172 questions are in the training data; without: 31.2 % to 35.4 % (...)`; empty where none does."""
+    """`3 of 1,172 questions are in the training data; without: 31.2 % to 35.4 % (...)`; empty if none is."""
     clean, number = section(facts, "clean"), finite(section(facts, "contaminated").get("n"))
     if not number:
         return ""
@@ -200,7 +200,7 @@ def change_sentence(facts: Values) -> str:
 
 
 def change_evidence(facts: Values) -> str:
-    """What is in the brackets of it."""
+    """The part of `change_sentence` in brackets."""
     shares, digits = are_shares(facts), decimals_of(facts)
     evidence = (
         change(facts.get("difference"), shares, digits, " points"),

@@ -1,4 +1,4 @@
-"""Built-in rewards that read texts alone: from its settings each makes a reward, a function of named arguments."""
+"""Built-in rewards that need only texts or token ids: each function here makes a reward from its settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def length(wanted: settings.Length) -> RewardFunction:
     def in_tokens(completion_ids: Sequence[Sequence[Any]]) -> list[float]:
         return [-float(abs(wanted.target - len(ids))) for ids in completion_ids]
 
-    # The rewards are given what they name.
+    # A reward is given the arguments that its signature names.
     return in_tokens if wanted.unit == "tokens" else lambda completions: in_tokens(completions)
 
 
@@ -29,12 +29,12 @@ def regex(wanted: settings.Regex) -> RewardFunction:
 
 
 def repetition(wanted: settings.Repetition) -> RewardFunction:
-    """-(share of the runs of words that were there before): 0 where all of them differ, near -1 where one repeats."""
+    """-(share of the word n-grams that repeat an earlier one): 0 if all differ, near -1 if one repeats throughout."""
 
     def repeated(words: list[str]) -> float:
         size = wanted.ngram_size
-        runs = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
-        return 1 - len(set(runs)) / len(runs) if runs else 0.0
+        ngrams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+        return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
     return lambda completions: [-repeated(completion.lower().split()) for completion in completions]
 
@@ -43,7 +43,7 @@ def exact_number(wanted: settings.ExactNumber) -> RewardFunction:
     """1 where the completion's number is that of the column `answer`, else 0; None where the answer has no number.
 
     The number of a text is the one after its last `####` if there is one, else its last number. $, % and the commas of
-    thousands are passed over, so `$1,250.00` is 1250 and `5%` is 5.
+    thousands are ignored, so `$1,250.00` is 1250 and `5%` is 5.
     """
 
     def equal(completions: Sequence[str], answer: Sequence[Any]) -> list[float | None]:
@@ -55,7 +55,7 @@ def exact_number(wanted: settings.ExactNumber) -> RewardFunction:
     return equal
 
 
-# A minus behind a word, number or bracket stands between two things; digits behind a letter belong to a word (CO2).
+# A minus after a word, number or closing bracket is no sign; digits after a letter belong to a word (CO2).
 _NUMBER = re.compile(
     r"((?<![\w)\]])[-+\u2212])?(?:\$\s?([-+\u2212])?)?"
     r"((?<![A-Za-z0-9_])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
@@ -73,6 +73,6 @@ def number_in(text: str) -> Decimal | None:
 
 def _numbers(text: str) -> list[Decimal]:
     return [
-        Decimal(("-" if before in _MINUS or behind in _MINUS else "") + digits.replace(",", "") + exponent)
-        for before, behind, digits, exponent in _NUMBER.findall(text)
+        Decimal(("-" if before in _MINUS or after in _MINUS else "") + digits.replace(",", "") + exponent)
+        for before, after, digits, exponent in _NUMBER.findall(text)  # signs before and after a dollar
     ]

@@ -1,5 +1,5 @@
-"""The process behind `formulas.py`: reads lines of JSON, [answer, completion], and writes a line with 1, 0 or null for
-each, after an empty object that says it is ready. Runs as a file by itself and imports nothing of prefold."""
+"""The process behind `formulas.py`: writes an empty JSON object when it is ready, then reads lines of JSON, [answer,
+completion], and writes 1, 0 or null for each. It runs as a script and imports nothing of prefold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 MOST_BYTES = 4 * 2**30
 MARK = "####"
 LONGEST = 20_000
-"""Characters of a text, from its end, that are looked at."""
+"""Characters at the end of a text that are parsed."""
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         is_formula = bool(marked) or (is_formula and "$" not in text and "\\boxed" not in text)
         text = marked or text
         parsed = parse(f"${text}$", parsing_timeout=None) if is_formula and "$" not in text else []
-        # A text stands for what could not be parsed.
+        # math-verify returns a string for what it could not parse.
         return [formula for formula in parsed or parse(text, parsing_timeout=None) if not isinstance(formula, str)]
 
     def compared(answer: str, completion: str) -> float | None:

@@ -1,9 +1,9 @@
-"""Whether two formulas are the same mathematics, by the package math-verify.
+"""Whether two formulas are mathematically equal, by the package math-verify.
 
-What a model writes is hostile until proven otherwise: a formula can take years to simplify. So comparing is the work of
-a process of its own with bounded memory, which is killed when it takes too long; that works in every thread and on
-every system. The package has no way to run code that stands in a text: its LaTeX goes through a grammar, and sympy's
-`parse_expr`, which evaluates, is only given digits, operators and brackets.
+What a model writes is treated as hostile: a formula can take years to simplify. So formulas are compared in a process
+of its own with bounded memory, which is killed when it takes too long; that works in every thread and on every system.
+The package cannot be made to run code from a text: LaTeX goes through a grammar, and sympy's `parse_expr`, which
+evaluates, is only given digits, operators and brackets.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ STARTING_SECONDS = 120.0
 class SymbolicEquality:
     """1 where the completion's last formula equals that of the column `answer`, else 0; None where the answer has none.
 
-    `0.5`, `1/2` and `\\frac{1}{2}` are equal, and so are `(x+1)^2` and `x^2+2x+1`. A formula is what stands behind the
-    last `####`, in `\\boxed{}`, between dollars, or a number or calculation in the text; an answer without any of these
+    `0.5`, `1/2` and `\\frac{1}{2}` are equal, and so are `(x+1)^2` and `x^2+2x+1`. A formula is what follows the last
+    `####`, is in `\\boxed{}` or between dollars, or a number or calculation in the text; an answer without any of these
     marks is a formula as a whole. Needs the package math-verify (`pip install 'prefold[math]'`).
     """
 
@@ -47,15 +47,15 @@ class SymbolicEquality:
 
 
 class Comparer:
-    """A process that compares formulas, started when it is needed and anew after it had to be killed."""
+    """A process that compares formulas, started when it is first needed, and again after it had to be killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._replies: SimpleQueue[str] = SimpleQueue()
 
     def compare(self, answer: str, completion: str, seconds: float) -> float | None:
-        """1 or 0, also where it takes longer than `seconds` or more memory than there is; None if the answer holds no
-        formula."""
+        """1 or 0; 0 too if comparing takes longer than `seconds` or more memory than the process may use; None if the
+        answer holds no formula."""
         process = self._started()
         assert process.stdin is not None
         process.stdin.write(json.dumps([answer, completion]) + "\n")
@@ -68,7 +68,7 @@ class Comparer:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
             return self._process
-        # -P: the modules beside it must not stand in for installed ones.
+        # -P: the modules beside the worker must not shadow installed ones.
         command, pipe = [sys.executable, "-P", str(Path(__file__).with_name("formula_worker.py"))], subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
         replies: SimpleQueue[str] = SimpleQueue()
@@ -87,7 +87,7 @@ class Comparer:
         return process
 
     def _reply(self, seconds: float) -> str | None:
-        """The next line of the process; None if there is none in time, or it has ended."""
+        """The next line from the process; None if there is none in time, or the process has ended."""
         try:
             return self._replies.get(timeout=seconds) or None
         except Empty:

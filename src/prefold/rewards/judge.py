@@ -1,8 +1,8 @@
 """A judge: a chat model that says which of two answers is better (RLAIF, arXiv 2309.00267).
 
-Models favour the answer that stands first, or second (section 2.1.1 there). So each two answers are shown in both
-orders, and what the judge says counts only where it stays with the same answer; else they are even. Left out: the
-reasons that a judge may be asked for first, and its token probabilities, which few endpoints give.
+Models favour the first answer, or the second, by its position (section 2.1.1 there). So every two answers are shown in
+both orders, and the verdict counts only if it is for the same answer both times; else it is a tie. Left out: asking the
+judge for its reasons first, and its token probabilities, which few endpoints give.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ clearer? Length alone is no merit.
 {second}
 
 [End] Reply with the number of the better answer, 1 or 2, and nothing else."""
-# Models that think aloud do so before their answer.
+# Reasoning models may write their thoughts before the verdict.
 _THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
 _VERDICT = re.compile(r"\W*(?:the )?(?:better )?(?:answer|response)?(?: is)?\W*([12])\W*", re.IGNORECASE)
 
@@ -43,7 +43,7 @@ class NoVerdict(Exception):
 
 @dataclass(frozen=True)
 class Judge:
-    """Asks an endpoint; every reply is kept in a file, so that no question is asked twice."""
+    """A chat model at an endpoint. Every reply is kept in a file, so that no question is asked twice."""
 
     endpoint: Endpoint
     replies: Journal
@@ -56,7 +56,7 @@ class Judge:
     def all_shares(
         self, groups: Sequence[tuple[Sequence[Message], Sequence[str]]], workers: int
     ) -> Iterator[tuple[int, list[float] | NoVerdict | Refused]]:
-        """For each prompt with its completions, by its index and in any order: their `shares`, or why there are none.
+        """For each prompt with its completions, in any order: its index, and their `shares` or why there are none.
 
         Raises:
             UserError: the endpoint fails.
@@ -71,20 +71,20 @@ class Judge:
         return in_parallel(shares, range(len(groups)), workers)
 
     def shares(self, prompt: Sequence[Message], completions: Sequence[str]) -> list[float]:
-        """For each completion the share of the others that it was preferred to; a tie is one half.
+        """For each completion the share of the others that it was preferred to; a tie counts one half.
 
         Raises:
             NoVerdict: a reply names neither answer.
             UserError: the endpoint fails.
         """
         won = [0.0] * len(completions)
-        for first, second in combinations(range(len(completions)), 2):
-            one, other = completions[first], completions[second]
+        for i, j in combinations(range(len(completions)), 2):
+            first, second = completions[i], completions[j]
             share = 0.5
-            if one != other:
-                share = ((self._verdict(prompt, one, other) == 1) + (self._verdict(prompt, other, one) == 2)) / 2
-            won[first] += share
-            won[second] += 1 - share
+            if first != second:
+                share = ((self._verdict(prompt, first, second) == 1) + (self._verdict(prompt, second, first) == 2)) / 2
+            won[i] += share
+            won[j] += 1 - share
         return [count / (len(completions) - 1) for count in won]
 
     def _verdict(self, prompt: Sequence[Message], first: str, second: str) -> int:

@@ -30,14 +30,14 @@ _FUNCTIONS: dict[str, Callable[[Any], RewardFunction]] = {
     "rubric": Rubric,
     "symbolic_equality": SymbolicEquality,
 }
-"""Each is called with its settings."""
+"""Called with the reward's settings, each returns the reward."""
 _NEVER_NUMBERS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (inspect.iscoroutinefunction, "is an async function, and nothing awaits it"),
     (inspect.isasyncgenfunction, "is an async generator, and nothing awaits it"),
     (inspect.isgeneratorfunction, "has a `yield`, so it returns a generator"),
     (inspect.isclass, "is a class"),
 )
-"""What a call of it would return is no list, whatever its code says."""
+"""Callables that cannot return a list, with what is wrong with them."""
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _WITHOUT_IDS = "an endpoint gives texts only; `length` can count characters (`unit=characters`)"
 
@@ -46,11 +46,11 @@ def load_rewards(specs: Sequence[RewardBase], known: Collection[str]) -> list[Lo
     """The rewards of a recipe or command.
 
     Args:
-        known: the names of the arguments that they can be given: `prompts`, `completions`, perhaps
-            `completion_ids`, and the columns.
+        known: the names of the available arguments: `prompts`, `completions`, `completion_ids` if token ids are known,
+            and the columns.
 
     Raises:
-        UserError: a file or function cannot be loaded, or asks for an argument that is not known.
+        UserError: a file or function cannot be loaded, or a function needs an argument that is not available.
     """
     rewards = []
     for spec in specs:
@@ -64,7 +64,7 @@ def load_rewards(specs: Sequence[RewardBase], known: Collection[str]) -> list[Lo
 
 
 def require_arguments(rewards: Sequence[LoadedReward], known: Collection[str], missing: str = "is not there") -> None:
-    """Raises UserError: a reward cannot be called with arguments of the known names; `missing` says of a name why."""
+    """Raises UserError: a reward needs an argument that is not `known`; `missing` says why it is not there."""
     for reward in rewards:
         _require_arguments(reward, known, missing)
 
@@ -90,7 +90,7 @@ def _module_of(path: Path, where: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UserError("is not a Python file", where=where, expected="a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the names of their annotations
+    sys.modules[spec.name] = module  # dataclasses look up the names in their annotations there
     loader = spec.loader
     try:
         call_user_code(lambda: loader.exec_module(module))
@@ -103,8 +103,8 @@ def _module_of(path: Path, where: str) -> ModuleType:
 def _require_arguments(reward: LoadedReward, known: Collection[str], missing: str) -> None:
     where = f"{reward.file}, `{reward.name}`" if reward.file else f"reward `{reward.name}`"
     called = reward.function.func if isinstance(reward.function, partial) else reward.function
-    for is_such, what in _NEVER_NUMBERS:
-        if is_such(called) or is_such(getattr(called, "__call__", None)):  # noqa: B004
+    for applies, what in _NEVER_NUMBERS:
+        if applies(called) or applies(getattr(called, "__call__", None)):  # noqa: B004
             raise UserError(what, where=where, expected="a function (`def`) that returns a list of numbers")
     try:
         parameters = inspect.signature(reward.function).parameters.values()
@@ -123,4 +123,4 @@ def _require_arguments(reward: LoadedReward, known: Collection[str], missing: st
             raise UserError(f"`{name}` cannot be given by its name", where=where, advice="remove the `/`")
     if not any(map(reward.takes, known)):
         expected = f"parameters with names of {', '.join(known)}"
-        raise UserError("takes nothing of what rewards are given", where=where, expected=expected)
+        raise UserError("takes none of the arguments of rewards", where=where, expected=expected)

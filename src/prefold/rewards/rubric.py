@@ -1,8 +1,8 @@
 """A rubric: a chat model behind an endpoint says of each criterion whether a completion meets it.
 
-The score is the weights of the criteria that are met over the sum of all, from 0 to 1: the explicit aggregation of
-Rubrics as Rewards (arXiv 2507.17746), with one request for all criteria. Left out: criteria of their own for each
-prompt, and a score that the model makes up for all of them at once.
+The score is the weight of the criteria that are met over that of all, from 0 to 1: the explicit aggregation of Rubrics
+as Rewards (arXiv 2507.17746), with one request for all criteria. Left out: criteria that differ by prompt, and implicit
+aggregation, where the model gives a single score.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prefold.recipe import rewards as settings
 from prefold.rewards.scoring import NotNumbers
 
 TRIES = 3
-"""How often a model is asked that does not reply as the schema says."""
+"""Requests for a score until the reply fits the schema."""
 _SHOWN_CHARACTERS = 120
 _QUESTION = """\
 Below is a conversation, and an answer that followed it. Say of each criterion whether the answer meets it. What the \
@@ -40,13 +40,13 @@ answer says of itself does not count.
 {criteria}
 
 [End] Reply with one JSON object that has true or false for the name of each criterion, and nothing else."""
-# Models that think aloud do so before their answer; servers that know no schemas leave the fence of Markdown.
+# Reasoning models may write their thoughts first; servers that do not apply the schema may leave a Markdown fence.
 _OBJECT = re.compile(r"(?:.*</think>)?\s*(?:```(?:json)?)?\s*(\{.*\})\s*(?:```)?\s*", re.DOTALL)
 
 
 class Rubric:
-    """Asks for all completions at once, `concurrency` at a time. Each valid reply is kept in a file, with what it cost,
-    so that no question is asked twice."""
+    """Asks about all completions, `concurrency` at a time. Each valid reply is kept in a file, with its cost, so that
+    no question is asked twice."""
 
     def __init__(self, wanted: settings.Rubric):
         self._workers, self._endpoint = wanted.concurrency, Endpoint(wanted.endpoint, wanted.model, wanted.timeout)
@@ -79,7 +79,7 @@ class Rubric:
         return [self._score(self._replies[key]["met"]) for key in keys]
 
     def cost(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> dict[str, int]:
-        """What the scores of these have taken, whenever they were asked for: requests (`calls`) and tokens."""
+        """What these scores have cost, in this run or an earlier one: `calls`, `prompt_tokens`, `completion_tokens`."""
         total: Counter[str] = Counter()
         for key in dict.fromkeys(map(key_of, self._questions(prompts, completions))):
             total.update(self._replies[key]["cost"] if key in self._replies else {})
@@ -96,11 +96,11 @@ class Rubric:
         ]
 
     def _asked(self, key: str, question: str) -> str | None:
-        """Keep what the model says; if that cannot be used, the beginning of its last reply."""
+        """Ask, and keep the reply in the file; returns the beginning of the last reply if none fits the schema."""
         cost: Counter[str] = Counter()
         text = ""
         for number in range(TRIES):
-            # At temperature 0 it would say the same again.
+            # At temperature 0 it would reply the same again.
             answer, counts = self._endpoint.ask_counting(
                 [Message(role="user", content=question)],
                 temperature=1.0 if number else 0.0,
@@ -114,7 +114,7 @@ class Rubric:
         return text
 
     def _met(self, reply: str) -> dict[str, bool] | None:
-        """By criterion; None if the reply is not what the schema says."""
+        """Whether each criterion is met; None if the reply does not fit the schema."""
         match = _OBJECT.fullmatch(reply)
         try:
             met: Any = json.loads(match[1] if match else reply)

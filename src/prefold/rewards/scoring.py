@@ -1,16 +1,16 @@
 """Rewards: plain functions of named arguments that give every completion a number.
 
-A reward is called with lists of equal length, each by its name, and takes those that it names (all of them with
-`**kwargs`):
+A reward is called with lists of equal length as keyword arguments, of which it gets those that its signature names (all
+of them with `**kwargs`):
 
     prompts          the conversations, lists of {role, content}
     completions      the texts that answer them
-    completion_ids   their token ids, where a model of this machine wrote them
-    and the columns of the prompts' rows by their names, null where a row has no such column.
+    completion_ids   their token ids, where they are known
+    and the columns of the prompts' rows by their names, None where a row has no such column.
 
-It returns one number for each completion, or None where it has nothing to say about it. What it returns is checked, and
-a failure shows the completion that caused it and stops the run, or leaves that completion without a score where the
-recipe says so (`on_error: skip`). It is never taken for 0.
+It returns one number for each completion, or None where it has nothing to say about it. What it returns is checked. A
+failure shows the completion that caused it and stops the run, or, with `on_error: skip`, leaves that completion without
+a score. It is never taken for 0.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ logger = logging.getLogger("prefold")
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward that is ready to be called; `file` is that of a user's own. With `on_error: skip` it says nothing about
-    completions that it fails on."""
+    """A reward that is ready to be called. `file`: where a user's own function is from; None for a built-in reward.
+    `on_error`: see `RewardBase`."""
 
     name: str
     function: RewardFunction
@@ -49,30 +49,30 @@ class LoadedReward:
     on_error: str = "stop"
 
     def takes(self, name: str) -> bool:
-        """Whether the function is given the argument of that name."""
+        """Whether the function takes an argument of that name."""
         parameters = inspect.signature(self.function).parameters
-        return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
     def __call__(self, arguments: Mapping[str, Any]) -> list[float | None]:
         """A number, or None, for each completion.
 
         Raises:
-            UserCodeFailed: the user's function fails.
-            NotNumbers: what it returned is something else; as `error` of a `UserCodeFailed`, if it is the user's.
+            UserCodeFailed: the user's function fails, or returns anything else (`error` is a NotNumbers then).
+            NotNumbers: a built-in reward returns anything else.
         """
         given = {name: values for name, values in arguments.items() if self.takes(name)}
         count = len(arguments["completions"])
         if self.file is None:
             return _numbers(self.function(**given), count)
-        # Copies of its own: what it changes in them is neither trained on nor seen by the next reward.
+        # Copies, so that what it changes in them is neither trained on nor seen by the next reward.
         copies = {name: [deepcopy(value) for value in values] for name, values in given.items()}
         return call_user_code(lambda: _numbers(self.function(**copies), count))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says about each completion, unweighted; and the indices of those that it failed on, about which it
-    says nothing."""
+    """The unweighted scores of a reward, one for each completion, None where it has nothing to say; `failed`: the
+    indices of the completions that it failed on, whose scores are None too."""
 
     values: list[float | None]
     failed: frozenset[int] = frozenset()
@@ -80,9 +80,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Group:
-    """The completions of a prompt; for each of them what each reward says, by the reward's name, and their weighted sum
-    (`rewards`), None where nothing is said. `failed`: how many of them a reward that may fail failed on; `cost`: what
-    the scores of rewards that ask an endpoint have taken (`costs_of`)."""
+    """The completions of a prompt. `scores`: by the name of a reward, its score for each completion; `rewards`: the
+    weighted sum of these for each completion; None where there is no score. `failed`: by the name of a reward with
+    `on_error: skip`, how many completions it failed on; `cost`: see `costs_of`."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -98,15 +98,15 @@ def scored_groups(
     completions: Sequence[Sequence[Completion]],
     columns: Sequence[str],
 ) -> list[Group]:
-    """Have the rewards score the completions of each prompt, all in one call.
+    """Score the completions of all prompts, in one call of each reward.
 
     Args:
-        columns: of the prompts' rows, that the rewards are given; null where a row has no such column.
+        columns: names of the columns of the prompts' rows that the rewards are given.
 
     Raises:
         UserError, StageError: as `score`.
     """
-    rows = [(prompt, one) for prompt, group in zip(prompts, completions, strict=True) for one in group]
+    rows = [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
     scores = score(
         rewards,
         [list(prompt.prompt) for prompt, _ in rows],
@@ -128,7 +128,7 @@ def scored_groups(
 
 
 def costs_of(rewards: Sequence[LoadedReward], rows: Sequence[tuple[Prompt, str]]) -> dict[str, dict[str, int]]:
-    """What the scores of prompts with their completions have taken, whenever they were asked for, by the names of the
+    """What the scores of prompts with their completions have cost, in this run or an earlier one, by the names of the
     rewards that ask an endpoint: requests (`calls`), `prompt_tokens` and `completion_tokens`."""
     prompts, texts = [list(prompt.prompt) for prompt, _ in rows], [text for _, text in rows]
     counting = {
@@ -140,12 +140,12 @@ def costs_of(rewards: Sequence[LoadedReward], rows: Sequence[tuple[Prompt, str]]
 
 
 def column_names(prompts: Iterable[Prompt]) -> list[str]:
-    """Of the prompts' rows: what rewards can be given beside prompts and completions."""
+    """All columns of the prompts' rows."""
     return list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
 
 
 def names_of(rewards: Sequence[LoadedReward]) -> list[str]:
-    """What to call rewards in records; the second of a name is `NAME-2`."""
+    """The names of rewards in records; the second reward of the same name is `NAME-2`."""
     names = [reward.name for reward in rewards]
     earlier = [names[:index].count(name) for index, name in enumerate(names)]
     return [f"{name}-{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
@@ -158,15 +158,16 @@ def score(
     ids: Sequence[Sequence[int]] | None,
     columns: Mapping[str, Sequence[Any]],
 ) -> list[Scores]:
-    """What each reward says about the completions.
+    """The scores of each reward for the completions.
 
     Args:
-        prompts: one for each completion; so are `ids` (None where they are not known) and every column.
+        prompts: one for each completion, as are `ids` and every column.
+        ids: the completions' token ids; None if they are not known.
 
     Raises:
-        UserError: a user's function fails, or returns anything but a finite number or None for each completion, and
-            is not to be skipped then.
-        StageError: the same of a built-in reward.
+        UserError: a user's function without `on_error: skip` fails, or returns anything but a finite number or None
+            for each completion.
+        StageError: a built-in reward does.
     """
     arguments: dict[str, Any] = {**columns, "prompts": prompts, "completions": completions}
     if ids is not None:
@@ -175,11 +176,11 @@ def score(
 
 
 def weighted(rewards: Sequence[LoadedReward], scores: Sequence[Scores]) -> list[float | None]:
-    """The weighted sum for each completion over the rewards that say something about it; None if none does."""
+    """The weighted sum of the scores of each completion; None if no reward gave it a score."""
     totals: list[float | None] = []
     for values in zip(*(of_reward.values for of_reward in scores), strict=True):
-        said = [reward.weight * value for reward, value in zip(rewards, values, strict=True) if value is not None]
-        totals.append(math.fsum(said) if said else None)
+        terms = [reward.weight * value for reward, value in zip(rewards, values, strict=True) if value is not None]
+        totals.append(math.fsum(terms) if terms else None)
     return totals
 
 
@@ -187,7 +188,7 @@ def weighted(rewards: Sequence[LoadedReward], scores: Sequence[Scores]) -> list[
 
 
 class NotNumbers(Exception):
-    """What a reward returned cannot be used; the completion at `index` is to be shown."""
+    """What a reward returned cannot be used; `index` is that of the completion to show."""
 
     def __init__(self, what: str, index: int = 0):
         super().__init__(what)
@@ -195,8 +196,8 @@ class NotNumbers(Exception):
 
 
 class _Refused(Exception):
-    """A reward failed, or returned what cannot be used; `message` shows the completion at `index`, as far as one is to
-    blame."""
+    """A reward failed, or returned what cannot be used; `message` shows the completion that caused it, if a single one
+    did."""
 
     def __init__(self, reward: LoadedReward, arguments: Mapping[str, Any], error: BaseException):
         returned = isinstance(error, NotNumbers)
@@ -250,7 +251,7 @@ def _only(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def _failing(reward: LoadedReward, arguments: Mapping[str, Any]) -> int | None:
-    """The first completion for which the reward fails by itself; None if it does for no single one."""
+    """The index of the first completion for which the reward fails if called with it alone; None if there is none."""
     for index in range(len(arguments["completions"])):
         try:
             reward(_only(arguments, index))
@@ -260,7 +261,7 @@ def _failing(reward: LoadedReward, arguments: Mapping[str, Any]) -> int | None:
 
 
 def _numbers(returned: Any, count: int) -> list[float | None]:
-    """Raises NotNumbers: it is anything but a list (or the like) with a finite number or None for each completion."""
+    """`returned` as a list. Raises NotNumbers: it is no sequence with a finite number or None for each completion."""
     if inspect.iscoroutine(returned):
         returned.close()  # else Python warns that nothing awaits it
     is_other = isinstance(returned, str | bytes | Mapping | Set) or not hasattr(returned, "__len__")
@@ -276,7 +277,7 @@ def _number(value: Any, index: int) -> float | None:
     if value is None:
         return None
     number: float | None = None
-    # A row of a matrix is no number, even where it could be made one.
+    # A row of a matrix is no number, even if it has a single element.
     if not isinstance(value, str | bytes) and not getattr(value, "ndim", 0):
         try:
             number = float(value)

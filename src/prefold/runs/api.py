@@ -1,7 +1,7 @@
 """The Python API of runs, which the commands call: a recipe in, a run folder out.
 
-`prefold.run` performs every stage of `stages.py` in order and skips what is done; the functions of one stage do it
-again. What the stages share is the `Run` of `context.py`.
+`prefold.run` performs the stages of `stages.py` in order and skips those already done; a function for a single stage
+performs it again. The stages share the `Run` of `context.py`.
 """
 
 from __future__ import annotations
@@ -32,39 +32,42 @@ from prefold.training.record import record_stage, restart_peaks
 from prefold.trees.memory import arrange_allocations, is_out_of_memory
 
 BY_COMMAND = {"check": "train", "compare": "evaluate", "judge": "evaluate"}
-"""Commands that perform the stages of other names; `prefold check` leaves nothing in the run folder."""
+"""The command that performs a stage, where it is not the one of the same name: `prefold check` writes no run folder."""
 
 
 def run(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
-    """Every stage in order, skipping what is done; returns the run folder, or the folder of all `rounds`.
+    """Perform every stage in order, skipping those already done; returns the run folder, or the folder of all `rounds`.
 
     Args:
         fresh: remove what an earlier run left in the run folder and start over.
 
     Raises:
         UserError: the recipe or what it names cannot be used, or the folder holds the run of another recipe.
-        StageError: a stage failed; what was finished stays.
+        StageError: a stage failed; finished stages are kept.
     """
-    ranks.join()  # before anything can fail, so that one process says what
-    made = Run(as_recipe(recipe, overrides))
-    return perform_rounds(made, perform_all, fresh) if made.recipe.rounds else perform_all(made, fresh=fresh)
+    ranks.join()  # before anything can fail, so that only one process reports it
+    opened = Run(as_recipe(recipe, overrides))
+    return perform_rounds(opened, perform_all, fresh) if opened.recipe.rounds else perform_all(opened, fresh=fresh)
 
 
 def train(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
-    """The stages up to training, skipping what is done; returns the run folder."""
+    """Perform the stages up to training, skipping those already done; returns the run folder."""
     ranks.join()
     return perform_all(_single(recipe, overrides), until="train", fresh=fresh)
 
 
 def merge(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
-    """Merge (again, if it was done); returns the folder of the merged model."""
+    """Merge, even if that was done before; returns the folder of the merged model."""
     return _redo("merge", _single(recipe, overrides)) / "merged"
 
 
 def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate (again, if it was done); returns the content of `evaluation/heldout.json`, or of `rewards.json` for a
-    method that samples; with the content of `tasks.json`, `compared.json` and `win_rate.json` under these names, where
-    the recipe asks for them."""
+    """Evaluate, even if that was done before.
+
+    Returns:
+        The content of `evaluation/heldout.json`, or of `rewards.json` for a method that samples. Where the recipe asks
+        for them, also the content of `tasks.json`, `compared.json` and `win_rate.json` under these names.
+    """
     run = _single(recipe, overrides)
     for stage in stages_of(run.recipe):
         if stage.name in ("evaluate", "compare", "judge"):
@@ -76,22 +79,22 @@ def evaluate(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> 
 
 
 def report(recipe: str | Path | RecipeBase, overrides: Sequence[str] = ()) -> Path:
-    """Write the report (again, if it was there); returns its path."""
+    """Write the report, even if there is one; returns its path."""
     return _redo("report", _single(recipe, overrides)) / "report.html"
 
 
 def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
-    """Publish a finished run (again, if it was done): what is there already is not sent again.
+    """Publish a finished run, even if that was done before; files that are there already are not sent again.
 
     Args:
-        dry_run: say what would be published, and where; writes and sends nothing.
+        dry_run: return what would be published, and where; write and send nothing.
 
     Returns:
         The content of `publish.json`: the files with their sizes, and where they are now.
 
     Raises:
-        UserError: the run is not finished, its merge check failed, or the Hub lets nobody in with this token.
-        StageError: the connection broke, or a GGUF file is not the model.
+        UserError: the run is not finished, its merge check failed, or the Hub refuses the token.
+        StageError: the connection broke, or a GGUF file differs from the model.
     """
     run = _single(recipe, overrides)
     recipe, section = run.recipe, require_section(run.recipe)
@@ -102,19 +105,19 @@ def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, d
 
 
 def _single(recipe: str | Path | RecipeBase, overrides: Sequence[str]) -> Run:
-    """Raises UserError: the recipe has rounds, which are several runs."""
-    made = as_recipe(recipe, overrides)
-    if made.rounds:
-        advice = f"`prefold run` performs them all; each is a run folder of its own, {made.output_dir}/{ROUNDS}/1"
-        raise UserError("rounds are several runs, of which none is named here", where="`rounds`", advice=advice)
-    return Run(made)
+    """The run of a recipe. Raises UserError: the recipe has rounds, which are several runs."""
+    parsed = as_recipe(recipe, overrides)
+    if parsed.rounds:
+        advice = f"`prefold run` performs them all; each is a run folder of its own, {parsed.output_dir}/{ROUNDS}/1"
+        raise UserError("rounds are several runs, and this command works on one", where="`rounds`", advice=advice)
+    return Run(parsed)
 
 
 def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> Path:
-    """The stages that are not done, up to the one named; returns the run folder."""
+    """Perform the stages that are not done, up to and including `until`; returns the run folder."""
     if fresh and ranks.is_first() and (run.folder / "recipe.yaml").is_file():
         with ranks.alone():
-            examined(run)  # before the run that is there is removed
+            examined(run)  # before the existing run is removed
     with open_run_folder(run.recipe, fresh) if ranks.is_first() else nullcontext(run.folder) as folder:
         stages = stages_of(run.recipe)
         names = [stage.name for stage in stages]
@@ -124,7 +127,7 @@ def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> P
             if ranks.from_first(partial(stage.is_done, folder)):
                 say(f"{stage.name}: done before")
                 continue
-            # From the report on the page is that.
+            # From the report stage on, the page at this path is the report.
             is_live = ranks.is_first() and names.index(stage.name) < names.index("report")
             with page.during(stage.name) if is_live else nullcontext():
                 _perform(stage, run)
@@ -132,7 +135,7 @@ def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> P
 
 
 def _redo(name: str, run: Run) -> Path:
-    """One stage, whether it was done or not; a report is of what there is."""
+    """Perform one stage, whether it was done or not. Only a report does not need the stages before it."""
     with open_run_folder(run.recipe, alone=name != "report", only=name) as folder:
         for stage in stages_of(run.recipe):
             if stage.name == name:
@@ -140,7 +143,7 @@ def _redo(name: str, run: Run) -> Path:
                 break
             if name != "report" and not stage.is_done(folder):
                 command = BY_COMMAND.get(stage.name, stage.name)
-                what = f"`{name}` needs what `{stage.name}` leaves, and it is not there"
+                what = f"`{name}` needs the output of `{stage.name}`, which is missing"
                 advice = f"`prefold run` performs every stage in order, or `prefold {command}`"
                 raise UserError(what, where=run.recipe.output_dir, advice=advice)
     return folder

@@ -1,6 +1,6 @@
 """Check: what would be trained on, what is wrong with it, and what the run will take.
 
-Nothing here imports what only an examination needs, so that a second check of the same recipe is quick.
+`examination.py`, which is slow to import, is imported only if its result is not remembered: a second check is quick.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 EXAMPLES_SHOWN = 3
 TOKENS_SHOWN = 1000
-"""Of each part of a row that is shown."""
+"""Of each part of an example; if it is longer, its middle is left out."""
 LENGTH_BINS = 10
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `prefold check` found. `ok` is False if a finding is an error; `separation` is there on request."""
+    """What `prefold check` found. `ok` is False if a finding is an error; `separation` is set on request."""
 
     recipe: RecipeBase
     prepared: Prepared
@@ -82,7 +82,7 @@ class CheckReport:
         }
 
     def _shown(self, example: Example) -> dict[str, Any]:
-        """An example as it is trained on, token by token; of long parts the middle is left out."""
+        """An example as it is trained on, token by token."""
         parts = tokens_of(example.record, example.tree, self.tokenizer)
         half = TOKENS_SHOWN // 2
         return {
@@ -102,7 +102,7 @@ def _left_out(number: int) -> dict[str, Any]:
 
 
 def _lengths(examples: Examples) -> dict[str, Any]:
-    """Histograms of tokens by part; those of the completions have the same bins."""
+    """Histograms of token counts by part; the completions share their bins."""
     if not len(examples):
         return {}
     columns = dict(zip(parts_of(examples.records[0]), zip(*examples.lengths, strict=True), strict=True))
@@ -124,12 +124,12 @@ def check(
     device_memory: str | None = None,
     measure: bool = False,
 ) -> CheckReport:
-    """What would be trained on, what is wrong with it and what it would take; writes nothing but its cache.
+    """Report what would be trained on, what is wrong with it and what the run would take; writes only to the cache.
 
     Args:
-        reference: load the model and say how far it tells chosen from rejected already.
-        device_memory: of a GPU to plan for, e.g. `24GB`; unset: this machine.
-        measure: time the engine on this machine for some seconds, to say how long the run will take.
+        reference: load the model and measure how well it already tells chosen from rejected.
+        device_memory: memory of a GPU to plan for, e.g. `24GB`; unset: this machine.
+        measure: time the engine on this machine for some seconds, to estimate how long the run will take.
     """
     if device_memory and measure:
         what = "times are measured on this machine, and the plan is for another"
@@ -142,7 +142,7 @@ def check_row(recipe: str | Path | RecipeBase, row: str | int, overrides: Sequen
     """One row of the data as it is read, as messages, as text and as tokens, or why it is left out.
 
     Args:
-        row: its 1-based number as findings name it; behind the source's name where there are several, `pairs.jsonl:12`.
+        row: its 1-based number, as in findings; with several sources after the source's name, `pairs.jsonl:12`.
 
     Raises:
         UserError: there is no such row, or its source cannot be read or recognised.
@@ -158,10 +158,10 @@ def examine(run: Run, reference: bool = False, device_memory: int | None = None,
         device_memory: bytes of a GPU to plan for; unset: this machine.
         measure: time what a step does on this machine.
     """
-    machine, asked = Machine.planned(device_memory), run.recipe.evaluate
+    machine, settings = Machine.planned(device_memory), run.recipe.evaluate
     key = remembered.key_of(run, machine, measure)
     known = remembered.read(key, run, machine)
-    others = run.recipe.rewards or run.recipe.publish or asked.win_rate or asked.compare_with
+    others = run.recipe.rewards or run.recipe.publish or settings.win_rate or settings.compare_with
     if known is None or others or reference:
         with loading():
             from prefold.runs import examination

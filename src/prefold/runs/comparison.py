@@ -1,8 +1,8 @@
 """`prefold compare`: run folders and models, each against the first one, on all that both have measured: the same
 held-out pairs, prompts and questions.
 
-A run folder brings what its run has measured; a model, and everything where tasks are named, is asked here. One run
-folder alone is compared with itself before training.
+Of a run folder, the stored measurements are compared. Models are measured here; if tasks are named, so are the run
+folders. A single run folder is compared with its model before training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from prefold.runs.measured import compare_measured, measured_by
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that are compared: a model, or a run before or after training."""
+    """One side of a comparison: a model, or a run before or after training."""
 
     name: str
     label: str
@@ -40,7 +40,7 @@ class Side:
 
     @property
     def section(self) -> Model:
-        """How to load it; raises UserError for a run that has no merged model yet, or one that answers nothing."""
+        """How to load the model. Raises UserError: the run has no merged model yet, or trains a reward model."""
         self.require_answers()
         return self.run.model if self.run is not None and self.when == "before" else model_named(self.name)
 
@@ -66,16 +66,16 @@ def compare(
     """Compare run folders and models with the first one.
 
     Args:
-        models: run folders, or models by any name that `model.name` can have.
-        tasks: what to ask all of them, and `include_path`, `limit` and `num_fewshot` how, as in `evaluate`. Unset: the
-            task scores of the run folders count, and models are asked what the first of them was asked.
+        models: run folders, or models by any name that `model.name` accepts.
+        tasks: tasks for all of them, with `include_path`, `limit` and `num_fewshot` as in a recipe's `evaluate`. Unset:
+            the stored scores of run folders are compared, and models get the tasks of the first run that has scores.
 
     Returns:
         `{"baseline": NAME, "models": {NAME: as compare_tasks, with "measures": as compare_measured}, "runs": {NAME:
         {"method", "model", "outcome", "verdict", "evidence"}}}`; `left_out` says what was not compared, and why.
 
     Raises:
-        UserError: nothing can be compared, a run folder has not been evaluated, a task or model cannot be had.
+        UserError: nothing can be compared, a run folder has not been evaluated, or a task or model cannot be used.
     """
     sides = _sides([str(model) for model in models])
     for side in sides if tasks else ():
@@ -106,7 +106,7 @@ def compare(
 def _compared_tasks(
     scores: Mapping[str, list[TaskScores]], with_template: Mapping[str, bool], names: tuple[str, str]
 ) -> dict[str, Any]:
-    """The tasks of two of them, as `compare_tasks` has them."""
+    """The tasks of two sides, as `compare_tasks` returns them; `left_out` says why there are none."""
     first, second = (scores[name] for name in names)
     facts = compare_tasks(first, second)
     if first and second and with_template[names[0]] != with_template[names[1]]:
@@ -120,7 +120,7 @@ def _compared_tasks(
 
 
 def compare_with(baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:
-    """The content of `evaluation/compared.json`: other models, asked what a run was asked, against its model before
+    """The content of `evaluation/compared.json`: other models on the tasks of a run, compared with its model before
     training."""
     sides = [_side(name) for name in settings.compare_with]
     scores = _measured(sides, settings)
@@ -128,7 +128,7 @@ def compare_with(baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str
 
 
 def require_models(names: Sequence[str]) -> None:
-    """Look at models without fetching or converting any. Raises UserError: one of them is not there, is no model
+    """Check models without fetching or converting any. Raises UserError: one of them does not exist, is no model
     folder, or is a run without a merged model."""
     for name in names:
         model = _side(name).section.name
@@ -138,8 +138,7 @@ def require_models(names: Sequence[str]) -> None:
 
 
 def read_scores(path: Path) -> list[TaskScores]:
-    """What a run has written of its tasks; nothing where it was asked none. Raises UserError: the file cannot be
-    read."""
+    """The task scores that a run has written; empty if it ran no tasks. Raises UserError: the file cannot be read."""
     if not path.is_file():
         return []
     try:
@@ -171,7 +170,7 @@ def _side(name: str) -> Side:
 
 
 def _run_facts(side: Side) -> dict[str, Any]:
-    """What the run says of itself; raises UserError if it has not been evaluated."""
+    """Method, model and verdict of a run. Raises UserError: it has not been evaluated."""
     run = read_run(side.folder)
     verdict = overall(run)
     if verdict.outcome == "missing":
@@ -187,11 +186,10 @@ def _run_facts(side: Side) -> dict[str, Any]:
 
 
 def _scores_of_runs(sides: Sequence[Side]) -> tuple[dict[str, list[TaskScores]], dict[str, bool]]:
-    """What the runs have measured, and of models what they are asked now, by label; and whether it was asked with the
-    chat template. Nothing where tasks were not asked."""
+    """Task scores by label, stored ones of runs and new ones of models, and whether the chat template was applied."""
     runs = {side.label: (side, side.run) for side in sides if side.run is not None}
     models = [side for side in sides if side.run is None]
-    # What an earlier recipe asked for may still lie there.
+    # The scores of an earlier recipe may still be in the folder.
     scores = {
         label: read_scores(side.folder / "evaluation" / f"scores_{side.when}.json") if run.evaluate.tasks else []
         for label, (side, run) in runs.items()

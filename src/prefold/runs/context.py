@@ -1,4 +1,4 @@
-"""What the stages of a run share: its recipe and folder, its tokenizer and data. `opened` has what a recipe names."""
+"""What the stages of a run share: recipe, folder, tokenizer and data. `opened.py` opens what else a recipe names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run, as its stages are handed it: tokenizer and data are read when a stage first needs them.
+    """A run, as its stages receive it: tokenizer and data are read when a stage first needs them.
 
     Args:
-        measured_before: what models before training measured, by all that decides it, where several runs share it.
+        measured_before: results of models before training, by everything that decides them; the runs of a sweep share
+            it.
     """
 
     def __init__(self, recipe: RecipeBase, measured_before: dict[str, Any] | None = None):
@@ -40,7 +41,7 @@ class Run:
             return prepare(recipe.data, tokenizer, recipe.train.seed, recipe.data_kind)
 
     def checked_data(self) -> Prepared:
-        """The data that the run began with. Raises UserError: the data have changed since, or what was fetched anew."""
+        """The data that the run began with. Raises UserError: the data, or other inputs of `check`, have changed."""
         began, prepared = read_json(self.folder / "data.json"), self.prepared
         require_unchanged(self.recipe, self.folder)
         require_same_tokens(began, prepared, self.recipe.output_dir)

@@ -45,24 +45,24 @@ def _evaluate_held_out(run: Run, in_16_bits: bool) -> None:
     comparison, lines = measuring.compare(before, after)
     if lines is not None:
         write_jsonl(folder / "evaluation" / "heldout.jsonl", lines)
-    kept = {"weights_in_16_bits": True} if in_16_bits else {}
-    write_json(folder / "evaluation" / f"{recipe.algorithm.kind.measured}.json", {**comparison, **kept})
+    precision = {"weights_in_16_bits": True} if in_16_bits else {}
+    write_json(folder / "evaluation" / f"{recipe.algorithm.kind.measured}.json", {**comparison, **precision})
 
 
 def _sample(prompt: Sequence[Message], **answers: Sequence[Completion]) -> dict[str, Any]:
-    """A line of `samples.jsonl`: a prompt with the answers of each model, and how each of them ended."""
+    """A line of `samples.jsonl`: a prompt, the answers of each model, and why each answer ended."""
     texts = {when: [completion.text for completion in group] for when, group in answers.items()}
     reasons = {when: [completion.finish_reason for completion in group] for when, group in answers.items()}
     return {"prompt": list(prompt), **texts, "finish_reasons": reasons}
 
 
 def _measured_before(run: Run, measuring: Measuring) -> Any:
-    """Runs that are measured alike measure the model before training once."""
+    """The result of the model before training, which runs with the same measurement share."""
     recipe, train = run.recipe, run.recipe.train
     settings = (recipe.model, recipe.data, recipe.algorithm.kind.data, recipe.rewards, recipe.evaluate)
     rounding = (train.seed, train.max_tokens, train.gradient_checkpointing)
-    read = (run.prepared.fingerprints["held_out"], inputs_of(recipe))
-    key = repr((settings, held_out_sampling(recipe), rounding, read, measuring.in_16_bits))
+    inputs = (run.prepared.fingerprints["held_out"], inputs_of(recipe))
+    key = repr((settings, held_out_sampling(recipe), rounding, inputs, measuring.in_16_bits))
     if key in run.measured_before:
         say("  the model before training was measured for an earlier run")
     else:

@@ -1,6 +1,6 @@
-"""What `prefold check` computes: whether all that a recipe names can be used, what does not go together, the plan.
+"""What `prefold check` computes: whether everything that a recipe names can be used and fits together, and the plan.
 
-It imports all that a run does, which takes seconds; `remembered.py` has what an earlier one found.
+It imports everything that a run does, which takes seconds; `remembered.py` caches its results.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from prefold.runs.opened import order_of, require_openable, require_usable, scor
 from prefold.terminal import busy
 
 PAIRS_SCORED = 128
-"""Enough to tell an accuracy to 9 points."""
+"""Enough to know an accuracy to within 9 percentage points."""
 
 
 def examined(run: Run, device_memory: int | None, measure: bool) -> tuple[list[Finding], Plan]:
-    """Findings about model, data and recipe together, and the plan.
+    """Findings about model, data and recipe together, and the plan; arguments as in `check.examine`.
 
-    Args: as of `check.examine`.
+    Raises:
+        UserError: something that the recipe names cannot be used, or does not fit the data.
     """
     recipe = run.recipe
     with busy("looking at the model"):
@@ -45,13 +46,13 @@ def examined(run: Run, device_memory: int | None, measure: bool) -> tuple[list[F
 
 
 def require_others(run: Run) -> None:
-    """Raises UserError: what the recipe names beside model and data cannot be used."""
+    """Raises UserError: something that the recipe names besides model and data cannot be used."""
     require_ready(run.recipe)
     require_openable(run)
 
 
 def separated(recipe: RecipeBase, train: Examples) -> tuple[dict[str, Any], list[Finding]]:
-    """How far the model tells chosen from rejected already, and what of that is odd."""
+    """How well the model already tells chosen from rejected, and findings about it. Raises UserError: no pairs."""
     if recipe.data_kind != "pairs":
         what = "`--reference` compares chosen with rejected completions, and the data of this recipe have none"
         raise UserError(what, where=recipe.output_dir, advice="check without it")

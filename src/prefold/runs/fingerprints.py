@@ -1,7 +1,7 @@
-"""What the stages of a run read beside its folder, file by file, and how it differs now, in words.
+"""The files that the stages of a run read from outside its folder, and how they have changed since, in words.
 
-A stage that begins writes the digests of what it reads to `inputs.json`. What differs later belongs to another run, and
-`folder.py` says what follows. Of a model of the Hub its commit counts; a data set of the Hub shows in the tokens.
+A stage writes the digests of its inputs to `inputs.json` when it begins; `folder.py` decides what a change entails. A
+model of the Hub is known by its commit; a changed data set of the Hub shows in the tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Input:
-    """A thing that a stage reads: what the recipe calls it, and the digest of each file by its path from `root`; no
-    files where there is nothing any more, None where that cannot be told without reading it."""
+    """An input of a stage: its name in the recipe, and the digest of each file by its path relative to `root`. `files`
+    is empty if there are none any more, None if it cannot be known here (a data set of the Hub, an endpoint)."""
 
     name: str
     root: str
@@ -45,22 +45,22 @@ class Input:
 
 @dataclass(frozen=True)
 class Change:
-    """An input that is not what a stage has read, in words."""
+    """A change of an input since a stage read it, in words."""
 
     stage: str
     text: str
     is_gone: bool
     has_failed: bool
-    """A stage stopped because of it."""
+    """Whether a stage stopped because of this input, a reward."""
 
 
 def inputs_of(recipe: RecipeBase, start: Path | None = None) -> dict[str, dict[str, Input]]:
-    """What each stage is the first to read, by the fields that name it.
+    """The inputs that each stage is the first to read, by stage and by the field that names them.
 
     Args:
-        start: where relative paths in the user's own tasks begin; unset: here.
+        start: folder that relative paths in the user's own tasks start from; unset: the current folder.
     """
-    model, data, asked = recipe.model, recipe.data, recipe.evaluate
+    model, data, settings = recipe.model, recipe.data, recipe.evaluate
     sources: dict[str, Sequence[Rows]]
     sources = {"train": data.train, "eval": data.eval, "decontaminate": data.decontaminate}
     rows = {f"data.{kind}.{i}": _rows(source) for kind, rows in sources.items() for i, source in enumerate(rows)}
@@ -73,14 +73,14 @@ def inputs_of(recipe: RecipeBase, start: Path | None = None) -> dict[str, dict[s
     if data.decisions:
         path = Path(data.decisions).expanduser()
         checked["data.decisions"] = _input(data.decisions, path.parent, [path])
-    compared, win_rate = asked.compare_with, asked.win_rate
+    compared, win_rate = settings.compare_with, settings.win_rate
     rewards = {f"rewards.{index}": _reward(reward) for index, reward in enumerate(recipe.rewards)}
     judges = {"evaluate.win_rate": _judge(win_rate)} if win_rate else {}
     tasks = {}
-    if asked.include_path:
-        root = Path(asked.include_path).expanduser()
-        files = task_files(root, asked.tasks, start or Path.cwd()).values()
-        tasks["evaluate.include_path"] = _input(asked.include_path, root, files)
+    if settings.include_path:
+        root = Path(settings.include_path).expanduser()
+        files = task_files(root, settings.tasks, start or Path.cwd()).values()
+        tasks["evaluate.include_path"] = _input(settings.include_path, root, files)
     return {
         "check": checked,
         "train": rewards,
@@ -119,7 +119,7 @@ def _model(name: str, revision: str | None = None) -> Input:
         return _input(name, path, sorted(file for pattern in OF_A_MODEL for file in path.glob(pattern)))
     if path.is_file():
         return _input(name, path.parent, [path])
-    if name.startswith("pypi:"):  # of a version whose digest is known
+    if name.startswith("pypi:"):  # a pinned version whose digest is known
         return Input(name, "", None)
     config = try_to_load_from_cache(name, "config.json", revision=revision) if is_hub_id(name) and "/" in name else None
     return Input(name, "", {COMMIT: Path(config).parent.name} if isinstance(config, str) else None)
@@ -139,18 +139,18 @@ def _reward(reward: RewardBase | EndpointJudge) -> Input:
     if reward.file:
         path = Path(reward.file).expanduser()
         return _input(reward.file, path.parent, files_of_code(path))
-    is_asked = "model" not in reward.settings or "endpoint" in reward.settings
-    return Input(reward.name, "", None) if is_asked else _model(reward.settings["model"])
+    is_local_model = "model" in reward.settings and "endpoint" not in reward.settings
+    return _model(reward.settings["model"]) if is_local_model else Input(reward.name, "", None)
 
 
 # ---- the record -------------------------------------------------------------------------------------------------
 
 
 def record_inputs(folder: Path, recipe: RecipeBase, stage: str, ended: bool = False) -> None:
-    """Write down what a stage reads, as it begins; once it has `ended`, what it had to fetch first as well. A reward
-    that has been mended is what the run goes on with."""
+    """Record what a stage reads when it begins; once it has `ended`, also what it had to fetch first. A reward that
+    failed is recorded anew, as it may have been mended."""
     record, inputs = _record(folder), inputs_of(recipe)
-    known = {field: read.files for field, read in inputs.get(stage, {}).items() if read.files}
+    known = {field: item.files for field, item in inputs.get(stage, {}).items() if item.files}
     read = {**record["read"], stage: {**known, **(record["read"].get(stage, {}) if ended else {})}}
     if not ended and record["failed"]:
         mended = {field: reward.files for field, reward in inputs["train"].items() if field in record["failed"]}
@@ -160,7 +160,7 @@ def record_inputs(folder: Path, recipe: RecipeBase, stage: str, ended: bool = Fa
 
 
 def record_failure(folder: Path, recipe: RecipeBase, error: UserError) -> None:
-    """Write down which reward file the error of a stage names: that one may be mended."""
+    """Record which reward files the error of a stage names: those may be mended without starting over."""
     failed = [
         f"rewards.{index}"
         for index, reward in enumerate(recipe.rewards)
@@ -171,7 +171,7 @@ def record_failure(folder: Path, recipe: RecipeBase, error: UserError) -> None:
 
 
 def record_start(folder: Path) -> Path:
-    """Write down where the relative paths of the run begin, and return it."""
+    """Record the folder that the run's relative paths start from, and return it."""
     start = start_of_paths(folder)
     where = {"paths_from": without_home(str(start)), "to_it": os.path.relpath(start, folder.resolve())}
     record = _record(folder)
@@ -181,13 +181,13 @@ def record_start(folder: Path) -> Path:
 
 
 def files_read(folder: Path, stage: str, field: str) -> dict[str, str]:
-    """Digests of the files that a stage has read for a field of the recipe; empty where that is not known."""
+    """Digests of the files that a stage has read for a field of the recipe; empty if not recorded."""
     read: dict[str, str] = _record(folder)["read"].get(stage, {}).get(field, {})
     return read
 
 
 def is_commit_of(folder: Path, revision: Any) -> bool:
-    """Whether this is the commit of the base model that the run has read."""
+    """Whether `revision` is the commit of the base model that the run has read."""
     commit = files_read(folder, "check", "model").get(COMMIT)
     return commit is not None and bool(commit == revision)
 
@@ -203,8 +203,8 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def changes(recipe: RecipeBase, folder: Path) -> list[Change]:
-    """What differs from what the stages have read, by the stage that was the first to read it."""
-    record, found = _record(folder), []
+    """The inputs that have changed since the stages read them."""
+    record, changed = _record(folder), []
     for stage, inputs in inputs_of(recipe, start_of_paths(folder)).items():
         for field, now in inputs.items():
             was = record["read"].get(stage, {}).get(field)
@@ -212,8 +212,8 @@ def changes(recipe: RecipeBase, folder: Path) -> list[Change]:
                 continue
             is_gone = not now.files
             text = f"{now.name} is not there any more" if is_gone else _in_words(field, was, now, recipe, folder)
-            found.append(Change(stage, text, is_gone, field in record["failed"]))
-    return found
+            changed.append(Change(stage, text, is_gone, field in record["failed"]))
+    return changed
 
 
 def _in_words(field: str, was: Mapping[str, str], now: Input, recipe: RecipeBase, folder: Path) -> str:
@@ -235,7 +235,7 @@ def _in_words(field: str, was: Mapping[str, str], now: Input, recipe: RecipeBase
 
 
 def _rows_in_words(field: str, recipe: RecipeBase, folder: Path) -> str:
-    """How many rows a source of data had and has; empty for other inputs, and where it is not known."""
+    """How many rows a source of data had and has now; empty for other inputs, and if unknown."""
     train, held_out = recipe.data.train, recipe.data.eval
     names = [f"data.train.{i}" for i in range(len(train))] + [f"data.eval.{i}" for i in range(len(held_out))]
     if field not in names:
@@ -258,8 +258,7 @@ def _listed(root: str, names: Sequence[str]) -> str:
 
 
 def require_unchanged(recipe: RecipeBase, folder: Path) -> None:
-    """Raises UserError: what a stage was about to go on with is no longer what the check has read. A model of the Hub,
-    say, which has been fetched anew."""
+    """Raises UserError: an input is no longer what the check has read, e.g. a model of the Hub was fetched again."""
     texts = [change.text for change in changes(recipe, folder) if change.stage == "check" and not change.is_gone]
     if texts:
         what = "\n  ".join(["holds a run whose inputs have changed since it began:", *texts[:SHOWN]])
@@ -268,7 +267,7 @@ def require_unchanged(recipe: RecipeBase, folder: Path) -> None:
 
 
 def require_same_tokens(began: Mapping[str, Any], prepared: Prepared, where: str) -> None:
-    """Raises UserError: the same files give other examples than they did in `data.json`."""
+    """Raises UserError: the same files give other examples than those recorded in `data.json`."""
     now = {"train": prepared.report.train.trees, "held_out": prepared.report.held_out.trees}
     for split, fingerprint in prepared.fingerprints.items():
         if fingerprint != began["fingerprint"].get(split):
@@ -280,15 +279,15 @@ def require_same_tokens(began: Mapping[str, Any], prepared: Prepared, where: str
 
 
 def say_changes(recipe: RecipeBase, folder: Path) -> None:
-    """What is shown of a run is of what it has read, whatever that is by now."""
+    """Say which inputs of a run have changed: its results are those of the inputs as they were."""
     if changed := changes(recipe, folder):
-        say(f"{without_home(str(folder))}: made of inputs that are no longer what they were")
+        say(f"{without_home(str(folder))}: its inputs have changed since it was made")
     for change in changed[:SHOWN]:
         say(f"  {change.text}")
 
 
 def say_changes_of(name: str) -> None:
-    """The same for a model by name, if that is a run folder."""
+    """The same for a model by its name, if that is a run folder."""
     if folder := run_folder(name):
         say_changes(load_recipe(name), folder)
 

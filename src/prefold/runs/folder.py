@@ -1,6 +1,7 @@
-"""The folder of a run: opened by one process at a time, with its log, for a recipe and for what that reads. What has
-changed of either since is said, and the stages that depend on it are done again; but what was trained is not removed
-unless that is asked for.
+"""The folder of a run, opened by one process at a time, with its log.
+
+Changes of the recipe and its inputs are reported, and the stages that depend on them are performed again; but trained
+weights are removed only on request (`--fresh`).
 """
 
 from __future__ import annotations
@@ -24,28 +25,29 @@ from prefold.runs.stages import Stage, stages_of
 from prefold.terminal import say
 from prefold.training.checkpoints import checkpoints_in, step_of
 
-# The recipe last: without it a folder is not known for a run's any more.
+# The recipe last: without it, the folder is no longer recognised as a run folder.
 RECORDS = (
     *("checkpoints", "metrics.jsonl", "rollouts.jsonl", "guards.json", "gguf", "publish.json", "trackers.json"),
     *("timing.jsonl", "run.log", "served", "trained", "adapter", TRAINED_LOGITS, INPUTS, "recipe.yaml"),
 )
-"""What `--fresh` removes beside the outputs of the stages."""
+"""What `--fresh` removes besides the outputs of the stages."""
 
 
 @contextmanager
 def open_run_folder(
     recipe: RecipeBase, fresh: bool = False, alone: bool = True, only: str | None = None
 ) -> Iterator[Path]:
-    """The run folder, ready for this recipe; the log goes to its `run.log` meanwhile.
+    """The run folder, made ready for this recipe; meanwhile the log goes to its `run.log`.
 
     Args:
         fresh: remove what an earlier run left in it.
-        alone: what is done in it cannot be done beside another process: two would write the same lines.
-        only: the stage that is performed by itself. A report is of the run as it is, and changes nothing else.
+        alone: whether to lock the folder, so that no other process writes the same files.
+        only: the single stage to perform. For `report` nothing is removed, even if the recipe or inputs have changed.
 
     Raises:
-        UserError: it cannot be written to, another process is at work in it, or it holds something else. A recipe that
-            is refused leaves no folder that was not there.
+        UserError: the folder cannot be written to, another process is using it, it holds something else or was trained
+            with other settings, or an earlier stage than `only` is out of date. A recipe that is refused leaves no new
+            folder behind.
     """
     folder = recipe.run_folder
     if only == "report" and not (folder / "recipe.yaml").is_file():
@@ -58,7 +60,7 @@ def open_run_folder(
             yield folder
     except Explained:
         if folder / "recipe.yaml" not in before and not (folder / "data.json").exists():
-            # Refused at its first stage: nothing of it is to be left.
+            # Refused at the first stage: leave nothing behind.
             for path in set(folder.iterdir()) - before:
                 remove(path)
             for path in created:
@@ -75,7 +77,7 @@ def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool, only: st
             what = "is neither empty nor a run folder"
             raise UserError(what, where=recipe.output_dir, advice="choose another `output_dir`")
         if only == "report":
-            _say_of_what_it_is(recipe, folder)
+            _say_differences(recipe, folder)
         else:
             _make_ready(recipe, folder, fresh, only)
         logger = logging.getLogger("prefold")
@@ -90,28 +92,32 @@ def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool, only: st
             handler.close()
 
 
-def _say_of_what_it_is(recipe: RecipeBase, folder: Path) -> None:
+def _say_differences(recipe: RecipeBase, folder: Path) -> None:
     for difference in [*_differences(recipe, folder).values()][:SHOWN]:
         say(f"  {difference}; the report is of the run as it was")
     say_changes(recipe, folder)
 
 
 def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None) -> None:
-    """Remove what is outdated, and write down the recipe."""
+    """Remove what is out of date, and write the recipe."""
     stages = stages_of(recipe)
     for stage in stages if fresh else ():
         stage.remove_outputs(folder)
     for name in RECORDS if fresh else ():
         remove(folder / name)
     changed = changes(recipe, folder)
-    if only == "publish":  # what goes out is what was made
+    if only == "publish":  # the run is published as it was made
         say_changes(recipe, folder)
         changed = []
     outdated = _outdated(recipe, folder, changed)
-    again = {stage.name: why for stage, why in outdated.items() if any((folder / it).exists() for it in stage.outputs)}
+    again = {
+        stage.name: reasons
+        for stage, reasons in outdated.items()
+        if any((folder / output).exists() for output in stage.outputs)
+    }
     before = list(takewhile(lambda name: name != only, (stage.name for stage in stages))) if only else []
     if earlier := next((name for name in before if name in again), None):
-        what = f"`{only}` needs what `{earlier}` leaves, and that is out of date:{_listed(again[earlier])}"
+        what = f"`{only}` needs the output of `{earlier}`, which is out of date:{_listed(again[earlier])}"
         raise UserError(what, where=recipe.output_dir, advice="`prefold run` does it again")
     if names := [name for name in again if name != only]:
         say("\n  ".join([f"out of date: {', '.join(names)}", *again[names[-1]][:SHOWN]]))
@@ -122,19 +128,19 @@ def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None)
             say(f"  {change.text}; what was made of it is kept")
         elif change.has_failed:
             say(f"  {change.text}; that reward failed, and the run goes on with it as it is now")
-    # The run's relative paths may begin elsewhere than here.
+    # The run's relative paths may start from another folder than the current one.
     start = None if record_start(folder) == Path.cwd() else Path.cwd()
     write_text(folder / "recipe.yaml", dump_recipe(recipe, start))
 
 
 def outdated_stages(recipe: RecipeBase, folder: Path) -> list[Stage]:
-    """The stages whose outputs in a run folder would come out differently: by the recipe, or by what it names. Raises
-    UserError: training has begun with others."""
+    """The stages whose outputs would come out differently, because the recipe or its inputs have changed. Raises
+    UserError: training, which has begun, is one of them."""
     return list(_outdated(recipe, folder, changes(recipe, folder)))
 
 
 def _outdated(recipe: RecipeBase, folder: Path, changed: Sequence[Change]) -> dict[Stage, list[str]]:
-    """These stages, each with all that it depends on and that has changed, in words."""
+    """The outdated stages, each with the changes that it depends on, in words."""
     different = _differences(recipe, folder)
     outdated: dict[Stage, list[str]] = {}
     settings: list[str] = []
@@ -168,14 +174,15 @@ def _require_untrained(
 
 
 def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:
-    """The fields of the recipe that are not as the run folder has them, in words; paths that lead to the same are."""
+    """The fields that differ from the recipe in the run folder, in words; paths to the same file do not differ."""
     if not (folder / "recipe.yaml").is_file():
         return {}
     was: Any = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     now, start = as_dict(recipe), start_of_paths(folder)
     old, new = by_dotted_path(was), by_dotted_path(now)
-    led, leads = by_dotted_path(with_paths_from(start, was)), by_dotted_path(with_paths_from(Path.cwd(), now))
-    # Of a section or source that is only in one of them, what is set.
+    old_paths = by_dotted_path(with_paths_from(start, was))
+    new_paths = by_dotted_path(with_paths_from(Path.cwd(), now))
+    # Of a section or source that only one of them has, only the fields that are set.
     names = [
         name for name in old.keys() | new.keys() if (name in old and name in new) or old.get(name) or new.get(name)
     ]
@@ -183,7 +190,7 @@ def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:
         name: f"`{name}` was {_shown(name, old)}, is {_shown(name, new)}"
         for name in sorted(names, key=lambda name: (name != "method", name))
         if old.get(name) != new.get(name)
-        and led.get(name) != leads.get(name)
+        and old_paths.get(name) != new_paths.get(name)
         and name != "output_dir"
         and not (name == "model.revision" and is_commit_of(folder, new.get(name)))
     }
@@ -194,7 +201,7 @@ def _shown(name: str, values: Mapping[str, Any]) -> str:
 
 
 def _section(field: str) -> str:
-    # Who judges, or is asked beside them, is no part of the evaluation of the run's own models.
+    # These have stages of their own: a change leaves the evaluation of the run's own models valid.
     apart = ("evaluate.compare_with", "evaluate.win_rate")
     return field.split(".")[1 if field.startswith(apart) else 0]
 
@@ -207,7 +214,7 @@ def _listed(reasons: Sequence[str]) -> str:
 
 
 def by_dotted_path(values: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings and lists."""
+    """The leaves of nested mappings and lists, by dotted path; an empty mapping or list is a leaf."""
     if not isinstance(values, dict | list) or not values:
         return {path: values}
     items = values.items() if isinstance(values, dict) else enumerate(values)

@@ -1,5 +1,6 @@
-"""What of a recipe does not go with its model, its data, its own steps or the memory at hand: what cannot be computed
-is refused, and of what can be, but is hardly meant, there is a finding.
+"""Whether a recipe fits its model, its data, its number of steps and the memory at hand.
+
+What cannot be computed is refused; what can be, but is hardly intended, becomes a finding.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from prefold.trees.logprobs import router_coefficient
 
 
 def examined(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
-    """Findings about model, data and recipe together; `shapes` is the model without its contents.
+    """Findings about model, data and recipe together; `shapes` is the model without its weights.
 
     Raises:
-        UserError: the data hold tokens or lengths that the model has no rows for.
+        UserError: the data hold tokens or lengths that the model has no embeddings for, or the chat template refuses a
+            prompt of `evaluate`.
     """
     prepared, model = run.prepared, unwrapped(shapes)
     for examples in (prepared.train, prepared.held_out):
@@ -50,7 +52,7 @@ PHASES = {
     "merge": ("merge",),
     "evaluate": ("evaluate",),
 }
-"""Of the plan, by the stage that they belong to."""
+"""Phases of the plan, by the stage that they belong to."""
 
 
 def plan_of(run: Run, device_memory: int | None = None, measure: bool = False) -> Plan:
@@ -59,12 +61,12 @@ def plan_of(run: Run, device_memory: int | None = None, measure: bool = False) -
 
 
 def evaluated_in_16_bits(run: Run) -> bool:
-    """Whether float32 weights do not fit where this run's models are evaluated."""
+    """Whether weights stay in 16 bits while this run's models are evaluated, since float32 does not fit."""
     return not _is_ample(run) and plan_of(run).in_16_bits
 
 
 def _is_ample(run: Run) -> bool:
-    """Whether the plan that the run began with leaves no doubt, so that none need be made anew."""
+    """Whether memory is so ample by the plan that the run began with that no new plan is needed."""
     path = run.folder / "data.json"
     plan = read_json(path).get("plan") if path.is_file() else None
     machine = Machine.here(choose_device().type)
@@ -72,8 +74,8 @@ def _is_ample(run: Run) -> bool:
 
 
 def require_memory(run: Run, stage: str) -> None:
-    """Raises UserError: the stage needs more memory than is at hand now. Devices over which a model is spread are not
-    known well enough for that."""
+    """Raises UserError: the stage needs more memory than is at hand now. A model spread over several devices is not
+    checked, as their memory is not known well enough."""
     if stage not in PHASES or _is_ample(run):
         return
     plan = plan_of(run)
@@ -97,7 +99,7 @@ def _require_known_tokens(run: Run, examples: Examples, rows: int) -> None:
 
 
 def _about_positions(run: Run, model: Any) -> list[Finding]:
-    """Of every sequence that will be computed, against the positions of the model."""
+    """Compare the length of every sequence that will be computed with the positions of the model."""
     recipe, (sampled, drawn, _) = run.recipe, run.recipe.sampled
     limit, beyond, longest = rotary_positions(model.config), [], 0
     for examples in (run.prepared.train, run.prepared.held_out):
@@ -124,11 +126,11 @@ def _questions(run: Run) -> list[list[int]]:
     if recipe.algorithm.kind.scores:
         return []
     prompts, given = evaluation_prompts(recipe, run.prepared.held_out)
-    beside = given or [{}] * len(prompts)
+    arguments = given or [{}] * len(prompts)
     ids = []
-    for number, (prompt, more) in enumerate(zip(prompts, beside, strict=True), 1):
+    for number, (prompt, of_template) in enumerate(zip(prompts, arguments, strict=True), 1):
         try:
-            ids.append(render(prompt, run.tokenizer, recipe.data.template, more))
+            ids.append(render(prompt, run.tokenizer, recipe.data.template, of_template))
         except (TemplateError, TypeError, ValueError, Unfit) as error:
             what, where = f"the chat template refuses it: {first_line(error)}", f"prompt {number} of `evaluate`"
             raise UserError(what, where=where, advice="change the prompt, or leave it out") from None

@@ -1,8 +1,7 @@
-"""What run folders have measured of themselves beside tasks, and two of them compared: held-out pairs, the rewards of
-held-out prompts, and the win rate.
+"""What a run folder has measured besides tasks, and the comparison of two: held-out pairs, the rewards of held-out
+prompts, and the win rate.
 
-Two runs are compared on what they share. What is the same is known by its content, pair by pair and prompt by prompt,
-and not by the path of a file.
+Two runs are compared on what they share: pairs and prompts are matched by their content, not by the path of a file.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from prefold.runs.fingerprints import files_read
 
 PAIRS, PROMPTS, WIN_RATE = "held-out pairs", "held-out prompts", "win rate"
 DRAWN = ("max_completion_length", "temperature", "top_p", "top_k", "min_p")
-"""How completions of held-out prompts are drawn: of a method's settings those that decide what one is like."""
+"""The settings of a method that decide how completions of held-out prompts are sampled."""
 UNITS = {PAIRS: "pair", PROMPTS: "prompt", WIN_RATE: "prompt"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`values` by a key of the pair or prompt, NaN where there is none; `settings`: what else must be the same to
-    compare them, by what to call it. `even`: every value is one half by definition, as without a model. `has_keys`: a
-    key says what was measured; else it is only known which set it was."""
+    """`values` by a key of the pair or prompt, NaN where there is none. `settings`, by name, must be equal to compare
+    two. `even`: every value is one half by definition, e.g. the win rate of the model before training. `has_keys`: the
+    keys identify single pairs or prompts; else at most the whole set is known."""
 
     metric: str
     values: Mapping[str, float]
@@ -55,7 +54,7 @@ def measured_by(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measur
 def compare_measured(
     first: Mapping[str, Measured], second: Mapping[str, Measured], names: tuple[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The facts of each measure that both have, as those of a task; and why the others cannot be compared."""
+    """The facts of each measure that both have, in the form of a task's; and why the others cannot be compared."""
     both = {what: _compared(what, first[what], second[what]) for what in UNITS if what in first and what in second}
     compared = {what: facts for what, facts in both.items() if not isinstance(facts, str)}
     reasons = {what: reason for what, reason in both.items() if isinstance(reason, str)}
@@ -127,12 +126,12 @@ def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
         return {}
     facts, samples = read_json(path), _lines(folder / "samples.jsonl")
     judge = {name: value for name, value in facts["judge"].items() if name != "cost"}
-    asked = recipe.evaluate.win_rate.judge
-    settings = {"the judge": judge | {"settings": asked and asked.model_dump()}}
+    section = recipe.evaluate.win_rate.judge
+    settings = {"the judge": judge | {"settings": section and section.model_dump()}}
     even, outcomes = when == "before", facts.get("outcomes")
     if outcomes is None:
         return {WIN_RATE: Measured("win rate", {}, settings, even, has_keys=False)}
-    # Who was preferred to other answers was asked something else.
+    # The answers before training are part of the key: a preference over other answers is another measurement.
     keys = _unique(_digest([*sample["prompt"], *_as_messages(sample["before"])]) for sample in samples)
     known = [[outcome for outcome in of_prompt if outcome is not None] for of_prompt in outcomes]
     values = [(0.5 if even else float(np.mean(of_prompt))) if of_prompt else np.nan for of_prompt in known]
@@ -156,7 +155,7 @@ def _digest(messages: list[Any]) -> str:
 
 
 def _unique(keys: Iterable[str]) -> list[str]:
-    """What is there several times has a key each time."""
+    """The keys, made unique by a number behind the second and further occurrences."""
     seen: Counter[str] = Counter()
     unique = []
     for key in keys:

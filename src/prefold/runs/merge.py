@@ -17,13 +17,13 @@ from prefold.terminal import say
 def merge(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
     rows = compared_rows(recipe, run.checked_data().train)
-    tokenizer = tokenizer_of(recipe.model)  # one of its own, since its padding may change
+    tokenizer = tokenizer_of(recipe.model)  # not the run's, since its padding may change
     if recipe.algorithm.kind.scores:
         pad_apart(tokenizer, {row[-1] for row in rows})
     computed = choose_dtype(recipe.model.dtype, choose_device())
     dtype, seed = str(merge_dtype(recipe, computed)).removeprefix("torch."), head_seed_of(recipe)
-    whole = recipe.lora == "none"
-    base, adapter = (Model(name=str(folder / "trained")), None) if whole else (recipe.model, folder / "adapter")
+    trains_all = recipe.lora == "none"
+    base, adapter = (Model(name=str(folder / "trained")), None) if trains_all else (recipe.model, folder / "adapter")
     result = merge_adapter(base, adapter, folder / "merged", tokenizer, rows, dtype, seed, trained_logits(folder))
     for remark in remarks(result):
         say(f"  {remark}")

@@ -1,4 +1,4 @@
-"""What the recipe of a run names, opened: the model, rewards, tasks, the judge; and what cannot be."""
+"""Opens what a recipe names (model, rewards, tasks, judge), and says what cannot be used."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, choose_scorer
 
 WITHOUT_COLUMNS = ("prompts", "completions", "completion_ids")
-"""What rewards are given, whatever columns the data have."""
+"""Arguments of every reward, whatever columns the data have."""
 TRAINED_LOGITS = "trained_logits.safetensors"
 UNKNOWN_STEPS = 1000
-"""Stands for the steps of a run whose data have not been counted."""
+"""Stands in for the number of steps while the data have not been counted."""
 
 
 def require_usable(recipe: RecipeBase) -> PreTrainedModel | PeftModel:
-    """The model to train without its contents. Raises UserError if model, adapter, LoRA, optimizer or schedule cannot
-    be used, which costs seconds to know."""
+    """The model to train, without its weights, in seconds. Raises UserError if model, adapter, LoRA, optimizer or
+    schedule cannot be used."""
     shapes = policy_of(recipe, contents=False)
     require_optimizer(training_arguments(recipe, recipe.train.max_steps or UNKNOWN_STEPS))
     return shapes
 
 
 def require_openable(run: Run) -> None:
-    """Raises UserError if a reward, the judge or a model to compare with cannot be used, as far as that costs
-    little to know: what a later stage would stop at, after hours."""
+    """Raises UserError if a reward, the judge or a model to compare with cannot be used, as far as a cheap check can
+    tell, or if rounds have nothing held out. A later stage would stop because of it, after hours."""
     recipe, data = run.recipe, run.prepared
     if recipe.rewards:
         rewards = loaded_rewards(recipe, column_names(prompts_of(data.train)))
@@ -72,7 +72,7 @@ def require_openable(run: Run) -> None:
 
 
 def tasks_of(run: Run) -> list[OpenTask]:
-    """Raises UserError if one of the tasks that the recipe names cannot be asked."""
+    """The tasks that the recipe names. Raises UserError if one of them cannot be used."""
     return open_tasks(run.recipe.evaluate, run.tokenizer) if run.recipe.evaluate.tasks else []
 
 
@@ -83,7 +83,7 @@ def judge_of(run: Run) -> Compares:
 
 
 def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedReward]:
-    """Raises UserError if a reward cannot be loaded, or asks for what there is not."""
+    """Raises UserError if a reward cannot be loaded, or needs an argument that is not available."""
     return load_rewards(recipe.rewards, [*WITHOUT_COLUMNS, *columns])
 
 
@@ -99,14 +99,14 @@ def policy_of(recipe: RecipeBase, contents: bool = True) -> PreTrainedModel | Pe
 
 
 def head_seed_of(recipe: RecipeBase) -> int | None:
-    """What a new head is drawn by, for a method that wants one that gives scores."""
+    """The seed of a new score head, for a method that trains one."""
     return recipe.train.seed if recipe.algorithm.kind.scores else None
 
 
 def scorer_of(
     recipe: RecipeBase, model: torch.nn.Module, examples: Examples, dtype: torch.dtype | None = None
 ) -> Scorer:
-    """`dtype`: in which it will compute; by default that of the weights."""
+    """`dtype`: what the model computes in; by default that of the weights."""
     setting = recipe.train.max_tokens
     budget = auto_max_tokens(unwrapped(model), recipe.train.gradient_checkpointing) if setting == "auto" else setting
     draws = recipe.algorithm.draws
@@ -119,15 +119,21 @@ def scorer_of(
     return choose_scorer(model, checked, budget, recipe.model.attn_implementation, longest, deepest, dtype)
 
 
+def served_folder(recipe: RecipeBase) -> Path:
+    """Where adapters are put for servers."""
+    wanted = recipe.generation.adapter_folder
+    return Path(wanted).expanduser() / recipe.run_folder.name if wanted else recipe.run_folder / "served"
+
+
 def sample_trees(examples: Examples) -> list[TokenTree]:
-    """Two small trees and a middling one, for checks that should cost little."""
+    """The two smallest trees and one of median size, for cheap checks."""
     sizes = [sum(lengths) for lengths in examples.lengths]
     by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
     return [examples.trees[index] for index in (*by_size[:2], by_size[len(by_size) // 2])]
 
 
 def compared_rows(recipe: RecipeBase, examples: Examples) -> list[list[int]]:
-    """On which the merged model is compared with what was trained."""
+    """Rows of token ids on which the merged model is compared with the trained one."""
     trees = sample_trees(examples)
     if recipe.algorithm.kind.scores:
         return compared([tree.prompt + ids for tree in trees for ids in tree.completions])
@@ -135,7 +141,7 @@ def compared_rows(recipe: RecipeBase, examples: Examples) -> list[list[int]]:
 
 
 def trained_logits(folder: Path) -> Tensor | None:
-    """Of those rows by the quantised model at the end of its training; None if it was not quantised."""
+    """The quantised model's logits of `compared_rows` at the end of training; None if it was not quantised."""
     file = folder / TRAINED_LOGITS
     return load_file(file)["logits"] if file.is_file() else None
 

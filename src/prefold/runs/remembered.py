@@ -1,5 +1,5 @@
-"""What an examination found, remembered in the cache while nothing has changed that it depends on: the recipe, its data
-and tokenizer, the files that it names, the machine, the packages and this one.
+"""The result of an examination, cached until something that it depends on changes: the recipe, its data and tokenizer,
+the files that it names, the machine, the installed packages and prefold itself.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from prefold.runs.context import Run
 from prefold.runs.environment import environment
 
 KEPT = 200
-"""Entries; beyond them, the oldest go."""
+"""Entries; the oldest beyond them are removed."""
 ENOUGH = 3
-"""With so many times its peak at hand nothing in a plan depends on how much memory that is: all comparisons with it are
-of parts of the peak, and of weights beside a copy of them."""
+"""With this many times a plan's peak at hand, nothing in the plan depends on the exact amount of memory: it is compared
+only with parts of the peak, and with the weights plus a copy of them."""
 
 Examined = tuple[list[Finding], Plan]
 _EXAMINED = TypeAdapter(Examined)
 
 
 def key_of(run: Run, machine: Machine, measure: bool) -> str | None:
-    """A digest of all that an examination depends on but the memory at hand; None where that cannot be known."""
+    """A digest of all that an examination depends on, except the memory at hand; None if that cannot be known."""
     recipe = run.recipe
     data = key_of_data(recipe.data, run.tokenizer, recipe.train.seed, recipe.data_kind)
     if data is None:
@@ -48,8 +48,8 @@ def key_of(run: Run, machine: Machine, measure: bool) -> str | None:
 
 
 def read(key: str | None, run: Run, machine: Machine) -> Examined | None:
-    """What was found, with the memory and the disk of now; None where there is no entry, or where it depends on how
-    much memory there is."""
+    """The cached result, with the current memory and disk space; None if there is no entry, or if the result depends on
+    the memory at hand and that has changed."""
     with suppress(OSError, ValueError):
         findings, plan = _EXAMINED.validate_json(_entry(key).read_bytes())
         now = machine.memory
@@ -62,7 +62,7 @@ def read(key: str | None, run: Run, machine: Machine) -> Examined | None:
 def write(key: str | None, examined: Examined) -> None:
     if key is None:
         return
-    with suppress(OSError):  # a cache that cannot be written to; another process that removes the same
+    with suppress(OSError):  # the cache cannot be written to, or another process removes the same entries
         folder = _entry(key).parent
         folder.mkdir(parents=True, exist_ok=True)
         write_text(_entry(key), _EXAMINED.dump_json(examined).decode())
@@ -75,7 +75,7 @@ def _entry(key: str | None) -> Path:
 
 
 def _files_of(recipe: RecipeBase) -> list[tuple[str, int, int]]:
-    """Sizes and times of the files that the recipe names, but for those of the data."""
+    """Paths, sizes and modification times of the files that the recipe names, except those of the data."""
     model, rewards = recipe.model, [reward.file for reward in recipe.rewards]
     named = (model.adapter, model.chat_template, recipe.evaluate.include_path, *rewards)
     paths = [fetch(model.name, model.revision, weights=False), *(Path(name).expanduser() for name in named if name)]

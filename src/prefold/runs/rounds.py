@@ -1,14 +1,14 @@
 """Rounds: a model answers every prompt, its answers are scored, the best is trained against the worst, and the model
 that comes out answers again (iterative DPO; with the model's own judge, arXiv 2401.10020).
 
-    answers/0.jsonl     what the model after so many rounds answered, and the scores; work goes on from there
-    pairs/1.jsonl       of the first round, by the model after round 0, which is the base; beside it its held-out pairs
-    rounds/1/           the run of the first round, an ordinary run folder
+    answers/0.jsonl     answers of the model after 0 rounds (the base), with scores; a stopped run continues from here
+    pairs/1.jsonl       pairs of round 1, made of answers/0.jsonl; `1-held-out.jsonl` has its held-out pairs
+    rounds/1/           the run of round 1, an ordinary run folder
     rounds.json         each model on the held-out prompts, compared with the base and with the one before
     rounds.html
 
-People's votes may make the pairs, in a file for each round. A model is measured by the rewards of its answers to the
-held-out prompts, or a judge compares its first answer with the other model's.
+Instead of scores, people's votes may make the pairs, in a file for each round. A model is measured by the rewards of
+its answers to the held-out prompts, or a judge compares its first answer with the other model's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from prefold.trees.memory import free_memory
 
 ROUNDS, ANSWERS, PAIRS = "rounds", "answers", "pairs"
 OF_ALL_ROUNDS = ("method", "model", "data", "rewards", "rounds")
-"""Sections that no run folder of a round holds whole, so that a change of theirs would not be seen there."""
+"""Sections that no round's run folder contains in full, so that a change of theirs would not be noticed there."""
 Facts = dict[str, Any]
 
 
@@ -78,7 +78,7 @@ class ByRewards:
 
 @dataclass(frozen=True)
 class ByJudge:
-    """A judge compares the first answers of two models to each held-out prompt; its shares are for the pairs alone."""
+    """A judge compares two models' first answers to each held-out prompt; its scores of answers only make the pairs."""
 
     judge: EndpointCompares
 
@@ -126,7 +126,7 @@ def mean_reward(candidates: Candidates) -> float | None:
 
 
 class RoundsRun:
-    """The rounds of a recipe, made of what is kept of them in their folder."""
+    """The rounds of a recipe, in their folder."""
 
     def __init__(self, run: Run):
         assert run.recipe.rounds is not None
@@ -143,17 +143,21 @@ class RoundsRun:
         return ByRewards(rewards, [reward_identity(spec) for spec in self.recipe.rewards])
 
     def perform(self, number: int, before: Sequence[Candidates], perform_run: Callable[[Run], Path]) -> Facts | None:
-        """Answers, pairs and the run of a round; None if no pair could be made. `before`: the answers to the held-out
-        prompts by the model that it begins with."""
+        """Perform a round: answers, pairs and the run; None if no pair could be made. `before`: answers to the held-out
+        prompts by the model that the round starts from.
+
+        Raises:
+            StageError: no pair could be made in the first round, or no held-out pair although `eval_steps` needs them.
+        """
         scored = self.rounds.votes is None
         answers = self.answers(number - 1, self.prompts, seed_of(self.recipe.train.seed, number), scored)
-        made, held_out = (self.pairs_file(number, held_out) for held_out in (False, True))
-        pairs = self._write_pairs(made, self.prompts, answers, None if scored else self._votes(number, answers))
+        train_file, held_out_file = (self.pairs_file(number, held_out) for held_out in (False, True))
+        pairs = self._write_pairs(train_file, self.prompts, answers, None if scored else self._votes(number, answers))
         if not pairs["pairs"]:
             if number == 1:
                 raise StageError(f"no pair could be made of {len(self.prompts)} prompts: {pairs['why_left_out']}")
             return None
-        pairs["held_out"] = self._write_pairs(held_out, self.held_out, before)["pairs"]
+        pairs["held_out"] = self._write_pairs(held_out_file, self.held_out, before)["pairs"]
         if self.recipe.train.eval_steps and not pairs["held_out"]:
             raise StageError("`train.eval_steps` measures held-out pairs, and none could be made of the answers")
         perform_run(Run(self.recipe_of(number, with_held_out=pairs["held_out"] > 0)))
@@ -161,7 +165,7 @@ class RoundsRun:
         return pairs | {"cost": self.scorer.cost(self.prompts, answers)}
 
     def answers(self, number: int, prompts: Sequence[Prompt], seed: int, scored: bool = True) -> list[Candidates]:
-        """What the model after so many rounds answers, with scores; answers without a word are among them."""
+        """Answers of the model after `number` rounds, with scores if `scored`; empty answers are included."""
         rounds = self.rounds
         sampling = Sampling(
             max_new_tokens=rounds.max_new_tokens,
@@ -176,13 +180,13 @@ class RoundsRun:
         (self.folder / ANSWERS).mkdir(exist_ok=True)
         work = Journal(self.folder / ANSWERS / f"{number}.jsonl")
         candidates: list[Candidates] = [
-            "refused" if group is None else [Candidate(each.text, 0, finished=each.finished) for each in group]
+            "refused" if group is None else [Candidate(answer.text, 0, finished=answer.finished) for answer in group]
             for group in answers_of(sampler, prompts, work)
         ]
         return self.scorer.scored(prompts, candidates, sampler, work) if scored else candidates
 
     def _votes(self, number: int, answers: Sequence[Candidates]) -> Path:
-        """The file of a round's votes. Raises UserError: it is not there yet; what is to be voted on is."""
+        """The file of a round's votes. Raises UserError: it is missing; the answers to vote on have been written."""
         votes = Path(str(self.rounds.votes)).expanduser() / f"{number}.jsonl"
         if not votes.is_file():
             offered = self.pairs_file(number, held_out=False).with_stem(f"{number}-to-vote")
@@ -206,17 +210,20 @@ class RoundsRun:
     def _write_pairs(
         self, path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidates], votes: Path | None = None
     ) -> Facts:
-        spoken = [group if isinstance(group, str) else [each for each in group if each.text] for group in candidates]
-        made = voted_pairs(votes, prompts, spoken) if votes else best_pairs(prompts, spoken, self.rounds)
-        chosen, left_out = made
-        if chosen:
-            write_pairs(path, chosen, with_scores=votes is None)
-        scores = mean_scores(candidates, [pair for _, pair in chosen]) if chosen and votes is None else None
+        non_empty = [
+            group if isinstance(group, str) else [answer for answer in group if answer.text] for group in candidates
+        ]
+        pairs, left_out = (
+            voted_pairs(votes, prompts, non_empty) if votes else best_pairs(prompts, non_empty, self.rounds)
+        )
+        if pairs:
+            write_pairs(path, pairs, with_scores=votes is None)
+        scores = mean_scores(candidates, [pair for _, pair in pairs]) if pairs and votes is None else None
         why = {"left_out": dict(left_out), "why_left_out": listed(left_out)}
-        return {"prompts": len(prompts), "pairs": len(chosen), **why, "mean_score": scores}
+        return {"prompts": len(prompts), "pairs": len(pairs), **why, "mean_score": scores}
 
     def recipe_of(self, number: int, with_held_out: bool) -> RecipeBase:
-        """The run of a round: from the model that the last one left, on the pairs that were made."""
+        """The recipe of a round's run, which trains the model of the round before on the pairs of this one."""
         recipe, rounds = self.recipe, self.rounds
         values = as_dict(recipe)
         for name in ("rewards", "rounds"):
@@ -232,7 +239,7 @@ class RoundsRun:
             "train": [{"path": str(self.pairs_file(number, held_out=False))}],
             "eval": held_out,
             "eval_fraction": 0.0,
-            # Text becomes tokens anew, which may be other ones than were sampled.
+            # The text is tokenized again, and may become other tokens than were sampled.
             "max_length": recipe.data.max_length + 2 * rounds.max_new_tokens,
         }
         if recipe.train.report_to:
@@ -240,7 +247,7 @@ class RoundsRun:
         return make_recipe({**values, "output_dir": f"{recipe.output_dir}/{ROUNDS}/{number}"})
 
     def measured(self, candidates: Sequence[Candidates]) -> Facts:
-        """A model by its answers to the held-out prompts."""
+        """Facts about a model's answers to the held-out prompts."""
         answers = [answer for group in candidates if isinstance(group, list) for answer in group]
         rewards = [value for group in candidates if (value := mean_reward(group)) is not None]
         by_rewards = self.rounds.judge is None and rewards
@@ -254,7 +261,7 @@ class RoundsRun:
 
 
 def perform_rounds(run: Run, perform_run: Callable[[Run], Path], fresh: bool = False) -> Path:
-    """Every round that is asked for, as long as they help, skipping what is done; returns the folder of all of them.
+    """Perform the rounds until one does not improve the model, skipping what is done; returns the folder of all rounds.
 
     Args:
         perform_run: performs all stages of a run.
@@ -262,7 +269,7 @@ def perform_rounds(run: Run, perform_run: Callable[[Run], Path], fresh: bool = F
 
     Raises:
         UserError: the recipe or what it names cannot be used, or the folder holds something else.
-        StageError: nothing could be made of the answers, or a stage of a round failed; what was finished stays.
+        StageError: the answers gave no pairs or no comparison, or a stage of a round failed; what was finished is kept.
     """
     if ranks.processes() > 1:
         what = f"answers are sampled in one process, and {ranks.processes()} were started"
@@ -316,15 +323,15 @@ def _write(folder: Path, facts: Facts) -> None:
 
 @contextmanager
 def _own_folder(recipe: RecipeBase, fresh: bool) -> Iterator[None]:
-    """The folder to oneself: new, or with rounds of this recipe. Raises UserError: it holds something else, or rounds
-    that were made with other settings."""
+    """Lock the folder, which is new or holds rounds of this recipe. Raises UserError: it holds something else, or
+    rounds that were made with other settings."""
     folder, where = recipe.run_folder, recipe.output_dir
     require_writable(folder)
     with locked(folder, where):
         if any(folder.iterdir()) and not (folder / FACTS).is_file():
             what = "is neither empty nor the folder of rounds"
             raise UserError(what, where=where, advice="choose another `output_dir`")
-        # What tells the folder for one of rounds goes last.
+        # The file that marks a folder of rounds is removed last.
         for name in (ANSWERS, PAIRS, ROUNDS, PAGE, FACTS) if fresh else ():
             remove(folder / name)
         begun = _begun(recipe)

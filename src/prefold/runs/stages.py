@@ -1,8 +1,8 @@
 """The stages of a run, in order: check, train, merge, evaluate, report. Where the recipe says so, other models are
 compared and a judge is asked before the report, and the result is published after it.
 
-A stage is done when its outputs exist; each of them appears under its final name only when it is whole, so a run that
-is stopped anywhere goes on from there.
+A stage is done when its outputs exist. Each appears under its final name only when it is complete, so a run that is
+stopped anywhere continues from there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from prefold.terminal import say
 
 @dataclass(frozen=True)
 class Stage:
-    """`sections`: the parts of the recipe that its outputs depend on, beyond those of the stages before it. `shared`:
-    several processes all take part; else the first one performs it alone."""
+    """`sections`: the parts of the recipe that the outputs depend on, in addition to those of earlier stages. `shared`:
+    all processes take part; else the first one performs the stage alone."""
 
     name: str
     outputs: tuple[str, ...]
@@ -74,7 +74,7 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
 
 
 def examined(run: Run) -> CheckReport:
-    """What the run would be, if it can be one, its base model fetched. Errors: see `examine`."""
+    """Check the run, with its base model fetched. Raises UserError or StageError: it cannot be performed."""
     model = run.recipe.model
     if not weight_files(fetch(model.name, model.revision, weights=False)):
         require_usable(run.recipe)  # as far as it can be known before weights are downloaded
@@ -106,9 +106,9 @@ def _compare(run: Run) -> None:
 
 
 def _judge(run: Run) -> None:
-    asked, samples = run.recipe.evaluate.win_rate, read_jsonl(run.folder / "samples.jsonl")
-    assert asked is not None
-    win_rate = measure_by_votes(asked.votes, samples) if asked.votes else measure_win_rate(judge_of(run), samples)
+    section, samples = run.recipe.evaluate.win_rate, read_jsonl(run.folder / "samples.jsonl")
+    assert section is not None
+    win_rate = measure_by_votes(section.votes, samples) if section.votes else measure_win_rate(judge_of(run), samples)
     write_json(run.folder / "evaluation" / "win_rate.json", win_rate)
 
 

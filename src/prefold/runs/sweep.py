@@ -1,8 +1,8 @@
 """`prefold sweep`: a run for each combination of some fields' values, and one comparison of them all.
 
-Each run is an ordinary one in a folder of its own, resumed, compared, tried and published as any other. All of them are
-measured on the same held-out data, and the best one is chosen by it; what that does to its score is said beside it
-(`evaluation/best_of_many.py`).
+Each run is an ordinary run in a folder of its own, resumed, compared, tried and published like any other. All are
+measured on the same held-out data, by which the best one is chosen; how much that may flatter its score is reported
+with it (`evaluation/best_of_many.py`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FACTS = "sweep.json"
 
 @dataclass(frozen=True)
 class Point:
-    """One of the runs. `settings`: the swept fields by their dotted path; `name`: what its folder is called."""
+    """One of the runs. `name`: of its folder; `settings`: values of the swept fields, by dotted path."""
 
     name: str
     settings: dict[str, Any]
@@ -67,11 +67,11 @@ def sweep(recipe: str, overrides: Sequence[str] = (), *, output: str | None = No
 
     Args:
         recipe: a YAML file, a built-in recipe or a run folder.
-        overrides: as elsewhere; a field with several values, `train.learning_rate=1e-5,5e-5`, is swept.
-        output: folder of the runs; unset: the recipe's `output_dir`, with `-sweep` behind it.
+        overrides: as in `prefold.run`; a field with several values, `train.learning_rate=1e-5,5e-5`, is swept.
+        output: folder of the runs; unset: the recipe's `output_dir` with the suffix `-sweep`.
 
     Returns:
-        The content of `sweep.json`. Of `points`, `status` is `done`, `failed` (with `error`) or `waiting`.
+        The content of `sweep.json`. In `points`, `status` is `done`, `failed` (with `error`) or `waiting`.
 
     Raises:
         UserError: a recipe, the data or the folder cannot be used; nothing was written.
@@ -106,8 +106,8 @@ def sweep(recipe: str, overrides: Sequence[str] = (), *, output: str | None = No
 def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
     """Values by the dotted paths of the fields that have several, and the other overrides.
 
-    Commas part values; those within brackets or quotes belong to one value. Raises UserError: no field has several
-    values, or a field or a value is given twice.
+    Commas separate values, except within brackets or quotes. Raises UserError: no field has several values, a field or
+    a value is given twice, or `output_dir` is set.
     """
     swept: dict[str, list[Any]] = {}
     fixed: list[str] = []
@@ -119,7 +119,7 @@ def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[s
         if field in swept or (len(values) > 1 and any(other.startswith(f"{field}=") for other in fixed)):
             raise UserError(f"`{field}` is given twice", where=override)
         if len(values) > 1:
-            # As JSON holds them: so they are shown, and set.
+            # As JSON, in which they are shown and set.
             swept[field] = json.loads(json.dumps(values, default=str))
         else:
             fixed.append(override)
@@ -135,11 +135,11 @@ def swept_fields(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[s
 def _points(
     recipe: str, swept: Mapping[str, list[Any]], fixed: Sequence[str], output: str | None
 ) -> tuple[list[Point], Path]:
-    """The runs in the order of the grid, the last field's values the fastest, and their folder. Raises UserError: one
-    of them cannot be a recipe."""
+    """The runs in the order of the grid (the last field varies fastest), and their folder. Raises UserError: a
+    combination is no valid recipe, or the recipe has rounds or is published."""
     grid = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
     folder = output or f"{load_recipe(recipe, [*fixed, *_overrides(grid[0])]).output_dir}-sweep"
-    # Short names: the last part of a path, where only one field has it.
+    # Short names: the last part of a path, where no other field has the same.
     lasts = [field.rpartition(".")[2] for field in swept]
     labels = {field: last if lasts.count(last) == 1 else field for field, last in zip(swept, lasts, strict=True)}
     points = []
@@ -163,7 +163,7 @@ def _overrides(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _in_a_name(value: Any) -> str:
-    """A value as part of a folder's name, of some 40 characters at most; different ones for different values."""
+    """A value as part of a folder's name: 47 characters at most, and different for different values."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, float):
         text = re.sub(r"e([+-])0+", r"e\1", text)
@@ -174,8 +174,8 @@ def _in_a_name(value: Any) -> str:
 
 
 def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
-    """The folder is new, or holds this sweep or a part of it: the best of many is told by how many there were. Raises
-    UserError: it holds something else, or runs with other settings."""
+    """Raises UserError: the folder holds something else, or a sweep with runs that are none of this one's. A sweep may
+    only grow, since its statistics depend on how many runs the best was chosen from."""
     where, advice = without_home(str(folder)), "take another folder: `--output DIR`"
     if not (folder / FACTS).is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -191,8 +191,12 @@ def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
 
 
 def _require_comparable(points: Sequence[Point]) -> None:
-    """Read the data of every run that is not finished, and plan it, which finds modules that the model does not have.
-    Raises UserError: a run cannot be made, or they would not all be measured on the same held-out data in the same way.
+    """Check every run that is not finished, data and plan; that also finds LoRA modules that the model does not have.
+
+    Raises:
+        UserError: a run cannot be performed, or the runs would not be measured on the same held-out data in the same
+            way.
+        StageError: the data of a run have errors.
     """
     measured_by = {point.name: _measured_by(point) for point in points}
     first = points[0].name
@@ -207,7 +211,7 @@ def _require_comparable(points: Sequence[Point]) -> None:
 
 
 def _measured_by(point: Point) -> tuple[Any, ...]:
-    """What decides the held-out score of a run beside its model."""
+    """What decides the held-out score of a run besides its model."""
     recipe = point.recipe
     measured = (recipe.algorithm.kind, repr(recipe.rewards), held_out_sampling(recipe))
     if point.is_finished():
@@ -221,7 +225,7 @@ def _measured_by(point: Point) -> tuple[Any, ...]:
 
 
 def _failure_of(run: Run) -> str:
-    """Run it; why it failed, empty if it did not. A full disk would stop every run, and ends the sweep."""
+    """Perform a run; returns why it failed, empty if it did not. A full disk would stop every run, so it is raised."""
     try:
         ranks.join()
         perform_all(run)
@@ -239,7 +243,7 @@ def _failure_of(run: Run) -> str:
 def _write(
     folder: Path, about: Mapping[str, Any], points: Sequence[Point], failures: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Compare what is done so far, in `sweep.json` and on the page."""
+    """Compare the runs that are done so far; writes `sweep.json` and the page."""
     entries, measured = [], {}
     for point in points:
         status: dict[str, Any] = {"status": "waiting"}
@@ -278,8 +282,8 @@ def _held_out(point: Point) -> dict[str, Any] | None:
 
 
 def _compared(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is said of all runs together; what is said of each is added to it, and its single values are taken out.
-    Every run is compared with the model before training, a model that scores answers with chance."""
+    """The facts about all runs together. Changes `measured`: each run's own facts are added, its `by_unit` is removed.
+    Every run is compared with the model before training, a reward model with chance."""
     units = {name: facts.pop("by_unit") for name, facts in measured.items()}
     values = {name: of_run["after"] for name, of_run in units.items()}
     known = ~np.isnan(np.stack(list(values.values()))).any(axis=0)

@@ -1,4 +1,4 @@
-"""Train: the policy, what its steps are computed from, and who is told of them."""
+"""Train: assembles policy, scorer, reference, source of trees, guards and trackers, and runs the training loop."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from prefold.runs.opened import (
     policy_of,
     require_openable,
     scorer_of,
+    served_folder,
 )
 from prefold.terminal import progress_bar, say
 from prefold.training.arguments import training_arguments
@@ -54,14 +55,14 @@ from prefold.trees.reference import Reference
 from prefold.trees.scorer import Scorer, can_be_reference
 
 BETWEEN_WRITES = 300.0
-"""Seconds between two files of the reference's log-probs, of which a long run is not to leave thousands."""
+"""Least seconds between two files of the reference's log-probs, so that a long run does not leave thousands."""
 
 TELLING = ("length_bias", "telling_opening")
-"""Findings of the check about what tells chosen from rejected without reading them."""
+"""Findings of `check` about superficial features that tell chosen from rejected."""
 
 
 def train(run: Run) -> None:
-    """Train; where a guard rolls back, once more from the checkpoint before."""
+    """Train; after a guard has rolled back, again from the last checkpoint."""
     _require_sharing(run.recipe)
     with ranks.first_ahead():
         require_openable(run)
@@ -123,7 +124,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
 
 
 def _keep_logits(recipe: RecipeBase, model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> None:
-    """What the merged model, which goes on from the unquantised base, is compared with."""
+    """Save the logits that the merged model, made of the unquantised base, will be compared with."""
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -133,14 +134,14 @@ def _keep_logits(recipe: RecipeBase, model: torch.nn.Module, rows: Sequence[Sequ
 
 
 def _reference(recipe: RecipeBase, scorer: Scorer, trees: Sequence[TokenTree]) -> Reference | None:
-    """None where no reference is needed, or only of what is yet to be sampled."""
+    """None if the method needs no reference, or samples its own completions."""
     if recipe.algorithm.draws or not recipe.algorithm.needs_reference:
         return None
     return Reference(scorer, trees, cache_folder(), choose_dtype(recipe.model.dtype, choose_device()))
 
 
 def _tree_set(recipe: RecipeBase, examples: Examples, reference: Reference | None) -> TreeSet:
-    """Examples with what the algorithm asks for."""
+    """The trees with their reference and the record fields that the algorithm reads."""
     extras: dict[str, Any] = {
         name: torch.tensor([getattr(record, name) for record in examples.records])[:, None]
         for name in recipe.algorithm.record_fields
@@ -149,7 +150,7 @@ def _tree_set(recipe: RecipeBase, examples: Examples, reference: Reference | Non
 
 
 def _compute_now(reference: Reference, steps: Sequence[Sequence[int]], held_out: TreeSet | None) -> None:
-    """All that is yet to be drawn, while the weights are still the reference's."""
+    """Compute all reference log-probs that are still missing, while the weights are still the reference's."""
     measured = range(len(held_out.trees)) if held_out else ()
     with progress_bar("reference", sum(map(len, steps)) + len(measured)) as advance:
         for indices in steps:
@@ -162,7 +163,7 @@ def _compute_now(reference: Reference, steps: Sequence[Sequence[int]], held_out:
 
 
 class _Keeping(TrainerCallback):
-    """Writes the reference's log-probs to the cache at the end of training, and with a checkpoint now and then."""
+    """Writes the reference's log-probs to the cache at the end of training, and with checkpoints now and then."""
 
     def __init__(self, reference: Reference):
         self.reference, self.kept = reference, time.monotonic()
@@ -198,20 +199,17 @@ def _sampled_trees(
 
 @contextmanager
 def _served(recipe: RecipeBase, scorer: Scorer, prompts: Examples) -> Iterator[ServedCompletions | None]:
-    """Completions by servers, if the recipe has any."""
+    """Completions sampled by vLLM servers, if the recipe names any."""
     section, draws = recipe.generation, recipe.algorithm.draws
     if draws is None or not section.by_servers:
         yield None
         return
     tokenizer = tokenizer_of(recipe.model)
     longest = max(prompt for prompt, *_ in prompts.lengths) + draws.max_completion_length
-    folder = recipe.run_folder / "served"
-    if section.adapter_folder:
-        folder = Path(section.adapter_folder).expanduser() / recipe.run_folder.name
-    servers = Servers(section, tokenizer, longest)
+    servers, folder = Servers(section, tokenizer, longest), served_folder(recipe)
     served = ServedCompletions(servers, scorer, tokenizer, sampling_of(draws), folder, recipe.run_folder.name)
-    told = {name: getattr(recipe.algorithm, name) for name in recipe.algorithm.for_servers}
-    weighed = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+    settings = {name: getattr(recipe.algorithm, name) for name in recipe.algorithm.for_servers}
+    weighed = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     number = counted(len(section.urls), "vLLM server")
     say(f"  completions by {number}; losses are weighed by policy over server: {weighed}")
     with served:
@@ -220,7 +218,7 @@ def _served(recipe: RecipeBase, scorer: Scorer, prompts: Examples) -> Iterator[S
 
 @contextmanager
 def _callbacks(recipe: RecipeBase, reference: Reference | None) -> Iterator[list[TrainerCallback]]:
-    """Trackers, what keeps the reference and what pushes checkpoints: those of the first process."""
+    """Callbacks of the first process: trackers, saving the reference, pushing checkpoints."""
     if not ranks.is_first():
         yield []
         return
@@ -252,7 +250,7 @@ def _last_checkpoint(recipe: RecipeBase) -> Path | None:
 
 
 def _require_sharing(recipe: RecipeBase) -> None:
-    """Raises UserError if what the recipe asks for cannot be had from the processes that there are."""
+    """Raises UserError if the recipe does not go with the number of processes."""
     if ranks.processes() > 1:
         say(f"  {ranks.processes()} processes, each with a share of every step")
         if recipe.model.device_map:
@@ -272,7 +270,7 @@ def _require_packing(scorer: Scorer) -> None:
 
 
 def _policy(recipe: RecipeBase) -> torch.nn.Module:
-    """The model to train, with its trainable parameters counted aloud."""
+    """The model to train; prints how many of its parameters are trained."""
     model = policy_of(recipe)
     trainable, total = trainable_parameters(model)
     say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")

@@ -183,7 +183,7 @@ class SampledTrees:
         precision = torch.autocast(device, self.dtype) if is_half else nullcontext()
         with using_attention(unwrapped(model), self.attention), precision:
             if served is not None:
-                completions, self.of_servers = ranks.from_first(lambda: served(step, prompts))
+                completions, self.of_servers = served(step, prompts)
                 return completions
             return sample(model, self.tokenizer, prompts, self.sampling, seeds)
 

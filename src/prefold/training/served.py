@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefold import ranks
 from prefold.errors import UserError
 from prefold.files import new_folder, remove, sha256_of
 from prefold.generation.agreement import (
@@ -33,7 +34,7 @@ from prefold.generation.agreement import (
 )
 from prefold.generation.engine import end_tokens
 from prefold.generation.sampling import Completion, Sampling
-from prefold.terminal import say
+from prefold.terminal import Advance, say
 from prefold.training.saved_state import save_weights
 from prefold.trees.attention import unwrapped
 from prefold.trees.packing import TokenTree
@@ -45,6 +46,8 @@ MOST = 0.1
 """Largest mean difference of log-probs in nats that bfloat16 explains; more is another model."""
 LEAST, LEEWAY = 1e-4, 5.0
 """Nats that rounding explains in any case, and the multiple of the difference at the start that it explains."""
+MERGED = 0.005
+"""Nats that rounding a merged model to 16 bits explains."""
 PROBE = 0.5
 """Nats by which the adapter of random weights changes log-probs at least: far more than rounding."""
 
@@ -76,11 +79,13 @@ class Servers(Protocol):
         ends: Sequence[int],
         name: str | None,
         only: Any = None,
+        advance: Advance = ...,
     ) -> Sequence[tuple[Server, list[Completion]]]: ...
 
 
 class ServedCompletions:
-    """Called with the number of a step and prompts, returns a group of completions for each, and metrics.
+    """Called with the number of a step and prompts, returns a group of completions for each, and metrics. All processes
+    call it: the first one sends the requests, and comparing with a sharded policy takes all of them.
 
     Args:
         scorer: of the policy, a PEFT model.
@@ -101,7 +106,6 @@ class ServedCompletions:
         self.folder, self.label = folder.resolve(), label
         self.model: Any = scorer.model
         self.ends = end_tokens(unwrapped(scorer.model), tokenizer)
-        self.vocabulary = len(cast(Tensor, unwrapped(scorer.model).get_input_embeddings().weight))
         self.allowed: dict[str, float] = {}
         self.step, self.name, self.furthest = -1, "", 0.0
         self.before: Weights = {}
@@ -129,38 +133,38 @@ class ServedCompletions:
 
     def __exit__(self, error: object, *_: object) -> None:
         """Remove the adapters from the folder, and from the servers unless an error, of which one may be the cause."""
+        if not ranks.is_first():
+            return
         if error is None:
-            self._take_back(self.name)
+            take_back(self.servers, self.name)
         if self.name:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- weights ----
 
     def _hand_over(self, name: str) -> None:
-        """Load the current weights into the servers, under a name that no other weights of any run have."""
-        with new_folder(self.folder / name) as aside:
+        """Load the current weights into the servers."""
+        folder, before = self.folder / name, self.name
+        with new_folder(folder) if ranks.is_first() else nullcontext(folder) as aside:
             save_weights(self.model, aside)
-        contents = f"{self.folder} {sha256_of(self.folder / name / 'adapter_model.safetensors')}"
-        before, self.name = self.name, f"{self.label}-{sha256(contents.encode()).hexdigest()[:16]}"
-        self.servers.load(self.name, self.folder / name)
+        self.name = ranks.from_first(lambda: hand_over(self.servers, folder, self.label))
+        if not ranks.is_first():
+            return
         if before != self.name:
-            self._take_back(before)
+            take_back(self.servers, before)
         for other in self.folder.iterdir():
             if other.name != name:
                 remove(other)
 
-    def _take_back(self, name: str) -> None:
-        for server in self.servers.all if name else ():
-            with suppress(UserError):
-                server.unload(name)
-
     def _answered(
         self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, name: str | None, only: Server | None = None
     ) -> Sequence[tuple[Server, list[Completion]]]:
-        answered = self.servers.sample(prompts, sampling, self.ends, name, only)
-        for server, group in answered:
-            if max(token for completion in group for token in completion.token_ids) >= self.vocabulary:
-                raise server.error(f"draws tokens that the model does not have, which has {self.vocabulary:,}", ADVICE)
+        def ask() -> list[tuple[int, list[Completion]]]:
+            answered = self.servers.sample(prompts, sampling, self.ends, name, only)
+            return [(self.servers.all.index(server), group) for server, group in answered]
+
+        answered = [(self.servers.all[number], group) for number, group in ranks.from_first(ask)]
+        require_known_tokens(answered, self.model)
         return answered
 
     # ---- proof ----
@@ -253,6 +257,104 @@ class ServedCompletions:
                     if float((self.scorer.score([tree]).tokens - before).abs().mean()) >= PROBE:
                         break
         return probe
+
+
+class ServedEngine:
+    """Samples completions of a model as `LocalEngine` does, from servers.
+
+    Args:
+        model: the same model here, with its adapter merged; the servers' log-probs of some tokens must agree with it.
+        adapter: of the model; None: the model is the base that they serve.
+        folder: where the adapter is written for the servers.
+        label: prefix of the adapter's name on the servers.
+        rounding: by server, how far its log-probs were from those of the base; filled if there is no adapter.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: Path | None,
+        folder: Path,
+        label: str,
+        rounding: dict[str, float],
+    ):
+        self.servers, self.model, self.adapter, self.rounding = servers, model, adapter, rounding
+        self.ends, self.folder, self.label = end_tokens(unwrapped(model), tokenizer), folder.resolve(), label
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        numbers: Sequence[int] | None = None,
+        advance: Advance = lambda **changes: None,
+    ) -> list[list[Completion]]:
+        """Raises UserError: a server is gone, has other weights, or does not sample as requested."""
+        return ranks.from_first(lambda: self._sample([tuple(prompt) for prompt in prompts], settings, advance))
+
+    def _sample(
+        self, prompts: Sequence[tuple[int, ...]], settings: Sampling, advance: Advance
+    ) -> list[list[Completion]]:
+        if not prompts:
+            return []
+        with self._handed_over() as name:
+            answered = self.servers.sample(prompts, settings, self.ends, name, advance=advance)
+        require_known_tokens(answered, self.model)
+        for server in self.servers.all:
+            drawn = [(prompt, group) for prompt, (by, group) in zip(prompts, answered, strict=True) if by is server]
+            if drawn:
+                self._compare(server, some_of(drawn, TOKENS), settings)
+        return [group for _, group in answered]
+
+    def _compare(self, server: Server, drawn: Sequence[Drawn], settings: Sampling) -> None:
+        positions = positions_of(Scorer(self.model, 0, None), drawn, settings)
+        figure, why = difference(positions, logprobs_of(drawn), settings), why_not_as_told(positions, settings)
+        allowed, known = MOST, self.rounding.get(server.url)
+        if self.adapter is None:
+            self.rounding[server.url] = max(figure, known or 0.0)
+        elif known is not None:
+            allowed = max(MERGED, LEEWAY * known)
+        if why or not figure <= allowed:
+            off = f"its log-probs are {figure:.2g} nats off the model's in the mean, rounding explains {allowed:.2g}"
+            raise server.error(why or off, ADVICE)
+
+    @contextmanager
+    def _handed_over(self) -> Iterator[str | None]:
+        if self.adapter is None:
+            yield None
+            return
+        name, folder = "", self.folder / "adapter"
+        try:
+            with new_folder(folder) as aside:
+                shutil.copytree(self.adapter, aside, dirs_exist_ok=True)
+            name = hand_over(self.servers, folder, self.label)
+            yield name
+        finally:
+            take_back(self.servers, name)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def hand_over(servers: Servers, folder: Path, label: str) -> str:
+    """Load the adapter in a folder into servers; returns its name, which no other weights of any run have."""
+    contents = f"{folder.parent} {sha256_of(folder / 'adapter_model.safetensors')}"
+    name = f"{label}-{sha256(contents.encode()).hexdigest()[:16]}"
+    servers.load(name, folder)
+    return name
+
+
+def take_back(servers: Servers, name: str) -> None:
+    for server in servers.all if name else ():
+        with suppress(UserError):
+            server.unload(name)
+
+
+def require_known_tokens(answered: Sequence[tuple[Server, list[Completion]]], model: nn.Module) -> None:
+    """Raises UserError: a server draws tokens that the model has no embeddings for."""
+    vocabulary = len(cast(Tensor, unwrapped(model).get_input_embeddings().weight))
+    for server, group in answered:
+        if max(token for completion in group for token in completion.token_ids) >= vocabulary:
+            raise server.error(f"draws tokens that the model does not have, which has {vocabulary:,}", ADVICE)
 
 
 def trained_weights(model: nn.Module) -> Weights:

@@ -1,4 +1,4 @@
-"""Answers of two models to many prompts, made in a thread while people talk or vote already."""
+"""Answers of two models to many prompts, generated in a thread while people already talk or vote."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ Prompt = list[dict[str, Any]]
 
 @dataclass
 class Work:
-    """`left`: prompts that are yet to be answered; `error`: why it went no further."""
+    """Prompts for two models to answer. `left`: those still to be answered; `made`: comparisons put to the vote;
+    `same`: prompts that both answered alike; `error`: why it stopped early."""
 
     folder: Path
     models: list[str]
@@ -76,27 +77,27 @@ _WORK: dict[Path, Work] = {}
 
 
 def work_in(folder: Path) -> Work | None:
-    """What goes on, or went on last, for what is voted on in a folder."""
+    """The current or last work whose comparisons go to a folder."""
     return _WORK.get(folder)
 
 
 def prompts_of(site: Site, named: str, run: Path) -> Iterator[Prompt]:
-    """The different prompts that a run held out, or those of a file. Raises HTTPException: there are none; UserError:
-    the file cannot be read."""
+    """The different prompts that a run held out, or those of a file. Raises HTTPException: it is not a file of data;
+    UserError: it cannot be read."""
     path = run / "evaluation" / "heldout.jsonl" if named == HELD_OUT else site.inside(named)
     if not path.is_file() or reader_for(path.name) is None:
         raise HTTPException(400, "There are no prompts: give a .jsonl, .json, .csv or .parquet file in these folders.")
     rows = read_file(path, site.name_of(path))
     if named == HELD_OUT:
-        every = (as_list((row.value or {}).get("prompt")) for row in rows)
-        found: Iterator[Prompt] = (prompt for prompt in every if turns(prompt))
+        held_out = (as_list((row.value or {}).get("prompt")) for row in rows)
+        prompts: Iterator[Prompt] = (prompt for prompt in held_out if turns(prompt))
     else:
         head = list(islice(rows, HEAD_ROWS))
         shape = find_shape(head, site.name_of(path), kinds=["prompts"])
         records = (record for row in (*head, *rows) for record in to_records(row, shape))
-        found = ([dict(turn) for turn in it.prompt] for it in records if not isinstance(it, Problem))
+        prompts = ([dict(turn) for turn in record.prompt] for record in records if not isinstance(record, Problem))
     seen: set[str] = set()
-    for prompt in found:
+    for prompt in prompts:
         if (key := json.dumps(prompt, sort_keys=True)) not in seen:
             seen.add(key)
             yield prompt

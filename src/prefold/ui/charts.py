@@ -1,4 +1,4 @@
-"""Curves of one run, or of several over one another, as lines for the template `charts.html.j2` to draw.
+"""Curves of one run, or of several in the same chart, as lines for the template `charts.html.j2` to draw.
 
 The kinds of curves, what a healthy one looks like, smoothing and thinning are those of the report.
 """
@@ -15,14 +15,14 @@ from prefold.reports.numbers import decimal, finite, percent
 from prefold.reports.run_files import RunRecord
 
 WIDTH, HEIGHT = 560, 190
-"""Of the space that lines are drawn in, in units of the drawing."""
+"""Size of the area that lines are drawn in, in units of the SVG."""
 MOST_POINTS = 280
 
 
 @dataclass(frozen=True)
 class Line:
-    """A metric of a run. `colour` and `dash` are numbers; `ends` the first and the last value; `means` are of the last
-    steps up to each."""
+    """A metric of a run. `colour` and `dash`: numbers of styles; `ends`: the first and the last value; `means`: moving
+    means of the values."""
 
     label: str
     colour: int
@@ -34,7 +34,7 @@ class Line:
 
 
 class Scale(NamedTuple):
-    """What is at the beginning and at the end of an axis, and the values that are written beside it."""
+    """The values at the ends of an axis, and those that are written beside it."""
 
     low: float
     high: float
@@ -53,11 +53,11 @@ class Chart:
         return round(WIDTH * (step - self.across.low) / (self.across.high - self.across.low), 1)
 
     def y(self, value: float) -> float:
-        """From the top."""
+        """The distance from the top."""
         return round(HEIGHT * (self.up.high - value) / (self.up.high - self.up.low), 1)
 
     def points(self, line: Line, values: Sequence[float]) -> list[str]:
-        """As SVG has them; behind a gap a new list begins."""
+        """Points of SVG polylines, one for each part between gaps (NaN)."""
         parts: list[list[str]] = [[]]
         for step, value in zip(line.steps, values, strict=True):
             if math.isnan(value):
@@ -68,7 +68,7 @@ class Chart:
 
 
 def charts(runs: Mapping[str, RunRecord]) -> list[Chart]:
-    """What any of the runs has logged, by kind of curve."""
+    """A chart for each kind of curve that any of the runs has logged."""
     methods = {run.method for run in runs.values()}
     loss = LOSSES.get(methods.pop(), LOSS) if len(methods) == 1 else LOSS
     return [chart for kind in (loss, *KINDS) if (chart := _chart(kind, runs))]
@@ -87,7 +87,8 @@ def _chart(kind: CurveKind, runs: Mapping[str, RunRecord]) -> Chart | None:
 
 
 def _lines(kind: CurveKind, name: str, number: int, runs: Mapping[str, RunRecord]) -> list[Line]:
-    """Of a run: of several each has a colour, and its metrics are dashed; of a single one each metric has a colour."""
+    """The lines of a run. Of several runs each has a colour, and dashes tell its metrics apart; of a single run each
+    metric has a colour."""
     metrics, lines = runs[name].metrics, []
     steps = thinned([finite(row.get("step")) or float(number) for number, row in enumerate(metrics, 1)], MOST_POINTS)
     window = math.ceil(len(metrics) / 20) if len(metrics) >= SMOOTH_FROM else 1
@@ -104,7 +105,7 @@ def _lines(kind: CurveKind, name: str, number: int, runs: Mapping[str, RunRecord
 
 
 def _scale(low: float, high: float) -> Scale:
-    """From a little below to a little above, with two to six round numbers between."""
+    """An axis from a little below `low` to a little above `high`, with two to six round numbers in between."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span))
     step = next(step * power for step in (0.2, 0.5, 1.0, 2.0) if span / (step * power) <= 5)

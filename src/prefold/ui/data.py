@@ -1,5 +1,5 @@
-"""The pages of data: the rows of a recipe or file as they are read, as messages and as they are trained on, and what is
-decided about single ones."""
+"""The pages of data: the rows of a recipe or file as they are read, as messages and as they are trained on, and
+decisions about single rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prefold.data.formats import RawRow, reader_for
 from prefold.data.preference import Problem, Record
 from prefold.data.rankings import Rule, rule_of
 from prefold.data.shapes import Shape, find_shape
-from prefold.data.sources import named_files, source_name
+from prefold.data.sources import BUILTIN_PREFIX, named_files, source_name
 from prefold.data.survey import messages_of
 from prefold.errors import UserError
 from prefold.recipe import Data, Source, builtin_recipes, make_section, parse_yaml, read_text
@@ -33,33 +33,36 @@ from prefold.reports.each_pair import joined
 from prefold.reports.run_files import Values, cleaned, readable, turns
 from prefold.ui.runs import decisions_beside, index_of, recipes_in, require_inside, run_at
 from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site_of, whole_number
-from prefold.ui.tables import Table, table_of
-from prefold.ui.worker import checker, reader
+from prefold.ui.tables import Table, table_from_hub, table_of
+from prefold.ui.worker import STREAMED, checker, reader
 
 PAGE = Page("/data", "Data")
 ON_A_PAGE = 50
 HEAD_ROWS = 200
-"""Rows by which the shape of a source is recognised here."""
+"""Rows from which the shape of a file is recognised here."""
 LONGEST_COMPARED = 3000
-"""Words of an answer whose differences are marked."""
+"""Words and spaces of the longest answer in which differences are marked."""
 ORDERS = {"": "as they are", "longest": "longest first", "shortest": "shortest first", "decided": "decided about"}
 
 
 @dataclass(frozen=True)
 class File:
-    """One of the files of a recipe, or by itself. `recipe` is the text of a recipe whose paths lead from anywhere."""
+    """A data file of a recipe, or by itself; a data set of the Hub has no `path`. `recipe`: the recipe's text with
+    absolute paths, empty for a file by itself; `address`: the query that names the file."""
 
     site: Site
     address: dict[str, str]
     source: Source
     split: str
     name: str
-    path: Path
+    path: Path | None
     recipe: str
     decided_in: Path
 
     @cached_property
     def table(self) -> Table:
+        if self.path is None:
+            return table_from_hub(self.source.model_dump_json(), self.name)
         return table_of(self.path, self.name)
 
     @cached_property
@@ -68,17 +71,29 @@ class File:
         return _shape_of(self.table, self.source.model_dump_json(), min(len(self.table), HEAD_ROWS))
 
     @property
-    def is_builtin(self) -> bool:
-        return self.source.path.startswith("builtin:")
+    def decided_as(self) -> Path | str:
+        """How decisions name it: by its path, or, of the Hub or built in, by the name of the source."""
+        if self.path is None or self.source.path.startswith(BUILTIN_PREFIX):
+            return source_name(self.source)
+        return self.path
+
+    @property
+    def title(self) -> str:
+        name = self.decided_as
+        shown = self.site.name_of(name) if isinstance(name, Path) else name
+        return f"{shown}, the first {STREAMED:,} rows" if self.source.streaming else shown
 
     def decisions(self) -> dict[int, Decision]:
-        """The last about each row, of those about this file. Raises UserError: see `read_decisions`."""
+        """The last decision about each row of this file. Raises UserError: see `read_decisions`."""
         if not self.decided_in.is_file():
             return {}
-        known = {source_name(self.source)} if self.is_builtin else {str(self.path)}
-        every = read_decisions(self.decided_in)
+        known = {str(self.decided_as)}
         root = self.decided_in.parent
-        return {row: it for (source, row), it in every.items() if {source, str((root / source).resolve())} & known}
+        return {
+            row: decision
+            for (source, row), decision in read_decisions(self.decided_in).items()
+            if {source, str((root / source).resolve())} & known
+        }
 
     def records_of(self, row: RawRow) -> list[Record | Problem]:
         if self.shape is None:
@@ -100,9 +115,9 @@ def _shape_of(table: Table, source: str, rows: int) -> tuple[Shape, Rule] | None
 
 
 def _files(site: Site, given: Fields) -> list[File]:
-    """The files that a recipe, or a path, stands for. Raises UserError, HTTPException: one cannot be shown."""
+    """The data files of a recipe or of a path. Raises UserError, HTTPException: one cannot be shown."""
     if path := given.get("path"):
-        source = make_section(Source, {"path": path if path.startswith("builtin:") else str(site.inside(path))})
+        source = make_section(Source, {"path": path if path.startswith(BUILTIN_PREFIX) else str(site.inside(path))})
         sources, recipe, named_by = [("train", source)], "", site.folders[0] / source.path.rpartition(":")[2]
         decided_in = named_by.with_name(f"{named_by.name.partition('.')[0]}.decisions.jsonl")
     else:
@@ -111,12 +126,13 @@ def _files(site: Site, given: Fields) -> list[File]:
         decided_in = site.inside(data.decisions or decisions_beside(site, given["recipe"]))
     files: list[File] = []
     for split, source in sources:
-        for name, file in named_files(source).items():
-            is_builtin = source.path.startswith("builtin:")
-            whole = Path(str(file)) if is_builtin else site.inside(str(file))
+        named: dict[str, Any] = {**named_files(source)} or {source_name(source): None}
+        for name, file in named.items():
+            is_outside = file is None or source.path.startswith(BUILTIN_PREFIX)
+            resolved = None if file is None else Path(str(file)) if is_outside else site.inside(str(file))
             address = {key: given[key] for key in ("path", "recipe", "model") if given.get(key)}
             address["n"] = str(len(files))
-            files.append(File(site, address, source, split, name, whole, recipe, decided_in))
+            files.append(File(site, address, source, split, name, resolved, recipe, decided_in))
     return files
 
 
@@ -136,14 +152,12 @@ def _recipe_of(site: Site, name: str) -> tuple[str, Data]:
 
 def _file(site: Site, given: Fields) -> File:
     files, number = _files(site, given), whole_number(given, "n")
-    if not files:
-        raise UserError("data sets of the Hub are not shown here", advice="`prefold data NAME` shows one")
     if number >= len(files):
         raise HTTPException(404, "There is no such file.")
     return files[number]
 
 
-# ---- what there is ------------------------------------------------------------------------------------------------
+# ---- recipes, runs and files --------------------------------------------------------------------------------------
 
 
 def _data(request: Request) -> Response:
@@ -154,12 +168,8 @@ def _data(request: Request) -> Response:
             return go_to(f"/data/rows?{urlencode(files[0].address)}")
         recipe = given.get("recipe", "")
         title = recipe if recipe in builtin_recipes() else site.name_of(site.inside(recipe or given["path"]))
-        data = _recipe_of(site, recipe)[1] if recipe else None
-        elsewhere = [source.path for source in (*data.train, *data.eval) if not named_files(source)] if data else []
         query_of_findings = urlencode({"recipe": recipe} if recipe else {"path": given["path"]})
-        return page(
-            request, "data_files.html.j2", files=files, findings=query_of_findings, title=title, elsewhere=elsewhere
-        )
+        return page(request, "data_files.html.j2", files=files, findings=query_of_findings, title=title)
     return page(
         request,
         "data_start.html.j2",
@@ -182,12 +192,12 @@ def _is_of_a_run(file: Path) -> bool:
 
 
 def _findings(request: Request) -> Response:
-    """What a check finds in the data of a recipe, or what is odd about a file, each finding with links to its rows."""
+    """The findings in the data of a recipe or in a file, each with links to its rows."""
     site, given = site_of(request), request.query_params
     files = _files(site, given)
     addresses = {readable(file.name): file.address for file in files}
     if given.get("path"):
-        facts = cleaned(reader.ask("survey", path=files[0].source.path if files else given["path"]))
+        facts = cleaned(reader.ask("survey", path=files[0].source.path))
         if facts["refused"]:
             raise UserError(facts["refused"])
     else:
@@ -200,7 +210,7 @@ def _findings(request: Request) -> Response:
 
 
 def _rows(request: Request) -> Response:
-    """Rows of a file: a page of them, those that hold a text, or those that are named."""
+    """Rows of a file: a page of all, of those that contain a text, or those with given numbers."""
     site, given = site_of(request), request.query_params
     file = _file(site, given)
     decisions, table = file.decisions(), file.table
@@ -221,16 +231,16 @@ def _rows(request: Request) -> Response:
 
 
 def _numbers(file: File, given: Fields, decisions: dict[int, Decision]) -> tuple[list[int], dict[str, str] | None]:
-    """The rows to show, and what in the address leads to those that follow."""
+    """The numbers of the rows to show, and what the address of the next page has in addition."""
     table, after = file.table, whole_number(given, "after")
-    if given.get("rows"):
-        named = [int(number) for number in given["rows"].split(",") if number.isdecimal() and len(number) < 12]
-        return [number for number in named if 1 <= number <= len(table)], None
     if text := given.get("text"):
         numbers = list(islice(table.holding(text, after), ON_A_PAGE + 1))
         return numbers[:ON_A_PAGE], {"after": str(numbers[-2])} if len(numbers) > ON_A_PAGE else None
     order: Any = range(1, len(table) + 1)
-    if given.get("order") in ("longest", "shortest"):
+    if given.get("rows"):
+        named = [int(number) for number in given["rows"].split(",") if number.isdecimal() and len(number) < 12]
+        order = [number for number in named if 1 <= number <= len(table)]
+    elif given.get("order") in ("longest", "shortest"):
         order = table.by_length[::-1] if given["order"] == "longest" else table.by_length
     elif given.get("order") == "decided":
         order = sorted(number for number, decision in decisions.items() if decision.action != "keep")
@@ -239,7 +249,7 @@ def _numbers(file: File, given: Fields, decisions: dict[int, Decision]) -> tuple
 
 
 def _in_short(file: File, number: int) -> Values:
-    """A row of the list: its parts, cut."""
+    """A row of the list, with the beginnings of its parts."""
     row = file.table.row(number)
     records = file.records_of(row)
     first = records[0] if records else None
@@ -302,7 +312,7 @@ def _row(request: Request) -> Response:
 
 
 def _marked(*texts: str) -> list[list[tuple[str, bool]]]:
-    """Two texts in pieces, each with whether the other has it not."""
+    """Two texts in pieces, each with whether the other text lacks it."""
     words = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]
     if max(map(len, words)) > LONGEST_COMPARED:
         return [[(text, False)] for text in texts]
@@ -324,8 +334,8 @@ def _tokens(request: Request) -> Response:
     source = {"text": file.recipe}
     if not file.recipe:
         source = {"model": given["model"], "path": file.source.path, "kind": kind}
-    # Other files are read by what reads them for training: it knows which nulls mean nothing.
-    value = file.table.row(number).value if file.table.written is None else None
+    # A file that had to be converted is read again as for training, which knows the nulls that mean nothing.
+    value = file.table.row(number).value if file.table.temporary is None else None
     facts = cleaned(reader.ask("row", start=str(site.start), row=f"{file.name}:{number}", value=value, **source))
     records = []
     for texts, tokens in zip(facts["rendered"], facts["tokens"], strict=True):
@@ -335,7 +345,7 @@ def _tokens(request: Request) -> Response:
 
 
 def _decide(request: Request, fields: Fields) -> Response:
-    """Write down what is to become of a row."""
+    """Record a decision about a row."""
     site = site_of(request)
     file, number, wanted = _file(site, fields), whole_number(fields, "row"), fields.get("action", "")
     row = file.table.row(number)
@@ -343,12 +353,11 @@ def _decide(request: Request, fields: Fields) -> Response:
         raise UserError("it cannot be read, and is left out anyway", where=str(row.origin))
     records = file.records_of(row)
     if wanted == "flip" and not any(getattr(record, "answers", ()) for record in records):
-        raise UserError("it has no answer whose preference could be turned round", where=str(row.origin))
-    known = source_name(file.source) if file.is_builtin else file.path
+        raise UserError("it has no preference or label to flip", where=str(row.origin))
     decided_in = site.inside(str(file.decided_in))
     with site.writing(decided_in.parent):
         reason = fields.get("reason") or ("as it was" if wanted == "keep" else "")
-        append_decision(decided_in, known, row, wanted, reason)
+        append_decision(decided_in, file.decided_as, row, wanted, reason)
     return go_to(f"/data/row?{urlencode({**file.address, 'row': str(number)})}")
 
 

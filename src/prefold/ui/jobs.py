@@ -1,5 +1,5 @@
 """Runs that were started from a page: `prefold run` as a process of its own, which goes on when the page is closed or
-`prefold ui` ends. What is known of each lies in the cache, beside what it has said."""
+`prefold ui` ends. The cache has a record of each, and its output."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from prefold.errors import UserError
 from prefold.files import cache_folder, is_locked, write_text
 
 SHOWN = 40_000
-"""Bytes of a log, from its end."""
+"""Bytes at the end of a log that are shown."""
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 @dataclass(frozen=True)
 class Job:
-    """`created`: when its process was, by which another one with the same number is distinguished."""
+    """`created`: when its process was created, which tells it from a later process with the same id."""
 
     folder: str
     pid: int
@@ -43,16 +43,16 @@ class Job:
 
     @property
     def code(self) -> int | None:
-        """What its process ended with; None: it has not, or that is not known."""
+        """The exit code of its process; None if it is running, or if the code is not known."""
         return _children[self.pid].poll() if self.pid in _children else None
 
     def stop(self) -> None:
-        """As Ctrl-C does: after the step at hand, and at once when it is said again."""
+        """Interrupt it like Ctrl-C: it stops after the current step, or at once if interrupted again."""
         if self.is_running:
             os.kill(self.pid, signal.SIGINT)
 
     def said(self) -> str:
-        """The end of what it said."""
+        """The end of its output."""
         with suppress(OSError), Path(self.log).open("rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - SHOWN))
             return log.read().decode("utf-8", "replace")
@@ -60,7 +60,7 @@ class Job:
 
 
 def start(folder: Path, arguments: Sequence[str], start_in: Path) -> Job:
-    """Start `prefold run` with `arguments`, whose run folder is `folder`. Raises UserError: a process is in it."""
+    """Start `prefold run` with `arguments`, whose run folder is `folder`. Raises UserError: a process works there."""
     before = job_of(folder)
     if is_locked(folder) or (before and before.is_running):
         raise UserError("another process is at work in this folder", where=str(folder), advice="wait for it or stop it")
@@ -79,7 +79,7 @@ def start(folder: Path, arguments: Sequence[str], start_in: Path) -> Job:
 
 
 def job_of(folder: Path) -> Job | None:
-    """The last one that was started for a run folder."""
+    """The last job that was started for a run folder."""
     with suppress(OSError, ValueError, TypeError):
         return Job(**json.loads(_record_of(folder).read_text(encoding="utf-8")))
     return None

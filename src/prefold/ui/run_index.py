@@ -1,7 +1,7 @@
 """The runs below some folders: where they are, what each is and what became of it.
 
-Folders are looked through anew every few seconds. What is read of a run is kept for as long as its files are what they
-were; what cannot be read at once is read in a thread, and is there the next time.
+Folders are scanned again every few seconds. The facts of a run are cached until its files change; those for which there
+is no time are read in a thread, and are there the next time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ DEEPEST = 5
 MOST_FOLDERS = 20_000
 SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages"})
 OF_A_RUN = ("run.log", "data.json", "metrics.jsonl")
-"""A folder with a recipe and any of these is a run's."""
+"""A folder with `recipe.yaml` and any of these is a run folder."""
 READ = (
     *("recipe.yaml", "timing.jsonl", "metrics.jsonl", "run.log", "merged/README.md", "publish.json"),
     *(f"evaluation/{name}.json" for name in ("heldout", "rewards", "tasks", "win_rate")),
 )
-"""What `facts_of` depends on."""
+"""The files that `facts_of` depends on."""
 AT_ONCE = 0.05
-"""Seconds that are spent on reading before there is an answer."""
+"""Seconds that a request spends on reading facts; the rest are read in a thread."""
 BETWEEN_LOOKS = 2.0
+"""Seconds between scans of the folders."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run says of itself. `stages`: those that are done, with their seconds."""
+    """What the files of a run say. `stages`: those that are done, with their seconds."""
 
     method: str = ""
     model: str = ""
@@ -50,7 +51,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class RunRow:
-    """`changed`: when anything in it did last, in seconds of the epoch. `facts`: None: yet to be read."""
+    """`changed`: when its files last changed, in seconds of the epoch. `facts`: None until they are read."""
 
     folder: Path
     changed: float
@@ -81,7 +82,7 @@ def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
 
 
 def facts_of(folder: Path) -> Facts:
-    """What is known without reading what it wrote step by step."""
+    """The facts of a run, without reading what it logs at every step."""
     try:
         run = read_run(folder, growing=())
         verdict, stages = overall(run), tuple(_stages(folder / "timing.jsonl").items())
@@ -116,8 +117,8 @@ class RunIndex:
     def rows(self) -> list[RunRow]:
         """All runs, the latest first."""
         if time.monotonic() - self.listed[0] > BETWEEN_LOOKS:
-            every = dict.fromkeys(run for folder in self.folders for run in run_folders(folder))
-            self.listed = (time.monotonic(), list(every))
+            runs = dict.fromkeys(run for folder in self.folders for run in run_folders(folder))
+            self.listed = (time.monotonic(), list(runs))
         stamps = {folder: _stamp(folder) for folder in self.listed[1]}
         stamps = dict(sorted(stamps.items(), key=lambda item: max(item[1]), reverse=True))
         pending = [folder for folder, stamp in stamps.items() if self.known.get(folder, ((),))[0] != stamp]
@@ -131,7 +132,7 @@ class RunIndex:
         return [self._row(folder, stamp) for folder, stamp in stamps.items()]
 
     def row(self, folder: Path) -> RunRow:
-        """One of them, read now."""
+        """A single run, read now."""
         stamp = _stamp(folder)
         if self.known.get(folder, ((),))[0] != stamp:
             self._read(folder)

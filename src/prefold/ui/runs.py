@@ -1,4 +1,4 @@
-"""The pages of runs: all of them, one of them, several over one another, and what is started from a recipe."""
+"""The pages of runs: the table of all, a single one, several compared, and a new one from a recipe."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ OF_SAMPLES = ("evaluation/heldout.jsonl", "rollouts.jsonl", "samples.jsonl", "ev
 MOST_COMPARED = 8
 STATES = ("running", "done", "stopped")
 SHOWN = (*READ, *OF_SAMPLES, "report.html", "data.json")
-"""What is read of a run."""
+"""The files of a run that pages show."""
 OF_MODELS = {"model.name", "model.adapter", "rewards.model", "evaluate.compare_with", "evaluate.win_rate.judge.model"}
 CONFINED = PATHS - OF_MODELS
-"""The fields of a recipe whose paths must be in the folders: a model may be anywhere."""
+"""The fields of a recipe whose paths must be in the site's folders; a model may be anywhere."""
 OUTCOMES = {"better": "better", "worse": "worse", "mixed": "better and worse", "unclear": "no difference"}
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""A report is a file like any other: whatever it holds can neither ask this server nor any other."""
+"""A report is a file like any other: its scripts may run, but reach neither this server nor another."""
 
 
 @cache
@@ -51,7 +51,7 @@ def index_of(folders: tuple[Path, ...]) -> RunIndex:
 
 
 def run_at(site: Site, path: str) -> Path:
-    """A run folder whose files are in the folders as well. Raises HTTPException: it is none, or they are not."""
+    """A run folder. Raises HTTPException: it is none, or one of its files is not in the site's folders."""
     folder = site.inside(path)
     for name in SHOWN:
         site.inside(str(folder / name))
@@ -78,10 +78,10 @@ def require_inside(site: Site, values: Any, field: str = "") -> None:
 
 
 def _list(request: Request) -> Response:
-    """The table, as a page or as the part of one that is loaded anew."""
+    """The table, as a page or as the part of it that is refreshed."""
     site, query = site_of(request), request.query_params
-    every = index_of(site.folders).rows()
-    rows = [row for row in every if _fits(row, site, query.get("text", ""), dict(query))]
+    all_rows = index_of(site.folders).rows()
+    rows = [row for row in all_rows if _fits(row, site, query.get("text", ""), dict(query))]
     first = ON_A_PAGE * max(whole_number(query, "page", 1) - 1, 0)
     return page(
         request,
@@ -89,9 +89,9 @@ def _list(request: Request) -> Response:
         rows=rows[first : first + ON_A_PAGE],
         number=len(rows),
         first=first,
-        of=len(every),
-        unread=sum(row.facts is None for row in every),
-        methods=sorted({row.facts.method for row in every if row.facts and row.facts.method}),
+        of=len(all_rows),
+        unread=sum(row.facts is None for row in all_rows),
+        methods=sorted({row.facts.method for row in all_rows if row.facts and row.facts.method}),
         states=STATES,
         outcomes=OUTCOMES,
         last_page=-(-len(rows) // ON_A_PAGE),
@@ -113,7 +113,7 @@ def _fits(row: RunRow, site: Site, text: str, wanted: dict[str, str]) -> bool:
 
 
 def _run(request: Request) -> Response:
-    """What it is and does, as a page or as the part of one that is loaded anew."""
+    """A run, as a page or as the part of it that is refreshed."""
     site = site_of(request)
     folder = run_at(site, request.query_params.get("run", ""))
     job, exists = jobs.job_of(folder), (folder / "recipe.yaml").is_file()
@@ -130,7 +130,7 @@ def _run(request: Request) -> Response:
         at_work=bool(job and job.is_running) or is_locked(folder),
         log=readable(job.said()) if job else _end_of(folder / "run.log"),
         charts=charts({site.name_of(folder): run}) if run else [],
-        has={name: (folder / name).is_file() for name in ("report.html", *OF_SAMPLES)},
+        has={name: (folder / name).is_file() for name in ("report.html", "merge.json", *OF_SAMPLES)},
         has_samples=any((folder / name).is_file() for name in OF_SAMPLES),
     )
 
@@ -227,7 +227,7 @@ def _new(request: Request) -> Response:
 
 
 def _decided_in(site: Site, source: str, text: str) -> str:
-    """Decisions about the rows of a recipe that it does not name; empty where there are none."""
+    """The file of decisions about the rows of a recipe that does not name it; empty if there is none."""
     decided_in = Path(decisions_beside(site, source)) if source else None
     if decided_in is None or not decided_in.is_file() or "decisions:" in text:
         return ""
@@ -250,8 +250,8 @@ def _beginning(file: Path) -> str:
 
 
 def _recipe_to_start_from(site: Site, source: str, votes: str = "") -> tuple[str, str]:
-    """A file name and the text of a recipe; of a run with a run folder that is free, and paths from where we are.
-    `votes`: a file of people's votes, to be trained on in place of what the run was."""
+    """A file name and the text of a recipe; that of a run gets a free run folder, and absolute paths. `votes`: a file
+    of people's votes to train on instead of the run's data."""
     if source in builtin_recipes():
         return f"{source}.yaml", read_text(source)[0]
     path = site.inside(source)
@@ -262,7 +262,7 @@ def _recipe_to_start_from(site: Site, source: str, votes: str = "") -> tuple[str
     values = {**with_paths_from(start_of_paths(path), values), "output_dir": _free(site, path)}
     decided_in = Path(decisions_beside(site, source))
     if votes:
-        # What was decided about rows of other files is not for these.
+        # Decisions about rows of other files do not apply to these.
         values["data"] = {**values["data"], "train": [{"path": votes}], "decisions": None}
         values["evaluate"] = {**(values.get("evaluate") or {}), "win_rate": None}
     elif decided_in.is_file() and not values["data"].get("decisions"):
@@ -271,14 +271,14 @@ def _recipe_to_start_from(site: Site, source: str, votes: str = "") -> tuple[str
 
 
 def decisions_beside(site: Site, recipe: str) -> str:
-    """Where the decisions about the data of a recipe go that names no file for them."""
+    """The file of decisions about the data of a recipe that names none."""
     path = site.folders[0] / recipe if recipe in builtin_recipes() else site.inside(recipe)
     path = path.parent if path.name == "recipe.yaml" else path
     return str(path.with_name(f"{path.stem if path.suffix == '.yaml' else path.name}.decisions.jsonl"))
 
 
 def _free(site: Site, folder: Path) -> str:
-    """A folder beside this one that is not there yet, as a path from where we are."""
+    """A folder beside this one that does not exist yet, relative to the site's `start`."""
     stem = re.sub(r"-\d+$", "", folder.name)
     name = next(name for number in range(2, 10_000) if not (folder.parent / (name := f"{stem}-{number}")).exists())
     return os.path.relpath(folder.parent / name, site.start)
@@ -292,7 +292,7 @@ def _check(request: Request, fields: Fields) -> Response:
     try:
         require_inside(site_of(request), parse_yaml(text, "the recipe"))
         facts = checker.ask("check", start=str(site_of(request).start), text=text)
-    except (UserError, HTTPException) as error:  # of what is being written nothing else is to be expected
+    except (UserError, HTTPException) as error:  # as usual while a recipe is being written
         response = explained(request, error)
         response.status_code = 200
         return response
@@ -309,7 +309,7 @@ def _start(request: Request, fields: Fields) -> Response:
         raise UserError("`output_dir` is missing", where="the recipe", expected="The run folder.")
     folder, name = site.inside(output), fields.get("name", "")
     if not re.fullmatch(r"\w[\w .-]*\.ya?ml", name):
-        raise UserError(f"`{name}` is no name for it", where="the file", expected="a name such as mine.yaml")
+        raise UserError(f"`{name}` cannot be its name", where="the file", expected="a name such as mine.yaml")
     file = site.inside(os.path.join(fields.get("folder", ""), name))
     with site.writing(file.parent):
         if file.exists() and file.read_text(encoding="utf-8", errors="replace") != text and not fields.get("replace"):

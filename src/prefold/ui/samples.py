@@ -1,5 +1,5 @@
-"""The page of samples: what a run's model wrote, before and after and while it trained, and what became of each
-held-out pair or prompt."""
+"""The page of samples: what a run's model wrote before, during and after training, and how each held-out pair or prompt
+changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prefold.ui.tables import Table, table_of
 PAGE = Page("/samples", "Samples")
 ON_A_PAGE = 20
 LONGEST = 20_000
-"""Characters of a text."""
+"""Characters of a text that are shown."""
 HELD_OUT, ROLLOUTS, ANSWERS, TASKS = OF_SAMPLES
 TITLES = {HELD_OUT: "Held-out", ROLLOUTS: "Rollouts", ANSWERS: "Answers", TASKS: "Questions"}
 ORDERS = {"worst": "got worse first", "best": "got better first", "lowest": "lowest after first", "": "as they are"}
@@ -42,8 +42,8 @@ def _samples(request: Request) -> Response:
         raise HTTPException(404, "This run has no samples yet.")
     kind = given.get("kind") if given.get("kind") in kinds else next(iter(kinds))
     shown: dict[str, Any] = {"kind": kind, "kinds": kinds, "folder": str(folder), "name": site.name_of(folder)}
-    about = {HELD_OUT: _held_out, ROLLOUTS: _rollouts, ANSWERS: _answers, TASKS: _questions}[str(kind)]
-    return page(request, "samples.html.j2", **shown, **about(folder, dict(given)))
+    values_of = {HELD_OUT: _held_out, ROLLOUTS: _rollouts, ANSWERS: _answers, TASKS: _questions}[str(kind)]
+    return page(request, "samples.html.j2", **shown, **values_of(folder, dict(given)))
 
 
 # ---- held-out pairs and prompts -----------------------------------------------------------------------------------
@@ -68,13 +68,13 @@ def _held_out(folder: Path, given: dict[str, str]) -> Values:
 
 @lru_cache(maxsize=16)
 def _ordered(table: Table, order: str) -> tuple[list[int], int]:
-    """The numbers of the lines in an order, and how many got worse."""
+    """The numbers of the lines in the given order, and how many got worse."""
     ranks = {}
     for number in range(1, len(table) + 1):
         line = table.row(number).value
         if line and "prompt" in line:
-            kind = "margin_" if "chosen" in line else ""
-            before, after = (finite(line.get(f"{kind}{when}")) for when in ("before", "after"))
+            prefix = "margin_" if "chosen" in line else ""
+            before, after = (finite(line.get(f"{prefix}{when}")) for when in ("before", "after"))
             ranks[number] = (after if before is None or after is None else after - before, after)
     keys = {
         "worst": lambda number: _none_last(*ranks[number]),
@@ -108,15 +108,15 @@ def _rollouts(folder: Path, given: dict[str, str]) -> Values:
     known = list(steps)
     step = whole_number(given, "step")
     step = step if step in steps else known[-1]
-    at = known.index(step)
+    index = known.index(step)
     groups = [cleaned(table.row(number).value) for number in steps[step]]
     for group in groups:
         group["completions"] = sorted(objects(group.get("completions")), key=_reward, reverse=True)
     return {
         "groups": groups,
         "step": step,
-        "before": known[at - 1] if at else None,
-        "following": known[at + 1] if at + 1 < len(known) else None,
+        "before": known[index - 1] if index else None,
+        "following": known[index + 1] if index + 1 < len(known) else None,
         "last": known[-1],
     }
 
@@ -128,7 +128,7 @@ def _reward(completion: Values) -> float:
 
 @lru_cache(maxsize=16)
 def _steps(table: Table) -> dict[int, list[int]]:
-    """The lines of each step."""
+    """The numbers of the lines of each step."""
     steps: dict[int, list[int]] = {}
     for number in range(1, len(table) + 1):
         step = (table.row(number).value or {}).get("step")

@@ -1,7 +1,7 @@
 """`prefold ui`: a server for the browser of the person at this machine, and for nobody else.
 
-It listens on loopback alone. The token in its address becomes a cookie with the first page; without it, under another
-host name, or from a page of another origin, nothing is answered. Pages run the scripts of this folder and no other.
+It listens on loopback alone. The token in its address becomes a cookie with the first page; requests without it, under
+another host name, or from a page of another origin are refused. Pages run the scripts of this package and no others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from prefold.ui import ahead, data, runs, samples, talk, vote
 from prefold.ui.site import HERE, Site, explained, go_to, route, templates
 
 MODULES: tuple[ModuleType, ...] = (runs, data, samples, talk, ahead, vote)
-"""The modules of pages, as the navigation has them."""
+"""The modules of pages, in the order of the navigation."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; style-src-attr "
     "'unsafe-inline'; img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -46,20 +46,20 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""Of every answer that has none of its own."""
+"""Headers of every response that does not set them itself."""
 OF_REPORTS = ("page.css", "draw_curves.js")
-"""Files of the reports that pages use as they are."""
+"""Static files that pages share with reports."""
 
 
 def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
-    """Answer until the process is ended; the first line on stdout is the address.
+    """Serve until the process is ended; the first line on stdout is the address.
 
     Args:
-        folders: what may be looked at and written to; none: where we are.
+        folders: what may be read and written; none: the working directory.
         port: 0: a free one.
 
     Raises:
-        UserError: a folder is none, or the port is taken.
+        UserError: a folder does not exist, or the port is taken.
     """
     resolved = tuple(dict.fromkeys(folder.expanduser().resolve() for folder in folders or [Path()]))
     for folder in resolved:
@@ -71,7 +71,7 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
     print(address, flush=True)
     Thread(target=_prepare, args=(site,), daemon=True).start()
     if browser and (sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-        webbrowser.open(address)  # else a browser in this terminal would take it
+        webbrowser.open(address)  # without a display a text browser would take over the terminal
     settings = uvicorn.Config(
         make_app(site),
         log_level="critical",
@@ -86,7 +86,7 @@ def serve(folders: Sequence[Path], port: int = 0, browser: bool = True) -> None:
 
 
 def _prepare(site: Site) -> None:
-    """What takes the first page its time, before somebody looks."""
+    """Do beforehand what would slow down the first page."""
     runs.index_of(site.folders).rows()
     for name in templates().list_templates(filter_func=lambda name: name.endswith(".html.j2")):
         templates().get_template(name)
@@ -119,7 +119,7 @@ def make_app(site: Site) -> ASGIApp:
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    """An error of ours: the terminal shows where it happened."""
+    """A bug: the terminal shows the traceback."""
     traceback.print_exception(error)
     return explained(request, HTTPException(500, f"This failed ({type(error).__name__}); the terminal shows where."))
 
@@ -133,7 +133,7 @@ def _static(request: Request) -> Response:
 
 
 class Guard:
-    """Lets through what the person at this machine asks for with the token, and puts `HEADERS` on every answer."""
+    """Lets through the requests of the person at this machine, who has the token, and adds `HEADERS` to responses."""
 
     def __init__(self, app: ASGIApp, site: Site):
         self.app, self.token, self.cookie = app, site.token, f"prefold-{site.port}"
@@ -153,16 +153,16 @@ class Guard:
         await (self._refusal(HTTPConnection(scope)) or self.app)(scope, receive, send_with_headers)
 
     def _refusal(self, request: HTTPConnection) -> Response | None:
-        """The answer to a request that goes no further; None: it does."""
+        """The response to a request that goes no further; None if it may pass."""
         headers, method = request.headers, request.scope["method"]
         host, origin, site = headers.get("host"), headers.get("origin"), headers.get("sec-fetch-site", "none")
         if host not in self.hosts:
             return PlainTextResponse("This server answers to 127.0.0.1 and localhost alone.", 403)
         is_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
         if (origin or method not in ("GET", "HEAD")) and origin != f"http://{host}":
-            return PlainTextResponse("Another origin than this one asks.", 403)
+            return PlainTextResponse("The request comes from another origin.", 403)
         if site not in ("none", "same-origin") and not is_link:
-            return PlainTextResponse("A page of another site asks.", 403)
+            return PlainTextResponse("The request comes from a page of another site.", 403)
         given = request.query_params.get("token")
         if given is not None and method == "GET" and self._is_token(given):
             rest = request.url.remove_query_params("token")

@@ -1,6 +1,6 @@
-"""What the pages of `prefold ui` share: the folders that they may read, how a page is made, how routes are declared.
+"""What the pages of `prefold ui` share: the folders that they may access, rendering, and the declaration of routes.
 
-A module of pages has `ROUTES`: `route(path, function)` for what is looked at, `action(path, function)` for what changes
+A module of pages has `ROUTES`: `route(path, function)` for GET, `action(path, function)` for POST, which may change
 something; and `PAGE`, its entry in the navigation, if it has one. Functions are called in threads.
 """
 
@@ -31,7 +31,7 @@ from prefold.reports.templates import pages
 
 HERE = Path(__file__).parent
 MOST_SENT = 4 * 2**20
-"""Bytes of a form."""
+"""Bytes of the largest form that is accepted."""
 
 Fields = Mapping[str, str]
 
@@ -45,8 +45,8 @@ class Page(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """`folders`: what may be read and written, with links followed. `start`: where relative paths begin, in recipes as
-    well. `navigation`: the pages that there are."""
+    """`folders`: what may be read and written, with links resolved. `start`: the folder that relative paths start from,
+    in recipes too. `navigation`: the entries of all modules."""
 
     folders: tuple[Path, ...]
     start: Path
@@ -55,7 +55,7 @@ class Site:
     navigation: tuple[Page, ...] = ()
 
     def inside(self, path: str) -> Path:
-        """A path with its links followed. Raises HTTPException: it is in none of the folders."""
+        """A path with its links resolved. Raises HTTPException: it is in none of the folders, or cannot exist."""
         try:
             resolved = (self.start / Path(path).expanduser()).resolve()
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -69,7 +69,7 @@ class Site:
         return resolved
 
     def name_of(self, path: Path) -> str:
-        """A path as it is shown: from its folder on, behind that one's name where there are several."""
+        """A path as it is shown: relative to its folder, with the folder's name in front if there are several."""
         for folder in self.folders:
             if path.is_relative_to(folder):
                 return readable(str(path.relative_to(folder if len(self.folders) == 1 else folder.parent)))
@@ -77,7 +77,7 @@ class Site:
 
     @contextmanager
     def writing(self, folder: Path) -> Iterator[None]:
-        """Have a folder to oneself, to write in it. Raises UserError: another process has it."""
+        """Lock a folder, created if it is missing, to write in it. Raises UserError: another process holds the lock."""
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, self.name_of(folder)):
             yield
@@ -89,13 +89,13 @@ def site_of(request: Request) -> Site:
 
 
 def whole_number(given: Fields, name: str, default: int = 0) -> int:
-    """What a field holds, where that is a number that anything here could have."""
+    """A field as a whole number, if it is one of at most 11 digits."""
     text = given.get(name, "")
     return int(text) if text.isdecimal() and len(text) < 12 else default
 
 
 def page(request: Request, template: str, **values: Any) -> HTMLResponse:
-    """A page, or the part of one that `ui.js` puts in place of an earlier one."""
+    """A page, or a part of one, with which `ui.js` replaces an earlier version."""
     site = site_of(request)
     text = (
         templates()
@@ -116,7 +116,7 @@ def templates() -> Environment:
 
 
 def _moment(seconds: float) -> Markup:
-    """A time of the epoch, on this machine's clock."""
+    """Seconds of the epoch as the local time if it is today, else the date."""
     at = datetime.fromtimestamp(seconds).astimezone()
     text = at.strftime("%H:%M" if at.date() == datetime.now().date() else "%d %b %Y")
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
@@ -125,12 +125,12 @@ def _moment(seconds: float) -> Markup:
 
 
 def route(path: str, function: Callable[[Request], Response]) -> Route:
-    """What is looked at."""
+    """A GET route."""
     return Route(path, function, methods=["GET"])
 
 
 def action(path: str, function: Callable[[Request, Fields], Response]) -> Route:
-    """What changes something: `function` gets the fields of the form that was sent."""
+    """A POST route: `function` gets the fields of the form that was sent."""
 
     async def respond(request: Request) -> Response:
         sent = b""
@@ -141,19 +141,19 @@ def action(path: str, function: Callable[[Request, Fields], Response]) -> Route:
         try:
             fields = dict(parse_qsl(sent.decode(), keep_blank_values=True, max_num_fields=1000))
         except ValueError:
-            raise HTTPException(400, "This is no form.") from None
+            raise HTTPException(400, "This is not a form.") from None
         return await run_in_threadpool(function, request, fields)
 
     return Route(path, respond, methods=["POST"])
 
 
 def go_to(address: str) -> RedirectResponse:
-    """Where the browser looks after an action."""
+    """Redirect the browser to a page."""
     return RedirectResponse(address, status_code=303)
 
 
 def explained(request: Request, error: Exception) -> Response:
-    """An error as a page; for a request of `ui.js` as a part of one."""
+    """An error as a page, or as a part of one if `ui.js` asks."""
     if isinstance(error, HTTPException):
         status, what, lines = error.status_code, error.detail, []
     else:

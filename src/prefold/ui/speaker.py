@@ -1,8 +1,9 @@
-"""A model in a process of its own, which gives back all of its memory: `python -m prefold.ui.speaker RUN WHICH`.
+"""A model in a process of its own, which frees all memory when it ends: `python -m prefold.ui.speaker RUN WHICH`.
 
-In, a line of JSON each: `{"number", "messages", "settings", "attempt"}` is answered, `{"stop": number}` ends that
-answer. Out: `{"ready": true}` once the model is there, or `{"error"}`; then, each with its number, `{"text"}` as an
-answer comes, and at its end `{"answer", "finished", "stopped"}` or `{"error"}`. The process ends with its input.
+Input, one JSON object per line: `{"number", "messages", "settings", "attempt"}` asks for an answer, `{"stop": number}`
+ends that answer. Output, likewise: `{"ready": true}` once the model is loaded, or `{"error", "too_large"}`, the latter
+true if it needs more memory than is available; then, each with the answer's number, `{"text"}` as it is written, and at
+its end `{"answer", "finished", "stopped"}` or `{"error"}`. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from prefold.generation.engine import answer
 from prefold.generation.opening import open_model
 from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
+from prefold.memory import TooLarge
 from prefold.models.tokenizer import tokenizer_of
 from prefold.recipe import Chat, Model, make_section
 
 
 class Stopped(Exception):
-    """Leaves an answer that nobody waits for."""
+    """Abandons an answer that nobody waits for."""
 
 
 class Lines:
-    """What comes in and goes out."""
+    """Input and output of the process; requests are read in a thread."""
 
     def __init__(self, given: Iterable[str], out: Any):
         self.out, self.asked, self.stopped = out, SimpleQueue[dict[str, Any]](), -1
@@ -57,7 +59,7 @@ class Lines:
 
 
 class Stream(TextStreamer):
-    """Hands on the words of an answer; `text` is what has come of it."""
+    """Writes the words of an answer as they come; `text` is the answer so far."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, lines: Lines, number: int):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -75,8 +77,8 @@ class Stream(TextStreamer):
 
 
 def section_of(run: str, which: str) -> tuple[Model, Model]:
-    """How to load a model of a run, and that of its tokenizer: the one `before` training, `after`, or a checkpoint.
-    Raises UserError: there is none."""
+    """The settings of a model of a run (`before` or `after` training, or a checkpoint), and those that its tokenizer is
+    loaded by. Raises UserError: it is no run folder, or its model gives no answers."""
     recipe = run_recipe(run)
     if recipe is None:
         raise UserError("not a run folder", where=run)
@@ -87,9 +89,9 @@ def section_of(run: str, which: str) -> tuple[Model, Model]:
     if which == "before":
         return recipe.model, recipe.model
     checkpoint = Path(run) / "checkpoints" / which
-    whole = recipe.lora == "none"
-    section = recipe.model.whole(checkpoint) if whole else recipe.model.model_copy(update={"adapter": str(checkpoint)})
-    return section, recipe.model
+    if recipe.lora == "none":
+        return recipe.model.whole(checkpoint), recipe.model
+    return recipe.model.model_copy(update={"adapter": str(checkpoint)}), recipe.model
 
 
 def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: dict[str, Any], lines: Lines) -> None:
@@ -105,7 +107,7 @@ def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: d
 
 
 def main(run: str, which: str) -> None:
-    # What libraries print is no answer.
+    # Libraries print to stdout too.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     lines = Lines(sys.stdin, out)
@@ -113,7 +115,7 @@ def main(run: str, which: str) -> None:
         section, of_tokenizer = section_of(run, which)
         model, tokenizer = open_model(section, "`talk`", tokens=CHAT_TOKENS), tokenizer_of(of_tokenizer)
     except Exception as error:
-        return lines.write(error=explain(error)[0])
+        return lines.write(error=explain(error)[0], too_large=isinstance(error, TooLarge))
     lines.write(ready=True)
     while True:
         request = lines.asked.get()

@@ -1,4 +1,4 @@
-"""The models that are talked to, each in a process of its own: begun when it is asked first, ended when nobody asks."""
+"""Models that answer, each in a process of its own: started by the first question, ended after a while without one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from threading import Lock, Thread
 from typing import Any
 
 IDLE = 300.0
-"""Seconds without a question after which a model is let go."""
+"""Seconds without a question after which a model's process is ended."""
 MOST = 2
-"""Models that are kept at a time."""
+"""Models that are kept loaded at a time."""
 WRITTEN = {"before": "recipe.yaml", "after": "merge.json"}
-"""By a file of the run it is known whether the model is another one by now; a checkpoint's is in it."""
+"""The file of a run whose modification time tells whether the model has been replaced; a checkpoint has one in it."""
 COMMAND = (sys.executable, "-m", "prefold.ui.speaker")
-ENDED = "The process of the model has ended, as it does where memory runs out. Ask again to load it anew."
+ENDED = "The process of the model has ended, as it does when memory runs out. Ask again to load the model anew."
 
 
 class Speaker:
-    """A model of a run, as `speaker.py` has it."""
+    """A model of a run, in a process of `speaker.py`."""
 
     def __init__(self, run: Path, which: str):
         self.command = [*COMMAND, str(run), which]
@@ -38,8 +38,8 @@ class Speaker:
     def ask(
         self, messages: list[dict[str, Any]], settings: dict[str, Any], attempt: int = 0
     ) -> Generator[dict[str, Any], None, None]:
-        """What `speaker.py` writes, from `{"loading"}` or the first `{"text"}` to the end of the answer. Closed before
-        that, the answer is stopped."""
+        """What `speaker.py` writes about an answer, after `{"loading": true}` if the model has to be loaded. Closing
+        the generator early stops the answer."""
         with self.asking:
             if not self.is_loaded or self.written != self._last_written():
                 yield {"loading": True}
@@ -49,8 +49,8 @@ class Speaker:
             self.number += 1
             number, is_over = self.number, False
             try:
-                asked = {"number": number, "messages": messages, "settings": settings, "attempt": attempt}
-                self._send(asked)  # a process that has ended shows in what is received
+                request = {"number": number, "messages": messages, "settings": settings, "attempt": attempt}
+                self._send(request)  # `_receive` notices a process that has ended
                 while not is_over:
                     values = self._receive()
                     if values.pop("number", number) == number:  # an answer that was stopped may still be in the pipe
@@ -66,7 +66,7 @@ class Speaker:
         self._send({"stop": self.number})
 
     def end(self) -> None:
-        """Let go of the model."""
+        """End the process, and so free the model's memory."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -81,16 +81,22 @@ class Speaker:
                 pipe and pipe.close()
 
     def _load(self) -> str:
-        """Why the model cannot be had; empty where it is there. One is loaded after the other, since each takes of the
-        memory that the one before leaves."""
+        """Load the model. Returns why it cannot be loaded, or an empty text. Models are loaded one after the other, so
+        that each sees the memory that the others leave; if that is not enough, the others are ended."""
         self.end()
         with _LOADING:
             self.written = self._last_written()
-            self.process = Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, encoding="utf-8")
-            error = str(self._receive().get("error", ""))
-        if error:
+            answer = self._begin()
+            if answer.get("too_large") and _end_others(self):
+                answer = self._begin()
+        return str(answer.get("error", ""))
+
+    def _begin(self) -> dict[str, Any]:
+        self.process = Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, encoding="utf-8")
+        answer = self._receive()
+        if "error" in answer:
             self.end()
-        return error
+        return answer
 
     def _last_written(self) -> int:
         try:
@@ -121,10 +127,10 @@ _CHANGING = Lock()
 
 
 def speaker_of(run: Path, which: str) -> Speaker:
-    """The model of that name, kept from now on; the one that was asked longest ago is let go where there are many."""
+    """The speaker of a model. Of more than `MOST` loaded models, the idle ones that were used longest ago are ended."""
     with _CHANGING:
         if not _SPEAKERS:
-            Thread(target=_let_go, daemon=True).start()
+            Thread(target=_end_idle, daemon=True).start()
         speaker = _SPEAKERS.setdefault((run, which), Speaker(run, which))
         idle = [
             other
@@ -136,12 +142,18 @@ def speaker_of(run: Path, which: str) -> Speaker:
     return speaker
 
 
-def end_all() -> None:
-    for speaker in _SPEAKERS.values():
-        speaker.end()
+def _end_others(speaker: Speaker) -> bool:
+    """End all other models, after the answers that they are giving. Returns whether there were any."""
+    others = [other for other in list(_SPEAKERS.values()) if other is not speaker and other.is_loaded]
+    for other in others:
+        while other.is_loaded:
+            if other.asking.acquire(timeout=0.1):
+                other.end()
+                other.asking.release()
+    return bool(others)
 
 
-def _let_go() -> None:
+def _end_idle() -> None:
     while True:
         time.sleep(min(IDLE / 4, 15))
         for speaker in list(_SPEAKERS.values()):

@@ -1,7 +1,7 @@
-"""Rows of a file by their numbers, with what is on the screen read and no more.
+"""Rows by number: only the rows on the screen are read.
 
-A .jsonl file is read where it lies, at the bytes at which its lines begin; any other is first written out as one. Lines
-are looked for in a thread, and those that are known so far can be read.
+A .jsonl file is read in place, by the byte offsets of its lines; any other file, or a data set of the Hub, is first
+converted to a temporary one. Lines are indexed in a thread, and those indexed so far can be read.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import codecs
 import json
 import tempfile
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Event, Thread
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,64 +22,72 @@ from numpy.typing import NDArray
 from prefold.data.formats import RawRow, read_file
 from prefold.data.preference import RowId
 from prefold.errors import UserError
+from prefold.ui.worker import checker
 
 CHUNK = 2**23
-"""Bytes that are looked through at once."""
+"""Bytes that are read at once."""
 SOON = 0.12
-"""Seconds that the first look may take."""
+"""Seconds to wait for the index of a new table, before it is used as far as it goes."""
+
+
+class Written(NamedTuple):
+    """Facts about converted rows. `problems`: what is wrong with those that cannot be read; `pads_with_nulls`: whether
+    fields that only other rows have are null."""
+
+    problems: dict[int, str]
+    pads_with_nulls: bool = False
+
+
+def write_out(rows: Iterable[RawRow], lines: Path) -> Written:
+    """Write every row as JSON on the line with the row's number, and an empty line for one that cannot be read."""
+    number, problems, pads = 1, {}, False
+    with lines.open("wb") as opened:
+        for row in rows:
+            text = "" if row.value is None else json.dumps(row.value, ensure_ascii=False, default=str)
+            opened.write(b"\n" * (row.origin.row - number) + text.encode("utf-8", "surrogatepass") + b"\n")
+            number, pads = row.origin.row + 1, pads or row.pads_with_nulls
+            if row.problem:
+                problems[row.origin.row] = row.problem
+    return Written(problems, pads)
 
 
 class Table:
-    """The rows of `file`, which call their source `name`."""
+    """The rows of a .jsonl file, or of a temporary one that `write` fills; their ids name the source `name`."""
 
-    def __init__(self, file: Path, name: str):
-        self.file, self.name, self.lines = file, name, file
-        self.written = None
-        if file.suffix.lower() != ".jsonl":
-            self.written = tempfile.NamedTemporaryFile(prefix="prefold-")  # noqa: SIM115
-            weakref.finalize(self, self.written.close)  # by which it is removed
-            self.lines = Path(self.written.name)
+    def __init__(self, name: str, lines: Path | None, write: Callable[[Path], Written] | None = None):
+        self.name, self.facts, self.temporary = name, Written({}), None
+        if lines is None:
+            self.temporary = tempfile.NamedTemporaryFile(prefix="prefold-")  # noqa: SIM115
+            weakref.finalize(self, self.temporary.close)  # which removes it
+        self.lines = lines or Path(self.temporary.name)  # type: ignore[union-attr]
         self.ends: list[NDArray[np.int64]] = []
-        self.problems: dict[int, str] = {}
         self.failed: UserError | None = None
         self.is_whole = Event()
-        Thread(target=self._look, daemon=True).start()
+        Thread(target=self._index, args=(write,), daemon=True).start()
         self.is_whole.wait(SOON)
 
-    def _look(self) -> None:
+    def _index(self, write: Callable[[Path], Written] | None) -> None:
         try:
-            self._write_out()
+            if write:
+                self.facts = write(self.lines)
             self._find_ends()
         except (OSError, UserError) as error:
             self.failed = error if isinstance(error, UserError) else UserError(f"cannot be read ({error.strerror})")
         finally:
             self.is_whole.set()
 
-    def _write_out(self) -> None:
-        """Every row as a line of JSON with the row's number; one that cannot be read is an empty line."""
-        line = 1
-        for row in read_file(self.file, self.name) if self.written else ():
-            assert self.written
-            text = "" if row.value is None else json.dumps(row.value, ensure_ascii=False, default=str)
-            self.written.write(b"\n" * (row.origin.row - line) + text.encode("utf-8", "surrogatepass") + b"\n")
-            line = row.origin.row + 1
-            if row.problem:
-                self.problems[row.origin.row] = row.problem
-        if self.written:
-            self.written.flush()
-
     def _find_ends(self) -> None:
-        at, ended = 0, True
+        offset, ended = 0, True
         with self.lines.open("rb") as opened:
             while chunk := opened.read(CHUNK):
-                self.ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at + 1)
-                at, ended = at + len(chunk), chunk.endswith(b"\n")
+                self.ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + offset + 1)
+                offset, ended = offset + len(chunk), chunk.endswith(b"\n")
         if not ended:
-            self.ends.append(np.array([at]))
+            self.ends.append(np.array([offset]))
 
     @property
     def bounds(self) -> NDArray[np.int64]:
-        """Where the first line begins, and where each ends, as far as is known."""
+        """Byte offsets of the start of the first line and of the end of each line indexed so far, `[lines + 1]`."""
         return self._all_bounds if self.is_whole.is_set() else np.concatenate([[0], *self.ends]).astype(np.int64)
 
     @cached_property
@@ -86,7 +95,7 @@ class Table:
         return np.concatenate([[0], *self.ends]).astype(np.int64)
 
     def __len__(self) -> int:
-        """Rows that are known."""
+        """Rows indexed so far."""
         return len(self.bounds) - 1
 
     def row(self, number: int) -> RawRow:
@@ -98,15 +107,17 @@ class Table:
             opened.seek(int(bounds[number - 1]))
             line = opened.read(int(bounds[number] - bounds[number - 1]))
         origin = RowId(self.name, number)
-        if number in self.problems:
-            return RawRow(origin, None, self.problems[number])
+        if number in self.facts.problems:
+            return RawRow(origin, None, self.facts.problems[number])
         try:
             value = json.loads(
                 line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8", "surrogatepass")
             )
         except (ValueError, RecursionError) as error:
             return RawRow(origin, None, "an empty line" if not line.strip() else f"not JSON that can be read: {error}")
-        return RawRow(origin, value) if isinstance(value, dict) else RawRow(origin, None, "not a JSON object")
+        if not isinstance(value, dict):
+            return RawRow(origin, None, "not a JSON object")
+        return RawRow(origin, value, pads_with_nulls=self.facts.pads_with_nulls)
 
     def bytes_of(self, number: int) -> int:
         bounds = self.bounds
@@ -114,12 +125,12 @@ class Table:
 
     @cached_property
     def by_length(self) -> NDArray[np.int64]:
-        """The numbers of all rows, the shortest first."""
+        """The numbers of all rows, the shortest first, `[rows]`."""
         self.is_whole.wait()
         return np.argsort(np.diff(self.bounds), kind="stable") + 1
 
     def holding(self, text: str, after: int = 0) -> Iterator[int]:
-        """The numbers of the rows that hold a text, behind row `after`; A to Z are as a to z."""
+        """The numbers of the rows after row `after` that contain a text, ignoring the case of A to Z."""
         self.is_whole.wait()
         bounds = self.bounds
         written = [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False)]
@@ -135,7 +146,7 @@ class Table:
 
 
 def _rows_with(patterns: Collection[bytes], content: bytes, bounds: NDArray[np.int64], first: int) -> list[int]:
-    """The rows of a part of a file that hold any of the patterns; `first` is the number of its first."""
+    """The numbers of the rows of `content` that contain any of the patterns; `first` is that of its first row."""
     rows: set[int] = set()
     for pattern in patterns:
         at = content.find(pattern)
@@ -149,9 +160,28 @@ def _rows_with(patterns: Collection[bytes], content: bytes, bounds: NDArray[np.i
 def table_of(file: Path, name: str) -> Table:
     """The table of a file as it is now."""
     facts = file.stat()
-    return _table(file, name, facts.st_mtime_ns, facts.st_size)
+    return _table_of_file(file, name, facts.st_mtime_ns, facts.st_size)
 
 
 @lru_cache(maxsize=8)
-def _table(file: Path, name: str, *state: int) -> Table:
-    return Table(file, name)
+def _table_of_file(file: Path, name: str, *state: int) -> Table:
+    if file.suffix.lower() == ".jsonl":
+        return Table(name, file)
+    return Table(name, None, lambda lines: write_out(read_file(file, name), lines))
+
+
+def table_from_hub(source: str, name: str) -> Table:
+    """The table of a data set of the Hub; `source`: the recipe's `Source` as JSON."""
+    table = _table_from_hub(source, name)
+    if table.failed:
+        _table_from_hub.cache_clear()  # the next try may succeed
+    return table
+
+
+@lru_cache(maxsize=8)
+def _table_from_hub(source: str, name: str) -> Table:
+    def write(lines: Path) -> Written:
+        checker.ask("download", source=source, lines=str(lines))
+        return Written({}, pads_with_nulls=True)
+
+    return Table(name, None, write)

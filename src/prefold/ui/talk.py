@@ -28,7 +28,7 @@ SETTINGS = ("temperature", "max_new_tokens", "top_p", "top_k", "min_p", "seed")
 
 
 def models_of(run: Path) -> dict[str, str]:
-    """The models of a run by what `speaker.py` calls them, with words for a person."""
+    """The models of a run: their names in `speaker.py`, with descriptions."""
     steps = [path.name.removeprefix("checkpoint-") for path in (run / "checkpoints").glob("checkpoint-*")]
     checkpoints = {f"checkpoint-{step}": f"at step {step}" for step in sorted(filter(str.isdigit, steps), key=int)}
     merged = {"after": "after training"} if (run / "merged").is_dir() else {}
@@ -49,7 +49,7 @@ def _page(request: Request) -> Response:
 
 
 def _answer(request: Request, fields: Fields) -> Response:
-    """What a model says, as server-sent events: `speaker.py` says what is in them; `shown` is what a page may show."""
+    """A model's answer as server-sent events: the output of `speaker.py`, with `shown`: the text made safe to show."""
     settings, asked, attempt = settings_of(fields), _conversation(fields), fields.get("attempt", "0")
     if not attempt.isdecimal():
         raise HTTPException(400, "An attempt is a number.")
@@ -84,13 +84,13 @@ def _compare(request: Request, fields: Fields) -> Response:
 
 
 def settings_of(fields: Fields) -> dict[str, Any]:
-    """Raises UserError: one of them is out of its bounds."""
+    """The settings of the sampling. Raises UserError: one is out of bounds."""
     given = {name: parse_yaml(value, name) for name in SETTINGS if (value := fields.get(name, "").strip())}
     return make_section(Chat, given, "the settings").model_dump(mode="json")
 
 
 def chosen_models(site: Site, fields: Fields) -> list[tuple[Path, str]]:
-    """The left and the right one."""
+    """Run folder and name of the left and of the right model."""
     return [_model(site, fields, side) for side in ("_a", "_b")]
 
 
@@ -99,7 +99,7 @@ def model_name(site: Site, run: Path, which: str) -> str:
 
 
 def _model(site: Site, fields: Fields, side: str = "") -> tuple[Path, str]:
-    """Raises HTTPException: there is no such run or model."""
+    """Run folder and name of a model. Raises HTTPException: there is no such run or model."""
     run, which = site.inside(fields.get(f"run{side}", "")), fields.get(f"which{side}", "")
     if which not in models_of(run):
         raise HTTPException(404, "This run has no such model.")
@@ -107,7 +107,7 @@ def _model(site: Site, fields: Fields, side: str = "") -> tuple[Path, str]:
 
 
 def _conversation(fields: Fields) -> list[dict[str, Any]]:
-    """Raises HTTPException: it is none that waits for an answer."""
+    """Raises HTTPException: it cannot be read, or does not wait for an answer."""
     try:
         turns = messages(json.loads(fields.get("messages", "")), "the conversation")
         check_prompt(turns, "the conversation")

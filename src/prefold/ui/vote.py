@@ -1,7 +1,7 @@
-"""Voting blind: two answers to a prompt side by side, without names, in an order that hangs on prompt and voter.
+"""Blind voting: two answers to a prompt side by side, without names, in an order that depends on answers and voter.
 
-What is voted on lies in a folder: the answers of a run before and after training (`samples.jsonl`), and any two answers
-that were put to the vote (`comparisons.jsonl`). The votes lie beside them, in `votes.jsonl`.
+What is voted on is in a folder: the answers of a run before and after training (`samples.jsonl`), and any two answers
+that were put to the vote (`comparisons.jsonl`). The votes are beside them, in `votes.jsonl`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from prefold.ui.site import Fields, Page, Site, action, go_to, page, route, site
 PAGE = Page("/vote", "Vote")
 SAMPLES, COMPARISONS, VOTES = "samples.jsonl", "comparisons.jsonl", "votes.jsonl"
 TALKED = "what was talked about"
+"""Name of the comparisons that are no run's."""
 LONGEST_NAME, LONGEST_NOTE = 60, 4000
 
 
@@ -51,12 +52,12 @@ class Comparison:
         return compared_key(self.prompt, self.answers)
 
     def order_for(self, voter: str) -> tuple[int, int]:
-        """Which answer is shown first: by chance, and the same whenever this voter sees it."""
+        """The indices of the answers in the order shown: pseudo-random, and always the same for a voter."""
         drawn = blake2b(f"{voter}\n{self.key}".encode("utf-8", "backslashreplace")).digest()[0] & 1
         return drawn, 1 - drawn
 
     def shown_to(self, voter: str) -> dict[str, Any]:
-        """As a person sees it; nothing of it says which model is which."""
+        """What a voter sees, which does not tell which model is which."""
         order = self.order_for(voter)
         answers = [[self.answers[side], self.cut_off[side]] for side in order]
         prompt = [[role, text] for role, text in turns(self.prompt)]
@@ -71,9 +72,9 @@ def short_key(key: str) -> str:
 
 
 def comparisons_of(folder: Path) -> dict[str, Comparison]:
-    """What is voted on in a folder, by its short key."""
-    found = [*_of_file(folder / SAMPLES), *_of_file(folder / COMPARISONS)]
-    return {short_key(each.key): each for each in found if each.answers[0] != each.answers[1]}
+    """What is voted on in a folder, by its short key; not where both answers are equal."""
+    comparisons = [*_of_file(folder / SAMPLES), *_of_file(folder / COMPARISONS)]
+    return {short_key(compared.key): compared for compared in comparisons if compared.answers[0] != compared.answers[1]}
 
 
 def _of_file(path: Path) -> list[Comparison]:
@@ -86,12 +87,12 @@ def _of_file(path: Path) -> list[Comparison]:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, changed: int, size: int) -> list[Comparison]:
-    """Kept for as long as the file stays what it is."""
+    """The comparisons in a file, cached until it changes."""
     lines = [row.value for row in read_file(path, path.name) if row.value is not None]
     return [
-        each
+        compared
         for line in lines
-        for each in (_sampled(line, path.parent.name) if path.name == SAMPLES else _compared(line))
+        for compared in (_sampled(line, path.parent.name) if path.name == SAMPLES else _compared(line))
     ]
 
 
@@ -104,7 +105,7 @@ def _sampled(line: dict[str, Any], name: str) -> Iterator[Comparison]:
 
 
 def _compared(line: dict[str, Any]) -> Iterator[Comparison]:
-    """None of a line that is something else."""
+    """The comparison on a line; nothing if the line is something else."""
     prompt, answers, models = (as_list(line.get(name)) for name in ("prompt", "answers", "models"))
     cut_off = [value is True for value in as_list(line.get("cut_off"))] or [False, False]
     are_texts = all(isinstance(text, str) for text in (*answers, *models))
@@ -113,10 +114,14 @@ def _compared(line: dict[str, Any]) -> Iterator[Comparison]:
 
 
 def decks(site: Site) -> dict[str, str]:
-    """The folders with something to vote on, with what they are called."""
+    """The folders with something to vote on, with their names."""
     runs = [run for folder in site.folders for run in run_folders(folder)]
     names = dict.fromkeys(site.folders, TALKED) | {run: site.name_of(run) for run in runs}
-    return {str(it): name for it, name in names.items() if (it / SAMPLES).is_file() or (it / COMPARISONS).is_file()}
+    return {
+        str(folder): name
+        for folder, name in names.items()
+        if (folder / SAMPLES).is_file() or (folder / COMPARISONS).is_file()
+    }
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ def _cast(request: Request, fields: Fields) -> Response:
         return _answer(request, folder, voter)
     compared, winner = comparisons_of(folder).get(fields.get("id", "")), fields.get("winner", "")
     if compared is None or winner not in WINNERS:
-        raise HTTPException(400, "This is not among what is voted on here; load the page anew.")
+        raise HTTPException(400, "This is not voted on here; reload the page.")
     if len(note := fields.get("note", "").strip()) > LONGEST_NOTE:
         raise HTTPException(400, f"A note has {LONGEST_NOTE:,} characters at most.")
     a, b = compared.order_for(voter)
@@ -153,7 +158,7 @@ def _cast(request: Request, fields: Fields) -> Response:
 
 
 def _report(request: Request, fields: Fields) -> Response:
-    """Go on with the run of a folder, so that its report says what people prefer."""
+    """Continue the run of a folder, so that its report says what people prefer."""
     folder = _folder(request, fields.get("deck", ""))
     if not (folder / "recipe.yaml").is_file() or not (folder / VOTES).is_file():
         raise HTTPException(404, "There are no votes on a run in this folder.")
@@ -169,51 +174,51 @@ def _answer(request: Request, folder: Path, voter: str) -> Response:
 
 
 def _ballot(request: Request, folder: Path, voter: str) -> dict[str, Any]:
-    every, votes = comparisons_of(folder), read_votes(folder / VOTES)
+    comparisons, votes = comparisons_of(folder), read_votes(folder / VOTES)
     voted = {short_key(key_of(vote)) for vote in votes if vote["voter"].strip() == voter}
-    left = [compared for key, compared in every.items() if key not in voted]
+    left = [compared for key, compared in comparisons.items() if key not in voted]
     return {
         "deck": str(folder),
         "name": site_of(request).name_of(folder),
         "voter": voter,
         "next": left[0].shown_to(voter) if left else None,
-        "done": len(every) - len(left),
-        "all": len(every),
-        "may_undo": bool(_own(every, votes, voter)),
-        "results": _results(every, votes),
+        "done": len(comparisons) - len(left),
+        "all": len(comparisons),
+        "may_undo": bool(_own(comparisons, votes, voter)),
+        "results": _results(comparisons, votes),
         "file": os.path.relpath(folder / VOTES, site_of(request).start),
         "of_run": (folder / "recipe.yaml").is_file(),
     }
 
 
-def _results(every: dict[str, Comparison], votes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each two models what people prefer, and by voter on how many of their answers they voted."""
+def _results(comparisons: dict[str, Comparison], votes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What people prefer of each two models, and how many votes each voter gave."""
     samples: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for compared in every.values():
+    for compared in comparisons.values():
         of_prompt = samples.setdefault(compared.models, {}).setdefault(
             compared_key(compared.prompt, ()), {"prompt": compared.prompt, "before": [], "after": []}
         )
         for when, answer in zip(("before", "after"), compared.answers, strict=True):
             of_prompt[when].append(answer)
-    found = []
+    results = []
     for models, by_prompt in samples.items():
-        keys = {key for key, compared in every.items() if compared.models == models}
+        keys = {key for key, compared in comparisons.items() if compared.models == models}
         own = [vote for vote in votes if short_key(key_of(vote)) in keys]
         voters = sorted({vote["voter"].strip() for vote in own})
         counts = {name: sum(vote["voter"].strip() == name for vote in own) for name in voters}
         facts = rate_by_votes(own, list(by_prompt.values()), at_equal_lengths=False)
-        found.append(cleaned({"models": list(models), "voters": counts}) | {"facts": facts})
-    return found
+        results.append(cleaned({"models": list(models), "voters": counts}) | {"facts": facts})
+    return results
 
 
-def _own(every: dict[str, Comparison], votes: list[dict[str, Any]], voter: str) -> list[dict[str, Any]]:
-    """What a voter could undo, the latest last."""
+def _own(comparisons: dict[str, Comparison], votes: list[dict[str, Any]], voter: str) -> list[dict[str, Any]]:
+    """The votes that a voter can undo, the latest last."""
     own = [vote for vote in votes if vote["voter"].strip() == voter and "id" in vote]
-    return [vote for vote in own if short_key(key_of(vote)) in every]
+    return [vote for vote in own if short_key(key_of(vote)) in comparisons]
 
 
 def _folder(request: Request, deck: str) -> Path:
-    """Raises HTTPException: it, or what is read and written in it, is outside."""
+    """Raises HTTPException: it, or a file that is read or written in it, is outside."""
     site = site_of(request)
     folder = site.inside(deck)
     for name in (SAMPLES, COMPARISONS, VOTES):

@@ -1,7 +1,7 @@
-"""What needs torch, a tokenizer or a data set of the Hub, done in a child process, so that the server stays small.
+"""Tasks that need torch, a tokenizer or a data set of the Hub, done in a child process, so that the server stays small.
 
-Requests and answers are JSON lines on the child's stdin and stdout, one at a time. It ends when nothing has been asked
-for a while, and with the server.
+Requests and answers are JSON lines on the child's stdin and stdout, one at a time. The child ends after `IDLE` seconds
+without a request, and with the server.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
+from pathlib import Path
 from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from prefold.recipe import RecipeBase
 
 IDLE = 300.0
-"""Seconds."""
+STREAMED = 1000
+"""Rows that are read of a stream, which may have no end."""
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Worker:
     timer: Timer | None = None
 
     def ask(self, task: str, **arguments: Any) -> dict[str, Any]:
-        """Have a task of `TASKS` done. Raises UserError: what it says."""
+        """Do a task of `TASKS` in the child. Raises UserError: the task fails, or the child has ended."""
         with self.lock:
             if self.timer:
                 self.timer.cancel()
@@ -75,14 +78,14 @@ class Worker:
 
 
 checker, reader = Worker(), Worker()
-"""Of recipes and of rows: a check of many rows takes its time."""
+"""One for checks and downloads, one for rows and surveys, so that a row need not wait for a long check."""
 
 
 # ---- in the child -------------------------------------------------------------------------------------------------
 
 
 def check(start: str, text: str) -> dict[str, Any]:
-    """Findings and plan of the text of a recipe whose relative paths begin in `start`."""
+    """Findings and plan of a recipe, given as text, whose relative paths start from `start`."""
     os.chdir(start)
     recipe = _recipe(text)
     from prefold.runs.check import check
@@ -99,8 +102,8 @@ def row(
     path: str = "",
     kind: Kind = "pairs",
 ) -> dict[str, Any]:
-    """A row, which holds `value` where that is known, from file to tokens: of a recipe's text, or of a file as a
-    model's chat template writes it."""
+    """A row from file to tokens: by a recipe, given as text, or of the file `path` by a model's chat template.
+    `value`: what the row holds, if it has been read already."""
     os.chdir(start)
     if text:
         recipe = _recipe(text)
@@ -112,15 +115,26 @@ def row(
     return see_row(row, data, _tokenizer_of(section.model_dump_json()), seed, kind, value).as_json()
 
 
+def download(source: str, lines: str) -> dict[str, Any]:
+    """Write the rows of a data set of the Hub to a file of JSON lines; of a stream, the first `STREAMED`."""
+    from prefold.data.sources import read_rows
+
+    section = Source.model_validate_json(source)
+    with Path(lines).open("w", encoding="utf-8", errors="surrogatepass") as opened:
+        for row in islice(read_rows(section), STREAMED if section.streaming else None):
+            opened.write(json.dumps(row.value, ensure_ascii=False, default=str) + "\n")
+    return {}
+
+
 def survey(path: str) -> dict[str, Any]:
-    """What is odd about the rows of a file, without a model."""
+    """What is known about the rows of a file without a model."""
     from prefold.data.survey import describe_data
 
     return describe_data(path).as_json()
 
 
 def _recipe(text: str) -> RecipeBase:
-    """What is wrong with its YAML is said before anything is imported that takes seconds."""
+    """Errors in the YAML are reported before the imports that take seconds."""
     values, lines = parse_yaml(text, "the recipe"), field_lines(text)
     if not isinstance(values, dict):
         raise UserError("it is not a mapping of sections", where="the recipe", advice="begin with `method: dpo`")
@@ -136,7 +150,7 @@ def _tokenizer_of(model: str) -> Any:
     return tokenizer_of(Model.model_validate_json(model))
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "row": row, "survey": survey}
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "download": download, "row": row, "survey": survey}
 
 
 def main() -> None:

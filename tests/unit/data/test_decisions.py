@@ -99,7 +99,7 @@ def test_a_row_that_has_changed_or_moved_is_refused(
 ) -> None:
     data = decided(tmp_path, write("pairs.jsonl", text_rows(4)), (4, "strike"))
     write("pairs.jsonl", [*text_rows(3), text_rows(5)[4]])
-    with pytest.raises(UserError, match=r"row 4 holds something else than when it was decided about"):
+    with pytest.raises(UserError, match=r"row 4 has changed since it was decided about"):
         load_split(data, chatml, 0)
     with pytest.raises(UserError, match=r"row 4 holds something else"):
         see_row("4", data, chatml, 0, "pairs")

@@ -515,7 +515,7 @@ def test_a_template_that_writes_the_last_question_otherwise_gives_no_pair(last: 
     written = "{% if loop.last and message.role == 'user' %}" + last + "{% else %}{{ message.content }}{% endif %}"
     found = read(pair("Why is it so?"), tokenizer_of(CHATML.replace("{{ message.content }}", written)))
     assert isinstance(found, Problem) and found.kind == "template_refused"
-    assert "writes the prompt otherwise once an answer follows" in found.message
+    assert "writes the prompt differently once an answer follows" in found.message
 
 
 def test_a_generation_prompt_that_differs_is_said() -> None:

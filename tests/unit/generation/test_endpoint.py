@@ -9,7 +9,8 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
-from chat_server import ChatServer, Failure
+from chat_server import ChatServer
+from json_server import Failure
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.errors import UserError
@@ -33,7 +34,8 @@ def refusal(server: ChatServer, timeout: float = 5.0) -> UserError:
 def test_an_answer(chat_server: ChatServer, path: str) -> None:
     chat_server.answer = lambda body: " So. \n"
     assert Endpoint(chat_server.address + path, "m").ask(ASKED, temperature=0.5, seed=3).text == "So."
-    assert chat_server.requests == [{"model": "m", "messages": ASKED, "temperature": 0.5, "seed": 3}]
+    sent = {"model": "m", "messages": ASKED, "temperature": 0.5, "seed": 3}
+    assert chat_server.requests == [{"path": "/v1/chat/completions", **sent}]
     assert chat_server.keys == [None]
 
 

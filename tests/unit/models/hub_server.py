@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -89,16 +86,3 @@ class Handler(BaseHTTPRequestHandler):
 
 def etag(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
-
-
-@contextmanager
-def serving() -> Iterator[FakeHub]:
-    hub = FakeHub()
-    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        thread.join()
-        hub.server_close()

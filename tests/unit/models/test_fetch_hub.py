@@ -7,8 +7,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from hub_server import COMMIT, FakeHub, serving
+from hub_server import COMMIT, FakeHub
 from huggingface_hub import constants
+from json_server import running
 from tiny_tokenizer import save_chat_model
 
 from prefold.errors import UserError
@@ -22,7 +23,7 @@ WHOLE = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with serving() as server:
+    with running(FakeHub()) as server:
         point_at(server.address, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("HF_TOKEN", SECRET)

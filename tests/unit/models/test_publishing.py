@@ -142,7 +142,7 @@ def test_a_push_that_broke_goes_on_and_sends_nothing_twice(run: Path, hub: Uploa
     (run / "merged" / "extra.safetensors").write_bytes((run / "other" / "model.safetensors").read_bytes())
     publishing_one_by_one(hub)
     message = failed(run, StageError, hub_model_id=NAME)
-    assert "the connection to the Hub broke" in message and "goes on from there" in message
+    assert "the connection to the Hub broke" in message and "continues from there" in message
     assert hub.repositories[NAME].branches["main"] == {}, "half a model is no model"
     arrived = list(hub.sent)
     assert len(arrived) >= 1 and hub.broken

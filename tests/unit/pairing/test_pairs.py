@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, Failure, words
+from chat_server import ChatServer, words
+from json_server import Failure
 from tiny import tiny_llama
 from tiny_tokenizer import CHATML, STRICT, make_tokenizer
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import Failure
+from json_server import Failure, running
 from tiny_tokenizer import save_chat_model
-from vllm_server import VllmServer, serving
+from vllm_server import VllmServer
 
 import prefold
 from prefold.data.chat import render
@@ -31,7 +31,7 @@ def server(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(servers, "WAITS", (0.01,) * len(servers.WAITS))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("PREFOLD_CACHE", str(tmp_path / "cache"))
-    with serving(model) as server:
+    with running(VllmServer(model)) as server:
         yield server
 
 

@@ -65,7 +65,7 @@ def test_a_run_that_stops_says_so(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), page.during("train"):
         raise error
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    reason = "the reward &lt;b&gt;ended&lt;/b&gt;" if isinstance(error, StageError) else "it was asked to"
+    reason = "the reward &lt;b&gt;ended&lt;/b&gt;" if isinstance(error, StageError) else "interrupted"
     assert f"Stopped in train: {reason}" in text and "refresh" not in text
 
 

@@ -276,7 +276,7 @@ def test_numbers_of_other_libraries_are_numbers(own: Own) -> None:
         ("class A:\n    async def __call__(self, completions): ...\nmine = A()", "`mine`: is an async function"),
         (PARTIAL + "async def f(completions, x): ...\nmine = partial(f, x=1)", "`mine`: is an async function"),
         (PARTIAL + "mine = partial(int, base=3)", "`mine`: is a class"),
-        ("def mine(*lists): ...", "`mine`: takes nothing of what rewards are given"),
+        ("def mine(*lists): ...", "`mine`: takes none of the arguments of rewards"),
         ("mine = len", "`mine`: `obj` cannot be given by its name"),
         ("def mine(completions): ...\nmine.__signature__ = 5", "`mine`: its parameters cannot be read"),
     ],

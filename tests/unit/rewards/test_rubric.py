@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, Failure
+from chat_server import ChatServer
+from json_server import Failure
 
 from prefold.data.preference import Message, Prompt, RowId
 from prefold.errors import StageError, UserError

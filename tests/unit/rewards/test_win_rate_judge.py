@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, Failure
+from chat_server import ChatServer
+from json_server import Failure
 
 from prefold.errors import StageError, UserError
 from prefold.evaluation.win_rate import FAILURES_IN_A_ROW, measure_win_rate, open_judge

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from json_server import running
 from peft import LoraConfig, get_peft_model
 from tiny_tokenizer import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_server import VllmServer, serving
+from vllm_server import VllmServer
 
 from prefold.errors import UserError
 from prefold.generation import servers
@@ -41,7 +42,7 @@ def ending_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(ending_model: Path) -> Iterator[VllmServer]:
-    with serving(ending_model) as server:
+    with running(VllmServer(ending_model)) as server:
         yield server
 
 
@@ -158,7 +159,7 @@ def test_log_probs_are_those_before_truncation(ending_model: Path, server: VllmS
 
 
 def test_whoever_of_two_lies_is_named(ending_model: Path, server: VllmServer, tmp_path: Path) -> None:
-    with serving(ending_model) as other:
+    with running(VllmServer(ending_model)) as other:
         training = Training(ending_model, [server, other], tmp_path, SAMPLING)
         training.step(0)
         other.lie = "base"

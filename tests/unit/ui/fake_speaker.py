@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -27,9 +28,22 @@ def lines() -> Any:
             yield None
 
 
+def fits(run: str) -> bool:
+    """Where there is memory for one model, whoever has it holds a lock until its process ends."""
+    if not os.path.exists(f"{run}/small"):
+        return True
+    try:
+        fcntl.flock(os.open(f"{run}/small", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def main(run: str, which: str) -> None:
     if which == "before" and os.path.exists(f"{run}/cannot"):
         return write(error="out of memory: the model does not fit")
+    if not fits(run):
+        return write(error="needs more memory", too_large=True)
     write(ready=True)
     given = lines()
     for request in given:

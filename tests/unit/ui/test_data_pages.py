@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hostile_texts import HOSTILE, ORIGIN, require_harmless
 from starlette.testclient import TestClient
 
 from prefold.data.decisions import read_decisions
+from prefold.ui import tables
 from prefold.ui.data import _marked
-from prefold.ui.worker import checker, reader
+from prefold.ui.worker import TASKS, Worker, checker, reader
 
 Client = Callable[..., TestClient]
 Write = Callable[..., Path]
@@ -54,7 +56,12 @@ def test_rows_by_length_text_and_number(ui_client: Client, write_rows: Write, tm
     text = client.get("/data/rows?path=pairs.jsonl&text=yes").text
     assert numbers(client.get(following(text)).text) == list(range(51, 101))
     assert numbers(client.get("/data/rows?path=pairs.jsonl&rows=5,7,900,0,x").text) == [5, 7]
-    assert "No row is like that" in client.get("/data/rows?path=pairs.jsonl&text=absent").text
+    named = ",".join(map(str, range(130, 60, -1)))
+    text = client.get(f"/data/rows?path=pairs.jsonl&rows={named}").text
+    assert numbers(text) == list(range(130, 80, -1)) and numbers(client.get(following(text)).text) == [
+        *range(80, 60, -1)
+    ]
+    assert "No row matches" in client.get("/data/rows?path=pairs.jsonl&text=absent").text
 
 
 def test_a_row_shows_what_differs(ui_client: Client, write_rows: Write, tmp_path: Path) -> None:
@@ -63,6 +70,38 @@ def test_a_row_shows_what_differs(ui_client: Client, write_rows: Write, tmp_path
     assert 'It <span class="token differs">is</span> so.' in text
     assert 'It <span class="token differs">was</span> so.' in text
     assert _marked("x " * 5000, "y") == [[("x " * 5000, False)], [("y", False)]]
+
+
+def test_a_data_set_of_the_hub(
+    ui_client: Client, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows, with nulls that mean nothing; a decision calls it by its name."""
+    loaded = [[{"role": "user", "content": f"Ask {i}", "tool_calls": None}] for i in range(3)]
+    rows = [{"prompt": prompt, "chosen": [{"role": "assistant", "content": "y"}], "rejected": "n"} for prompt in loaded]
+    tried = iter([ValueError("gone"), rows])
+
+    def load_dataset(path: str, **given: Any) -> Any:
+        assert path == "some/pairs" and given["split"] == "train"
+        if isinstance(outcome := next(tried), ValueError):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(tables, "SOON", 20)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(Worker, "ask", lambda self, task, **arguments: TASKS[task](**arguments))
+    (tmp_path / "r.yaml").write_text("method: dpo\nmodel: {name: m}\ndata: {train: [{path: some/pairs}]}\n")
+    client = ui_client(tmp_path)
+    text = client.get("/data?recipe=r.yaml").text
+    assert "some/pairs" in text and "/data/findings?recipe=r.yaml" in text
+    assert "cannot be had from the Hub: gone" in client.get("/data/rows?recipe=r.yaml&n=0").text
+    text = client.get("/data/rows?recipe=r.yaml&n=0").text
+    assert numbers(text) == [1, 2, 3] and "Ask 2" in text
+    assert "Ask 1" in client.get("/data/row?recipe=r.yaml&n=0&row=2").text
+    fields = {"recipe": "r.yaml", "n": "0", "row": "2", "action": "strike", "reason": "odd"}
+    client.post("/data/decide", data=fields, headers=ORIGIN)
+    [((source, row), decision)] = read_decisions(tmp_path / "r.decisions.jsonl").items()
+    assert (source, row, decision.action) == ("some/pairs", 2, "strike")
+    assert numbers(client.get("/data/rows?recipe=r.yaml&n=0&order=decided").text) == [2]
 
 
 def test_a_file_that_is_not_recognised_is_shown_as_it_is(ui_client: Client, write_rows: Write, tmp_path: Path) -> None:
@@ -169,15 +208,7 @@ def test_decisions_of_a_recipe_go_where_it_says(ui_client: Client, write_rows: W
         assert numbers(client.get(f"/data/rows?recipe={name}.yaml&n=0&order=decided").text) == []
         assert numbers(client.get(f"/data/rows?recipe={name}.yaml&n=1&order=decided").text) == [2]
     assert client.get("/data/rows?recipe=mine.yaml&n=2").status_code == 404
-    assert "uses that" in client.get("/runs/new?from=mine.yaml").text.replace("</code>", "")
-
-
-def test_a_data_set_of_the_hub_is_named_and_not_opened(ui_client: Client, tmp_path: Path) -> None:
-    (tmp_path / "hub.yaml").write_text("method: dpo\ndata:\n  train: [{path: some/set}]\n")
-    client = ui_client(tmp_path)
-    text = client.get("/data?recipe=hub.yaml").text
-    assert "prefold data some/set" in text and "/data/findings?recipe=hub.yaml" in text
-    assert client.get("/data/rows?recipe=hub.yaml").status_code == 400
+    assert "applies them" in client.get("/runs/new?from=mine.yaml").text.replace("</code>", "")
 
 
 def test_a_built_in_set_is_decided_about_in_the_first_folder(ui_client: Client, tmp_path: Path) -> None:

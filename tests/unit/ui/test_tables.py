@@ -20,7 +20,7 @@ ROWS: list[dict[str, Any]] = [{"prompt": f"Ask {i}", "chosen": "é" * i, "reject
 
 
 def whole(path: Path) -> Table:
-    table = Table(path, path.name)
+    table = table_of(path, path.name)
     table.is_whole.wait(10)
     return table
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def fake_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(speakers, "_SPEAKERS", {})
     monkeypatch.setattr(ahead, "_WORK", {})
     yield
-    speakers.end_all()
+    for speaker in speakers._SPEAKERS.values():
+        speaker.end()
 
 
 @pytest.fixture
@@ -181,6 +183,18 @@ def test_a_third_model_takes_the_room_of_the_one_asked_longest_ago(run: Path) ->
         every.append(speaker_of(run, name))
         said(every[-1].ask(ASKED, {}))
     assert [speaker.is_loaded for speaker in every] == [False, True, True]
+
+
+def test_models_that_do_not_fit_together_take_turns(run: Path) -> None:
+    """Both are asked at once, as the page does, three times; the answer that is being given is not cut off."""
+    (run / "small").touch()
+    both = [speaker_of(run, name) for name in ("before", "after")]
+    for attempt in range(3):
+        with ThreadPoolExecutor() as pool:
+            ends = pool.map(said, [speaker.ask(ASKED, {}, attempt) for speaker in both])
+        assert [end.get("answer") for end in ends] == [f"before {attempt}: hello", f"after {attempt}: hello"]
+        assert [speaker.is_loaded for speaker in both].count(True) == 1
+    assert said(speaker_of(run, "checkpoint-4").ask(ASKED, {}))["answer"] == "checkpoint-4 0: hello"
 
 
 BOTH = {"which_a": "before", "which_b": "after"}

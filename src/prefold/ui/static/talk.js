@@ -1,4 +1,4 @@
-// A conversation with two models. All that anybody said becomes text, never HTML.
+// A conversation with two models. Messages are inserted as text, never as HTML.
 const byId = (id) => document.getElementById(id);
 const models = [...document.querySelectorAll("select.which")];
 const turns = []; // {said, attempt, models, answers: [text, text], ended: [..], shown}
@@ -69,7 +69,7 @@ const ask = async (turn, side) => {
 const answerLast = async () => {
   const turn = turns.at(-1);
   aborted = new AbortController();
-  turn.models = [0, 1].map(modelOf); // whatever is chosen later, these said it
+  turn.models = [0, 1].map(modelOf); // kept, since others may be chosen before the vote
   waiting = 2; notice(""); show();
   await Promise.all([0, 1].map((side) => ask(turn, side).finally(() => { waiting -= 1; show(); })));
 };

@@ -1,6 +1,6 @@
-// What pages do beside showing what the server wrote. All HTML comes from the server's templates, which escape.
+// What all pages share. All HTML comes from the server's templates, which escape what they insert.
 const said = (text) => { document.getElementById("said").textContent = text; };
-// A part of a page as the server writes it; `fields`, where given, are sent as a form.
+// Fetch a part of a page; `fields`, if given, are posted as a form.
 const fetchPart = async (address, fields) => {
   const sent = fields && { method: "POST", body: new URLSearchParams(fields) };
   const response = await fetch(address, { headers: { Accept: "text/html;part" }, ...sent });
@@ -8,7 +8,7 @@ const fetchPart = async (address, fields) => {
 };
 const atEnd = (log) => !log || log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
 for (const log of document.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;
-// New content in an element; what had the focus, was opened or was marked stays so.
+// Replace the content of an element; what had the focus, was opened or ticked stays so.
 const replacePart = (element, text) => {
   if (element.dataset.shown === text) return;
   const logAtEnd = atEnd(element.querySelector(".log")), scrolled = element.querySelector(".log")?.scrollTop;
@@ -23,7 +23,7 @@ const replacePart = (element, text) => {
   for (const input of element.querySelectorAll("input[type=checkbox]")) input.checked ||= marked.includes(input.value);
   if (focused) document.getElementById(focused)?.focus();
 };
-// <div data-refresh="/address" data-every="2">: loaded anew every so many seconds while the page is looked at, until something with data-last comes.
+// <div data-refresh="/address" data-every="2">: reloaded every so many seconds while the page is visible, until its content has data-last.
 for (const element of document.querySelectorAll("[data-refresh]")) {
   const turn = async () => {
     if (!document.hidden && element.dataset.refresh) {
@@ -36,11 +36,11 @@ for (const element of document.querySelectorAll("[data-refresh]")) {
   };
   setTimeout(turn, 1000 * element.dataset.every);
 }
-// <div data-load="/address">: what takes the server a while, loaded behind the page.
+// <div data-load="/address">: content that takes the server a while, loaded after the page.
 for (const element of document.querySelectorAll("[data-load]")) {
   fetchPart(element.dataset.load).then((part) => replacePart(element, part.text), () => { element.textContent = "The server has ended."; });
 }
-// <textarea data-check="/address" data-into="id">: what the server says of its text, shown as it is written.
+// <textarea data-check="/address" data-into="id">: the text is checked as it is written, and the result shown there.
 for (const field of document.querySelectorAll("[data-check]")) {
   const into = document.getElementById(field.dataset.into);
   let checked, waiting, busy = false;
@@ -60,7 +60,7 @@ for (const field of document.querySelectorAll("[data-check]")) {
   field.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(turn, 600); });
   if (field.value) turn();
 }
-// <form data-into="id">: what is refused is said there, and what was written stays.
+// <form data-into="id">: an error is shown there, and the form keeps its content.
 for (const form of document.querySelectorAll("form[data-into]")) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -69,7 +69,7 @@ for (const form of document.querySelectorAll("form[data-into]")) {
     else replacePart(document.getElementById(form.dataset.into), part.text);
   });
 }
-// data-key="n" on a button, link or field: the key presses or focuses it, but while something is written.
+// data-key="n" on a button, link or field: the key presses or focuses it, except while typing in a field.
 const writes = (target) => target.matches("input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable]");
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;

@@ -1,9 +1,9 @@
-// Votes without loading the page anew. A key that is held down votes once.
+// Votes without reloading the page. A key that is held down votes once.
 const ballot = document.getElementById("ballot");
 let sending = false;
 document.addEventListener("keydown", (event) => { if (event.repeat && !writes(event.target)) event.stopImmediatePropagation(); }, true);
 ballot.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.matches(".note")) { event.preventDefault(); event.target.blur(); } });
-// Where all is voted on, more may come: answers that are being made, or put to the vote.
+// After the last vote, look for new comparisons: answers that are being generated, or put to the vote.
 setInterval(async () => {
   if (document.hidden || sending || ballot.querySelector("[name=id]")) return;
   const part = await fetchPart(location.href).catch(() => ({ ok: false }));
