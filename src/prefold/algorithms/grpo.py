@@ -113,11 +113,11 @@ class GRPO(Algorithm):
     temperature: Positive = 1.0
     """Sampling temperature."""
     top_p: Annotated[float, _UP_TO_1] = 1.0
-    """Sample from the most likely tokens whose probabilities add up to this."""
+    """Sample from the likeliest tokens that together have this probability."""
     top_k: Annotated[int, _FINITE] = 0
-    """Sample from this many most likely tokens; 0: from all."""
+    """Sample from this many of the likeliest tokens; 0 is off."""
     min_p: Annotated[float, _BELOW_1] = 0.0
-    """Leave out tokens below this share of the most likely token's probability."""
+    """Leave out tokens below this share of the likeliest one's probability; 0 is off."""
     beta: Annotated[float, _FINITE] = 0.0
     """Weight of the KL divergence from the reference; at 0 none is computed. The paper's is 0.04."""
     use_bias_correction_kl: bool = True
