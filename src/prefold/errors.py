@@ -1,4 +1,4 @@
-"""The two ways in which prefold stops: the user can mend it (exit code 2), or a stage failed (exit code 1)."""
+"""The two errors that end prefold: the user can correct it (exit code 2), or a stage failed (exit code 1)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Explained(Exception):
-    """Says all that there is to know in its message."""
+    """An error whose message says everything: no traceback is needed."""
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows."""
@@ -35,17 +35,17 @@ class UserError(Explained):
 
 
 class StageError(Explained):
-    """A stage could not reach its result although it was used rightly. Exit code 1, one message, no traceback."""
+    """A stage failed although it was used correctly. Exit code 1, one message, no traceback."""
 
 
 def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
-    """The known names that are nearest to a wrong one, as a question; empty where none is near."""
+    """The known names nearest to a wrong one, as a question; empty if none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=most)
     return f"did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls a value's type, with its article."""
+    """A value's JSON type in words, with its article."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
     return "null" if value is None else names.get(type(value), "an object")
 
@@ -55,5 +55,5 @@ def counted(count: int, noun: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in a line."""
+    """The first line of an error's message; its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

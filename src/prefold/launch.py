@@ -1,4 +1,4 @@
-"""Several processes of this machine for one command: started together, ended together."""
+"""Running one command in several processes of this machine, which start and end together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 LIFELINE = "PREFOLD_LIFELINE"
-"""In the environment: a file descriptor that comes to its end when the process that started this one has ended."""
+"""Environment variable: a file descriptor that reaches its end when the process that started this one has ended."""
 HANDED_ON = (signal.SIGINT, signal.SIGTERM)
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a process that was asked to stop, and may save its work before."""
@@ -24,8 +24,8 @@ GRACE = 3.0
 def launch(command: Sequence[str], number: int) -> int:
     """Run a command in that many processes; returns the exit code of the first one that fails, else 0.
 
-    They get Ctrl-C and SIGTERM from here. When one fails the others are ended, and when this process is killed they end
-    as well.
+    Ctrl-C and SIGTERM are passed on to them. When one fails the others are ended, and when this process is killed they
+    end as well.
     """
     lifeline, end = os.pipe()
     port = free_port()
@@ -62,7 +62,7 @@ def free_port() -> int:
 
 
 def environment(rank: int, number: int, port: int) -> dict[str, str]:
-    """What torch and accelerate read, by torchrun's names."""
+    """Environment variables that torch and accelerate read, named as by torchrun."""
     threads = str(max(1, (os.cpu_count() or 1) // number))
     return {
         "RANK": str(rank),
@@ -96,20 +96,20 @@ def _handing_on(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended."""
-    ended: list[int] = []  # codes, in the order in which they came
+    """Wait until all have ended; returns the exit code as `launch` does."""
+    failures: list[int] = []  # exit codes, in the order in which the processes failed
     waiting, last = set(range(len(children))), time.monotonic()
     while waiting:
         for rank in [rank for rank in waiting if children[rank].poll() is not None]:
             waiting.remove(rank)
             if code := children[rank].returncode:
-                last = time.monotonic() if not ended else last
-                ended.append(code if code > 0 else 128 - code)
+                last = time.monotonic() if not failures else last
+                failures.append(code if code > 0 else 128 - code)
                 _tell_killed(rank, code)
-        if ended and ended[0] not in STOPPED and time.monotonic() > last + GRACE:
-            return _kill([children[rank] for rank in waiting], ended[0])
+        if failures and failures[0] not in STOPPED and time.monotonic() > last + GRACE:
+            return _kill([children[rank] for rank in waiting], failures[0])
         time.sleep(0.02)
-    return ended[0] if ended else 0
+    return failures[0] if failures else 0
 
 
 def _kill(children: Sequence[subprocess.Popen[bytes]], code: int) -> int:
@@ -120,6 +120,6 @@ def _kill(children: Sequence[subprocess.Popen[bytes]], code: int) -> int:
 
 
 def _tell_killed(rank: int, code: int) -> None:
-    """What a process could not tell itself."""
+    """Report that a process was killed, which it could not do itself."""
     if code == -signal.SIGKILL:
         print(f"prefold: process {rank} was killed; the system may be out of memory", file=sys.stderr)

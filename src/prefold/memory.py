@@ -1,4 +1,4 @@
-"""Memory of this machine: what the process holds, what can still be had, and the refusal where that is not enough."""
+"""Memory of this machine: what the process uses, what is available, and the refusal if that is not enough."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import psutil
 from prefold.errors import UserError
 
 ANYWAY = "PREFOLD_ANYWAY"
-"""Set in the environment by `--anyway`: what looks too large is tried."""
+"""Environment variable that `--anyway` sets: what looks too large is tried."""
 BETWEEN_SAMPLES = 0.05
-"""Seconds; reading what is held takes some 30 microseconds."""
+"""Seconds between samples, each of which takes some 30 microseconds."""
 GROUPS, OWN_GROUPS, STATUS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/self/status")
 FOOTPRINT, FOOTPRINT_BYTES, INFO_VERSION = 72, 512, 4
-"""Offset of `ri_phys_footprint` in macOS' `rusage_info_v4`, space for all of it, and `RUSAGE_INFO_V4`."""
+"""Offset of `ri_phys_footprint` in macOS' `rusage_info_v4`, bytes for the whole struct, and `RUSAGE_INFO_V4`."""
 
 
 class TooLarge(UserError):
-    """What is about to be loaded takes more memory than is at hand."""
+    """What is to be loaded takes more memory than is available."""
 
 
 def require(where: str, needed: int, at_hand: int, advice: str = "") -> None:
-    """Raises TooLarge: `needed` bytes are more than those at hand, and nobody said `--anyway`."""
+    """Raises TooLarge: more memory is needed than available, and `--anyway` was not given."""
     if needed > at_hand and not anyway():
         what = f"needs {gigabytes(needed)} of memory, and {gigabytes(at_hand)} are at hand"
         advice = f"{advice}; " if advice else ""
@@ -43,12 +43,12 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
-# ---- what the process holds -------------------------------------------------------------------------------------
+# ---- what the process uses --------------------------------------------------------------------------------------
 
 
 def held(process: int | None = None) -> int | None:
-    """Bytes of RAM that a process needs (unset: this one): its own pages, also those in swap, and not those that are
-    mapped from files, which can be given back. None where the system does not say."""
+    """Bytes of RAM that a process (None: this one) uses: its anonymous pages, also those in swap, and not pages mapped
+    from files, which can be reclaimed. None if the system does not say."""
     if sys.platform.startswith("linux"):
         status = _status(process)
         return status["RssAnon"] + status.get("VmSwap", 0) if "RssAnon" in status else None
@@ -56,7 +56,7 @@ def held(process: int | None = None) -> int | None:
 
 
 def _status(process: int | None = None) -> dict[str, int]:
-    """What Linux says of a process, in bytes."""
+    """The memory figures of a process in `/proc`, in bytes."""
     path = Path(f"/proc/{process}/status") if process else STATUS
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
@@ -75,8 +75,8 @@ def _footprint(process: int) -> int | None:
 
 
 class PeakMemory:
-    """The most that this process has held since `restart`, as a thread sees it that looks some twenty times a second;
-    None where the system does not say."""
+    """The peak of `held` of this process since `restart`, sampled by a thread some twenty times a second; None if the
+    system does not say."""
 
     def __init__(self) -> None:
         self._peak: int | None = None
@@ -101,23 +101,23 @@ class PeakMemory:
 
 
 PEAK = PeakMemory()
-"""Of the stage that is being performed."""
+"""The peak of the current stage."""
 
 
-# ---- what can be had --------------------------------------------------------------------------------------------
+# ---- what is available ------------------------------------------------------------------------------------------
 
 
 def available() -> int:
-    """Bytes of RAM that this process can have beside what it holds: without swapping, within the limits of control
-    groups and of `ulimit`."""
+    """Bytes of RAM that this process can still allocate: without swapping, within the limits of control groups and of
+    `ulimit`."""
     free: int = psutil.virtual_memory().available
     limit = left_by_ulimit()
     return max(0, min([free, *_left_by_groups(), *([] if limit is None else [limit])]))
 
 
 def left_by_ulimit() -> int | None:
-    """Bytes within the limits of data and of address space (`ulimit -d`, `-v`), which count mapped files as well; None
-    where there are none."""
+    """Bytes left within the limits of data and of address space (`ulimit -d`, `-v`), which count mapped files as well;
+    None without such limits."""
     if not sys.platform.startswith("linux"):
         return None
     status, left = _status(), []
@@ -129,7 +129,7 @@ def left_by_ulimit() -> int | None:
 
 
 def _left_by_groups() -> Iterator[int]:
-    """Of each control group that the process is in, directly or not: the limit less what cannot be given back."""
+    """For each control group of the process and its ancestors: the limit minus what cannot be reclaimed."""
     try:
         lines = OWN_GROUPS.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -156,11 +156,11 @@ def _left_by_groups() -> Iterator[int]:
 
 
 def _left_in(folder: Path, limit: str, used: str, cached: str, shared: str) -> int | None:
-    """None where the group has no limit, or is not there."""
+    """Bytes left in a control group; None if it has no limit or does not exist."""
     try:
         most, taken = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
         kinds = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return None
-    # Cached files are given up when memory runs short, those that live in memory alone are not.
+    # The page cache is reclaimed when memory runs short, files that exist in memory alone are not.
     return max(0, most - taken + int(kinds.get(cached, 0)) - int(kinds.get(shared, 0)))

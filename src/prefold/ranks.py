@@ -1,10 +1,10 @@
-"""The processes that train one model together: which one this is, what its share is, how they tell one another.
+"""The processes that train one model together: their ranks, their shares of the work, their communication.
 
-In one process every function here is the identity: its share is everything, what it gathers is what it gave. So the
-code that calls them says what is done once, and reads alike for one process and for sixteen.
+In a single process every function here is the identity: its share is everything, and it gathers what it gave. So the
+code that calls them is the same for one process and for sixteen.
 
-Whoever started the processes ends all of them when one fails (`launch.py`, torchrun), so that nothing is waited for
-that will not come.
+Whoever started the processes ends all of them when one fails (`launch.py`, torchrun), so that none waits for another
+that has ended.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from prefold.launch import LIFELINE, launched
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=3)
-"""How long a process waits for the others: meanwhile the first one may have a model to merge and tasks to ask of it, or
-of others, for longer than a night."""
+"""How long a process waits for the others: the first may be merging and evaluating models for more than a night."""
 _store: Any = None
 _alone = False
 
@@ -42,20 +41,20 @@ class FailedElsewhere(MemoryError):
     """Memory ran out in another process."""
 
 
-# ---- who is there -----------------------------------------------------------------------------------------------
+# ---- the process group ------------------------------------------------------------------------------------------
 
 
 def join() -> None:
-    """Meet the other processes, if there are any. All but the first one are silent from then on.
+    """Join the group of the other processes, if there are any. All but the first one are silent from then on.
 
     Raises:
-        UserError: there are more of them than GPUs, or they do not know of one another.
+        UserError: there are more of them than GPUs, or the environment does not say how they reach one another.
     """
     global _store
     if launched() == 1 or distributed.is_initialized():
         return
     if unknown := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        what = f"WORLD_SIZE speaks of {launched()} processes, and {unknown[0]} is not set"
+        what = f"WORLD_SIZE is {launched()}, and {unknown[0]} is not set"
         raise UserError(what, where="environment", advice="start them by `--nproc` or torchrun, or unset WORLD_SIZE")
     _hold_lifeline()
     _store, rank, number = next(rendezvous("env://"))
@@ -72,7 +71,7 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes when all is done."""
+    """Leave the group when all is done."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -87,13 +86,13 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and talks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """While open, this process does everything by itself."""
+    """While open, this process acts as if it were the only one."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -103,7 +102,7 @@ def alone() -> Iterator[None]:
 
 
 def speaks() -> bool:
-    """Whether this process is to say why it fails: the first one that fails does, the others follow from it."""
+    """Whether this process is to report its failure: the first one that fails does, the others fail because of it."""
     if _store is None:
         return True
     try:
@@ -120,7 +119,7 @@ def _be_silent() -> None:
 
 
 def _hold_lifeline() -> None:
-    """End with the process that started this one, even where that was killed."""
+    """Have this process end with the one that started it, even if that is killed."""
     descriptor = os.environ.pop(LIFELINE, None)
     if descriptor is None:
         return
@@ -132,11 +131,11 @@ def _hold_lifeline() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-# ---- telling one another ----------------------------------------------------------------------------------------
+# ---- communication ----------------------------------------------------------------------------------------------
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in their order, in each of them; tensors come to this process's device.
+    """The values of all processes, by rank; tensors come to this process's device.
 
     Raises:
         FailedElsewhere: another process called `tell_failure` instead.
@@ -145,7 +144,7 @@ def gather(value: T) -> list[T]:
 
 
 def tell_failure() -> None:
-    """Instead of the `gather` that comes next: memory ran out here. The others fail at their `gather`."""
+    """To be called instead of the next `gather` if memory ran out here: the others' `gather` fails."""
     if processes() > 1:
         _exchanged(None, failed=True)
 
@@ -157,7 +156,7 @@ def _exchanged(value: T, failed: bool) -> list[T]:
     with _explained():
         distributed.all_gather_object(contents, own.getvalue())
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    # Written by the processes of this run a moment ago.
+    # Safe to unpickle: the processes of this run have written them.
     results = [torch.load(io.BytesIO(content), map_location=device, weights_only=False) for content in contents]
     if not failed and any(elsewhere for elsewhere, _ in results):
         raise FailedElsewhere("out of memory in another process")
@@ -165,7 +164,7 @@ def _exchanged(value: T, failed: bool) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, in all of them. Tensors are to be on the CPU."""
+    """The result of `make` in the first process, in all of them. Tensors must be on the CPU."""
     if processes() == 1:
         return make()
     box = [make() if is_first() else None]
@@ -176,7 +175,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Raises StageError where another process is not there any more."""
+    """Raises StageError if another process has ended or cannot be reached."""
     try:
         yield
     except RuntimeError as error:
@@ -184,14 +183,14 @@ def _explained() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until all processes have come here."""
+    """Wait until all processes have called this."""
     gather(None)
 
 
 @contextmanager
 def first_ahead() -> Iterator[None]:
-    """The first process goes through before the others, so that they find in the cache what it has put there. Of those
-    of another machine, whose cache may be its own, one goes before the rest."""
+    """The first process runs the body before the others, so that they find its results in the cache. On another
+    machine, which may have a cache of its own, one process goes before the rest."""
     turn = 0 if is_first() else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
     for _ in range(turn):
         wait()
@@ -209,10 +208,10 @@ def merged(results: dict[int, T]) -> dict[int, T]:
 
 
 def share(sizes: Sequence[int]) -> list[int]:
-    """Indices of the items that this process is to take, in ascending order.
+    """Indices of the items that are this process's share, in ascending order.
 
-    The largest come first, each to the process that has least so far, so that all have about as much. The shares
-    depend on nothing but the sizes and the number of processes.
+    Items are assigned in descending order of size, each to the process that has the least so far. The shares depend on
+    the sizes and the number of processes alone.
     """
     if processes() == 1:
         return list(range(len(sizes)))
@@ -227,13 +226,13 @@ def share(sizes: Sequence[int]) -> list[int]:
 
 
 def missing(number: int) -> int:
-    """By how much the number of the process that has most is larger than this one's."""
+    """By how much the largest number of all processes exceeds this one's."""
     return max(gather(number)) - number
 
 
 @torch.no_grad()
 def copy_from_first(model: nn.Module) -> None:
-    """Give the trained weights of all processes the values that they have in the first."""
+    """Copy the first process's trained weights to all; sharded ones are left alone."""
     if processes() > 1:
         for weight in model.parameters():
             if weight.requires_grad and not isinstance(weight, DTensor):
@@ -242,10 +241,10 @@ def copy_from_first(model: nn.Module) -> None:
 
 @torch.no_grad()
 def sum_gradients(model: nn.Module) -> None:
-    """Give all processes the sum of their gradients. A weight that none of them has one for keeps none.
+    """Sum the gradients of all processes, in each of them. A weight that has no gradient in any of them keeps none.
 
-    This happens once in a step, when all backward passes are known to have succeeded: memory that runs out in the midst
-    of an exchange could not be recovered from.
+    This happens once in a step, after all backward passes have succeeded: running out of memory in the midst of an
+    exchange could not be recovered from.
     """
     if processes() == 1:
         return
@@ -255,7 +254,7 @@ def sum_gradients(model: nn.Module) -> None:
     for weight in (weight for weight, wanted in zip(trained, used, strict=True) if wanted):
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         if isinstance(weight, DTensor):
-            # Those of sharded weights have been averaged by the backward pass.
+            # The backward pass has averaged the gradients of sharded weights.
             cast(DTensor, weight.grad).to_local().mul_(processes())
         else:
             waiting.append(distributed.all_reduce(weight.grad, async_op=True))

@@ -1,4 +1,4 @@
-"""Calls of code that a user wrote: it may raise or end anything, and changes nothing for what follows."""
+"""Calls of a user's code, which may raise anything or exit, and whose changes to the process's state are undone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STATE: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (os.getcwd, os.chdir),
     (sys.getrecursionlimit, sys.setrecursionlimit),
     (torch.get_default_dtype, torch.set_default_dtype),
-    # Setting the usual device has torch look at every call from then on.
+    # Setting a default device, even the usual one, makes torch intercept every call from then on.
     (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_num_threads, torch.set_num_threads),
@@ -40,8 +40,8 @@ STATE: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (_streams, _set_streams),
 )
-"""What is read before a call and restored after it. Not the random generators: nothing of prefold draws from their
-states, and a reward that does goes on with its own numbers when a run is resumed."""
+"""State that is read before a call and restored after it. Not the random generators: prefold does not draw from their
+states, and a reward that does continues with its own numbers when a run is resumed."""
 
 
 class UserCodeFailed(Exception):
@@ -53,7 +53,7 @@ class UserCodeFailed(Exception):
 
 
 def call_user_code(call: Callable[[], T]) -> T:
-    """What the code returns.
+    """The result of the code.
 
     Raises:
         UserCodeFailed: it raised anything, or called `os._exit`.
@@ -87,7 +87,7 @@ def _state_kept() -> Iterator[None]:
 
 @contextmanager
 def _without_os_exit() -> Iterator[None]:
-    """`os._exit` of this thread raises, in children and other threads it ends the process as ever."""
+    """While open, `os._exit` raises in this thread. In children and other threads it ends the process as usual."""
     exit_at_once, process, thread = os._exit, os.getpid(), threading.get_ident()
 
     def raising(status: int) -> NoReturn:
@@ -103,7 +103,7 @@ def _without_os_exit() -> Iterator[None]:
 
 
 class _CtrlC:
-    """Tells a Ctrl-C from a KeyboardInterrupt that the code raises: whether the handler of the signal `raised`."""
+    """Distinguishes Ctrl-C from a KeyboardInterrupt that the code raises: whether the signal's handler `raised`."""
 
     raised = False
 
@@ -122,15 +122,15 @@ class _CtrlC:
         self.raised = True
         self.handler(number, frame)
         self.raised = False
-        # Training's own handler puts the one before it back, for a second Ctrl-C.
+        # Training's own handler restores the one before it, for a second Ctrl-C.
         if (handler := signal.getsignal(number)) != self._catch:
             self.handler = handler
             signal.signal(number, self._catch)
 
 
 def files_of_code(file: Path) -> list[Path]:
-    """A Python file, and those of its folder that it imports, directly or through others; none where there is no such
-    file. Imports in functions count, names that are put together do not."""
+    """A Python file, and those of its folder that it imports, directly or indirectly; empty if it does not exist.
+    Imports in functions count, names that are computed do not."""
     files: list[Path] = []
     pending = [file]
     while pending:
@@ -145,7 +145,7 @@ def files_of_code(file: Path) -> list[Path]:
 
 
 def _imported(node: ast.AST, folder: Path, path: Path) -> list[Path]:
-    """The files that an import statement in `path` may stand for, those that are not there too."""
+    """The files that an import statement in `path` may refer to, whether they exist or not."""
     names: list[str] = []
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
@@ -170,7 +170,7 @@ def summary_of(error: BaseException) -> str:
 
 
 def line_of(error: BaseException, path: Path, where: str) -> str:
-    """The file and its line at which the error arose, as far as that is known."""
+    """The file and its line that raised the error, as far as that is known."""
     if isinstance(error, SyntaxError) and error.lineno and error.filename and Path(error.filename) == path:
         return f"{where}, line {error.lineno}"
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
@@ -178,6 +178,6 @@ def line_of(error: BaseException, path: Path, where: str) -> str:
 
 
 def start_of(function: Callable[..., Any], path: Path, where: str) -> str:
-    """The file and the line at which a function of it begins, as far as that is known."""
+    """The file and the line at which a function in it begins, as far as that is known."""
     code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
     return f"{where}, line {code.co_firstlineno}" if code and code.co_filename == str(path) else where

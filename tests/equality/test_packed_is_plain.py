@@ -174,7 +174,7 @@ def test_self_check_falls_back(
     assert "differ from plain ones" in scorer.reason
     assert scorer.reason in caplog.text
     assert len(caplog.records) == 1
-    with pytest.raises(StageError, match="cannot be had"):
+    with pytest.raises(StageError, match="is not possible"):
         choose_scorer(model, trees, 64, "trees")
 
 

@@ -329,8 +329,8 @@ SETTINGS: dict[str, tuple[Changes, str]] = {
     "lomo": ({"train": {"optim": "lomo"}}, "`lomo` changes weights during the backward pass"),
     "adalomo": ({"train": {"optim": "adalomo"}}, "`adalomo` changes weights"),
     "schedule-free": ({"train": {"optim": "schedule_free_adamw"}}, "trains on other weights than it evaluates"),
-    "torchao": ({"train": {"optim": "adamw_torch_4bit"}}, "`adamw_torch_4bit` cannot be had here: .*torchao"),
-    "grokadamw": ({"train": {"optim": "grokadamw"}}, "`grokadamw` cannot be had here: .*grokadamw"),
+    "torchao": ({"train": {"optim": "adamw_torch_4bit"}}, "`adamw_torch_4bit` is not available here: .*torchao"),
+    "grokadamw": ({"train": {"optim": "grokadamw"}}, "`grokadamw` is not available here: .*grokadamw"),
     "no floor": ({"train": {"lr_scheduler_type": "cosine_with_min_lr"}}, "One of min_lr or min_lr_rate should be set"),
     "no decay": ({"train": {"lr_scheduler_type": "warmup_stable_decay"}}, "num_decay_steps"),
     "idle settings": (

@@ -1,6 +1,6 @@
 """Alignment via Optimal Transport, arXiv 2406.05882.
 
-The distribution of one quantity over the step is to dominate that of another, so both are sorted and compared rank by
+The distribution of one quantity over the step should dominate that of another, so both are sorted and compared rank by
 rank with DPO's loss (section 3), label smoothing included:
 
     aot           log pi(chosen) - log pi(rejected)   over   log pi_ref(chosen) - log pi_ref(rejected)
@@ -34,7 +34,7 @@ class AOT(AgainstReference):
         return dpo_loss(better - worse, beta=self.beta, label_smoothing=self.label_smoothing)
 
     def samples(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """What is to dominate, and what it is to dominate."""
+        """`[B]`, `[B]`: the sample that should dominate, and the one that it should dominate."""
         return pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
 
 

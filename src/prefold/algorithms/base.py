@@ -1,9 +1,9 @@
-"""What every algorithm is: settings, what it needs, and a loss that returns sums.
+"""The interface of algorithms: settings, needs, and a loss that returns sums.
 
-A loss is never divided in an algorithm. It returns sums over what it was given, named by what they are to be divided by
-(`pairs`, ...); the training step divides by the count over the whole optimizer step. That is why splitting a step into
-micro-batches, or over ranks, changes nothing. A loss that ties the completions of a step together says so
-(`couples_step`) and is given all of them at once.
+An algorithm never divides its loss. It returns sums over its batch, named by what they are to be divided by (`pairs`,
+...); the training step divides by the count over the whole optimizer step. So splitting a step into micro-batches, or
+over processes, changes nothing. A loss that couples the completions of a step says so (`couples_step`) and gets all of
+them at once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from prefold.trees.logprobs import TreeLogprobs as TreeLogprobs
     from prefold.trees.packing import TokenTree as TokenTree
-else:  # losses are read with a recipe, long before torch and the engine
+else:  # a recipe imports the losses, long before torch and the engine
     Tensor = TreeLogprobs = TokenTree = Any
 
 State = Mapping[str, float]
-"""What an algorithm carries from step to step: numbers by name, kept in the checkpoint."""
+"""An algorithm's state between steps: numbers by name, saved in the checkpoint."""
 NO_STATE: State = {}
 
 # A learning rate of 5e-5 and rank 16 on all linear layers are what the QLoRA DPO recipes in the field settled on;
@@ -35,14 +35,14 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
 
 
 class Mean(NamedTuple):
-    """A metric on its way to being a mean: the sum of its values and how many they were."""
+    """A part of a metric that is a mean: the sum of its values and their number."""
 
     total: Tensor
     number: int
 
 
 class Extreme(NamedTuple):
-    """A metric on its way to being the least or the greatest of its values: `pick` is `min` or `max`."""
+    """A part of a metric that is the least or the greatest of its values: `pick` is `min` or `max`."""
 
     value: Tensor
     pick: Callable[[Iterable[float]], float]
@@ -53,9 +53,9 @@ Metric = Mean | Extreme
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`loss`: scalar sums by the unit that each is divided by; `metrics`: by TRL's names; `state`: what the next
-    step's `loss` is to be given; `kept`: values of the tokens that further steps on the same trees are to find among
-    their extras, by name (of a loss that does not couple the step)."""
+    """`loss`: scalar sums by the unit that each is divided by; `metrics`: by TRL's names; `state`: the argument of the
+    next step's `loss`; `kept`: values of tokens by name, which further steps on the same trees get as extras (only from
+    a loss that does not couple the step)."""
 
     loss: dict[str, Tensor]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -65,13 +65,13 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Kind:
-    """What methods train on and leave behind, as the recipe, the stages, the plan and the importer need to know it.
+    """What a method trains on and produces, for the recipe, the stages, the plan and the importer.
 
     `data`: records of a chosen and a rejected completion; of completions with a label each; or prompts alone.
     `samples`: whether the model writes the completions while it trains, and rewards score them. `scores`: whether the
-    model has a head that gives a conversation one score in place of the vocabulary's: it writes nothing, and
-    `TreeLogprobs.tokens` are the scores, one to each completion. `measured`: the file of `evaluation/` that compares
-    before with after on held-out data.
+    model has a score head in place of the vocabulary's: it gives each conversation one score and writes nothing, and
+    `TreeLogprobs.tokens` are the scores, one per completion. `measured`: the file in the run folder's `evaluation/`
+    that compares before with after on held-out data.
     """
 
     data: Literal["pairs", "unpaired", "prompts"]
@@ -87,8 +87,8 @@ SCORING = Kind("pairs", scores=True)
 
 
 class Draws(NamedTuple):
-    """How a method draws completions of a prompt: their number, their longest length in tokens, and from what; and how
-    many times at most they are drawn again where the group would have no advantages."""
+    """How a method samples the completions of a prompt: their number, their maximum length in tokens, the parameters of
+    sampling, and how many times at most a group without advantages is sampled again."""
 
     num_generations: int
     max_completion_length: int
@@ -100,7 +100,7 @@ class Draws(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """What the values of a setting are held to, in the `Annotated` of its type; a value of None is free."""
+    """A bound on the values of a setting, in the `Annotated` of its type; None is always allowed."""
 
     holds: Callable[[float], bool]
     text: str
@@ -121,20 +121,20 @@ Smoothing = Annotated[float, Bound(lambda share: 0 <= share < 0.5, "at least 0 a
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Settings of a method as fields, their bounds in their types; what it needs as class attributes, or as properties
-    where a setting decides."""
+    """A method: its settings as fields, with bounds in their types; what it needs as class attributes, or as properties
+    if a setting decides."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
 
     paper: ClassVar[str]
     """arXiv number."""
     oracle: ClassVar[str]
-    """What of TRL 1.16 the tests hold the loss against, or what else where TRL has no such loss."""
+    """What the tests compare the loss with: that of TRL 1.16, or something else if TRL has no such loss."""
     kind: ClassVar[Kind] = PAIRED
     defaults: ClassVar[dict[str, Any]] = ADAPTER_DEFAULTS
-    """Vetted recipe values of this method by dotted field, used where the recipe is silent."""
+    """This method's defaults of recipe fields, by dotted name."""
     record_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of a record, a value for each of its completions, that the loss finds in `TreeLogprobs.extras`."""
+    """Fields of a record, with a value for each completion, that the loss gets in `TreeLogprobs.extras`."""
     needs_reference: ClassVar[bool] = False
     """Whether the loss compares with the log-probs of the model before training."""
     scores_prompt: ClassVar[bool] = False
@@ -146,13 +146,13 @@ class Algorithm(ABC):
     iterations: ClassVar[int] = 1
     """Optimizer steps in a row on the same trees."""
     draws: ClassVar[Draws | None] = None
-    """How completions are sampled, by a method of a kind that `samples`."""
+    """How completions are sampled, if the method's kind `samples`."""
     needs_advantages: ClassVar[bool] = False
     """Whether completions whose advantages are 0 add nothing to the loss and its gradient."""
     for_servers: ClassVar[tuple[str, ...]] = ()
-    """Settings that only completions of servers have a use for."""
+    """Settings that apply to completions from servers alone."""
     remark: ClassVar[tuple[str, str] | None] = None
-    """Where the settings are not the objective that their name is known for: that, and what to do."""
+    """If the settings are not the objective that their name is known for: the difference, and what to do."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the setting, for a value that the type of the setting does not allow."""
@@ -167,32 +167,31 @@ class Algorithm(ABC):
 
     @property
     def reward_scale(self) -> float:
-        """What a log-prob ratio against the reference is multiplied with to be the implicit reward of this method."""
+        """Factor from the log-ratio of policy and reference to the implicit reward of this method."""
         return float(getattr(self, "beta", 1.0))
 
     def advantages(self, rewards: Tensor, each: Sequence[tuple[float, Tensor]] = ()) -> Tensor:
-        """`[B, G]`, of a method of a kind that `samples`: how much better each completion is than the others of its
-        group.
+        """`[B, G]`, if the method's kind `samples`: how much better each completion is than the others of its group.
 
         Args:
-            rewards: `[B, G]`, the weighted sums; NaN where no reward says anything.
-            each: of every reward its weight and its scores `[B, G]`; NaN where it says nothing.
+            rewards: `[B, G]`, the weighted sums; NaN where no reward has a score.
+            each: weight and scores `[B, G]` of each reward; NaN where it has no score.
         """
         raise NotImplementedError
 
     def trains_on(self, finished: bool) -> bool:
-        """Whether a sampled completion is trained on; `finished`: it was not cut off."""
+        """Whether a sampled completion is trained on; `finished`: whether it was not cut off."""
         return True
 
     def further_trees(self, trees: Sequence[TokenTree]) -> dict[str, list[TokenTree]]:
-        """By name, trees of one completion each, made from those of a whole step: a loss that couples the step finds
+        """By name, trees of one completion each, made from those of a whole step: a loss that couples the step gets
         their summed log-probs, without gradient, in the `extras` of policy and reference."""
         return {}
 
     @abstractmethod
     def units(self, trees: Sequence[TokenTree]) -> dict[str, int]:
-        """How much of each unit the trees hold; known before any forward pass. A unit is named by what it counts, so
-        two losses that share a name share the count."""
+        """The count of each unit in the trees, known before any forward pass. A unit is named by what it counts, so two
+        losses that share a name share the count."""
 
     @abstractmethod
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
@@ -201,6 +200,6 @@ class Algorithm(ABC):
         Args:
             policy: with gradients.
             reference: of the same trees; None unless `needs_reference`.
-            state: what the previous optimizer step returned, empty at the first. It is never changed in place, so a
-                step can be done again.
+            state: as the previous optimizer step returned it, empty at the first. It is never changed in place, so a
+                step can be repeated.
         """

@@ -6,8 +6,8 @@ completion good and the rejected one bad (section 4):
     -log sigmoid(r(chosen) - d) - log sigmoid(-(r(rejected) - d))
 
 d is the mean of the rewards of both kinds, which tightens the bound on DPO's loss. It is estimated as the mean over all
-completions trained on so far, those of the current step included, without gradient; so all pairs of a step belong
-together, and the mean is carried from step to step.
+completions trained on so far, those of the current step included, without gradient; so the loss couples the pairs of a
+step, and the mean is carried from step to step.
 Left out: unpaired data and the matching of its prompt distributions.
 """
 

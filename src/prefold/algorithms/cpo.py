@@ -1,11 +1,10 @@
 """Contrastive Preference Optimization, arXiv 2401.08417.
 
-DPO with a uniform reference, which cancels, and supervised fine-tuning on the chosen completions beside it
-(equation 3):
+DPO with a uniform reference, which cancels, plus supervised fine-tuning on the chosen completions (equation 3):
 
     -log sigmoid(beta * (log pi(chosen) - log pi(rejected))) - cpo_alpha * log pi(chosen) per token
 
-Instead of the logistic loss it takes SLiC's hinge loss, or IPO's, of log-probs per token.
+`loss_type` replaces the logistic loss by SLiC's hinge loss, or by IPO's, of log-probs per token.
 Left out: AlphaPO's `alpha`; `simpo` is an algorithm of its own.
 """
 
@@ -41,9 +40,9 @@ class CPO(Algorithm):
     cpo_alpha: NotNegative = 1.0
     """Weight of the supervised loss on the chosen completions."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """Of the difference of the log-probs; `ipo`: per token."""
+    """Loss of the difference of the log-probs; for `ipo`, per token."""
     label_smoothing: Smoothing = 0.0
-    """Of `sigmoid`: share of pairs believed to be the wrong way round, less than 0.5."""
+    """For `sigmoid`: share of pairs believed to be the wrong way round, less than 0.5."""
 
     paper = "2401.08417"
     oracle = "`CPOTrainer`"

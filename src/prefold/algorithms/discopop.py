@@ -24,7 +24,7 @@ class DiscoPOP(ByDifference):
     """How strongly the policy is held to the reference."""
     # Appendix E of the paper. Above 1 the loss would grow exponentially with a wrong margin.
     discopop_tau: Annotated[float, POSITIVE, Bound(lambda tau: tau <= 1, "at most 1")] = 0.05
-    """How sharply the two losses are told apart, at most 1."""
+    """Temperature of the blend of the two losses, at most 1."""
 
     paper = "2406.08414"
     oracle = "`DPOTrainer`, `discopop`"

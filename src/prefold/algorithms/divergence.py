@@ -7,8 +7,8 @@ With the probability ratio t = pi(y|x) / pi_ref(y|x), the score of a completion 
     js_divergence     f(t) = t log t - (t+1) log((t+1)/2)   f'(t) = log(2t / (t+1))
     alpha_divergence  f(t) = (t^a - a t + a - 1)/(a (a-1))  f'(t) = (t^(a-1) - 1)/(a-1)
 
-Constants cancel in the difference of two scores; here they are such that a ratio of 1 scores 0. The forward KL is then
-the alpha divergence of a = 0.
+Constants cancel in the difference of two scores; here they are chosen so that a ratio of 1 scores 0. The forward KL is
+then the alpha divergence with a = 0.
 """
 
 import math
@@ -19,7 +19,7 @@ from prefold.algorithms.base import Tensor, logsigmoid
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 LARGEST_EXPONENT = 80.0
-"""exp(80) is a float32, exp(90) is not. Beyond it a score stays where it is and has no gradient."""
+"""exp(80) fits in float32, exp(90) does not. Beyond it a score is constant and has no gradient."""
 
 
 def divergence_scores(log_ratios: Tensor, kind: Divergence, alpha: float) -> Tensor:

@@ -10,32 +10,32 @@ where KL = pi_ref / pi - log(pi_ref / pi) - 1 (equation 4; Schulman's k3). With 
 multiplied by w, which makes its gradient that of the reverse KL divergence (arXiv 2512.02556, section 3.1); the paper
 and older versions of TRL do not. `loss_type` says what the losses of the tokens are divided by, over the whole step:
 
-    grpo     each completion by its length, then by the completions
-    dr_grpo  by the completions times `max_completion_length` (arXiv 2503.20783)
-    bnpo     by the tokens
-    dapo     by the tokens (arXiv 2503.14476)
-    cispo    by the tokens, and the loss is -min(w, epsilon_high) A log pi without gradient through w (arXiv 2506.13585)
+    grpo     by the length of their completion, then by the number of completions
+    dr_grpo  by the number of completions times `max_completion_length` (arXiv 2503.20783)
+    bnpo     by the number of tokens
+    dapo     by the number of tokens (arXiv 2503.14476)
+    cispo    likewise; the loss is -min(w, epsilon_high) A log pi without gradient through w (arXiv 2506.13585)
 
-TRL's bnpo divides by the tokens of a micro-batch. Over a whole step there is no such thing, and bnpo and dapo are the
-same. With `importance_sampling_level: sequence` (GSPO, arXiv 2507.18071) the ratio of a token is the geometric mean of
-those of its completion; it wants an epsilon of 3e-4 or so. `delta` bounds ratios where the advantage is negative, which
-equation 3 does not (arXiv 2505.07291). In the first step on a rollout all ratios are 1: nothing is
-clipped, and token and sequence level, and cispo and dapo, have the same policy gradient.
+TRL's bnpo divides by the tokens of a micro-batch. Over a whole step, bnpo and dapo are the same. With
+`importance_sampling_level: sequence` (GSPO, arXiv 2507.18071) the ratio of a token is the geometric mean of those of
+its completion; it needs an epsilon of about 3e-4. `delta` bounds ratios where the advantage is negative, which equation
+3 does not (arXiv 2505.07291). In the first step on a rollout all ratios are 1: nothing is clipped, and token and
+sequence level, and cispo and dapo, have the same policy gradient.
 
-The log-probs are those at the sampling temperature, as in TRL; `top_p`, `top_k` and `min_p` are left out of them.
+The log-probs are those at the sampling temperature, as in TRL, and before truncation by `top_p`, `top_k` and `min_p`.
 
-Servers that draw the completions compute log-probs of their own, q, that differ by rounding or by a lag. Each token's
-loss, without the KL, is then multiplied by pi_old / q, or by the product of these over its completion, held within
-bounds or left out beyond them (truncated importance sampling, as in TRL's `vllm_importance_sampling_mode`). Where
-`top_p` and the like cut tokens off, q is taken before that, as pi is, so that the weight is 1 where server and policy
-agree; TRL takes it afterwards, which makes every weight the share of what was kept.
+Servers that sample the completions compute log-probs of their own, q, that differ by rounding or by a lag. Each token's
+loss, without the KL, is then multiplied by pi_old / q, or by the product of these over its completion, clipped to
+bounds or set to 0 beyond them (truncated importance sampling, as in TRL's `vllm_importance_sampling_mode`). If `top_p`
+and the like truncate the distribution, q is taken before that, as pi is, so that the weight is 1 where server and
+policy agree; TRL takes it afterwards, so that every weight is the probability mass that was kept.
 
 Completions that are left out (`mask_truncated_completions`) are not computed at all: they are in no tree, and count in
-what `grpo` and `dr_grpo` divide by, as in TRL.
-Other advantages: with `baseline: leave_one_out` that of RLOO (arXiv 2402.14740), the reward less the mean of
-the others'; with `multi_objective_aggregation: normalize_then_sum` that of GDPO (arXiv 2601.05242): each
-reward is compared with its own group by itself, the results are weighted and added, and divided by their standard
-deviation over the batch.
+the divisor of `grpo` and `dr_grpo`, as in TRL.
+Other advantages: with `baseline: leave_one_out` that of RLOO (arXiv 2402.14740), the reward minus the mean of the
+others'; with `multi_objective_aggregation: normalize_then_sum` that of GDPO (arXiv 2601.05242): each reward is
+normalised in its group by itself, the results are weighted and added, and divided by their standard deviation over the
+batch.
 
 Left out: the loss types sapo, luspo and vespo; entropy bonuses and masks; masks of off-policy completions; a reference
 that follows the policy; RLOO's divergence as a part of the reward; the smallest and the largest of the clip ratios
@@ -77,14 +77,13 @@ _UP_TO_1 = Bound(lambda share: 0 < share <= 1, "greater than 0 and at most 1")
 
 
 def centred(values: Tensor) -> Tensor:
-    """`[B, G]` less the mean of the finite values of each row; exactly 0 where these are all equal."""
+    """`[B, G]` minus the mean of the finite values of each row; exactly 0 where these are all equal."""
     below = values - values.nan_to_num(-math.inf).amax(1, keepdim=True)
     return below - below.nanmean(1, keepdim=True)
 
 
 def deviation(values: Tensor) -> Tensor:
-    """`[B, 1]`: standard deviation of a sample, over the finite values of each row of `[B, G]`; NaN for fewer than
-    two."""
+    """`[B, 1]`: sample standard deviation of the finite values of each row of `[B, G]`; NaN for fewer than two."""
     known = values.isfinite().sum(1, keepdim=True)
     return (centred(values).square().nansum(1, keepdim=True) / (known - 1).clamp(min=0)).sqrt()
 
@@ -97,7 +96,7 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def spread_of(weights: Tensor) -> dict[str, Metric]:
-    """Of importance weights, by TRL's names."""
+    """Metrics of importance weights, by TRL's names."""
     ends: dict[str, Metric] = {"min": Extreme(weights.min(), min), "max": Extreme(weights.max(), max)}
     values = {**ends, "mean": Mean(weights.sum(), len(weights))}
     return {f"sampling/importance_sampling_ratio/{name}": value for name, value in values.items()}
@@ -112,13 +111,13 @@ class GRPO(Algorithm):
     max_completion_length: _PositiveInt = 256
     """Tokens after which a completion is cut off."""
     temperature: Positive = 1.0
-    """Of the sampling."""
+    """Sampling temperature."""
     top_p: Annotated[float, _UP_TO_1] = 1.0
-    """Sample from the likeliest tokens that make up this share."""
+    """Sample from the likeliest tokens that together have this probability."""
     top_k: Annotated[int, _FINITE] = 0
-    """Sample from so many likeliest tokens; 0: from all."""
+    """Sample from this many of the likeliest tokens; 0 is off."""
     min_p: Annotated[float, _BELOW_1] = 0.0
-    """Leave out tokens below this share of the likeliest one's probability."""
+    """Leave out tokens below this share of the likeliest one's probability; 0 is off."""
     beta: Annotated[float, _FINITE] = 0.0
     """Weight of the KL divergence from the reference; at 0 none is computed. The paper's is 0.04."""
     use_bias_correction_kl: bool = True
@@ -128,31 +127,31 @@ class GRPO(Algorithm):
     epsilon: Positive = EPSILON
     """Ratios are clipped at 1 - epsilon, where the advantage is negative."""
     epsilon_high: Annotated[float | None, POSITIVE] = None
-    """And at 1 + epsilon_high, where it is positive; unset: as epsilon. For `cispo` the largest ratio itself, e.g.
-    5.0."""
+    """Ratios are clipped at 1 + epsilon_high, where the advantage is positive; unset: as epsilon. For `cispo` the
+    largest ratio itself, e.g. 5.0."""
     delta: Annotated[float | None, POSITIVE] = None
-    """Where the advantage is negative, ratios are clipped at this; more than 1 + epsilon_high. Unset: at nothing."""
+    """Upper bound of ratios where the advantage is negative; more than 1 + epsilon_high. Unset: none."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """`sequence`: one ratio per completion (GSPO)."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What a reward is compared with: the mean of its group, or of the others in it (RLOO)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """By which standard deviation advantages are divided."""
+    """Standard deviation by which advantages are divided."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """`normalize_then_sum`: each reward is compared with its group by itself (GDPO)."""
     num_iterations: _PositiveInt = 1
     """Optimizer steps on each rollout. Checkpoints fall between rollouts: `train.max_steps` and `train.save_steps` are
     rounded up to a multiple of this."""
     importance_sampling_correction: Correction = "sequence_mask"
-    """How losses are weighed where servers draw the completions (`generation`): by how much likelier a token
+    """How losses are weighted if servers sample the completions (`generation`): by how much likelier a token
     (`token_...`) or a whole completion (`sequence_...`) is to the policy than it was to the server. `..._truncate`
-    holds the weights within the two bounds below, `..._mask` leaves out what is beyond them; `none`: no weights."""
+    clips the weights to the two bounds below, `..._mask` leaves out what is beyond them; `none`: no weights."""
     importance_sampling_clip_max: Annotated[float | None, POSITIVE] = 3.0
     """Upper bound of these weights."""
     importance_sampling_clip_min: Annotated[float | None, POSITIVE] = None
     """Lower bound of these weights."""
     resample: Annotated[int, _FINITE] = 0
-    """Groups whose rewards all say the same are drawn again, up to so many times (as in DAPO)."""
+    """How many times at most groups whose rewards are all equal are sampled again (as in DAPO)."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
 
@@ -237,15 +236,15 @@ class GRPO(Algorithm):
         return {self._divided_by: counts[self._divided_by]}
 
     def advantages(self, rewards: Tensor, each: Sequence[tuple[float, Tensor]] = ()) -> Tensor:
-        """A completion of which no reward says anything has an advantage of 0, and is left out of means and deviations;
-        `scale_rewards` says of what the standard deviation (of a sample) is: the group, the batch, or none. RLOO's
-        is that of the differences, as in TRL."""
+        """A completion that no reward scores has an advantage of 0, and is left out of means and deviations.
+        `scale_rewards` chooses the sample standard deviation: of the group, of the batch, or none. RLOO's is that of
+        the differences, as in TRL."""
         if self.by_reward:
             from torch import stack
 
             alone = [(weight, centred(scores) / (deviation(scores) + _SMALL)) for weight, scores in each]
             parts = [weight * scaled.nan_to_num(0.0) for weight, scaled in alone]
-            # Those of a group add up to 0, so their mean is 0, and groups of equal rewards stay at exactly that.
+            # The values of a group add up to 0, so their mean is 0, and in groups of equal rewards they stay exactly 0.
             rewards = advantages = stack(parts).sum(0).where(rewards.isfinite(), math.nan)
         else:
             advantages = centred(rewards)
@@ -261,9 +260,9 @@ class GRPO(Algorithm):
         return finished or not self.mask_truncated_completions
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
-        """`extras`: `advantages` `[N]`; where the sampler tells, `sampled` `[S]`, the log-probs that the tokens were
-        drawn with, or `served` `[S]` where that was a server; and `old` `[S]`, those before the first step on them,
-        missing at that step."""
+        """`extras`: `advantages` `[N]`; if known, `sampled` `[S]`, the log-probs that the tokens were sampled with, or
+        `served` `[S]` if servers sampled them; and `old` `[S]`, those before the first step on the rollout, missing at
+        that step."""
         assert policy.statistics is not None
         tokens, advantages = policy.tokens, policy.extras["advantages"].to(policy.tokens)[policy.completion]
         ratios = self.ratios(policy)
@@ -281,27 +280,27 @@ class GRPO(Algorithm):
             losses = losses + self.beta * kl
             metrics["kl"] = Mean(kl.detach().sum(), len(tokens))
         metrics |= self.clip_ratios(policy, ratios.detach(), advantages)
-        drawn_with = policy.extras.get("served", policy.extras.get("sampled"))
-        if is_first and drawn_with is not None:
-            # Rounding, dropout, and what `top_p` and the like cut off.
-            apart = (tokens.detach() - drawn_with.to(tokens)).abs()
-            metrics["sampling/sampling_logp_difference/mean"] = Mean(apart.sum(), len(apart))
+        sampled = policy.extras.get("served", policy.extras.get("sampled"))
+        if is_first and sampled is not None:
+            # Rounding, dropout, and truncation by `top_p` and the like.
+            differences = (tokens.detach() - sampled.to(tokens)).abs()
+            metrics["sampling/sampling_logp_difference/mean"] = Mean(differences.sum(), len(differences))
         kept = {"old": tokens.detach()} if is_first and self.num_iterations > 1 else {}
         return LossOutput({self._divided_by: self.reduced(policy, losses)}, metrics, kept=kept)
 
     def importance_weights(self, policy: TreeLogprobs) -> Tensor:
-        """`[S]`, or `[N]` of whole completions: how much likelier they were to the policy than to the server that drew
-        them, within the bounds."""
+        """`[S]`, or `[N]` of whole completions: how much likelier they were to the policy than to the server that
+        sampled them, within the bounds."""
         logs = policy.extras.get("old", policy.tokens.detach()) - policy.extras["served"].to(policy.tokens)
         weights = (replace(policy, tokens=logs).sums() if self._weighs_sequences else logs).exp()
         low, most = self.importance_sampling_clip_min or 0.0, self.importance_sampling_clip_max or math.inf
-        held = weights.clamp(low, most)
-        is_held = self.importance_sampling_correction.endswith("truncate")
-        return held if is_held else weights.where(held == weights, 0.0)
+        clipped = weights.clamp(low, most)
+        truncates = self.importance_sampling_correction.endswith("truncate")
+        return clipped if truncates else weights.where(clipped == weights, 0.0)
 
     def ratios(self, policy: TreeLogprobs) -> Tensor:
         """`[S]`: how much likelier each token, or its completion per token, is than when it was sampled."""
-        # In the first step on a rollout the log-probs are the old ones, and only their gradient is wanted.
+        # In the first step on a rollout the log-probs are the old ones, and only their gradient matters.
         old = policy.extras.get("old", policy.tokens.detach())
         logs = policy.tokens - old
         if self.importance_sampling_level == "sequence":
@@ -331,10 +330,10 @@ class GRPO(Algorithm):
             return {"cispo_clip_ratio": self._share(policy, above)}
         below = (ratios < 1 - self.epsilon) & (advantages < 0)
         shares = {"low": below, "high": above, "region": below | above}
-        return {f"clip_ratio/{name}_mean": self._share(policy, those) for name, those in shares.items()}
+        return {f"clip_ratio/{name}_mean": self._share(policy, clipped) for name, clipped in shares.items()}
 
-    def _share(self, policy: TreeLogprobs, those: Tensor) -> Mean:
-        values = those.to(policy.tokens.dtype)
+    def _share(self, policy: TreeLogprobs, clipped: Tensor) -> Mean:
+        values = clipped.to(policy.tokens.dtype)
         if self.importance_sampling_level == "sequence":
             values = replace(policy, tokens=values).means()
         return Mean(values.sum(), len(values))

@@ -1,7 +1,7 @@
 """The hinge loss of SLiC-HF, arXiv 2305.10425, on DPO's implicit rewards.
 
-The calibration loss (section 2) asks for a margin between the two completions and is content behind it; with
-implicit rewards in place of log-probs, as in RSO (arXiv 2309.06657), and a margin of 1:
+The calibration loss (section 2) demands a margin between the two completions and is 0 beyond it; with implicit rewards
+in place of log-probs, as in RSO (arXiv 2309.06657), and a margin of 1:
 
     max(0, 1 - beta * (chosen log-ratio - rejected log-ratio))
 

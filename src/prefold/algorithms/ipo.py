@@ -5,8 +5,8 @@ is the paper's tau:
 
     (difference - 1 / (2 beta))^2
 
-The difference is one of log-ratios per token, which the equation does not say: summed ones would make the loss grow
-with the square of the length. TRL has it from the paper's authors that their results were computed so.
+The difference is that of log-ratios per token, which the equation does not say: with summed ones the loss would grow
+with the square of the length. According to TRL, the paper's authors computed their results so.
 Left out: summed log-ratios.
 """
 

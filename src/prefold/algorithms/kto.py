@@ -37,7 +37,7 @@ class KTO(Algorithm):
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
     desirable_weight: Positive = 1.0
-    """Weight of the desirable completions. The paper wants weight times number to be 1 to 1.33 times that of the
+    """Weight of the desirable completions. The paper recommends a weight times number of 1 to 1.33 times that of the
     undesirable ones."""
     undesirable_weight: Positive = 1.0
     """Weight of the undesirable completions."""
@@ -59,7 +59,7 @@ class KTO(Algorithm):
         return {"mismatched": [replace(other, prompt=tree.prompt) for tree, other in pairs]}
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:
-        """`extras`: `label` `[N]`, whether a completion is desirable; and of the `further_trees`."""
+        """`extras`: `label` `[N]`, whether a completion is desirable; and those of the `further_trees`."""
         assert reference is not None
         logprobs, labels = policy.sums(), policy.extras["label"]
         kl = (policy.extras["mismatched"] - reference.extras["mismatched"]).detach().mean().clamp(min=0)
@@ -72,12 +72,12 @@ class KTO(Algorithm):
 
 
 def label_metrics(logprobs: Tensor, rewards: Tensor, labels: Tensor) -> dict[str, Mean]:
-    """TRL's metrics of `[N]` completions: means over the desirable ones (`chosen`) and over the others, where there are
-    any, and the difference of the two mean rewards, where there are both."""
+    """TRL's metrics of `[N]` completions: means over the desirable ones (`chosen`) and over the others (`rejected`), if
+    there are any, and the difference of the two mean rewards, if there are both."""
     metrics: dict[str, Mean] = {}
-    for name, those in (("chosen", labels), ("rejected", ~labels)):
-        if those.any():
-            metrics |= means({f"rewards/{name}": rewards[those], f"logps/{name}": logprobs[those]})
+    for name, selected in (("chosen", labels), ("rejected", ~labels)):
+        if selected.any():
+            metrics |= means({f"rewards/{name}": rewards[selected], f"logps/{name}": logprobs[selected]})
     if len(metrics) == 4:
         chosen, rejected = (metrics[f"rewards/{name}"] for name in ("chosen", "rejected"))
         metrics["rewards/margins"] = Mean(chosen.total / chosen.number - rejected.total / rejected.number, 1)

@@ -5,7 +5,7 @@
 Each entry is the name of another method on pairs, its weight (unset: 1) and its settings; the loss of the step is the
 sum of weight * loss, each loss a mean of its own. Unset, mixture and weights are the paper's: DPO for the preference,
 BCO for the quality, supervised fine-tuning for the generation.
-Left out: metrics of each part. Where several parts have a metric, it is that of the first.
+Left out: metrics of each part. If several parts have a metric, it is that of the first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ class Mixed(Algorithm):
 
     @property
     def reward_scale(self) -> float:
-        """That of the first loss that compares with the reference, or of the first."""
+        """The scale of the first loss that compares with the reference, or of the first loss."""
         parts = [part for _, part in self.parts]
         return next((part for part in parts if part.needs_reference), parts[0]).reward_scale
 
@@ -79,7 +79,7 @@ def part_of(entry: dict[str, Any]) -> tuple[float, Algorithm]:
     """Weight and algorithm of an entry of `losses`.
 
     Raises:
-        ValueError: it names no method on pairs, or a setting that this method does not have.
+        ValueError: it names no method on pairs, a setting that this method does not have, or a value that does not fit.
     """
     settings = dict(entry)
     name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
@@ -99,7 +99,7 @@ def part_of(entry: dict[str, Any]) -> tuple[float, Algorithm]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from a file has the type of a setting: a number, a yes or no, one of several words."""
+    """Whether a value read from a file has the type of a setting."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_args(hint):

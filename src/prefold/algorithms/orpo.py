@@ -33,8 +33,8 @@ from prefold.algorithms.sft import chosen_nll, chosen_tokens
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) of `x` <= 0, any shape, without cancellation.
 
-    At 0, where it is minus infinity, the value is that of the smallest normal number below 0 (-87 in float32) and there
-    is no gradient. The branch for small exp(x) is kept from arguments near 0, where its slope is infinite.
+    At 0, where it is minus infinity, the value is that at the normal number just below 0 (-87 in float32), and there is
+    no gradient. The branch for small exp(x) gets no arguments near 0, where its derivative is infinite.
     """
     from torch import finfo
 
@@ -53,7 +53,7 @@ class ORPO(Algorithm):
     """Odds Ratio Preference Optimization: supervised fine-tuning that holds the rejected completions down"""
 
     beta: Positive = 0.1  # TRL's
-    """Weight of the odds ratio beside the supervised loss."""
+    """Weight of the odds ratio, relative to the supervised loss."""
     completion_only_loss: bool = False
     """Leave the prompts out of the supervised loss."""
 

@@ -1,7 +1,7 @@
-"""What the losses of a chosen and a rejected completion share: comparing with the reference, metrics, settings.
+"""What losses of pairs have in common: comparison with the reference, metrics, settings.
 
-A subclass of `Pairwise` gives the losses of pairs and nothing else. One of `ByDifference` does it from the difference
-of the two completions' scores alone.
+A subclass of `Pairwise` implements the losses of pairs and nothing else. One of `ByDifference` computes them from the
+difference of the two completions' scores alone.
 """
 
 from abc import abstractmethod
@@ -26,7 +26,7 @@ from prefold.algorithms.divergence import Divergence, divergence_scores
 
 @dataclass(frozen=True)
 class Pairs:
-    """`[B]` each: summed log-probs of the completions in nats, by policy and reference, and lengths in tokens."""
+    """`[B]` each: summed log-probs of the completions in nats, under policy and reference, and lengths in tokens."""
 
     chosen: Tensor
     rejected: Tensor
@@ -55,7 +55,7 @@ def compare(policy: TreeLogprobs, reference: TreeLogprobs | None, ld_alpha: floa
 
 
 def discount_tails(logprobs: TreeLogprobs, ld_alpha: float) -> TreeLogprobs:
-    """Every token behind the length of the shorter completion of its pair, times `ld_alpha` (arXiv 2409.06411)."""
+    """The log-probs, times `ld_alpha` beyond the length of the pair's shorter completion (arXiv 2409.06411)."""
     from torch import arange
 
     lengths, completion = logprobs.lengths, logprobs.completion
@@ -129,7 +129,7 @@ class AgainstReference(PerPair):
 
     @abstractmethod
     def losses(self, pairs: Pairs) -> Tensor:
-        """`[B]`."""
+        """`[B]`, one per pair."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ class Pairwise(AgainstReference):
 
 @dataclass(frozen=True)
 class ByDifference(Pairwise):
-    """A loss of the difference of the two scores. In it alone the normaliser of an f-divergence cancels."""
+    """A loss of the difference of the two scores, in which the normaliser of an f-divergence cancels."""
 
     f_divergence_type: Divergence = "reverse_kl"
-    """What holds the policy to the reference (arXiv 2309.16240)."""
+    """Divergence that holds the policy to the reference (arXiv 2309.16240)."""
     f_alpha_divergence_coef: float = 0.5
-    """Of `alpha_divergence`: 1 is the reverse KL divergence, 0 the forward one."""
+    """Coefficient of `alpha_divergence`: 1 is the reverse KL divergence, 0 the forward one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,7 +157,7 @@ class ByDifference(Pairwise):
             raise ValueError("f_alpha_divergence_coef is used by `f_divergence_type: alpha_divergence` only")
 
     def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """`[B]`, `[B]`: of the chosen and the rejected completions; their log-ratios, by the reverse KL divergence."""
+        """`[B]`, `[B]`: of chosen and rejected completions; with the reverse KL divergence, their log-ratios."""
         kind, ratios = self.f_divergence_type, (pairs.chosen_ratios, pairs.rejected_ratios)
         if kind == "reverse_kl":
             return ratios

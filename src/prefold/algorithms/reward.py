@@ -4,13 +4,14 @@ A head on the last token of a completion gives its score r(x, y). The loss of a 
 
     -log sigmoid(r(x, chosen) - r(x, rejected))
 
-It sees differences only. With a centering coefficient c, scores are held around zero by (arXiv 2312.09244, equation 2)
+It depends on differences only. With a centering coefficient c, scores are kept near zero by (arXiv 2312.09244,
+equation 2)
 
     c * (r(x, chosen) + r(x, rejected))^2
 
-The head begins with small random weights, as a classifier's in transformers does, drawn by the seed of the run: with
-zeros, packed and plain scores could not be told apart before the first step. The paper's scores are shifted afterwards
-so that demonstrations have a mean of 0; centering stands in for that.
+The head begins with small random weights, as a classifier's in transformers does, drawn with the seed of the run: with
+zeros, packed and plain scores could not be compared before the first step. The paper's scores are shifted afterwards so
+that demonstrations have a mean of 0; here centering replaces that.
 Left out: margins given with the pairs (TRL's column `margin`); weighing the K (K - 1) / 2 pairs of one prompt together.
 """
 
@@ -41,7 +42,7 @@ class BradleyTerry(PerPair):
     paper = "2203.02155"
     oracle = "`RewardTrainer`"
     kind = SCORING
-    # That of TRL's reward trainer for LoRA. The head is new, and has further to go than weights that are adapted.
+    # The rate of TRL's reward trainer for LoRA. The head is new, and has further to go than weights that are adapted.
     defaults = ADAPTER_DEFAULTS | {"train.learning_rate": 1e-4}
 
     def loss(self, policy: TreeLogprobs, reference: TreeLogprobs | None, state: State = NO_STATE) -> LossOutput:

@@ -23,12 +23,13 @@ from prefold.algorithms.pairwise import means
 
 
 def chosen_tokens(trees: Sequence[TokenTree], prompts: bool = False) -> int:
-    """Scored tokens of the chosen completions; with those of the prompts but for the first, which nothing predicts."""
+    """Scored tokens of the chosen completions; with `prompts`, also those of prompts except the first, which nothing
+    predicts."""
     return sum(len(tree.scored[0]) + (len(tree.prompt) - 1 if prompts else 0) for tree in trees)
 
 
 def chosen_nll(policy: TreeLogprobs, prompts: bool = False) -> tuple[Tensor, Mean]:
-    """Negative log-prob of these tokens: their sum in nats, and the metric."""
+    """Negative log-prob of the tokens that `chosen_tokens` counts: the sum in nats, and the metric."""
     nll, tokens = -policy.pairs()[0].sum(), int(policy.lengths.view(-1, 2)[:, 0].sum())
     if prompts:
         assert policy.prompts is not None and policy.prompt_lengths is not None

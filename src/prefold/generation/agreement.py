@@ -1,7 +1,7 @@
-"""How far the log-probs that a server gives for the tokens it drew are from the policy's, and whether it drew them as
-it was told to.
+"""How far a server's log-probs of the tokens that it sampled are from the policy's, and whether it sampled as
+requested.
 
-Both are of the distribution that is drawn from: at the sampling temperature, after `top_k`, `top_p` and `min_p`. The
+Both are of the distribution that is sampled from: at the sampling temperature, after `top_k`, `top_p` and `min_p`. The
 policy's are computed by the engine that trains it, from whole distributions, a few hundred tokens at a time.
 """
 
@@ -20,25 +20,25 @@ from prefold.trees.packing import TokenTree, pack
 from prefold.trees.scorer import Scorer
 
 TOKENS = 256
-"""Scored tokens whose distributions are held at a time."""
+"""Scored tokens whose distributions are in memory at a time."""
 NEAR = 0.25
 """Nats by which rounding may put a token outside what truncation keeps."""
 FEW, SHARE = 2, 0.02
-"""Tokens, and the share of them, that prove nothing: rounding decides whether truncation keeps a token that is about as
+"""Number and share of tokens that prove nothing: rounding decides whether truncation keeps a token that is about as
 likely as the last one that it keeps."""
 CERTAIN = 25.0
-"""Nats: what is less likely than exp(-25) to happen by chance does not."""
+"""Nats: an event whose probability is below exp(-25) is no chance."""
 
 Drawn = tuple[tuple[int, ...], Sequence[Completion]]
 """A prompt, and completions of it."""
 
 
 class Positions(NamedTuple):
-    """Of `S` tokens, `[S]` each, float32 on the CPU, in nats.
+    """Statistics of `S` tokens, `[S]` each, float32 on the CPU, in nats.
 
-    `logprobs`: of the policy, at the sampling temperature; `plain`: at temperature 1. `kept`: the log of the share of
-    the distribution that truncation keeps, at most 0. `luck`: by how much the token is likelier than expected of a
-    token that is drawn from what is kept, and `variance` that of this. `outside`: whether truncation rules it out.
+    `logprobs`: of the policy, at the sampling temperature; `plain`: at temperature 1. `kept`: the log of the
+    probability mass that truncation keeps, at most 0. `luck`: the token's log-prob minus the expected one of a token
+    sampled from what is kept, and `variance`, its variance. `outside`: whether truncation rules the token out.
     """
 
     logprobs: Tensor
@@ -51,15 +51,15 @@ class Positions(NamedTuple):
 
 @torch.no_grad()
 def positions_of(scorer: Scorer, drawn: Sequence[Drawn], sampling: Sampling) -> Positions:
-    """Of the tokens of completions, one after the other."""
+    """Statistics of the tokens of completions, one after the other."""
     parts: list[Positions] = []
     for prompt, completions in drawn:
         rows: list[list[tuple[int, ...]]] = []
-        for each in completions:
-            if rows and sum(map(len, rows[-1])) + len(each.token_ids) <= TOKENS:
-                rows[-1].append(each.token_ids)
+        for completion in completions:
+            if rows and sum(map(len, rows[-1])) + len(completion.token_ids) <= TOKENS:
+                rows[-1].append(completion.token_ids)
             else:
-                rows.append([each.token_ids])
+                rows.append([completion.token_ids])
         parts += [_positions(scorer, TokenTree(prompt, tuple(row)), sampling) for row in rows]
     return Positions(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
@@ -88,7 +88,7 @@ def _positions(scorer: Scorer, tree: TokenTree, sampling: Sampling) -> Positions
 
 
 def _logits(scorer: Scorer, tree: TokenTree) -> Tensor:
-    """`[S, V]`: what the tokens of a tree's completions are drawn by."""
+    """`[S, V]`: the logits that the tokens of a tree's completions are sampled from."""
     model, device = scorer.model, next(scorer.model.parameters()).device
     if scorer.packed:
         row = pack([tree], device)
@@ -107,24 +107,24 @@ def _logits(scorer: Scorer, tree: TokenTree) -> Tensor:
 
 
 def some_of(drawn: Sequence[Drawn], tokens: int) -> list[Drawn]:
-    """Completions of about so many tokens, as many of each prompt."""
+    """Completions of about so many tokens in all, the same number of each prompt."""
     chosen: list[list[Completion]] = [[] for _ in drawn]
     for number in range(max(len(group) for _, group in drawn)):
-        for (_, group), those in zip(drawn, chosen, strict=True):
+        for (_, group), own in zip(drawn, chosen, strict=True):
             if number < len(group) and tokens > 0:
-                those.append(group[number])
+                own.append(group[number])
                 tokens -= len(group[number].token_ids)
-    return [(prompt, those) for (prompt, _), those in zip(drawn, chosen, strict=True) if those]
+    return [(prompt, own) for (prompt, _), own in zip(drawn, chosen, strict=True) if own]
 
 
 def logprobs_of(drawn: Sequence[Drawn]) -> Tensor:
-    """`[S]`: those that came with completions, one after the other."""
-    return torch.tensor([value for _, group in drawn for each in group for value in each.logprobs])
+    """`[S]`: the log-probs that came with completions, one after the other."""
+    return torch.tensor([value for _, group in drawn for completion in group for value in completion.logprobs])
 
 
 def difference(positions: Positions, given: Tensor, sampling: Sampling) -> float:
-    """Mean difference in nats, without its sign, of what a server gave and the policy's. Where truncation cuts tokens
-    off, the largest few are left out: a token that only one of two engines keeps changes the log-probs of all."""
+    """Mean absolute difference in nats of a server's log-probs and the policy's. With truncation, the largest few are
+    left out: a token that only one of two engines keeps changes the log-probs of all."""
     differences = (given + positions.kept - positions.logprobs).abs()
     tokens = len(differences)
     few = min(max(FEW, int(SHARE * tokens)), tokens // 2) if sampling.truncates else 0
@@ -132,23 +132,23 @@ def difference(positions: Positions, given: Tensor, sampling: Sampling) -> float
 
 
 def why_not_as_told(positions: Positions, sampling: Sampling) -> str | None:
-    """None where the tokens may have been drawn as they should have been, else what speaks against it.
+    """Why the tokens cannot have been sampled as requested; None if they may have been.
 
-    How much likelier than expected they are, all together, is a sum of differences with mean 0 and a known variance;
-    Bernstein's inequality bounds how likely it is to be so large.
+    By how much they are likelier than expected, all together, is a sum of differences with mean 0 and a known variance;
+    Bernstein's inequality bounds the probability that it is so large.
     """
     tokens, outside = len(positions.luck), int(positions.outside.sum())
     names = [name for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)) if getattr(sampling, name) != off]
     if outside > max(FEW, SHARE * tokens):
-        told = f"`{'`, `'.join(names)}`" if names else "`temperature: 0`"
-        return f"ignores {told}: it draws {outside} of {tokens} tokens that are ruled out"
+        settings = f"`{'`, `'.join(names)}`" if names else "`temperature: 0`"
+        return f"ignores {settings}: it draws {outside} of {tokens} tokens that are ruled out"
     total, variance = float(positions.luck.double().sum()), float(positions.variance.double().sum())
     bound = variance + float(positions.luck.abs().max()) * abs(total) / 3
     if bound <= 0 or total**2 / (2 * bound) < CERTAIN:
         return None
     how = "more" if total > 0 else "less"
-    told = ", ".join(f"`{name}`" for name in ["temperature", *names])
+    settings = ", ".join(f"`{name}`" for name in ["temperature", *names])
     return (
-        f"does not draw as it is told to ({told}): its {tokens} tokens are {abs(total) / tokens:.2g} nats each {how} "
-        "likely than such tokens are"
+        f"does not sample as requested ({settings}): its {tokens} tokens are on average {abs(total) / tokens:.2g} nats "
+        f"{how} likely than sampled tokens are"
     )

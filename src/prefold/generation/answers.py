@@ -29,16 +29,16 @@ def generate(
 
     Args:
         model: a run folder (its merged model), or a model by any name that `model.name` can have.
-        prompts: what a user says; each begins a conversation.
+        prompts: messages of a user; each begins a conversation.
         file: more prompts, one a line, or .jsonl with a field `prompt`.
         **settings
 
     Returns:
-        `{"prompt": ..., "answers": [...], "finish_reasons": [...]}` for each prompt; the reason is `stop` where the
-        model ended the answer, `length` where `max_new_tokens` cut it off.
+        `{"prompt": ..., "answers": [...], "finish_reasons": [...]}` for each prompt; the reason is `stop` if the model
+        ended the answer, `length` if `max_new_tokens` cut it off.
 
     Raises:
-        UserError: there is no prompt, a value is out of its bounds, the file cannot be read, the model cannot be had.
+        UserError: there is no prompt, a value is out of its bounds, the file cannot be read, the model cannot be used.
     """
     wanted = make_section(Generate, settings)
     given = [prompts] if isinstance(prompts, str) else prompts
@@ -93,7 +93,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def model_named(name: str) -> Model:
-    """How to load a model by name, or the merged model of a run folder.
+    """The section that loads a model by its name, or the merged model of a run folder.
 
     Raises:
         UserError: the run has none yet.

@@ -32,7 +32,7 @@ from prefold.terminal import say
 from prefold.trees.memory import free_memory
 
 CHAT_TOKENS = 4096
-"""Of a conversation, as far as memory is reckoned with."""
+"""Tokens of a conversation that the memory estimate assumes."""
 
 COMMANDS = {
     "/help": ("", "lists these commands"),
@@ -62,7 +62,7 @@ class WrappedStream(TextStreamer):
         self.console.file.flush()
 
     def _write(self, part: str) -> None:
-        """A line break, spaces, which wait for the word behind them, or a word."""
+        """Write a line break or a word; spaces wait for the next word."""
         width = self.console.width if self.console.is_terminal else sys.maxsize
         if part.isspace() and part != "\n":
             self.spaces += part
@@ -74,14 +74,14 @@ class WrappedStream(TextStreamer):
                 self.console.file.write("\n")
                 self.spaces, self.column = "", 0
             part, self.spaces = self.spaces + part, ""
-            # What is wider than the terminal goes on in its next line.
+            # A word wider than the terminal continues in its next line.
             self.column = (self.column + cell_len(part) - 1) % width + 1
         self.console.file.write(part)
 
 
 class Speaker:
-    """One model in the conversation, with its own memory of it; `before` is that of the turn before. It is loaded when
-    it first speaks; `stays`: and kept, since there is memory for all."""
+    """One model in the conversation, with its own messages; `before` are those before the last turn. It is loaded when
+    it first replies, and kept if it `stays`: there is memory for all."""
 
     def __init__(
         self, label: str, load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, stays: bool = True
@@ -92,7 +92,7 @@ class Speaker:
         self.before: list[Message] = []
 
     def reply(self, text: str, opening: list[Message], sampling: Sampling, console: Console) -> None:
-        """Answer on stdout as the tokens come. Ctrl-C ends the answer, and what there is of it is remembered."""
+        """Answer on stdout as the tokens come. Ctrl-C ends the answer, and what was written of it is kept."""
         self.before = self.messages
         asked = [*self.messages, Message(role="user", content=text)]
         self.model = self.model or self.load()
@@ -117,7 +117,7 @@ class Speaker:
 
 
 class Conversation:
-    """What the speakers have said, and how they are asked."""
+    """A conversation with all speakers: its settings and its commands."""
 
     def __init__(self, speakers: list[Speaker], settings: Chat, console: Console):
         self.speakers, self.settings, self.console = speakers, settings, console
@@ -132,7 +132,7 @@ class Conversation:
         }
 
     def take(self, line: str) -> None:
-        """A line of the user: a command or a message. Raises UserError, StageError: it cannot be done."""
+        """Execute a line of the user, a command or a message. Raises UserError, StageError: that is not possible."""
         word, _, rest = line.partition(" ")
         if not line.startswith("/"):
             self.ask(line)
@@ -224,8 +224,8 @@ def chat_loop(name: str, compare: bool, settings: Chat) -> None:
 
 
 def _speakers(name: str, compare: bool) -> list[Speaker]:
-    """With `compare` the model that the run started from as well, which speaks first. Raises UserError: one of them
-    cannot be used, or is too large for the memory at hand."""
+    """The model; with `compare` also the one that the run started from, which replies first. Raises UserError: one of
+    them cannot be used, or is too large for the available memory."""
     after = model_named(name)
     sections, stays = {"model": after}, True
     if compare:

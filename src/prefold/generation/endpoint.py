@@ -1,6 +1,6 @@
 """Chat models behind an HTTP endpoint that speaks the chat-completions protocol: llama.cpp, vLLM, Ollama, OpenAI, ...
 
-The key is read from the environment variable OPENAI_API_KEY alone. HTTP 408, 429 and 5xx may pass.
+The key is read from the environment variable OPENAI_API_KEY alone. HTTP 408, 429 and 5xx are retried.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefold.generation.sequences import seed_of
 
 KEY = "OPENAI_API_KEY"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each further try."""
+"""Seconds before each retry."""
 _COUNTED = ("calls", "prompt_tokens", "completion_tokens")
 _counting = Lock()
 
@@ -31,15 +31,14 @@ def may_pass(status: int) -> bool:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One model at one address. `usage` counts what was asked of it so far; tokens are those that it tells of, and few
-    servers tell none.
+    """One model at one address. `usage` counts calls so far, and tokens as the server reports them, which most do.
 
     Args:
         url: the base, e.g. `http://localhost:8000/v1`, or the whole address of the chat completions.
         timeout: seconds that an answer may take.
 
     Raises:
-        UserError: the address is none, or the key cannot be sent.
+        UserError: the address is invalid, or the key cannot be sent.
     """
 
     url: str
@@ -60,11 +59,11 @@ class Endpoint:
         return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
 
     def ask(self, messages: Sequence[Message], **settings: Any) -> Answer:
-        """The model's answer, as `ask_counting` has it."""
+        """The model's answer; see `ask_counting`."""
         return self.ask_counting(messages, **settings)[0]
 
     def ask_counting(self, messages: Sequence[Message], **settings: Any) -> tuple[Answer, dict[str, int]]:
-        """The model's answer, and what it counts for in `usage`.
+        """The model's answer, and what it adds to `usage`.
 
         Args:
             settings: of the request, by the protocol's names (`temperature`, `max_tokens`, `seed`, ...).
@@ -80,8 +79,8 @@ class Endpoint:
         if isinstance(reply, str):
             raise Passing(f"its reply is not JSON: {shown}")
         usage = reply.get("usage") if isinstance(reply, dict) else None
-        told = {**(usage if isinstance(usage, dict) else {}), "calls": 1}
-        counts = {name: max(told[name], 0) if isinstance(told.get(name), int) else 0 for name in _COUNTED}
+        reported = {**(usage if isinstance(usage, dict) else {}), "calls": 1}
+        counts = {name: max(reported[name], 0) if isinstance(reported.get(name), int) else 0 for name in _COUNTED}
         with _counting:
             for name, count in counts.items():
                 self.usage[name] += count
@@ -103,7 +102,8 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model behind an endpoint as a sampler. One request for each answer: many servers give only one at a time."""
+    """A model behind an endpoint as a sampler. It sends one request per answer: many servers give only one at a
+    time."""
 
     endpoint: Endpoint
     sampling: Sampling
@@ -144,7 +144,8 @@ class RemoteModel:
 
 
 def _beside_messages(prompt: Prompt) -> dict[str, Any]:
-    """What a server's chat template is given: `tools` are of the protocol, other keywords what vLLM and SGLang take."""
+    """Fields of a request for the server's chat template: `tools` as in the protocol, other keywords as in vLLM and
+    SGLang."""
     keywords = dict(prompt.template_kwargs)
     fields = {"tools": keywords.pop("tools", None), "chat_template_kwargs": keywords}
     return {name: value for name, value in fields.items() if value}

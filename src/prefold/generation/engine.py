@@ -1,7 +1,7 @@
-"""Completions of prompts.
+"""Generating completions of prompts.
 
 A prompt is encoded once, and its keys and values serve all its completions; completions that have ended leave their
-batch, and new prompts take their place. Models that cannot share prompts answer by transformers' own `generate`.
+batch, and new prompts take their place. Models that cannot share prompts use transformers' own `generate`.
 Data in: token ids of prompts; data out: `Completion`s.
 """
 
@@ -50,33 +50,35 @@ from prefold.trees.packing import TokenTree, pack
 from prefold.trees.self_check import COARSE, difference, obstacle, stretched_positions
 
 ROWS = {"cpu": 64, "cuda": 256}
-"""Completions that are generated side by side; beyond them, one more costs what it brings."""
+"""Completions that are generated side by side; with more, the throughput hardly grows."""
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of prompts that are encoded in one row."""
 STEPS_BETWEEN_LOOKS = {"cuda": 4}
-"""Steps after which a device is asked for what has been drawn, where not after each."""
+"""Steps after which the drawn tokens are read from a device, if not after each."""
 CACHE_BYTES = 2 * 2**30
-"""What keys and values may take on a CPU; on GPUs of CUDA, half of what is free."""
+"""Bytes that keys and values may take on a CPU; on CUDA GPUs they may take half of the free memory."""
 CHECKED_TOKENS = 256
 TOLERANCE = 1e-3
 """Largest difference of a log-prob in nats, between the shared prompts and a plain pass, that rounding explains."""
 HALF_TOLERANCE = 1e-2
-"""Share of the size of what is attended that rounding to bfloat16 explains."""
+"""Relative difference of the attention's output that rounding to bfloat16 explains."""
 PROMPTS_OF_CHECK, WINDOW_OF_CHECK = (24, 9), 12
-"""Tokens of the prompts that attention in half precision is checked on, and the window where the model has one."""
+"""Tokens of the prompts that attention in half precision is checked on, and the window if the model has one."""
 
 UnderWay = list[tuple[SequenceBatch, Drawing]]
-"""Batches, and the completions that their sequences become."""
+"""Batches in progress, each with the completions of its sequences."""
 
 logger = logging.getLogger("prefold")
 
 
 @dataclass
 class ModelState:
-    """What generation has learned about a model, which keeps it: `max_tokens` is lowered where memory runs out; prompts
-    with completions of up to `longest` tokens can be shared as far as its configuration tells; `obstacles` is what the
-    check has given for prompts within its window (False) and beyond it (True), and `variable_length` are the dtypes in
-    which that attention has passed it."""
+    """What generation has learned about a model, as an attribute of it.
+
+    `max_tokens`: lowered if memory runs out. `longest`: prompts with completions of up to so many tokens can be shared
+    as far as the configuration tells. `obstacles`: the result of the check for prompts within the model's window
+    (False) and beyond it (True). `variable_length`: dtypes in which that attention has passed the check.
+    """
 
     max_tokens: int = sys.maxsize
     longest: int = 0
@@ -89,7 +91,7 @@ class ModelState:
 
 
 class Engine(Protocol):
-    """What samples completions: a model here, or servers."""
+    """Samples completions: from a local model, or from servers."""
 
     def sample(
         self,
@@ -121,11 +123,11 @@ class LocalEngine:
         on_token: OnToken | None = None,
     ) -> list[list[Completion]]:
         """`num_answers` completions of each prompt, given as token ids, in the order of `prompts`. Several processes
-        generate a share each, and all of them get everything.
+        generate a share each, and all of them get all completions.
 
         Args:
-            numbers, on_token: as of `stream`; `numbers` are by default the indices.
-            advance: told of each prompt that is done.
+            numbers, on_token: see `stream`; `numbers` are by default the indices.
+            advance: called for each prompt that is done.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         own, completions = ranks.share([len(prompt) for prompt in prompts]), {}
@@ -146,7 +148,7 @@ class LocalEngine:
         """The indices of prompts with their completions, as they are done. The model must not be used meanwhile.
 
         Args:
-            numbers: what each prompt's random numbers depend on beside the seed.
+            numbers: what each prompt's random numbers depend on besides the seed.
 
         Raises:
             StageError: out of memory with a single prompt.
@@ -160,7 +162,7 @@ class LocalEngine:
         try:
             reason = why_not_shared(self._model, max(prompts, key=len), settings.max_new_tokens)
             if reason is None:
-                # Reordering takes as long as some steps, which nobody should wait for who reads the tokens.
+                # Reordering takes as long as some steps, too long for a user who reads the tokens as they come.
                 with packed_weights(self._model) if on_token is None else nullcontext():
                     yield from self._generate(request)
             else:
@@ -170,8 +172,8 @@ class LocalEngine:
             self._model.train(training)
 
     def _generate(self, request: GenerationRequest) -> Iterator[tuple[int, list[Completion]]]:
-        """Where memory runs out, the prompts under way are begun anew within a smaller budget: what is drawn for them
-        hangs on their seeds, so their completions are the same."""
+        """If memory runs out, the prompts in progress are begun again within a smaller budget: their random numbers
+        depend on their seeds, so their completions are the same."""
         state, waiting = ModelState.of(self._model), deque(range(len(request.prompts)))
         under_way: UnderWay = []
         budget = min(self._max_tokens or cache_tokens(self._model), state.max_tokens)
@@ -192,8 +194,8 @@ class LocalEngine:
     def _step(
         self, begun: Sequence[int], under_way: UnderWay, request: GenerationRequest
     ) -> tuple[list[PartialCompletion], UnderWay]:
-        """A token for the prompts that begin, or else the next ones of all sequences under way; the completions, and
-        the batches that go on. Where memory runs out, the batches are of no use any more."""
+        """Draw the first token after prompts that begin, or else the next ones of all sequences in progress. Returns
+        the completions, and the batches that go on. If memory runs out, the batches cannot be used any more."""
         with torch.no_grad(), using_attention(self._model, ATTENTION):
             if begun:
                 batch, logits = prefill(self._model, [request.prompts[prompt] for prompt in begun], request.settings)
@@ -207,7 +209,7 @@ class LocalEngine:
                     rows = [batch.sequences for batch, _ in under_way]
                     for (_, drawing), own in zip(under_way, logits.split(rows), strict=True):
                         drawing.draw(own)
-        completions = [each for _, drawing in under_way for each in drawing.completions if drawing.unread]
+        completions = [completion for _, drawing in under_way if drawing.unread for completion in drawing.completions]
         left: UnderWay = []
         for batch, drawing in under_way:
             kept = request.read(drawing)
@@ -219,15 +221,14 @@ class LocalEngine:
         return completions, _joined(left)
 
     def _steps(self, under_way: UnderWay, request: GenerationRequest) -> int:
-        """Steps until somebody looks at the tokens: those who read along after each, and nobody after an end that is
-        known."""
+        """Steps until the tokens are read: one if they are streamed, and never beyond the length limit."""
         most = 1 if request.on_token else STEPS_BETWEEN_LOOKS.get(self._model.device.type, 1)
-        longest = max(len(each.tokens) for _, drawing in under_way for each in drawing.completions)
+        longest = max(len(completion.tokens) for _, drawing in under_way for completion in drawing.completions)
         return min(most, request.settings.max_new_tokens - longest)
 
     def _admitted(self, waiting: deque[int], under_way: UnderWay, request: GenerationRequest, budget: int) -> list[int]:
-        """The prompts that begin now: as many as fit once half of the budget is free, so that they are encoded at
-        once. One always fits where there is nothing else to do."""
+        """The prompts that begin now: once half of the budget is free, as many as fit, so that they are encoded
+        together. If nothing is in progress, one always fits."""
         tokens = sum(batch.reserved for batch, _ in under_way)
         rows = sum(batch.sequences for batch, _ in under_way)
         admitted: list[int] = []
@@ -243,7 +244,7 @@ class LocalEngine:
 
 
 def _joined(under_way: UnderWay) -> UnderWay:
-    """Batches that can be as one."""
+    """The batches as a single one, if their kind allows it."""
     batches = [batch for batch, _ in under_way if isinstance(batch, VariableLength)]
     if len(under_way) < 2 or len(batches) < len(under_way):
         return under_way
@@ -274,7 +275,7 @@ def prefill(
     """Encode prompts: the batch of their sequences, and the logits `[prompts, V]` of what follows each.
 
     Args:
-        kind: of the batch; by default that which the check has given.
+        kind: of the batch; by default the one that the check has chosen.
     """
     if kind is None:
         kind = VariableLength if computed_in(model) in ModelState.of(model).variable_length else Products
@@ -294,7 +295,7 @@ def prefill(
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, batches: Sequence[SequenceBatch], tokens: Tensor) -> Tensor:
-    """One step: logits `[R, V]` of what follows the sequences' newest tokens `[R]`."""
+    """One step: logits `[R, V]` of the tokens after the sequences' newest tokens `[R]`."""
     positions = torch.cat([batch.positions for batch in batches])
     logits = _forward(model, tokens[None], positions[None], Decode(batches))
     for batch in batches:
@@ -305,7 +306,7 @@ def decode(model: PreTrainedModel, batches: Sequence[SequenceBatch], tokens: Ten
 def _forward(
     model: PreTrainedModel, input_ids: Tensor, positions: Tensor, cached: Prefill | Decode, **kwargs: Any
 ) -> Tensor:
-    # Switching takes as long as some layers.
+    # Switching the attention takes as long as some layers.
     switched = model.config._attn_implementation == ATTENTION
     with nullcontext() if switched else using_attention(model, ATTENTION):
         output = model(input_ids=input_ids, position_ids=positions, use_cache=False, trees=cached, **kwargs)
@@ -313,7 +314,7 @@ def _forward(
 
 
 def computed_in(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of what attention is given."""
+    """The dtype of the attention's inputs."""
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
@@ -331,7 +332,7 @@ def cache_tokens(model: PreTrainedModel) -> int:
 
 
 def why_not_shared(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> str | None:
-    """None if the model's completions can share their prompt, else what is in the way.
+    """Why the model's completions cannot share their prompt; None if they can.
 
     A model is checked once on the end of a real prompt, and once more on one that is longer than its window.
     """
@@ -351,12 +352,12 @@ def why_not_shared(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens
 
 
 def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
-    """Compare the likeliest tokens' log-probs with a plain pass, and the attention in half precision, where that is
-    used, with that in float32; say what is wrong, or None. Of the two kinds of batches in half precision products do
-    where variable-length attention does not.
+    """Compare the most likely tokens' log-probs with a plain pass, and attention in half precision, if that is used,
+    with float32. Returns what is wrong, or None. In half precision, products are used if variable-length attention
+    fails.
 
-    Two prompts are encoded side by side, and two tokens of two completions of the first are generated beside one of the
-    second: what one sees of another shows.
+    Two prompts are encoded side by side, and two tokens of two completions of each are generated. A completion of each
+    prompt is compared, so that attention across completions shows.
     """
     ids = [*prompt, *prompt[:2], *prompt[:1]]
     cut, half = len(ids) - 2, len(ids) // 2
@@ -377,9 +378,9 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
 
     def shared() -> tuple[Tensor, int]:
         likeliest = plain().argmax(-1, keepdim=True)
-        found, batch = logits(Products)
+        computed, batch = logits(Products)
         assert isinstance(batch, Products)
-        return found.log_softmax(-1).gather(-1, likeliest), len(batch.own)
+        return computed.log_softmax(-1).gather(-1, likeliest), len(batch.own)
 
     quantised = any(not parameter.dtype.is_floating_point for parameter in model.parameters())
     rounding = COARSE if quantised else TOLERANCE
@@ -405,7 +406,7 @@ def failed_half(
     perform: Callable[[], Any] = lambda: None,
 ) -> str | None:
     """Compare the attention of a layer in half precision, by a kind of batch, with that in float32 by products, on
-    random states of its shape: of two prompts, and two steps of their three completions. Say what is wrong, or None.
+    random states of its shape: two prompts, and two steps of their three completions. Returns what is wrong, or None.
 
     Args:
         perform: passes of the model itself, which must not fail either.
@@ -438,7 +439,7 @@ def failed_half(
             if not off <= HALF_TOLERANCE:
                 explained = f"rounding explains {HALF_TOLERANCE:.2g}"
                 return f"its attention in {dtype} is off by {off:.2g} of its size, {explained}"
-    except Exception as error:  # a kernel and a driver may fail in any way
+    except Exception as error:  # a kernel or driver may fail in any way
         if is_out_of_memory(error):
             raise
         return f"its attention in {dtype} failed ({first_line(error)})"
@@ -471,12 +472,12 @@ def sample(
     seeds: Sequence[int],
     advance: Advance = lambda **changes: None,
 ) -> list[list[Completion]]:
-    """A group of completions of each prompt, adapters folded in meanwhile where that is exact to undo. It depends on
-    the model, the prompt and the group's seed, and on nothing else that is sampled.
+    """A group of completions of each prompt, with adapters folded into the weights meanwhile if that can be undone
+    exactly. A group depends on the model, its prompt and its seed, and on nothing else that is sampled.
 
     Args:
         seeds: one for each prompt, instead of that of `sampling`.
-        advance: told of each prompt that is done.
+        advance: called for each prompt that is done.
     """
     with fold_adapter(model):
         return LocalEngine(model, tokenizer).sample(prompts, replace(sampling, seed=0), seeds, advance)
@@ -496,13 +497,13 @@ def answer(
     """`num_answers` answers to each conversation, in the order of `prompts`, without spaces around their texts.
 
     Args:
-        given: for each prompt what its chat template is given beside the messages, such as `tools`.
+        given: for each prompt further arguments of its chat template, such as `tools`.
         engine: by default `LocalEngine`.
         label: of the progress bar.
         streamer: for a single prompt with one answer, receives the tokens as they come, in place of the bar.
 
     Raises:
-        UserError: a prompt has tokens, or with its answer a length, that the model has no rows for.
+        UserError: a prompt has tokens that the model has no rows for, or leaves no positions for its answer.
     """
     beside = given or [{}] * len(prompts)
     ids = [render(prompt, tokenizer, template, more) for prompt, more in zip(prompts, beside, strict=True)]

@@ -1,8 +1,8 @@
-"""JSON over HTTP: requests that are tried again as long as what failed may pass, with one message in the end.
+"""JSON over HTTP: requests that are retried after temporary failures, with one error message in the end.
 
-The key of a server is read from an environment variable alone, and is in no message and no file. What may be gone at
-the next try is no connection, no answer in time, some statuses, and half a reply; tries come after longer and longer
-waits, or the one that the server asks for.
+The key of a server is read from an environment variable alone, and is in no message and no file. Temporary failures are
+a missing connection, a timeout, some statuses, and half a reply. Retries wait longer each time, or as long as the
+server asks for.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import httpx2
 from prefold.errors import UserError
 
 LONGEST_WAIT = 120.0
-"""Seconds; a server that asks for more is waited for so long."""
+"""Seconds to wait at most before a retry, also if a server asks for more."""
 CONNECTING = 20.0
-"""Seconds that a connection may take."""
+"""Seconds that connecting may take."""
 _ABOUT_THE_REQUEST = (400, 413, 422)
 _SHOWN_CHARACTERS = 200
 _LONG = 20_000
-"""Characters of a reply that are looked at to show some of them."""
+"""Characters of a reply that are processed to show some of them."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Refused(UserError):
-    """The server does not take this request, but may take others: a prompt that is too long, or filtered."""
+    """The server rejects this request, but may accept others: a prompt that is too long, or filtered."""
 
 
 class Missing(UserError):
@@ -45,11 +45,11 @@ class Missing(UserError):
 
 
 class Gone(UserError):
-    """The server is not there, or has no answer, at any try."""
+    """The server cannot be reached, or gives no answer, in any try."""
 
 
 class Passing(Exception):
-    """A failure that may be gone at the next try; `wait`: the seconds that the server asks for."""
+    """A temporary failure; `wait`: the seconds that the server asks to wait."""
 
     def __init__(self, what: str, wait: float = 0.0):
         self.wait = wait
@@ -58,17 +58,17 @@ class Passing(Exception):
 
 @dataclass(frozen=True)
 class Connection:
-    """To the server at an address.
+    """A connection to the server at an address.
 
     Args:
         url: the base, e.g. `http://localhost:8000/v1`.
         key_name: the environment variable that may hold a key.
         timeout: seconds that a reply may take.
-        passing: whether what a status stands for may pass.
+        passing: whether a status stands for a temporary failure.
         most: connections at a time.
 
     Raises:
-        UserError: the address is none, or the key cannot be sent.
+        UserError: the address is invalid, or the key cannot be sent.
     """
 
     url: str
@@ -104,13 +104,14 @@ class Connection:
     def exchange(
         self, address: str, body: Any, waits: Sequence[float], read: Callable[[Any, str], Result], advice: str = ""
     ) -> Result:
-        """Send a request until what it is answered with can be read.
+        """Send a request until its reply can be read.
 
         Args:
             body: is sent as JSON; None: a GET.
-            waits: seconds before each further try.
-            read: of the reply, as an object (or text that is no JSON) and as it is shown; may raise `Passing`.
-            advice: what to do where the server is not there.
+            waits: seconds before each retry.
+            read: called with the reply, as an object (or text that is no JSON) and as messages show it; may raise
+                `Passing`.
+            advice: what to do if the server cannot be reached.
 
         Raises:
             UserError: the server cannot be reached, or refuses.
@@ -154,7 +155,7 @@ class Connection:
         }.get(status, "")
 
     def _complaint(self, response: httpx2.Response) -> str:
-        """What the server says about its refusal."""
+        """The server's error message."""
         try:
             reply = response.json()
             error = reply.get("error") or reply.get("detail") or reply.get("message")
@@ -171,7 +172,7 @@ class Connection:
 
 
 def _retry_after(response: httpx2.Response) -> float:
-    """Seconds of the header Retry-After, which are a number or a date."""
+    """Seconds by the header Retry-After, which has a number or a date; 0 without it."""
     wait = response.headers.get("Retry-After", "")
     with suppress(ValueError):
         return float(wait)
@@ -183,9 +184,9 @@ def _retry_after(response: httpx2.Response) -> float:
 def in_parallel(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Items and what the function makes of them, as they come.
+    """Items with the function's results, as they come.
 
-    The threads are daemons: neither an error nor Ctrl-C waits for the answers that are under way.
+    The threads are daemons: neither an error nor Ctrl-C waits for calls in progress.
     """
     waiting = deque(items)
     results: SimpleQueue[tuple[Item, Result] | BaseException] = SimpleQueue()

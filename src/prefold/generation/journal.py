@@ -1,4 +1,4 @@
-"""Results that are worth keeping, appended to a file as they come: work that was stopped goes on from there."""
+"""Results appended to a file as they come, so that interrupted work can be continued."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class Journal:
-    """Values of JSON by key, one line each. A key says all that its value depends on (`key_of`).
+    """JSON values by key, one line each. A key covers everything that its value depends on (`key_of`).
 
-    The last line of a process that was killed may be cut short: it is passed over. Threads may add at the same time.
+    The last line of a process that was killed may be cut short: it is skipped. Threads may add at the same time.
     """
 
     def __init__(self, path: Path):
@@ -44,6 +44,6 @@ def _entry(line: bytes) -> tuple[str, Any] | None:
 
 
 def key_of(*parts: Any) -> str:
-    """The same for equal values, and for nothing else; what JSON does not know counts by its text."""
+    """The same for equal values, and for those alone; values that JSON lacks count by their text."""
     text = json.dumps(parts, default=str, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

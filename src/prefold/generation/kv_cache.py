@@ -1,12 +1,12 @@
-"""Keys and values while completions are generated: of a prompt once for all its sequences, and each sequence's own.
+"""Keys and values during generation: those of a prompt once for all its sequences, and each sequence's own.
 
 The model sees all sequences as one row of tokens, `[1, R]`. In each layer a sequence attends to its prompt's keys,
-together with the prompt's other sequences, and to its own; the two halves of the softmax are joined by their
-normalisers. Two kinds of batches know how to compute the halves:
+together with the prompt's other sequences, and to its own; the two parts of the softmax are joined by their
+normalisers. Two kinds of batches compute the parts:
 
-- `Products`, by matrix products, those of a prompt at a time: every device, dtype and soft-cap. Its sequences begin
-  together and have the same number of tokens of their own, so no call needs a mask.
-- `VariableLength`, by a single call for both halves of all sequences: CUDA, in half precision.
+- `Products`, by matrix products, one prompt at a time: every device, dtype and soft-cap. Its sequences begin together
+  and have the same number of tokens of their own, so no call needs a mask.
+- `VariableLength`, by a single call for both parts of all sequences: CUDA, in half precision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prefold.trees.packing import PackedTrees
 ATTENTION = "prefold_generation"
 HALF = (torch.float16, torch.bfloat16)
 WIDEST, WIDTHS = 256, 8
-"""The widest heads that variable-length attention takes, and what a width is a multiple of."""
+"""Largest head width that variable-length attention supports, and the number that a width must be a multiple of."""
 
 States = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -38,7 +38,7 @@ Attend = TypeVar("Attend", bound=Callable[..., Tensor])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, cached: Any, shape: Shape) -> Tensor:
-    """Attention of a `Prefill` or a `Decode`, which the model's layers are called with as `trees`."""
+    """Attention of a `Prefill` or a `Decode`, which the model's layers get as `trees`."""
     attended: Tensor = cached.attend(query, key, value, shape)
     return attended
 
@@ -48,7 +48,7 @@ register(ATTENTION, attend)
 
 @dataclass
 class Prompt:
-    """Of `tokens` tokens, from which so many `sequences` go on, with `filled` tokens of their own each."""
+    """A prompt of `tokens` tokens, which `sequences` sequences continue with `filled` tokens of their own each."""
 
     tokens: int
     sequences: int
@@ -56,9 +56,9 @@ class Prompt:
 
 
 class SequenceBatch(ABC):
-    """Sequences with up to `capacity` tokens of their own, ordered as the `prompts` that they go on from.
+    """Sequences with up to `capacity` tokens of their own, in the order of the `prompts` that they continue.
 
-    `positions` `[R]` are those of the tokens that come next.
+    `positions` `[R]` are those of the next tokens.
     """
 
     def __init__(self, prompts: Sequence[Prompt], capacity: int, device: torch.device | str = "cpu"):
@@ -72,30 +72,31 @@ class SequenceBatch(ABC):
 
     @property
     def longest(self) -> int:
-        """The longest prompt with what follows it, the tokens that come next included."""
+        """Tokens of the longest prompt with its sequences, the next tokens included."""
         return max(prompt.tokens + prompt.filled for prompt in self.prompts) + 1
 
     @property
     @abstractmethod
     def reserved(self) -> int:
-        """Tokens that there is memory for, the prompts included."""
+        """Tokens that memory is reserved for, the prompts included."""
 
     @abstractmethod
     def begin(self, prefill: Prefill, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
-        """Attention of a row of the batch's prompts, as of a backend; keeps their keys and values."""
+        """Attention of a row of the batch's prompts, as from a backend; stores their keys and values."""
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
         """`[R, heads, width]`, given the newest tokens' query `[heads, R, width]`, key and value."""
 
     def advance(self) -> None:
-        """The next tokens have been seen by all layers."""
+        """To be called when all layers have processed the next tokens."""
         self.positions += 1
         for prompt in self.prompts:
             prompt.filled += 1
 
     def keep(self, kept: Sequence[int]) -> list[int]:
-        """Let go of all sequences but these, ascending, and of prompts without any; the indices of those that stay."""
+        """Drop all sequences but these (ascending), and prompts without any; returns the indices of prompts that
+        stay."""
         self.positions = self.positions[torch.tensor(kept, device=self.positions.device)]
         counts = [prompt.sequences for prompt in self.prompts]
         for prompt, (start, stop) in zip(self.prompts, pairwise(accumulate(counts, initial=0)), strict=True):
@@ -109,29 +110,29 @@ class SequenceBatch(ABC):
 
 
 def attends_in(dtype: torch.dtype, device: str) -> bool:
-    """Whether states stay in a dtype: CUDA alone has half-precision products that leave scores in float32, and a CPU is
-    as fast in float32, which is more exact."""
+    """Whether attention computes in a dtype, and not in float32: CUDA alone has half-precision products with scores in
+    float32, and a CPU is as fast in float32, which is more accurate."""
     return dtype not in HALF or device == "cuda"
 
 
 def _widened(attend: Attend) -> Attend:
-    """Has an attention computed in float32 where products of half precision have no scores in float32."""
+    """Decorates an attention: it is computed in float32 unless it `attends_in` the dtype."""
 
     @wraps(attend)
-    def widened(batch: Any, of: Any, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+    def widened(batch: Any, context: Any, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
         device = value.device.type
         if not attends_in(value.dtype, device):
             query, key, value = query.float(), key.float(), value.float()
-        # Autocast would take the products back to half precision.
+        # Autocast would cast the products back to half precision.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return attend(batch, of, query, key, value, shape)
+            return attend(batch, context, query, key, value, shape)
 
     return cast(Attend, widened)
 
 
 class Products(SequenceBatch):
     """`by_prompts` are the states of each prompt by layer, `[key heads, P, width]`, and `own` those of the sequences by
-    layer, `[R, key heads, capacity, width]`, of which the first ones are in use."""
+    layer, `[R, key heads, capacity, width]`, of which the first rows and positions are in use."""
 
     def __init__(self, prompts: Sequence[Prompt], capacity: int, device: torch.device | str = "cpu"):
         super().__init__(prompts, capacity, device)
@@ -154,7 +155,7 @@ class Products(SequenceBatch):
         return left
 
     def _compact(self, states: Tensor, kept: Sequence[int]) -> Tensor:
-        """In place, until half of the memory is free."""
+        """The states of some sequences alone: in place, or copied if half of the memory would be unused."""
         if 2 * len(kept) <= len(states):
             smaller = states.new_empty(len(kept), *states.shape[1:])
             smaller[:, :, : self.filled] = states[list(kept), :, : self.filled]
@@ -187,7 +188,8 @@ class Products(SequenceBatch):
         return attended
 
     def _with_own(self, layer: int, key: Tensor, value: Tensor, window: int | None) -> States:
-        """The sequences' own keys and values that they see, the newest included: `[R, key heads, seen, width]`."""
+        """Store the newest keys and values; returns the sequences' own ones that they attend to, `[R, key heads, seen,
+        width]`."""
         sequences = key.shape[1]
         if layer == len(self.own):
             keys, values = (new.new_empty(sequences, new.shape[0], self.capacity, new.shape[2]) for new in (key, value))
@@ -200,8 +202,8 @@ class Products(SequenceBatch):
         return keys[:sequences, :, start:stop], values[:sequences, :, start:stop]
 
     def _by_prompts(self, layer: int, query: Tensor, visible: int | None, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Attention `[R, key heads, queries, width]` to each one's prompt (its last `visible` positions) alone, and the
-        normalisers."""
+        """Attention `[R, key heads, queries, width]` of each sequence to its prompt (the last `visible` positions)
+        alone, and the normalisers."""
         attended: list[tuple[Tensor, Tensor]] = []
         queries = query.split([prompt.sequences for prompt in self.prompts])
         for own, of_prompt in zip(queries, self.by_prompts, strict=True):
@@ -231,9 +233,10 @@ def attention_part(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) ->
 
 class VariableLength(SequenceBatch):
     """The states of all prompts and then of all sequences in one row, `[T, key heads, width]` by layer. Each has a
-    region of it, whose beginning `starts` says; a sequence's is not yet full, and between regions there may be gaps.
+    region of the row, which begins at its entry of `starts`; a sequence's is not full yet, and there may be gaps
+    between regions.
 
-    The call is given the boundaries of all that is seen. What lies between, no query sees.
+    The call gets the boundaries of what is attended to, region by region. No query attends to anything between.
     """
 
     def __init__(self, prompts: Sequence[Prompt], capacity: int, device: torch.device | str = "cpu"):
@@ -243,7 +246,7 @@ class VariableLength(SequenceBatch):
 
     @staticmethod
     def fits(config: Any) -> bool:
-        """Whether flash attention has what a model asks for, as far as its configuration tells."""
+        """Whether flash attention supports a model, as far as its configuration tells."""
         width = heads_of(config)[2]
         has_softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         return width <= WIDEST and width % WIDTHS == 0 and not has_softcap
@@ -261,8 +264,10 @@ class VariableLength(SequenceBatch):
         self._locate()
 
     def _locate(self) -> None:
-        """Put on the device what a step derives its boundaries from: of each region a sequence that sees it, the
-        position of its first token, that after its last, and how far from its position a token lies in the row."""
+        """Put on the device what a step derives its boundaries from. For each region: a sequence that attends to it,
+        the position of its first token, the position after its last, and the offset from positions to indices in the
+        row.
+        """
         counts = [prompt.sequences for prompt in self.prompts]
         firsts = [0] * len(counts) + [prompt.tokens for prompt in self.prompts for _ in range(prompt.sequences)]
         seen_by = [*list(accumulate(counts, initial=0))[:-1], *range(sum(counts))]
@@ -290,15 +295,15 @@ class VariableLength(SequenceBatch):
         return left
 
     def take_over(self, others: Sequence[VariableLength]) -> None:
-        """Move what is in use, of this batch and of others that come behind it, to a row of just that size."""
+        """Move the regions of this batch, and of others that follow it, to a row of just that size."""
         batches = [self, *others]
         indices = [batch._indices(range(len(batch.prompts))) for batch in batches]
         indices += [batch._indices(range(len(batch.prompts), len(batch.starts))) for batch in batches]
         gathered: list[States] = []
-        while self.states:  # and no longer than it must, since memory holds both
+        while self.states:  # layer by layer, so that memory holds a single one twice
             of_layer = [batch.states.pop(0) for batch in batches] * 2
             keys, values = (
-                torch.cat([each[index.to(each.device)] for each, index in zip(states, indices, strict=True)])
+                torch.cat([tensor[index.to(tensor.device)] for tensor, index in zip(states, indices, strict=True)])
                 for states in zip(*of_layer, strict=True)
             )
             gathered.append((keys, values))
@@ -308,7 +313,7 @@ class VariableLength(SequenceBatch):
         self._pack()
 
     def _indices(self, regions: Sequence[int]) -> Tensor:
-        """Where in the row the tokens of some regions are."""
+        """Indices in the row of the tokens of some regions."""
         starts, lengths = self.starts, self._lengths
         return torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in regions])
 
@@ -326,7 +331,7 @@ class VariableLength(SequenceBatch):
         newest = self._once("newest", key.device, lambda: self.positions + self._shifts[-len(self.positions) :])
         for states, new in ((keys, key), (values, value)):
             states.index_copy_(0, newest, new.transpose(0, 1))
-        # Query heads that share a key head see the same keys, so they are so many queries of one head.
+        # Query heads that share a key head attend to the same keys, so they are several queries of one head.
         query = query.unflatten(0, (-1, group)).permute(2, 1, 0, 3)
         seen = self._once(("seen", shape.window), key.device, lambda: self._boundaries(shape.window))
         out, normalisers = varlen.varlen_attn(
@@ -344,14 +349,14 @@ class VariableLength(SequenceBatch):
         normalisers = normalisers.unflatten(1, (2, -1, group)).permute(1, 2, 0, 3)
         prompts_normaliser, own_normaliser = normalisers[..., None].unbind()
         if shape.window is not None:
-            # The kernel's mark for queries that see nothing is an infinity of either sign.
+            # The kernel marks queries that attend to nothing with an infinity of either sign.
             prompts_normaliser = prompts_normaliser.masked_fill(prompts_normaliser.isinf(), float("-inf"))
         share = torch.sigmoid(prompts_normaliser - own_normaliser).to(own.dtype)
         attended = torch.lerp(own, by_prompts, share, out=torch.empty(own.shape, dtype=own.dtype, device=own.device))
         return attended.flatten(1, 2)
 
     def _boundaries(self, window: int | None) -> Tensor:
-        """Where in the row what is seen of each region begins and ends, `[2 * regions]`."""
+        """Start and end in the row of what is attended to in each region, `[2 * regions]`."""
         next_position = self.positions[self._seen_by] + 1
         end = torch.minimum(next_position, self._ends)
         first = self._firsts
@@ -360,13 +365,13 @@ class VariableLength(SequenceBatch):
         return (torch.stack([first, end]) + self._shifts).T.flatten().int()
 
     def _once(self, name: Any, device: torch.device, derive: Callable[[], Tensor]) -> Tensor:
-        """Derived once in a step, for all layers of a device."""
+        """Derive a tensor once in a step, for all layers of a device."""
         if (name, device) not in self._of_step:
             self._of_step[name, device] = derive().to(device)
         return self._of_step[name, device]
 
 
-# ---- what the layers are called with ----------------------------------------------------------------------------
+# ---- what the layers get as `trees` -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

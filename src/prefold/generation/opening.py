@@ -1,8 +1,8 @@
-"""Whole models that are asked something: what each takes, in which dtype its weights are kept, and loading it.
+"""Loading whole models for inference: the memory that each takes, and the dtype of its weights.
 
-On a CPU a model is measured in float32. Where that does not fit, its weights stay in the 16 bits of its files, mapped
-from them, and each module is widened for its call: what is computed is the same, it takes longer. Weights that lie in
-float32 are rounded to bfloat16.
+On a CPU a model is measured in float32. If that does not fit, its weights stay in the 16 bits of its files, mapped from
+them, and each module is cast for its call: it computes the same, but takes longer. Weights stored in float32 are
+rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from prefold.trees.memory import token_bytes
 from prefold.trees.self_check import compute_in_float32
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""As safetensors files name them."""
+"""By the names in safetensors files."""
 WORKING = 400 * 10**6
-"""What libraries and the head take on top, roughly."""
+"""Bytes for libraries and the head, roughly."""
 ADVICE = "take a machine with more memory or a smaller model, or end other programs"
 
 
 class Stored(NamedTuple):
-    """Weights as they lie in files: how many numbers, those of the largest tensor, and what most are stored in."""
+    """Weights as stored in files: how many numbers, how many in the largest tensor, and the dtype of most."""
 
     numbers: int
     largest: int
@@ -49,13 +49,13 @@ class Stored(NamedTuple):
 
 
 def stored_weights(folder: Path) -> Stored:
-    """By the heads of the files, without reading a weight."""
+    """From the headers of the files, without reading a weight."""
     sizes: Counter[str] = Counter()
     largest = 0
     for file in weight_files(folder):
         with file.open("rb") as opened:
-            head = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, entry in head.items():
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, entry in header.items():
             if name != "__metadata__":
                 count = math.prod(entry["shape"])
                 sizes[entry["dtype"]] += count
@@ -65,8 +65,8 @@ def stored_weights(folder: Path) -> Stored:
 
 
 class Kept(NamedTuple):
-    """How a model is kept while it is asked: the dtype, whether each module is widened to float32 for its call, and the
-    bytes that all of it takes; `reason` says why it is not kept otherwise."""
+    """How a model is kept in memory: the dtype, whether each module is cast to float32 for its call, and the bytes that
+    it takes in all; `reason` says why its modules are cast."""
 
     dtype: torch.dtype
     widened: bool
@@ -77,7 +77,7 @@ class Kept(NamedTuple):
 def how_to_keep(
     section: Model, machine: Machine, *, measured: bool = False, tokens: int = 0, in_16_bits: bool | None = None
 ) -> Kept:
-    """Of the ways in which a model can be kept the first one that fits; else the smallest.
+    """The first way of keeping a model that fits into memory; else the smallest.
 
     Args:
         measured: to be compared, so in float32 on a CPU; else as the section says.
@@ -85,7 +85,7 @@ def how_to_keep(
         in_16_bits: what was decided for another model that this one is compared with.
 
     Raises:
-        UserError: the model cannot be had.
+        UserError: the model cannot be fetched.
     """
     folder = fetch(section.name, section.revision)
     stored, config = stored_weights(folder), read_config(section, folder).get_text_config()
@@ -107,7 +107,7 @@ def how_to_keep(
 
 
 def _working(config: Any, device: str, tokens: int) -> int:
-    """Activations of a layer for a row of tokens, and the keys and values of those that are kept."""
+    """Bytes of a layer's activations for a row of tokens, and of the keys and values that are kept."""
     layers, (_, keys, width) = config.num_hidden_layers, heads_of(config)
     cache = min(2 * 4 * layers * keys * width * tokens, CACHE_BYTES)
     return int(2 * token_bytes(config, False) // layers * PREFILL_TOKENS.get(device, 1024) + cache)
@@ -122,20 +122,20 @@ def open_model(
     in_16_bits: bool | None = None,
     load: Callable[..., PreTrainedModel] = load_start,
 ) -> PreTrainedModel:
-    """Load a model that is to be asked, the one after the other where there are several.
+    """Load a model for inference. Several are to be loaded one after the other.
 
     Args:
-        where: who asks, for the message: a command or a stage.
+        where: the command or stage that loads it, for the message.
         measured, tokens, in_16_bits: see `how_to_keep`.
         load: loads a section in a dtype.
 
     Raises:
-        UserError: it needs more memory than is at hand.
+        UserError: it needs more memory than is available.
     """
     machine = Machine.here(choose_device().type)
     kept = how_to_keep(section, machine, measured=measured, tokens=tokens, in_16_bits=in_16_bits)
     shown = without_home(section.name)
-    # Of several processes each takes from what the others see; their stage has asked for all of them.
+    # Several processes take from the same memory; their stage has checked it for all of them.
     if section.device_map is None and launched_here() == 1:
         memory.require(f"{where}, {shown}", kept.needed, machine.memory, ADVICE)
     dtype = str(kept.dtype).removeprefix("torch.")
@@ -147,7 +147,6 @@ def open_model(
 
 
 def fits_in_float32(sections: Sequence[Model], tokens: int = 0) -> bool:
-    """Whether each of several models that are compared does; else all are kept in 16 bits."""
+    """Whether each of several models to be compared fits in float32; else all are kept in 16 bits."""
     machine = Machine.here(choose_device().type)
-    kept = (how_to_keep(section, machine, measured=True, tokens=tokens) for section in sections)
-    return not any(each.widened for each in kept)
+    return not any(how_to_keep(section, machine, measured=True, tokens=tokens).widened for section in sections)

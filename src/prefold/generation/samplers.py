@@ -1,8 +1,7 @@
-"""A model's answers to many prompts: what models of this machine and those behind an endpoint have in common, and
-those of this machine.
+"""A model's answers to many prompts: the interface that local models and endpoints share, and local models.
 
-What a prompt is answered with depends on the prompts, the settings and the seed, and not on what was answered before:
-work that was stopped goes on with the same answers.
+Answers depend on the prompts, the settings and the seed, and not on what was answered before: interrupted work
+continues with the same answers.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from prefold.terminal import progress_bar
 from prefold.trees.memory import free_memory
 
 REFUSALS_IN_A_ROW = 10
-"""Prompts without an answer after which nothing more is expected."""
+"""Refused prompts in a row after which the model is given up."""
 
 
 class Answer(NamedTuple):
-    """What a model has written, perhaps nothing; `finished`: not cut off by the limit of its length."""
+    """A model's answer, perhaps empty; `finished`: not cut off by the length limit."""
 
     text: str
     finished: bool = True
@@ -54,17 +53,17 @@ class Sampler(Protocol):
 
     @property
     def identity(self) -> Any:
-        """What its answers depend on beside the prompt: model and settings."""
+        """What the answers depend on besides the prompt: model and settings."""
 
     def sample(self, prompts: Sequence[Prompt], wanted: Sequence[int]) -> Iterator[tuple[int, Answers]]:
         """The answers to the prompts at the indices `wanted`, in any order."""
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
-        """The tokens of answers; None where the tokenizer is not known."""
+        """The tokens of answers; None if the tokenizer is not known."""
 
 
 def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> list[list[Answer] | None]:
-    """A model's answers, from the work file or anew; None where the prompt is refused.
+    """A model's answers, from the journal or newly sampled; None for refused prompts.
 
     Raises:
         UserError: all prompts are refused, or many in a row.
@@ -89,8 +88,8 @@ def answers_of(sampler: Sampler, prompts: Sequence[Prompt], work: Journal) -> li
 
 
 class LocalModel:
-    """A model that is loaded here, when the first answer is asked for, and released after the last one. One that
-    cannot be used is refused at once. `section`: how it is loaded; unset: as its name says."""
+    """A local model, loaded for the first answer and released after the last one. A model that cannot be used is
+    refused at once. `section`: how to load it; by default, by its name."""
 
     def __init__(self, name: str, sampling: Sampling, section: Model | None = None):
         self.name, self._sampling, self._section = name, sampling, section or model_named(name)
@@ -125,8 +124,8 @@ class LocalModel:
     def _answered(
         self, rendered: Mapping[int, list[int]], tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[int, Answers]]:
-        """By the token ids of the prompts."""
-        # Random numbers by a prompt's own index, so that its answers stay the same where others have theirs already.
+        """The answers to prompts given as token ids, by index."""
+        # Random numbers depend on a prompt's own index, so its answers are the same if others are answered already.
         indices, ids = list(rendered), list(rendered.values())
         new_tokens = self._sampling.max_new_tokens
         model = open_model(self._section, "`pairs`", tokens=ROWS.get(choose_device().type, 64) * new_tokens)

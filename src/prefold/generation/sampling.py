@@ -1,4 +1,4 @@
-"""How completions are sampled: the settings, and what a completion is."""
+"""The settings of sampling, and its result: completions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from prefold.recipe import sampling as settings
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are
+    """Settings of sampling. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are
     off.
 
     Args:
         stop: texts that end a completion; its text ends before them.
         end_tokens: ids that end a completion; None for the model's own.
-        with_model_logprobs: whether completions bring the model's own log-probs as well.
-        with_entropies: whether they bring entropies.
+        with_model_logprobs: whether completions include the model's own log-probs.
+        with_entropies: whether they include entropies.
     """
 
     max_new_tokens: int = 256
@@ -39,17 +39,17 @@ class Sampling:
 
     @classmethod
     def of(cls, wanted: settings.Sampling, num_answers: int = 1) -> Sampling:
-        """As a section of a recipe, or a command, says."""
+        """From a section of a recipe, or from the options of a command."""
         truncation = wanted.top_p, wanted.top_k, wanted.min_p
         return cls(wanted.max_new_tokens, num_answers, wanted.temperature, *truncation, wanted.seed)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote. `token_ids` include the end token; `finished` is False where the length limit cut it off.
+    """What a model wrote. `token_ids` include the end token; `finished` is False if the length limit cut it off.
 
-    Log-probs in nats, one for each token: `logprobs` of the distribution that it was drawn from (0 where greedy),
-    `model_logprobs` of the model's own, at temperature 1, where asked for. `entropies`, likewise: in nats, of the
+    Log-probs in nats, one for each token: `logprobs` of the distribution that it was drawn from (0 if greedy), and, on
+    request, `model_logprobs` of the model's own, at temperature 1. `entropies`, on request: in nats, of the
     distribution at each token, at the sampling temperature, before `top_p`, `top_k` and `min_p`.
     """
 

@@ -1,7 +1,7 @@
-"""Completions while they are generated: how their tokens are drawn, when they end, and what becomes of them.
+"""Completions during generation: how their tokens are drawn, when they end, and their results.
 
-The truncations keep the tokens that those of transformers keep. Tokens are drawn by inverting the cumulative
-distribution at one number of a completion's own stream, so it does not depend on what is drawn beside it.
+Truncation keeps the same tokens as that of transformers. Tokens are drawn by inverting the cumulative distribution at a
+random number of the completion's own stream, so a completion does not depend on others in its batch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from prefold.generation.sampling import Completion, Sampling
 
 BLOCK = 256
-"""Tokens whose probabilities are added up before the block that holds the drawn token is searched."""
+"""Tokens of a block: probabilities are added up by block, and only the block of the drawn token is searched."""
 LIKELY = 1024
-"""Tokens among which top-p looks first; the whole vocabulary is only sorted where they do not hold enough."""
+"""Most likely tokens that top-p tries first; the whole vocabulary is only sorted if their probabilities do not suffice.
+"""
 
 OnToken = Callable[[int, int, int], None]
 """Called with the index of a prompt, the number of a completion and its newest token."""
@@ -40,18 +41,18 @@ class PartialCompletion:
     model_logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     ended: bool = False
-    """By an end token or a stop string."""
+    """Whether an end token or a stop string has ended it."""
     over: bool = False
-    """Ended, or as long as it may be."""
+    """Whether it has ended, or has its maximum length."""
 
 
 class Drawing:
-    """Completions whose tokens are drawn side by side, on the device: `newest` `[R]` are the last ones, `unread` those
-    that `GenerationRequest.read` has not brought to the completions yet.
+    """Completions whose tokens are drawn side by side, on the device: `newest` `[R]` are the last tokens, `unread`
+    those that `GenerationRequest.read` has not added to the completions yet.
 
     Args:
-        numbers: `[R, max_new_tokens]` float64, what the tokens of each completion are drawn with.
-        prompts: token ids of each one's prompt, which a repetition penalty counts.
+        numbers: `[R, max_new_tokens]` float64, the random numbers that the tokens are drawn with.
+        prompts: token ids of each completion's prompt, which count for a repetition penalty.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class Drawing:
         self.newest = self._count[:, 0]
 
     def draw(self, logits: Tensor) -> None:
-        """The next token of each, by logits `[R, V]`."""
-        # What is drawn takes float64, which MPS does not have.
+        """Draw the next token of each completion from logits `[R, V]`."""
+        # Drawing needs float64, which MPS does not have.
         logits = logits.cpu() if logits.device.type == "mps" else logits
         if self._numbers.device != logits.device:
             self._numbers, self._count = self._numbers.to(logits.device), self._count.to(logits.device)
         if self._seen is None and self._settings.repetition_penalty != 1:
-            self._seen = _counted(self._prompts, logits)
+            self._seen = _in_prompts(self._prompts, logits)
         chosen = choose(logits, self._settings, self._numbers.gather(1, self._count)[:, 0], self._seen)
         if self._seen is not None:
             self._seen.scatter_(1, chosen.tokens[:, None], True)
@@ -83,14 +84,15 @@ class Drawing:
         self.unread.append(chosen)
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Let go of all completions but these."""
+        """Drop all completions but these."""
         self.completions = [self.completions[i] for i in kept]
         index = torch.tensor(kept, dtype=torch.long, device=self._count.device)
-        self._numbers, self._count, self.newest = (each[index] for each in (self._numbers, self._count, self.newest))
+        tensors = (self._numbers, self._count, self.newest)
+        self._numbers, self._count, self.newest = (tensor[index] for tensor in tensors)
         self._seen = None if self._seen is None else self._seen[index]
 
     def take_over(self, others: Sequence[Drawing]) -> None:
-        """Those of others come behind the own ones."""
+        """Append the completions of others."""
         drawings = [self, *others]
         self.completions = [completion for drawing in drawings for completion in drawing.completions]
         self._numbers = torch.cat([drawing._numbers for drawing in drawings])
@@ -100,8 +102,8 @@ class Drawing:
             self._seen = torch.cat([drawing._seen for drawing in drawings if drawing._seen is not None])
 
 
-def _counted(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """`[R, V]`: the tokens of each prompt."""
+def _in_prompts(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """`[R, V]`: whether each token is in the prompt."""
     rows, size = logits.shape
     seen = torch.zeros(rows, size, dtype=torch.bool)
     for own, prompt in zip(seen, prompts, strict=True):
@@ -125,7 +127,7 @@ class GenerationRequest:
         self.prompts, self.settings, self.on_token = prompts, settings, on_token
         self._tokenizer, self._ends, self._numbers = tokenizer, set(end_tokens), numbers
         self.unfinished: dict[int, list[PartialCompletion]] = {}
-        # A token is a byte or more, so that many tokens hold the longest stop string; some, for half characters.
+        # A token is at least a byte, so this many tokens contain the longest stop string; 4 more for half characters.
         self._tail = 4 + max((len(stop.encode()) for stop in settings.stop), default=0)
 
     def size(self, prompt: int) -> int:
@@ -133,10 +135,10 @@ class GenerationRequest:
         return len(self.prompts[prompt]) + self.settings.num_answers * self.settings.max_new_tokens
 
     def begin(self, prompts: Sequence[int]) -> Drawing:
-        """The completions of some prompts, still empty."""
-        each, length = range(self.settings.num_answers), self.settings.max_new_tokens
+        """Begin the completions of some prompts."""
+        numbers, length = range(self.settings.num_answers), self.settings.max_new_tokens
         for prompt in prompts:
-            self.unfinished[prompt] = [PartialCompletion(prompt, number) for number in each]
+            self.unfinished[prompt] = [PartialCompletion(prompt, number) for number in numbers]
         completions = [completion for prompt in prompts for completion in self.unfinished[prompt]]
         streams = [
             stream_of(self.settings.seed, self._numbers[completion.prompt], completion.number, length)
@@ -146,7 +148,7 @@ class GenerationRequest:
         return Drawing(completions, self.settings, torch.tensor(streams, dtype=torch.float64), own)
 
     def read(self, drawing: Drawing) -> list[int]:
-        """Bring what has been drawn to the completions, of each up to its end; the indices of those that go on."""
+        """Add what has been drawn to the completions, up to their ends; returns the indices of those that go on."""
         if drawing.unread:
             # One transfer for all steps.
             of_steps = (
@@ -182,7 +184,7 @@ class GenerationRequest:
                 break
 
     def finished(self, completions: Sequence[PartialCompletion]) -> Iterator[tuple[int, list[Completion]]]:
-        """The prompts of these completions that are all done, with what was generated."""
+        """Of the prompts of these completions, those that are done, with all their completions."""
         for prompt in dict.fromkeys(completion.prompt for completion in completions if completion.over):
             if all(completion.over for completion in self.unfinished[prompt]):
                 yield prompt, [self._completion(completion) for completion in self.unfinished.pop(prompt)]
@@ -215,13 +217,13 @@ class Chosen(NamedTuple):
 
 
 def seed_of(*parts: int) -> int:
-    """A seed below 2^31 for a part of the work."""
+    """A seed below 2^31, derived from the parts."""
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:4]) >> 1
 
 
 def stream_of(seed: int, prompt: int, completion: int, length: int) -> list[float]:
-    """The numbers in [0, 1) that the tokens of a completion are drawn with."""
+    """The random numbers in [0, 1) that the tokens of a completion are drawn with."""
     drawn: list[float] = np.random.default_rng([seed, prompt, completion]).random(length).tolist()
     return drawn
 
@@ -231,8 +233,8 @@ def choose(logits: Tensor, settings: Sampling, drawn: Tensor, seen: Tensor | Non
 
     Args:
         logits: `[R, V]`.
-        drawn: `[R]` float64, a number in [0, 1) for each row.
-        seen: `[R, V]`, whether a token stands in the row already; needed for a repetition penalty.
+        drawn: `[R]` float64, a random number in [0, 1) for each row.
+        seen: `[R, V]`, whether a token has occurred in the row; needed for a repetition penalty.
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     scores = logits if seen is None else penalised(logits, seen, settings.repetition_penalty)
@@ -279,8 +281,8 @@ def truncated(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 
 def _least_of_top_p(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    """`[R, 1]`: the least score of the most likely tokens that together reach `top_p`. Without `top_k` the device is
-    asked at every step whether those that are looked at first do: sorting all of them takes longer."""
+    """`[R, 1]`: the lowest score of the most likely tokens that together reach `top_p`. Without `top_k`, each step
+    waits for the device to say whether the first `LIKELY` tokens suffice: sorting the whole vocabulary takes longer."""
     normaliser = scores.logsumexp(-1, keepdim=True)
     for count in (min(LIKELY, scores.shape[-1]), scores.shape[-1]):
         likeliest = scores.topk(count).values
@@ -293,7 +295,7 @@ def _least_of_top_p(scores: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def draw(scores: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens `[R]` by the softmax of the scores `[R, V]`, and their log-probs `[R]`."""
+    """Tokens `[R]` drawn from the softmax of the scores `[R, V]`, and their log-probs `[R]`."""
     rows, size = scores.shape
     blocks = -(-size // BLOCK)
     top = scores.amax(-1, keepdim=True)
@@ -307,9 +309,9 @@ def draw(scores: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     target = target - (edges - sums).gather(-1, block)
     inside = weights[torch.arange(rows, device=scores.device), block.squeeze(-1)].double().cumsum(-1)
     tokens = block * BLOCK + torch.searchsorted(inside, target, right=True).clamp_(max=BLOCK - 1)
-    # Where rounding put the number at or beyond the end, the last token may be one that cannot be drawn.
+    # If rounding puts the number at or beyond the end, the last token may have a probability of 0.
     possible = weights.view(rows, -1).gather(-1, tokens) > 0
-    # Asking a GPU takes longer than looking for the likeliest.
+    # Waiting for a GPU's answer takes longer than finding the most likely token.
     if scores.device.type != "cpu" or not bool(possible.all()):
         tokens = torch.where(possible, tokens, scores.argmax(-1, keepdim=True))
     logprobs = scores.gather(-1, tokens) - top - edges[:, -1:].log().to(scores.dtype)

@@ -1,8 +1,7 @@
-"""vLLM servers: completions of token ids, by the model that they serve or by it with an adapter that they are given.
+"""vLLM servers: completions of token ids, by the model that they serve, or by it with an adapter loaded into them.
 
-All settings go with each request, since a server has defaults of its own, but no seed: on a CPU, vLLM's engine dies of
-one. What a reply says of itself is held against what was asked for; what it does not say is the business of
-`generation/agreement.py`.
+Each request has all settings, since a server has defaults of its own, but no seed: on a CPU, one crashes vLLM's engine.
+Replies are compared with the requests; what they do not tell is checked by `generation/agreement.py`.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ T = TypeVar("T")
 
 KEY = "VLLM_API_KEY"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
-"""Seconds before each further try: a server may be gone for two minutes."""
+"""Seconds before each retry: a server may be gone for two minutes."""
 START = "start it as docs/servers.md says"
 _PROBED = "The 3 naïve cats' sum is 1,204.50 €:\n\n\tdef f(x):  return x\n"
-"""A text that tokenizers cut up differently."""
+"""A text that tokenizers split differently."""
 
 
 def may_pass(status: int) -> bool:
-    """vLLM says 500 of an adapter that it cannot take, or when its engine is dead."""
+    """Whether a status is temporary. vLLM gives 500 for an adapter that it cannot load, or if its engine is dead."""
     return status in (408, 429, 502, 503, 504)
 
 
@@ -55,7 +54,7 @@ class Server:
 
     @cached_property
     def base(self) -> tuple[str, int]:
-        """The name of the model that it serves without any adapter, and the most tokens of a prompt with its
+        """The name of the model that it serves without an adapter, and the most tokens of a prompt with its
         completion."""
 
         def read(reply: Any, shown: str) -> tuple[str, int]:
@@ -68,7 +67,7 @@ class Server:
         return self._exchange("/models", None, read)
 
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError: it cuts a text into other tokens."""
+        """Raises UserError: the server splits a text into other tokens."""
         ids = tokenizer(_PROBED, add_special_tokens=False, verbose=False)["input_ids"]
         root = self.connection.url.removesuffix("/v1")
         body = {"model": self.base[0], "prompt": _PROBED, "add_special_tokens": False}
@@ -81,7 +80,7 @@ class Server:
             raise self.error(what, "have it serve the model of the recipe, with its tokenizer")
 
     def load(self, name: str, folder: Path) -> None:
-        """Give it an adapter, by a folder that it reads itself."""
+        """Load an adapter into the server, from a folder that the server reads."""
         body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
         try:
             self._exchange("/load_lora_adapter", body, lambda reply, shown: None)
@@ -187,7 +186,7 @@ class Servers:
     """Several servers of one model.
 
     Raises:
-        UserError: one of them cannot be reached, has another tokenizer, or too little room for the longest prompt.
+        UserError: one of them cannot be reached, has another tokenizer, or a limit below the longest prompt's tokens.
     """
 
     def __init__(self, section: Generation, tokenizer: PreTrainedTokenizerBase, longest: int = 0):
@@ -201,7 +200,7 @@ class Servers:
             server.require_tokenizer(tokenizer)
 
     def load(self, name: str, folder: Path) -> None:
-        """Give all of them an adapter."""
+        """Load an adapter into all of them."""
         for _ in in_parallel(lambda server: server.load(name, folder), self.all, len(self.all)):
             pass
 
@@ -214,16 +213,17 @@ class Servers:
         only: Server | None = None,
         advance: Advance = lambda **changes: None,
     ) -> list[tuple[Server, list[Completion]]]:
-        """For each prompt its completions, and who has drawn them: the server with the fewest requests in flight.
+        """For each prompt its completions, and the server that sampled them: the one with the fewest requests in
+        flight.
 
         Args:
             name: of an adapter; None: the model without any.
-            only: the server to ask.
+            only: the server to use.
             advance: called for each prompt that is done.
         """
-        drawn = partial(self.complete, sampling=sampling, ends=ends, name=name, only=only)
+        complete = partial(self.complete, sampling=sampling, ends=ends, name=name, only=only)
         done = {}
-        for index, answer in in_parallel(lambda index: drawn(prompts[index]), range(len(prompts)), self.concurrency):
+        for index, answer in in_parallel(lambda index: complete(prompts[index]), range(len(prompts)), self.concurrency):
             done[index] = answer
             advance(advance=1)
         return [done[index] for index in range(len(prompts))]
@@ -252,7 +252,7 @@ class Servers:
 
 
 class ServedModel(LocalModel):
-    """A model that servers have as it is, as a sampler: its files here say how prompts become token ids."""
+    """The model that servers serve without an adapter, as a sampler: its local files say how prompts are tokenised."""
 
     def __init__(self, name: str, sampling: Sampling, section: Generation):
         super().__init__(name, sampling)

@@ -1,6 +1,6 @@
-"""Completions by transformers' own `generate`, for models that the shared prompts cannot serve.
+"""Completions by transformers' own `generate`, for models that cannot share prompts.
 
-Tokens are chosen as everywhere else: `generate` is handed the choice as the only possible token.
+Tokens are chosen as everywhere else: `generate` gets the choice as the only possible token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def generate_plainly(
     model: PreTrainedModel, request: GenerationRequest, sequences_at_once: int
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Prompts with their completions. Only prompts of one length share a batch: nothing is padded, which not all of
-    these models can bear. Where memory runs out, half of the batch is tried.
+    these models support. If memory runs out, half of the batch is tried.
 
     Raises:
         StageError: out of memory with a single prompt.
@@ -66,8 +66,8 @@ def _generate(model: PreTrainedModel, batch: Sequence[int], request: GenerationR
     def are_over(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.tensor([sequence.over for sequence in sequences], device=input_ids.device)
 
-    input_ids = torch.tensor([list(request.prompts[each.prompt]) for each in sequences], device=model.device)
-    # Nothing of the model's own settings slips in.
+    input_ids = torch.tensor([list(request.prompts[sequence.prompt]) for sequence in sequences], device=model.device)
+    # The model's own generation settings must have no effect.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         cast(Any, model).generate(

@@ -1,5 +1,4 @@
-"""The weights while completions are generated: adapters folded into them, 4 bits unpacked, and on a CPU in oneDNN's own
-order."""
+"""The weights during generation: adapters folded in, 4-bit weights dequantised, and on a CPU in oneDNN's own order."""
 
 from __future__ import annotations
 
@@ -21,20 +20,20 @@ from prefold.trees.head import computing_by
 from prefold.trees.memory import free_on
 
 ROWS = 32
-"""Rows that oneDNN's order is chosen for; it serves others well."""
+"""Rows of inputs that oneDNN's order is chosen for; it serves others well."""
 SHARE = 0.5
-"""Of the free memory that a second copy may take."""
+"""Share of the free memory that a second copy of the weights may take."""
 
 
 @contextmanager
 def fold_adapter(model: nn.Module) -> Iterator[None]:
-    """While open, the active LoRA adapters are part of the weights that they stand beside: unmerged, they add two small
-    products to each layer at every step. Weights in 4 bits, which every product unpacks anew, lie unpacked beside
-    themselves meanwhile, with the adapter, where memory has them twice over.
+    """While open, the active LoRA adapters are merged into the weights: unmerged, they add two small products to each
+    layer at every step. 4-bit weights, which every product would dequantise anew, get a dequantised copy with the
+    adapter, if free memory could hold it twice.
 
-    The original weights are kept aside and put back as they were, byte for byte. Layers stay unmerged where that cannot
-    be: on 8 bits or tied weights, with another kind of adapter (DoRA), or switched off. Nothing may train, save or
-    switch adapters meanwhile.
+    The original weights are kept and restored byte for byte. Layers stay unmerged if that is not possible: over 8-bit
+    or tied weights, with another kind of adapter (DoRA), or with disabled adapters. Nothing may train, save or switch
+    adapters meanwhile.
     """
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     with ExitStack() as stack:
@@ -78,13 +77,13 @@ def _folded(layer: Linear) -> Iterator[None]:
 def _is_in_4_bits(module: nn.Module) -> bool:
     weight: Any = module._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
-    # On a CPU bitsandbytes has an order of its own for models that are only asked.
+    # On a CPU bitsandbytes has an order of its own for inference.
     in_order = state is not None and not getattr(state, "packing_format_for_cpu", False)
     return in_order and get_bnb_param_type(weight) == "4bit" and hasattr(module, "compute_dtype")
 
 
 def _fit(layers: Iterable[Any]) -> bool:
-    """Whether what is free on each device can hold these layers unpacked."""
+    """Whether the free memory of each device can hold dequantised copies of these layers."""
     sizes: Counter[torch.device] = Counter()
     for layer in layers:
         sizes[layer.weight.device] += layer.weight.quant_state.shape.numel() * _computes_in(layer).itemsize
@@ -100,8 +99,8 @@ def _computes_in(layer: Any) -> torch.dtype:
 
 @torch.no_grad()
 def _unpacked(base: Any, layer: Any) -> Callable[[Tensor], Tensor]:
-    """The forward pass of a layer of 4 bits, with the active adapters of the LoRA layer around it, by weights of the
-    dtype that it computes in, rounded once."""
+    """The forward pass of a 4-bit layer, with the active adapters of the LoRA layer around it, by a dequantised weight
+    that is rounded once, to the dtype that the layer computes in."""
     from bitsandbytes.functional import dequantize_4bit
 
     state = copy(base.weight.quant_state)
@@ -113,7 +112,7 @@ def _unpacked(base: Any, layer: Any) -> Callable[[Tensor], Tensor]:
     weight = whole.to(_computes_in(base))
 
     def forward(x: Tensor) -> Tensor:
-        device, dtype = x.device.type, _computes_in(base)  # the self-check has it compute in float32
+        device, dtype = x.device.type, _computes_in(base)  # float32 in the self-check
         as_given = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
         return linear(x.to(dtype), weight.to(dtype), bias).to(as_given)
@@ -125,9 +124,9 @@ def _unpacked(base: Any, layer: Any) -> Callable[[Tensor], Tensor]:
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """While open, plain linear layers on the CPU compute with reordered weights, which must not change meanwhile.
 
-    Products with few rows are bound by putting the weights in order; done once instead of at every call, steps of 8
-    rows take half the time and steps of 64 four fifths. The originals stay where they are: memory holds both. Nothing
-    happens where oneDNN is missing or memory is short.
+    Products with few rows are bound by reordering the weights; if that is done once instead of at every call, steps of
+    8 rows take half the time and steps of 64 four fifths. Memory holds the originals as well. Nothing happens if oneDNN
+    is missing or memory is short.
     """
     layers = [
         module
@@ -136,7 +135,7 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
         and module.weight.dtype in (torch.float32, torch.bfloat16)
         and module.weight.device.type == "cpu"
         and "forward" not in module.__dict__
-        and not module._forward_pre_hooks  # such as cast weights for the call
+        and not module._forward_pre_hooks  # such as those that cast weights for the call
     ]
     size = sum(layer.weight.nbytes for layer in layers)
     fits = torch.backends.mkldnn.is_available() and size <= SHARE * available()

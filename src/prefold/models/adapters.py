@@ -1,4 +1,5 @@
-"""LoRA: a fresh adapter, one from a folder that training goes on with or that is merged; what training starts from."""
+"""LoRA: fresh adapters, adapters from a folder to train further or to merge, and the model that training starts
+from."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ def load_policy(
     sharded: bool = False,
     contents: bool = True,
 ) -> PeftModel:
-    """The model to train: quantised if the section says so, with fresh LoRA weights, which are whole in every process,
-    or the adapter that it names, which brings its own settings. The other arguments: see `load_model`."""
+    """The model to train: quantised if the section says so, with fresh LoRA weights, which every process holds whole,
+    or with the adapter that it names, which has its own settings. The other arguments: see `load_model`."""
     model = load_model(section, quantised=True, head_seed=head_seed, sharded=sharded, contents=contents)
     if section.adapter is None:
         with nullcontext() if contents else torch.device("meta"):
@@ -66,14 +67,14 @@ def load_start(section: Model, *, dtype: str | None = None) -> PreTrainedModel:
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
-    """Put fresh LoRA weights on a model: float32, the same for the same seed, a no-op before the first step. A head
-    that gives scores is trained whole.
+    """Add fresh LoRA weights to a model: float32, the same for the same seed, a no-op before the first step. A score
+    head is trained in full.
 
     Args:
         tokens: ids whose rows in the embeddings and the head are trained as well.
 
     Raises:
-        UserError: `target_modules` or `modules_to_save`, or one of their names, fits no module of the model.
+        UserError: `target_modules` or `modules_to_save`, or one of their names, matches no module of the model.
     """
     _require_targets(model, lora.target_modules)
     _require_modules(model, lora)
@@ -87,7 +88,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int
         target_modules=lora.target_modules,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        modules_to_save=[*lora.modules_to_save] or None,  # peft adds the head to it, if that gives scores
+        modules_to_save=[*lora.modules_to_save] or None,  # peft adds a score head itself
         ensure_weight_tying=tied and bool(lora.modules_to_save),
         trainable_token_indices=_rows_to_train(model, lora, tokens) or None,
     )
@@ -111,9 +112,9 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int
 
 
 def ready_to_train(adapted: PeftModel) -> None:
-    """Keep what is trained in float32, which half-precision copies of whole modules are not, and compute it fast.
-    Raises UserError: DoRA over 8-bit weights on a CPU, where unpacking them breaks them, or LoRA on a matrix that a
-    merge would change at both ends of the model."""
+    """Convert trained weights to float32 (copies of whole modules may be in half precision), and install the fast
+    forward passes. Raises UserError: DoRA over 8-bit weights on a CPU, where dequantising breaks them, or LoRA on a
+    matrix that a merge would change at both ends of the model."""
     settings = cast(LoraConfig, adapted.peft_config["default"])
     _require_mergeable(adapted)
     if settings.use_dora and getattr(adapted, "is_loaded_in_8bit", False) and adapted.device.type == "cpu":
@@ -128,7 +129,7 @@ def ready_to_train(adapted: PeftModel) -> None:
 
 
 def _require_mergeable(adapted: PeftModel) -> None:
-    """Where embeddings and head are one matrix, LoRA of one of them would be merged into both (peft issue 2972)."""
+    """If embeddings and head are one matrix, LoRA of one of them would be merged into both (peft issue 2972)."""
     base = cast(PreTrainedModel, adapted.get_base_model())
     if score_layer(base) is not None or not base.config.get_text_config().tie_word_embeddings:
         return
@@ -143,7 +144,7 @@ def _require_mergeable(adapted: PeftModel) -> None:
 
 
 def _rows_to_train(model: PreTrainedModel, lora: Lora, tokens: Sequence[int]) -> dict[str, list[int]]:
-    """By module, the rows that peft is to train; a matrix that is trained as a whole needs none."""
+    """The rows that peft is to train, by module; none of a matrix that is trained in full."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
     whole = [name for name in names if any(_ends_with(name, saved) for saved in lora.modules_to_save)]
@@ -153,12 +154,12 @@ def _rows_to_train(model: PreTrainedModel, lora: Lora, tokens: Sequence[int]) ->
 
 
 def _ends_with(name: str, wanted: str) -> bool:
-    """Whether peft would say that a module of this name is meant."""
+    """Whether peft would match a module of this name."""
     return f".{name}".endswith(f".{wanted}")
 
 
 def _require_targets(model: nn.Module, targets: str | list[str]) -> None:
-    """Every name in `targets` fits some module: peft only minds when none of them does."""
+    """Raises UserError: a name in `targets` matches no module. peft complains only if none of them does."""
     if targets == "all-linear":
         return
     names = [name for name, _ in model.named_modules()]
@@ -180,7 +181,7 @@ def _no_target(model: nn.Module, what: str) -> UserError:
 
 
 def _require_modules(model: nn.Module, lora: Lora) -> None:
-    """Every name in `modules_to_save` fits some module, and its weights can be trained."""
+    """Raises UserError: a name in `modules_to_save` matches no module, or one whose weights cannot be trained."""
     modules = dict(model.named_modules())
     for wanted in lora.modules_to_save:
         meant = [module for name, module in modules.items() if _ends_with(name, wanted)]
@@ -197,7 +198,7 @@ def _require_modules(model: nn.Module, lora: Lora) -> None:
 
 
 def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Put the LoRA adapter of a folder on its base.
+    """Load the LoRA adapter of a folder onto its base.
 
     Raises:
         UserError: there is none, it is not LoRA as safetensors, it was made for another base, or has no score head for
@@ -228,7 +229,7 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
         elif unknown := stored - wanted:
             reason = f"it holds {len(unknown)} tensors without a place, e.g. {min(unknown)}"
     except (*UNREADABLE, AttributeError) as error:
-        # Behind a title, torch has a line for each tensor of another shape.
+        # After a title, torch has a line for each tensor of another shape.
         reason = " ".join(str(error).splitlines()[1].split()) if "size mismatch" in str(error) else first_line(error)
     if reason:
         what = f"does not fit the model `{model.name_or_path}`: {reason}"
@@ -253,11 +254,12 @@ def _config_of(folder: Path, where: str) -> dict[str, Any]:
 
 
 def _require_same_base(config: dict[str, Any], model: PreTrainedModel, where: str) -> None:
-    """By name, wherever the two lie; and the tokens that the adapter trains are in the vocabulary."""
+    """Raises UserError: the adapter names another base, or trains tokens beyond the vocabulary. Folders of bases do not
+    count."""
     named = str(config.get("base_model_name_or_path") or "").rstrip("/")
     if named and Path(named).name.lower() != Path(str(model.name_or_path)).name.lower():
         what = f"is an adapter of `{without_home(named)}`, not of `{model.name_or_path}`"
-        advice = f"name its base in `model.name`; if the two are one, mend `base_model_name_or_path` in {CONFIG}"
+        advice = f"name its base in `model.name`; if they are the same, correct `base_model_name_or_path` in {CONFIG}"
         raise UserError(what, where=where, advice=advice)
     tokens = config.get("trainable_token_indices") or []
     largest = max((max(ids) for ids in (tokens.values() if isinstance(tokens, dict) else [tokens]) if ids), default=0)

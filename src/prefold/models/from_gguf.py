@@ -1,7 +1,8 @@
-"""A GGUF file -> the model that it holds, unpacked.
+"""A GGUF file -> the model in it, dequantised.
 
-transformers 5.23 reads the sizes of a GGUF file and leaves out what changes the numbers beside them: the scaling of the
-rotary embedding, widths of their own, biases, digits that are cut apart. Each can go when transformers reads it.
+transformers 5.23 reads the sizes in a GGUF file and leaves out other settings that change the numbers: the scaling of
+the rotary embedding, the width of heads, biases, the splitting of digits. Each addition here can go when transformers
+reads it.
 """
 
 from __future__ import annotations
@@ -34,27 +35,27 @@ from prefold.models.messages import quiet
 from prefold.terminal import say
 
 FREQUENCIES = "rope_freqs.weight"
-"""Tensor by which llama.cpp divides the frequencies of the rotary embedding, one number for each."""
+"""Tensor of the divisors of the rotary embedding's frequencies in llama.cpp, one for each."""
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_CONTEXT = 8192
-"""Positions before scaling. These three are the same in every Llama 3.1, 3.2 and 3.3."""
+"""Positions before scaling. This and the two factors are the same in every Llama 3.1, 3.2 and 3.3."""
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-"""Those whose configurations are completed here; the others are as transformers reads them."""
+"""Architectures whose configurations are completed here; the others are as transformers reads them."""
 
 DIGITS_APART = frozenset({"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"})
-"""GGUF names of the pre-tokenizers that make every digit a piece of its own before the byte-level split; transformers'
+"""GGUF names of the pre-tokenizers that split off every digit before the byte-level split; transformers'
 `GGUF_PRE_TOKENIZER_SPLITS` lacks them."""
 
 DAMAGED = (ValueError, LookupError, OSError, EOFError, RuntimeError, struct.error)
-"""What transformers raises for a GGUF file that is cut short or is none."""
+"""What transformers raises for a GGUF file that is truncated or invalid."""
 
 
 def convert_gguf(file: Path, folder: Path, name: str) -> None:
-    """GGUF -> safetensors in float32: quantised blocks unpack to values that fewer bits would round."""
+    """GGUF -> safetensors in float32: fewer bits would round the dequantised values."""
     say(f"converting {file.name} to safetensors, once")
-    # transformers' bar for this cannot be switched off; it is welcome on a terminal only.
+    # transformers' progress bar for this cannot be switched off; it is shown in a terminal only.
     bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
     with quiet(), bar:
         try:
@@ -67,11 +68,11 @@ def convert_gguf(file: Path, folder: Path, name: str) -> None:
 
 
 def open_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in a GGUF file, unpacked, and its tokenizer.
+    """The model in a GGUF file, dequantised, and its tokenizer.
 
     Raises:
         UserError: the file scales positions in a way that is not read here.
-        One of `DAMAGED`: it is cut short, or is none.
+        One of `DAMAGED`: it is truncated or invalid.
     """
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     metadata, tensors = read_gguf_metadata(str(file))
@@ -97,7 +98,7 @@ def _complete(config: Any, metadata: dict[str, Any], tensors: set[str], file: Pa
     family = metadata["general.architecture"]
     own_width = metadata.get(f"{family}.attention.key_length")
     config.head_dim = own_width or config.hidden_size // config.num_attention_heads
-    if family != "qwen2":  # its biases are not for the configuration to choose
+    if family != "qwen2":  # whose configuration does not choose biases
         config.attention_bias = "blk.0.attn_q.bias" in tensors
     if family == "llama":
         config.mlp_bias = "blk.0.ffn_up.bias" in tensors
@@ -120,7 +121,7 @@ def _complete(config: Any, metadata: dict[str, Any], tensors: set[str], file: Pa
 
 
 def rope_divisors(config: Any) -> Tensor:
-    """`[head_dim / 2]`: by what the frequencies of the default rotary embedding are divided in Llama 3's."""
+    """`[head_dim / 2]`: the frequencies of the default rotary embedding divided by those of Llama 3's."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    places = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
-    return config.rope_parameters["rope_theta"] ** -(places / config.head_dim) / scaled  # type: ignore[no-any-return]
+    indices = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
+    return config.rope_parameters["rope_theta"] ** -(indices / config.head_dim) / scaled  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""What cannot be trained or asked, and why: from a model's configuration, tokenizer and the headers of its files.
+"""Models that cannot be trained or sampled from, and why: from configuration, tokenizer and the headers of files.
 
-No weight is read. `load_model` asks this before it loads any; what depends on the real class (missing, left-over and
-misshapen tensors, layers to adapt) it finds out on torch's meta device by the same calls that load in earnest.
+No weight is read. `load_model` checks this before it loads any; what depends on the model's class (missing, unexpected
+and mismatched tensors, layers to adapt) is checked on torch's meta device, by the same calls that load the model.
 """
 
 from __future__ import annotations
@@ -31,27 +31,28 @@ HEADS = {
     "ForMultipleChoice": "chooses among answers and writes none",
     "ForMaskedLM": "is a masked language model: every token sees those after it",
 }
-"""What a model is whose class has a name with such an end."""
+"""What a model is, by the end of its class's name."""
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
-"""Model types that see what follows, unless their configuration says `is_decoder`."""
+"""Model types whose attention is bidirectional, unless their configuration says `is_decoder`."""
 NEVER_CAUSAL = {"cpmant", "xlm", "xlnet"}
-"""Model types with a class "for causal language modelling" that sees what follows all the same."""
+"""Model types with a class "for causal language modelling" whose attention is bidirectional all the same."""
 SPECIAL = ("bos", "eos", "pad")
 PARTS = re.compile("vision|audio|image|video|speech|vq")
 CAUSAL = "a language model that writes from left to right"
 STORED_QUANTISED = re.compile(r"F8_|F4|I8$|U8$|I32$")
-"""Types of numbers that no unquantised weight is stored in."""
+"""safetensors' names of dtypes that only quantised weights are stored in."""
 
 
 def require_usable(config: Any, folder: Path, name: str, scores: bool = False) -> None:
-    """
+    """Refuse a model that cannot be used.
+
     Args:
         config: of transformers, as read from `folder`.
         scores: whether the model is to score conversations, and not to write.
 
     Raises:
-        UserError: it is of a kind that cannot be trained or asked here, its weights are stored quantised, or one of its
-            files is cut off.
+        UserError: the model is of a kind that is not supported, its weights are stored quantised, or one of its files
+            is truncated.
     """
     types = [kind for file in weight_files(folder) for kind in _types_of_weights(file, name)]
     for what, expected, advice in _obstacles(config, folder, types, scores):
@@ -59,7 +60,7 @@ def require_usable(config: Any, folder: Path, name: str, scores: bool = False) -
 
 
 def _obstacles(config: Any, folder: Path, types: Sequence[str], scores: bool) -> Iterator[tuple[str, str, str]]:
-    """What is wrong, what was expected, what to do; the surest first."""
+    """What is wrong, what was expected, what to do; the most certain first."""
     kind, classes = config.model_type, getattr(config, "architectures", None) or [""]
     if config.is_encoder_decoder:
         yield f"is an encoder-decoder ({kind}): a prompt and its answer are read by two models", CAUSAL, ""
@@ -91,14 +92,14 @@ def _is_other_part(config: Any, part: str) -> bool:
 
 
 def _looks_ahead(config: Any) -> bool:
-    """What families whose layers can be had both ways say of theirs."""
+    """Whether a family that exists with causal and with bidirectional attention is configured as the latter."""
     text = config.get_text_config()
     both_ways = getattr(text, "use_bidirectional_attention", None)
     return both_ways in (True, "all") or getattr(text, "is_causal", None) is False
 
 
 def _types_of_weights(file: Path, name: str) -> list[str]:
-    """The types of numbers in a file of safetensors, of each weight. Raises UserError: it is cut off, or none."""
+    """The dtype of each weight in a safetensors file. Raises UserError: the file is truncated or invalid."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -110,8 +111,8 @@ def _types_of_weights(file: Path, name: str) -> list[str]:
         except (ValueError, LookupError, TypeError, AttributeError):
             wanted, what = None, f"{file.name} is no file of safetensors, or its header is cut off"
     if wanted != size:
-        raise UserError(what, where=name, advice="bring it again; the copy or download may have been cut short")
-    # Masks and positions, which older files hold as well, are no weights.
+        raise UserError(what, where=name, advice="fetch it again; the copy or download may have been cut short")
+    # Masks and positions, which older files contain as well, are no weights.
     return [str(entry["dtype"]) for tensor, entry in tensors.items() if "weight" in tensor]
 
 
@@ -127,18 +128,18 @@ def _method(quantised: Any) -> str:
 
 
 def require_known_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:
-    """The special tokens, and those that a conversation is written with, are among the rows of the embeddings.
+    """Check that the special tokens, and those that a conversation is written with, have rows in the embeddings.
 
     Raises:
-        UserError: names the first that is not.
+        UserError: names the first that has none.
     """
     rows = config.get_text_config().vocab_size
     named: dict[str, Any] = {f"{token}_token": getattr(tokenizer, f"{token}_token_id") for token in SPECIAL}
     for file in ("config.json", "generation_config.json"):
-        # What the family's configuration has anyway nobody has chosen for this vocabulary.
+        # Defaults of the family's configuration were not chosen for this vocabulary.
         special = _special_ids(folder / file).items()
         named |= {f"`{key}` of {file}": value for key, value in special if value != getattr(type(config), key, None)}
-    named["chat template"] = _of_a_conversation(tokenizer)
+    named["chat template"] = _conversation_ids(tokenizer)
     for what, ids in named.items():
         for token in ids if isinstance(ids, list) else [ids]:
             if isinstance(token, int) and token >= rows:
@@ -154,7 +155,7 @@ def beyond_rows(token: int, tokenizer: PreTrainedTokenizerBase, rows: int, where
 
 
 def _special_ids(file: Path) -> dict[str, Any]:
-    """As the file has them: transformers drops or replaces some when it reads it."""
+    """Ids of special tokens as in the file: transformers drops or replaces some when it reads it."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -162,23 +163,23 @@ def _special_ids(file: Path) -> dict[str, Any]:
     return {key: values[key] for key in map("{}_token_id".format, SPECIAL) if values.get(key) is not None}
 
 
-def _of_a_conversation(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _conversation_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not tokenizer.chat_template:
         return []
     try:
         text = tokenizer.apply_chat_template(SAMPLE, tokenize=False)
-    except Exception:  # a template may raise anything; what it cannot write is for the data to say
+    except Exception:  # a template may raise anything; reading the data will report what it cannot write
         return []
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """Tokens that a model's table of positions has rows for; None where positions are computed."""
+    """Tokens that a model's table of positions has rows for; None if positions are computed."""
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding) and re.search(r"wpe|position|embed_pos", name):
-            first = getattr(table, "offset", None)  # rows that are kept free
-            free = first if first is not None else 0 if table.padding_idx is None else table.padding_idx + 1
-            return int(table.num_embeddings - free)
+            offset = getattr(table, "offset", None)
+            reserved = offset if offset is not None else 0 if table.padding_idx is None else table.padding_idx + 1
+            return int(table.num_embeddings - reserved)
     stored = [buffer for name, buffer in model.named_buffers() if name.endswith("embed_positions")]
     return len(stored[0]) if stored else None
 
@@ -194,7 +195,7 @@ def require_positions(model: nn.Module, length: int, where: str, advice: str) ->
 def require_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> None:
-    """Raises UserError: a prompt holds a token that the model has no row for, or no room is left for its answer."""
+    """Raises UserError: a prompt contains a token that the embeddings lack, or leaves no positions for its answer."""
     if not prompts:
         return
     rows = model.config.get_text_config().vocab_size
@@ -207,13 +208,13 @@ def require_prompts(
 
 
 def rotary_positions(config: Any) -> int | None:
-    """Tokens that a model with rotary positions was made for, scaling counted in; None where it does not say."""
+    """Tokens that a model with rotary positions was made for, scaling included; None if it does not say."""
     text = config.get_text_config()
     trained, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
     if not rope or not trained:
         return None
     scaled = [trained]
-    for way in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if way.get("rope_type", "default") != "default" and way.get("factor"):
-            scaled.append(int((way.get("original_max_position_embeddings") or trained) * way["factor"]))
+    for settings in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if settings.get("rope_type", "default") != "default" and settings.get("factor"):
+            scaled.append(int((settings.get("original_max_position_embeddings") or trained) * settings["factor"]))
     return int(max(scaled))

@@ -1,4 +1,4 @@
-"""A base model, from the folder that a recipe's name stands for."""
+"""Loading a base model by the name that a recipe gives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from prefold.trees.memory import returning_allocations
 
 LINEAR = (nn.Linear, Conv1D)
 NOTHING_AMISS: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
-"""transformers' report about a model whose tensors are all there."""
+"""transformers' loading report for a model whose tensors are all there."""
 
 
 def read_config(section: Model, folder: Path, **settings: Any) -> Any:
@@ -61,17 +61,17 @@ def load_model(
 
     Args:
         dtype: instead of the section's.
-        quantised: with weights in the 4 or 8 bits that the section asks for; without this they are whole.
-        head_seed: given, the model scores conversations: a sequence classifier with one label, whose head, if the files
-            hold none, is drawn by this seed.
+        quantised: with weights in 4 or 8 bits if the section says so; otherwise they are unquantised.
+        head_seed: if given, the model scores conversations: a sequence classifier with one label, whose head is
+            initialised with this seed if the files have none.
         sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
-        contents: without them the model has shapes alone, on the meta device: what is refused is refused all the same,
-            and no weight is read. Nor are weights of the Hub downloaded for that.
-        device: instead of the best there is, or of the section's `device_map`.
+        contents: without them the model has shapes alone, on the meta device. It is refused for the same reasons, but
+            no weight is read or downloaded.
+        device: instead of the best available, or of the section's `device_map`.
 
     Raises:
-        UserError: it cannot be had, is of a kind that cannot be used, needs code of its own, lacks some of its weights,
-            or has a tokenizer with tokens that it does not know.
+        UserError: the model cannot be fetched, is of a kind that cannot be used, needs code of its own, lacks some of
+            its weights, or has a tokenizer with tokens that it does not know.
     """
     folder = fetch(section.name, section.revision, weights=contents or not _on_hub(section))
     spread, device = None if device else section.device_map, device or choose_device()
@@ -88,7 +88,7 @@ def load_model(
         quantise_in_pieces()
     if contents:
         placed = {"": device} if bits or (device.type != "cpu" and not sharded) else None
-        # With a map each tensor goes from its file to its device; on the CPU, uncast, it stays mapped.
+        # With a device map each tensor goes from its file to its device; on the CPU, without a cast, it stays mapped.
         settings |= {"device_map": spread or placed, "quantization_config": bits}
         settings["distributed_config"] = DistributedConfig(fsdp_size=ranks.processes()) if sharded else None
         with busy(f"loading {without_home(section.name)}"):
@@ -147,10 +147,10 @@ def _from_configuration(kind: Any, name: str, settings: dict[str, Any]) -> Any:
 
 
 def prepare_forward(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as every pass wants it: in eval mode, without dropout of its own, and under autocast with the stream
-    between the layers in float32, as it is beside float32 weights.
+    """Prepare a model for every pass: in eval mode, without dropout of its own, and under autocast with the residual
+    stream in float32, as it is with float32 weights.
 
-    Rounding it in every layer is what moves log-probs most: over 600 tokens, by twice as much as the products do.
+    Rounding the stream in every layer changes log-probs most: over 600 tokens, by twice as much as the products do.
     """
 
     def widened(module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
@@ -164,7 +164,7 @@ def prepare_forward(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def without_dropout(model: torch.nn.Module) -> None:
-    """Switch a model's own dropout off, as TRL does: a loss that compares two passes wants one function, not two draws.
+    """Switch a model's own dropout off, as TRL does: a loss that compares two passes needs the same function in both.
 
     Its configuration keeps the values; a dropout that the recipe gives to LoRA is added later and stays.
     """
@@ -177,15 +177,15 @@ def without_dropout(model: torch.nn.Module) -> None:
 
 
 def plain_attention(setting: str, config: Any) -> str | None:
-    """The attention of the plain path: what the recipe says; eager where the model has a soft-cap, which sdpa would
-    leave out; else None, which is sdpa for every model that can take it."""
+    """The attention of the plain path: what the recipe says; eager if the model has a soft-cap, which sdpa would leave
+    out; else None, which is sdpa for every model that supports it."""
     if setting in ("sdpa", "eager"):
         return setting
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _require_complete(report: dict[str, Any], name: str) -> None:
-    """Every tensor of the model came from its files, and none of theirs was left over."""
+    """Raises UserError: the model's tensors and those of its files are not the same."""
     mismatched = [str(entry[0]) for entry in report.get("mismatched_keys", ())]
     for keys, problem in (
         (report.get("missing_keys", ()), "lack {count} tensors that its configuration calls for"),
@@ -199,13 +199,13 @@ def _require_complete(report: dict[str, Any], name: str) -> None:
 
 
 def vocabulary_before(section: Model) -> tuple[int, int]:
-    """Tokens that the tokenizer has, and rows that the vocabulary has, before a chat format is added."""
+    """Tokens of the tokenizer and rows of the vocabulary before a chat format is added."""
     folder = fetch(section.name, section.revision, weights=False)
     return len(load_tokenizer(folder)), read_config(section, folder).get_text_config().vocab_size
 
 
 class Loading(NamedTuple):
-    """Bytes that loading takes at its peak: `host` of the machine, mapped files left out, and on the `device`."""
+    """Peak memory of loading in bytes: on the `host`, without mapped files, and on the `device`."""
 
     host: int
     device: int
@@ -214,10 +214,10 @@ class Loading(NamedTuple):
 def loading_peak(
     shapes: PreTrainedModel, section: Model, stored: torch.dtype, device: str, quantised: bool = False
 ) -> Loading:
-    """What `load_model` takes at its peak: the weights as they stay, and what is passing through.
+    """Peak memory of `load_model`: the weights that stay, and temporary tensors.
 
     Args:
-        shapes: what `load_model` gives without contents, in the dtype that is to be loaded.
+        shapes: the model from `load_model` without contents, in the dtype to be loaded.
         stored: dtype of the files.
         device: its type.
     """
@@ -226,25 +226,25 @@ def loading_peak(
     linear = {id(layer.weight) for layer in shapes.modules() if type(layer) in LINEAR and layer is not head}
     embedded = {id(layer.weight) for layer in (shapes.get_input_embeddings(), head) if layer is not None}
     known, rows = vocabulary_before(section) if section.chat_template else (0, 0)
-    stays, passing, cast_on_host = 0, [0], [0]
+    stays, temporary, cast_on_host = 0, [0], [0]
     for weight in shapes.parameters():
         if quantised and id(weight) in linear:
             stays += quantised_bytes(weight, section)
-            passing.append(weight.numel() * (UNPACKED[section.load_in_4bit] if on_cpu else stored.itemsize))
+            temporary.append(weight.numel() * (UNPACKED[section.load_in_4bit] if on_cpu else stored.itemsize))
             continue
         fitted = bool(section.chat_template) and id(weight) in embedded
         grown = fitted and weight.shape[0] > rows
         stays += 0 if on_cpu and weight.dtype == stored and not grown else weight.nbytes
-        if fitted:  # the rows that were known in float32, for their mean and spread; and all as they were
-            passing.append(8 * weight[:known].numel() + (weight.nbytes if grown else 0))
+        if fitted:  # float32 copies of the known rows, for their mean and deviation; and the matrix as it was
+            temporary.append(8 * weight[:known].numel() + (weight.nbytes if grown else 0))
         cast_on_host.append(weight.nbytes if weight.dtype != stored else 0)
     if on_cpu:
-        return Loading(stays + max(passing), 0)
-    return Loading(GLOBAL_WORKERS * max(cast_on_host), stays + max(passing))
+        return Loading(stays + max(temporary), 0)
+    return Loading(GLOBAL_WORKERS * max(cast_on_host), stays + max(temporary))
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are; tied weights count once, quantised ones unpacked."""
+    """The number of trained parameters and of all; tied weights count once, quantised ones by their original size."""
     trainable, total = 0, 0
     for weight in model.parameters():
         state = getattr(weight, "quant_state", None)

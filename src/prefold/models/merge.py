@@ -1,8 +1,9 @@
-"""Merge an adapter into its unquantised base, and prove it: what is loaded back from disk must give the logits of base
-and adapter on real tokens, and its tokenizer the same ids.
+"""Merge an adapter into its unquantised base, and verify it: the model loaded back from disk must give the logits of
+base and adapter on real tokens, and its tokenizer the same ids.
 
-In half precision weights are rounded, those of the base too where it is stored in another dtype. That is told from an
-adapter that was lost by what is left of the adapter's own change of the logits, beside the base as it is rounded.
+In half precision weights are rounded, those of the base too if it is stored in another dtype. To tell that from a lost
+adapter, the merged model is also compared with the rounded base: how much of the adapter's change of the logits is
+left.
 """
 
 from __future__ import annotations
@@ -49,22 +50,22 @@ T = TypeVar("T")
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest root-mean-square difference of the logits, as a share of their own root mean square, by the dtype merged
-into; of a model with `DEPTH` layers. All are computed in float32."""
+into, for a model with `DEPTH` layers. All logits are computed in float32."""
 DEPTH = 8
 SCORE_ALLOWANCE = 4
-"""Times as much is tolerated of scores: they lack the offset that logits share and that makes those large beside what
-rounding does."""
+"""Factor of the tolerance for scores: they lack the offset that logits share, which makes logits large relative to
+rounding."""
 KEPT = 0.5
-"""Of the adapter's change of the logits, what must be left in the merged model."""
+"""The share of the adapter's change of the logits that is left in the merged model must differ from 1 by less."""
 MEASURABLE = 1e-5
-"""Share of the logits' size; of a smaller change what is left cannot be told."""
+"""Smallest change of the logits, as a share of their size, of which it can be measured how much is left."""
 TOKENS = 96
-"""On which the logits are compared, at most: less than a training step takes."""
+"""Most tokens on which the logits are compared: less than a training step takes."""
 CPU = torch.device("cpu")
 MARGIN = 1.5
-"""Free memory of a GPU, as a multiple of the weights, with which the comparison is begun there."""
+"""Free memory of a GPU, as a multiple of the weights, that the comparison needs to start there."""
 SHARD = "5GB"
-"""Most that a weight file holds, of a model that is not merged file by file."""
+"""Largest weight file of a model that is not merged file by file."""
 
 
 def merge_adapter(
@@ -84,7 +85,7 @@ def merge_adapter(
         rows: token ids on which the logits are compared; see `compared`.
         dtype: of the merged weights.
         head_seed: see `load_model`.
-        trained: what `logits_of` gave for the rows at the end of training, if over a quantised base.
+        trained: `logits_of` the rows at the end of training, if over a quantised base.
 
     Returns:
         The content of `merge.json`.
@@ -110,12 +111,12 @@ def merge_adapter(
 
 
 def compared(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Of real rows what the logits are compared on: their ends, where what was trained on is."""
+    """The ends of real rows, which contain the trained tokens: on these the logits are compared."""
     return [list(row[-(TOKENS // len(rows)) :]) for row in rows]
 
 
 def _made_from(base: Model, adapter: Path | None, dtype: str, head_seed: int | None) -> str:
-    """What decides the bytes of the merged files."""
+    """A hash of what determines the bytes of the merged files."""
     folder = fetch(base.name, base.revision)
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*"))]
     trained = [sha256_of(adapter / name) for name in (CONFIG, WEIGHTS)] if adapter is not None else []
@@ -127,7 +128,7 @@ def _made_from(base: Model, adapter: Path | None, dtype: str, head_seed: int | N
 def _write_whole(
     base: Model, adapter: Path | None, folder: Path, dtype: str, head_seed: int | None, pad_token: int | None
 ) -> None:
-    """`write_merged` of a model that fits into memory in float32; on the CPU, as that."""
+    """`write_merged` for a model that fits into memory in float32, on the CPU."""
     model: Any = load_model(base, dtype="float32" if adapter else dtype, head_seed=head_seed, device=CPU)
     if adapter is not None:
         model = open_adapter(model, adapter).merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
@@ -136,7 +137,7 @@ def _write_whole(
     model.save_pretrained(folder, max_shard_size=SHARD)
 
 
-# ---- the proof ----------------------------------------------------------------------------------------------------
+# ---- the comparison -----------------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -157,8 +158,8 @@ class Case(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """Of base + adapter, `wanted`, of the base alone, and of that with its weights rounded to the dtype merged into;
-    float32 on the CPU, as `logits_of` gives them."""
+    """Logits of base + adapter, `wanted`, of the base alone, and of the base with its weights rounded to the dtype
+    merged into; float32 on the CPU, as from `logits_of`."""
 
     wanted: Tensor
     base: Tensor
@@ -166,8 +167,8 @@ class Logits(NamedTuple):
 
 
 def where_it_fits(compute: Callable[[torch.device], T], weights: int = 0) -> T:
-    """What `compute` gives on the GPU; on the CPU where there is none, or it is too small for so many bytes of weights
-    and what is computed with them."""
+    """The result of `compute` on the GPU; on the CPU if there is no GPU, or it is too small for so many bytes of
+    weights and the computation with them."""
     device = choose_device()
     if device.type == "cuda":
         fits = free_on(device) > MARGIN * weights
@@ -180,7 +181,7 @@ def where_it_fits(compute: Callable[[torch.device], T], weights: int = 0) -> T:
 
 @returning_allocations()
 def _comparison(case: Case, device: torch.device) -> dict[str, Any]:
-    """One model at a time."""
+    """The content of `merge.json`. One model is loaded at a time."""
     wanted, plain, rounded = _logits_of_base(case, device)
     free_memory()
     scores, trained = case.head_seed is not None, case.trained
@@ -205,7 +206,7 @@ def _comparison(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def _logits_of_base(case: Case, device: torch.device) -> Logits:
-    """By the weights as they are stored, mapped from their files on a CPU, in float32 arithmetic."""
+    """Computed in float32 from the weights as they are stored; on a CPU they are mapped from their files."""
     stored = _stored_dtype(case.base_files)
     model = load_model(case.base, dtype=stored, head_seed=case.head_seed, device=device)
     with in_float32(model):
@@ -222,7 +223,7 @@ def _logits_of_base(case: Case, device: torch.device) -> Logits:
 
 @contextmanager
 def _loaded_back(case: Case, device: torch.device) -> Iterator[PreTrainedModel]:
-    """The merged model as transformers reads it."""
+    """While open, the merged model as transformers reads it, computing in float32."""
     kind: Any = AutoModelForCausalLM if case.head_seed is None else AutoModelForSequenceClassification
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
     saved = kind.from_pretrained(case.folder, dtype=case.dtype, local_files_only=True, **placed).eval()
@@ -233,7 +234,7 @@ def _loaded_back(case: Case, device: torch.device) -> Iterator[PreTrainedModel]:
 
 
 def _stored_dtype(files: Sequence[Path]) -> str:
-    """What most tensors are stored in."""
+    """The dtype that most tensors are stored in."""
     counted: Counter[str] = Counter()
     for file in files:
         with safe_open(file, "pt") as opened:
@@ -254,7 +255,7 @@ def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.no_grad()
 def _scores_as_read(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """`[rows]`: what transformers itself reads, in one batch if the model has a pad token."""
+    """`[rows]`: scores as transformers itself computes them, in one batch if the model has a pad token."""
     padding = model.config.get_text_config().pad_token_id
     batches = [rows] if padding is not None else [[row] for row in rows]
     padded = (pad(batch, model.device, padding or 0) for batch in batches)
@@ -262,29 +263,30 @@ def _scores_as_read(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def relative_rms(difference: Tensor, wanted: Tensor) -> float:
-    """Scores below 1 count as 1: near zero they mean little, and rounding does not shrink with them."""
+    """Root mean square of a difference relative to that of the wanted values. Scores below 1 count as 1: rounding does
+    not shrink with them."""
     size = wanted.square().mean().sqrt()
     return float(difference.square().mean().sqrt() / (size.clamp(min=1) if wanted.dim() == 1 else size))
 
 
-# ---- what it says -------------------------------------------------------------------------------------------------
+# ---- the result in words ------------------------------------------------------------------------------------------
 
 
 def merge_dtype(recipe: RecipeBase, dtype: torch.dtype) -> torch.dtype:
-    """What the merged model is saved in: what the recipe says, else what was computed in; `model.dtype` is `dtype`."""
+    """The dtype of the merged model: that of the recipe, else that of the computation; `dtype` is `model.dtype`."""
     setting, computed = recipe.merge.dtype, recipe.model.bnb_4bit_compute_dtype
     named = computed if setting == "auto" else setting
     return dtype if named in (None, "auto") else getattr(torch, named)
 
 
 def tolerance_of(model: PreTrainedModel) -> float:
-    """What rounding explains. It adds up like a random walk, by the root of the depth."""
+    """The relative difference that rounding explains. It adds up like a random walk, with the root of the depth."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", DEPTH)
     return TOLERANCE[model.dtype] * max(1.0, math.sqrt(layers / DEPTH))
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the checks of a merge found, in lines for people."""
+    """The results of a merge's checks, as lines for people."""
     measured, allowed = result["relative_difference"], result["tolerance"]
     lines = [f"logits differ by {measured:.1e} of their size, {allowed:.0e} is allowed"]
     effect, kept = result["adapter_effect"], result["adapter_kept"]

@@ -1,8 +1,8 @@
-"""The files of base + adapter, written tensor by tensor as they are computed: in the memory of a layer.
+"""The files of base + adapter, written tensor by tensor as they are computed, in the memory of one layer.
 
-The layers are merged by peft itself, each by itself: the model has shapes alone, and a layer that is due is given its
-weights. Files, names and bytes are those that transformers' `save_pretrained` writes for the merged model, its weights
-spread over files as those of the base are.
+peft merges the layers one by one: the model has shapes alone, and each layer gets its weights when it is merged. Files,
+names and bytes are those that transformers' `save_pretrained` writes for the merged model, with weights distributed
+over files as in the base.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMATS = {
 }
 """safetensors' names of dtypes, in the order in which it writes tensors."""
 WRITTEN = "written.json"
-"""Of an unfinished folder: the files that are whole, with their SHA-256."""
+"""Lists the complete files of an unfinished folder, with their SHA-256."""
 
 
 class Unmergeable(Exception):
@@ -52,10 +52,11 @@ class MergedTensors:
     """Base + adapter, by the names of the tensors in files.
 
     Args:
-        model: of shapes alone, without the adapter, in the dtype to be merged into; the adapter is put on it.
+        model: of shapes alone, without the adapter, in the dtype to be merged into; the adapter is loaded onto it.
 
     Raises:
-        Unmergeable: what the adapter changes is stored in another form than it is computed in, or would come apart.
+        Unmergeable: weights that the adapter changes are stored in another form than they are computed in, or are
+            shared with a layer that it does not change.
     """
 
     def __init__(self, base: Model, model: PreTrainedModel, adapter: Path | None, files: Sequence[Any]):
@@ -90,7 +91,7 @@ class MergedTensors:
         return self.last[1][name].to(self.shapes[name].dtype)
 
     def _base(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Mapped from its file where it needs no cast."""
+        """A tensor of the base, mapped from its file if it needs no cast."""
         tensor: Tensor = self.stored[name].get_tensor(name).to(dtype)
         if name in self.new_rows:
             known, tokenizer = self.new_rows[name]
@@ -98,8 +99,8 @@ class MergedTensors:
         return tensor
 
     def _merged(self, path: str, layer: nn.Module) -> dict[str, Tensor]:
-        """The weights of a layer with what is trained in it, added up by peft in float32: a base that is rounded first
-        loses every change of less than half of a rounding step."""
+        """The merged weights of a layer, added up by peft in float32: a base that is rounded first loses every change
+        of less than half a rounding step."""
         layer, given = copy.deepcopy(layer), [self.names.get(id(weight)) for weight in layer.parameters()]
         for (inner, weight), name in zip(list(layer.named_parameters()), given, strict=True):
             if name is not None and name in self.stored:
@@ -126,7 +127,7 @@ def saved_shapes(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _vocabulary(base: Model, model: PreTrainedModel, names: Mapping[int, str]) -> dict[str, tuple[int, Any]]:
-    """The tensors that have a row for each token, with what tells the new ones."""
+    """The tensors that have a row for each token, with the arguments of `new_rows`."""
     head: Any = model.get_output_embeddings()
     ends = (model.get_input_embeddings().weight, getattr(head, "weight", None), getattr(head, "bias", None))
     known = len(load_tokenizer(fetch(base.name, base.revision)))
@@ -134,7 +135,7 @@ def _vocabulary(base: Model, model: PreTrainedModel, names: Mapping[int, str]) -
 
 
 def _give_contents(adapted: Any, folder: Path) -> None:
-    """Have the adapter's own weights on the CPU: peft leaves them where the base is, without contents."""
+    """Load the adapter's own weights on the CPU: peft leaves them on the base's device, without contents."""
     stored = load_file(folder / WEIGHTS)
     own = get_peft_model_state_dict(adapted, adapted.state_dict(keep_vars=True), save_embedding_layers=False)
     contents = {id(weight): nn.Parameter(stored[name].float(), False) for name, weight in own.items()}
@@ -147,7 +148,7 @@ def _give_contents(adapted: Any, folder: Path) -> None:
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Outermost modules that hold something trained, with their names in the base."""
+    """Outermost modules with trained weights, with their names in the base."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         wraps = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
@@ -160,7 +161,7 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def write_merged(
     base: Model, adapter: Path | None, folder: Path, dtype: str, head_seed: int | None, pad_token: int | None
 ) -> None:
-    """Weights, configuration and generation settings. Files that an earlier process wrote whole are kept.
+    """Write weights, configuration and generation settings. Files that an earlier process completed are kept.
 
     Raises:
         Unmergeable: see `MergedTensors`.
@@ -191,7 +192,7 @@ def write_merged(
 
 
 def _save_settings(model: PreTrainedModel, folder: Path) -> None:
-    """What `save_pretrained` writes beside the weights; itself it would remove those that are there already."""
+    """Write what `save_pretrained` writes beside the weights, which would remove weights that are already there."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -215,7 +216,7 @@ def _write_files(folder: Path, parts: Mapping[str, Sequence[str]], tensors: Merg
 
 
 def _write_file(path: Path, names: list[str], tensors: MergedTensors, advance: Any) -> str:
-    """As safetensors' own `save_file` writes it, that wants all of them at once. Returns the SHA-256."""
+    """Write tensors as safetensors' `save_file` does, which needs all of them at once. Returns the SHA-256."""
     shapes, digest, offset = tensors.shapes, hashlib.sha256(), 0
     names.sort(key=lambda name: list(FORMATS).index(shapes[name].dtype))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

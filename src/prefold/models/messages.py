@@ -1,4 +1,4 @@
-"""What transformers says: kept out of the terminal, or told as the user's to mend."""
+"""Messages of transformers: kept out of the terminal, or turned into errors that the user can correct."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNREADABLE = (
     SafetensorError,
     StrictDataclassError,
 )
-"""What transformers raises for a folder that is not a sound model: each kind of file has a reader of its own."""
+"""What transformers raises for a folder that is no valid model: each kind of file has a reader of its own."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 
 
 def unreadable(what: str, error: Exception, where: str) -> UserError:
-    """What a model is refused with that transformers cannot read."""
+    """The error for a model that transformers cannot read."""
     if "trust_remote_code" in str(error):
         what = f"{what}: it needs Python code of its own, which prefold does not run"
         return UserError(what, where=where, expected="an architecture that transformers knows")

@@ -1,5 +1,5 @@
-"""Where a base model and data sets come from, and under which licence, as the base's own card says it: what a model
-card needs to know and the run folder would not hold otherwise."""
+"""Origin of the base model and of data sets, and the licence on the base's own card: what a model card needs and the
+run folder would not contain otherwise."""
 
 from __future__ import annotations
 

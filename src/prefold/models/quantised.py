@@ -1,7 +1,7 @@
 """Base weights in 4 or 8 bits, by bitsandbytes, ready for training LoRA over them.
 
-What peft's `prepare_model_for_kbit_training` does beyond freezing is not needed: under autocast the stream between the
-layers is float32, and so are log-probs; checkpoints without re-entry need no gradients of the inputs.
+What peft's `prepare_model_for_kbit_training` does beyond freezing is not needed: under autocast the residual stream is
+float32, and so are log-probs; non-reentrant checkpointing needs no gradients of the inputs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from prefold.errors import UserError
 from prefold.recipe import Model
 
 PIECE = 2**18
-"""Weights that are quantised at a time on a CPU: what is made of them stays in the caches of its cores."""
+"""Weights that are quantised at a time on a CPU: their temporary tensors fit into the caches of its cores."""
 UNPACKED = {True: 0, False: 8}
-"""Bytes for each number of a matrix while it is quantised on a CPU, to 4 bits or not."""
+"""Temporary bytes per weight while a matrix is quantised on a CPU, by whether that is to 4 bits."""
 BLOCK = 64
 """Weights that share a scale in 4 bits."""
 BLOCK_OF_SCALES = 256
-"""Scales that share one of their own, where scales are quantised too."""
+"""Scales that share a scale of their own, with double quantisation."""
 
 
 def quantisation(section: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What the section asks for, in transformers' words; None if it asks for nothing. `dtype` is what `auto` stands
-    for. Raises UserError if bitsandbytes is not installed."""
+    """The quantisation of the section as transformers' configuration; None if it has none. `dtype` is what `auto`
+    stands for. Raises UserError if bitsandbytes is not installed."""
     if not (section.load_in_4bit or section.load_in_8bit):
         return None
     if find_spec("bitsandbytes") is None:
@@ -50,7 +50,7 @@ def quantisation(section: Model, dtype: torch.dtype) -> BitsAndBytesConfig | Non
 
 
 def quantised_bytes(weight: Tensor, section: Model) -> int:
-    """A matrix with its scales: one for 64 weights in 4 bits, one for each row in 8."""
+    """Bytes of a quantised matrix with its scales: one for 64 weights in 4 bits, one for each row in 8."""
     if section.load_in_8bit:
         return weight.numel() + 4 * weight.shape[0]
     scales = -(-weight.numel() // BLOCK)
@@ -61,8 +61,8 @@ def quantised_bytes(weight: Tensor, section: Model) -> int:
 
 @cache
 def quantise_in_pieces() -> None:
-    """Have bitsandbytes quantise to 4 bits piece by piece on a CPU. Of itself it holds 20 bytes for each number of a
-    matrix meanwhile, 1 GB for one of a 7B model, and takes three times as long for the same bits."""
+    """Have bitsandbytes quantise to 4 bits piece by piece on a CPU. By default it takes 20 temporary bytes per weight
+    of a matrix, 1 GB for one of a 7B model, and three times as long, for the same bits."""
     from bitsandbytes.functional import get_4bit_type
 
     name = "bitsandbytes::quantize_4bit"
@@ -95,12 +95,12 @@ def quantise_in_pieces() -> None:
 
 
 def prepare_quantised(model: PreTrainedModel) -> None:
-    """Let every quantised layer compute alike in training and evaluation, take its inputs as other layers do, and give
-    its weight whole: `unpacked(dtype)`.
+    """Have every quantised layer compute alike in training and evaluation, cast its inputs under autocast as other
+    layers do, and give its dequantised weight: `unpacked(dtype)`.
 
     In evaluation mode on a CPU, bitsandbytes packs 4-bit weights into a form that has no gradient, and never back
-    within a run; 8-bit layers round their inputs as well. Both would put the reference, which is computed in
-    evaluation mode, apart from the policy.
+    within a run; 8-bit layers round their inputs as well. Both would make the reference, which is computed in
+    evaluation mode, differ from the policy.
     """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
@@ -114,7 +114,7 @@ def prepare_quantised(model: PreTrainedModel) -> None:
 
 
 def _stay(mode: bool = True) -> None:
-    """Stands in for the `train` of a layer that stays in training mode."""
+    """Replaces the `train` of a layer that stays in training mode."""
 
 
 def _from_4_bits(layer: Any, dtype: torch.dtype) -> Tensor:
@@ -124,13 +124,13 @@ def _from_4_bits(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _from_8_bits(layer: Any, dtype: torch.dtype) -> Tensor:
-    """As bitsandbytes' own backward pass has it; `state` is there once the layer has computed."""
+    """As in bitsandbytes' own backward pass; `state` exists once the layer has computed."""
     scales: Tensor = layer.state.SCB.unsqueeze(1)
     return layer.state.CB.to(dtype, copy=True).mul_(scales.mul(1.0 / 127.0))  # type: ignore[no-any-return]
 
 
 def _as_under_autocast(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Autocast does not know bitsandbytes' products: without this their outputs would have the inputs' float32."""
+    """Autocast does not know bitsandbytes' products: without this their outputs would be float32, like the inputs."""
     device = inputs[0].device.type
     if not torch.is_autocast_enabled(device):
         return None

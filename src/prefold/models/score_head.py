@@ -1,5 +1,5 @@
 """The head of a reward model: a linear layer that gives the last token of a conversation its score, in place of the
-vocabulary's.
+vocabulary's head.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ WEIGHT = f"{SCORE}.weight"
 
 
 def set_up_head(model: PreTrainedModel, report: dict[str, Any], seed: int, name: str) -> dict[str, Any]:
-    """Draw the weights of a head that no file held: small and random, the same for the same seed on every device. Gives
-    transformers' report about loading back without what the change of heads explains.
+    """Initialise a head that the files lack: small random weights, the same for the same seed on every device. Returns
+    transformers' loading report without what the change of heads explains.
 
     Raises:
         UserError: the model has no such head, or one for several labels.
@@ -36,7 +36,7 @@ def set_up_head(model: PreTrainedModel, report: dict[str, Any], seed: int, name:
         drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
         head.weight.data.copy_(spread * drawn)
     if model.config.get_text_config().pad_token_id is None:
-        # Without one the model refuses batches; which it is does not matter to the engine, that knows the last tokens.
+        # Without one the model refuses batches; which one does not matter to the engine, which knows the last tokens.
         set_padding(model, 0)
     trunk = f"{model.base_model_prefix}."
     return {
@@ -47,19 +47,19 @@ def set_up_head(model: PreTrainedModel, report: dict[str, Any], seed: int, name:
 
 
 def set_padding(model: PreTrainedModel, token: int | None) -> None:
-    """Tell a classifier which token is padding: it reads a score at the last one that is not."""
+    """Set a classifier's pad token: it reads the score at the last token that is not padding."""
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = token
 
 
 def pad_apart(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
-    """Pad with a special token that is not one of `ends`, those that conversations end with: in a batch a classifier of
+    """Pad with a special token that is not one of `ends`, with which conversations end: in a batch a classifier of
     transformers would read their scores one token early.
 
-    Its own pad token is kept where it will do. Where none will, there is none afterwards, and classifiers refuse
-    batches.
+    The tokenizer's pad token is kept if it is none of them. If all special tokens are, there is no pad token
+    afterwards, and classifiers refuse batches.
     """
-    special = [how.content for how in tokenizer.added_tokens_decoder.values() if how.special]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     tokens = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special]
     free = (token for token in tokens if token is not None and tokenizer.convert_tokens_to_ids(token) not in ends)
     tokenizer.pad_token = next(free, None)

@@ -1,5 +1,5 @@
-"""A model's tokenizer, from the folder that a recipe's name stands for; read without any code of models, since that
-takes seconds to import.
+"""Loading a model's tokenizer by the name that a recipe gives, without the code of models, which takes seconds to
+import.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _plain_config(folder: Path) -> PreTrainedConfig | None:
-    """The model's configuration without a class of its own, whose import takes two seconds and is for nothing where the
-    tokenizer's files say what class it has."""
+    """The model's configuration without its own class, whose import takes two seconds and is not needed if the
+    tokenizer's files name their class; None if they do not."""
     try:
         named = read_json(folder / "tokenizer_config.json")
         if not named.get("tokenizer_class") or "auto_map" in named:
@@ -64,8 +64,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_of(section: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model as a recipe names it, with the chat format that it is to learn and what its template is
-    given. Raises UserError: there is none, it cannot be read, or its template does not read what it is given."""
+    """The tokenizer of a model in a recipe, with the chat format that the model is to learn, and the keywords of its
+    template. Raises UserError: there is none, it cannot be read, or its template does not use the keywords."""
     tokenizer = load_tokenizer(fetch(section.name, section.revision, weights=False))
     if section.chat_template:
         set_chat_format(tokenizer, section.chat_template)

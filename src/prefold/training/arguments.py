@@ -1,4 +1,4 @@
-"""The recipe's `train` section in transformers' words."""
+"""The recipe's `train` section as transformers' `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefold.trees.attention import CHECKPOINTING
 
 
 def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
-    """Those that optimizers, schedules and trackers read."""
+    """The arguments that optimizers, schedules and trackers read."""
     settings, device = recipe.train, choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
     checkpointing: dict[str, Any] = {CHECKPOINTING: settings.gradient_checkpointing}
@@ -45,12 +45,12 @@ def training_arguments(recipe: RecipeBase, steps: int) -> TrainingArguments:
         metric_for_best_model=settings.metric_for_best_model or ("loss" if settings.load_best_model_at_end else None),
         greater_is_better=settings.greater_is_better,
         save_strategy="steps",
-        save_only_model=True,  # as far as the Trainer is concerned: checkpoints are not its own
+        save_only_model=True,  # the loop writes checkpoints, not the Trainer
         save_steps=settings.save_steps,
         save_total_limit=settings.save_total_limit,
         logging_steps=1,
         **checkpointing,
     )
-    # Set afterwards: the Trainer wants a checkpoint at each measurement then, and the loop makes one at the best ones.
+    # Set afterwards, as it requires a checkpoint at each evaluation; the loop writes one at the best evaluations.
     arguments.load_best_model_at_end = settings.load_best_model_at_end
     return arguments

@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: each lists its files with sizes and SHA-256, and is checked before it is loaded.
+"""Checkpoints with a manifest: the sizes and SHA-256 sums of their files, checked before a checkpoint is loaded.
 
-A checkpoint is complete when its list is there, which is written last; the folder gets its name after that. Whatever
-differs from the list, a file too many included, is no checkpoint of ours, and the one before is taken.
+The manifest is written last, and the folder gets its name after that. A checkpoint that differs from its manifest, even
+by an additional file, is not used, and the one before is taken.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from prefold.terminal import say
 logger = logging.getLogger("prefold")
 
 MANIFEST = "prefold.json"
-"""In a checkpoint: the token budget that it was trained with, so that a resumed run splits its steps alike, what the
-algorithm carries from step to step, the step of the checkpoint that was best so far if it is wanted in the end, and the
-list of files."""
+"""The manifest of a checkpoint: the token budget, so that a resumed run splits its steps alike; the algorithm's state;
+the step of the best checkpoint so far, if the run is to end with the best; and the files."""
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -35,22 +34,22 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def write_manifest(checkpoint: Path, max_tokens: int, carried: State, best: int | None) -> None:
-    """The last file of a checkpoint."""
+    """Write the manifest, the last file of a checkpoint."""
     files = {name: _size_and_sum(path) for name, path in _files(checkpoint).items()}
     manifest = {"max_tokens": max_tokens, "carried": dict(carried), "best": best, "files": files}
     write_json(checkpoint / MANIFEST, manifest)
 
 
 def read_manifest(checkpoint: Path) -> tuple[int, State]:
-    """The token budget that a checkpoint was trained with, and what its algorithm carried."""
+    """The token budget and the algorithm's state at a checkpoint."""
     manifest = read_json(checkpoint / MANIFEST)
     return int(manifest["max_tokens"]), dict(manifest["carried"])
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that can be gone on from; None if there is none.
+    """The newest checkpoint that training can resume from; None if there is none.
 
-    Newer ones are broken, or the best one that they build on is. They are named, and put out of the way.
+    Newer ones that are broken, or whose best checkpoint is, are reported and renamed.
     """
     for checkpoint in sorted(checkpoints_in(checkpoints), key=step_of, reverse=True):
         trouble = flaw(checkpoint) or _flaw_of_best(checkpoint)
@@ -94,7 +93,7 @@ def _flaw_of_best(checkpoint: Path) -> str:
 
 
 def _files(checkpoint: Path) -> dict[str, Path]:
-    """By their names inside the checkpoint, its list left out."""
+    """The files of a checkpoint by their relative paths, without the manifest."""
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     return {path.relative_to(checkpoint).as_posix(): path for path in paths if path != checkpoint / MANIFEST}
 

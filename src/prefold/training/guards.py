@@ -1,17 +1,17 @@
-"""What goes wrong in training, told from its metrics: one small function for each trouble, and what follows from it.
+"""Guards, which detect from the metrics what goes wrong in training, and what follows from that.
 
-A guard is given the lines of `metrics.jsonl` so far, whose last one is of the step just done, and what is known of the
-run beside them. It gives None, or what it sees and what to do about it in plain words. It speaks only at a step that
-has its metric, so each of them suits any method. `Guards` calls them after every step, and does what the recipe wants:
+A guard is a function for one problem. It gets the lines of `metrics.jsonl` so far, the last one of the step just done,
+and the `Facts` of the run. It returns None, or the problem and advice in plain words. It reports only at a step that
+has its metric, so every guard suits every method. `Guards` calls them after every step, and acts as the recipe says:
 
-    warn         said once, in the terminal, in run.log and in the report
+    warn         reported once, in the terminal, in run.log and in the report
     stop         the run ends with exit code 1; its checkpoints stay
-    roll_back    back to the last checkpoint, and on from there at half the rate
-    lower_rate   on at half the rate
+    roll_back    training resumes from the last checkpoint at half the rate
+    lower_rate   training goes on at half the rate
 
-What was seen is in `guards.json`. Each event there says after which step it counts: a run that goes on from a
-checkpoint drops the later ones, as it drops later lines of `metrics.jsonl`, and meets them again. So the rate of a step
-depends on the events before it alone, and a resumed run is a straight one.
+The events are in `guards.json`, each with the step after which it counts. A run that resumes from a checkpoint drops
+later events, as it drops later lines of `metrics.jsonl`, and detects them again. So the rate of a step depends on the
+events before it alone, and a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -35,33 +35,32 @@ History = Sequence[Mapping[str, float]]
 
 LN_2 = math.log(2)
 FEW = 5
-"""Steps in a row that are no accident."""
+"""Steps in a row that are not chance."""
 ENOUGH = 32
-"""Pairs, or groups, that are no accident: steps that hold one or two are many times right or equal by luck."""
+"""Pairs, or groups, that are not chance: with one or two per step, many steps are all right or all equal by luck."""
 SOME = 10
-"""Steps whose mean says where a metric stands."""
+"""Steps over which a metric is averaged."""
 LOWERED = 0.5
-"""What a rate is multiplied with."""
+"""Factor by which a rate is lowered."""
 MOST = 3
 """Times that a guard may roll back, or lower the rate, in one run."""
 
 Event = dict[str, Any]
-"""`guard`, `action`, `step` (that it was seen at), `after` (the step from which on it counts), `message`, `advice`, and
-perhaps `rows`."""
+"""`guard`, `action`, `step` (at which it was detected), `after` (the step after which it counts), `message`, `advice`,
+and perhaps `rows`."""
 
 ACCURACIES = ("rewards/accuracies", "accuracy")
 MARGINS = ("rewards/margins", "margin")
-"""Of pairs, and the names that they have in a reward model's run."""
+"""Names of these metrics of pairs: of policies, and of reward models."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What guards know of a run beside its metrics.
+    """What guards know of a run besides its metrics.
 
     `steps`: of the whole run. `learning_rate`: the highest of its schedule. `batch_size`: pairs or prompts of a step.
-    `telling`: what the check of the data found to differ between chosen and rejected as such, in its words.
-    `scales_gradients`: float16, where a step whose gradients overflow is left out by the loss scaler, and the scale
-    lowered.
+    `telling`: findings of the data check that tell chosen from rejected completions, in its words. `scales_gradients`:
+    training in float16, where the loss scaler skips a step whose gradients overflow, and lowers the scale.
     """
 
     steps: int
@@ -73,7 +72,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What a guard sees and what to do; `of_rows`: the rows of the step are to blame, and shown."""
+    """A problem and what to do; `of_rows`: the rows of the step may be its cause, and are reported."""
 
     message: str
     advice: str
@@ -104,7 +103,7 @@ def not_finite(history: History, facts: Facts) -> Trouble | None:
 
 
 def no_gradient(history: History, facts: Facts) -> Trouble | None:
-    """Nothing reaches what is trained. Equal rewards explain themselves elsewhere."""
+    """No gradient reaches the trained weights. Equal rewards, and completions all cut off, have their own guards."""
     lines = history[-FEW:]
     silent = all(line.get("grad_norm", 1.0) == 0 and line.get("frac_reward_zero_std", 0.0) < 1 for line in lines)
     if len(lines) < FEW or not silent or all(line.get("completions/clipped_ratio", 0.0) == 1 for line in lines):
@@ -139,13 +138,13 @@ def stuck_at_start(history: History, facts: Facts) -> Trouble | None:
 
 
 def chosen_falling(history: History, facts: Facts) -> Trouble | None:
-    """Chosen answers lose half of their log-probability again while margins grow. That both fall a little is usual."""
+    """Log-probs of chosen answers fall by half of their value while margins grow. That both fall a little is usual."""
     if not {"logps/chosen", "rewards/margins"} <= history[-1].keys() or len(history) < 2 * SOME:
         return None
     first, last = _ends(history, "logps/chosen")
     margin_was, margin_now = map(fmean, _ends(history, "rewards/margins"))
     was, now = fmean(first), fmean(last)
-    # A step of one or two pairs has the log-probs of its lengths: what differs by luck is no fall.
+    # With one or two pairs per step, log-probs vary with the lengths of completions: noise is no fall.
     luck = 4 * math.hypot(_error(first), _error(last))
     if not (now < was - max(0.5 * abs(was), luck) and margin_now > margin_was):
         return None
@@ -272,9 +271,9 @@ GUARDS: dict[str, Guard] = {
     "equal_rewards": equal_rewards,
     "cut_off": cut_off,
 }
-"""Asked after every step, in this order."""
+"""Called after every step, in this order."""
 AT_THE_END: dict[str, Guard] = {"undertrained": undertrained}
-"""Asked once all steps are done."""
+"""Called once all steps are done."""
 
 
 def _latest(history: History, name: str, count: int) -> list[float]:
@@ -290,17 +289,17 @@ def _latest(history: History, name: str, count: int) -> list[float]:
 
 
 def _named(names: Sequence[str], line: Mapping[str, float]) -> str:
-    """By which of its names a step has a metric; the first where it has none."""
+    """The name under which a step has a metric; the first name if it has none of them."""
     return next((name for name in names if name in line), names[0])
 
 
 def _steps_of_enough(facts: Facts) -> int:
-    """Steps in a row that are no accident, by what a step holds."""
+    """Steps in a row that are not chance, given the batch size."""
     return max(FEW, -(-ENOUGH // facts.batch_size))
 
 
 def _ends(history: History, name: str) -> tuple[list[float], list[float]]:
-    """A metric at the first and at the last steps; NaN where none of them has it."""
+    """The values of a metric at the first and at the last steps; NaN if none of them has it."""
     first, last = ([line[name] for line in part if name in line] for part in (history[:SOME], history[-SOME:]))
     return first or [math.nan], last or [math.nan]
 
@@ -314,17 +313,17 @@ def _error(values: Sequence[float]) -> float:
 
 
 class RolledBack(Exception):
-    """Training is to be taken up again from an earlier checkpoint."""
+    """Training is to resume from an earlier checkpoint."""
 
 
 class Guards:
     """The guards of one run.
 
     Args:
-        actions: what follows, by the name of the guard; those that are left out or `off` are not asked.
+        actions: by name of the guard; guards that are left out or `off` are not called.
         facts: of the run.
         record: the metrics so far; its folder holds `guards.json`.
-        resumed_step: the step after which the run goes on.
+        resumed_step: the step after which the run resumes; 0 if it begins.
         rows_of: the rows that a step was computed from, in words.
         last_step: the step of the last checkpoint, 0 if there is none.
     """
@@ -346,22 +345,22 @@ class Guards:
         self._write()
 
     def rate(self, step: int) -> float:
-        """What the schedule's rate is multiplied with at a step."""
+        """The factor of the schedule's rate at a step."""
         lowering = [event for event in self.events if event["action"] in ("roll_back", "lower_rate")]
         return float(LOWERED ** sum(event["after"] < step for event in lowering))
 
     def look(self, step: int) -> None:
-        """After each step.
+        """Call the guards, after each step.
 
         Raises:
             StageError: a guard stops the run.
-            RolledBack: it is to go on from the last checkpoint.
+            RolledBack: training is to resume from the last checkpoint.
         """
         for name, guard in GUARDS.items():
             self._ask(name, guard, step)
 
     def look_at_end(self, step: int) -> None:
-        """When all steps are done; raises as `look`."""
+        """Call the guards of the end, when all steps are done; raises as `look`."""
         for name, guard in AT_THE_END.items():
             self._ask(name, guard, step)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end training after the step at hand, with a checkpoint. A second one ends it at once."""
+"""Ctrl-C and SIGTERM end training after the current step, with a checkpoint. A second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """To be entered around training, which looks at `caught`: the number of the signal, if there was one.
+    """A context manager around training, which reads `caught`: the number of the signal, or None.
 
-    Signals that the process was started to ignore, and all of them outside the main thread, are left as they are.
+    Signals that the process ignores keep being ignored. Outside the main thread, no signal is caught.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class Interruption:
         self.before = {}
 
     def leave(self) -> None:
-        """Once training has come to its end.
+        """Exit as the caught signal demands, after training has ended.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was caught.
-            SystemExit: SIGTERM was caught; the code is the one of a process that it ended.
+            SystemExit: SIGTERM was caught; the exit code is that of a process ended by it.
         """
         if self.caught == signal.SIGINT:
             raise KeyboardInterrupt

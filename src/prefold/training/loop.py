@@ -1,15 +1,15 @@
-"""Training: one optimizer step after another, each from its trees to the changed weights. `TrainingLoop.step` is where
-to start reading.
+"""The training loop: one optimizer step after another, each from its trees to the changed weights. Start reading at
+`TrainingLoop.step`.
 
     trees of the step -> rows by token budget -> log-probs -> loss -> backward      each process its share
     -> gradients of all processes -> clip -> optimizer -> schedule
     -> held-out data -> metrics -> guards -> trackers -> checkpoint
 
-A loss comes as sums, which are divided by their counts over the whole step. So its numbers do not depend on how a step
-is split into rows and over processes.
+A loss consists of sums, which are divided by their counts over the whole step. So its numbers do not depend on how a
+step is split into rows and over processes.
 
 A loss that couples the trees of a step is computed once for all of them: first their log-probs without gradient, then
-the gradients of the loss by these log-probs, then, row by row, the backward passes of the log-probs.
+the gradients of the loss with respect to these, then, row by row, the backward passes of the log-probs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from prefold.trees.reference import Reference
 from prefold.trees.scorer import PADDING, Scorer, reference_model
 
 TREES = "trees"
-"""Among the units of a step: how many trees are computed, those that have something to score."""
+"""A unit of a step: the number of computed trees that have completions."""
 
 
 # ---- what steps are computed from -------------------------------------------------------------------------------
@@ -64,10 +64,10 @@ TREES = "trees"
 
 @dataclass(frozen=True)
 class TreeSet:
-    """Trees, and by the index of each tree what a loss reads beside its log-probs.
+    """Trees, and, by tree index, what a loss reads besides their log-probs.
 
-    `reference`: the reference's log-probs of its scored tokens, or what computes them. `extras`: by name, values of its
-    completions or of their scored tokens; they go to the loss in `TreeLogprobs.extras`.
+    `reference`: the reference's log-probs of a tree's scored tokens, or what computes them. `extras`: by name, values
+    of a tree's completions or of their scored tokens; the loss gets them in `TreeLogprobs.extras`.
     """
 
     trees: Sequence[TokenTree]
@@ -81,10 +81,10 @@ class TreeSet:
 
 
 class StepTrees(NamedTuple):
-    """What a step is computed from: the trees of `data` at `indices`. `metrics`: of how they came about.
+    """What a step is computed from: the trees of `data` at `indices`. `metrics`: of how the trees were made.
 
-    `left_out`: those of them whose loss is 0 and has no gradient. They count in what the loss is divided by, take no
-    pass, and add `left_out_metrics` to the algorithm's.
+    `left_out`: indices of those whose loss and gradient are 0. They count in the divisor of the loss, are not computed,
+    and add `left_out_metrics` to the algorithm's metrics.
     """
 
     data: TreeSet
@@ -99,15 +99,15 @@ class StepTrees(NamedTuple):
 
 
 Source = Callable[[int], StepTrees]
-"""Gives the trees of a step, by the number of steps before it."""
+"""Returns the trees of a step, given the number of steps before it."""
 
 
 class StepOrder:
-    """Which trees each optimizer step covers: seeded permutations, one per epoch, cut into steps end to end.
+    """Which trees each optimizer step covers: seeded permutations, one per epoch, concatenated and cut into steps.
 
-    Every step is full but the last, which takes what is left; `iterations` steps in a row cover the same. The order
-    depends on the seed alone, never on the state of a random generator, so a resumed run continues it by the number of
-    the step.
+    Every step is full but the last, which takes what is left; `iterations` steps in a row cover the same trees. The
+    order depends on the seed alone, never on the state of a random generator, so a resumed run continues it by the
+    number of the step.
     """
 
     def __init__(self, trees: int, batch_size: int, draws: int, seed: int, iterations: int = 1):
@@ -124,7 +124,7 @@ class StepOrder:
         return [self._epoch(draw // self.trees)[draw % self.trees] for draw in draws]
 
     def epochs(self, steps: int) -> float:
-        """How often that many steps have seen the training set."""
+        """Passes over the training set in that many steps."""
         return min(steps / self.iterations * self.batch_size, self.draws) / self.trees
 
     def _epoch(self, epoch: int) -> list[int]:
@@ -136,7 +136,7 @@ class StepOrder:
 
 @dataclass(frozen=True)
 class StoredTrees:
-    """A source of steps on trees that are there before training."""
+    """A source of steps on trees that exist before training."""
 
     data: TreeSet
     order: StepOrder
@@ -147,7 +147,7 @@ class StoredTrees:
 
 
 Gradients = tuple[Tensor, list[LossOutput]]
-"""What came about while gradients were left with the weights: the loss, and what the algorithm gave for each row."""
+"""The loss, and the algorithm's output for each row; the gradients themselves are added to those of the weights."""
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ class TrainingLoop:
         source: of the trees of each step.
         order: which items of the training set each step covers.
         record: where metrics and times of the steps go.
-        guards: what looks at every step, and may lower the rate.
-        args: the recipe's settings in transformers' words.
-        held_out: what metrics are computed on at every `eval_steps`; None where they are not.
+        guards: called after every step; they may lower the rate.
+        args: the recipe's settings as transformers' arguments.
+        held_out: trees on which metrics are computed at every `eval_steps`; None: no such metrics.
         patience: measurements without a better metric after which training stops; None: never.
-        callbacks: transformers', told of the beginning, of every step's metrics, of checkpoints and of the end.
+        callbacks: transformers callbacks, called at the beginning, with metrics, at checkpoints and at the end.
     """
 
     def __init__(
@@ -192,18 +192,18 @@ class TrainingLoop:
             "scores_prompt": algorithm.scores_prompt,
         }
         self.carried: State = NO_STATE
-        """What the algorithm takes along from step to step."""
+        """The algorithm's state between steps."""
         self.stopping = EarlyStoppingCallback(patience or sys.maxsize)
         self.callbacks = [*([self.stopping] if patience else []), *callbacks]
         self.interruption, self.control = Interruption(), TrainerControl()
         self.state: Any = TrainerState(train_batch_size=1, max_steps=len(order), num_train_epochs=1)
         self.state.compute_steps(args, len(order))
-        # Checkpoints fall between the rounds of steps on the same trees.
+        # Checkpoints do not fall between steps on the same trees.
         self.state.save_steps = math.ceil(self.state.save_steps / order.iterations) * order.iterations
         self.best_before: int | None = None
 
     def train(self, checkpoint: Path | None = None) -> None:
-        """All steps, or those that are left after a checkpoint.
+        """Take all steps, or those that are left after a checkpoint.
 
         Raises:
             KeyboardInterrupt, SystemExit: the process was asked to stop; there is a checkpoint of the last step.
@@ -216,7 +216,7 @@ class TrainingLoop:
         self.interruption.leave()
 
     def step(self) -> None:
-        """One optimizer step, and what follows from it."""
+        """Take one optimizer step and record it; measure and save if that is due."""
         step, started = self.state.global_step + 1, time.perf_counter()
         batch = self.source(step - 1)
         loss, metrics = self.compute_gradients(batch)
@@ -244,19 +244,19 @@ class TrainingLoop:
     # ---- gradients ----
 
     def compute_gradients(self, batch: StepTrees) -> tuple[Tensor, dict[str, float]]:
-        """Leave the gradients of a step with the weights; returns its loss and its metrics.
+        """Add the gradients of a step to those of the weights; returns its loss and its metrics.
 
-        Out of memory: the token budget is lowered and all of it done again.
+        If memory runs out, the token budget is lowered and the step computed again.
         """
         while (result := self.scorer.attempt(partial(self._compute_gradients, batch), together=True)) is None:
             self.model.zero_grad()
             self.scorer.lower_budget([batch.data.trees[i] for i in batch.computed])
         loss, outputs = result
         self.carried = outputs[-1].state if outputs else self.carried
-        every = [*(output.metrics for output in outputs), batch.left_out_metrics]
-        names = dict.fromkeys(name for metrics in every for name in metrics)
-        parts = {name: [metrics[name] for metrics in every if name in metrics] for name in names}
-        return loss, {**batch.metrics, **{name: value_of(of_metric) for name, of_metric in parts.items()}}
+        all_metrics = [*(output.metrics for output in outputs), batch.left_out_metrics]
+        names = dict.fromkeys(name for metrics in all_metrics for name in metrics)
+        parts = {name: [metrics[name] for metrics in all_metrics if name in metrics] for name in names}
+        return loss, {**batch.metrics, **{name: value_of(values) for name, values in parts.items()}}
 
     def _compute_gradients(self, batch: StepTrees) -> Gradients:
         self.model.train()
@@ -271,7 +271,7 @@ class TrainingLoop:
         shares = ranks.gather((loss, [replace(output, loss={}, kept={}) for output in outputs]))
         ranks.sum_gradients(self.model)
         if not units[TREES]:
-            # Optimizers want gradients, be they 0.
+            # Optimizers need gradients, even if they are 0.
             weights = [weight.sum() for weight in self.model.parameters() if weight.requires_grad]
             self.accelerator.backward(0 * torch.stack(weights).sum())
         for row, output in zip(rows, outputs, strict=False):
@@ -281,7 +281,7 @@ class TrainingLoop:
     def row_by_row(
         self, data: TreeSet, rows: list[list[int]], units: dict[str, int]
     ) -> tuple[Tensor, list[LossOutput]]:
-        """Log-probs, loss and backward pass of each row of `data`; this process's part of the loss."""
+        """Log-probs, loss and backward pass of each row of `data`; returns this process's part of the loss."""
         loss, outputs = torch.zeros((), device=unwrapped(self.model).device), []
         self._seed_dropout()
         self._keep_pace(rows)
@@ -291,55 +291,57 @@ class TrainingLoop:
             part = per_unit(output, units) + auxiliary(policy, len(row) / units[TREES])
             self.accelerator.backward(part)
             loss = loss + part.detach()
-            outputs.append(replace(output, loss={}))  # which would keep the graph of the row
+            outputs.append(replace(output, loss={}))  # the loss would keep the graph of the row
         return loss, outputs
 
     def coupled(self, data: TreeSet, rows: list[list[int]], units: Mapping[str, int]) -> Gradients:
-        """All log-probs, the loss by them, and then the backward pass of each row.
+        """All log-probs, their loss, and then the backward pass of each row.
 
-        Every process computes the loss, with the log-probs of all; the first one has it in its part.
+        Every process computes the loss from the log-probs of all; only the first one returns it, so it counts once.
         """
         self._seed_dropout()
         with torch.no_grad():
             self._keep_pace(rows)
             own = [(row, self.scorer.score([data.trees[i] for i in row], **self.needs)) for row in rows]
         shares = ranks.gather(own)
-        everyone = [scored for share in shares for scored in share]
-        whole = concatenated([policy for _, policy in everyone]).as_leaf()
-        output = self.loss_of(whole, data, [i for row, _ in everyone for i in row])
+        scored_rows = [scored for share in shares for scored in share]
+        leaf = concatenated([policy for _, policy in scored_rows]).as_leaf()
+        output = self.loss_of(leaf, data, [i for row, _ in scored_rows for i in row])
         loss = per_unit(output, units)
         loss.backward()
         before = sum(map(len, shares[: ranks.rank()]))
-        gradients = whole.gradients_of([policy for _, policy in everyone])[before : before + len(rows)]
+        gradients = leaf.gradients_of([policy for _, policy in scored_rows])[before : before + len(rows)]
         loss = loss if ranks.is_first() else torch.zeros_like(loss)
-        # The same masks as before: the second pass is that of the same numbers.
+        # The same dropout masks as before, so that the second pass gives the same numbers.
         self._seed_dropout()
         self._keep_pace(rows)
         for row, gradient in zip(rows, gradients, strict=True):
             policy = self.scorer.score([data.trees[i] for i in row], **self.needs)
-            of_router = auxiliary(policy, len(row) / units[TREES])
-            self.accelerator.backward(policy.dot(gradient) + of_router)
-            loss = loss + of_router
+            router_loss = auxiliary(policy, len(row) / units[TREES])
+            self.accelerator.backward(policy.dot(gradient) + router_loss)
+            loss = loss + router_loss
         return loss.detach(), [output] if ranks.is_first() else []
 
     def _keep_pace(self, rows: list[list[int]]) -> None:
-        """With sharded weights, as many more passes as another process has rows, of nothing."""
+        """With sharded weights, make passes that change nothing until every process has made as many as the others."""
         for _ in range(self.scorer.behind(rows)):
             nothing = 0 * self.scorer.score([PADDING], **self.needs).tokens.sum()
             if torch.is_grad_enabled():
                 self.accelerator.backward(nothing)
 
     def _seed_dropout(self) -> None:
-        """Masks depend on the number of the step and of the process alone, so a resumed or repeated step draws the
+        """Dropout masks depend on the seed, the step and the process alone, so a resumed or repeated step draws the
         same."""
         torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step + (ranks.rank() << 40))
 
     def loss_of(self, policy: TreeLogprobs, data: TreeSet, indices: Sequence[int]) -> LossOutput:
         """Loss sums and metrics of the trees of `data` at `indices`, whose log-probs are `policy`."""
         device = policy.tokens.device
-        given = {name: torch.cat([values[i] for i in indices]) for name, values in data.extras.items()}
+        chosen = {name: torch.cat([values[i] for i in indices]) for name, values in data.extras.items()}
         # MPS has no float64.
-        extras = {name: each.to(policy.tokens if each.is_floating_point() else device) for name, each in given.items()}
+        extras = {
+            name: values.to(policy.tokens if values.is_floating_point() else device) for name, values in chosen.items()
+        }
         policy, reference = replace(policy, extras=extras), None
         if data.reference is not None:
             assert not isinstance(data.reference, Reference)
@@ -356,7 +358,7 @@ class TrainingLoop:
 
     @torch.no_grad()
     def _with_sums(self, logprobs: TreeLogprobs, further: Mapping[str, Sequence[TokenTree]]) -> TreeLogprobs:
-        """With the summed log-probs of further trees of one completion each among the extras."""
+        """The same, with the summed log-probs of further trees, of one completion each, among the extras."""
         sums = {name: logprobs.tokens.new_zeros(len(trees)) for name, trees in further.items()}
         for name, trees in further.items():
             for row, scored in self.scorer.scored(trees):
@@ -364,7 +366,7 @@ class TrainingLoop:
         return replace(logprobs, extras={**logprobs.extras, **sums})
 
     def _change_weights(self, lowered: float) -> float:
-        """Take the step, at the schedule's rate times `lowered`; returns that rate."""
+        """Update the weights, at the schedule's rate times `lowered`; returns that rate."""
         groups = self.optimizer.param_groups
         scheduled = [group["lr"] for group in groups]
         for group in groups:
@@ -381,10 +383,10 @@ class TrainingLoop:
 
     @torch.no_grad()
     def measure(self, held_out: TreeSet) -> dict[str, float]:
-        """Loss and metrics of held-out trees under the policy as it is, by the names of training with `eval_`."""
+        """Loss and metrics of held-out trees under the current policy, named as in training with prefix `eval_`."""
         self.model.eval()
         held_out = held_out.drawn(range(len(held_out.trees)))
-        # In the same order everywhere: a process that rounds otherwise could take another checkpoint for the best.
+        # In the same order in all processes: one that rounds differently could choose another best checkpoint.
         rows = sorted(self.scorer.scored(held_out.trees, **self.needs), key=itemgetter(0))
         policy = concatenated([scored for _, scored in rows])
         output = self.loss_of(policy, held_out, [i for row, _ in rows for i in row])
@@ -393,7 +395,7 @@ class TrainingLoop:
         return {f"eval_{name}": value for name, value in {"loss": float(loss), **metrics}.items()}
 
     def _note_best(self, held_out: dict[str, float]) -> bool:
-        """Whether a measurement is the best so far; early stopping is told of it as well."""
+        """Whether a measurement is the best so far; early stopping gets it as well."""
         self._tell("on_evaluate", metrics=held_out)
         name, greater = self.args.metric_for_best_model, self.args.greater_is_better
         if name is None:
@@ -407,7 +409,7 @@ class TrainingLoop:
         return is_best
 
     def require_metric(self) -> None:
-        """Ask for the metric by which checkpoints are to be told apart now: its first measurement may be hours away.
+        """Check that the metric of the best checkpoint exists, as its first measurement may be hours away.
 
         Raises:
             UserError: held-out data have no metric of that name.
@@ -425,7 +427,7 @@ class TrainingLoop:
     # ---- beginning, checkpoints, end ----
 
     def _begin(self, checkpoint: Path | None) -> None:
-        """Set up what steps need, as it was at a checkpoint if there is one."""
+        """Set up what steps need, with its state at a checkpoint if there is one."""
         self.require_metric()
         if ranks.is_first():
             remove_left_over(self.checkpoints)
@@ -435,19 +437,19 @@ class TrainingLoop:
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         ranks.copy_from_first(self.model)
-        # transformers' Trainer sets up what it would train with; it does not train here.
+        # transformers' Trainer sets up accelerator, optimizer and schedule; it does not train.
         trainer = Trainer(self.model, self.args, eval_dataset=self.held_out)
         self.accelerator = trainer.accelerator
         if self.args.fp16 and self.args.device.type == "cpu":  # accelerate scales losses on accelerators alone
             self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu")
-        # For autocast alone. Nothing is wrapped around the model: gradients are summed in the step.
+        # For autocast alone. The model is not wrapped: the step sums the gradients of all processes itself.
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.optimizer, self.schedule = optimizer_and_schedule(trainer, len(self.order))
         if checkpoint is not None:
             self._resume(checkpoint)
         self.state.is_local_process_zero = self.state.is_world_process_zero = ranks.is_first()
         self._tell("on_train_begin")
-        # The checkpoint may be of a run that early stopping had ended.
+        # The checkpoint may belong to a run that early stopping had ended.
         counted, patience = self.stopping.early_stopping_patience_counter, self.stopping.early_stopping_patience
         self.control.should_training_stop = counted >= patience
 
@@ -461,14 +463,14 @@ class TrainingLoop:
 
     @property
     def best(self) -> int | None:
-        """The step of the best checkpoint. Where none is wanted in the end, the best step may have no checkpoint."""
+        """Step of the best checkpoint; None without `load_best_model_at_end`: the best step may have no checkpoint."""
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
     def _is_interrupted(self) -> bool:
-        """Whether the process was asked to stop, and can: not amid steps on the same trees."""
+        """Whether the process was asked to stop, and can: not between steps on the same trees."""
         if self.state.global_step % self.order.iterations:
             return False
-        # One process alone must not stop, and signals do not reach all of them in the same step.
+        # All processes must stop together, and a signal does not reach all of them in the same step.
         signals = [caught for caught in ranks.gather(self.interruption.caught) if caught is not None]
         if signals:
             self.interruption.caught = signals[0]
@@ -476,11 +478,11 @@ class TrainingLoop:
         return bool(signals)
 
     def _save(self) -> None:
-        """A checkpoint, which is whole or absent; older ones make way for it."""
+        """Save a checkpoint, which is whole or absent, and remove older ones beyond the limit."""
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
         self.state.best_model_checkpoint = str(self.checkpoints / f"checkpoint-{self.best}") if self.best else None
-        exported = [each for each in (*self.callbacks, self.control) if isinstance(each, ExportableState)]
-        self.state.stateful_callbacks = {type(each).__name__: each.state() for each in exported}
+        stateful = [callback for callback in (*self.callbacks, self.control) if isinstance(callback, ExportableState)]
+        self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in stateful}
         with new_folder(folder) if ranks.is_first() else nullcontext(folder) as aside:
             save_weights(self.model, aside)
             save_states(aside, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
@@ -489,7 +491,7 @@ class TrainingLoop:
                 write_manifest(aside, self.scorer.max_tokens, self.carried, self.best)
                 self.record.flush()
         if ranks.is_first():
-            # The newest stays anyway. Should it turn out broken, the one before is worth nothing without its own best.
+            # The newest stays in any case. Should it turn out broken, the one before needs the best of its time.
             is_new_best = self.best == self.state.global_step and self.args.save_total_limit != 1
             best = self.best_before if is_new_best else self.best
             kept = str(self.checkpoints / f"checkpoint-{best}") if best else None
@@ -498,7 +500,7 @@ class TrainingLoop:
         self._tell("on_save")
 
     def _end(self) -> None:
-        """The best weights, if they are wanted, and the last word of guards and trackers."""
+        """Load the best weights, if they are wanted, and call guards and callbacks for the last time."""
         if self.best:
             best = self.checkpoints / f"checkpoint-{self.best}"
             load_weights(self.model, best)
@@ -509,9 +511,9 @@ class TrainingLoop:
             self.guards.look_at_end(self.state.global_step)
         self._tell("on_train_end")
 
-    def _tell(self, event: str, **news: Any) -> None:
+    def _tell(self, event: str, **arguments: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, event)(self.args, self.state, self.control, model=self.model, **news)
+            getattr(callback, event)(self.args, self.state, self.control, model=self.model, **arguments)
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------------------
@@ -523,12 +525,12 @@ def per_unit(output: LossOutput, units: Mapping[str, int]) -> Tensor:
 
 
 def auxiliary(policy: TreeLogprobs, share: float) -> Tensor:
-    """The loss of the routers of a mixture of experts."""
+    """A row's part of the load-balancing loss of a mixture of experts; 0 without one."""
     return policy.tokens.new_zeros(()) if policy.auxiliary is None else policy.auxiliary * share
 
 
 def value_of(parts: Sequence[Metric]) -> float:
-    """The mean, or the extreme, of values that came in parts."""
+    """A metric from its parts: their mean, or their extreme."""
     extremes = [part for part in parts if isinstance(part, Extreme)]
     if extremes:
         return extremes[0].pick(float(part.value) for part in extremes)
@@ -537,7 +539,7 @@ def value_of(parts: Sequence[Metric]) -> float:
 
 
 def keep(values: Mapping[str, Tensor], data: TreeSet, row: Sequence[int]) -> None:
-    """Put values of a row's scored tokens among the extras of its trees."""
+    """Store values of a row's scored tokens in the extras of its trees."""
     lengths = [data.trees[i].scored_tokens for i in row]
     for name, of_row in values.items():
         kept: Any = data.extras.setdefault(name, {})
@@ -545,7 +547,7 @@ def keep(values: Mapping[str, Tensor], data: TreeSet, row: Sequence[int]) -> Non
 
 
 def first_of_each(data: TreeSet) -> TreeSet:
-    """The first tree; where trees have extras, the first one of each value."""
+    """A set of the first tree; if trees have extras, of the first tree with each value of them."""
     every = range(len(data.trees))
     firsts = {repr([values[i].tolist() for values in data.extras.values()]): i for i in reversed(every)}
     indices = sorted(firsts.values())

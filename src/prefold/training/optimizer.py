@@ -1,4 +1,4 @@
-"""Optimizer and schedule, as transformers' Trainer makes them, with what cannot be had explained."""
+"""Optimizer and schedule, as transformers' Trainer makes them, with explained errors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ logger = logging.getLogger("prefold")
 
 
 def optimizer_and_schedule(trainer: Trainer, steps: int) -> tuple[Any, Any]:
-    """
+    """The optimizer, prepared by accelerate, and its learning-rate schedule.
+
     Raises:
-        UserError: the optimizer cannot be had here, or the schedule wants other settings.
+        UserError: the optimizer is not available here, or the schedule needs other settings.
     """
     args = trainer.args
     name = str(getattr(args.optim, "value", args.optim))
     if "paged" in name and args.device.type == "cpu":
-        # Those of bitsandbytes all run on a CPU too.
+        # All optimizers of bitsandbytes run on a CPU too.
         logger.warning("`train.optim: %s` keeps its states in RAM like any other on a CPU: nothing is paged", name)
         warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU", UserWarning)
     with _explained_optimizer(name):
@@ -37,7 +38,7 @@ def optimizer_and_schedule(trainer: Trainer, steps: int) -> tuple[Any, Any]:
 
 
 def require_optimizer(args: TrainingArguments) -> None:
-    """Take a step of the optimizer and of its schedule on a parameter of their own. Raises UserError as above."""
+    """Take a step of the optimizer on a parameter of its own, and set its schedule up. Raises UserError as above."""
     with _explained_optimizer(str(getattr(args.optim, "value", args.optim))):
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         weight = nn.Parameter(torch.ones(8, 8, device=args.device))
@@ -58,7 +59,7 @@ def _explained_optimizer(name: str) -> Iterator[None]:
         yield
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"`{name}` cannot be had here: {first_line(error)}",
+            f"`{name}` is not available here: {first_line(error)}",
             where="`train.optim`",
             advice="install what it needs, or take `adamw_torch`, or one of bitsandbytes such as `adamw_bnb_8bit`",
         ) from None

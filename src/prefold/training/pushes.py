@@ -1,4 +1,4 @@
-"""Checkpoints leave the machine while training goes on. A push that fails costs itself and nothing else."""
+"""Pushing checkpoints during training. A push that fails is reported, and the run goes on."""
 
 from __future__ import annotations
 
@@ -16,19 +16,16 @@ logger = logging.getLogger("prefold")
 
 
 class Pushes(TrainerCallback):
-    """
-    Args:
-        push: what is done with the folder of every checkpoint that was saved.
-    """
+    """Calls `push` with the folder of every checkpoint that was saved."""
 
     def __init__(self, push: Callable[[Path], None]):
         self.push = push
 
-    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         try:
             self.push(checkpoint)
-        except Exception as error:  # whatever a client of a server, or the disk that it packs on, can think of
+        except Exception as error:  # a server's client, or the disk that it packs on, may raise anything
             reason = str(error).splitlines()[0] if isinstance(error, Explained) else type(error).__name__
             text = f"{checkpoint.name} was not pushed, and the run goes on: {reason}"
             logger.warning(text)

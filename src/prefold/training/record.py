@@ -1,4 +1,4 @@
-"""Metrics and times of the optimizer steps, as they go to the run folder and to the terminal."""
+"""Metrics and times of the optimizer steps, written to the run folder and shown in the terminal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from prefold.terminal import Advance
 
 
 def restart_peaks() -> None:
-    """Begin to measure what a stage takes."""
+    """Start to measure the peak memory of a stage."""
     PEAK.restart()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> dict[str, int | None]:
-    """The most memory that this stage has needed so far: on the GPU if there is one, and in RAM, where mapped files do
-    not count."""
+    """The peak memory of this stage so far, in MiB: on the GPU if there is one, and in RAM, without mapped files."""
     peak = PEAK.read()
     in_ram = None if peak is None else peak // 2**20
     if torch.cuda.is_available():
@@ -33,20 +32,20 @@ def peak_memory() -> dict[str, int | None]:
 
 
 class StepRecord:
-    """Appends one line per optimizer step to `metrics.jsonl` (no clock times) and to `timing.jsonl`, and some of what
-    was sampled for it to `rollouts.jsonl`.
+    """Appends one line per optimizer step to `metrics.jsonl` (no clock times) and to `timing.jsonl`, and some of its
+    sampled groups to `rollouts.jsonl`.
 
-    A run that continues from a checkpoint first drops the lines of later steps, so that its file equals a straight
-    run's. `history` holds the lines of `metrics.jsonl`. Of several processes the first one writes.
+    A run that resumes from a checkpoint first drops the lines of later steps, so that its file equals that of an
+    uninterrupted run. `history` holds the lines of `metrics.jsonl`. Only the first process writes.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int, update_bar: Advance):
         self.update_bar = update_bar
         self.metrics, self.timing = run_folder / "metrics.jsonl", run_folder / "timing.jsonl"
         self.rollouts = run_folder / "rollouts.jsonl"
-        self.history: list[dict[str, float]] = ranks.from_first(lambda: self._goes_on_after(resumed_step))
+        self.history: list[dict[str, float]] = ranks.from_first(lambda: self._history_up_to(resumed_step))
 
-    def _goes_on_after(self, step: int) -> list[dict[str, float]]:
+    def _history_up_to(self, step: int) -> list[dict[str, float]]:
         for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
             _cut(path, step)
         return read_jsonl(self.metrics) if self.metrics.is_file() else []
@@ -64,7 +63,7 @@ class StepRecord:
             _append(self.rollouts, {"step": step, **group})
 
     def flush(self) -> None:
-        """Have the lines so far on the disk, since a checkpoint is about to count on them."""
+        """Flush the lines so far to the disk, before a checkpoint that counts on them."""
         for path in filter(Path.is_file, (self.metrics, self.timing, self.rollouts)):
             flush_to_disk(path)
 
@@ -73,7 +72,7 @@ class StepRecord:
 
 
 def record_stage(run_folder: Path, stage: str, seconds: float) -> None:
-    """Add what a finished stage took to `timing.jsonl`."""
+    """Append the time and the peak memory of a finished stage to `timing.jsonl`."""
     _append(run_folder / "timing.jsonl", {"stage": stage, "seconds": round(seconds, 3), **peak_memory()})
 
 
@@ -85,7 +84,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Leave the lines up to a step as they are; the end of the process may have cut the last one off."""
+    """Drop the lines after a step, and a last line that the end of the process has cut off."""
     text = path.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     kept = [line for line in lines if json.loads(line).get("step", 0) <= step]

@@ -1,8 +1,8 @@
 """The trees of a step from the model's own completions: prompts -> completions -> rewards -> advantages -> trees.
 
 What is sampled at a step depends on the weights, the seed, the step, the prompt and how often it was drawn before, and
-on nothing else, so a resumed run samples what a straight one does. Checkpoints fall between rollouts, so none of them
-holds one. Of several processes each samples a share of the groups; the first one has the rewards score all of them.
+on nothing else, so a resumed run samples what an uninterrupted one does. Checkpoints fall between rollouts, so none of
+them contains one. Each of several processes samples a share of the groups; the first one has the rewards score all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from prefold.trees.reference import compute_reference
 from prefold.trees.scorer import Scorer
 
 Served = Callable[[int, Sequence[tuple[int, ...]]], tuple[list[list[Completion]], dict[str, float]]]
-"""Draws a group of completions for each prompt by the weights of a step, and gives metrics of how that went."""
+"""Samples a group of completions for each prompt with the weights of a step; returns them and metrics of sampling."""
 GROUPS_SHOWN = 4
 """Groups of a step that are written to the run folder."""
 
@@ -47,13 +47,13 @@ class SampledTrees:
         scorer: of the policy.
         prompts: the training set.
         rewards: what scores completions.
-        columns: of the prompts' rows, that the rewards are given.
+        columns: columns of the prompts' rows that the rewards get.
         tokenizer: of the model.
         order: which prompts each step covers.
-        show: who is given the number of a step and some of its groups, as they are written to the run folder.
+        show: called with the number of a step and some of its groups, as they are written to the run folder.
         seed: of the sampling.
-        dtype: in which training computes.
-        served: has servers draw completions; None: the model draws them here.
+        dtype: the compute dtype of training.
+        served: has servers sample completions; None: the model samples them here.
 
     Raises:
         UserError: the model has no end token.
@@ -80,7 +80,7 @@ class SampledTrees:
         self.order, self.show, self.seed, self.dtype, self.served = order, show, seed, dtype, served
         # Training switches the model to an attention that cannot generate.
         self.attention = unwrapped(scorer.model).config._attn_implementation
-        # The routers of a mixture of experts have a loss of their own.
+        # Not with a mixture of experts: its routers have a loss of their own.
         self.leaves_out = algorithm.needs_advantages and not router_coefficient(scorer.model)
         self.draws = algorithm.draws
         self.sampling = replace(sampling_of(self.draws), with_entropies=self.leaves_out)
@@ -88,7 +88,7 @@ class SampledTrees:
         self.of_servers: dict[str, float] = {}
 
     def __call__(self, step: int) -> StepTrees:
-        """A rollout for the prompts of the step where one is due, else the one before once more."""
+        """A rollout for the prompts of the step if one is due, else the one before again."""
         if step % self.order.iterations == 0:
             self.rollout = self.roll_out(step)
             return self.rollout
@@ -112,9 +112,10 @@ class SampledTrees:
         if self.algorithm.needs_reference:
             reference = compute_reference(self.scorer, trees, self.dtype)
         extras: Any = {"advantages": [values[indices] for values, indices in zip(advantages, kept, strict=True)]}
-        if (drawn_with := sampler_logprobs(used)) is not None:
-            extras["served" if self.served else "sampled"] = drawn_with
-        metrics = {**reward_metrics(groups), **length_metrics([each for group in completions for each in group])}
+        if (logprobs := sampler_logprobs(used)) is not None:
+            extras["served" if self.served else "sampled"] = logprobs
+        flat = [completion for group in completions for completion in group]
+        metrics = {**reward_metrics(groups), **length_metrics(flat)}
         metrics |= self.of_servers
         left_out = [i for i, values in enumerate(extras["advantages"]) if self.is_left_out(used[i], values)]
         if self.leaves_out:
@@ -128,9 +129,9 @@ class SampledTrees:
     def drawn(self, step: int, examples: Sequence[Example]) -> tuple[list[Group], Tensor, int]:
         """A group for each prompt of a step; their advantages `[B, G]`; and how many groups were drawn again.
 
-        Those without any advantage are, as long as the recipe allows (after arXiv 2503.14476, equation 11, where
-        further prompts take their place; here it is the same prompt's turn again). Scores of groups that were drawn
-        again are gone, but for the failures of their rewards.
+        Groups whose advantages are all 0 are drawn again, as often as the recipe allows (after arXiv 2503.14476,
+        equation 11, which samples further prompts instead; here the same prompt is sampled again). The scores of
+        replaced groups are discarded, except for how often their rewards failed.
         """
         groups = self.scored(step, examples, [seed_of(self.seed, step, i) for i in range(len(examples))])
         advantages, drawn_again = advantages_of(self.algorithm, self.rewards, groups), 0
@@ -148,19 +149,19 @@ class SampledTrees:
         return groups, advantages, drawn_again
 
     def scored(self, step: int, examples: Sequence[Example], seeds: Sequence[int]) -> list[Group]:
-        """A group of completions for each prompt, with what the rewards say, the same in all processes."""
+        """A group of completions for each prompt, with their rewards, the same in all processes."""
         completions = self.completions_of(step, [example.tree.prompt for example in examples], seeds)
         return ranks.from_first(lambda: scored_groups(self.rewards, prompts_of(examples), completions, self.columns))
 
     def is_left_out(self, completions: Sequence[Completion], advantages: Tensor) -> bool:
-        """Whether these completions of a group need no pass: they have no advantages, and the sampler gives what the
-        metrics need."""
+        """Whether these completions of a group need no forward pass: their advantages are 0, and the sampler gives what
+        the metrics need."""
         are_measured = all(each.entropies is not None and each.logprobs for each in completions)
         return self.leaves_out and bool(completions) and are_measured and not advantages.any()
 
     def metrics_of_left_out(self, groups: Sequence[Sequence[Completion]]) -> Mapping[str, Metric]:
-        """The algorithm's metrics of completions without advantages, by the model that drew them: they are those of the
-        first step on them, and none of their ratios is ever clipped."""
+        """The algorithm's metrics of completions without advantages, from the values of the sampler: those of the first
+        step on them, and none of their ratios is ever clipped."""
         if not groups:
             return {}
         completions = [each for group in groups for each in group]
@@ -175,7 +176,7 @@ class SampledTrees:
     def completions_of(
         self, step: int, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """A group for each prompt, by the model as it is now; servers draw with seeds of their own."""
+        """A group for each prompt, sampled from the current model; servers sample with seeds of their own."""
         model, served = self.scorer.model, self.served
         model.eval()
         device, is_half = unwrapped(model).device.type, self.dtype in (torch.bfloat16, torch.float16)
@@ -188,7 +189,7 @@ class SampledTrees:
 
 
 def sampling_of(draws: Draws) -> Sampling:
-    """How training samples."""
+    """The sampling settings of training."""
     return Sampling(
         max_new_tokens=draws.max_completion_length,
         num_answers=draws.num_generations,
@@ -200,7 +201,7 @@ def sampling_of(draws: Draws) -> Sampling:
 
 
 def sampler_logprobs(groups: Sequence[Sequence[Completion]]) -> list[Tensor] | None:
-    """For each group, the log-probs of its tokens, one completion after the other."""
+    """For each group, the log-probs of its tokens, one completion after the other; None if some are missing."""
     if any(len(each.logprobs) != len(each.token_ids) for group in groups for each in group):
         return None
     return [torch.tensor([value for each in group for value in each.logprobs]) for group in groups]
@@ -212,8 +213,8 @@ def sampler_logprobs(groups: Sequence[Sequence[Completion]]) -> list[Tensor] | N
 def advantages_of(algorithm: Algorithm, rewards: Sequence[LoadedReward], groups: Sequence[Group]) -> Tensor:
     """`[B, G]`."""
     scores = [as_tensor([group.scores[name] for group in groups]) for name in groups[0].scores]
-    each = [(reward.weight, of_reward) for reward, of_reward in zip(rewards, scores, strict=True)]
-    return algorithm.advantages(as_tensor([group.rewards for group in groups]), each)
+    weighted = [(reward.weight, of_reward) for reward, of_reward in zip(rewards, scores, strict=True)]
+    return algorithm.advantages(as_tensor([group.rewards for group in groups]), weighted)
 
 
 def as_tensor(rows: Sequence[Sequence[float | None]]) -> Tensor:
@@ -238,9 +239,9 @@ def group_record(group: Group, advantages: Tensor) -> dict[str, Any]:
 
 
 def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """TRL's metrics of rewards, over the completions that they say something about; the share of the groups whose
-    rewards are all equal, which teach nothing; how many completions each reward that may fail failed on; and what those
-    that ask an endpoint took."""
+    """TRL's metrics of rewards, over the completions that have one; the share of the groups whose rewards are all
+    equal, which teach nothing; on how many completions each reward that may fail failed; and the cost of rewards that
+    call an endpoint."""
     metrics: dict[str, float] = {}
     for name in groups[0].scores:
         values = [value for group in groups for value in known(group.scores[name])]
@@ -256,7 +257,7 @@ def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def spread(values: Sequence[float], mean_name: str, deviation_name: str) -> dict[str, float]:
-    """Mean and standard deviation of a sample, as far as there are any."""
+    """Mean and standard deviation of a sample, as far as they are defined."""
     return {
         **({mean_name: fmean(values)} if values else {}),
         **({deviation_name: stdev(values)} if len(values) > 1 else {}),
@@ -268,7 +269,7 @@ def known(values: Sequence[float | None]) -> list[float]:
 
 
 def length_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """TRL's metrics of lengths in tokens, end tokens included; those of the finished ones are 0 where there are
+    """TRL's metrics of lengths in tokens, end tokens included; those of finished completions are 0 if there are
     none."""
     every = [len(completion.token_ids) for completion in completions]
     finished = [len(completion.token_ids) for completion in completions if completion.finished]

@@ -1,7 +1,7 @@
-"""What training goes on from, as files: weights, optimizer, schedule, gradient scaler, random numbers.
+"""The state of training as files: weights, optimizer, schedule, gradient scaler, random generators.
 
-Trained weights that are sharded (FSDP2) are whole on disk, as those of any other run, so a run may go on with another
-number of processes. Frozen weights that are sharded are in no checkpoint.
+Trained weights that are sharded (FSDP2) are whole on disk, like those of any other run, so a run may resume with
+another number of processes. Frozen weights that are sharded are in no checkpoint.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def has_shards(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have this process hold its own parts and nothing else: the last layers stay whole after a pass without gradients.
+    """Free the other processes' parts of sharded weights: the last layers stay whole after a pass without gradients.
 
-    All processes must do this where one of them is to look at the weights by itself.
+    All processes must do this before one of them reads the weights by itself.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -50,8 +50,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """A model's or an adapter's weights and configuration, as safetensors, by the first process. Sharded weights take
-    all of them."""
+    """Save a model's or an adapter's weights and configuration, as safetensors. The first process writes; with sharded
+    weights, all of them take part."""
     reshard(model)
     if not (ranks.is_first() or has_shards(model)):
         return
@@ -66,7 +66,7 @@ def save_weights(model: Any, folder: Path) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Those that `save_weights` left in a folder; of sharded ones each process takes its part."""
+    """Load what `save_weights` left in a folder; of sharded weights each process takes its part."""
     if isinstance(model, PeftModel) and not has_shards(model):
         model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
         return
@@ -81,14 +81,14 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def save_states(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any) -> None:
-    """All but the weights, by the first process. The optimizer of sharded weights takes all of them."""
+    """Save everything but the weights. The first process writes; with sharded weights, all of them take part."""
     if has_shards(model):
-        of_optimizer = get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE)
+        optimizer_state = get_optimizer_state_dict(model, optimizer.optimizer, options=WHOLE)
     else:
-        of_optimizer = optimizer.state_dict()
+        optimizer_state = optimizer.state_dict()
     if not ranks.is_first():
         return
-    torch.save(of_optimizer, folder / "optimizer.pt")
+    torch.save(optimizer_state, folder / "optimizer.pt")
     torch.save(schedule.state_dict(), folder / "scheduler.pt")
     if scaler is not None:
         torch.save(scaler.state_dict(), folder / "scaler.pt")
@@ -100,12 +100,12 @@ def save_states(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, s
 
 
 def load_states(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any) -> None:
-    """What `save_states` left in a folder. Nothing but tensors and plain values is read: a pickle may hold code."""
-    of_optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    """Load what `save_states` left in a folder. Only tensors and plain values are read: a pickle may hold code."""
+    optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     if has_shards(model):
-        set_optimizer_state_dict(model, optimizer.optimizer, of_optimizer, options=WHOLE)
+        set_optimizer_state_dict(model, optimizer.optimizer, optimizer_state, options=WHOLE)
     else:
-        optimizer.load_state_dict(of_optimizer)
+        optimizer.load_state_dict(optimizer_state)
     schedule.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
     if scaler is not None and (folder / "scaler.pt").is_file():
         scaler.load_state_dict(torch.load(folder / "scaler.pt", map_location="cpu", weights_only=True))

@@ -1,8 +1,8 @@
-"""Completions of a step by servers: they are given the weights, and it is proven that they draw from them.
+"""Completions of a step from servers: they get the weights, and it is checked that they sample with them.
 
 At the start the log-probs that each server gives are compared with the policy's, for the base model and for an adapter
-of random weights: that is what the rounding of two engines comes to. From then on, whoever is further off than a few
-times that is named, with the figure and the step, before anything is trained on.
+of random weights: their difference is the rounding of two engines. From then on, a server whose log-probs are further
+off than a few times that is reported, with the figure and the step, before its completions are trained on.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer
 
 MEASURED_PROMPTS, MEASURED_LENGTH = 4, 32
-"""Of the comparison at the start: prompts, and tokens of each completion."""
+"""Prompts of the comparison at the start, and tokens of each completion."""
 MOST = 0.1
-"""Nats by which log-probs of bfloat16 may differ in the mean; more is another model."""
+"""Largest mean difference of log-probs in nats that bfloat16 explains; more is another model."""
 LEAST, LEEWAY = 1e-4, 5.0
-"""Nats that are rounding in any case, and how many times what was measured at the start is."""
+"""Nats that rounding explains in any case, and the multiple of the difference at the start that it explains."""
 MERGED = 0.005
 """Nats that rounding a merged model to 16 bits explains."""
 PROBE = 0.5
-"""Nats by which the adapter of random weights moves log-probs at least: far more than rounding."""
+"""Nats by which the adapter of random weights changes log-probs at least: far more than rounding."""
 
 ADVICE = "see which model and adapter it serves, and with which settings; docs/servers.md says how to start it"
 
@@ -57,7 +57,7 @@ Weights = dict[str, Tensor]
 
 
 class Server(Protocol):
-    """What `generation.servers` has; no endpoint is reached from here."""
+    """The part of `generation.servers` that is used here; this module itself calls no endpoint."""
 
     url: str
 
@@ -84,13 +84,13 @@ class Servers(Protocol):
 
 
 class ServedCompletions:
-    """Called with the number of a step and prompts, gives a group of completions for each, and metrics. All processes
-    call it: the first asks the servers, and a sharded policy takes all of them to compare.
+    """Called with the number of a step and prompts, returns a group of completions for each, and metrics. All processes
+    call it: the first one sends the requests, and comparing with a sharded policy takes all of them.
 
     Args:
         scorer: of the policy, a PEFT model.
-        folder: where adapters are put for the servers.
-        label: what the run's adapters are called there.
+        folder: where adapters are written for the servers.
+        label: prefix of the adapters' names on the servers.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ServedCompletions:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        """Leave nothing in the folder, and with the servers, unless one of them may be why the run ends."""
+        """Remove the adapters from the folder, and from the servers unless an error, of which one may be the cause."""
         if not ranks.is_first():
             return
         if error is None:
@@ -143,7 +143,7 @@ class ServedCompletions:
     # ---- weights ----
 
     def _hand_over(self, name: str) -> None:
-        """Give the servers the weights as they are."""
+        """Load the current weights into the servers."""
         folder, before = self.folder / name, self.name
         with new_folder(folder) if ranks.is_first() else nullcontext(folder) as aside:
             save_weights(self.model, aside)
@@ -170,7 +170,7 @@ class ServedCompletions:
     # ---- proof ----
 
     def _measure(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """How far each server is from the policy where both have the same weights."""
+        """Measure how far each server's log-probs are from the policy's with the same weights."""
         sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, MEASURED_LENGTH))
         figures: dict[str, float] = {}
         with self.model.disable_adapter():
@@ -194,8 +194,8 @@ class ServedCompletions:
         return self._compared(server, some_of(drawn, TOKENS), sampling, MOST, f"with {weights}")[1]
 
     def _proven(self, server: Server, drawn: Sequence[Drawn]) -> list[list[Completion]]:
-        """The completions that a server has drawn, their log-probs of the whole distribution where truncation cut some
-        of it off."""
+        """The completions that a server has sampled, checked. If sampling truncates the distribution, their log-probs
+        become those of the whole one."""
         sampling, when = self.sampling, f"step {self.step + 1}"
         some = list(drawn) if sampling.truncates else some_of(drawn, TOKENS)
         positions, figure = self._compared(server, some, sampling, self.allowed[server.url], when)
@@ -210,15 +210,15 @@ class ServedCompletions:
     def _compared(
         self, server: Server, drawn: Sequence[Drawn], sampling: Sampling, allowed: float, when: str
     ) -> tuple[Positions, float]:
-        """The policy's view of completions, and how far the log-probs that came with them are from its own.
+        """The policy's log-probs of completions, and their mean difference from those that came with the completions.
 
         Raises:
-            UserError: too far, with what explains it; or the tokens are not drawn as they should have been.
+            UserError: the difference is too large, with its cause; or the tokens are not drawn as they should be.
         """
         given, positions = logprobs_of(drawn), positions_of(self.scorer, drawn, sampling)
         figure, why = difference(positions, given, sampling), why_not_as_told(positions, sampling)
         from_plain = float((given - positions.plain).abs().mean())
-        # If they are the plain ones, that is how far rounding puts them.
+        # If these are the unprocessed log-probs, their distance to the policy's is rounding.
         allowed = min(allowed, max(LEAST, LEEWAY * from_plain))
         if figure <= allowed and why is None:
             return positions, figure
@@ -230,12 +230,12 @@ class ServedCompletions:
         if are_plain:
             cause = "they are those of the model before `temperature`, `top_p` and the like"
             advice = "start it with `--logprobs-mode processed_logprobs`"
-            raise server.error(f"{what}; {cause}: it ignores these settings, or leaves them out of these", advice)
-        others: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+            raise server.error(f"{what}; {cause}: it ignores these settings, or its log-probs do", advice)
+        suspects: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "the base model, without the adapter": self.model.disable_adapter,
             "the step before": lambda: holding(self.model, self.before),
         }
-        for name, weights in others.items():
+        for name, weights in suspects.items():
             with weights():
                 if difference(positions_of(self.scorer, drawn, sampling), given, sampling) <= allowed:
                     raise server.error(f"{what}; they are those of {name}", ADVICE)
@@ -243,7 +243,7 @@ class ServedCompletions:
         raise server.error(f"{what}; {cause}, or reads or draws otherwise than it says", ADVICE)
 
     def _probe(self, prompt: tuple[int, ...]) -> Weights:
-        """Weights with random ones in place of those that LoRA begins with as zeros, large enough to be noticed."""
+        """The trained weights with noise added to those that LoRA initialises with zeros, enough to be noticed."""
         tree, generator = TokenTree(prompt, (prompt,)), torch.Generator().manual_seed(0)
         weights = trained_weights(self.model)
         noise = {
@@ -260,14 +260,14 @@ class ServedCompletions:
 
 
 class ServedEngine:
-    """Completions of a model that is trained, as `LocalEngine` gives them, drawn by servers.
+    """Samples completions of a model as `LocalEngine` does, from servers.
 
     Args:
-        model: the same model here, its adapter merged; log-probs of some tokens must be its own.
-        adapter: of the model; None: it is the base that they serve.
-        folder: where the adapter is put for the servers.
-        label: what it is called there.
-        rounding: by server, how far its log-probs were from those of the base; filled where there is no adapter.
+        model: the same model here, with its adapter merged; the servers' log-probs of some tokens must agree with it.
+        adapter: of the model; None: the model is the base that they serve.
+        folder: where the adapter is written for the servers.
+        label: prefix of the adapter's name on the servers.
+        rounding: by server, how far its log-probs were from those of the base; filled if there is no adapter.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class ServedEngine:
         numbers: Sequence[int] | None = None,
         advance: Advance = lambda **changes: None,
     ) -> list[list[Completion]]:
-        """Raises UserError: a server is gone, has other weights, or draws otherwise than it is told to."""
+        """Raises UserError: a server is gone, has other weights, or does not sample as requested."""
         return ranks.from_first(lambda: self._sample([tuple(prompt) for prompt in prompts], settings, advance))
 
     def _sample(
@@ -336,7 +336,7 @@ class ServedEngine:
 
 
 def hand_over(servers: Servers, folder: Path, label: str) -> str:
-    """Give servers the adapter in a folder; returns its name, which no other weights of any run have."""
+    """Load the adapter in a folder into servers; returns its name, which no other weights of any run have."""
     contents = f"{folder.parent} {sha256_of(folder / 'adapter_model.safetensors')}"
     name = f"{label}-{sha256(contents.encode()).hexdigest()[:16]}"
     servers.load(name, folder)
@@ -350,15 +350,15 @@ def take_back(servers: Servers, name: str) -> None:
 
 
 def require_known_tokens(answered: Sequence[tuple[Server, list[Completion]]], model: nn.Module) -> None:
-    """Raises UserError: a server draws tokens that the model has no embeddings of."""
+    """Raises UserError: a server draws tokens that the model has no embeddings for."""
     vocabulary = len(cast(Tensor, unwrapped(model).get_input_embeddings().weight))
     for server, group in answered:
-        if max(token for each in group for token in each.token_ids) >= vocabulary:
+        if max(token for completion in group for token in completion.token_ids) >= vocabulary:
             raise server.error(f"draws tokens that the model does not have, which has {vocabulary:,}", ADVICE)
 
 
 def trained_weights(model: nn.Module) -> Weights:
-    """A copy on the CPU."""
+    """A copy of the trained weights on the CPU, by name."""
     return {
         name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters() if weight.requires_grad
     }

@@ -1,7 +1,7 @@
-"""Trackers as callbacks that may fail: what is lost then is their curves, never the run.
+"""Trackers as callbacks that may fail: that costs their curves, never the run.
 
-A run that goes on does so in the tracker's own run and sends no step twice: `trackers.json` keeps the id and the last
-step of each.
+A resumed run continues the tracker's own run and sends no step twice: `trackers.json` keeps the id and the last step of
+each.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def trackers(settings: Train, folder: Path) -> Iterator[list[TrainerCallback]]:
     """
     path = folder / STATE
     state: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
-    goes_on = set(state)
+    resumed = set(state)
     for name in settings.report_to:
         # MLflow names its runs itself.
         state.setdefault(name, {"id": None if name == "mlflow" else secrets.token_hex(4), "step": 0})
-    wanted = _environment(settings.project, folder, {name: kept["id"] for name, kept in state.items()}, goes_on)
+    wanted = _environment(settings.project, folder, {name: kept["id"] for name, kept in state.items()}, resumed)
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update({name: value for name, value in wanted.items() if value is not None})
 
@@ -55,7 +55,7 @@ def trackers(settings: Train, folder: Path) -> Iterator[list[TrainerCallback]]:
 
     try:
         makers = get_reporting_integration_callbacks(settings.report_to)
-        yield [_forgiven(name, make, state[name], sent) for name, make in zip(settings.report_to, makers, strict=True)]
+        yield [_tolerant(name, make, state[name], sent) for name, make in zip(settings.report_to, makers, strict=True)]
     finally:
         for variable, value in before.items():
             os.environ.pop(variable, None) if value is None else os.environ.update({variable: value})
@@ -65,8 +65,8 @@ def trackers(settings: Train, folder: Path) -> Iterator[list[TrainerCallback]]:
                 _close(name)
 
 
-def _environment(project: str, folder: Path, ids: dict[str, str | None], goes_on: set[str]) -> dict[str, str | None]:
-    """Where trackers have their settings from; an id or address that the user has set stays."""
+def _environment(project: str, folder: Path, ids: dict[str, str | None], resumed: set[str]) -> dict[str, str | None]:
+    """Environment variables with the trackers' settings; an id or address that the user has set stays."""
     own = {
         "WANDB_RUN_ID": ids.get("wandb"),
         "WANDB_RESUME": "allow",
@@ -79,15 +79,15 @@ def _environment(project: str, folder: Path, ids: dict[str, str | None], goes_on
         "WANDB_DIR": str(folder),
         "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
         "MLFLOW_EXPERIMENT_NAME": project,
-        # The parameters of a run of MLflow cannot change, and a run that goes on may be longer or elsewhere.
-        "MLFLOW_MAX_LOG_PARAMS": "0" if "mlflow" in goes_on else os.environ.get("MLFLOW_MAX_LOG_PARAMS"),
+        # The parameters of an MLflow run cannot change, and a resumed run may be longer or in another folder.
+        "MLFLOW_MAX_LOG_PARAMS": "0" if "mlflow" in resumed else os.environ.get("MLFLOW_MAX_LOG_PARAMS"),
     }
 
 
-def _forgiven(
+def _tolerant(
     name: str, make: Callable[[], TrainerCallback], kept: dict[str, Any], sent: Callable[[str, int], None]
 ) -> TrainerCallback:
-    """The tracker's callback: it sends the steps that it has not sent, and is left alone after its first failure."""
+    """The tracker's callback, which skips steps that it has sent, and everything after its first failure."""
     try:
         tracker = make()
     except (RuntimeError, ImportError):
@@ -95,26 +95,26 @@ def _forgiven(
         raise UserError(what, where="`train.report_to`", advice=advice) from None
     failed, last = False, kept["step"]
 
-    def forgiving(event: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def tolerant(event: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(arguments: Any, state: Any, control: Any, **settings: Any) -> None:
             nonlocal failed
             if failed or (event == "on_log" and state.global_step <= last):
                 return
             try:
-                if name == "trackio":  # knows a run by its name alone
+                if name == "trackio":  # which identifies a run by its name
                     arguments = copy.copy(arguments)
                     arguments.run_name += f"-{kept['id']}"
                 method(arguments, state, control, **settings)
                 if event == "on_log":
                     sent(name, state.global_step)
-            except Exception as error:  # whatever a client of a server can think of
+            except Exception as error:  # a server's client may raise anything
                 failed = True
                 _say_failed(name, error)
 
         return call
 
     for event in EVENTS:
-        setattr(tracker, event, forgiving(event, getattr(tracker, event)))
+        setattr(tracker, event, tolerant(event, getattr(tracker, event)))
     return tracker
 
 
@@ -138,7 +138,7 @@ def _say_failed(name: str, error: Exception) -> None:
 
 
 def send_completions(step: int, groups: Sequence[dict[str, Any]]) -> None:
-    """Show groups, as they are in the run folder, in a table of the W&B run that is open, if there is one."""
+    """Send groups, as they are in the run folder, as a table to the open W&B run, if there is one."""
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
@@ -157,7 +157,7 @@ def send_completions(step: int, groups: Sequence[dict[str, Any]]) -> None:
     scores = (f"rewards/{name}" for name in names)
     columns: list[str | int] = ["step", "prompt", "completion", "tokens", *scores, "reward", "advantage"]
     try:
-        # Not by itself: it belongs to the metrics of the step, which follow.
+        # Sent with the metrics of the step, which follow.
         wandb.log({"completions": wandb.Table(columns=columns, data=rows)}, commit=False)
     except Exception as error:
         _say_failed("wandb", error)

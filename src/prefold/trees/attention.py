@@ -1,8 +1,8 @@
-"""The prefix attention: prompts attend causally to themselves, completions to their prompt and to themselves.
+"""Tree attention: prompts attend causally to themselves, completions to their prompt and causally to themselves.
 
-The only place that knows an attention backend. Each backend is a function registered with transformers under a name of
-our own that the mask interface does not know, so models build no mask; the layout of the row reaches it as the keyword
-`trees`, which a model's `forward(**kwargs)` hands down.
+The only module that knows the attention backends. Each is a function registered with transformers under a name that its
+mask interface does not know, so models build no mask; the layout of the row reaches the backend as the keyword `trees`,
+which a model's `forward(**kwargs)` passes down.
 
 Backends take `query` `[1, heads, T, D]`, `key` and `value` `[1, key heads, T, D]` and return `[1, T, heads, D]`.
 """
@@ -22,21 +22,21 @@ from transformers import AttentionInterface, PreTrainedModel
 from prefold.trees.packing import Node, PackedTrees, Span
 
 NAMES_GROUPED_HEADS = torch.__version__ >= "2.12"
-"""Whether torch's variable-length attention has a keyword for them; the kernel of 2.11 takes them without."""
+"""Whether torch's `varlen_attn` has the keyword `enable_gqa`; that of 2.11 takes grouped heads without it."""
 CHECKPOINTING = (
     "activation_checkpointing"
     if hasattr(PreTrainedModel, "activation_checkpointing_enable")
     else "gradient_checkpointing"
 )
-"""What transformers calls it, in arguments and methods: the first since 5.23."""
+"""Name of checkpointing in transformers' arguments and methods: `activation_checkpointing` since 5.23."""
 
 
 class Shape(NamedTuple):
-    """What a layer asks of its attention beside queries, keys and values."""
+    """Parameters of a layer's attention besides queries, keys and values."""
 
     scale: float
     window: int | None
-    """A position sees the `window` positions up to and including itself; None if the row needs no such limit."""
+    """A token attends to the last `window` positions, its own included; None for no limit."""
     softcap: float | None
 
 
@@ -44,7 +44,7 @@ Backend = Callable[[Tensor, Tensor, Tensor, PackedTrees, Shape], Tensor]
 
 
 def register(name: str, backend: Backend) -> None:
-    """Make a backend an attention implementation of transformers."""
+    """Register a backend with transformers as an attention implementation."""
 
     def attention(
         module: nn.Module,
@@ -62,21 +62,22 @@ def register(name: str, backend: Backend) -> None:
         position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """What transformers calls in each layer.
+        """Called by transformers in each layer.
 
         Raises:
-            NotImplementedError: for what the engine cannot honour; the self-check turns it into the plain path.
+            NotImplementedError: the layer needs something that the engine lacks; the self-check then chooses the plain
+                path.
         """
-        refused = {"mask": attention_mask, "dropout": dropout or None, "sinks": s_aux, "position bias": position_bias}
-        for what, given in refused.items():
-            if given is not None:
-                raise NotImplementedError(f"the tree attention has no {what}")
+        lacking = {"mask": attention_mask, "dropout": dropout or None, "sinks": s_aux, "position bias": position_bias}
+        for feature, argument in lacking.items():
+            if argument is not None:
+                raise NotImplementedError(f"the tree attention has no {feature}")
         if trees is None:
             raise NotImplementedError("the model does not hand the layout of the row to its attention layers")
         trees.scratch["calls"] = trees.scratch.get("calls", 0) + 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = sliding_window if sliding_window is not None and trees.longest > sliding_window else None
-        # Beside a float32 residual stream, queries and keys come out of the rotation wider than the values.
+        # With a float32 residual stream, the rotary embedding returns queries and keys wider than the values.
         on_cpu = query.device.type == "cpu"
         dtype = torch.promote_types(query.dtype, value.dtype) if on_cpu else value.dtype
         states = (query.to(dtype), key.to(dtype), value.to(dtype))
@@ -102,11 +103,11 @@ def using_attention(model: nn.Module, name: str) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
-# ---- segments: one call for each prompt and each completion; every device, dtype, window and soft-cap ------------
+# ---- segments: one call per prompt and per completion; for every device, dtype, window and soft-cap --------------
 
 
 def segments(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
-    """Torch's attention over `[prompt keys, own keys]` of each segment, masked to the bottom-right triangle."""
+    """Torch's attention for each segment over `[prompt keys, own keys]`, with a lower-right causal mask."""
     attend = _softcapped if shape.softcap else _plain_softmax
 
     def seen(states: Tensor, node: Node) -> Tensor:
@@ -134,7 +135,7 @@ def _plain_softmax(query: Tensor, keys: Tensor, values: Tensor, trees: PackedTre
 
 
 def _softcapped(query: Tensor, keys: Tensor, values: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
-    """Scores bent by softcap * tanh(score / softcap) before the softmax (Gemma 2, arXiv 2408.00118, section 2)."""
+    """Scores capped by softcap * tanh(score / softcap) before the softmax (Gemma 2, arXiv 2408.00118, section 2)."""
     assert shape.softcap is not None
     group = query.shape[1] // keys.shape[1]
     keys, values = (states.repeat_interleave(group, dim=1) for states in (keys, values))
@@ -146,15 +147,15 @@ def _softcapped(query: Tensor, keys: Tensor, values: Tensor, trees: PackedTrees,
 
 
 def _mask(query: Tensor, keys: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
-    """Kept with the row, whose layers all ask for it, and no longer: on a GPU a few hundred would take gigabytes."""
-    given = (query.shape[2], keys.shape[2], shape.window, query.device)
-    mask: Tensor = trees.once(f"mask {given}", lambda row: lower_right(*given))
+    """Cached in the row, whose layers share it, and freed with it: a few hundred masks take gigabytes on a GPU."""
+    arguments = (query.shape[2], keys.shape[2], shape.window, query.device)
+    mask: Tensor = trees.once(f"mask {arguments}", lambda row: lower_right(*arguments))
     return mask
 
 
 def lower_right(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
-    """`[rows, columns]`, True where the last `rows` positions of `columns` may look: at or before themselves, and less
-    than `window` positions back."""
+    """`[rows, columns]`, True where the last `rows` of `columns` positions may attend: to themselves and to what
+    precedes them, less than `window` positions back."""
     query = torch.arange(columns - rows, columns, device=device)[:, None]
     distance = query - torch.arange(columns, device=device)[None]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
@@ -167,11 +168,11 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def joined(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
-    """Prompts to themselves, completions to themselves, and all completions of a tree to their prompt at once.
+    """Attention of prompts to themselves, of completions to themselves, and of a tree's completions to their prompt.
 
-    The two halves of a completion's softmax are joined by their log-normalisers, as ring attention does (arXiv
-    2310.01889): no mask, no copy of the prompt's keys, no work in the masked half. Low precisions are computed in
-    float32, which is as fast here and more exact.
+    The two parts of a completion's softmax are joined by their log-normalisers, as ring attention does (arXiv
+    2310.01889): no mask, no copy of the prompt's keys, no work on masked scores. Half precision is computed in float32,
+    which is as fast on a CPU and more accurate.
     """
     if shape.window is not None or shape.softcap:
         return segments(query, key, value, trees, shape)
@@ -212,7 +213,7 @@ class _Joined(torch.autograd.Function):
         out, grad = attended.transpose(1, 2), grad_outputs[0].transpose(1, 2)
         grads = [torch.empty_like(states) for states in (query, key, value)]
 
-        # With the joint normaliser each part's probabilities are the joint softmax's, so the parts just add up.
+        # Given the joint normaliser, each call recomputes probabilities of the joint softmax, so the gradients add up.
         def back(queries: Span, keys: Span, causal: bool) -> Any:
             own, seen = slice(*queries), slice(*keys)
             return _flash_backward(
@@ -245,10 +246,10 @@ def _continued(nodes: tuple[Node, ...]) -> list[Node]:
 
 
 def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
-    """One call of flash attention for the row; the keys of a prompt are gathered once for each of its completions.
+    """One call of flash attention for the row; the keys of a prompt are gathered once per completion.
 
     Raises:
-        NotImplementedError: the layer wants a soft-cap.
+        NotImplementedError: the layer has a soft-cap.
     """
     if shape.softcap:
         raise NotImplementedError("variable-length attention has no soft-cap")
@@ -270,8 +271,8 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, trees: PackedTree
 
 
 def gathered_keys(trees: PackedTrees, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor, int, int]]:
-    """The indices in the row of the keys that each node sees, those above it and its own; and where the queries and
-    the keys of the nodes begin, `[nodes + 1]` each, with the most that a node has of them."""
+    """Indices into the row of the keys that each node attends to, concatenated; and the layout that `varlen_attn`
+    takes: offsets of the nodes' queries and keys, `[nodes + 1]` each, and the largest number of both in a node."""
     seen = [torch.arange(*span) for node in trees.nodes for span in (*node.above, node.own)]
     queries = [stop - start for (start, stop), _, _ in trees.nodes]
     keys = [node.longest for node in trees.nodes]
@@ -285,27 +286,26 @@ def gathered_keys(trees: PackedTrees, device: torch.device) -> tuple[Tensor, tup
 
 BLOCK_MASK = "prefold_block_mask"
 BLOCK = 128
-"""Tokens of a block of FlexAttention's mask."""
+"""Tokens per block of FlexAttention's mask."""
 COMPILER = "inductor"
-"""What compiles FlexAttention; a CPU has no backward pass of it."""
+"""torch.compile's backend for FlexAttention, which has no backward pass on a CPU."""
 
 
 def block_mask(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
-    """FlexAttention with a mask over blocks of the row, padded to whole ones; honours windows and soft-caps."""
+    """FlexAttention with a block mask, the row padded to whole blocks; supports windows and soft-caps."""
     device, window = query.device, shape.window
     mask = trees.once(f"blocks on {device}, window {window}", lambda row: flex_mask(row, window, device))
     tokens = query.shape[2]
-    states = [pad(each, (0, 0, 0, mask.shape[-1] - tokens)) for each in (query, key, value)]
-    attend = _compiled(shape.softcap or 0.0, window is None, *(each.requires_grad for each in states))
+    states = [pad(tensor, (0, 0, 0, mask.shape[-1] - tokens)) for tensor in (query, key, value)]
+    attend = _compiled(shape.softcap or 0.0, window is None, *(tensor.requires_grad for tensor in states))
     with torch.autocast(device.type, enabled=False):
         out: Tensor = attend(*states, mask, shape.scale, query.shape[1] != key.shape[1])
     return out[:, :, :tokens].transpose(1, 2)
 
 
 def flex_mask(trees: PackedTrees, window: int | None, device: torch.device) -> Any:
-    """A block mask of two blocks or more, from the spans of the row: a token is seen from itself on up to the end of
-    what continues its node. Padding behind the row sees itself. Takes 8 bytes a token and 16 for each pair of blocks.
-    """
+    """The row's block mask, of at least two blocks: a token is visible to itself and to what follows it, up to the end
+    of its node's descendants. Padding attends to padding. Takes 8 bytes per token and 16 per pair of blocks."""
     from torch.nn.attention.flex_attention import BlockMask
 
     tokens = trees.tokens
@@ -321,26 +321,26 @@ def flex_mask(trees: PackedTrees, window: int | None, device: torch.device) -> A
         return inside if window is None else inside & (position[query] - position[key] < window)
 
     start = torch.arange(0, length, BLOCK, device=device)[:, None]
-    (first, last), (least, most) = (each.view(-1, BLOCK).aminmax(dim=1) for each in (end, position))
-    seen, whole = last > start, first >= start + BLOCK
+    (first, last), (least, most) = (values.view(-1, BLOCK).aminmax(dim=1) for values in (end, position))
+    seen, full = last > start, first >= start + BLOCK
     if window is not None:
         seen &= least[:, None] - most < window
-        whole &= most[:, None] - least < window
-    whole.tril_(-1)
-    tables = [_listed(blocks[None, None]) for blocks in (seen.tril() & ~whole, whole)]
+        full &= most[:, None] - least < window
+    full.tril_(-1)
+    tables = [_listed(blocks[None, None]) for blocks in (seen.tril() & ~full, full)]
     return BlockMask.from_kv_blocks(*tables[0], *tables[1], BLOCK_SIZE=BLOCK, mask_mod=allowed)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, and which, those first."""
+    """For each row of blocks, how many are set, and all indices, those of set blocks first."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()
 
 
 @cache
 def _compiled(softcap: float, *kind: bool) -> Any:
-    """FlexAttention, compiled for a kind of call. Only 8 versions of one function are compiled; what would be the ninth
-    is computed with the whole matrix of scores, or refused with `fullgraph`."""
+    """FlexAttention, compiled for one kind of call. torch compiles at most 8 versions of a function; a ninth would
+    compute the full matrix of scores, or fail with `fullgraph`."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def bent(score: Tensor, *index: Tensor) -> Tensor:
@@ -349,8 +349,8 @@ def _compiled(softcap: float, *kind: bool) -> Any:
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, grouped: bool) -> Any:
         return flex_attention(query, key, value, bent if softcap else None, mask, scale=scale, enable_gqa=grouped)
 
-    attend.__code__ = attend.__code__.replace()  # what versions are counted by
-    # Lengths vary by row, and compiling anew costs seconds. A score with a number that varies has no gradient.
+    attend.__code__ = attend.__code__.replace()  # torch counts versions by code object
+    # Lengths vary by row, and recompiling takes seconds. A score function with a dynamic float has no gradient.
     constants = torch._dynamo.config.patch(specialize_float=True)
     return constants(torch.compile(attend, dynamic=True, fullgraph=True, backend=COMPILER))
 
@@ -367,7 +367,7 @@ for _name, _backend in BACKENDS.items():
 
 
 def heads_of(config: Any) -> tuple[int, int, int]:
-    """Of the queries and of the keys of a layer, and their width."""
+    """Number of query heads and of key heads in a layer, and their width."""
     config = config.get_text_config()
     queries = getattr(config, "num_attention_heads", None) or 1
     keys = getattr(config, "num_key_value_heads", None) or queries
@@ -375,8 +375,8 @@ def heads_of(config: Any) -> tuple[int, int, int]:
 
 
 def candidates(device: torch.device, dtype: torch.dtype, config: Any = None) -> list[str]:
-    """Backends of a device that can compute in a dtype with what a model's text configuration asks for, the one to be
-    preferred first. The last computes everything: it is held against the plain path, and the others against it."""
+    """Backends for a device, a dtype and a model's text configuration, the preferred one first. The last supports
+    everything: it is compared with the plain path, and the others with it."""
     if device.type != "cuda":
         return ["prefold_joined" if device.type == "cpu" else "prefold_segments"]
     has_softcap = getattr(config, "attn_logit_softcapping", None)

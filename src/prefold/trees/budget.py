@@ -1,6 +1,6 @@
-"""Token budgets: items in rows that fit, and what happens where memory runs out.
+"""Token budgets: rows that fit, and what happens when memory runs out.
 
-A row for which memory runs out is divided by a smaller budget and done again. Nothing is lost, and the log says so.
+A row that runs out of memory is divided by a smaller budget and computed again. Nothing is lost, and the log says so.
 """
 
 from __future__ import annotations
@@ -62,33 +62,33 @@ def padded_batches(
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, padding: int = 0) -> tuple[Tensor, Tensor]:
-    """`[rows, longest]` token ids, padded on the right, and the mask that tells padding from them."""
+    """`[rows, longest]` token ids, padded on the right, and their mask: 1 for tokens, 0 for padding."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], device=device)
     return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
 
 
 def from_all(results: Iterator[T]) -> Iterator[T]:
-    """What this process computes, as it comes, and then what the others have computed of their shares."""
+    """The results of this process as they are computed, then those of the other processes."""
     own = []
     for result in results:
         if ranks.processes() > 1:
             own.append(result)
         yield result
-    for process, others in enumerate(ranks.gather(own)):
+    for process, share in enumerate(ranks.gather(own)):
         if process != ranks.rank():
-            yield from others
+            yield from share
 
 
 # ---- out of memory ----------------------------------------------------------------------------------------------
 
 
 def attempt(perform: Callable[[], T], fatal: str = "", together: bool = False) -> T | None:
-    """What `perform` returns, or None if memory ran out on the way.
+    """The result of `perform`, or None if memory ran out.
 
     Args:
-        fatal: what a StageError says then, where trying again is of no use.
-        together: all processes perform this. One in which memory runs out tells the others, for which it fails as well.
+        fatal: message of a StageError to raise instead of returning None, where a retry is of no use.
+        together: all processes perform this. If memory runs out in one, it fails in all.
     """
     try:
         return perform()
@@ -109,18 +109,18 @@ def attempt(perform: Callable[[], T], fatal: str = "", together: bool = False) -
 def row_by_row(
     rows: Rows, perform: Callable[[list[int]], T | None], smaller: Callable[[list[int], list[int]], Rows]
 ) -> Iterator[tuple[list[int], T]]:
-    """Rows with what `perform` makes of them. Where that is None, memory ran out.
+    """Rows with the results of `perform`, which returns None if memory ran out.
 
     Args:
-        smaller: given the items of the row that failed, and these with all that are left, lowers the budget and gives
-            the rows of the latter.
+        smaller: lowers the budget, given the items of the failed row and all remaining items (these included), and
+            returns new rows of the remaining items.
     """
     waiting = deque(rows)
     while waiting:
         row = waiting.popleft()
         result = perform(row)
         if result is None:
-            waiting = deque(smaller(row, [item for left in (row, *waiting) for item in left]))
+            waiting = deque(smaller(row, [item for remaining in (row, *waiting) for item in remaining]))
         else:
             yield row, result
 
@@ -135,11 +135,13 @@ def lowered(
     """A smaller budget than `before`, after memory ran out on items of these sizes together; the log says so.
 
     Args:
-        split: the rows of these items within a budget, which is halved as often as it takes to get more rows. Without
-            it, half of what the items take together is the budget.
+        single: what cannot be divided, for the error message.
+        split: gives the rows of these items within a budget, which is halved until there are more rows. Without it, the
+            new budget is half of the items' total size.
+        what: the beginning of the log message.
 
     Raises:
-        StageError: the items cannot be divided; it speaks of the `single` one.
+        StageError: the items cannot be divided.
     """
     free_memory()
     if split is None:

@@ -1,11 +1,11 @@
-"""Texts as one row in which nothing is written twice that they share at their start.
+"""Texts in one row, in which prefixes that they share are written once.
 
-Where a prompt tree has completions below its prompt, a forest has as many levels as the texts ask for. Four texts, of
-which three start with `p` and two of these go on with `q`:
+A prompt tree has two levels, a forest as many as the shared prefixes make. Four texts, of which three start with `p`
+and two of these continue with `q`:
 
     tokens      p0 p1 p2 p3 | q0 q1 q2 q3 | a0 a1 | b0 || c0 c1 c2
 
-For reading: which answer is likelier, how likely is a document. Data in: `Text`; data out: `PackedTrees`.
+For scoring given texts: which answer is likelier, how likely a document is. Data in: `Text`; data out: `PackedTrees`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ import torch
 from prefold.trees.packing import Node, PackedTrees, Span, row_of
 
 WORTH_SHARING = 4
-"""Tokens that texts have in common beyond what they share already, below which a node of their own costs more than
-reading them twice."""
+"""Fewest further tokens in common that get a node of their own; with fewer, reading them twice costs less."""
 
 Ids = tuple[int, ...]
 Path = tuple[Span, ...]
-"""Where the tokens of a text lie in a row."""
+"""The spans of a text's tokens in a row."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, of which the last `scored` are scored. There is one at least before them, and one at least of them."""
+    """Token ids, of which the last `scored` are scored: at least one, with at least one before them."""
 
     tokens: Ids
     scored: int
@@ -41,7 +40,7 @@ class Text:
 
 
 def pack_forest(texts: Sequence[Text], device: torch.device | str = "cpu") -> PackedTrees:
-    """Lay texts out in one row; of the log-probs of its scored tokens, those of completion `i` are of text `i`."""
+    """Lay texts out in one row; in its log-probs, completion `i` is text `i`."""
     tokens, positions, nodes, paths = _laid_out([text.read for text in texts])
     predictors: list[int] = []
     targets: list[int] = []
@@ -52,10 +51,9 @@ def pack_forest(texts: Sequence[Text], device: torch.device | str = "cpu") -> Pa
 
 
 def split_texts(texts: Sequence[Text], max_tokens: int) -> list[list[int]]:
-    """Distribute texts over rows of at most `max_tokens`, those with much in common side by side.
+    """Distribute texts over rows of at most `max_tokens`, those with long common prefixes side by side.
 
-    Texts with the same context are never parted: they share a row that may be larger. Returns the indices of each
-    row's texts.
+    Texts with the same context are never separated: their row may be larger. Returns the indices of each row's texts.
     """
     order = sorted(range(len(texts)), key=lambda i: texts[i].tokens)
     rows: list[list[int]] = []
@@ -74,7 +72,7 @@ def split_texts(texts: Sequence[Text], max_tokens: int) -> list[list[int]]:
 
 
 def _added(unit: Sequence[int], texts: Sequence[Text], before: Ids) -> tuple[int, Ids]:
-    """Tokens that these texts add to a row whose last text is `before`, and what is the last then."""
+    """Tokens that these texts add to a row whose last text is `before`, and the new last text."""
     added = 0
     for i in unit:
         read = texts[i].read
@@ -85,7 +83,7 @@ def _added(unit: Sequence[int], texts: Sequence[Text], before: Ids) -> tuple[int
 
 
 def _shared(ids: Ids, other: Ids) -> int:
-    """How many tokens two texts have in common at their start."""
+    """Length of the common prefix of two texts."""
     most = min(len(ids), len(other))
     if ids[:most] == other[:most]:
         return most
@@ -97,17 +95,17 @@ def _shared(ids: Ids, other: Ids) -> int:
 
 
 def _laid_out(texts: Sequence[Ids]) -> tuple[list[int], list[int], list[Node], list[Path]]:
-    """Tokens, positions and nodes of a row of these texts, and the path of each.
+    """Tokens, positions and nodes of a row of these texts, and the path of each text.
 
-    Sorted, texts that share a start are neighbours, and what several neighbours share is the least that two of them
-    that stand side by side do.
+    In sorted order, texts with a common prefix are neighbours, and the common prefix of several neighbours is the
+    shortest that two adjacent ones of them have.
     """
     order = sorted(range(len(texts)), key=texts.__getitem__)
     ordered = [texts[i] for i in order]
     common = [0, *(_shared(text, following) for text, following in pairwise(ordered))]
 
     def runs(first: int, stop: int, depth: int) -> list[tuple[int, int]]:
-        """Neighbours that are worth a node of their own, beyond `depth`."""
+        """Split neighbours into runs that get a node each: those with enough in common beyond `depth`."""
         worth = depth + WORTH_SHARING
         joins = (common[i] >= worth or ordered[i] == ordered[i - 1] for i in range(first + 1, stop))
         starts = [first, *(i for i, join in enumerate(joins, first + 1) if not join)] if first < stop else []
@@ -115,11 +113,11 @@ def _laid_out(texts: Sequence[Ids]) -> tuple[list[int], list[int], list[Node], l
 
     tokens: list[int] = []
     positions: list[int] = []
-    written: list[Path] = []
-    """For each node the spans of those above it and its own."""
+    node_paths: list[Path] = []
+    """For each node the spans above it and its own."""
     ends: dict[Span, int] = {}
     paths: list[Path] = [()] * len(texts)
-    # A stack instead of recursion: texts that continue one another may be nested as deep as there are texts.
+    # A stack instead of recursion: texts that extend one another may be nested as deep as there are texts.
     above: Path = ()
     pending = [(*run, 0, above) for run in runs(0, len(texts), 0)]
     while pending:
@@ -129,10 +127,11 @@ def _laid_out(texts: Sequence[Ids]) -> tuple[list[int], list[int], list[Node], l
         tokens += ordered[first][depth:until]
         positions += range(depth, until)
         path = (*above, (start, len(tokens)))
-        written.append(path)
+        node_paths.append(path)
         ends.update(dict.fromkeys(path, len(tokens)))
-        while first < stop and len(ordered[first]) == until:  # the shortest come first
+        while first < stop and len(ordered[first]) == until:  # texts that end here come first
             paths[order[first]] = path
             first += 1
         pending += [(*run, until, path) for run in runs(first, stop, until)][::-1]
-    return tokens, positions, [Node(path[-1], path[:-1], (path[-1][1], ends[path[-1]])) for path in written], paths
+    nodes = [Node(path[-1], path[:-1], (path[-1][1], ends[path[-1]])) for path in node_paths]
+    return tokens, positions, nodes, paths

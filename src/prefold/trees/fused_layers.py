@@ -1,13 +1,13 @@
-"""Layers of PEFT with forward passes of their own, for training.
+"""Faster forward passes for PEFT's layers in training.
 
-LoRA in one piece: y = x W' + b + s (x A') B', with the backward pass that frozen weights allow. PEFT computes the
-update beside the base layer and adds it, in six passes over memory and a gradient of the base product by autograd. Here
-the update is accumulated into the product itself, and nothing is saved but the input of A and `x A'`. Weights in 4 or 8
-bits are unpacked once for each product, in the backward pass again, and never kept.
+Fused LoRA: y = x W' + b + s (x A') B', with the backward pass that frozen weights allow. PEFT computes the update
+separately and adds it, in six passes over memory, and autograd computes the gradient of the base product. Here the
+update is accumulated into the base product, and only the input of A and `x A'` are saved. 4-bit and 8-bit weights are
+dequantised for each product, in the backward pass again, and not kept.
 
-Single rows of the embeddings and of the head that are trained, in place of the frozen ones. PEFT copies the whole
-matrix in every pass, and its gradient is as large. Here the frozen matrix is left alone and the few rows are put where
-they belong: in the states of their tokens, in the columns of the logits.
+Trained rows of the embeddings and of the head, in place of frozen ones. PEFT copies the whole matrix in every pass, and
+its gradient is as large. Here the frozen matrix is left alone, and the trained rows replace the embeddings of their
+tokens and their columns of the logits.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
-"""PEFT's classes by their names, as those over bitsandbytes are only there where it is."""
+"""Names of PEFT's LoRA classes; those for bitsandbytes exist only where it is installed."""
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Give every plain LoRA layer of a model the fused forward pass; returns how many took it.
+    """Give every plain LoRA layer of a model the fused forward pass; returns how many got it.
 
-    Layers on trained weights, with DoRA, a bias of their own or several adapters keep PEFT's, and so do those on
-    quantised weights that have no `unpacked(dtype)`.
+    Layers over trained weights, with DoRA, with a LoRA bias or with several adapters keep PEFT's forward pass, and so
+    do those over quantised weights that have no `unpacked(dtype)`.
     """
     adapted = (module for module in model.modules() if isinstance(module, LoraLayer))
     layers = [layer for layer in adapted if type(layer).__name__ in LINEAR and _is_plain(layer)]
@@ -65,9 +65,9 @@ def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Once for all layers that take the same states (query, key and value; gate and up), which then keep the same
-    tensor for their backward passes. It is kept as an attribute of the states, so it goes with them, beside the
-    version by which autograd too knows whether they have been written to."""
+    """Cast `x`, once for all layers that take the same states (query, key and value; gate and up), so that they save
+    the same tensor for their backward passes. It is stored as an attribute of `x` and freed with it, together with
+    autograd's version of `x`, which tells whether `x` has been written to since."""
     if x.dtype == dtype or x.is_inference():
         return x.to(dtype)
     cast: Tensor
@@ -79,8 +79,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _FusedLora(torch.autograd.Function):
-    """`states` are x in the dtype that computes; the gradient goes to x, so that autograd adds in its dtype. `kept` is
-    the share of x that A gets; what dropout multiplies it by is part of the scaling, where it rounds nothing."""
+    """`states` is x in the compute dtype; the gradient goes to x, so that autograd adds in the dtype of x. `kept` is
+    the fraction of x that dropout keeps; its factor 1 / kept is part of the scaling, where it adds no rounding."""
 
     @staticmethod
     def forward(
@@ -107,7 +107,7 @@ class _FusedLora(torch.autograd.Function):
             grad_x = grad_inner @ a
             if mask is not None:
                 grad_x.mul_(mask)
-            # The larger part comes last, since it is rounded when it is added.
+            # The larger product comes last, so that it is rounded once, together with the sum.
             grad_x = grad_x.addmm_(grad, _weight(ctx.base, grad.dtype)).view(ctx.shape)
         return grad_x, None, grad_inner.T @ rows, (grad.T @ inner).mul_(ctx.scaling), None, None, None
 
@@ -116,11 +116,11 @@ def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     return base.weight.to(dtype) if type(base) is nn.Linear else base.unpacked(dtype)
 
 
-# ---- single trained rows ----------------------------------------------------------------------------------------
+# ---- trained rows of embeddings and head ------------------------------------------------------------------------
 
 
 def fuse_trained_rows(model: nn.Module) -> int:
-    """Give every layer with trained rows this forward pass; returns how many there are."""
+    """Give every layer with trained rows the forward pass below; returns how many there are."""
     layers = [module for module in model.modules() if type(module) is TrainableTokensWrapper]
     for layer in layers:
         layer.forward = MethodType(_rows_forward, layer)  # type: ignore[method-assign]
@@ -128,7 +128,7 @@ def fuse_trained_rows(model: nn.Module) -> int:
 
 
 def trained_rows(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """Ids `[K]` and rows `[K, D]` of the active adapter; None while it is switched off or merged."""
+    """Token ids `[K]` and rows `[K, D]` of the active adapter; None while it is disabled or merged."""
     tokens = layer.token_adapter
     if layer.disable_adapters or tokens.disable_adapters or tokens.merged:
         return None
@@ -143,7 +143,7 @@ def _rows_forward(layer: Any, inputs: Tensor) -> Tensor:
     if trained is None:
         return frozen
     ids, rows = trained
-    inputs = inputs.to(rows.device)  # of several, as accelerate does for the layer inside
+    inputs = inputs.to(rows.device)  # on several devices, as accelerate does for the wrapped layer
     if isinstance(base, nn.Embedding):
         matches = inputs[..., None] == ids
         own = embedding(matches.int().argmax(-1), rows).to(frozen.dtype)

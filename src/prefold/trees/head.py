@@ -1,7 +1,7 @@
-"""The vocabulary matrix, applied to the scored positions alone, in chunks.
+"""The output head, applied in chunks to the scored positions alone.
 
-`[S, V]` logits never exist as a whole. A head is what its family makes of it: a bias, a scale, a soft-cap. PEFT may
-have wrapped it: then it is a copy that is trained, or a few of its rows are.
+`[S, V]` logits never exist as a whole. Depending on the model family, a head has a bias, a scale or a soft-cap. PEFT
+may have wrapped it, to train a copy of it or a few of its rows.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from prefold.trees.fused_layers import trained_rows
 T = TypeVar("T")
 
 CHUNK = 256
-"""Rows of hidden states that meet the vocabulary matrix at once: 256 x 49,152 float32 logits are 50 MB."""
+"""Hidden states multiplied with the vocabulary matrix at once: 256 x 49,152 float32 logits are 50 MB."""
 SCORE = "score"
-"""What transformers calls the head of a classifier that reads the last token, in place of the vocabulary's."""
+"""transformers' name for the head of a sequence classifier, which it has in place of the vocabulary matrix."""
 
 
 @dataclass(frozen=True)
 class Head:
     """logits = cap(scale * (hidden @ weight.T + bias)) / temperature, where cap(x) = softcap * tanh(x / softcap).
 
-    `layer` is the module that the model calls, `linear` the one whose weights are at work, `rows` the ids `[K]` and
-    rows `[K, D]` that are trained in place of the frozen ones.
+    `layer` is the module that the model calls, `linear` the module whose weights are used, `rows` the token ids `[K]`
+    and values `[K, D]` of trained rows, which replace frozen ones.
     """
 
     layer: nn.Module
@@ -43,8 +43,8 @@ class Head:
 
 
 class Statistics(NamedTuple):
-    """Of the distribution at every scored position, `[S]` each, without gradients: `entropy` in nats, `squares`, the
-    sum of squared probabilities, and `top1`, whether the target is the most likely token."""
+    """Statistics of the distribution at every scored position, `[S]` each, without gradients: `entropy` in nats,
+    `squares`, the sum of squared probabilities, and `top1`, whether the target is the most likely token."""
 
     entropy: Tensor
     squares: Tensor
@@ -58,7 +58,7 @@ def score_layer(model: nn.Module) -> nn.Module | None:
 
 
 def head_of(model: Any, temperature: float = 1.0) -> Head:
-    """What the model does between its last hidden states and its logits, by the names of transformers' configs."""
+    """What a model computes between its last hidden states and its logits, from its modules and its configuration."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     linear = weights_of(layer)
     assert isinstance(linear, nn.Linear)
@@ -77,7 +77,7 @@ def head_obstacle(model: Any) -> str | None:
 
 
 def weights_of(layer: Any) -> nn.Module:
-    """The module inside PEFT's wrappers whose weights are at work."""
+    """The module inside PEFT's wrappers whose weights are used."""
     if isinstance(layer, TrainableTokensWrapper):
         layer = layer.token_adapter.get_base_layer()
     elif isinstance(layer, ModulesToSaveWrapper) and layer.active_adapters and not layer.disable_adapters:
@@ -90,9 +90,9 @@ def weights_of(layer: Any) -> nn.Module:
 
 @contextmanager
 def head_computes(layer: nn.Module, score: Callable[[Tensor], T]) -> Iterator[list[T]]:
-    """While open, a model's head computes `score` of its hidden states, left in the yielded list; its hooks stay.
+    """While open, a model's head appends `score` of its hidden states to the yielded list; its hooks still run.
 
-    The model's `forward` gets a stand-in for the logits that carries no information.
+    The model's `forward` gets a placeholder of the logits, without their vocabulary.
     """
     results: list[T] = []
 
@@ -106,7 +106,7 @@ def head_computes(layer: nn.Module, score: Callable[[Tensor], T]) -> Iterator[li
 
 @contextmanager
 def computing_by(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """While open, a layer computes `forward`; its hooks stay."""
+    """While open, a layer computes `forward`; its hooks still run."""
     before = vars(layer).get("forward")
     layer.forward = forward
     try:
@@ -120,8 +120,8 @@ def computing_by(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[N
 def head_logprobs(
     hidden: Tensor, head: Head, targets: Tensor, statistics: bool = False
 ) -> tuple[Tensor, Statistics | None]:
-    """Log-probs of `targets` `[S]` given hidden states `[S, D]`: `[S]`, float32 (float64 for float64 inputs), where the
-    targets are. Hidden states and weights of a model on several devices may be elsewhere."""
+    """Log-probs of `targets` `[S]` given hidden states `[S, D]`: `[S]`, float32 (float64 for float64 inputs), on the
+    device of the targets; hidden states and weights may be on others."""
     weight, rows = head.linear.weight, head.rows or (None, None)
     hidden, wanted = hidden.to(weight.device, weight.dtype), targets.to(weight.device)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -133,10 +133,10 @@ def head_logprobs(
 class _HeadLogprobs(torch.autograd.Function):
     """Chunked log-probs with their own backward.
 
-    A token's log-prob is one number, so its gradient by the hidden state is a single row, `W[target] - softmax @ W`
-    for a plain head. It is computed while the chunk's softmax is at hand and only scaled in the backward pass: frozen
-    heads (LoRA) need no second product with the vocabulary matrix. The same holds for single trained rows, by whose
-    logits the gradient is `[S, K]`. Heads that are trained as a whole recompute the softmax chunk by chunk.
+    A token's log-prob is a scalar, so its gradient with respect to the hidden state is a single row, `W[target] -
+    softmax @ W` for a plain head. It is computed from the chunk's softmax in the forward pass and only scaled in the
+    backward pass: frozen heads (LoRA) need no second product with the vocabulary matrix. The same holds for trained
+    rows, with a gradient `[S, K]` with respect to their logits. Fully trained heads recompute the softmax by chunks.
     """
 
     @staticmethod
@@ -174,16 +174,16 @@ class _HeadLogprobs(torch.autograd.Function):
             total = exponentials.sum(-1, keepdim=True)
             logprobs[part] = (own - top - total.log()).squeeze(-1)
             if jacobian is not None:
-                pull = weight[targets[part]]
+                target_rows = weight[targets[part]]
                 if isinstance(slope, Tensor):
-                    pull = pull * slope.gather(-1, wanted)
+                    target_rows = target_rows * slope.gather(-1, wanted)
                     exponentials.mul_(slope)
                 if by_rows is not None and ids is not None:
                     hits = wanted.eq(ids).to(by_rows.dtype)
                     hits = hits * slope[:, ids] if isinstance(slope, Tensor) else hits
                     by_rows[part] = head.scale / head.temperature * (hits - exponentials[:, ids] / total)
                 expected = exponentials.to(weight.dtype) @ weight
-                torch.addcdiv(pull, expected, total.to(pull.dtype), value=-1, out=jacobian[part])
+                torch.addcdiv(target_rows, expected, total.to(target_rows.dtype), value=-1, out=jacobian[part])
         if jacobian is not None and head.scale != head.temperature:
             jacobian.mul_(head.scale / head.temperature)
         head_is_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -209,7 +209,8 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _bend(logits: Tensor, head: Head, with_slope: bool) -> Tensor | None:
-    """Scale, cap and cool the logits in place; the slope of the cap where it is needed and not 1."""
+    """Apply scale, soft-cap and temperature to the logits in place. Returns the soft-cap's derivative; None without
+    `with_slope` or a soft-cap."""
     if head.scale != 1.0:
         logits.mul_(head.scale)
     slope = None
@@ -239,7 +240,8 @@ def _head_gradients(
     *,
     head: Head,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients by the head: sum over tokens of grad * slope * (onehot(target) - softmax) times the hidden state."""
+    """Gradients of the head's weight and bias. For the weight: the sum over tokens of grad * slope * (onehot(target) -
+    softmax) times the hidden state."""
     scale = head.scale / head.temperature
     grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
     grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if bias is not None else None

@@ -1,9 +1,9 @@
-"""Log-probs of the scored positions, and of nothing else.
+"""Log-probs of the scored tokens alone.
 
 Two paths give the same numbers. Packed: one row of trees, each prompt encoded once, the head applied in chunks to the
-predictors alone. Plain: one padded row per prompt and completion through the model as it comes. Both score inside the
-model's own `forward`, where PEFT and distributed wrappers hook in. A model whose head gives one number in place of
-logits scores whole conversations, by the same two paths.
+predictors alone. Plain: one padded row per prompt and completion, through the model as it comes. Both score inside the
+model's own `forward`, where PEFT and distributed wrappers hook in. A model with a score head scores whole
+conversations, by the same two paths.
 Data in: `PackedTrees`; data out: `TreeLogprobs`.
 """
 
@@ -37,14 +37,14 @@ from prefold.trees.packing import PackedTrees
 
 @dataclass(frozen=True)
 class TreeLogprobs:
-    """Log-probs in nats: `tokens` of every scored token, float32 or better; `completion`, the completion of the batch
-    that it belongs to; `lengths`, scored tokens per completion. Where they were asked for: `statistics` of the scored
-    positions, and `prompts`, for each tree the summed log-prob of its prompt from the second token on, of
-    `prompt_lengths` tokens.
+    """Log-probs in nats: `tokens` of every scored token, float32 or better; `completion`, the index of the completion
+    that each belongs to; `lengths`, scored tokens per completion. On request: `statistics` of the scored positions, and
+    `prompts`, each tree's summed log-prob of its prompt from the second token on, of `prompt_lengths` tokens.
 
-    `extras`, by name: what a method alone needs of the completions beside their log-probs. Nothing here reads it.
+    `auxiliary` is the weighted load-balancing loss of a mixture of experts. `extras`, by name, are further tensors that
+    a method needs; nothing here reads them.
 
-    A model that scores conversations has scores in their place, one to each completion, as if it had one token.
+    A model that scores conversations gives one score per completion in place of log-probs, as if it had one token.
     """
 
     tokens: Float[Tensor, " S"]
@@ -70,20 +70,23 @@ class TreeLogprobs:
         return chosen, rejected
 
     def as_leaf(self) -> TreeLogprobs:
-        """The same numbers as the start of a graph: a loss of them leaves its gradients here."""
+        """The same numbers as leaves of a new graph, in which a loss leaves its gradients."""
         prompts = None if self.prompts is None else self.prompts.detach().requires_grad_()
         return replace(self, tokens=self.tokens.detach().requires_grad_(), prompts=prompts)
 
     def gradients_of(self, parts: Sequence[TreeLogprobs]) -> list[TreeLogprobs]:
-        """Of a leaf after its backward pass: the gradients of each of the parts that it was put together from."""
+        """Of a leaf after its backward pass: the gradients with respect to the parts that it was concatenated from."""
         tokens = _gradient(self.tokens).split([len(part.tokens) for part in parts])
         prompts: Sequence[Tensor | None] = [None] * len(parts)
         if self.prompts is not None:
             prompts = _gradient(self.prompts).split([len(part.prompts) for part in parts if part.prompts is not None])
-        return [replace(part, tokens=own, prompts=of) for part, own, of in zip(parts, tokens, prompts, strict=True)]
+        return [
+            replace(part, tokens=of_tokens, prompts=of_prompts)
+            for part, of_tokens, of_prompts in zip(parts, tokens, prompts, strict=True)
+        ]
 
     def dot(self, gradient: TreeLogprobs) -> Tensor:
-        """Scalar whose backward pass hands `gradient` on to what these log-probs were computed from."""
+        """Scalar whose backward pass propagates `gradient` to what these log-probs were computed from."""
         total = (self.tokens * gradient.tokens).sum()
         if self.prompts is None or gradient.prompts is None:
             return total
@@ -120,7 +123,7 @@ def _cat_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
 def sums_by(owner: Tensor, values: Tensor, owners: int) -> Tensor:
     """`[owners]`: sums of the values of each owner.
 
-    Added up in float64 where the device has it. One after another in float32, 2,000 tokens lose 4e-3 nats.
+    Added up in float64 where the device has it. Added one after another in float32, 2,000 tokens lose 4e-3 nats.
     """
     wide = values.dtype if values.device.type == "mps" else torch.float64
     return values.new_zeros(owners, dtype=wide).index_add(0, owner, values.to(wide)).to(values.dtype)
@@ -160,8 +163,8 @@ def plain_logprobs(
     statistics: bool = False,
     temperature: float = 1.0,
 ) -> TreeLogprobs:
-    """Score the same completions by themselves: rows of prompt + completion, padded on the right, `max_tokens` at a
-    time, or with 0 one at a time for models in which a row depends on its neighbours."""
+    """Score the same completions without packing: rows of prompt + completion, padded on the right, in batches of at
+    most `max_tokens`. With 0 each row is a batch, for models in which a row depends on the others of its batch."""
     rows = [tree.prompt + ids for tree in row.trees for ids in tree.completions]
     if score_layer(model) is not None:
         return _as_logprobs(scores_of(model, rows, row.input_ids.device, max_tokens))
@@ -169,14 +172,14 @@ def plain_logprobs(
     scored = [indices for tree in row.trees for indices in tree.scored]
     tokens: list[Tensor] = [torch.empty(0)] * len(rows)
     distributions: list[tuple[Tensor, ...]] = [()] * len(rows)
-    # A prompt is scored where it meets its first completion.
+    # A prompt is scored in the row of its first completion.
     firsts = accumulate((len(tree.completions) for tree in row.trees[:-1]), initial=0)
     tree_of = {first: tree for tree, first in enumerate(firsts)}
     prompts: list[Tensor] = [torch.empty(0)] * len(row.trees)
     auxiliary: list[Tensor] = []
     can_keep = "logits_to_keep" in signature(type(unwrapped(model)).forward).parameters and row.owner is None
     for batch, padded, mask in padded_batches(rows, max_tokens, row.input_ids.device):
-        # Logits are large, and none is read before the first completion of the batch begins.
+        # Logits are large, and those before the first completion of the batch are not needed.
         kept = {"logits_to_keep": padded.shape[1] + 1 - min(starts[i] for i in batch)} if can_keep else {}
         output = model(input_ids=padded, attention_mask=mask, use_cache=False, **kept)
         dropped = padded.shape[1] - output.logits.shape[1]
@@ -185,11 +188,11 @@ def plain_logprobs(
         for i, ids, logits in zip(batch, padded, output.logits, strict=True):
             start, stop = starts[i], len(rows[i])
             # A slice copies nothing, and logits are large.
-            those = slice(None) if len(scored[i]) == stop - start else [*scored[i]]
-            own = logits[start - 1 - dropped : stop - 1 - dropped][those]
+            selected = slice(None) if len(scored[i]) == stop - start else [*scored[i]]
+            own = logits[start - 1 - dropped : stop - 1 - dropped][selected]
             own = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
             own = own / temperature if temperature != 1.0 else own
-            targets = ids[start:stop][those, None]
+            targets = ids[start:stop][selected, None]
             tokens[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)
             distributions[i] = distribution_statistics(own.detach(), targets) if statistics else ()
             if row.owner is not None and i in tree_of:
@@ -212,14 +215,14 @@ def prompt_lengths(row: PackedTrees) -> Tensor | None:
 
 
 def router_coefficient(model: Any) -> float:
-    """What a mixture of experts multiplies its load-balancing loss with; 0 if its configuration asks for none."""
+    """Coefficient of a mixture of experts' load-balancing loss; 0 if its configuration asks for none."""
     config = getattr(model, "module", model).config.get_text_config()
     return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
 
 
 # ---- scores of whole conversations -----------------------------------------------------------------------------
-# The head meets the last tokens of completions alone, and is told where they are: a classifier of transformers finds
-# them by the pad token, which a conversation may end with.
+# The head is applied to the last tokens of completions alone, by their indices: a classifier of transformers finds them
+# by the pad token, with which a conversation may end.
 
 
 def packed_scores(model: nn.Module, row: PackedTrees) -> TreeLogprobs:
@@ -230,7 +233,8 @@ def packed_scores(model: nn.Module, row: PackedTrees) -> TreeLogprobs:
 
 
 def scores_of(model: nn.Module, rows: Sequence[Sequence[int]], device: torch.device, max_tokens: int = 0) -> Tensor:
-    """`[rows]`: scores of conversations by themselves, padded on the right, `max_tokens` at a time or else one."""
+    """`[rows]`: scores of conversations without packing, padded on the right, in batches of at most `max_tokens`; with
+    0 one by one."""
     scores: list[Tensor] = [torch.empty(0)] * len(rows)
     for batch, padded, mask in padded_batches(rows, max_tokens, device):
         with _scoring(model, range(len(batch)), [len(rows[i]) - 1 for i in batch]) as scored:

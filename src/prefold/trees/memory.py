@@ -1,4 +1,4 @@
-"""Memory: how much a micro-batch may take, what is kept between steps, and what an allocation failure looks like."""
+"""Memory: the token budget of a micro-batch, what the allocator keeps between steps, and errors of allocation."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CPU_TOKENS = 1024
-"""Where rows are fastest on a CPU: small enough for its caches, large enough for its matrix products."""
+"""Tokens of the fastest rows on a CPU: few enough for its caches, enough for its matrix products."""
 LEAST, MOST = 1024, 32768
 """Bounds of the budget that is derived for an accelerator."""
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED", "out of resource")
-"""What errors say of it: of the host, of an accelerator, of CUDA's libraries, of a kernel of Triton."""
+"""Parts of error messages: of the host (the first two), an accelerator, CUDA's libraries, a Triton kernel."""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 _kept = False
-"""What was arranged last."""
+"""The last argument of `arrange_allocations`."""
 
 
 def arrange_allocations(kept: bool) -> None:
     """Have glibc keep large blocks that are freed, or return each to the system.
 
-    Training on a CPU allocates the same large tensors at every step. Kept, they are there at once, but blocks of other
-    sizes break them up, and the process comes to hold several times what is in use. Returned, it holds what is in use,
-    and each page that is asked for anew costs a fault: up to a fifth of the time. Other C libraries and systems are
-    left as they are.
+    Training on a CPU allocates the same large tensors at every step. Kept blocks are reused at once, but blocks of
+    other sizes fragment them, and the process comes to hold several times what is in use. If blocks are returned, it
+    holds what is in use, and each new page costs a page fault: up to a fifth of the time. Other C libraries and systems
+    are left as they are.
     """
     global _kept
     _kept = kept
@@ -45,9 +45,9 @@ def arrange_allocations(kept: bool) -> None:
 
 @contextmanager
 def returning_allocations() -> Iterator[None]:
-    """While open, blocks that are freed go back to the system, whatever is arranged. For what makes large tensors of
-    many sizes and keeps a small part of each, as loading in 4 bits does: where freed blocks are kept, what stays breaks
-    them up, no later one fits, and the process comes to hold several times what is in use."""
+    """While open, blocks that are freed go back to the system, whatever `arrange_allocations` has set. For code that
+    makes large tensors of many sizes and keeps a small part of each, such as loading in 4 bits: what remains would
+    fragment kept blocks, no later one would fit, and the process would hold several times what is in use."""
     kept = _kept
     if kept:
         free_memory()
@@ -72,29 +72,29 @@ def auto_max_tokens(model: PreTrainedModel, gradient_checkpointing: bool) -> int
 
 
 def gpus_of(model: torch.nn.Module) -> set[torch.device]:
-    """Those that a model lies on."""
+    """The GPUs that hold a model's weights."""
     return {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
 
 
 def free_on(device: torch.device) -> int:
-    """Bytes of a GPU that can be had: nobody's, and what torch's allocator holds of freed tensors."""
-    nobodys, _ = torch.cuda.mem_get_info(device)
-    return nobodys + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Bytes of a GPU that can be allocated: those free, and those that torch's allocator holds of freed tensors."""
+    unreserved, _ = torch.cuda.mem_get_info(device)
+    return unreserved + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def budget_for(config: Any, weights: int, total: int, gradient_checkpointing: bool) -> int:
     """The token budget on an accelerator of `total` bytes for a model whose weights take `weights`.
 
-    Half of what the weights leave is divided by the activations of a token. That is a start, not a promise: a budget
-    that turns out too large is halved on the way.
+    Half of what the weights leave is divided by the activations of a token. This is an estimate: a budget that turns
+    out too large is halved on the way.
     """
     tokens = int(0.5 * (total - weights) / token_bytes(config, gradient_checkpointing))
     return max(LEAST, min(MOST, tokens // 256 * 256))
 
 
 def token_bytes(config: Any, gradient_checkpointing: bool) -> int:
-    """Activations of a token in half precision, roughly, for any decoder. What checkpointing keeps of a layer is the
-    stream between the layers, which is float32 in training."""
+    """Bytes of a token's activations in half precision, roughly, for any decoder. With checkpointing, a layer keeps its
+    part of the residual stream alone, which is float32 in training."""
     config = config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = (14 * config.hidden_size + 6 * inner) * 2
@@ -106,12 +106,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on an accelerator or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    of_a_device = isinstance(error, RuntimeError) or type(error).__name__ == "OutOfResources"  # which is Triton's own
+    of_a_device = isinstance(error, RuntimeError) or type(error).__name__ == "OutOfResources"  # Triton's
     return of_a_device and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def free_memory() -> None:
-    """Give back what finished models held, and what was kept of freed allocations."""
+    """Collect garbage, and return what allocators keep of freed memory, on the host and on accelerators."""
     gc.collect()
     if malloc_trim := _of_glibc("malloc_trim"):
         malloc_trim(0)
@@ -122,5 +122,5 @@ def free_memory() -> None:
 
 
 def _of_glibc(name: str) -> Any:
-    """A function of glibc; None where another C library is at work."""
+    """A function of glibc; None with another C library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

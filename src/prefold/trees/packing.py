@@ -8,8 +8,8 @@ A row of two trees, the first with completions A and B, the second with C:
     predictors              p2 a0   p2 b0 b1           q1 c0
 
 There is no padding. A completion's first token is predicted by the last token of its prompt, so that position is read
-once for every completion. Tokens of a completion that are context are read like those of prompts: were b1 what a tool
-returned, it would not be scored, and b1 itself would still predict b2:
+once for every completion. Context tokens of a completion are read and not scored, like those of prompts. If b1 were the
+output of a tool, it would not be scored, and it would still predict b2:
 
     scored                  a0 a1   b0    b2           c0 c1
     predictors              p2 a0   p2    b1           q1 c0
@@ -29,16 +29,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 Span = tuple[int, int]
-"""Start (inclusive) and stop (exclusive) of neighbouring tokens."""
+"""Start (inclusive) and stop (exclusive) of consecutive tokens."""
 
 
 @dataclass(frozen=True)
 class TokenTree:
-    """One prompt and the completions that hang from it, as token ids. None of them is empty.
+    """One prompt and its completions, as token ids. None of them is empty.
 
-    `context`: for each completion the spans of its tokens that are read and not scored, such as what a tool returned,
-    in their order and apart from each other; empty where every token of every completion is scored. Of each completion
-    at least one token is.
+    `context`: for each completion the spans of its tokens that are read and not scored, such as the output of a tool,
+    in order and apart from each other; empty if every token of every completion is scored. At least one token of each
+    completion is scored.
     """
 
     prompt: tuple[int, ...]
@@ -51,7 +51,7 @@ class TokenTree:
 
     @property
     def key(self) -> str:
-        """The same for equal trees, and for nothing else."""
+        """The same for equal trees, and for those alone."""
         return repr((self.prompt, self.completions, *([self.context] if self.context else [])))
 
     @property
@@ -74,7 +74,7 @@ class TokenTree:
 
     @property
     def scored_tokens(self) -> int:
-        """How many tokens of all its completions are scored."""
+        """Number of scored tokens in all completions."""
         return sum(map(len, self.scored))
 
     @property
@@ -94,8 +94,8 @@ class TokenTree:
 
 
 class Node(NamedTuple):
-    """Neighbouring tokens that see the same of what stands before them: the spans `above`, in their order, and of
-    their own those up to themselves. What continues them directly follows, in `below`; that is empty at an end."""
+    """Consecutive tokens that attend to the same spans `above`, in order, and causally to their `own`. The descendants
+    of the node follow it directly, in `below`, which is empty for a leaf."""
 
     own: Span
     above: tuple[Span, ...]
@@ -103,13 +103,13 @@ class Node(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens that the last of them sees."""
+        """Tokens that the last token of the node attends to."""
         return sum(stop - start for start, stop in (*self.above, self.own))
 
 
 @dataclass(frozen=True)
 class PackedTrees:
-    """Several trees as one row of `T` tokens, laid out in `nodes`, each of which stands before what continues it.
+    """Several trees as one row of `T` tokens. `nodes` are in the order of the row, each before its descendants.
 
     `predictors` are indices into the row, `targets` token ids, one for each of the `S` scored tokens of completions;
     `completion` is the completion of the row that each belongs to, `lengths` the scored tokens of each of `N`
@@ -128,7 +128,7 @@ class PackedTrees:
     lengths: Int[Tensor, " N"]
     owner: Int[Tensor, " P"] | None = None
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
-    """What the attention derives from the layout once and uses in every layer."""
+    """What is derived from the layout once and used in every layer."""
 
     @property
     def tokens(self) -> int:
@@ -142,7 +142,7 @@ class PackedTrees:
 
     @property
     def prompts(self) -> list[Span]:
-        """Where each tree's prompt lies."""
+        """The span of each tree's prompt."""
         return [node.own for node in self.nodes if not node.above]
 
     def once(self, name: str, derive: Callable[[PackedTrees], Any]) -> Any:
@@ -205,9 +205,8 @@ def row_of(
         tensor(positions)[None],
         tensor(predictors),
         tensor(targets),
-        tensor(range(len(lengths))).repeat_interleave(
-            tensor(lengths), output_size=sum(lengths)
-        ),  # which a GPU need not say
+        # Given the output size, a GPU need not be waited for.
+        tensor(range(len(lengths))).repeat_interleave(tensor(lengths), output_size=sum(lengths)),
         tensor(lengths),
         None if owner is None else tensor(owner),
     )

@@ -1,6 +1,6 @@
-"""How likely texts are to a model, without gradients: what they share at their start is read once.
+"""How likely texts are under a model, without gradients; common prefixes are read once.
 
-A model for which that does not give the plain method's numbers reads each text by itself, with one line in the log.
+If that does not give the plain method's numbers for a model, each text is read by itself, with one line in the log.
 Data in: `Text`; data out: `Likelihood`.
 """
 
@@ -29,15 +29,15 @@ from prefold.trees.self_check import (
 )
 
 ROW_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens that are read at once. Longer rows than in training: nothing is kept for a backward pass."""
+"""Tokens that are read at once, by device. Rows are longer than in training: nothing is kept for a backward pass."""
 CHECKED_TOKENS = 64
-"""Of a real text, in the self-check; more where the model has a window."""
+"""Tokens of a real text in the self-check; more where the model has a window."""
 
 logger = logging.getLogger("prefold")
 
 
 class Likelihood(NamedTuple):
-    """Log-prob in nats of a text's scored tokens given those before; `greedy`: each of them is the likeliest one."""
+    """Log-prob in nats of a text's scored tokens given those before; `greedy`: each of them is the most likely one."""
 
     logprob: float
     greedy: bool
@@ -45,7 +45,7 @@ class Likelihood(NamedTuple):
 
 @dataclass
 class Reader:
-    """How one model reads texts. `attention` is the name of the backend, None for the plain path; `one_by_one`: rows
+    """Reads texts with one model. `attention` is the name of the backend, None for the plain path; `one_by_one`: texts
     must not share a batch."""
 
     model: nn.Module
@@ -56,7 +56,7 @@ class Reader:
     def read(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[Likelihood]]]:
         """Row by row, the indices of its texts and how likely they are.
 
-        Several processes read a share of the rows each, and all of them get everything.
+        Several processes read a share of the rows each, and all of them get all results.
 
         Raises:
             StageError: out of memory with the texts of a single context.
@@ -90,7 +90,7 @@ class Reader:
         return [Likelihood(*values) for values in zip(sums.tolist(), (missed == 0).tolist(), strict=True)]
 
     def tokens(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
-        """`[S]` each, on the CPU: log-probs of the scored tokens, whether each is the likeliest, and its text."""
+        """`[S]` each, on the CPU: log-probs of the scored tokens, whether each is the most likely, and its text."""
         if self.attention is None:
             return _read_plainly(self.model, texts)
         row = pack_forest(texts, unwrapped(self.model).device)
@@ -101,7 +101,7 @@ class Reader:
 
 
 def _single(texts: Sequence[Text]) -> str:
-    """What a message says that memory ran out with."""
+    """What memory ran out with, for an error message."""
     return f"a text of {max(len(text.tokens) for text in texts):,} tokens; take a smaller model or device_map"
 
 
@@ -123,12 +123,11 @@ def _read_plainly(model: nn.Module, texts: Sequence[Text]) -> tuple[Tensor, Tens
 
 
 def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | None = None) -> Reader:
-    """A reader that shares what texts have in common, if the self-check on some of them passes, else a plain one with
-    the reason in the log.
+    """A reader that reads common prefixes once if the self-check passes, else a plain one, with the reason in the log.
 
     Args:
         texts: all that will be read.
-        max_tokens: tokens to read at once; by default what the device reads well.
+        max_tokens: tokens to read at once; by default `ROW_TOKENS` of the device.
     """
     base = unwrapped(model)
     budget = max_tokens or ROW_TOKENS.get(base.device.type, ROW_TOKENS["cpu"])
@@ -136,12 +135,12 @@ def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | Non
     longest = max(texts, key=lambda text: len(text.tokens)).tokens
     window = getattr(base.config.get_text_config(), "sliding_window", None) or 0
     ids = longest[-(CHECKED_TOKENS + (window if len(longest) > window else 0)) :]
-    # Texts that share starts of different lengths.
+    # Texts with common prefixes of different lengths.
     half, quarter = ids[: (len(ids) + 1) // 2], ids[: (len(ids) + 3) // 4]
     nested = [ids, half + ids[-2:], half + ids[:2], quarter + ids[-3:]]
     checked = [Text(row, min(len(row) - 1, WORTH_SHARING)) for row in nested]
     row, dtype = pack_forest(checked, base.device), base.dtype
-    # FlexAttention is compiled for longer than segments take to read a set of tasks.
+    # Compiling FlexAttention takes longer than reading a set of tasks with segments.
     names = [name for name in candidates(base.device, dtype, base.config.get_text_config()) if name != BLOCK_MASK]
 
     def plainly() -> Tensor:
@@ -155,5 +154,5 @@ def choose_reader(model: nn.Module, texts: Sequence[Text], max_tokens: int | Non
     attention, reason = attempt(choose, f"out of memory with {_single(checked)}") or (None, "")
     if attention:
         return Reader(model, budget, attention)
-    logger.warning("texts are read by themselves, what they share once for each (plain path): %s", reason)
+    logger.warning("common prefixes of texts are read once per text (plain path): %s", reason)
     return Reader(model, budget, None, one_by_one=stretched is not None)

@@ -1,10 +1,10 @@
-"""Log-probs of the reference: the model as it was before training, its adapter off, or as it came where training goes
-on with one.
+"""Log-probs of the reference: the model as it was before training. Its adapter is off, or, if training continues an
+adapter, as it was loaded.
 
-They never change during a run, so each tree is scored once, when a step first draws it, and kept on disk, where later
-runs read it. A file there is named by what determines the numbers beside the trees: the configuration, the weights as
-loaded (quantised or not), those of the adapter that was there, their dtypes, the device and the attention path. In it
-a tree is known by its token ids and which of them are scored.
+They never change during a run, so each tree is scored once, when a step first draws it, and cached on disk for later
+runs. The name of a file begins with a digest of what determines the numbers besides the trees: the configuration, the
+weights as loaded (quantised or not), those of a continued adapter, their dtypes, the device and the attention path. In
+the file, a tree is identified by its token ids and by which of them are scored.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from prefold.trees.packing import TokenTree
 from prefold.trees.scorer import Scorer, frozen_adapter, reference_model
 
 VERSION = "4"
-"""Part of the key; to be raised when the numbers that this engine gives change."""
+"""Part of the key; to be raised when the engine's numbers change."""
 
 logger = logging.getLogger("prefold")
 
 
 class Reference:
-    """Log-probs of trees under the reference, of those that are asked for.
+    """Log-probs of trees under the reference, computed for the requested trees alone.
 
     Args:
         scorer: of the policy before its first step.
-        trees: a data set, which may be larger than what is asked for.
-        cache: folder of the cache. A file in it is whole or absent, and is never changed: it holds what one run has
-            computed and `keep` has written, so runs side by side do not meet.
-        dtype: in which the training step will compute; with the same rounding on both sides, most of it cancels.
+        trees: a data set, of which only some trees may be requested.
+        cache: folder of the cache. Each `keep` writes a new file, which is whole or absent and never changes, so runs
+            may share the folder.
+        dtype: the compute dtype of the training step; with the same rounding on both sides, most of it cancels.
     """
 
     def __init__(self, scorer: Scorer, trees: Sequence[TokenTree], cache: Path, dtype: torch.dtype = torch.float32):
@@ -56,10 +56,10 @@ class Reference:
             self._read_index(file)
 
     def of(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        """By the index of each of these trees, `[scored tokens of its completions]` float32 log-probs in nats, on the
-        CPU. Several processes ask for the same, and score a share each of what is not there.
+        """By index, each tree's `[scored tokens of its completions]` float32 log-probs in nats, on the CPU. Several
+        processes request the same trees, and each scores a share of those that are not cached.
 
-        Trees that are asked for together share rows, so that the numbers of a step are the same to the last bit
+        Only trees that are requested together share rows, so that the numbers of a step are the same to the last bit
         whatever other steps a run has.
         """
         keys = [self.trees[i].digest for i in indices]
@@ -71,13 +71,13 @@ class Reference:
         return {i: new[key] if tokens is None else tokens for key, i, tokens in zip(keys, indices, known, strict=True)}
 
     def of_others(self, trees: Sequence[TokenTree]) -> Reference:
-        """The same of other trees; what is kept of the two is kept together."""
+        """A reference for other trees, which shares the cache of this one."""
         other = copy(self)
         other.trees = trees
         return other
 
     def keep(self) -> None:
-        """Write what was computed since the last time. A cache that cannot be written to costs a later run its time."""
+        """Write what was computed since the last call. A cache that cannot be written costs later runs their time."""
         if not self._new:
             return
         name = hashlib.sha256(b"".join(self._new)).hexdigest()[:16]
@@ -109,7 +109,7 @@ class Reference:
             return None
 
     def _read_index(self, file: Path) -> None:
-        """Note where the log-probs of each tree lie. A file that is broken is as none."""
+        """Index the log-probs in a file by tree. A broken file is ignored."""
         try:
             with safe_open(file, "pt") as opened:
                 keys, lengths = opened.get_tensor("keys").numpy(), opened.get_tensor("lengths")
@@ -126,7 +126,7 @@ def compute_reference(
     trees: Sequence[TokenTree],
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """The log-probs of trees as `Reference` has them, without its cache."""
+    """Log-probs of trees under the reference, as from `Reference`, without its cache."""
     reference: list[Tensor] = [torch.empty(0)] * len(trees)
     device = next(scorer.model.parameters()).device.type
     precision = torch.autocast(device, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
@@ -158,13 +158,13 @@ def model_digest(
     state: Callable[[nn.Module], object] = lambda module: "",
     salt: str = "",
 ) -> Any:
-    """A digest, to which more may be added, of a model's configuration, tensors and the dtypes that it computes in.
+    """A hash of a model's configuration, tensors and compute dtypes, to which more may be added.
 
     Args:
-        tensors: with their names; of each its dtype, shape, kind of device and every byte counts, of a sharded one
-            those of this process.
-        state: what else counts of each module.
-        salt: what else decides the numbers.
+        tensors: with their names. Their dtypes, shapes, device types and bytes count; of sharded ones, the bytes of
+            this process.
+        state: further state of each module that counts.
+        salt: what else determines the numbers.
     """
     digest: Any = hashlib.sha256(f"{salt} torch={torch.__version__}".encode())
     settings = unwrapped(model).config.to_dict()

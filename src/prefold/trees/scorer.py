@@ -1,4 +1,4 @@
-"""The scorer: how log-probs of trees are computed with one model, in rows within a token budget, packed or plain."""
+"""The scorer: log-probs of trees under one model, in rows within a token budget, packed or plain."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from prefold.trees.self_check import (
 T = TypeVar("T")
 
 PADDING = TokenTree((0,), ((0,),))
-"""The least that can be scored, where a pass is made for the sake of the other processes."""
+"""The smallest tree that can be scored, for passes that only the other processes need."""
 
 TIMED_TOKENS = 4096
-"""Most of a row of whole trees by which the attention is chosen."""
+"""Largest row of whole trees on which the attention backends are timed."""
 OUT_OF_MEMORY = (
     "out of memory in the self-check with {}; take a smaller model or `load_in_4bit`, or a `model.attn_implementation` "
     "that needs no check (sdpa; eager for attention with a soft-cap)"
@@ -48,11 +48,10 @@ logger = logging.getLogger("prefold")
 
 @dataclass
 class Scorer:
-    """How the log-probs of trees are computed with one model.
+    """Computes log-probs of trees under one model.
 
-    `attention` is the name of the backend, None for the plain path; then `reason` says why. `max_tokens` is what a
-    micro-batch may hold. `one_by_one`: plain rows must not share a batch. `temperature` divides the logits, as in
-    sampling: the log-probs are those of the distribution that is sampled from at it.
+    `attention` is the name of the backend, None for the plain path; then `reason` says why. `max_tokens` is the budget
+    of a micro-batch. `one_by_one`: plain rows must not share a batch. `temperature` divides the logits, as in sampling.
     """
 
     model: nn.Module
@@ -70,8 +69,8 @@ class Scorer:
         """Log-probs of the trees' completions, all in one row when packed.
 
         Args:
-            statistics: with entropy, squares and top-1 of every scored position.
-            scores_prompt: with the log-probs of the prompts as well.
+            statistics: also entropy, squares and top-1 of every scored position.
+            scores_prompt: also the log-probs of the prompts.
         """
         row = pack(trees, next(self.model.parameters()).device, scores_prompt)
         if self.packed:
@@ -81,12 +80,13 @@ class Scorer:
         return plain_logprobs(self.model, row, max_tokens, statistics, self.temperature)
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Keeps the attention in place for a backward pass too, where gradient checkpointing runs the layers again."""
+        """While open, the model uses the scorer's attention; for a backward pass too, in which gradient checkpointing
+        runs the layers again."""
         return nullcontext() if self.attention is None else using_attention(self.model, self.attention)
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the weights, so that a pass takes all of them."""
+        """Whether each process holds a part of the weights, so that every pass involves all processes."""
         return is_fsdp_managed_module(unwrapped(self.model))
 
     def size(self, tree: TokenTree) -> int:
@@ -94,21 +94,22 @@ class Scorer:
         return tree.size if self.packed else tree.plain_size
 
     def rows(self, trees: Sequence[TokenTree], indices: Iterable[int] | None = None) -> list[list[int]]:
-        """Indices of the trees of each micro-batch of at most `max_tokens`: of all trees, or of those at `indices`. A
-        tree without completions, of which there is nothing to score, is in none."""
+        """Indices of the trees of each micro-batch of at most `max_tokens`: of all trees, or of those at `indices`.
+        Trees without completions are left out."""
         indices = range(len(trees)) if indices is None else indices
         scored = [i for i in indices if trees[i].completions]
         rows = split_by_budget([self.size(trees[i]) for i in scored], self.max_tokens)
         return [[scored[i] for i in row] for row in rows]
 
     def share(self, trees: Sequence[TokenTree]) -> list[int]:
-        """Indices of the trees that this process scores: of all of them in one process, else of its share by tokens."""
+        """Indices of the trees that this process scores: in a single process all that have completions, else its share
+        of them, balanced by tokens."""
         scored = [i for i, tree in enumerate(trees) if tree.completions]
         return [scored[i] for i in ranks.share([self.size(trees[i]) for i in scored])]
 
     def behind(self, rows: Sequence[list[int]]) -> int:
-        """How many passes this process has to make with nothing, beside those through its rows: with sharded weights
-        all processes make as many."""
+        """How many passes this process has to make besides those of its rows: with sharded weights, all processes make
+        the same number."""
         return ranks.missing(len(rows)) if self.sharded else 0
 
     def scored(
@@ -116,7 +117,7 @@ class Scorer:
     ) -> Iterator[tuple[list[int], TreeLogprobs]]:
         """Log-probs of many trees, row by row with the indices of each row's trees, for use without gradients.
 
-        Several processes score a share each, and all of them get everything.
+        Several processes score a share each, and all of them get all results.
 
         Raises:
             StageError: out of memory with a single tree.
@@ -135,22 +136,22 @@ class Scorer:
         yield from from_all(row_by_row(rows, score, smaller))
 
     def attempt(self, perform: Callable[[], T], together: bool = False) -> T | None:
-        """What `perform` returns; None if memory ran out, and the budget is to be lowered before the next attempt.
+        """The result of `perform`; None if memory ran out, and the budget is to be lowered before the next attempt.
 
         Args:
-            together: all processes perform this at a time, and it fails for all of them.
+            together: all processes perform this at once, and if it fails in one, it fails in all.
 
         Raises:
-            StageError: weights are sharded, and the others wait for this process's part of them.
+            StageError: memory ran out, and the weights are sharded: the others wait for this process's part of them.
         """
         fatal = f"out of memory with rows of {self.max_tokens:,} tokens; lower `train.max_tokens`"
         return attempt(perform, fatal if self.sharded else "", together)
 
     def lower_budget(self, trees: Sequence[TokenTree]) -> None:
-        """Halve the token budget after memory ran out on these trees, as often as it takes to split them.
+        """Halve the token budget after memory ran out on these trees, until they are split.
 
         Raises:
-            StageError: they were one by one already.
+            StageError: they cannot be split further.
         """
         sizes = [self.size(tree) for tree in trees if tree.completions]
         single = (
@@ -175,14 +176,14 @@ def choose_scorer(
     """Packed if the model allows it and the self-check on `trees` passes, else plain, with the reason in the log.
 
     Args:
-        trees: real ones, a few, parts of which are checked in one row: a token that sees a neighbouring tree shows.
+        trees: a few real ones, parts of which are checked in one row, so that attention across trees shows.
         setting: `model.attn_implementation` of the recipe; `trees` raises instead of falling back.
-        longest: tokens of the longest prompt with completion that will come; by default that of `trees`.
-        deepest: the longest tree, which is checked as well where it goes past the model's window.
-        dtype: in which it will compute; by default that of the weights.
+        longest: tokens of the longest prompt with completion to be scored; by default that of `trees`.
+        deepest: the longest tree, which is checked as well if it exceeds the model's window.
+        dtype: the compute dtype; by default that of the weights.
 
     Raises:
-        StageError: `trees` was asked for and cannot be had, or out of memory with parts of a single tree.
+        StageError: `setting` is `trees` and the model cannot be packed, or out of memory with parts of a single tree.
     """
     longest = max(tree.longest for tree in trees) if longest is None else longest
     stretched = stretched_positions(model, longest)
@@ -206,15 +207,14 @@ def choose_scorer(
     if scorer.packed:
         return scorer
     if setting == "trees":
-        raise StageError(f"`model.attn_implementation: trees` cannot be had for this model: {reason}")
+        raise StageError(f"`model.attn_implementation: trees` is not possible with this model: {reason}")
     logger.warning("prompts are encoded once per completion (plain path): %s", reason)
     scorer.reason = reason
     return scorer
 
 
 def _self_checked(model: nn.Module, attention: str, rows: Sequence[Sequence[TokenTree]]) -> str | None:
-    """How packed log-probs of these rows of parts of trees differ from plain ones, or None. Where memory runs out, the
-    trees of a row are divided.
+    """How packed log-probs of these rows differ from plain ones, or None. If memory runs out, a row is divided.
 
     Raises:
         StageError: out of memory with parts of a single tree.
@@ -244,7 +244,7 @@ def _fault(model: nn.Module, attention: str, parts: Sequence[TokenTree]) -> str 
 
 
 def _plainly(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
-    """`[S]`, with as many tokens at once as the packed pass has."""
+    """`[S]` plain log-probs, with as many tokens at once as in the packed pass."""
     return Scorer(model, sum(tree.size for tree in trees), None).score(trees).tokens
 
 
@@ -252,27 +252,26 @@ def _plainly(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
 
 
 def freeze_reference(policy: nn.Module) -> None:
-    """Make a frozen copy of the adapter as it is now part of the reference, which is the bare base otherwise."""
+    """Make a frozen copy of the adapter as it is now part of the reference, which otherwise is the bare base model."""
     policy.frozen_adapter = {  # type: ignore[assignment]
         name: parameter.detach().clone() for name, parameter in policy.named_parameters() if parameter.requires_grad
     }
 
 
 def frozen_adapter(policy: nn.Module) -> dict[str, torch.Tensor]:
-    """By name, the weights of the adapter that the reference has; none if it is the bare base."""
+    """The weights of the reference's adapter by name; empty if the reference is the bare base model."""
     weights: dict[str, torch.Tensor] = vars(policy).get("frozen_adapter", {})
     return weights
 
 
 def can_be_reference(policy: nn.Module) -> bool:
-    """Whether `reference_model` gives the reference while the policy is trained; not where the base's weights are."""
+    """Whether `reference_model` gives the reference during training; not if the base model's weights are trained."""
     return hasattr(policy, "disable_adapter")
 
 
 @contextmanager
 def reference_model(policy: nn.Module) -> Iterator[None]:
-    """While open, `policy` computes as the reference: adapter off, or as it was at first if it came with one; dropout
-    off."""
+    """While open, `policy` computes as the reference: adapter off, or as `frozen_adapter` has it; dropout off."""
     training, frozen = policy.training, frozen_adapter(policy)
     kept = [(parameter, parameter.data, name) for name, parameter in policy.named_parameters() if name in frozen]
     can_be_off = can_be_reference(policy) and not frozen

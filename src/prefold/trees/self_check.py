@@ -1,7 +1,7 @@
 """The self-check: whether packed passes of a model give the plain method's numbers, and by which backends.
 
-A few real tokens go both ways before a run relies on packing. Where the numbers differ by more than rounding, or the
-model is known to be none that can be packed, the plain path is taken, and the reason is said.
+A few real tokens are scored both ways before a run relies on packing. If the numbers differ by more than rounding, or
+the model is known to rule packing out, the plain path is taken, and the reason is logged.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of a token's log-prob, in nats, that rounding in a dtype explains."""
 COARSE = 1.0
-"""The same where 8-bit layers round their inputs, each row of tokens in its own way: half a nat is common there, a leak
+"""The same with 8-bit layers, which round their inputs differently in each row of tokens: half a nat is common, a leak
 makes several."""
 TF32 = 2.0**-10
-"""To which products in float32 may be rounded on a GPU."""
+"""Relative precision to which a GPU may round products in float32."""
 PROMPT, COMPLETION, SIBLINGS = 160, 32, 4
-"""Most tokens of a prompt and of a completion, and completions of a tree, that are checked. A prompt of more than 128
-has more than one block of FlexAttention's mask."""
+"""The most that is checked: tokens of a prompt, tokens of a completion, completions of a tree. A prompt of more than
+128 tokens has more than one block of FlexAttention's mask."""
 LEAST = 3
-"""Tokens of a completion: what its last one sees shows in no log-prob."""
+"""Fewest tokens of a checked completion: what its last one attends to shows in no log-prob."""
 BEYOND = 32
-"""Tokens by which a tree is checked past a window."""
+"""Tokens by which a checked tree exceeds a window."""
 
-NONE_IS_RIGHT = "no attention of the device gives its numbers"
+NONE_IS_RIGHT = "no attention backend of the device gives its numbers"
 
 logger = logging.getLogger("prefold")
 
@@ -50,7 +50,7 @@ logger = logging.getLogger("prefold")
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """What about the model is known to rule packing out, or None."""
+    """Why a model is known to rule packing out, or None."""
     base = unwrapped(model)
     if not base._can_set_attn_implementation():
         return "its attention cannot be replaced"
@@ -63,8 +63,7 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 def stretched_positions(model: nn.Module, longest: int) -> str | None:
-    """Why rows of `longest` tokens cannot share a batch: rotary frequencies that the longest position of a row
-    decides."""
+    """Why rows of `longest` tokens cannot share a batch, or None: rotary frequencies may depend on the longest row."""
     config = unwrapped(model).config.get_text_config()
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
@@ -79,11 +78,11 @@ def stretched_positions(model: nn.Module, longest: int) -> str | None:
 
 
 def revealing(trees: Sequence[TokenTree], window: int | None) -> list[list[TokenTree]]:
-    """Parts of real trees, in rows, that show a fault as the whole trees would, for the price of a few hundred tokens.
+    """Rows of parts of real trees that reveal a fault as the whole trees would, at the cost of a few hundred tokens.
 
-    What a token sees is decided by where it lies: in a prompt or behind it, beside siblings, beside another tree,
-    within the window or beyond it. So there are trees of several completions, of different lengths, in one row; and
-    where a tree is longer than the window of the model, a second row with one that goes just past it.
+    What a token attends to depends on where it is: in a prompt or a completion, beside siblings, beside another tree,
+    within the window or beyond it. So one row has trees of several completions, of different lengths; and if a tree is
+    longer than the model's window, a second row has one that just exceeds it.
     """
     by_length = sorted(trees, key=lambda tree: tree.longest)
     deepest, within = by_length[-1], min(window or PROMPT + COMPLETION, PROMPT + COMPLETION)
@@ -97,19 +96,19 @@ def revealing(trees: Sequence[TokenTree], window: int | None) -> list[list[Token
 
 def _cut(tree: TokenTree, prompt: int, completion: int, longest: int = 0, number: int = SIBLINGS) -> TokenTree:
     """The end of a prompt with the beginnings of some of its completions, each shorter than the one before.
-    Where the prompt is too short for a tree of `longest` tokens, the longest completion makes up for it."""
-    asked = tree.prompt[-max(1, prompt) :]
+    If the prompt is too short for a tree of `longest` tokens, the longest completion makes up for it."""
+    ending = tree.prompt[-max(1, prompt) :]
     completions = sorted(tree.completions[:number], key=len, reverse=True) if longest else tree.completions[:number]
     lengths = [max(LEAST, completion - i * completion // 4) for i in range(len(completions))]
-    lengths[0] = max(lengths[0], longest - len(asked))
+    lengths[0] = max(lengths[0], longest - len(ending))
     spans = dict(zip(tree.completions, tree.context, strict=False))
     cut = tuple(ids[:length] for ids, length in zip(completions, lengths, strict=True))
     context = (_within(spans.get(ids, ()), part) for ids, part in zip(completions, cut, strict=True))
-    return TokenTree(asked, cut, tuple(context))
+    return TokenTree(ending, cut, tuple(context))
 
 
 def _within(spans: Sequence[Span], part: Sequence[int]) -> tuple[Span, ...]:
-    """The spans of context in the beginning of a completion, of which at least one token is to be scored."""
+    """The spans of context in the beginning of a completion; none if they would leave no token to score."""
     inside = tuple((start, min(stop, len(part))) for start, stop in spans if start < len(part))
     return inside if sum(stop - start for start, stop in inside) < len(part) else ()
 
@@ -125,8 +124,8 @@ def window_of(config: PreTrainedConfig) -> int | None:
 
 
 def packing_fault(model: nn.Module, row: PackedTrees, attention: str, plain: Callable[[], Tensor]) -> str | None:
-    """How a row's log-probs by a backend differ from `[S]` plain ones, those of the model as it comes, or None if they
-    do not. Raises what says that memory ran out."""
+    """How a row's log-probs with a backend differ from the `[S]` plain ones of the model as it comes, or None if they
+    do not. Errors of running out of memory are raised."""
 
     def packed() -> tuple[Tensor, int]:
         with using_attention(model, attention):
@@ -144,12 +143,12 @@ def difference(
 ) -> str | None:
     """How the log-probs `[S]` of a packed pass differ from those of a plain one, or None if they do not.
 
-    Both are computed in float32 whatever the weights are kept in, so that a small mistake cannot hide in rounding.
-    Raises what says that memory ran out.
+    Both are computed in float32 whatever the dtype of the weights, so that a small mistake cannot hide in rounding.
+    Errors of running out of memory are raised.
 
     Args:
-        packed: gives the number of layers that called the engine's attention as well.
-        rounding: nats that rounding explains; by default what is usual in the dtype.
+        packed: returns the log-probs and the number of layers that called the engine's attention.
+        rounding: nats that rounding explains; by default `TOLERANCE` of the dtype, or `COARSE` with 8-bit layers.
     """
     with in_float32(model):
         try:
@@ -179,11 +178,11 @@ def difference(
 def choose_attention(
     model: nn.Module, names: Sequence[str], rows: Sequence[PackedTrees], dtype: torch.dtype
 ) -> str | None:
-    """The first of some backends whose output and gradients are those of the last of them in float32; FlexAttention
-    only if it is faster than the next, on the last row. None if none is right; each that fails is named in the log.
+    """The first of these backends whose output and gradients are those of the last one in float32; FlexAttention only
+    if it is faster than the next, on the last row. None if none is right; the log names each that fails.
 
     Args:
-        rows: on which they are compared, by random states of the model's shape in `dtype`, that of training.
+        rows: the layouts to compare on, with random states of the model's shape in `dtype`, that of training.
     """
     if len(names) == 1:
         return names[0]
@@ -194,7 +193,7 @@ def choose_attention(
         try:
             reason = _deviation(name, trials, wanted)
             elapsed = _seconds(name, trials[-1])
-        except Exception as error:  # a kernel, a compiler and a driver may fail in any way, and run out of memory
+        except Exception as error:  # a kernel, compiler or driver may fail in any way, or run out of memory
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if reason is not None:
             logger.warning("the attention %s is not used: %s", name, reason)
@@ -207,7 +206,7 @@ def choose_attention(
 
 
 class Trial(NamedTuple):
-    """`states`, `[1, heads, T, D]` each: random queries, keys and values, and the gradient of what they give."""
+    """`states`, `[1, heads, T, D]` each: random queries, keys, values, and a gradient of the output."""
 
     row: PackedTrees
     shape: Shape
@@ -215,7 +214,7 @@ class Trial(NamedTuple):
 
 
 def _trials(base: PreTrainedModel, row: PackedTrees, dtype: torch.dtype) -> Iterator[Trial]:
-    """One without a window, and one with the model's where that is shorter than the row's trees."""
+    """One without a window, and one with the model's if that is shorter than the row's longest tree."""
     config = base.config.get_text_config()
     heads, key_heads, width = heads_of(config)
     generator = torch.Generator(base.device).manual_seed(0)
@@ -229,7 +228,7 @@ def _trials(base: PreTrainedModel, row: PackedTrees, dtype: torch.dtype) -> Iter
 
 
 def _attended(name: str, trial: Trial) -> list[Tensor]:
-    """What a backend gives, and the gradients of queries, keys and values: `[1, heads, T, D]` each."""
+    """A backend's output, and the gradients of queries, keys and values: `[1, heads, T, D]` each."""
     query, key, value, gradient = (states.detach().requires_grad_() for states in trial.states)
     with torch.enable_grad():
         out = BACKENDS[name](query, key, value, trial.row, trial.shape).transpose(1, 2)
@@ -237,25 +236,25 @@ def _attended(name: str, trial: Trial) -> list[Tensor]:
 
 
 def _in_float32(name: str, trial: Trial) -> list[Tensor]:
-    """One key head at a time: with a soft-cap, the scores of all heads would take gigabytes."""
+    """The same in float32, one key head at a time: with a soft-cap, the scores of all heads would take gigabytes."""
     groups = zip(*(states.float().chunk(trial.states[1].shape[1], dim=1) for states in trial.states), strict=True)
     parts = [_attended(name, trial._replace(states=group)) for group in groups]
     return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
 
 
 def _deviation(name: str, trials: Sequence[Trial], wanted: Sequence[Sequence[Tensor]]) -> str | None:
-    """How a backend's numbers differ from those wanted by more than rounding explains, or None. Token by token: what a
-    few of them see too much is little in the norm of all."""
-    explained = 4 * max(torch.finfo(trials[0].states[0].dtype).eps, TF32)
+    """How a backend's numbers differ from the `wanted` ones by more than rounding explains, or None. Token by token: an
+    error in a few of them is small in the norm of all."""
+    tolerance = 4 * max(torch.finfo(trials[0].states[0].dtype).eps, TF32)
     for trial, exact in zip(trials, wanted, strict=True):
         for what, given, right in zip(("output", "dq", "dk", "dv"), _attended(name, trial), exact, strict=True):
-            error, size = (torch.linalg.vector_norm(each, dim=(0, 1, 3)) for each in (given.float() - right, right))
-            # The first token of a tree sees itself alone, and its dq is 0.
-            least = 0.1 * size.mean() + 0.001 * right[:, :, 0].numel() ** 0.5
-            largest = float((error / (size + least)).max())
-            if not largest <= explained:
+            error, size = (torch.linalg.vector_norm(values, dim=(0, 1, 3)) for values in (given.float() - right, right))
+            # The first token of a tree attends to itself alone, so its dq is 0.
+            floor = 0.1 * size.mean() + 0.001 * right[:, :, 0].numel() ** 0.5
+            largest = float((error / (size + floor)).max())
+            if not largest <= tolerance:
                 of = f"{what}, window {trial.shape.window},"
-                return f"its {of} is off by {largest:.2g}, rounding explains {explained:.2g}"
+                return f"its {of} is off by {largest:.2g}, rounding explains {tolerance:.2g}"
     return None
 
 
@@ -273,28 +272,31 @@ def _seconds(name: str, trial: Trial) -> float:
 @contextmanager
 def in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> Iterator[None]:
     """While open, every module with half-precision weights computes in float32, its weights cast for the call alone;
-    4-bit layers unpack theirs to float32. With `rounded`, as if the weights were kept in that dtype."""
-    packed: dict[Any, Any] = {each: each.compute_dtype for each in model.modules() if hasattr(each, "compute_dtype")}
+    4-bit layers dequantise theirs to float32. With `rounded`, as if the weights had that dtype."""
+    dtypes: dict[Any, Any] = {
+        module: module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")
+    }
     handles = compute_in_float32(model, rounded)
-    for module in packed:
+    for module in dtypes:
         module.compute_dtype = torch.float32
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, dtype in packed.items():
+        for module, dtype in dtypes.items():
             module.compute_dtype = dtype
 
 
 def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> list[RemovableHandle]:
-    """The same from now on. Memory for the wide weights is used again, since fresh pages cost a CPU more than the cast;
-    not where a backward pass needs them as they were."""
+    """Have every module with half-precision weights compute in float32 until the returned hooks are removed. On a CPU,
+    memory of the cast weights is reused, since fresh pages cost more than the cast; not if gradients are enabled, since
+    a backward pass needs the weights as they were."""
     kept: list[tuple[nn.Module, nn.Parameter, Tensor, Tensor | None]] = []
     spare: list[Tensor] = []
 
     def widen(module: nn.Module, *arguments: Any) -> None:
-        # What PEFT wraps is not always called, but its weights are used.
+        # A module that PEFT wraps is not always called, but its weights are used.
         for parameter in module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper)):
             if parameter.dtype in (torch.float16, torch.bfloat16) or (rounded and parameter.is_floating_point()):
                 data = parameter.data.to(rounded or parameter.dtype)
@@ -304,7 +306,7 @@ def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> 
                 parameter.data = wide
 
     def narrow(module: nn.Module, arguments: Any, output: Any) -> None:
-        # By the module: sharded weights have been exchanged for their shards when this is called.
+        # Found by module: sharded weights have been replaced by their shards when this is called.
         while kept and kept[-1][0] is module:
             _, parameter, data, buffer = kept.pop()
             parameter.data = data
@@ -316,7 +318,7 @@ def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> 
 
 
 def _taken(spare: list[Tensor], size: int) -> Tensor:
-    """The smallest buffer of at least so many numbers, or a new one in place of the largest."""
+    """The smallest buffer of at least `size` numbers, or a new one in place of the largest."""
     fitting = [buffer for buffer in spare if len(buffer) >= size]
     taken = min(fitting, key=len) if fitting else torch.empty(size, dtype=torch.float32)
     gone = taken if fitting else max(spare, key=len, default=None)

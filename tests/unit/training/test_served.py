@@ -86,7 +86,7 @@ LIES = {
     "foreign": "draws tokens that the model does not have",
     "temperature": "it ignores these settings",
     "raw": "start it with `--logprobs-mode processed_logprobs`",
-    "greedy": "does not draw as it is told to",
+    "greedy": "does not sample as requested",
     "top_p": "ignores `top_p`",
     "top_k": "ignores `top_k`",
     "max_tokens": "ignores `max_tokens`: 1",
