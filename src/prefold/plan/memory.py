@@ -203,11 +203,14 @@ class Memory:
 
     @cached_property
     def _merging_on_host(self) -> tuple[int, int]:
-        """Bytes of the logits, and of a module in float32 beside them: the widest while models are compared, or before
-        that the widest with LoRA, and its sum with that."""
+        """Bytes of the logits, of which half are kept while a model is compared, and what else is needed at most: the
+        widest module in float32, with its copy if the merge rounds it, or before that two of the widest with LoRA."""
         tokens = min(sum(sum(tree[:2]) for tree in self.rows.compared), COMPARED)
         logits = LOGITS * 4 * tokens * self.meta.text_config.vocab_size
-        return logits, max(4 * self.sizes.widest, 2 * 4 * self.sizes.adapted - logits)
+        dtype = merge_dtype(self.meta.recipe, self.meta.dtype)
+        rounds = dtype != torch.float32 and dtype != self.meta.stored_dtype
+        compared = (4 + (dtype.itemsize if rounds else 0)) * self.sizes.widest - logits // 2
+        return logits, max(compared, 2 * 4 * self.sizes.adapted - logits, 0)
 
     @property
     def host(self) -> int:
