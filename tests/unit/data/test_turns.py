@@ -276,7 +276,7 @@ def test_turns_whose_tokens_cannot_be_known_are_refused() -> None:
     found = read(
         Unpaired((user("A"),), (assistant("B"), user("C"), assistant("D")), True, ORIGIN), tokenizer_of(template)
     )
-    assert isinstance(found, Problem) and "cannot be known" in found.message
+    assert isinstance(found, Problem) and "cannot be located" in found.message
 
 
 @pytest.mark.parametrize(
