@@ -396,7 +396,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "pairs",
         _chosen_and_rejected,
         _PROMPT | _SIDES,
-        "`chosen`, `rejected`: each an answer or several",
+        "`chosen`, `rejected`: an answer or several",
         pairs_from="all",
     ),
     Layout("answers and choice", "pairs", _choice, _PROMPT | _CHOICE, "`answers`, `choice`: an index", ("answer",)),

@@ -101,7 +101,7 @@ def test_a_row_that_has_changed_or_moved_is_refused(
     write("pairs.jsonl", [*text_rows(3), text_rows(5)[4]])
     with pytest.raises(UserError, match=r"row 4 has changed since it was decided about"):
         load_split(data, chatml, 0)
-    with pytest.raises(UserError, match=r"row 4 holds something else"):
+    with pytest.raises(UserError, match=r"row 4 has changed since"):
         see_row("4", data, chatml, 0, "pairs")
     write("pairs.jsonl", text_rows(3))
     with pytest.raises(UserError, match=r"row 4 is not there, the last is 3"):

@@ -20,13 +20,13 @@ DATA = Data(train=[Source(path="pairs.jsonl")])
 EMPTY = TokenCounts(0, 0, 0, 0, 0, 0)
 
 
-def test_problems_are_counted_by_kind_with_the_first_twenty_rows() -> None:
-    problems = [Problem("empty_text", "`chosen` is empty", RowId("pairs.jsonl", row)) for row in range(1, 26)]
+def test_problems_are_counted_by_kind_with_the_first_rows() -> None:
+    problems = [Problem("empty_text", "`chosen` is empty", RowId("pairs.jsonl", row)) for row in range(1, 226)]
     problems.insert(3, Problem("identical", "the same", RowId("pairs.jsonl", 99)))
     empty, identical = findings.about_problems(problems, DATA)
-    assert (empty.kind, empty.severity, empty.count) == ("empty_text", "warning", 25)
-    assert [row.row for row in empty.rows] == list(range(1, 21))
-    assert empty.message == "25 rows left out: a text is empty"
+    assert (empty.kind, empty.severity, empty.count) == ("empty_text", "warning", 225)
+    assert [row.row for row in empty.rows] == list(range(1, 201))
+    assert empty.message == "225 rows left out: a text is empty"
     assert (identical.count, identical.rows) == (1, (RowId("pairs.jsonl", 99),))
     assert identical.message == "1 row left out: chosen and rejected are the same"
 
