@@ -209,7 +209,7 @@ def evaluated(grpo: MakeRecipe, tmp_path: Path) -> MakeRecipe:
 
     def make(settings: dict[str, Any] | None = None, **changes: Any) -> RecipeBase:
         data = {"train": [{"path": str(tmp_path / "prompts.jsonl")}], "eval_fraction": 0.5}
-        return grpo(settings, data=data, evaluate={"prompts": 2, "max_new_tokens": 6}, **changes)
+        return grpo(settings, **{"data": data, "evaluate": {"prompts": 2, "max_new_tokens": 6}, **changes})
 
     return make
 
@@ -231,6 +231,17 @@ def test_evaluation_by_servers(evaluated: MakeRecipe, server: VllmServer, tmp_pa
     assert not server.adapters and not (other / "served").exists()
     held_out = lines(other / "evaluation" / "heldout.jsonl")
     assert len(held_out) == 6 and None not in [line["after"] for line in held_out]
+
+
+def test_an_answer_that_is_too_long_for_the_server_is_refused(evaluated: MakeRecipe, server: VllmServer) -> None:
+    folder = prefold.train(evaluated(generation=served(server)))
+    prefold.merge(folder)
+    long = evaluated(generation=served(server), evaluate={"prompts": 2, "max_new_tokens": 400})
+    server.requests.clear()
+    with pytest.raises(UserError, match="takes 200 tokens at most"):
+        prefold.evaluate(long)
+    asked = [body for body in server.requests if body["path"] == "/v1/completions"]
+    assert {body["max_tokens"] for body in asked} == {8}
 
 
 @pytest.mark.parametrize(

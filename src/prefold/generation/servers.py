@@ -186,18 +186,21 @@ class Servers:
     """Several servers of one model.
 
     Raises:
-        UserError: one of them cannot be reached, has another tokenizer, or a limit below the longest prompt's tokens.
+        UserError: one of them cannot be reached, or has another tokenizer.
     """
 
-    def __init__(self, section: Generation, tokenizer: PreTrainedTokenizerBase, longest: int = 0):
+    def __init__(self, section: Generation, tokenizer: PreTrainedTokenizerBase):
         self.all = [Server(url, section.timeout, section.concurrency) for url in section.urls]
         self._tokenizer, self._lock = tokenizer, Lock()
         for server in self.all:
-            most = server.base[1]
-            if most < longest:
+            server.require_tokenizer(tokenizer)
+
+    def require_length(self, longest: int) -> None:
+        """Raises UserError: one of them does not take so many tokens, of a prompt with its completion."""
+        for server in self.all:
+            if (most := server.base[1]) < longest:
                 what = f"takes {most:,} tokens at most, and the longest prompt with its completion has {longest:,}"
                 raise server.error(what, f"start it with `--max-model-len {longest}`")
-            server.require_tokenizer(tokenizer)
 
     def load(self, name: str, folder: Path) -> None:
         """Load an adapter into all of them."""

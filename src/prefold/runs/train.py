@@ -206,7 +206,8 @@ def _served(recipe: RecipeBase, scorer: Scorer, prompts: Examples) -> Iterator[S
         return
     tokenizer = tokenizer_of(recipe.model)
     longest = max(prompt for prompt, *_ in prompts.lengths) + draws.max_completion_length
-    servers, folder = Servers(section, tokenizer, longest), served_folder(recipe)
+    servers, folder = Servers(section, tokenizer), served_folder(recipe)
+    servers.require_length(longest)
     served = ServedCompletions(servers, scorer, tokenizer, sampling_of(draws), folder, recipe.run_folder.name)
     settings = {name: getattr(recipe.algorithm, name) for name in recipe.algorithm.for_servers}
     weighed = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)

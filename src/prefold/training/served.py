@@ -70,6 +70,8 @@ class Servers(Protocol):
     @property
     def all(self) -> Sequence[Server]: ...
 
+    def require_length(self, longest: int) -> None: ...
+
     def load(self, name: str, folder: Path) -> None: ...
 
     def sample(
@@ -290,7 +292,11 @@ class ServedEngine:
         numbers: Sequence[int] | None = None,
         advance: Advance = lambda **changes: None,
     ) -> list[list[Completion]]:
-        """Raises UserError: a server is gone, has other weights, or does not sample as requested."""
+        """See `LocalEngine.sample`; servers draw with seeds of their own, so `numbers` change nothing.
+
+        Raises:
+            UserError: a server is gone, takes fewer tokens, has other weights, or does not sample as requested.
+        """
         return ranks.from_first(lambda: self._sample([tuple(prompt) for prompt in prompts], settings, advance))
 
     def _sample(
@@ -298,6 +304,7 @@ class ServedEngine:
     ) -> list[list[Completion]]:
         if not prompts:
             return []
+        self.servers.require_length(max(map(len, prompts)) + settings.max_new_tokens)
         with self._handed_over() as name:
             answered = self.servers.sample(prompts, settings, self.ends, name, advance=advance)
         require_known_tokens(answered, self.model)

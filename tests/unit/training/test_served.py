@@ -57,7 +57,7 @@ class Training:
         scorer = choose_scorer(self.model.eval(), [TokenTree(prompt, ((1, 2), (3,))) for prompt in PROMPTS], 4096)
         section = Generation(engine="vllm", urls=[server.address for server in served_from])
         self.served = ServedCompletions(
-            Servers(section, tokenizer, 60), scorer, tokenizer, sampling, adapters / "served", "run"
+            Servers(section, tokenizer), scorer, tokenizer, sampling, adapters / "served", "run"
         )
 
     @torch.no_grad()
