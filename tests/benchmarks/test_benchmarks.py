@@ -24,6 +24,7 @@ from benchmarks import (
     full_size,
     gpu,
     margins,
+    pages,
     planned,
     prefold_run,
     preparing,
@@ -249,6 +250,14 @@ def test_gpu_checks() -> None:
     outcome = gpu.checks(seconds=300)
     assert outcome["whole"] and outcome["failed"] == []
     assert outcome["passed"] + outcome["skipped"] > 20
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no `chromium` on PATH")
+def test_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages.main(["--runs", "3", "--rows", "200", "--repeats", "1", "--results", str(tmp_path)])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["median_ms"].keys() == pages.PAGES.keys() and summary["server_mb"] > 50
+    assert (tmp_path / "pages-cpu.json").is_file()
 
 
 def test_startup(summary_of: Callable[..., dict[str, Any]], pairs: Path, tmp_path: Path) -> None:
