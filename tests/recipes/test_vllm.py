@@ -24,7 +24,7 @@ pytestmark = [
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
     things = ["a cat", "the sea", "a train", "winter", "bread", "a piano", "the moon", "a garden"]
-    path.write_text("".join(json.dumps({"prompt": f"Tell me about {thing}."}) + "\n" for thing in things * 2))
+    path.write_text("".join(json.dumps({"prompt": f"Describe {thing} in a few words."}) + "\n" for thing in things * 2))
     return path
 
 
@@ -35,8 +35,8 @@ def test_ten_steps(prompts: Path, tmp_path: Path, settings: dict[str, float]) ->
             "method": "grpo",
             "model": {"name": MODEL, "dtype": "float32"},
             "lora": {"r": 16},
-            "grpo": {"num_generations": 8, "max_completion_length": 32, **settings},
-            "rewards": [{"name": "length", "target": 10}],
+            "grpo": {"num_generations": 8, "max_completion_length": 48, **settings},
+            "rewards": [{"name": "length", "target": 20}],
             "data": {"train": [{"path": str(prompts)}]},
             "train": {"batch_size": 4, "max_steps": 10, "learning_rate": 3e-4},
             "generation": {"engine": "vllm", "urls": [URL]},
