@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest
 
+from prefold.trees import attention
+
 
 def flash(
     query: Tensor,
@@ -21,7 +23,7 @@ def flash(
     return_aux: AuxRequest | None = None,
     scale: float,
     window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
+    enable_gqa: bool | None = None,
 ) -> Any:
     """What torch documents of `varlen_attn`, written out: each segment bottom-right within its window, where -1 is no
     limit. A query that sees nothing gets zeros, and an infinite normaliser. Refuses what the kernel of flash attention
@@ -30,7 +32,10 @@ def flash(
     assert query_starts.is_contiguous() and key_starts.is_contiguous()
     assert all(states.stride(-1) == 1 and states.dim() == 3 for states in (query, key, value))
     assert query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    if attention.NAMES_GROUPED_HEADS:
+        assert bool(enable_gqa) == (query.shape[1] != key.shape[1])
+    else:
+        assert enable_gqa is None, "torch 2.11 has no such keyword"
     queries, keys_at = query_starts.tolist(), key_starts.tolist()
     assert queries[0] == 0 and queries[-1] == len(query) and queries == sorted(queries)
     assert keys_at[0] >= 0 and keys_at[-1] <= len(key) and keys_at == sorted(keys_at)

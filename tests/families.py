@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prefold.models.load import without_dropout
+from prefold.trees.attention import CHECKPOINTING, unwrapped
 
 VOCABULARY = 97
 SHAPE = {
@@ -87,6 +88,12 @@ def family(
     return model.to(dtype).eval()
 
 
+def checkpointed(model: Any) -> Any:
+    """The model in training mode, under whichever name its transformers has for checkpointing."""
+    getattr(unwrapped(model), f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+    return model.train()
+
+
 class StayDouble(TorchFunctionMode):
     """Keeps float64 where a model would drop to float32 for its norms, softmaxes and rotary angles."""
 
@@ -100,6 +107,8 @@ class StayDouble(TorchFunctionMode):
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
         if double and kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
+        if double and func.__name__ in ("matmul", "__matmul__"):  # transformers 5.18: with positions in float32
+            args = (args[0], args[1].double())
         return func(*args, **kwargs)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dense import assert_same, dense_logprobs, exactly, outcome
 from emulated_kernels import flash
-from families import family
+from families import checkpointed, family
 from tiny import random_trees, tiny_llama, with_lora
 from torch import Tensor
 from torch.nn.attention import flex_attention, varlen
@@ -74,12 +74,6 @@ def test_variable_length(name: str, emulated: list[int]) -> None:
 
 def test_variable_length_of_torch_2_11(emulated: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no keyword for grouped heads, and takes them."""
-
-    def older(query: Tensor, key: Tensor, value: Tensor, *layout: Any, scale: float, window_size: Any) -> Tensor:
-        how: Any = {"scale": scale, "window_size": window_size, "enable_gqa": query.shape[1] != key.shape[1]}
-        return flash(query, key, value, *layout, **how)
-
-    monkeypatch.setattr(varlen, "varlen_attn", older)
     monkeypatch.setattr(attention, "NAMES_GROUPED_HEADS", False)
     test_variable_length("llama", emulated)
 
@@ -98,8 +92,7 @@ def test_with_checkpointing(backend: str, emulated: list[int]) -> None:
     model = with_lora(family("mistral"))
     trees = random_trees(4, seed=2)
     wanted = outcome(model, lambda: dense_logprobs(model, trees))
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    found = Scorer(model.train(), 64, backend)
+    found = Scorer(checkpointed(model), 64, backend)
     with found.in_place():
         assert_same(outcome(model, lambda: found.score(trees).tokens), wanted, 1e-5)
 
@@ -139,6 +132,14 @@ def rows() -> list[PackedTrees]:
     ]
 
 
+def blocks_of(numbers: Tensor, listed: Tensor) -> Tensor:
+    """Of a block mask, the blocks that each row of blocks lists: the first `numbers[i]` of `listed[i]`."""
+    blocks = torch.zeros(listed.shape, dtype=torch.bool)
+    for row, number in enumerate(numbers.tolist()):
+        blocks[row, listed[row, :number].long()] = True
+    return blocks
+
+
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
 @pytest.mark.parametrize("index", range(len(rows())))
 def test_blocks_are_those_of_the_spans(index: int, window: int | None) -> None:
@@ -158,7 +159,7 @@ def test_blocks_are_those_of_the_spans(index: int, window: int | None) -> None:
     each = torch.arange(length)
     inside = mask.mask_mod(None, None, each[:, None], each[None])
     partial, full = (
-        flex_attention._ordered_to_dense(number[0, 0], listed[0, 0], listed.shape[-1]).bool()
+        blocks_of(number[0, 0], listed[0, 0])
         for number, listed in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
     )
     assert not (partial & full).any()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense import assert_same, dense_logprobs, exactly, outcome
-from families import FAMILIES, family
+from families import FAMILIES, checkpointed, family
 from tiny import random_trees, with_lora
 
 from prefold.trees.scorer import Scorer, choose_scorer
@@ -33,8 +33,6 @@ def test_gradient_checkpointing(name: str) -> None:
     model = with_lora(family(name))
     trees = random_trees(4, seed=2)
     wanted = outcome(model, lambda: dense_logprobs(model, trees))
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    scorer = Scorer(model, 64, "prefold_joined")
+    scorer = Scorer(checkpointed(model), 64, "prefold_joined")
     with scorer.in_place():
         assert_same(outcome(model, lambda: scorer.score(trees).tokens), wanted, TOLERANCE[torch.float32])

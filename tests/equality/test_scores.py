@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dense import assert_same, exactly, outcome
-from families import FAMILIES, family
+from families import FAMILIES, checkpointed, family
 from tiny import random_trees, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -67,9 +67,7 @@ def test_gradient_checkpointing() -> None:
     model = with_lora(classifier("llama"), task_type="SEQ_CLS")
     trees = random_trees(4, seed=2)
     wanted = outcome(model, lambda: dense_scores(model, trees))
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    scorer = Scorer(model, 64, "prefold_joined")
+    scorer = Scorer(checkpointed(model), 64, "prefold_joined")
     with scorer.in_place():
         assert_same(outcome(model, lambda: scorer.score(trees).tokens), wanted, TOLERANCE[torch.float32])
 
