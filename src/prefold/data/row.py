@@ -18,7 +18,7 @@ from prefold.data.formats import RawRow
 from prefold.data.mixture import HEAD_ROWS, Side, head_of, unpaired
 from prefold.data.preference import Problem, Record, RowId, Unpaired
 from prefold.data.selection import benchmark_texts, select_rows
-from prefold.data.shapes import Kind
+from prefold.data.shapes import Kind, shape_of
 from prefold.data.sources import names_of_rows, read_rows
 from prefold.data.survey import messages_of, parts_of
 from prefold.errors import UserError
@@ -182,7 +182,7 @@ def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: Side, se
     selections = dict(zip(map(id, needed), select_rows(needed, seed), strict=True))
     rows = selections[id(source)].rows
     head = list(head_of(rows))
-    shape, rule = side.shape_of(head, source)
+    shape = shape_of(head, source, side.kind)
     left_out = _filtered(raw, source)
     if not left_out and (source.count or source.weight or side.repeats):
         for other in before:
@@ -198,7 +198,7 @@ def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: Side, se
         side.decisions.check(raw)
         side.oddities += side.decisions.flips(raw.origin)
     records = []
-    for result in side.records_of(raw, shape, rule):
+    for result in side.records_of(raw, shape):
         more, problem = ([], result) if isinstance(result, Problem) else _tokenized(result, side)
         records += more
         left_out += [problem] if problem else []
@@ -217,7 +217,7 @@ def _filtered(raw: RawRow, source: Source) -> list[Problem]:
 
 def _read_through(rows: Sequence[RawRow], source: Source, side: Side) -> None:
     """Convert earlier rows, so that the side knows what a row may repeat."""
-    for _ in side.usable(rows, *side.shape_of(rows[:HEAD_ROWS], source)):
+    for _ in side.usable(rows, shape_of(rows[:HEAD_ROWS], source, side.kind)):
         pass
 
 

@@ -15,19 +15,11 @@ from typing import Any
 from prefold.data import conversion, rankings
 from prefold.data.cells import (
     MISSING,
-    Form,
     cell_at,
     end_of_path,
     has_cell,
-    holds_turns,
     is_cut_off,
     is_empty,
-    is_history,
-    is_kwargs,
-    is_text,
-    is_texts,
-    is_tools,
-    is_turns,
     listed,
     read_if_text,
     read_written,
@@ -35,13 +27,27 @@ from prefold.data.cells import (
 )
 from prefold.data.dialogues import string_writing
 from prefold.data.formats import RawRow
+from prefold.data.forms import (
+    Form,
+    holds_turns,
+    is_history,
+    is_kwargs,
+    is_part_of_ranking,
+    is_text,
+    is_texts,
+    is_tools,
+    is_turns,
+    speaker_of,
+)
 from prefold.data.layouts import KINDS as KINDS
 from prefold.data.layouts import Columns, Layout
 from prefold.data.layouts import Kind as Kind
 from prefold.data.layouts import Shape as Shape
 from prefold.data.preference import Writing, short
+from prefold.data.sources import source_name
 from prefold.data.votes import is_rating, require_decided, scale_of_labels, scale_of_votes, vote_columns
 from prefold.errors import UserError, counted, did_you_mean, json_type
+from prefold.recipe import Source
 from prefold.recipe.values import Values
 
 _ROWS_LOOKED_AT = 20
@@ -114,6 +120,18 @@ READ_IN_PAIRS = {"input", *_MEDIA}.union(
     *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1")),
 )
 """Columns that change how a row is read if it has them beside `prompt`, `chosen` and `rejected`."""
+
+
+FITTING: dict[Kind, tuple[Kind, ...]] = {kind: (kind,) for kind in KINDS} | {"unpaired": ("unpaired", "pairs")}
+"""Kinds of sources for each kind that a method takes: each side of a pair serves as an answer with a label."""
+
+
+def shape_of(rows: Sequence[RawRow], source: Source, kind: Kind) -> Shape:
+    """The shape of a source by its first rows, for a method that trains on records of a kind. Raises UserError: see
+    `find_shape` and `with_rule`."""
+    name = source_name(source)
+    shape = find_shape(rows, name, source.columns, FITTING[kind], source.values)
+    return rankings.with_rule(shape, source, name, kind)
 
 
 def find_shape(
@@ -190,7 +208,7 @@ def _with_lists_read(
     for name, of_column in cells.items():
         forms: dict[str, Form] = {"lists of messages": holds_turns}
         if name in of_rankings:
-            forms["lists"] = rankings.is_part_of_ranking
+            forms["lists"] = is_part_of_ranking
         for what, is_meant in forms.items():
             lists = written(of_column, is_meant)
             fit = sum(value is not MISSING for value in lists)
@@ -471,8 +489,8 @@ def _misfit(layout: Layout, present: Mapping[str, str], value: dict[str, Any], n
     if isinstance(cell, dict) and cell:
         return f"but `{short(misfits[0])}` is an object with {_shown(cell)}:\n    reach into it by a path in `columns:`"
     if isinstance(cell, list) and is_turns(cell):
-        last = cell[-1].get("role", cell[-1].get("from"))
-        return f"but `{short(misfits[0])}` is a list of messages that ends with one of the role `{short(last)}`"
+        last = short(speaker_of(cell[-1]))
+        return f"but `{short(misfits[0])}` is a list of messages that ends with one of the role `{last}`"
     return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 

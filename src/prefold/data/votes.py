@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from prefold.data.cells import is_scalar, listed
+from prefold.data.cells import listed
+from prefold.data.forms import is_scalar
 from prefold.data.preference import short
 from prefold.errors import UserError
 from prefold.recipe.values import Value, Values, as_number
