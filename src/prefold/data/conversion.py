@@ -55,18 +55,13 @@ def to_records(
         made = shape.layout.read(cells)
         results: list[Record | Problem] = _of_rankings(made, cells) if isinstance(made, list) else [made]
         given = cells.template_kwargs()
-        if not system and not given:
-            return results
-        return [
-            result
-            if isinstance(result, Problem)
-            else replace(
-                result, prompt=tuple(with_system(system, list(result.prompt), where_system)), template_kwargs=given
-            )
-            for result in results
-        ]
+        for index, result in enumerate(results if system or given else ()):
+            if not isinstance(result, Problem):
+                prompt = tuple(with_system(system, list(result.prompt), where_system))
+                results[index] = replace(result, prompt=prompt, template_kwargs=given)
+        return results
     except Unfit as unfit:
-        return [Problem(unfit.kind, unfit.message, row.origin)]
+        return [unfit.at(row.origin)]
 
 
 # ---- pairs ------------------------------------------------------------------------------------------------------
@@ -75,17 +70,17 @@ def to_records(
 def _pair(row: Row) -> Preference:
     chosen, rejected = row.need("chosen"), row.need("rejected")
     where = (row.where("chosen"), row.where("rejected"))
-    role = "messages" if "messages" in row.shape.column_of else "prompt"
     are_turns = isinstance(chosen, list) or isinstance(rejected, list)
     # Answers that are whole dialogues contain their prompt; a prompt column is not put before them again.
-    if role == "prompt" and are_turns and (not row.has(role) or (is_dialogue(chosen) and is_dialogue(rejected))):
+    are_whole = not row.has("prompt") or (is_dialogue(chosen) and is_dialogue(rejected))
+    if "messages" not in row.shape.column_of and are_turns and are_whole:
         return _of_dialogues(row)
-    prompt = row.dialogue(role) if role == "messages" else row.prompt()
+    prompt, where_prompt = row.opening()
     answers = [row.answer("chosen"), row.answer("rejected")]
     if row.shape.repeats_prompt:
         start = row.need("prompt")
         answers = [_without_prompt(answer, start, name) for answer, name in zip(answers, where, strict=True)]
-    return _checked_pair(row, prompt, answers, (*where, row.where(role)))
+    return _checked_pair(row, prompt, answers, (*where, where_prompt))
 
 
 def _of_dialogues(row: Row) -> Preference:
@@ -121,9 +116,10 @@ def _voted(row: Row) -> Preference:
     better, worse = (1, 2) if for_first > for_second else (2, 1)
     scores = [as_number(row.find(f"score_{number}")) for number in (better, worse)]
     margins = [(margin, 0.0) for cell in given.values() if (margin := margin_of(cell, values)) is not None]
+    rated = margins[0] if len(margins) == 1 else None
     if scores[0] is not None and scores[1] is not None:
-        return _of_two(row, better, (scores[0], scores[1]))
-    return _of_two(row, better, margins[0] if len(margins) == 1 else None)
+        rated = scores[0], scores[1]
+    return _of_two(row, better, rated)
 
 
 def _scored(row: Row) -> Preference:
@@ -233,8 +229,7 @@ def _label(row: Row) -> bool:
 
 
 def _prompt(row: Row) -> Prompt:
-    role = "messages" if "messages" in row.shape.column_of else "prompt"
-    return _prompt_of(row, row.dialogue(role) if role == "messages" else row.prompt(), row.where(role))
+    return _prompt_of(row, *row.opening())
 
 
 def _shared_opening(row: Row) -> Prompt:
@@ -276,16 +271,13 @@ def _of_rankings(made: Sequence[Ranking], row: Row) -> list[Record | Problem]:
             elif rule.values is not None:
                 results += [*_labelled(row, prompt, where, ranking, rule.values), *ranking.unfit]
             else:
-                couples = rankings.pairs(ranking, row.shape)
-                pairs = [_ranked_pair(row, prompt, where, *couple) for couple in couples]
+                pairs = [_ranked_pair(row, prompt, where, *couple) for couple in rankings.pairs(ranking, row.shape)]
                 usable = [pair for pair in pairs if isinstance(pair, Preference)]
                 results += [*(_unpaired_of(usable) if rule.unpaired else usable), *ranking.unfit]
                 results += [pair for pair in pairs if isinstance(pair, Unfit)]
         except Unfit as unfit:
             results += [*ranking.unfit, *([] if unfit in ranking.unfit else [unfit])]
-    return [
-        Problem(result.kind, result.message, row.origin) if isinstance(result, Unfit) else result for result in results
-    ]
+    return [result.at(row.origin) if isinstance(result, Unfit) else result for result in results]
 
 
 def _ranked_pair(row: Row, prompt: list[Message], where: str, better: Answer, worse: Answer) -> Preference | Unfit:
@@ -313,8 +305,7 @@ def _unpaired_of(pairs: Sequence[Preference]) -> list[Record]:
     """The answers of the pairs with their labels, each once."""
     records: list[Record] = []
     for pair in pairs:
-        sides = [Unpaired(pair.prompt, pair.chosen, True, pair.origin)]
-        sides += [Unpaired(pair.prompt, pair.rejected, False, pair.origin)]
+        sides = [Unpaired(pair.prompt, pair.answers[i], label, pair.origin) for i, label in enumerate((True, False))]
         records += [side for side in sides if side not in records]
     return records
 

@@ -170,7 +170,7 @@ def is_part_of_ranking(value: Any) -> bool:
 
 # ---- of roles ---------------------------------------------------------------------------------------------------
 
-_FORMS: dict[str, Form] = {
+FORMS: dict[str, Form] = {
     # The forms that the cells of roles have, if a layout names no other one.
     **{"prompt": is_prompt, "completion": is_answer, "chosen": is_answer, "rejected": is_answer},
     **{"output_1": is_answer, "output_2": is_answer, "vote": is_scalar, "label": is_scalar},
@@ -178,7 +178,9 @@ _FORMS: dict[str, Form] = {
     **{"answers": is_answers, "best_first": is_answers, "rating": is_numbers, "rank": is_numbers},
     "better_worse": lambda value: is_texts(value) and len(value) == 2,
     "post": lambda value: isinstance(value, dict) and any(is_text(value.get(key)) for key in POSTS),
-    # The others.
+    # Beside those of the layout.
+    **{"system": is_text, "tools": is_tools, "chat_template_kwargs": is_kwargs, "history": is_history},
+    # The other forms.
     **{"text": is_text, "bare": is_bare_text, "texts": is_texts, "opening": is_opening, "answered": is_answered},
     **{"dialogue": is_dialogue, "objects": is_objects},
     "answer_or_dialogue": lambda value: is_answer(value) or is_dialogue(value),
@@ -190,4 +192,4 @@ _FORMS: dict[str, Form] = {
 def forms_of(roles: str) -> dict[str, Form]:
     """The forms of a layout: `prompt chosen:dialogue` is the usual form of a prompt, and a dialogue as `chosen`."""
     named = [part.partition(":") for part in roles.split()]
-    return {role: _FORMS[form or role] for role, _, form in named}
+    return {role: FORMS[form or role] for role, _, form in named}

@@ -198,6 +198,11 @@ class Row:
     def answer(self, role: str) -> list[Message]:
         return read_answer(self.need(role), self.where(role), self.shape.writing)
 
+    def opening(self) -> tuple[list[Message], str]:
+        """The messages before the answers, in whichever column they are, and what messages call it."""
+        role = "messages" if "messages" in self.shape.column_of else "prompt"
+        return self.dialogue(role) if role == "messages" else self.prompt(), self.where(role)
+
     def prompt(self) -> list[Message]:
         """The prompt after the turns of the `history` column; the `system` column is not part of it."""
         prompt, where = self._last_prompt(), self.where("history")

@@ -104,12 +104,8 @@ def _message_key(message: Message) -> tuple[Any, ...]:
 
 def texts_of(message: Message) -> list[str]:
     """Every text of a message: its content, its reasoning, and the names and arguments of its tool calls."""
-    thoughts = [message[name] for name in REASONING if name in message]
-    return [
-        message["content"],
-        *thoughts,
-        *(text for call in message.get("tool_calls", ()) for text in call_texts(call)),
-    ]
+    calls = [text for call in message.get("tool_calls", ()) for text in call_texts(call)]
+    return [message[name] for name in ("content", *REASONING) if name in message] + calls
 
 
 def call_texts(call: dict[str, Any]) -> list[str]:
@@ -159,6 +155,9 @@ class Unfit(Exception):
 
     def __init__(self, kind: str, message: str):
         self.kind, self.message = kind, message
+
+    def at(self, origin: RowId) -> Problem:
+        return Problem(self.kind, self.message, origin)
 
 
 def role_of(name: Any) -> str | None:

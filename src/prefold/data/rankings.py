@@ -202,9 +202,8 @@ def _ranking(
 def _lists(row: Row) -> list[Ranking]:
     """A list of answers, and a list of their ratings or ranks."""
     cells = _cells(row)
-    (answers, where), (numbers, where_numbers) = (
-        (_items(cells[role], row.where(role)), row.where(role)) for role in cells
-    )
+    where, where_numbers = map(row.where, cells)
+    answers, numbers = (_items(cell, row.where(role)) for role, cell in cells.items())
     if len(answers) != len(numbers):
         raise Unfit("missing_field", f"{where} has {len(answers)} answers, {where_numbers} {len(numbers)}")
     levels = list(map(level_of, numbers))
@@ -251,11 +250,8 @@ def _choice(row: Row) -> list[Ranking]:
 
 def _require_counting_from_0(shape: Shape, values: Sequence[dict[str, Any]], source: str) -> None:
     choices, answers = ([_at(value, shape.column_of[role]) for value in values] for role in ("choice", "answers"))
-    beyond = [
-        choice
-        for choice, given in zip(choices, answers, strict=True)
-        if is_index(choice) and isinstance(given, list) and choice >= len(given)
-    ]
+    both = [both for both in zip(choices, answers, strict=True) if is_index(both[0]) and isinstance(both[1], list)]
+    beyond = [choice for choice, given in both if choice >= len(given)]
     if beyond or all(choice != 0 for choice in choices):
         where = shape.name_of["choice"]
         what = f"{where} holds {max(beyond)}, beyond its answers" if beyond else f"{where} holds no 0"

@@ -63,9 +63,7 @@ class SeenRow:
             "findings": findings,
             "read": self.raw.value,
             "messages": [messages_of(record) for record, _, _ in self.records],
-            "rendered": [
-                texts and dict(zip(parts_of(record), texts, strict=True)) for record, texts, _ in self.records
-            ],
+            "rendered": [texts and dict(zip(parts_of(of), texts, strict=True)) for of, texts, _ in self.records],
             "tokens": [tree and tokens_of(record, tree, self.tokenizer) for record, _, tree in self.records],
         }
 

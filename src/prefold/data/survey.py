@@ -73,8 +73,7 @@ class Survey:
             "examples": self.records,
             "columns": self.columns,
             "uses": {
-                kind: {"recognised_as": shape, "methods": METHODS[kind]} if shape else None
-                for kind, shape in self.uses.items()
+                kind: shape and {"recognised_as": shape, "methods": METHODS[kind]} for kind, shape in self.uses.items()
             },
             "votes": {column: dict(counts.most_common()) for column, counts in self.votes.items()},
             "findings": [asdict(finding) | {"rows": list(map(asdict, finding.rows))} for finding in findings],
@@ -187,9 +186,8 @@ def kind_of_cell(cell: Any) -> str:
         return f"list of {kind_of_cell(cell[0])}" if cell else "empty list"
     if isinstance(cell, str) and cell[:1] in ("[", "{"):
         return "text (JSON?)"
-    return {"a string": "text", "an object": type(cell).__name__}.get(
-        json_type(cell), json_type(cell).removeprefix("a ")
-    )
+    known = {"a string": "text", "an object": type(cell).__name__}
+    return known.get(kind := json_type(cell), kind.removeprefix("a "))
 
 
 def parts_of(record: Record) -> tuple[str, ...]:
