@@ -17,18 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from prefold.data.preference import (
-    REASONING,
-    Message,
-    Messages,
-    Problem,
-    Record,
-    RowId,
-    Unfit,
-    call_texts,
-    short,
-    texts_of,
-)
+from prefold.data.preference import REASONING, Message, Problem, Record, RowId, Unfit, call_texts, short, texts_of
 from prefold.data.spans import EMPTY_THOUGHT, THOUGHT, Vocabulary, common, context_of, is_written
 from prefold.data.templates import REFUSALS, Reads, reads
 from prefold.errors import UserError
@@ -123,7 +112,7 @@ class Writer:
         except REFUSALS as error:
             return Problem("template_refused", f"the chat template refuses it: {error}", record.origin)
 
-    def text(self, messages: Messages, given: dict[str, Any], asks: bool = False) -> str:
+    def text(self, messages: Sequence[Message], given: dict[str, Any], asks: bool = False) -> str:
         """Render messages. Raises one of `REFUSALS`, or Unfit: the template cannot write them."""
         if self._template == "none":
             roles = [message["role"] for message in messages]
@@ -153,10 +142,10 @@ class Writer:
         given = {name: value for name, value in given.items() if name in self._reads.variables}
         return cast(str, self._tokenizer.apply_chat_template(list(turns), **{**given, **settings}))
 
-    def _steps(self, record: Record, answer: Messages) -> list[tuple[str, str]]:
+    def _steps(self, record: Record, answer: Sequence[Message]) -> list[tuple[str, str]]:
         given = record.template_kwargs
         ends = [len(record.prompt) + number for number, turn in enumerate(answer) if turn["role"] == "assistant"]
-        turns = record.prompt + answer
+        turns = [*record.prompt, *answer]
         return [(self.text(turns[:end], given, asks=True), self.text(turns[: end + 1], given)) for end in ends]
 
     def _renamed(self, message: Message) -> Message:
@@ -338,7 +327,7 @@ def render(
     given: dict[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of messages and a generation prompt; `given`: the row's `template_kwargs`."""
-    text = Writer(tokenizer, template).text(tuple(messages), given or {}, asks=True)
+    text = Writer(tokenizer, template).text(messages, given or {}, asks=True)
     return encode([text], tokenizer, template)[0]
 
 

@@ -191,7 +191,7 @@ def _checked_pair(
     row: Row, prompt: list[Message], answers: Sequence[list[Message]], where: tuple[str, str, str]
 ) -> Preference:
     """The pair, if it is valid; `where`: what messages call chosen, rejected and prompt."""
-    prompt = row.with_system(prompt)
+    prompt = with_system(row.find("system"), prompt, row.where("system"))
     check_pair(answers, where)
     check_prompt(prompt, where[2])
     return Preference(tuple(prompt), tuple(answers[0]), tuple(answers[1]), row.origin, ratings(row.value))
@@ -251,7 +251,7 @@ def _prompt_of(row: Row, prompt: list[Message], where: str) -> Prompt:
 
 
 def _checked_prompt(row: Row, prompt: list[Message], where: str) -> Messages:
-    prompt = row.with_system(prompt)
+    prompt = with_system(row.find("system"), prompt, row.where("system"))
     check_prompt(prompt, where)
     return tuple(prompt)
 

@@ -29,10 +29,6 @@ def is_texts(value: Any) -> bool:
     return _is_filled(value) and is_text(value[0]) and all(item is None or is_text(item) for item in value)
 
 
-def is_sentences(value: Any) -> bool:
-    return _is_filled(value) and all(map(is_text, value))
-
-
 def _is_filled(value: Any) -> bool:
     return isinstance(value, list) and value != []
 
@@ -62,33 +58,29 @@ def speaker_of(turn: Any) -> Any:
     return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
 
 
-def _assistant_speaks(turn: Any) -> bool:
-    return role_of(speaker_of(turn)) == "assistant"
+def _speaker_at(value: Any, index: int) -> str:
+    """Who speaks in a turn of a list, `assistant` or `other`; empty if it is not such a list."""
+    name = speaker_of(value[index]) if _is_filled(value) else None
+    return "assistant" if role_of(name) == "assistant" else "other" if name else ""
 
 
 def is_opening(value: Any) -> bool:
     """A list of turns of which the last is not the assistant's."""
-    return _is_filled(value) and bool(speaker_of(value[-1])) and not _assistant_speaks(value[-1])
-
-
-def is_prompt(value: Any) -> bool:
-    return is_text(value) or is_opening(value)
-
-
-def is_answer(value: Any) -> bool:
-    return is_bare_text(value) or _assistant_speaks(value[0] if _is_filled(value) else value)
+    return _speaker_at(value, -1) == "other"
 
 
 def is_answered(value: Any) -> bool:
     """A list of turns of which the last is the assistant's."""
-    return _is_filled(value) and bool(speaker_of(value[0])) and _assistant_speaks(value[-1])
+    return _speaker_at(value, 0) != "" and _speaker_at(value, -1) == "assistant"
+
+
+def is_answer(value: Any) -> bool:
+    return is_bare_text(value) or _speaker_at([value] if isinstance(value, dict) else value, 0) == "assistant"
 
 
 def is_dialogue(value: Any) -> bool:
     """A dialogue that begins with its prompt."""
-    if isinstance(value, str):
-        return holds_dialogue(value)
-    return _is_filled(value) and bool(speaker_of(value[0])) and not _assistant_speaks(value[0])
+    return holds_dialogue(value) if isinstance(value, str) else _speaker_at(value, 0) == "other"
 
 
 def is_history(cell: Any) -> bool:
@@ -172,24 +164,19 @@ def is_part_of_ranking(value: Any) -> bool:
 
 FORMS: dict[str, Form] = {
     # The forms that the cells of roles have, if a layout names no other one.
-    **{"prompt": is_prompt, "completion": is_answer, "chosen": is_answer, "rejected": is_answer},
-    **{"output_1": is_answer, "output_2": is_answer, "vote": is_scalar, "label": is_scalar},
-    **{"score_1": is_number, "score_2": is_number, "sentences": is_sentences, "tree": is_tree, "choice": is_index},
+    **{"prompt": lambda value: is_text(value) or is_opening(value), "completion": is_answer},
+    **{"chosen": is_answer, "rejected": is_answer, "output_1": is_answer, "output_2": is_answer},
+    **{"vote": is_scalar, "label": is_scalar, "score_1": is_number, "score_2": is_number},
     **{"answers": is_answers, "best_first": is_answers, "rating": is_numbers, "rank": is_numbers},
+    **{"choice": is_index, "tree": is_tree, "sentences": lambda value: _is_filled(value) and all(map(is_text, value))},
     "better_worse": lambda value: is_texts(value) and len(value) == 2,
     "post": lambda value: isinstance(value, dict) and any(is_text(value.get(key)) for key in POSTS),
-    # Beside those of the layout.
+    # Of roles beside those of the layout.
     **{"system": is_text, "tools": is_tools, "chat_template_kwargs": is_kwargs, "history": is_history},
-    # The other forms.
+    # Other forms, by their own names.
     **{"text": is_text, "bare": is_bare_text, "texts": is_texts, "opening": is_opening, "answered": is_answered},
     **{"dialogue": is_dialogue, "objects": is_objects},
     "answer_or_dialogue": lambda value: is_answer(value) or is_dialogue(value),
     "several": lambda value: is_answer(value) or is_answers(value),
     "either": lambda value: is_answers(value) or is_objects(value),
 }
-
-
-def forms_of(roles: str) -> dict[str, Form]:
-    """The forms of a layout: `prompt chosen:dialogue` is the usual form of a prompt, and a dialogue as `chosen`."""
-    named = [part.partition(":") for part in roles.split()]
-    return {role: FORMS[form or role] for role, _, form in named}

@@ -14,19 +14,8 @@ from typing import Any, Literal, get_args
 
 from prefold.data.cells import MISSING, cell_at, has_cell, is_empty, need_list, read_if_text
 from prefold.data.dialogues import read_answer, read_dialogue, read_prompt
-from prefold.data.forms import Form, forms_of, is_history, is_kwargs, is_tools, is_turns, tools_in
-from prefold.data.preference import (
-    Message,
-    Record,
-    RowId,
-    Unfit,
-    Writing,
-    message,
-    messages,
-    short,
-    with_system,
-    without_nulls,
-)
+from prefold.data.forms import FORMS, Form, is_history, is_kwargs, is_tools, is_turns, tools_in
+from prefold.data.preference import Message, Record, RowId, Unfit, Writing, message, messages, short, without_nulls
 from prefold.recipe.values import Values
 
 Kind = Literal["pairs", "unpaired", "prompts"]
@@ -75,9 +64,10 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """`read` raises Unfit. `roles`: those of its columns, with their forms (see `forms_of`); `meaning`: the layout in
-    messages. `aside`: further roles that `columns` may name: a column that is ignored, or keys in the answers of a
-    ranking; `absent`: roles of which a row of this layout has no column.
+    """`read` raises Unfit. `roles`: those of its columns; `prompt chosen:dialogue` is a prompt in its usual form, and a
+    dialogue as `chosen` (see `FORMS`). `meaning`: the layout in messages. `aside`: further roles that `columns` may
+    name: a column that is ignored, or keys in the answers of a ranking; `absent`: roles of which a row of this layout
+    has no column.
 
     For rankings: `pairs_from` if the recipe does not set it; `is_rated`: the answers are ordered by numbers in the row.
     """
@@ -95,7 +85,8 @@ class Layout:
     @cached_property
     def forms(self) -> dict[str, Form]:
         """A test of the cell of each role."""
-        return forms_of(self.roles)
+        named = [part.partition(":") for part in self.roles.split()]
+        return {role: FORMS[form or role] for role, _, form in named}
 
 
 @dataclass(frozen=True)
@@ -241,6 +232,3 @@ class Row:
         if taken := sorted({*(kwargs or {})}.intersection(_RESERVED_KEYWORDS)):
             raise Unfit("bad_message", f"{self.where(roles[1])} sets `{taken[0]}`, which a row may not set")
         return (kwargs or {}) | ({} if tools is None else {"tools": tools_in(tools)})
-
-    def with_system(self, prompt: list[Message]) -> list[Message]:
-        return with_system(self.find("system"), prompt, self.where("system"))
