@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from prefold.data.preference import Unfit, short
+from prefold.data.preference import short
 
 MISSING = object()
 """The cell at a path that a row does not have. A null is None."""
@@ -89,15 +89,6 @@ def is_cut_off(text: Any) -> bool:
         return False
     keys = [bool(key.search(text[:_START])) for key in (_SPEAKER, _WORDS)]
     return (any(keys) if begin[1] == "[" else all(keys)) and read_written(text) is MISSING
-
-
-def need_list(text: str, where: str) -> Any:
-    """The list in a cell of a column that stores lists as text; None if blank. Raises Unfit: it cannot be parsed."""
-    if not text.strip():
-        return None
-    if (value := read_written(text)) is MISSING:
-        raise Unfit("bad_message", f"{where} is text but not a list, unlike in other rows")
-    return value
 
 
 def is_empty(cell: Any) -> bool:

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, get_args
 
-from prefold.data.cells import MISSING, cell_at, has_cell, is_empty, need_list, read_if_text
+from prefold.data.cells import MISSING, cell_at, has_cell, is_empty, read_if_text, read_written
 from prefold.data.dialogues import read_answer, read_dialogue, read_prompt
 from prefold.data.forms import FORMS, Form, is_history, is_kwargs, is_tools, is_turns, tools_in
 from prefold.data.preference import Message, Record, RowId, Unfit, Writing, message, messages, short, without_nulls
@@ -163,7 +163,9 @@ class Row:
         if column is None or (cell := cell_at(self.value, column)) is MISSING:
             return MISSING
         if column in self.shape.parsed and isinstance(cell, str):
-            cell = need_list(cell, self.where(role))
+            cell = read_written(cell) if cell.strip() else None
+            if cell is MISSING:
+                raise Unfit("bad_message", f"{self.where(role)} is text but not a list, unlike in other rows")
         return without_nulls(cell) if self.pads_with_nulls else cell
 
     def find(self, role: str) -> Any:

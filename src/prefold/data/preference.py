@@ -151,10 +151,11 @@ Writing = Literal["plain", "ShareGPT", "ChatML", "transcripts"]
 
 
 class Unfit(Exception):
-    """Ends the conversion of a row that cannot be used; `kind` is that of the `Problem`."""
+    """Ends the conversion of a row that cannot be used; `kind` is that of the `Problem`. `advice`: what to do if many
+    rows of a source are like that, so that it is refused."""
 
-    def __init__(self, kind: str, message: str):
-        self.kind, self.message = kind, message
+    def __init__(self, kind: str, message: str, advice: str = ""):
+        self.kind, self.message, self.advice = kind, message, advice
 
     def at(self, origin: RowId) -> Problem:
         return Problem(self.kind, self.message, origin)
@@ -351,8 +352,8 @@ def check_answer(answer: list[Message], where: str) -> None:
 
 def check_pair(answers: Sequence[list[Message]], where: Sequence[str]) -> None:
     """Raises Unfit unless two answers are valid and differ, and the user says the same within them."""
-    bare = [[[_bare(value) for value in said(turn)] for turn in answer] for answer in answers]
-    if bare[0] == bare[1]:
+    stripped = [[[x.strip() if isinstance(x, str) else x for x in said(turn)] for turn in answer] for answer in answers]
+    if stripped[0] == stripped[1]:
         raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
     for answer, name in zip(answers, where, strict=False):
         check_answer(answer, name)
@@ -364,10 +365,6 @@ def check_pair(answers: Sequence[list[Message]], where: Sequence[str]) -> None:
 def said(turn: Message) -> list[Any]:
     """What decides whether two turns are the same; ids, times and the like do not."""
     return [turn.get(name) for name in _SAID]
-
-
-def _bare(value: Any) -> Any:
-    return value.strip() if isinstance(value, str) else value
 
 
 def short(value: Any) -> str:

@@ -33,14 +33,6 @@ _TREE_ROLES = {"prompter": "user", "user": "user", "assistant": "assistant", "sy
 _ROUNDING = 1e-9
 
 
-class _Undecided(Unfit):
-    """It is uncertain which answer is better. `require_sure` refuses a source whose first rows are like that."""
-
-    def __init__(self, kind: str, message: str, advice: str):
-        super().__init__(kind, message)
-        self.advice = advice
-
-
 def with_rule(shape: Shape, source: Source, name: str, kind: Kind) -> Shape:
     """The shape of a source with what the recipe asks to make of its rankings. Raises UserError: a setting does not
     apply, since the source has no rankings or no ratings for a margin, or the method takes other records."""
@@ -71,15 +63,13 @@ def with_rule(shape: Shape, source: Source, name: str, kind: Kind) -> Shape:
 
 def require_sure(shape: Shape, values: Sequence[dict[str, Any]], source: str) -> None:
     """Raises UserError: the first rows of a ranking leave open which answers are better."""
-    undecided: list[_Undecided] = []
+    undecided: list[Unfit] = []
     is_read = False
     for number, value in enumerate(values, start=1):
         try:
             is_read = bool(shape.layout.read(Row(value, shape, RowId(source, number)))) or is_read
-        except _Undecided as problem:
-            undecided.append(problem)
-        except Unfit:
-            continue
+        except Unfit as problem:
+            undecided += [problem] if problem.advice else []
     contradictions = [problem for problem in undecided if problem.kind == "bad_label"]
     if first := next(iter(contradictions or ([] if is_read else undecided)), None):
         count = f" ({len(undecided)} of {len(values)} rows)" if len(values) > 1 else ""
@@ -139,7 +129,7 @@ def _objects(row: Row) -> list[Ranking]:
     if "answer" not in columns and len(present) != 1:
         names = listed(present) if present else f"none of {listed(_ANSWER_KEYS)}"
         advice = f"say which holds the text: `columns: {{answer: {present[-1] if present else '...'}}}`"
-        raise _Undecided("bad_label" if present else "missing_field", f"the answers in {where} have {names}", advice)
+        raise Unfit("bad_label" if present else "missing_field", f"the answers in {where} have {names}", advice)
     key = columns.get("answer") or present[0]
     return [_ranking(row, where, [_at(item, key) for item in items], *_numbers_of(items, row))]
 
@@ -163,18 +153,18 @@ def _numbers_of(items: Sequence[dict[str, Any]], row: Row) -> tuple[list[float |
     for key, other in others:
         if _contradict(decisive, other, by_rank[first] != by_rank[key]):
             what = f"`{short(first)}` and `{short(key)}` order the answers in {where} differently"
-            raise _Undecided("bad_label", what, f"say which decides: `columns: {{rating: {short(first)}}}`")
+            raise Unfit("bad_label", what, f"say which decides: `columns: {{rating: {short(first)}}}`")
     return decisive, by_rank[first]
 
 
-def _no_number(items: Sequence[dict[str, Any]], where: str, named: Sequence[str]) -> _Undecided:
+def _no_number(items: Sequence[dict[str, Any]], where: str, named: Sequence[str]) -> Unfit:
     keys = dict.fromkeys(key for item in items for key in item if key not in _ANSWER_KEYS)
     numbers = [key for key in keys if any(as_number(item.get(key)) is not None for item in items)]
     what = f"the answers in {where} have no {listed(named) or 'rating or rank that is known by its name'}"
     what += f", but numbers in {listed(numbers)}" if numbers else ""
     key = short(numbers[0]) if numbers else "..."
     advice = f"say by `columns:` which decides: `{{rating: {key}}}` (highest is best) or `{{rank: {key}}}` (lowest is)"
-    return _Undecided("missing_field", what, advice)
+    return Unfit("missing_field", what, advice)
 
 
 def _contradict(first: Sequence[float | None], second: Sequence[float | None], is_turned: bool) -> bool:

@@ -29,12 +29,9 @@ from prefold.trees.packing import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 Seen = tuple[Record, list[str] | None, TokenTree | None]
 """A record, its rendered texts (the prompt, and the conversation with each answer), and its tree; None if there is
 none."""
-
-
 LONGEST_CHARACTER = 4
 """The most tokens that a character can take: one for each byte in UTF-8."""
 
