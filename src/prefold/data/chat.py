@@ -340,6 +340,6 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: T
     return cast("list[list[int]]", ids)
 
 
-def quoted(text: str, limit: int = 60) -> str:
+def quoted(text: str) -> str:
     """A text as messages show it, on one line."""
-    return json.dumps(text if len(text) <= limit else text[:limit] + "...", ensure_ascii=False)
+    return json.dumps(text if len(text) <= 60 else text[:60] + "...", ensure_ascii=False)

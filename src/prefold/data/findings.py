@@ -82,13 +82,9 @@ class TokenCounts:
     longest: int
     """The most tokens of a prompt and a completion together, which `max_length` bounds."""
 
-    @property
-    def shared_share(self) -> float:
-        """Share of the plain tokens that are saved, because completions share their prompt."""
-        return 1 - self.packed / self.plain if self.plain else 0.0
-
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "shared_share": round(self.shared_share, 4)}
+        """With the share of the plain tokens that are saved, because completions share their prompt."""
+        return {**asdict(self), "shared_share": round(1 - self.packed / self.plain, 4) if self.plain else 0.0}
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ def without_nulls(value: Any) -> Any:
     return {name: without_nulls(item) for name, item in value.items() if item is not None or name == text}
 
 
-def with_system(system: Any, prompt: list[Message], where: str = "`system`") -> list[Message]:
+def with_system(system: Any, prompt: list[Message], where: str) -> list[Message]:
     """Put a system message first; an empty text is the same as none. Raises Unfit: the prompt has another one."""
     if system is None or system == "":
         return prompt
