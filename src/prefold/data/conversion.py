@@ -71,9 +71,9 @@ def _pair(row: Row) -> Preference:
     chosen, rejected = row.need("chosen"), row.need("rejected")
     where = (row.where("chosen"), row.where("rejected"))
     are_turns = isinstance(chosen, list) or isinstance(rejected, list)
+    may_be_whole = are_turns and "messages" not in row.shape.column_of
     # Answers that are whole dialogues contain their prompt; a prompt column is not put before them again.
-    are_whole = not row.has("prompt") or (is_dialogue(chosen) and is_dialogue(rejected))
-    if "messages" not in row.shape.column_of and are_turns and are_whole:
+    if may_be_whole and (not row.has("prompt") or (is_dialogue(chosen) and is_dialogue(rejected))):
         return _of_dialogues(row)
     prompt, where_prompt = row.opening()
     answers = [row.answer("chosen"), row.answer("rejected")]
