@@ -1,4 +1,4 @@
-"""Cells of a row: access by column or path, lists that files store as text, and tests of what a cell holds.
+"""Cells of a row: access by column or path, and lists that files store as text.
 
 A path joins keys and positions (from 0) with dots: `input.messages`, `answers.0.text`. A column of exactly that name
 takes precedence. Paths also reach into lists and objects that are stored as text.
@@ -13,12 +13,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from prefold.data.dialogues import holds_dialogue
-from prefold.data.preference import Unfit, role_of, short
-from prefold.recipe.values import as_number
+from prefold.data.preference import short
 
-Form = Callable[[Any], bool]
-"""A test of what a cell holds."""
 MISSING = object()
 """The cell at a path that a row does not have. A null is None."""
 _OPENING_BRACKET = re.compile(r"""\s*['"]?(\[|\{)""")
@@ -78,23 +74,6 @@ def read_written(text: str) -> Any:
     return MISSING
 
 
-def is_turn(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    speaks = isinstance(value.get("role"), str) and ("content" in value or "tool_calls" in value)
-    return speaks or (isinstance(value.get("from"), str) and "value" in value)
-
-
-def is_turns(value: Any) -> bool:
-    """A list of messages, or a single one."""
-    return is_turn(value) or (isinstance(value, list) and value != [] and all(map(is_turn, value)))
-
-
-def holds_turns(value: Any) -> bool:
-    """Messages, or an object that holds some."""
-    return is_turns(value) or (isinstance(value, dict) and any(map(is_turns, value.values())))
-
-
 def written(cells: Sequence[Any], is_meant: Callable[[Any], bool]) -> list[Any]:
     """The text cells, parsed; MISSING for each that is not what is meant. Empty if no text begins like a list or an
     object."""
@@ -112,130 +91,14 @@ def is_cut_off(text: Any) -> bool:
     return (any(keys) if begin[1] == "[" else all(keys)) and read_written(text) is MISSING
 
 
-def need_list(text: str, where: str) -> Any:
-    """The list in a cell of a column that stores lists as text; None if blank. Raises Unfit: it cannot be parsed."""
-    if not text.strip():
-        return None
-    if (value := read_written(text)) is MISSING:
-        raise Unfit("bad_message", f"{where} is text but not a list, unlike in other rows")
-    return value
-
-
 def is_empty(cell: Any) -> bool:
     return cell is MISSING or cell is None or cell == "" or cell == [] or cell == {}
-
-
-def is_tools(cell: Any) -> bool:
-    """An object or a list of them; the whole, or each object, may be stored as text."""
-    tools = _tools_in(cell)
-    return tools != [] and all(isinstance(tool, dict) for tool in tools)
-
-
-def _tools_in(cell: Any) -> list[Any]:
-    value = read_if_text(cell)
-    return [read_if_text(tool) for tool in (value if isinstance(value, list) else [value])]
-
-
-def is_kwargs(cell: Any) -> bool:
-    """An object, which may be stored as text."""
-    value = read_if_text(cell)
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
-
-
-def is_history(cell: Any) -> bool:
-    """Earlier turns, as (question, answer) pairs or as messages; they may be stored as text."""
-    value = read_if_text(cell)
-    if not isinstance(value, list) or not value:
-        return False
-    return is_turns(value) or all(isinstance(item, list | tuple) and len(item) == 2 for item in value)
 
 
 def read_if_text(cell: Any) -> Any:
     """The list, object or null that a text cell holds; any other cell as it is."""
     value = read_written(cell) if isinstance(cell, str) else cell
     return cell if value is MISSING else value
-
-
-def template_kwargs(tools: Any, kwargs: Any, where_tools: str, where_kwargs: str) -> dict[str, Any]:
-    """The keywords that a row passes to the chat template. Raises Unfit: a cell has another form or a reserved key."""
-    tools, kwargs = ([] if is_empty(cell) else read_if_text(cell) for cell in (tools, kwargs))
-    if not is_empty(tools) and not is_tools(tools):
-        raise Unfit("bad_message", f"{where_tools} is not a list of tools")
-    given = {} if is_empty(kwargs) else kwargs
-    if not is_kwargs(given):
-        raise Unfit("bad_message", f"{where_kwargs} is not an object")
-    if taken := sorted(given.keys() & _RESERVED_KEYWORDS):
-        raise Unfit("bad_message", f"{where_kwargs} sets `{taken[0]}`, which a row may not set")
-    return given if is_empty(tools) else {**given, "tools": _tools_in(tools)}
-
-
-_RESERVED_KEYWORDS = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
-_RESERVED_KEYWORDS |= {"continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"}
-_RESERVED_KEYWORDS |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
-
-
-# ---- forms ------------------------------------------------------------------------------------------------------
-
-
-def _speaker(turn: Any) -> Any:
-    """The speaker of a turn; None if the value is not a turn."""
-    return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-
-
-def _assistant_speaks(turn: Any) -> bool:
-    return role_of(_speaker(turn)) == "assistant"
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def is_bare_text(value: Any) -> bool:
-    return isinstance(value, str) and not holds_dialogue(value)
-
-
-def is_texts(value: Any) -> bool:
-    """A list of strings; any but the first may be null."""
-    return _is_filled(value) and is_text(value[0]) and all(item is None or is_text(item) for item in value)
-
-
-def is_sentences(value: Any) -> bool:
-    return _is_filled(value) and all(map(is_text, value))
-
-
-def is_opening(value: Any) -> bool:
-    """A list of turns of which the last is not the assistant's."""
-    return _is_filled(value) and bool(_speaker(value[-1])) and not _assistant_speaks(value[-1])
-
-
-def is_answer(value: Any) -> bool:
-    return is_bare_text(value) or _assistant_speaks(value[0] if _is_filled(value) else value)
-
-
-def is_answered(value: Any) -> bool:
-    """A list of turns of which the last is the assistant's."""
-    return _is_filled(value) and bool(_speaker(value[0])) and _assistant_speaks(value[-1])
-
-
-def is_dialogue(value: Any) -> bool:
-    """A dialogue that begins with its prompt."""
-    if isinstance(value, str):
-        return holds_dialogue(value)
-    return _is_filled(value) and bool(_speaker(value[0])) and not _assistant_speaks(value[0])
-
-
-def is_number(value: Any) -> bool:
-    return as_number(value) is not None or isinstance(value, bool)
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether a cell could be a vote or a label at all."""
-    is_word = isinstance(value, str) and len(value) <= 40 and value.strip() != ""
-    return is_word or (isinstance(value, bool | int | float) and value == value)
-
-
-def _is_filled(value: Any) -> bool:
-    return isinstance(value, list) and value != []
 
 
 def listed(names: Iterable[str]) -> str:

@@ -13,27 +13,16 @@ Data in: a `Record`; data out: a `TokenTree` with a completion for each of its a
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from prefold.data.preference import (
-    REASONING,
-    Message,
-    Messages,
-    Problem,
-    Record,
-    RowId,
-    Unfit,
-    call_texts,
-    short,
-    texts_of,
-)
-from prefold.data.spans import EMPTY_THOUGHT, THOUGHT, common, context_of, ending, is_written
+from prefold.data.preference import REASONING, Message, Problem, Record, RowId, Unfit, call_texts, short, texts_of
+from prefold.data.spans import EMPTY_THOUGHT, THOUGHT, Vocabulary, common, context_of, is_written
 from prefold.data.templates import REFUSALS, Reads, reads
 from prefold.errors import UserError
 from prefold.recipe import Data
-from prefold.trees.packing import Span, TokenTree
+from prefold.trees.packing import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,13 +46,11 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         tokenizer.get_chat_template()
     except ValueError:
-        raise UserError(
-            "the tokenizer has no chat template, so messages cannot become text",
-            where=tokenizer.name_or_path or "model",
-            expected="a chat (instruct) model, whose tokenizer brings its template",
-            advice="name the instruct model of the same family in `model.name`, or teach this one a chat format: "
-            "`model.chat_template: chatml`",
-        ) from None
+        what, where = "the tokenizer has no chat template, so messages cannot become text", tokenizer.name_or_path
+        expected = "a chat (instruct) model, whose tokenizer brings its template"
+        advice = "name the instruct model of the same family in `model.name`, or teach this one a chat format: "
+        advice += "`model.chat_template: chatml`"
+        raise UserError(what, where=where or "model", expected=expected, advice=advice) from None
 
 
 def tokenize_all(
@@ -77,13 +64,12 @@ def tokenize_all(
     writer = Writer(tokenizer, template)
     written = [writer.written(record) for record in records]
     texts = [text for rendered in written if not isinstance(rendered, Problem) for text in rendered.texts]
-    ids = iter(encode(texts, tokenizer, template))
-    special = {token for token, how in tokenizer.added_tokens_decoder.items() if how.special}
-    special.update(tokenizer.all_special_ids)
+    ids, vocabulary = iter(encode(texts, tokenizer, template)), Vocabulary(tokenizer)
+    eos = cast(int, tokenizer.eos_token_id) if template == "none" else None
     return [
         rendered
         if isinstance(rendered, Problem)
-        else _tokenized(record, rendered, [next(ids) for _ in rendered.texts], tokenizer, special, template)
+        else _tokenized(record, rendered, [next(ids) for _ in rendered.texts], vocabulary, tokenizer.bos_token_id, eos)
         for record, rendered in zip(records, written, strict=True)
     ]
 
@@ -115,18 +101,18 @@ class Writer:
     def written(self, record: Record) -> _Rendered | Problem:
         try:
             prompt = self.text(record.prompt, record.template_kwargs, asks=True)
-            conversations = [self._text_of(record, answer) for answer in record.answers]
+            conversations = [self.text(record.prompt + answer, record.template_kwargs) for answer in record.answers]
             steps = [self._steps(record, answer) if len(answer) > 1 else [] for answer in record.answers]
             details = self._unread(record)
             if self._template == "chat":
                 details |= self._text_oddities(record, prompt, conversations)
             return _Rendered(prompt, conversations, steps, details)
         except Unfit as unfit:
-            return Problem(unfit.kind, unfit.message, record.origin)
+            return unfit.at(record.origin)
         except REFUSALS as error:
             return Problem("template_refused", f"the chat template refuses it: {error}", record.origin)
 
-    def text(self, messages: Messages, given: dict[str, Any], asks: bool = False) -> str:
+    def text(self, messages: Sequence[Message], given: dict[str, Any], asks: bool = False) -> str:
         """Render messages. Raises one of `REFUSALS`, or Unfit: the template cannot write them."""
         if self._template == "none":
             roles = [message["role"] for message in messages]
@@ -156,18 +142,11 @@ class Writer:
         given = {name: value for name, value in given.items() if name in self._reads.variables}
         return cast(str, self._tokenizer.apply_chat_template(list(turns), **{**given, **settings}))
 
-    def _text_of(self, record: Record, answer: Messages) -> str:
-        return self.text(record.prompt + answer, record.template_kwargs)
-
-    def _steps(self, record: Record, answer: Messages) -> list[tuple[str, str]]:
-        return [
-            (
-                self.text(record.prompt + answer[:number], record.template_kwargs, asks=True),
-                self._text_of(record, answer[: number + 1]),
-            )
-            for number, turn in enumerate(answer)
-            if turn["role"] == "assistant"
-        ]
+    def _steps(self, record: Record, answer: Sequence[Message]) -> list[tuple[str, str]]:
+        given = record.template_kwargs
+        ends = [len(record.prompt) + number for number, turn in enumerate(answer) if turn["role"] == "assistant"]
+        turns = [*record.prompt, *answer]
+        return [(self.text(turns[:end], given, asks=True), self.text(turns[: end + 1], given)) for end in ends]
 
     def _renamed(self, message: Message) -> Message:
         """The message with its reasoning under a name that the template reads."""
@@ -250,18 +229,16 @@ def _dropped(turns: Sequence[Message], text: str, reasoning: Sequence[str] = ())
             if words.strip() in text or is_written(words, text):
                 continue
             if turn["role"] == "tool":
-                raise Unfit(
-                    "template_refused", f"the chat template does not write what a tool returned: {quoted(words)}"
-                )
+                what = f"the chat template does not write what a tool returned: {quoted(words)}"
+                raise Unfit("template_refused", what)
             details["text_dropped"] = f"`{name}` of the {turn['role']}, such as {quoted(words)}"
     return details
 
 
 def _require_calls(turns: Sequence[Message], text: str) -> None:
-    calls = [call for turn in turns for call in turn.get("tool_calls", ())]
-    for call in calls:
-        if missing := [words for words in call_texts(call) if not is_written(words, text)]:
-            what = f"the chat template does not write a tool call whole: {quoted(missing[0])} is not there"
+    for words in [words for turn in turns for call in turn.get("tool_calls", ()) for words in call_texts(call)]:
+        if not is_written(words, text):
+            what = f"the chat template does not write a tool call whole: {quoted(words)} is not there"
             raise Unfit("template_refused", what)
 
 
@@ -269,58 +246,55 @@ def _tokenized(
     record: Record,
     written: _Rendered,
     ids_of_all: Sequence[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    special: Collection[int],
-    template: Template,
+    vocabulary: Vocabulary,
+    bos: int | None,
+    eos: int | None,
 ) -> Tokenized | Problem:
+    """`eos` ends the answers if no template does."""
     number = len(record.answers)
     prompt, conversations = ids_of_all[0], list(ids_of_all[1 : number + 1])
     step_ids = iter(ids_of_all[number + 1 :])
-    if template == "none":
-        eos = cast(int, tokenizer.eos_token_id)
+    if eos is not None:
         conversations = [[*ids, eos] if ids[-1:] != [eos] else ids for ids in conversations]
     # All completions share one prompt: whatever follows the shortest common prefix belongs to them.
     cut = min((common(prompt, ids) for ids in conversations), default=len(prompt))
     completions = tuple(tuple(ids[cut:]) for ids in conversations)
-    if cut == 0:
-        what = "prompt and conversation have no token in common at their start"
-        return Problem("template_refused", what, record.origin)
-    if not all(completions):
-        return Problem("template_refused", "the chat template writes nothing for an answer", record.origin)
-    if len(set(completions)) < len(completions):
-        return Problem("identical", "`chosen` and `rejected` become the same tokens", record.origin)
-    context: list[tuple[Span, ...]] = []
-    for answer, ids, steps in zip(record.answers, conversations, written.steps, strict=True):
-        of_steps = [(next(step_ids), next(step_ids)) for _ in steps]
-        try:
-            context.append(context_of(answer, ids, cut, of_steps, tokenizer, special) if steps else ())
-        except Unfit as unfit:
-            return Problem(unfit.kind, unfit.message, record.origin)
-    tree = TokenTree(tuple(prompt[:cut]), completions, tuple(context) if any(context) else ())
-    if tree.context and len(completions) > 1:
-        scored_ids = {tuple(ids[i] for i in scored) for ids, scored in zip(completions, tree.scored, strict=True)}
-        if len(scored_ids) < len(completions):
-            what = "the assistant says the same in `chosen` and `rejected`, and what others say in between differs"
-            return Problem("identical", what, record.origin)
-    endings = [ending(ids, tokenizer, special) for ids in completions]
+    try:
+        if cut == 0:
+            raise Unfit("template_refused", "prompt and conversation have no token in common at their start")
+        if not all(completions):
+            raise Unfit("template_refused", "the chat template writes nothing for an answer")
+        if len(set(completions)) < len(completions):
+            raise Unfit("identical", "`chosen` and `rejected` become the same tokens")
+        context = [
+            context_of(answer, ids, cut, [(next(step_ids), next(step_ids)) for _ in steps], vocabulary) if steps else ()
+            for answer, ids, steps in zip(record.answers, conversations, written.steps, strict=True)
+        ]
+        tree = TokenTree(tuple(prompt[:cut]), completions, tuple(context) if any(context) else ())
+        if tree.context:
+            scored_ids = {tuple(ids[i] for i in scored) for ids, scored in zip(completions, tree.scored, strict=True)}
+            if len(scored_ids) < len(completions):
+                what = "the assistant says the same in `chosen` and `rejected`, and what others say in between differs"
+                raise Unfit("identical", what)
+    except Unfit as unfit:
+        return unfit.at(record.origin)
+    endings = list(map(vocabulary.ending, completions))
     details = dict(written.details)
     if cut < len(prompt):
-        details["prompt_not_prefix"] = _differing(prompt[cut:], completions[0], record.answers[0][0], tokenizer)
+        details["prompt_not_prefix"] = _differing(prompt[cut:], completions[0], record.answers[0][0], vocabulary)
     oddities = {
         "prompt_not_prefix": cut < len(prompt),
         "no_end_token": not all(endings),
         "double_end_token": any(len(set(ends[:2])) < len(ends[:2]) for ends in endings),
-        "double_bos": prompt[:2] == [tokenizer.bos_token_id] * 2,
+        "double_bos": prompt[:2] == [bos] * 2,
         **dict.fromkeys(written.details, True),
     }
     return Tokenized(tree, tuple(name for name, is_odd in oddities.items() if is_odd), record.origin, details)
 
 
-def _differing(
-    asked: Sequence[int], completion: Sequence[int], turn: Message, tokenizer: PreTrainedTokenizerBase
-) -> str:
+def _differing(asked: Sequence[int], completion: Sequence[int], turn: Message, vocabulary: Vocabulary) -> str:
     """How generation and training differ if the prompt is not a prefix of the conversation."""
-    asks, trained = (cast(str, tokenizer.decode(ids)) for ids in (list(asked), list(completion[:200])))
+    asks, trained = vocabulary.text(asked), vocabulary.text(completion[:200])
     words = turn["content"].strip()[:20]
     header = trained.partition(words)[0] if words and words in trained else trained[:20]
     return f"generation reads {quoted(asks)} where training writes {quoted(header)} before the answer"
@@ -353,7 +327,7 @@ def render(
     given: dict[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of messages and a generation prompt; `given`: the row's `template_kwargs`."""
-    text = Writer(tokenizer, template).text(tuple(messages), given or {}, asks=True)
+    text = Writer(tokenizer, template).text(messages, given or {}, asks=True)
     return encode([text], tokenizer, template)[0]
 
 
@@ -366,6 +340,6 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: T
     return cast("list[list[int]]", ids)
 
 
-def quoted(text: str, limit: int = 60) -> str:
+def quoted(text: str) -> str:
     """A text as messages show it, on one line."""
-    return json.dumps(text if len(text) <= limit else text[:limit] + "...", ensure_ascii=False)
+    return json.dumps(text if len(text) <= 60 else text[:60] + "...", ensure_ascii=False)

@@ -7,24 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from prefold.data import rankings
-from prefold.data.cells import (
-    Form,
-    cell_at,
-    is_answer,
-    is_answered,
-    is_bare_text,
-    is_dialogue,
-    is_empty,
-    is_number,
-    is_opening,
-    is_scalar,
-    is_sentences,
-    is_text,
-    is_texts,
-    read_if_text,
-)
+from prefold.data.cells import cell_at, is_empty, read_if_text
 from prefold.data.dialogues import part, part_answer, part_transcripts, read_dialogue
 from prefold.data.formats import RawRow
+from prefold.data.forms import is_answer, is_dialogue, is_texts
 from prefold.data.layouts import Answer, Layout, Ranking, Row, Shape
 from prefold.data.preference import (
     Message,
@@ -52,14 +38,12 @@ def to_records(
     shape: Shape,
     system: str | None = None,
     where_system: str = "`data.system`",
-    rule: rankings.Rule = rankings.BY_DEFAULT,
 ) -> list[Record | Problem]:
     """Convert a row. What is wrong with it is returned as a `Problem`, the first one, and never raised. A ranking gives
     a record or problem for each pair, and a problem for each answer that cannot be used; any other row gives one.
 
     Args:
         system: a system message for all rows; `where_system` is what messages call the setting.
-        rule: what to make of a ranking.
     """
     try:
         if row.value is None:
@@ -69,20 +53,15 @@ def to_records(
                 raise Unfit("media", f"`{column}` is filled, and only text is trained on")
         cells = Row(row.value, shape, row.origin, row.pads_with_nulls)
         made = shape.layout.read(cells)
-        results: list[Record | Problem] = _of_rankings(made, cells, rule) if isinstance(made, list) else [made]
+        results: list[Record | Problem] = _of_rankings(made, cells) if isinstance(made, list) else [made]
         given = cells.template_kwargs()
-        if not system and not given:
-            return results
-        return [
-            result
-            if isinstance(result, Problem)
-            else replace(
-                result, prompt=tuple(with_system(system, list(result.prompt), where_system)), template_kwargs=given
-            )
-            for result in results
-        ]
+        for index, result in enumerate(results if system or given else ()):
+            if not isinstance(result, Problem):
+                prompt = tuple(with_system(system, list(result.prompt), where_system))
+                results[index] = replace(result, prompt=prompt, template_kwargs=given)
+        return results
     except Unfit as unfit:
-        return [Problem(unfit.kind, unfit.message, row.origin)]
+        return [unfit.at(row.origin)]
 
 
 # ---- pairs ------------------------------------------------------------------------------------------------------
@@ -91,17 +70,17 @@ def to_records(
 def _pair(row: Row) -> Preference:
     chosen, rejected = row.need("chosen"), row.need("rejected")
     where = (row.where("chosen"), row.where("rejected"))
-    role = "messages" if "messages" in row.shape.column_of else "prompt"
     are_turns = isinstance(chosen, list) or isinstance(rejected, list)
+    may_be_whole = are_turns and "messages" not in row.shape.column_of
     # Answers that are whole dialogues contain their prompt; a prompt column is not put before them again.
-    if role == "prompt" and are_turns and (not row.has(role) or (is_dialogue(chosen) and is_dialogue(rejected))):
+    if may_be_whole and (not row.has("prompt") or (is_dialogue(chosen) and is_dialogue(rejected))):
         return _of_dialogues(row)
-    prompt = row.dialogue(role) if role == "messages" else row.prompt()
+    prompt, where_prompt = row.opening()
     answers = [row.answer("chosen"), row.answer("rejected")]
     if row.shape.repeats_prompt:
         start = row.need("prompt")
         answers = [_without_prompt(answer, start, name) for answer, name in zip(answers, where, strict=True)]
-    return _checked_pair(row, prompt, answers, (*where, row.where(role)))
+    return _checked_pair(row, prompt, answers, (*where, where_prompt))
 
 
 def _of_dialogues(row: Row) -> Preference:
@@ -137,9 +116,10 @@ def _voted(row: Row) -> Preference:
     better, worse = (1, 2) if for_first > for_second else (2, 1)
     scores = [as_number(row.find(f"score_{number}")) for number in (better, worse)]
     margins = [(margin, 0.0) for cell in given.values() if (margin := margin_of(cell, values)) is not None]
+    rated = margins[0] if len(margins) == 1 else None
     if scores[0] is not None and scores[1] is not None:
-        return _of_two(row, better, (scores[0], scores[1]))
-    return _of_two(row, better, margins[0] if len(margins) == 1 else None)
+        rated = scores[0], scores[1]
+    return _of_two(row, better, rated)
 
 
 def _scored(row: Row) -> Preference:
@@ -211,7 +191,7 @@ def _checked_pair(
     row: Row, prompt: list[Message], answers: Sequence[list[Message]], where: tuple[str, str, str]
 ) -> Preference:
     """The pair, if it is valid; `where`: what messages call chosen, rejected and prompt."""
-    prompt = row.with_system(prompt)
+    prompt = with_system(row.find("system"), prompt, row.where("system"))
     check_pair(answers, where)
     check_prompt(prompt, where[2])
     return Preference(tuple(prompt), tuple(answers[0]), tuple(answers[1]), row.origin, ratings(row.value))
@@ -249,8 +229,7 @@ def _label(row: Row) -> bool:
 
 
 def _prompt(row: Row) -> Prompt:
-    role = "messages" if "messages" in row.shape.column_of else "prompt"
-    return _prompt_of(row, row.dialogue(role) if role == "messages" else row.prompt(), row.where(role))
+    return _prompt_of(row, *row.opening())
 
 
 def _shared_opening(row: Row) -> Prompt:
@@ -272,7 +251,7 @@ def _prompt_of(row: Row, prompt: list[Message], where: str) -> Prompt:
 
 
 def _checked_prompt(row: Row, prompt: list[Message], where: str) -> Messages:
-    prompt = row.with_system(prompt)
+    prompt = with_system(row.find("system"), prompt, row.where("system"))
     check_prompt(prompt, where)
     return tuple(prompt)
 
@@ -280,8 +259,9 @@ def _checked_prompt(row: Row, prompt: list[Message], where: str) -> Messages:
 # ---- rankings ---------------------------------------------------------------------------------------------------
 
 
-def _of_rankings(made: Sequence[Ranking], row: Row, rule: rankings.Rule) -> list[Record | Problem]:
+def _of_rankings(made: Sequence[Ranking], row: Row) -> list[Record | Problem]:
     results: list[Record | Unfit] = []
+    rule = row.shape.rule
     for ranking in made:
         prompt = row.prompt() if ranking.prompt is None else ranking.prompt
         where = row.where("prompt") if ranking.prompt is None else f"the prompt of {ranking.where}"
@@ -291,16 +271,13 @@ def _of_rankings(made: Sequence[Ranking], row: Row, rule: rankings.Rule) -> list
             elif rule.values is not None:
                 results += [*_labelled(row, prompt, where, ranking, rule.values), *ranking.unfit]
             else:
-                couples = rankings.pairs(ranking, rule, row.shape.layout)
-                pairs = [_ranked_pair(row, prompt, where, *couple) for couple in couples]
+                pairs = [_ranked_pair(row, prompt, where, *couple) for couple in rankings.pairs(ranking, row.shape)]
                 usable = [pair for pair in pairs if isinstance(pair, Preference)]
                 results += [*(_unpaired_of(usable) if rule.unpaired else usable), *ranking.unfit]
                 results += [pair for pair in pairs if isinstance(pair, Unfit)]
         except Unfit as unfit:
             results += [*ranking.unfit, *([] if unfit in ranking.unfit else [unfit])]
-    return [
-        Problem(result.kind, result.message, row.origin) if isinstance(result, Unfit) else result for result in results
-    ]
+    return [result.at(row.origin) if isinstance(result, Unfit) else result for result in results]
 
 
 def _ranked_pair(row: Row, prompt: list[Message], where: str, better: Answer, worse: Answer) -> Preference | Unfit:
@@ -328,8 +305,7 @@ def _unpaired_of(pairs: Sequence[Preference]) -> list[Record]:
     """The answers of the pairs with their labels, each once."""
     records: list[Record] = []
     for pair in pairs:
-        sides = [Unpaired(pair.prompt, pair.chosen, True, pair.origin)]
-        sides += [Unpaired(pair.prompt, pair.rejected, False, pair.origin)]
+        sides = [Unpaired(pair.prompt, pair.answers[i], label, pair.origin) for i, label in enumerate((True, False))]
         records += [side for side in sides if side not in records]
     return records
 
@@ -347,70 +323,40 @@ def _value_text(value: Any) -> str:
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
 
-_Forms = dict[str, Form]
-_PROMPT: _Forms = {"prompt": lambda value: is_text(value) or is_opening(value)}
-_OPENING: _Forms = {"messages": is_opening}
-_ANSWERED: _Forms = {"messages": is_answered}
-_TEXTS: _Forms = {"prompt": is_text, "chosen": is_bare_text, "rejected": is_bare_text}
-_ANSWERS: _Forms = {"chosen": is_answer, "rejected": is_answer}
-_DIALOGUES: _Forms = {"chosen": is_dialogue, "rejected": is_dialogue}
-_REJECTED: _Forms = {"rejected": lambda value: is_answer(value) or is_dialogue(value)}
-_TWO: _Forms = {"output_1": is_answer, "output_2": is_answer}
-_TWO_DIALOGUES: _Forms = {"output_1": is_dialogue, "output_2": is_dialogue, "vote": is_scalar}
-_LISTS: _Forms = {"prompt": is_texts, "output_1": is_texts, "output_2": is_texts}
-_VOTE: _Forms = {"vote": is_scalar}
-_SCORES: _Forms = {"score_1": is_number, "score_2": is_number}
-_COMPLETION: _Forms = {"completion": is_answer}
-_QUERY = _PROMPT | _COMPLETION | {"rejected": is_answer}
-_SENTENCES: _Forms = {"sentences": is_sentences}
-_LABEL: _Forms = {"label": is_scalar}
 # Of the layouts that fit the same columns, the first wins.
 LAYOUTS = (
-    Layout("text", "pairs", _pair, _TEXTS, "strings `prompt`, `chosen`, `rejected` (and `system`)"),
-    Layout("messages", "pairs", _pair, _PROMPT | _ANSWERS, "`prompt`: list of {role, content}; answers: text or list"),
-    Layout(
-        "conversations",
-        "pairs",
-        _of_dialogues,
-        _DIALOGUES,
-        "`chosen`, `rejected`: lists of messages, prompt first",
-        aside=("prompt",),
-    ),
-    Layout("turns", "pairs", _pair, _OPENING | _ANSWERS, "`conversations`: list of turns; answers: one turn each"),
-    Layout("votes", "pairs", _voted, _PROMPT | _TWO | _VOTE, "`instruction`, `output_1`, `output_2`, `label` (1 or 2)"),
-    Layout("scores", "pairs", _scored, _PROMPT | _TWO | _SCORES, "a prompt, two answers, and a score of each"),
-    Layout("parallel lists, votes", "pairs", _voted, _LISTS | _VOTE, "lists of prompts and of answers, and a vote"),
-    Layout("parallel lists, scores", "pairs", _scored, _LISTS | _SCORES, "lists of prompts and of answers, and scores"),
-    Layout(
-        "answered messages",
-        "pairs",
-        _answered,
-        _ANSWERED | _REJECTED,
-        "`messages`, `rejected_response`",
-        (),
-        ("chosen",),
-    ),
-    Layout(
-        "answered text",
-        "pairs",
-        _answered_text,
-        _QUERY,
-        "`query`, `response`, `rejected_response`",
-        absent=("chosen", "messages"),
-    ),
-    Layout("labelled text", "unpaired", _unpaired, _PROMPT | _COMPLETION | _LABEL, "`prompt`, `completion`, `label`"),
-    Layout("labelled messages", "unpaired", _unpaired, _ANSWERED | _LABEL, "`messages`: list, answer last; `label`"),
-    Layout("prompts", "prompts", _prompt, _PROMPT, "`prompt` or `question`, and columns for rewards"),
-    Layout("sentences", "prompts", _sentences, _SENTENCES, "`source`: a list of sentences, and columns"),
-    Layout("opening messages", "prompts", _prompt, _OPENING, "`messages`: a list that ends before the answer"),
-    Layout("two conversations", "pairs", _voted, _TWO_DIALOGUES, "`conversation_a`, `conversation_b`, and a vote"),
-    Layout(
-        "opening of two conversations",
-        "prompts",
-        _shared_opening,
-        _TWO_DIALOGUES,
-        "`conversation_a`, `conversation_b`, a vote",
-    ),
-    Layout("opening of parallel lists", "prompts", _shared_opening, _LISTS, "lists of prompts and of answers"),
-)
-UNKNOWN = Layout("unknown", "pairs", _unknown, {}, "")
+    Layout("text", "pairs", _pair, "prompt:text chosen:bare rejected:bare",
+           "strings `prompt`, `chosen`, `rejected` (and `system`)"),
+    Layout("messages", "pairs", _pair, "prompt chosen rejected",
+           "`prompt`: list of {role, content}; answers: text or list"),
+    Layout("conversations", "pairs", _of_dialogues, "chosen:dialogue rejected:dialogue",
+           "`chosen`, `rejected`: lists of messages, prompt first", ("prompt",)),
+    Layout("turns", "pairs", _pair, "messages:opening chosen rejected",
+           "`conversations`: list of turns; answers: one turn each"),
+    Layout("votes", "pairs", _voted, "prompt output_1 output_2 vote",
+           "`instruction`, `output_1`, `output_2`, `label` (1 or 2)"),
+    Layout("scores", "pairs", _scored, "prompt output_1 output_2 score_1 score_2",
+           "a prompt, two answers, and a score of each"),
+    Layout("parallel lists, votes", "pairs", _voted, "prompt:texts output_1:texts output_2:texts vote",
+           "lists of prompts and of answers, and a vote"),
+    Layout("parallel lists, scores", "pairs", _scored, "prompt:texts output_1:texts output_2:texts score_1 score_2",
+           "lists of prompts and of answers, and scores"),
+    Layout("answered messages", "pairs", _answered, "messages:answered rejected:answer_or_dialogue",
+           "`messages`, `rejected_response`", absent=("chosen",)),
+    Layout("answered text", "pairs", _answered_text, "prompt completion rejected",
+           "`query`, `response`, `rejected_response`", absent=("chosen", "messages")),
+    Layout("labelled text", "unpaired", _unpaired, "prompt completion label", "`prompt`, `completion`, `label`"),
+    Layout("labelled messages", "unpaired", _unpaired, "messages:answered label",
+           "`messages`: list, answer last; `label`"),
+    Layout("prompts", "prompts", _prompt, "prompt", "`prompt` or `question`, and columns for rewards"),
+    Layout("sentences", "prompts", _sentences, "sentences", "`source`: a list of sentences, and columns"),
+    Layout("opening messages", "prompts", _prompt, "messages:opening",
+           "`messages`: a list that ends before the answer"),
+    Layout("two conversations", "pairs", _voted, "output_1:dialogue output_2:dialogue vote",
+           "`conversation_a`, `conversation_b`, and a vote"),
+    Layout("opening of two conversations", "prompts", _shared_opening, "output_1:dialogue output_2:dialogue vote",
+           "`conversation_a`, `conversation_b`, a vote"),
+    Layout("opening of parallel lists", "prompts", _shared_opening, "prompt:texts output_1:texts output_2:texts",
+           "lists of prompts and of answers"),
+)  # fmt: skip
+UNKNOWN = Layout("unknown", "pairs", _unknown, "", "")

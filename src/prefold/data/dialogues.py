@@ -33,6 +33,11 @@ def holds_dialogue(text: str) -> bool:
     return string_writing(text) != "plain" and not text[:200].lstrip().startswith(f"{_TURN_START}assistant")
 
 
+def speaks(value: Any) -> bool:
+    """Whether a value is a turn, sound or not."""
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
 def read_dialogue(value: Any, where: str, writing: Writing) -> list[Message]:
     """The messages of a cell that holds a whole dialogue. Raises Unfit: it has another format, or an unusable turn."""
     if isinstance(value, str) and writing in _STRING_READERS:
@@ -49,7 +54,7 @@ def read_prompt(text: str, where: str, writing: Writing) -> list[Message]:
 
 def read_answer(value: Any, where: str, writing: Writing) -> list[Message]:
     """An answer: bare text, one turn, or a list of turns."""
-    if isinstance(value, dict) and ("role" in value or "from" in value):
+    if speaks(value):
         return messages([value], where, writing)
     if isinstance(value, list):
         return messages(value, where, writing)

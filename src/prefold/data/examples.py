@@ -23,18 +23,10 @@ from prefold.data.preference import Message, Preference, Prompt, Record, RowId, 
 from prefold.trees.packing import Span, TokenTree
 
 _BATCH_ROWS = 256
+_NUMBERS, _KEY, _TEXT = pa.list_(pa.int32()), pa.binary(16), pa.string()
 _SCHEMA = pa.schema(
-    [
-        ("ids", pa.list_(pa.int32())),
-        ("lengths", pa.list_(pa.int32())),
-        ("context", pa.list_(pa.int32())),
-        ("record", pa.string()),
-        ("kind", pa.string()),
-        ("source", pa.string()),
-        ("row", pa.int64()),
-        ("prompt_key", pa.binary(16)),
-        ("record_key", pa.binary(16)),
-    ]
+    {"ids": _NUMBERS, "lengths": _NUMBERS, "context": _NUMBERS, "record": _TEXT, "kind": _TEXT, "source": _TEXT}
+    | {"row": pa.int64(), "prompt_key": _KEY, "record_key": _KEY}
 )
 _KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in (Preference, Unpaired, Prompt)}
 Item = TypeVar("Item")
@@ -171,9 +163,8 @@ class _View(Sequence[Item]):
         return self._length
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return list(map(self._make, range(self._length)[index]))
-        return self._make(range(self._length)[index])
+        at = range(self._length)[index]
+        return list(map(self._make, at)) if isinstance(at, range) else self._make(at)
 
 
 def _largest_ids(batch: pa.RecordBatch) -> NDArray[np.int64]:

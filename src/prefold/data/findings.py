@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from jinja2.exceptions import TemplateError
 
@@ -82,13 +82,9 @@ class TokenCounts:
     longest: int
     """The most tokens of a prompt and a completion together, which `max_length` bounds."""
 
-    @property
-    def shared_share(self) -> float:
-        """Share of the plain tokens that are saved, because completions share their prompt."""
-        return 1 - self.packed / self.plain if self.plain else 0.0
-
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "shared_share": round(self.shared_share, 4)}
+        """With the share of the plain tokens that are saved, because completions share their prompt."""
+        return {**asdict(self), "shared_share": round(1 - self.packed / self.plain, 4) if self.plain else 0.0}
 
 
 @dataclass(frozen=True)
@@ -109,144 +105,101 @@ class DataReport:
         }
 
 
-_NOTES = (
-    *("struck", "flipped", "tie", "small_margin", "repeated", "control_character", "tied_rating", "escaped_text"),
-    *("wrong_decoding", "voted_again", "voters_differ", "withdrawn"),
-)
 _SEEN = ("template_residue", "media_placeholder", "escaped_text", "wrong_decoding")
 """Kinds whose problems name the markers that were seen, each in backticks."""
 _DETAILED = (
-    *("struck", "flipped"),
-    "unread_field",
-    "unread_column",
-    "text_dropped",
-    "header_trained",
-    "empty_thought",
-    "prompt_not_prefix",
-    "template_refused",
+    *("struck", "flipped", "unread_field", "unread_column", "text_dropped", "header_trained", "empty_thought"),
+    *("prompt_not_prefix", "template_refused"),
 )
 """Kinds whose finding shows the most frequent messages of its problems."""
-# Kind -> what follows the number of rows in the message, and the advice.
+# Kind (severity) and what follows the number of rows in the message; below them the advice.
+_TABLE = """
+broken_row (warning) left out: cannot be read
+    write one JSON object per row
+where_failed (warning) left out: `where` cannot be evaluated for them
+    it compares values of two types; mend the rows, or the condition
+missing_field (warning) left out: a field is missing
+    add the field or remove the rows
+null_field (warning) left out: a field is null
+    fill it in or remove the rows
+empty_text (warning) left out: a text is empty
+    fill it in or remove the rows
+not_text (warning) left out: a field is not text
+    write the value as a string
+bad_message (warning) left out: messages that make no pair
+    messages are {role, content}; a prompt ends before the assistant answers
+identical (warning) left out: chosen and rejected are the same
+    remove the rows
+template_refused (warning) left out: the model's chat template refuses them
+    the template may know no system message, or want strict turns
+prompts_differ (warning) left out: chosen and rejected answer different prompts
+    a pair compares answers to one prompt; mend the rows or leave them
+tie (note) left out: ties, which prefer neither answer
+    nothing to do: a tie teaches nothing
+voted_again (note) left out: further votes, which count in the row of the first
+    nothing to do: the majority of the votes on two answers makes one pair
+voters_differ (note): people differ on which answer is better; the majority decides
+    read these answers; `where: len(voters) > 2` keeps those of three or more
+withdrawn (note) left out: votes undone or replaced, and the lines that undo them
+    nothing to do: the last vote of a voter on two answers counts
+small_margin (note) left out: no two ratings far enough apart
+    this is what `min_margin` asks for
+bad_label (warning) left out: a label says nothing that is understood
+    votes are 1 or 2, labels true or false
+struck (note) left out: struck by `data.decisions`
+    this is what was decided, row by row
+flipped (note) whose preference was turned round by `data.decisions`
+    this is what was decided, row by row
+repeated (note) left out: they repeat earlier ones
+    this is what `data.duplicates` asks for
+contaminated (warning) left out: text of `data.decontaminate` in them
+    `contamination` in data.json has the words in common; cite the share
+overlong (warning) left out: longer than `data.max_length`
+    raise `data.max_length`, or set `data.overlong: truncate_prompt`
+prompt_truncated (warning) lost the beginning of the prompt to fit `data.max_length`
+    raise `data.max_length` to keep prompts whole
+prompt_not_prefix (warning): the prompt's tokens do not all begin the conversation
+    only those in common are the prompt; `model.chat_template_kwargs` may help
+media (warning) left out: images, sound or video, which are not trained on
+    use rows of text alone
+unread_field (warning) with fields that the chat template does not read
+    the model never sees them; name them as the template does
+unread_column (warning) with a known column that holds something else, so it is not used
+    `prefold data` shows what it holds; `columns:` can name another
+text_dropped (warning) with words that the chat template leaves out
+    put thoughts into a field that it reads, or use a template that writes them
+empty_thought (warning) with an empty thought before the answer, which the template writes
+    it teaches not to think; see `model.chat_template_kwargs` (enable_thinking)
+header_trained (warning): the answer's header is trained as part of the answer
+    the template ignores `add_generation_prompt`: generation has no such header
+no_end_token (warning): the chat template ends the answer without an end token
+    the model will not learn to stop; use a template that ends turns
+double_end_token (warning): an answer ends with two end tokens
+    the model learns to go on behind the first; remove the one in the data
+double_bos (warning): the prompt begins with two BOS tokens
+    remove the one in the data, or the one in the chat template
+template_residue (warning) with template markers in the text
+    the model learns to write turns that nobody wrote; clean the text
+media_placeholder (warning) with placeholders of media
+    there is no image, video or sound to look at; remove the rows
+escaped_text (note) with escapes in place of characters
+    the model learns to write them; unescape the text
+wrong_decoding (note) with text in a wrong encoding
+    it was UTF-8 and was read as Latin-1; decode the file again
+system_twice (warning): the prompt has its system text twice
+    remove one; what the chat template writes by itself counts as well
+control_character (note): control or replacement characters in the text
+    the model learns to write them; look at how the text was decoded
+prompt_in_answer (warning): an answer begins with the text of its prompt
+    the model learns to repeat what it is asked; cut the prompt from the answers
+flipped_rating (warning): the row rates rejected above chosen
+    the label is likely flipped; check, or filter by `where`
+tied_rating (note): the row rates chosen and rejected alike
+    the order may be chance; filter by `where` to be sure
+"""
 _ABOUT_ROWS = {
-    "broken_row": (" left out: cannot be read", "write one JSON object per row"),
-    "where_failed": (
-        " left out: `where` cannot be evaluated for them",
-        "it compares values of two types; mend the rows, or the condition",
-    ),
-    "missing_field": (" left out: a field is missing", "add the field or remove the rows"),
-    "null_field": (" left out: a field is null", "fill it in or remove the rows"),
-    "empty_text": (" left out: a text is empty", "fill it in or remove the rows"),
-    "not_text": (" left out: a field is not text", "write the value as a string"),
-    "bad_message": (
-        " left out: messages that make no pair",
-        "messages are {role, content}; a prompt ends before the assistant answers",
-    ),
-    "identical": (" left out: chosen and rejected are the same", "remove the rows"),
-    "template_refused": (
-        " left out: the model's chat template refuses them",
-        "the template may know no system message, or want strict turns",
-    ),
-    "prompts_differ": (
-        " left out: chosen and rejected answer different prompts",
-        "a pair compares answers to one prompt; mend the rows or leave them",
-    ),
-    "tie": (" left out: ties, which prefer neither answer", "nothing to do: a tie teaches nothing"),
-    "voted_again": (
-        " left out: further votes, which count in the row of the first",
-        "nothing to do: the majority of the votes on two answers makes one pair",
-    ),
-    "voters_differ": (
-        ": people differ on which answer is better; the majority decides",
-        "read these answers; `where: len(voters) > 2` keeps those of three or more",
-    ),
-    "withdrawn": (
-        " left out: votes undone or replaced, and the lines that undo them",
-        "nothing to do: the last vote of a voter on two answers counts",
-    ),
-    "small_margin": (" left out: no two ratings far enough apart", "this is what `min_margin` asks for"),
-    "bad_label": (" left out: a label says nothing that is understood", "votes are 1 or 2, labels true or false"),
-    "struck": (" left out: struck by `data.decisions`", "this is what was decided, row by row"),
-    "flipped": (" whose preference was turned round by `data.decisions`", "this is what was decided, row by row"),
-    "repeated": (" left out: they repeat earlier ones", "this is what `data.duplicates` asks for"),
-    "contaminated": (
-        " left out: text of `data.decontaminate` in them",
-        "`contamination` in data.json has the words in common; cite the share",
-    ),
-    "overlong": (
-        " left out: longer than `data.max_length`",
-        "raise `data.max_length`, or set `data.overlong: truncate_prompt`",
-    ),
-    "prompt_truncated": (
-        " lost the beginning of the prompt to fit `data.max_length`",
-        "raise `data.max_length` to keep prompts whole",
-    ),
-    "prompt_not_prefix": (
-        ": the prompt's tokens do not all begin the conversation",
-        "only those in common are the prompt; `model.chat_template_kwargs` may help",
-    ),
-    "media": (" left out: images, sound or video, which are not trained on", "use rows of text alone"),
-    "unread_field": (
-        " with fields that the chat template does not read",
-        "the model never sees them; name them as the template does",
-    ),
-    "unread_column": (
-        " with a known column that holds something else, so it is not used",
-        "`prefold data` shows what it holds; `columns:` can name another",
-    ),
-    "text_dropped": (
-        " with words that the chat template leaves out",
-        "put thoughts into a field that it reads, or use a template that writes them",
-    ),
-    "empty_thought": (
-        " with an empty thought before the answer, which the template writes",
-        "it teaches not to think; see `model.chat_template_kwargs` (enable_thinking)",
-    ),
-    "header_trained": (
-        ": the answer's header is trained as part of the answer",
-        "the template ignores `add_generation_prompt`: generation has no such header",
-    ),
-    "no_end_token": (
-        ": the chat template ends the answer without an end token",
-        "the model will not learn to stop; use a template that ends turns",
-    ),
-    "double_end_token": (
-        ": an answer ends with two end tokens",
-        "the model learns to go on behind the first; remove the one in the data",
-    ),
-    "double_bos": (
-        ": the prompt begins with two BOS tokens",
-        "remove the one in the data, or the one in the chat template",
-    ),
-    "template_residue": (
-        " with template markers in the text",
-        "the model learns to write turns that nobody wrote; clean the text",
-    ),
-    "media_placeholder": (
-        " with placeholders of media",
-        "there is no image, video or sound to look at; remove the rows",
-    ),
-    "escaped_text": (" with escapes in place of characters", "the model learns to write them; unescape the text"),
-    "wrong_decoding": (" with text in a wrong encoding", "it was UTF-8 and was read as Latin-1; decode the file again"),
-    "system_twice": (
-        ": the prompt has its system text twice",
-        "remove one; what the chat template writes by itself counts as well",
-    ),
-    "control_character": (
-        ": control or replacement characters in the text",
-        "the model learns to write them; look at how the text was decoded",
-    ),
-    "prompt_in_answer": (
-        ": an answer begins with the text of its prompt",
-        "the model learns to repeat what it is asked; cut the prompt from the answers",
-    ),
-    "flipped_rating": (
-        ": the row rates rejected above chosen",
-        "the label is likely flipped; check, or filter by `where`",
-    ),
-    "tied_rating": (
-        ": the row rates chosen and rejected alike",
-        "the order may be chance; filter by `where` to be sure",
-    ),
+    kind: (cast(Severity, severity), what, advice)
+    for kind, severity, what, advice in re.findall(r"^(\w+) \((\w+)\)((?: |:).+)\n +(.+)$", _TABLE, re.MULTILINE)
 }
 
 
@@ -308,7 +261,7 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
         details[problem.kind].update(seen)
     findings = []
     for kind, origins in rows.items():
-        what, advice = _ABOUT_ROWS[kind]
+        severity, what, advice = _ABOUT_ROWS[kind]
         if kind in _SEEN and details[kind]:
             marker, number = details[kind].most_common(1)[0]
             what += f": `{marker if len(marker) < 25 else marker[:20] + '...'}` in {number}"
@@ -317,7 +270,7 @@ def about_problems(problems: Sequence[Problem], data: Data) -> list[Finding]:
         message = f"{counted(len(origins), 'row')}{what}"
         if kind in _DETAILED and (shown := [detail for detail, _ in details[kind].most_common(2) if detail]):
             message += f"; {'; '.join(shown)}{'; ...' if len(details[kind]) > 2 else ''}"
-        findings.append(_of_rows(kind, "note" if kind in _NOTES else "warning", origins, message, advice))
+        findings.append(_of_rows(kind, severity, origins, message, advice))
     return findings
 
 
@@ -329,7 +282,7 @@ def left_out_in_part(problems: Sequence[Problem]) -> list[Finding]:
     causes = ", ".join(f"{count} {kind}" for kind, count in kinds)
     what = "answer or pair" if len(problems) == 1 else "answers or pairs"
     message = f"{len(problems)} {what} left out of rows used otherwise: {causes}"
-    severity: Severity = "note" if {kind for kind, _ in kinds} <= {*_NOTES} else "warning"
+    severity: Severity = "note" if all(_ABOUT_ROWS[kind][0] == "note" for kind, _ in kinds) else "warning"
     origins = list(dict.fromkeys(problem.origin for problem in problems))
     advice = "`data.bad_rows: error` and `data.overlong: error` stop at the first and show it"
     return [Finding("left_out_in_part", severity, len(problems), tuple(origins[:ROWS_SHOWN]), message, advice)]

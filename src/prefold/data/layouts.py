@@ -6,37 +6,16 @@ columns by role, and how its turns are written. The tables of layouts are in `co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, get_args
 
-from prefold.data.cells import (
-    MISSING,
-    Form,
-    cell_at,
-    has_cell,
-    is_empty,
-    is_history,
-    is_turns,
-    need_list,
-    read_if_text,
-    template_kwargs,
-)
+from prefold.data.cells import MISSING, cell_at, has_cell, is_empty, read_if_text, read_written
 from prefold.data.dialogues import read_answer, read_dialogue, read_prompt
-from prefold.data.preference import (
-    Message,
-    Record,
-    RowId,
-    Unfit,
-    Writing,
-    message,
-    messages,
-    short,
-    with_system,
-    without_nulls,
-)
+from prefold.data.forms import FORMS, Form, is_history, is_kwargs, is_tools, is_turns, tools_in
+from prefold.data.preference import Message, Record, RowId, Unfit, Writing, message, messages, short, without_nulls
 from prefold.recipe.values import Values
 
 Kind = Literal["pairs", "unpaired", "prompts"]
@@ -44,6 +23,23 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 PairsFrom = Literal["best_worst", "adjacent", "all"]
 Columns = tuple[tuple[str, str], ...]
 """Pairs of (role, column of the file or path into one)."""
+_RESERVED_KEYWORDS = [
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+]
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,10 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """`forms`: a test of each role's cell; `meaning`: the layout in messages; `read` raises Unfit. `aside`: further
-    roles that `columns` may name: a column that is ignored, or keys in the answers of a ranking; `absent`: roles of
-    which a row of this layout has no column.
+    """`read` raises Unfit. `roles`: those of its columns; `prompt chosen:dialogue` is a prompt in its usual form, and a
+    dialogue as `chosen` (see `FORMS`). `meaning`: the layout in messages. `aside`: further roles that `columns` may
+    name: a column that is ignored, or keys in the answers of a ranking; `absent`: roles of which a row of this layout
+    has no column.
 
     For rankings: `pairs_from` if the recipe does not set it; `is_rated`: the answers are ordered by numbers in the row.
     """
@@ -78,12 +75,29 @@ class Layout:
     name: str
     kind: Kind
     read: Callable[[Row], Record | list[Ranking]]
-    forms: Mapping[str, Form]
+    roles: str
     meaning: str
     aside: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     pairs_from: PairsFrom = "best_worst"
     is_rated: bool = False
+
+    @cached_property
+    def forms(self) -> dict[str, Form]:
+        """A test of the cell of each role."""
+        named = [part.partition(":") for part in self.roles.split()]
+        return {role: FORMS[form or role] for role, _, form in named}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to make of a ranking: pairs (see `Source.pairs_from` and `Source.min_margin`), or unpaired answers: those of
+    the pairs, or those whose rating `values` calls desirable or undesirable."""
+
+    pairs_from: PairsFrom | None = None
+    min_margin: float | None = None
+    unpaired: bool = False
+    values: Values | None = None
 
 
 @dataclass(frozen=True)
@@ -91,9 +105,9 @@ class Shape:
     """What the columns of a source contain.
 
     `parsed`: columns that store lists as text; `repeats_prompt`: both answers begin with the prompt's text; `values`:
-    what votes or labels mean, if not 1 and 2 or true and false; `media`: columns that make a row unfit unless empty;
-    `unused`: columns that are not used; `not_understood`: columns named `tools`, `history` and the like that contain
-    something else.
+    what votes or labels mean, if not 1 and 2 or true and false; `rule`: what to make of rankings; `media`: columns that
+    make a row unfit unless empty; `unused`: columns that are not used; `not_understood`: columns named `tools`,
+    `history` and the like that contain something else.
     """
 
     layout: Layout
@@ -102,6 +116,7 @@ class Shape:
     parsed: tuple[str, ...] = ()
     repeats_prompt: bool = False
     values: Values | None = field(default=None, hash=False)
+    rule: Rule = field(default=Rule(), hash=False)
     media: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     not_understood: tuple[str, ...] = ()
@@ -148,7 +163,9 @@ class Row:
         if column is None or (cell := cell_at(self.value, column)) is MISSING:
             return MISSING
         if column in self.shape.parsed and isinstance(cell, str):
-            cell = need_list(cell, self.where(role))
+            cell = read_written(cell) if cell.strip() else None
+            if cell is MISSING:
+                raise Unfit("bad_message", f"{self.where(role)} is text but not a list, unlike in other rows")
         return without_nulls(cell) if self.pads_with_nulls else cell
 
     def find(self, role: str) -> Any:
@@ -173,6 +190,11 @@ class Row:
 
     def answer(self, role: str) -> list[Message]:
         return read_answer(self.need(role), self.where(role), self.shape.writing)
+
+    def opening(self) -> tuple[list[Message], str]:
+        """The messages before the answers, in whichever column they are, and what messages call it."""
+        role = "messages" if "messages" in self.shape.column_of else "prompt"
+        return self.dialogue(role) if role == "messages" else self.prompt(), self.where(role)
 
     def prompt(self) -> list[Message]:
         """The prompt after the turns of the `history` column; the `system` column is not part of it."""
@@ -202,10 +224,13 @@ class Row:
         return [message("user", "\n\n".join(part["content"] for part in parts if part["content"].strip()), where)]
 
     def template_kwargs(self) -> dict[str, Any]:
-        tools, kwargs = self.find("tools"), self.find("chat_template_kwargs")
-        if tools is None and kwargs is None:
-            return {}
-        return template_kwargs(tools, kwargs, self.where("tools"), self.where("chat_template_kwargs"))
-
-    def with_system(self, prompt: list[Message]) -> list[Message]:
-        return with_system(self.find("system"), prompt, self.where("system"))
+        """The keywords for the chat template. Raises Unfit: a cell has another form, or a key that no row may set."""
+        roles = ("tools", "chat_template_kwargs")
+        tools, kwargs = (None if is_empty(cell := read_if_text(self.find(role))) else cell for role in roles)
+        if tools is not None and not is_tools(tools):
+            raise Unfit("bad_message", f"{self.where('tools')} is not a list of tools")
+        if kwargs is not None and not is_kwargs(kwargs):
+            raise Unfit("bad_message", f"{self.where(roles[1])} is not an object")
+        if taken := sorted({*(kwargs or {})}.intersection(_RESERVED_KEYWORDS)):
+            raise Unfit("bad_message", f"{self.where(roles[1])} sets `{taken[0]}`, which a row may not set")
+        return (kwargs or {}) | ({} if tools is None else {"tools": tools_in(tools)})

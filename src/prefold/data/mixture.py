@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prefold.data import findings, rankings
+from prefold.data import findings
 from prefold.data.cells import is_empty
 from prefold.data.chat import Tokenized, fit, require_chat_template, tokenize_all
 from prefold.data.conversion import to_records
@@ -29,8 +29,7 @@ from prefold.data.findings import DataReport, SourceCount
 from prefold.data.formats import RawRow
 from prefold.data.preference import Preference, Problem, Record, Unpaired, short, whole_prompt
 from prefold.data.selection import Selection, benchmark_texts, select_rows, shuffled, watched
-from prefold.data.shapes import Kind, Shape, find_shape
-from prefold.data.sources import source_name
+from prefold.data.shapes import Kind, Shape, shape_of
 from prefold.data.templates import moving_date
 from prefold.errors import UserError
 from prefold.recipe import Data, Source
@@ -175,11 +174,11 @@ class Side:
 
     def _converted(self, source: Source, selection: Selection) -> Iterator[Example]:
         head = list(head_of(selection.rows))
-        shape, rule = self.shape_of(head, source)
+        shape = shape_of(head, source, self.kind)
         used = made = 0
         rows = iter(watched(chain(head, selection.rows), selection.name))
         while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
-            for examples in self.usable(batch, shape, rule):
+            for examples in self.usable(batch, shape):
                 used += 1
                 for example in examples:
                     answers = unpaired(example) if self.kind == "unpaired" else [example]
@@ -193,17 +192,9 @@ class Side:
         )
         self.counts.append(counts)
 
-    def shape_of(self, head: Sequence[RawRow], source: Source) -> tuple[Shape, rankings.Rule]:
-        """The shape of a source, and what to make of its rankings."""
-        # Each side of a pair serves as an answer with a label.
-        kinds: list[Kind] = ["unpaired", "pairs"] if self.kind == "unpaired" else [self.kind]
-        name = source_name(source)
-        shape = find_shape(head, name, source.columns, kinds, source.values)
-        return shape, rankings.rule_of(source, shape.layout.name, name, self.kind)
-
-    def usable(self, rows: Sequence[RawRow], shape: Shape, rule: rankings.Rule) -> Iterator[list[Example]]:
+    def usable(self, rows: Sequence[RawRow], shape: Shape) -> Iterator[list[Example]]:
         """The examples of each row that has any. Tokenizing many rows at once keeps all cores busy."""
-        results = [self.records_of(row, shape, rule) for row in rows]
+        results = [self.records_of(row, shape) for row in rows]
         records = [result for of_row in results for result in of_row if not isinstance(result, Problem)]
         tokenized = iter(tokenize_all(records, self.tokenizer, self.data.template))
         for row, of_row in zip(rows, results, strict=True):
@@ -220,8 +211,8 @@ class Side:
                 self.oddities += self.decisions.flips(row.origin) if self.decisions else []
                 yield examples
 
-    def records_of(self, row: RawRow, shape: Shape, rule: rankings.Rule) -> list[Record | Problem]:
-        records = to_records(row, shape, self.data.system, rule=rule)
+    def records_of(self, row: RawRow, shape: Shape) -> list[Record | Problem]:
+        records = to_records(row, shape, self.data.system)
         if self.decisions:
             records = [self.decisions.applied(record) for record in records]
         return list(map(self._uncontaminated, records)) if self.contamination else records

@@ -104,12 +104,8 @@ def _message_key(message: Message) -> tuple[Any, ...]:
 
 def texts_of(message: Message) -> list[str]:
     """Every text of a message: its content, its reasoning, and the names and arguments of its tool calls."""
-    thoughts = [message[name] for name in REASONING if name in message]
-    return [
-        message["content"],
-        *thoughts,
-        *(text for call in message.get("tool_calls", ()) for text in call_texts(call)),
-    ]
+    calls = [text for call in message.get("tool_calls", ()) for text in call_texts(call)]
+    return [message[name] for name in ("content", *REASONING) if name in message] + calls
 
 
 def call_texts(call: dict[str, Any]) -> list[str]:
@@ -155,10 +151,14 @@ Writing = Literal["plain", "ShareGPT", "ChatML", "transcripts"]
 
 
 class Unfit(Exception):
-    """Ends the conversion of a row that cannot be used; `kind` is that of the `Problem`."""
+    """Ends the conversion of a row that cannot be used; `kind` is that of the `Problem`. `advice`: what to do if many
+    rows of a source are like that, so that it is refused."""
 
-    def __init__(self, kind: str, message: str):
-        self.kind, self.message = kind, message
+    def __init__(self, kind: str, message: str, advice: str = ""):
+        self.kind, self.message, self.advice = kind, message, advice
+
+    def at(self, origin: RowId) -> Problem:
+        return Problem(self.kind, self.message, origin)
 
 
 def role_of(name: Any) -> str | None:
@@ -316,7 +316,7 @@ def without_nulls(value: Any) -> Any:
     return {name: without_nulls(item) for name, item in value.items() if item is not None or name == text}
 
 
-def with_system(system: Any, prompt: list[Message], where: str = "`system`") -> list[Message]:
+def with_system(system: Any, prompt: list[Message], where: str) -> list[Message]:
     """Put a system message first; an empty text is the same as none. Raises Unfit: the prompt has another one."""
     if system is None or system == "":
         return prompt
@@ -352,8 +352,8 @@ def check_answer(answer: list[Message], where: str) -> None:
 
 def check_pair(answers: Sequence[list[Message]], where: Sequence[str]) -> None:
     """Raises Unfit unless two answers are valid and differ, and the user says the same within them."""
-    bare = [[[_bare(value) for value in said(turn)] for turn in answer] for answer in answers]
-    if bare[0] == bare[1]:
+    stripped = [[[x.strip() if isinstance(x, str) else x for x in said(turn)] for turn in answer] for answer in answers]
+    if stripped[0] == stripped[1]:
         raise Unfit("identical", f"{where[0]} and {where[1]} are the same")
     for answer, name in zip(answers, where, strict=False):
         check_answer(answer, name)
@@ -365,10 +365,6 @@ def check_pair(answers: Sequence[list[Message]], where: Sequence[str]) -> None:
 def said(turn: Message) -> list[Any]:
     """What decides whether two turns are the same; ids, times and the like do not."""
     return [turn.get(name) for name in _SAID]
-
-
-def _bare(value: Any) -> Any:
-    return value.strip() if isinstance(value, str) else value
 
 
 def short(value: Any) -> str:

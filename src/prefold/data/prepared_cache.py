@@ -48,7 +48,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kin
     if data.template == "chat":
         require_chat_template(tokenizer)
     sources = _identities(data)
-    key = None if None in sources else _key(data, tokenizer, seed, kind, sources)
+    key = key_of_data(data, tokenizer, seed, kind, sources)
     if key is None:
         return load_split(data, tokenizer, seed, kind)
     folder = cache_folder() / "data" / key
@@ -102,19 +102,15 @@ def _identities(data: Data) -> list[str | None]:
     ]
 
 
-def key_of_data(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind) -> str | None:
-    """A digest of everything that decides what `prepare` returns; None if that is not known. Raises UserError: a source
-    does not exist."""
-    sources = _identities(data)
-    return None if None in sources else _key(data, tokenizer, seed, kind, sources)
-
-
-def _key(
-    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind, sources: list[str | None]
+def key_of_data(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, kind: Kind, sources: list[str | None] | None = None
 ) -> str | None:
-    """None if the tokenizer has no backend whose state could be digested."""
+    """A digest of everything that decides what `prepare` returns; None if that is not known, or the tokenizer has no
+    backend whose state could be digested. `sources`: their identities, if known. Raises UserError: a source does not
+    exist."""
+    sources = sources or _identities(data)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if backend is None or None in sources:
         return None
     # These are set by each call of the tokenizer, and decide nothing here.
     backend.no_padding()

@@ -6,17 +6,18 @@ A row has one ranking, or several (a tree), of which `conversion` makes records.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any
 
-from prefold.data.cells import MISSING, Form, cell_at, is_answer, is_opening, is_text, is_texts, listed
+from prefold.data.cells import MISSING, cell_at, listed
 from prefold.data.dialogues import read_answer
-from prefold.data.layouts import Answer, Layout, PairsFrom, Ranking, Row, Shape
+from prefold.data.forms import POSTS, is_answers, is_index, level_of
+from prefold.data.layouts import Answer, Kind, Layout, Ranking, Row, Rule, Shape
 from prefold.data.preference import Message, RowId, Unfit, message, short
 from prefold.errors import UserError, json_type
 from prefold.recipe import Source
-from prefold.recipe.values import Values, as_number
+from prefold.recipe.values import as_number
 
 ITEM_ROLES = ("answer", "rating", "rank")
 """Roles that `columns` may give to a key, or to a path of keys, inside the objects of a list of answers."""
@@ -28,37 +29,14 @@ _RATINGS = (
     *("fine-grained_score", "fine_grained_score"),
 )
 _KNOWN_KEYS = dict.fromkeys(_RATINGS, False) | dict.fromkeys(("rank", "ranking"), True)
-_WORDS = {"chosen": 1.0, "rejected": 0.0}
 _TREE_ROLES = {"prompter": "user", "user": "user", "assistant": "assistant", "system": "system"}
-_POSTS = ("post", "article")
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What to make of a ranking: pairs (see `Source.pairs_from` and `Source.min_margin`), or unpaired answers: those of
-    the pairs, or those whose rating `values` calls desirable or undesirable."""
-
-    pairs_from: PairsFrom | None = None
-    min_margin: float | None = None
-    unpaired: bool = False
-    values: Values | None = None
-
-
-BY_DEFAULT = Rule()
-
-
-class _Undecided(Unfit):
-    """It is uncertain which answer is better. `require_sure` refuses a source whose first rows are like that."""
-
-    def __init__(self, kind: str, message: str, advice: str):
-        super().__init__(kind, message)
-        self.advice = advice
-
-
-def rule_of(source: Source, layout: str, name: str, kind: str) -> Rule:
-    """What the recipe asks to make of a source's rankings. Raises UserError: a setting does not apply, since the source
-    has no rankings or no ratings for a margin, or the method takes other records."""
+def with_rule(shape: Shape, source: Source, name: str, kind: Kind) -> Shape:
+    """The shape of a source with what the recipe asks to make of its rankings. Raises UserError: a setting does not
+    apply, since the source has no rankings or no ratings for a margin, or the method takes other records."""
+    layout = shape.layout.name
     is_rated = {ranking.name: ranking.is_rated for ranking in LAYOUTS}
     of_pairs, refused = ("pairs_from", "min_margin"), dict[str, str]()
     if kind == "prompts":
@@ -80,20 +58,18 @@ def rule_of(source: Source, layout: str, name: str, kind: str) -> Rule:
                 advice += ", or name a list of answers: `columns: {answers: ...}`"
             raise UserError(what, where=f"{name}, `{setting}`", advice=advice)
     values = source.values if layout in is_rated else None
-    return Rule(source.pairs_from, source.min_margin, kind == "unpaired", values)
+    return replace(shape, rule=Rule(source.pairs_from, source.min_margin, kind == "unpaired", values))
 
 
 def require_sure(shape: Shape, values: Sequence[dict[str, Any]], source: str) -> None:
     """Raises UserError: the first rows of a ranking leave open which answers are better."""
-    undecided: list[_Undecided] = []
+    undecided: list[Unfit] = []
     is_read = False
     for number, value in enumerate(values, start=1):
         try:
             is_read = bool(shape.layout.read(Row(value, shape, RowId(source, number)))) or is_read
-        except _Undecided as problem:
-            undecided.append(problem)
-        except Unfit:
-            continue
+        except Unfit as problem:
+            undecided += [problem] if problem.advice else []
     contradictions = [problem for problem in undecided if problem.kind == "bad_label"]
     if first := next(iter(contradictions or ([] if is_read else undecided)), None):
         count = f" ({len(undecided)} of {len(values)} rows)" if len(values) > 1 else ""
@@ -102,73 +78,22 @@ def require_sure(shape: Shape, values: Sequence[dict[str, Any]], source: str) ->
         _require_counting_from_0(shape, values, source)
 
 
-def pairs(ranking: Ranking, rule: Rule, layout: Layout) -> list[tuple[Answer, Answer]]:
+def pairs(ranking: Ranking, shape: Shape) -> list[tuple[Answer, Answer]]:
     """Pairs (better, worse), the best first. Equal levels make no pair. Raises Unfit: there is no pair."""
     ordered = sorted(ranking.answers, key=lambda answer: -answer.level)
     if len(ordered) < 2:
         raise next(iter(ranking.unfit), Unfit("missing_field", f"{ranking.where} has fewer than two ranked answers"))
     worst = next(answer for answer in ordered if answer.level == ordered[-1].level)
-    pairs_from = rule.pairs_from or layout.pairs_from
+    pairs_from = shape.rule.pairs_from or shape.layout.pairs_from
     every = combinations(ordered, 2) if pairs_from == "all" else pairwise(ordered)
     couples = [(ordered[0], worst)] if pairs_from == "best_worst" else every
     margins = [(pair, pair[0].level - pair[1].level) for pair in couples if pair[0].level > pair[1].level]
     if not margins:
         raise Unfit("tie", f"the answers in {ranking.where} are ranked alike")
-    wide = [pair for pair, margin in margins if margin >= (rule.min_margin or 0.0) - _ROUNDING]
+    wide = [pair for pair, margin in margins if margin >= (shape.rule.min_margin or 0.0) - _ROUNDING]
     if not wide:
-        raise Unfit("small_margin", f"no two answers in {ranking.where} differ by {rule.min_margin} or more")
+        raise Unfit("small_margin", f"no two answers in {ranking.where} differ by {shape.rule.min_margin} or more")
     return wide
-
-
-# ---- forms ------------------------------------------------------------------------------------------------------
-
-
-def is_list_of_objects(value: Any) -> bool:
-    """A list of objects that are not turns of a dialogue."""
-    return isinstance(value, list) and value != [] and all(isinstance(x, dict) and not _speaks(x) for x in value)
-
-
-def is_list_of_answers(value: Any) -> bool:
-    """A list of texts, or of lists of turns."""
-    return _is_list_of(value, lambda item: is_text(item) or _is_turns(item))
-
-
-def is_list_of_numbers(value: Any) -> bool:
-    """A list of numbers, or of `chosen` and `rejected`."""
-    return _is_list_of(value, lambda item: _number(item) is not None)
-
-
-def _is_list_of(value: Any, is_meant: Form) -> bool:
-    """A list of which some items may be null, but not all."""
-    return isinstance(value, list) and any(map(is_meant, value)) and all(x is None or is_meant(x) for x in value)
-
-
-def is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def is_post(value: Any) -> bool:
-    return isinstance(value, dict) and any(is_text(value.get(key)) for key in _POSTS)
-
-
-def is_tree(value: Any) -> bool:
-    return isinstance(value, dict) and is_text(value.get("text")) and isinstance(value.get("replies"), list)
-
-
-def _speaks(item: dict[str, Any]) -> bool:
-    return "role" in item or "from" in item
-
-
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(item, dict) and _speaks(item) for item in value)
-
-
-def _number(value: Any) -> float | None:
-    return _WORDS[value] if isinstance(value, str) and value in _WORDS else as_number(value)
-
-
-def is_part_of_ranking(value: Any) -> bool:
-    return any(form(value) for form in (is_list_of_objects, is_list_of_answers, is_list_of_numbers, is_tree))
 
 
 def _at(item: Any, path: str) -> Any:
@@ -204,7 +129,7 @@ def _objects(row: Row) -> list[Ranking]:
     if "answer" not in columns and len(present) != 1:
         names = listed(present) if present else f"none of {listed(_ANSWER_KEYS)}"
         advice = f"say which holds the text: `columns: {{answer: {present[-1] if present else '...'}}}`"
-        raise _Undecided("bad_label" if present else "missing_field", f"the answers in {where} have {names}", advice)
+        raise Unfit("bad_label" if present else "missing_field", f"the answers in {where} have {names}", advice)
     key = columns.get("answer") or present[0]
     return [_ranking(row, where, [_at(item, key) for item in items], *_numbers_of(items, row))]
 
@@ -228,18 +153,18 @@ def _numbers_of(items: Sequence[dict[str, Any]], row: Row) -> tuple[list[float |
     for key, other in others:
         if _contradict(decisive, other, by_rank[first] != by_rank[key]):
             what = f"`{short(first)}` and `{short(key)}` order the answers in {where} differently"
-            raise _Undecided("bad_label", what, f"say which decides: `columns: {{rating: {short(first)}}}`")
+            raise Unfit("bad_label", what, f"say which decides: `columns: {{rating: {short(first)}}}`")
     return decisive, by_rank[first]
 
 
-def _no_number(items: Sequence[dict[str, Any]], where: str, named: Sequence[str]) -> _Undecided:
+def _no_number(items: Sequence[dict[str, Any]], where: str, named: Sequence[str]) -> Unfit:
     keys = dict.fromkeys(key for item in items for key in item if key not in _ANSWER_KEYS)
     numbers = [key for key in keys if any(as_number(item.get(key)) is not None for item in items)]
     what = f"the answers in {where} have no {listed(named) or 'rating or rank that is known by its name'}"
     what += f", but numbers in {listed(numbers)}" if numbers else ""
     key = short(numbers[0]) if numbers else "..."
     advice = f"say by `columns:` which decides: `{{rating: {key}}}` (highest is best) or `{{rank: {key}}}` (lowest is)"
-    return _Undecided("missing_field", what, advice)
+    return Unfit("missing_field", what, advice)
 
 
 def _contradict(first: Sequence[float | None], second: Sequence[float | None], is_turned: bool) -> bool:
@@ -267,12 +192,11 @@ def _ranking(
 def _lists(row: Row) -> list[Ranking]:
     """A list of answers, and a list of their ratings or ranks."""
     cells = _cells(row)
-    (answers, where), (numbers, where_numbers) = (
-        (_items(cells[role], row.where(role)), row.where(role)) for role in cells
-    )
+    where, where_numbers = map(row.where, cells)
+    answers, numbers = (_items(cell, row.where(role)) for role, cell in cells.items())
     if len(answers) != len(numbers):
         raise Unfit("missing_field", f"{where} has {len(answers)} answers, {where_numbers} {len(numbers)}")
-    levels = list(map(_number, numbers))
+    levels = list(map(level_of, numbers))
     if all(level is None for level in levels):
         raise Unfit("bad_label", f"{where_numbers} holds no numbers")
     return [_ranking(row, where, answers, levels, by_rank="rank" in cells)]
@@ -288,7 +212,7 @@ def _chosen_and_rejected(row: Row) -> list[Ranking]:
     """Chosen and rejected, each an answer or a list of them."""
     sides = []
     for role, cell in _cells(row).items():
-        answers = _items(cell, row.where(role)) if cell == [] or is_list_of_answers(cell) else [cell]
+        answers = _items(cell, row.where(role)) if cell == [] or is_answers(cell) else [cell]
         side = _ranking(row, row.where(role), answers, [float(role == "chosen")] * len(answers))
         if not side.answers:
             raise side.unfit[0]
@@ -310,17 +234,14 @@ def _choice(row: Row) -> list[Ranking]:
     if "post" not in cells:
         return [ranking]
     post = cells["post"]
-    text = next((post[key] for key in _POSTS if isinstance(post, dict) and post.get(key)), None)
+    text = next((post[key] for key in POSTS if isinstance(post, dict) and post.get(key)), None)
     return [replace(ranking, prompt=[message("user", text, row.where("post"))])]
 
 
 def _require_counting_from_0(shape: Shape, values: Sequence[dict[str, Any]], source: str) -> None:
     choices, answers = ([_at(value, shape.column_of[role]) for value in values] for role in ("choice", "answers"))
-    beyond = [
-        choice
-        for choice, given in zip(choices, answers, strict=True)
-        if is_index(choice) and isinstance(given, list) and choice >= len(given)
-    ]
+    both = [both for both in zip(choices, answers, strict=True) if is_index(both[0]) and isinstance(both[1], list)]
+    beyond = [choice for choice, given in both if choice >= len(given)]
     if beyond or all(choice != 0 for choice in choices):
         where = shape.name_of["choice"]
         what = f"{where} holds {max(beyond)}, beyond its answers" if beyond else f"{where} holds no 0"
@@ -363,48 +284,22 @@ def _branches(root: Any, where: str) -> Iterator[tuple[list[Message], list[dict[
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
 
-_Forms = dict[str, Form]
-_PROMPT: _Forms = {"prompt": lambda value: is_text(value) or is_opening(value)}
-_LIST: _Forms = {"answers": is_list_of_answers}
-_OBJECTS: _Forms = {"answers": is_list_of_objects}
-_RATING: _Forms = {"rating": is_list_of_numbers}
-_RANK: _Forms = {"rank": is_list_of_numbers}
-_BEST_FIRST: _Forms = {"best_first": is_list_of_answers}
-_TWO: _Forms = {"better_worse": lambda value: is_texts(value) and len(value) == 2}
-_SIDES: _Forms = dict.fromkeys(("chosen", "rejected"), lambda value: is_answer(value) or is_list_of_answers(value))
-_EITHER: _Forms = {"answers": lambda value: is_list_of_answers(value) or is_list_of_objects(value)}
-_CHOICE: _Forms = _EITHER | {"choice": is_index}
 # They are tried after those of `conversion`: a row that has a chosen answer needs no ranking.
 LAYOUTS: tuple[Layout, ...] = (
-    Layout(
-        "rated answers",
-        "pairs",
-        _objects,
-        _PROMPT | _OBJECTS,
-        "`answers`: [{answer, rating | rank}]; or with a list `scores`",
-        ITEM_ROLES,
-        is_rated=True,
-    ),
-    Layout(
-        "answers and ratings", "pairs", _lists, _PROMPT | _LIST | _RATING, "lists `responses`, `scores`", is_rated=True
-    ),
-    Layout("answers and ranks", "pairs", _lists, _PROMPT | _LIST | _RANK, "lists `responses`, `ranks`", is_rated=True),
-    Layout("better and worse", "pairs", _best_first, _PROMPT | _TWO, "`output`: [better, worse]"),
-    Layout("best first", "pairs", _best_first, _PROMPT | _BEST_FIRST, "`best_first`: list of answers"),
-    Layout(
-        "lists of chosen and rejected",
-        "pairs",
-        _chosen_and_rejected,
-        _PROMPT | _SIDES,
-        "`chosen`, `rejected`: an answer or several",
-        pairs_from="all",
-    ),
-    Layout("answers and choice", "pairs", _choice, _PROMPT | _CHOICE, "`answers`, `choice`: an index", ("answer",)),
-    Layout("summaries and choice", "pairs", _choice, {"post": is_post} | _CHOICE, "`info`, `summaries`, `choice`"),
-    Layout(
-        "tree", "pairs", _tree, {"tree": is_tree}, "`prompt`: {text, replies: [{text, rank, replies}]}", is_rated=True
-    ),
-)
+    Layout("rated answers", "pairs", _objects, "prompt answers:objects",
+           "`answers`: [{answer, rating | rank}]; or with a list `scores`", ITEM_ROLES, is_rated=True),
+    Layout("answers and ratings", "pairs", _lists, "prompt answers rating",
+           "lists `responses`, `scores`", is_rated=True),
+    Layout("answers and ranks", "pairs", _lists, "prompt answers rank", "lists `responses`, `ranks`", is_rated=True),
+    Layout("better and worse", "pairs", _best_first, "prompt better_worse", "`output`: [better, worse]"),
+    Layout("best first", "pairs", _best_first, "prompt best_first", "`best_first`: list of answers"),
+    Layout("lists of chosen and rejected", "pairs", _chosen_and_rejected, "prompt chosen:several rejected:several",
+           "`chosen`, `rejected`: an answer or several", pairs_from="all"),
+    Layout("answers and choice", "pairs", _choice, "prompt answers:either choice",
+           "`answers`, `choice`: an index", ("answer",)),
+    Layout("summaries and choice", "pairs", _choice, "post answers:either choice", "`info`, `summaries`, `choice`"),
+    Layout("tree", "pairs", _tree, "tree", "`prompt`: {text, replies: [{text, rank, replies}]}", is_rated=True),
+)  # fmt: skip
 LAYOUTS += tuple(replace(layout, kind="prompts") for layout in LAYOUTS)
 READ_FROM_TEXT = ("answers", "rating", "rank", "best_first")
 """Roles whose lists may be written as text, as .csv files have them."""

@@ -23,10 +23,6 @@ class _Hit:
     in_last_turn: bool
     all_markers: frozenset[str]
 
-    @property
-    def ends_prompt(self) -> bool:
-        return self.in_last_turn and not self.match.string[self.match.end() :].strip()
-
 
 _ASKED_BY = {
     "###Response:": {"###Instruction:"},
@@ -39,7 +35,8 @@ _ASKED_BY = {
 def _is_turn(hit: _Hit) -> bool:
     marker = _bare(hit.match[0])
     if marker in _ASKED_BY:
-        return hit.ends_prompt or bool(_ASKED_BY[marker] & hit.all_markers)
+        ends_prompt = hit.in_last_turn and not hit.match.string[hit.match.end() :].strip()
+        return ends_prompt or bool(_ASKED_BY[marker] & hit.all_markers)
     return any(marker in asking and answering in hit.all_markers for answering, asking in _ASKED_BY.items())
 
 

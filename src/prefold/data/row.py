@@ -18,7 +18,7 @@ from prefold.data.formats import RawRow
 from prefold.data.mixture import HEAD_ROWS, Side, head_of, unpaired
 from prefold.data.preference import Problem, Record, RowId, Unpaired
 from prefold.data.selection import benchmark_texts, select_rows
-from prefold.data.shapes import Kind
+from prefold.data.shapes import Kind, shape_of
 from prefold.data.sources import names_of_rows, read_rows
 from prefold.data.survey import messages_of, parts_of
 from prefold.errors import UserError
@@ -29,12 +29,9 @@ from prefold.trees.packing import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 Seen = tuple[Record, list[str] | None, TokenTree | None]
 """A record, its rendered texts (the prompt, and the conversation with each answer), and its tree; None if there is
 none."""
-
-
 LONGEST_CHARACTER = 4
 """The most tokens that a character can take: one for each byte in UTF-8."""
 
@@ -63,9 +60,7 @@ class SeenRow:
             "findings": findings,
             "read": self.raw.value,
             "messages": [messages_of(record) for record, _, _ in self.records],
-            "rendered": [
-                texts and dict(zip(parts_of(record), texts, strict=True)) for record, texts, _ in self.records
-            ],
+            "rendered": [texts and dict(zip(parts_of(of), texts, strict=True)) for of, texts, _ in self.records],
             "tokens": [tree and tokens_of(record, tree, self.tokenizer) for record, _, tree in self.records],
         }
 
@@ -182,7 +177,7 @@ def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: Side, se
     selections = dict(zip(map(id, needed), select_rows(needed, seed), strict=True))
     rows = selections[id(source)].rows
     head = list(head_of(rows))
-    shape, rule = side.shape_of(head, source)
+    shape = shape_of(head, source, side.kind)
     left_out = _filtered(raw, source)
     if not left_out and (source.count or source.weight or side.repeats):
         for other in before:
@@ -198,7 +193,7 @@ def _seen(raw: RawRow, source: Source, sources: Sequence[Source], side: Side, se
         side.decisions.check(raw)
         side.oddities += side.decisions.flips(raw.origin)
     records = []
-    for result in side.records_of(raw, shape, rule):
+    for result in side.records_of(raw, shape):
         more, problem = ([], result) if isinstance(result, Problem) else _tokenized(result, side)
         records += more
         left_out += [problem] if problem else []
@@ -217,7 +212,7 @@ def _filtered(raw: RawRow, source: Source) -> list[Problem]:
 
 def _read_through(rows: Sequence[RawRow], source: Source, side: Side) -> None:
     """Convert earlier rows, so that the side knows what a row may repeat."""
-    for _ in side.usable(rows, *side.shape_of(rows[:HEAD_ROWS], source)):
+    for _ in side.usable(rows, shape_of(rows[:HEAD_ROWS], source, side.kind)):
         pass
 
 

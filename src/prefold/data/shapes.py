@@ -5,43 +5,37 @@ To add a layout, add a row with its reader to the table of `conversion` or of `r
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, product
 from typing import Any
 
 from prefold.data import conversion, rankings
 from prefold.data.cells import (
     MISSING,
-    Form,
     cell_at,
     end_of_path,
     has_cell,
-    holds_turns,
     is_cut_off,
     is_empty,
-    is_history,
-    is_kwargs,
-    is_text,
-    is_texts,
-    is_tools,
-    is_turns,
     listed,
     read_if_text,
-    read_written,
     written,
 )
 from prefold.data.dialogues import string_writing
 from prefold.data.formats import RawRow
+from prefold.data.forms import FORMS, Form, holds_turns, is_part_of_ranking, is_texts, is_turns, speaker_of
 from prefold.data.layouts import KINDS as KINDS
 from prefold.data.layouts import Columns, Layout
 from prefold.data.layouts import Kind as Kind
 from prefold.data.layouts import Shape as Shape
 from prefold.data.preference import Writing, short
+from prefold.data.sources import source_name
 from prefold.data.votes import is_rating, require_decided, scale_of_labels, scale_of_votes, vote_columns
 from prefold.errors import UserError, counted, did_you_mean, json_type
+from prefold.recipe import Source
 from prefold.recipe.values import Values
 
 _ROWS_LOOKED_AT = 20
@@ -97,12 +91,12 @@ _COLUMNS_OF_ROLES = {
     "tree": "prompt",
 }
 _KNOWN_COLUMNS = {role: tuple(names.split()) for role, names in _COLUMNS_OF_ROLES.items()}
-# Roles that a row may have beside those of its layout: the form of their cells, and their columns.
-_EXTRAS: dict[str, tuple[Form, tuple[str, ...]]] = {
-    "system": (is_text, ("system", "system_prompt")),
-    "tools": (is_tools, ("tools", "input.tools")),
-    "chat_template_kwargs": (is_kwargs, ("chat_template_kwargs",)),
-    "history": (is_history, ("history",)),
+# The same of roles that a row may have beside those of its layout.
+_EXTRAS: dict[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "input.tools"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+    "history": ("history",),
 }
 _WEAK_PROMPTS = ("query", "context", "history")
 """Columns that are the prompt only if no other is."""
@@ -110,10 +104,22 @@ _TOGETHER = (("output_1", "output_2"), ("score_1", "score_2"))
 """Roles whose columns go together, such as `response_a` and `response_b`."""
 ROLES = (*_KNOWN_COLUMNS, *_EXTRAS, "input")
 READ_IN_PAIRS = {"input", *_MEDIA}.union(
-    *(names for _, names in _EXTRAS.values()),
+    *_EXTRAS.values(),
     *(_KNOWN_COLUMNS[role] for role in ("prompt", "chosen", "rejected", "messages", "output_1")),
 )
 """Columns that change how a row is read if it has them beside `prompt`, `chosen` and `rejected`."""
+
+
+FITTING: dict[Kind, tuple[Kind, ...]] = {kind: (kind,) for kind in KINDS} | {"unpaired": ("unpaired", "pairs")}
+"""Kinds of sources for each kind that a method takes: each side of a pair serves as an answer with a label."""
+
+
+def shape_of(rows: Sequence[RawRow], source: Source, kind: Kind) -> Shape:
+    """The shape of a source by its first rows, for a method that trains on records of a kind. Raises UserError: see
+    `find_shape` and `with_rule`."""
+    name = source_name(source)
+    shape = find_shape(rows, name, source.columns, FITTING[kind], source.values)
+    return rankings.with_rule(shape, source, name, kind)
 
 
 def find_shape(
@@ -144,14 +150,12 @@ def find_shape(
         return Shape(replace(conversion.UNKNOWN, kind=kinds[0]))
     read, parsed, mixed = _with_lists_read(given, named)
     first = read[:_ROWS_LOOKED_AT]
-    for kind, forgiving in itertools.product([kind for kind in KINDS if kind in kinds], (False, True)):
+    for kind, forgiving in product([kind for kind in KINDS if kind in kinds], (False, True)):
         layouts, ranked = (
             [layout for layout in table if layout.kind == kind and _is_candidate(layout, named, values)]
             for table in (conversion.LAYOUTS, rankings.LAYOUTS)
         )
-        fitting = [
-            _fitting(value, layouts, named, forgiving) or _fitting(value, ranked, named, forgiving) for value in first
-        ]
+        fitting = [_fitting(row, layouts, named, forgiving) or _fitting(row, ranked, named, forgiving) for row in first]
         if any(fitting):
             shape = _most_frequent(fitting, source)
             _require_all_written([column for _, column in shape.columns], mixed, source)
@@ -159,8 +163,8 @@ def find_shape(
             if shape.layout in rankings.LAYOUTS:
                 rankings.require_sure(shape, read, source)
             return shape
-    rankings.require_whole_rows(list(itertools.chain.from_iterable(first)), source)
-    _require_all_written(list(itertools.chain(*_KNOWN_COLUMNS.values(), named.values())), mixed, source)
+    rankings.require_whole_rows(list(chain.from_iterable(first)), source)
+    _require_all_written(list(chain(*_KNOWN_COLUMNS.values(), named.values())), mixed, source)
     raise _no_shape(first, source, named, kinds, values)
 
 
@@ -183,14 +187,14 @@ def _with_lists_read(
     that do so in some rows only, with a description of their cells."""
     cells = {
         name: [cell for row in rows if (cell := cell_at(row, name)) is not MISSING]
-        for name in dict.fromkeys([*itertools.chain.from_iterable(rows), *named.values()])
+        for name in dict.fromkeys([*chain.from_iterable(rows), *named.values()])
     }
     parsed, mixed = set(), {}
     of_rankings = {named.get(role, name) for role in rankings.READ_FROM_TEXT for name in _KNOWN_COLUMNS[role]}
     for name, of_column in cells.items():
         forms: dict[str, Form] = {"lists of messages": holds_turns}
         if name in of_rankings:
-            forms["lists"] = rankings.is_part_of_ranking
+            forms["lists"] = is_part_of_ranking
         for what, is_meant in forms.items():
             lists = written(of_column, is_meant)
             fit = sum(value is not MISSING for value in lists)
@@ -201,18 +205,15 @@ def _with_lists_read(
             elif fit:
                 mixed[name] = f"{what} as text in {counted(fit, 'row')}, and other text in {len(lists) - fit}"
     # The text of a list may be an answer; but lists of prompts beside lists of answers of each side are lists.
-    texts = {
-        name for name, of_column in cells.items() if (lists := written(of_column, is_texts)) and MISSING not in lists
-    }
+    texts = {name for name in cells if (lists := written(cells[name], is_texts)) and MISSING not in lists}
     for outputs in _OUTPUTS:
         if texts.issuperset(outputs) and (prompt := texts.intersection(_KNOWN_COLUMNS["prompt"])):
             parsed |= {*outputs, *prompt}
-    return [row | _read(row, parsed) for row in rows], parsed, mixed
-
-
-def _read(row: dict[str, Any], parsed: set[str]) -> dict[str, Any]:
-    texts = {name: cell for name in parsed if isinstance(cell := cell_at(row, name), str) and cell.strip()}
-    return {name: read_written(text) for name, text in texts.items()}
+    read = []
+    for row in rows:
+        stored = {name: cell for name in parsed if isinstance(cell := cell_at(row, name), str) and cell.strip()}
+        read.append(row | {name: read_if_text(text) for name, text in stored.items()})
+    return read, parsed, mixed
 
 
 def _require_all_written(columns: Sequence[str], mixed: Mapping[str, str], source: str) -> None:
@@ -232,15 +233,15 @@ def _completed(
 ) -> Shape:
     """The shape with everything that takes more than a few rows to recognise."""
     columns = dict(shape.columns)
-    present = dict.fromkeys(itertools.chain.from_iterable(given))
+    present = dict.fromkeys(chain.from_iterable(given))
     scored = next(((first, second) for first, second in _SCORES if {first, second} <= present.keys()), None)
     if "vote" in columns and scored:
         columns |= dict(zip(("score_1", "score_2"), scored, strict=True))
     not_understood = []
-    for role, (form, names) in _EXTRAS.items():
+    for role, names in _EXTRAS.items():
         if role == "history" and ("prompt" not in columns or columns["prompt"] == "history"):
             continue
-        if column := named.get(role) or _extra_column(form, names, given):
+        if column := named.get(role) or _extra_column(FORMS[role], names, given):
             columns[role] = column
         else:
             not_understood.append(names[0])
@@ -272,7 +273,7 @@ def _meaning(
     if role is None:
         return values
     column = columns[role]
-    names = vote_columns(column, dict.fromkeys(itertools.chain.from_iterable(rows)))
+    names = vote_columns(column, dict.fromkeys(chain.from_iterable(rows)))
     cells = [cell_at(row, name) for row in rows for name in names]
     if values is not None:
         require_decided(cells, column, values, source)
@@ -280,7 +281,7 @@ def _meaning(
     if role == "label":
         return scale_of_labels(cells, column, source)
     outputs = (columns["output_1"], columns["output_2"])
-    return scale_of_votes(cells, column, outputs, set(itertools.chain.from_iterable(rows)), source)
+    return scale_of_votes(cells, column, outputs, set(chain.from_iterable(rows)), source)
 
 
 def _all_repeat_prompt(columns: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> bool:
@@ -321,7 +322,7 @@ def _fitting(
 
 def _assignments(layout: Layout, value: dict[str, Any], named: Mapping[str, str]) -> Iterator[Columns]:
     """Every assignment of a row's columns to the roles of a layout."""
-    for chosen in itertools.product(*_choices(layout, value, named).values()):
+    for chosen in product(*_choices(layout, value, named).values()):
         columns = dict(zip(layout.forms, chosen, strict=True))
         if not _go_together(columns, named):
             continue
@@ -362,12 +363,9 @@ def _choices(layout: Layout, value: dict[str, Any], named: Mapping[str, str]) ->
 def _fits(layout: Layout, value: dict[str, Any], columns: Columns, forgiving: bool) -> bool:
     """Whether the cells have their forms; if forgiving, some beside the prompt may be empty, but not all."""
     cells = {role: cell_at(value, column) for role, column in columns if role in layout.forms}
-    if not forgiving:
-        return all(layout.forms[role](cell) for role, cell in cells.items())
-    telling = [cell for role, cell in cells.items() if role not in ("prompt", "messages")]
-    return any(cell not in (None, []) for cell in telling) and all(
-        cell in (None, []) or layout.forms[role](cell) for role, cell in cells.items()
-    )
+    filled = {role: cell for role, cell in cells.items() if not forgiving or cell not in (None, [])}
+    is_telling = not forgiving or bool(filled.keys() - {"prompt", "messages"})
+    return is_telling and all(layout.forms[role](cell) for role, cell in filled.items())
 
 
 def _writing(value: dict[str, Any], columns: Columns) -> Writing:
@@ -385,7 +383,7 @@ def _writing(value: dict[str, Any], columns: Columns) -> Writing:
 
 
 def _most_frequent(fitting: Sequence[list[Shape]], source: str) -> Shape:
-    counts = Counter(itertools.chain.from_iterable(fitting))
+    counts = Counter(chain.from_iterable(fitting))
     best = max(counts, key=lambda shape: counts[shape])
     for shapes in fitting:
         rivals = [shape for shape in shapes if counts[shape] == counts[best] and shape.columns != best.columns]
@@ -409,9 +407,8 @@ def _check_named(named: Mapping[str, str], values: Sequence[dict[str, Any]], sou
             lacks = f"`{short(above)}` has no `{short(part)}`" if above else "there is no such column"
             keys, part = (keys, part) if above else (list(present), column)
             advice = did_you_mean(part, map(short, keys))
-            raise UserError(
-                f"`{role}: {short(column)}`, but {lacks}", where=where, expected=_shown(keys), advice=advice
-            )
+            what = f"`{role}: {short(column)}`, but {lacks}"
+            raise UserError(what, where=where, expected=_shown(keys), advice=advice)
 
 
 def _ambiguous(first: Shape, second: Shape, source: str) -> UserError:
@@ -439,19 +436,16 @@ def _no_shape(
     layouts = [layout for layout in _LAYOUTS if layout.kind in kinds]
     layouts = [layout for layout in layouts if _is_candidate(layout, named, meaning)] or layouts
     merged = {name: value[name] for value in reversed(values) for name in value}
-    choices = [_choices(layout, merged, named) for layout in layouts]
-    present = [{role: names[0] for role, names in of_layout.items() if names} for of_layout in choices]
-    # A row that has only a prompt is near no ranking.
-    is_near = [
-        layout not in rankings.LAYOUTS or roles.keys() - {"prompt", "tree"}
-        for layout, roles in zip(layouts, present, strict=True)
-    ]
-    present = [roles if near else {} for roles, near in zip(present, is_near, strict=True)]
-    share = [(len(roles) / len(layout.forms), len(roles)) for layout, roles in zip(layouts, present, strict=True)]
-    best = share.index(max(share))
+    present: list[dict[str, str]] = []
+    for layout in layouts:
+        roles = {role: names[0] for role, names in _choices(layout, merged, named).items() if names}
+        # A row that has only a prompt is near no ranking.
+        is_near = layout not in rankings.LAYOUTS or roles.keys() - {"prompt", "tree"}
+        present.append(roles if is_near else {})
+    shares = [(len(roles) / len(layout.forms), len(roles)) for layout, roles in zip(layouts, present, strict=True)]
+    best = shares.index(max(shares))
     if present[best]:
-        nearest = layouts[best]
-        misfit = _misfit(nearest, present[best], merged, named)
+        nearest, misfit = layouts[best], _misfit(layouts[best], present[best], merged, named)
         expected = f"nearest is {nearest.name}:\n    {nearest.meaning}\n    {misfit}"
     else:
         expected = "one of" + "".join(f"\n    {layout.name}: {layout.meaning}" for layout in layouts)
@@ -471,8 +465,8 @@ def _misfit(layout: Layout, present: Mapping[str, str], value: dict[str, Any], n
     if isinstance(cell, dict) and cell:
         return f"but `{short(misfits[0])}` is an object with {_shown(cell)}:\n    reach into it by a path in `columns:`"
     if isinstance(cell, list) and is_turns(cell):
-        last = cell[-1].get("role", cell[-1].get("from"))
-        return f"but `{short(misfits[0])}` is a list of messages that ends with one of the role `{short(last)}`"
+        last = short(speaker_of(cell[-1]))
+        return f"but `{short(misfits[0])}` is a list of messages that ends with one of the role `{last}`"
     return f"but `{short(misfits[0])}` is {json_type(cell)} that does not fit"
 
 

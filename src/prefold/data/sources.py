@@ -171,9 +171,8 @@ def _entries(folder: Traversable) -> list[Traversable]:
     return [entry for entry in folder.iterdir() if entry.is_dir() or entry.name.endswith(".jsonl")]
 
 
-def _listed(names: list[str], limit: int = 8) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
 
 
 def _hub_rows(loaded: Iterable[dict[str, Any]], source: Rows) -> Iterator[RawRow]:
@@ -188,13 +187,8 @@ def _load_from_hub(source: Rows) -> Any:
     import datasets
 
     with _explained(source):
-        return datasets.load_dataset(
-            source.path,
-            name=source.name,
-            split=source.split or "train",
-            revision=source.revision,
-            streaming=source.streaming,
-        )
+        settings = source.model_dump(include={"name", "revision", "streaming"})
+        return datasets.load_dataset(source.path, split=source.split or "train", **settings)
 
 
 @contextmanager
@@ -205,8 +199,6 @@ def _explained(source: Rows) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = without_secrets(str(error).partition("\n")[0])
-        raise UserError(
-            f"no such file, and the data set cannot be had from the Hub: {reason or type(error).__name__}",
-            where=source_name(source),
-            advice="check `path`, `name`, `split` and `revision`, and the network; gated sets need `HF_TOKEN`",
-        ) from None
+        what = f"no such file, and the data set cannot be had from the Hub: {reason or type(error).__name__}"
+        advice = "check `path`, `name`, `split` and `revision`, and the network; gated sets need `HF_TOKEN`"
+        raise UserError(what, where=source_name(source), advice=advice) from None

@@ -38,24 +38,25 @@ def common(first: Sequence[Any], second: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def ending(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: Collection[int]) -> list[int]:
-    """The special tokens at the end of `ids`, the last one first; white space between them is skipped."""
-    end_tokens = []
-    for token in reversed(ids):
-        if token in special:
-            end_tokens.append(token)
-        elif cast(str, tokenizer.decode([token])).strip():
-            break
-    return end_tokens
+class Vocabulary:
+    """What the ids of a tokenizer stand for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {*tokenizer.all_special_ids, *(token for token, how in added if how.special)}
+
+    def text(self, ids: Sequence[int]) -> str:
+        return cast(str, self._tokenizer.decode(list(ids)))
+
+    def ending(self, ids: Sequence[int]) -> list[int]:
+        """The special tokens at the end of `ids`, the last one first; white space between them is skipped."""
+        end = takewhile(lambda token: token in self.special or not self.text([token]).strip(), reversed(ids))
+        return [token for token in end if token in self.special]
 
 
 def context_of(
-    answer: Messages,
-    ids: list[int],
-    cut: int,
-    steps: Sequence[tuple[list[int], list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-    special: Collection[int],
+    answer: Messages, ids: list[int], cut: int, steps: Sequence[tuple[list[int], list[int]]], vocabulary: Vocabulary
 ) -> tuple[Span, ...]:
     """Spans of the tokens of an answer that are read and not scored, relative to its start.
 
@@ -74,7 +75,7 @@ def context_of(
         start = cut
         if position:
             start = _start(ids, end, asked, steps[position - 1][1])
-            between = cast(str, tokenizer.decode(ids[end:start]))
+            between = vocabulary.text(ids[end:start])
             if not all(is_written(turn["content"], between) for turn in answer[numbers[position - 1] + 1 : number]):
                 raise _unknown()
             context.append((end - cut, start - cut))
@@ -83,7 +84,7 @@ def context_of(
             # If the prompt of the next turn is not in `ids`, this turn may be as long as what is left.
             limit = common(ids, steps[position + 1][0])
             left = ids[start : limit if limit > start else len(ids)]
-            end = start + _length(answer[number], left, until[common(asked, until) :], tokenizer, special)
+            end = start + _length(answer[number], left, until[common(asked, until) :], vocabulary)
         if "weight" in answer[number]:
             context.append((start - cut, end - cut))
     return tuple(_joined(context))
@@ -111,25 +112,19 @@ def _start(ids: Sequence[int], end: int, asked: list[int], before: list[int]) ->
     return end + common(ids[end:], asked[len(before) :])
 
 
-def _length(
-    turn: Message,
-    ids: list[int],
-    own: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    special: Collection[int],
-) -> int:
+def _length(turn: Message, ids: list[int], own: list[int], vocabulary: Vocabulary) -> int:
     """How many of the first `ids` are the turn, which the template writes as `own` if nothing follows it."""
-    same = common(ids, own)
+    same, special = common(ids, own), vocabulary.special
     rest = own[same:]
-    if all(token in special or not cast(str, tokenizer.decode([token])).strip() for token in rest):
-        if not rest or ending(own[:same], tokenizer, special):
+    if all(token in special or not vocabulary.text([token]).strip() for token in rest):
+        if not rest or vocabulary.ending(own[:same]):
             return same
         if same < len(ids) and ids[same] in special:  # the end token of turns that others follow
             return same + 1
     words = [turn["content"], *(text for call in turn.get("tool_calls", ()) for text in call_texts(call))]
     trailing = list(takewhile(lambda token: token not in special, reversed(own)))[::-1]
-    for length in _lengths(ids, ending(own, tokenizer, special), special):
-        text = cast(str, tokenizer.decode(ids[:length]))
+    for length in _lengths(ids, vocabulary.ending(own), special):
+        text = vocabulary.text(ids[:length])
         if all(is_written(word, text) for word in words):
             return length + len(trailing) if ids[length : length + len(trailing)] == trailing else length
     raise _unknown()

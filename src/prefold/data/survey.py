@@ -19,9 +19,9 @@ from prefold.data.conversion import to_records
 from prefold.data.findings import about_problems, by_severity, left_out_in_part, oddities_of
 from prefold.data.formats import RawRow
 from prefold.data.preference import Problem, Prompt, Record, Unpaired
-from prefold.data.rankings import Rule, rule_of
+from prefold.data.rankings import with_rule
 from prefold.data.selection import select_rows, watched
-from prefold.data.shapes import KINDS, Kind, Shape, find_shape
+from prefold.data.shapes import FITTING, KINDS, Kind, Shape, find_shape
 from prefold.data.sources import source_name
 from prefold.data.votes import is_rating, vote_columns
 from prefold.errors import UserError, json_type
@@ -33,8 +33,6 @@ METHODS: dict[Kind, tuple[str, ...]] = {
     "prompts": ("grpo",),
 }
 """Some of the methods that take each kind; the registry of all of them imports torch."""
-FITTING: dict[Kind, tuple[Kind, ...]] = {kind: (kind,) for kind in KINDS} | {"unpaired": ("unpaired", "pairs")}
-"""Kinds of sources for each kind that a method takes: each side of a pair serves as an answer with a label."""
 _HEAD_ROWS = 1000
 _FIRST_ROWS = 3
 _VALUES_COUNTED = 12
@@ -75,8 +73,7 @@ class Survey:
             "examples": self.records,
             "columns": self.columns,
             "uses": {
-                kind: {"recognised_as": shape, "methods": METHODS[kind]} if shape else None
-                for kind, shape in self.uses.items()
+                kind: shape and {"recognised_as": shape, "methods": METHODS[kind]} for kind, shape in self.uses.items()
             },
             "votes": {column: dict(counts.most_common()) for column, counts in self.votes.items()},
             "findings": [asdict(finding) | {"rows": list(map(asdict, finding.rows))} for finding in findings],
@@ -102,8 +99,8 @@ def describe_data(path: str, *, limit: int | None = None, **settings: Any) -> Su
     head = list(islice(rows, _HEAD_ROWS))
     survey = Survey(source, columns_of(head))
     try:
-        survey.shape = shape = find_shape(head, selection.name, source.columns, values=source.values)
-        rule = rule_of(source, shape.layout.name, selection.name, shape.kind)
+        survey.shape = find_shape(head, selection.name, source.columns, values=source.values)
+        survey.shape = shape = with_rule(survey.shape, source, selection.name, survey.shape.kind)
     except UserError as refusal:
         survey.refusal = refusal
         survey.rows = len(head)
@@ -112,15 +109,15 @@ def describe_data(path: str, *, limit: int | None = None, **settings: Any) -> Su
     for column, role in _roles(shape, survey.columns).items():
         survey.columns[column]["role"] = role
     for row in chain(head, rows):
-        _convert(row, shape, rule, survey)
+        _convert(row, shape, survey)
     survey.problems += selection.problems
     survey.rows, survey.rows_filtered = selection.rows_in, selection.rows_filtered
     return survey
 
 
-def _convert(row: RawRow, shape: Shape, rule: Rule, into: Survey) -> None:
+def _convert(row: RawRow, shape: Shape, into: Survey) -> None:
     _count_votes(row, shape, into)
-    made = to_records(row, shape, rule=rule)
+    made = to_records(row, shape)
     records = [record for record in made if not isinstance(record, Problem)]
     problems = [problem for problem in made if isinstance(problem, Problem)]
     if not records:
@@ -189,9 +186,8 @@ def kind_of_cell(cell: Any) -> str:
         return f"list of {kind_of_cell(cell[0])}" if cell else "empty list"
     if isinstance(cell, str) and cell[:1] in ("[", "{"):
         return "text (JSON?)"
-    return {"a string": "text", "an object": type(cell).__name__}.get(
-        json_type(cell), json_type(cell).removeprefix("a ")
-    )
+    known = {"a string": "text", "an object": type(cell).__name__}
+    return known.get(kind := json_type(cell), kind.removeprefix("a "))
 
 
 def parts_of(record: Record) -> tuple[str, ...]:

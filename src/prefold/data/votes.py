@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from prefold.data.cells import is_scalar, listed
+from prefold.data.cells import listed
+from prefold.data.forms import is_scalar
 from prefold.data.preference import short
 from prefold.errors import UserError
 from prefold.recipe.values import Value, Values, as_number
@@ -101,7 +102,9 @@ def scale_of_votes(
     """
     known = list(filter(is_scalar, votes))
     numbers = [cell for cell in known if as_number(cell) is not None]
-    order = _order(outputs)
+    ends = (output[-1:].lower() for output in outputs)
+    # How the columns of the two answers are numbered; `plain`: from 1, or not at all.
+    order = {"01": "from 0", "10": "crossed", "21": "crossed", "ba": "crossed"}.get("".join(ends), "plain")
     further, documented = _SETS.get((*outputs, vote), ("", None))
     if documented is not None and further in columns:
         if known and all(as_vote(cell, documented) is not None for cell in known):
@@ -145,12 +148,6 @@ def require_decided(cells: Sequence[Any], column: str, values: Values, source: s
     if known and not any(values.meaning_of(cell) not in (None, "tie") for cell in known):
         what = f"`{short(column)}` holds {_counts(known)}\n    and `values` names none of them"
         raise UserError(what, where=source, advice="write the values as the file has them")
-
-
-def _order(outputs: tuple[str, str]) -> str:
-    """How the columns of the two answers are numbered: `plain` (from 1, or not at all), `from 0`, or `crossed`."""
-    ends = (outputs[0][-1:].lower(), outputs[1][-1:].lower())
-    return "from 0" if ends == ("0", "1") else "crossed" if ends in (("1", "0"), ("2", "1"), ("b", "a")) else "plain"
 
 
 def _unclear(known: Sequence[Any], column: str, question: str, source: str, sides: tuple[str, str]) -> UserError:

@@ -21,7 +21,7 @@ from prefold.data.conversion import to_records
 from prefold.data.decisions import Decision, append_decision, digest_of_row, read_decisions
 from prefold.data.formats import RawRow, reader_for
 from prefold.data.preference import Problem, Record
-from prefold.data.rankings import Rule, rule_of
+from prefold.data.rankings import with_rule
 from prefold.data.shapes import Shape, find_shape
 from prefold.data.sources import BUILTIN_PREFIX, named_files, source_name
 from prefold.data.survey import messages_of
@@ -66,7 +66,7 @@ class File:
         return table_of(self.path, self.name)
 
     @cached_property
-    def shape(self) -> tuple[Shape, Rule] | None:
+    def shape(self) -> Shape | None:
         """None where it is not recognised."""
         return _shape_of(self.table, self.source.model_dump_json(), min(len(self.table), HEAD_ROWS))
 
@@ -96,17 +96,15 @@ class File:
         }
 
     def records_of(self, row: RawRow) -> list[Record | Problem]:
-        if self.shape is None:
-            return []
-        return to_records(row, self.shape[0], rule=self.shape[1])
+        return to_records(row, self.shape) if self.shape else []
 
 
 @lru_cache(maxsize=16)
-def _shape_of(table: Table, source: str, rows: int) -> tuple[Shape, Rule] | None:
+def _shape_of(table: Table, source: str, rows: int) -> Shape | None:
     settings, head = Source.model_validate_json(source), [table.row(number) for number in range(1, rows + 1)]
     try:
         shape = find_shape(head, table.name, settings.columns, values=settings.values)
-        return shape, rule_of(settings, shape.layout.name, table.name, shape.kind)
+        return with_rule(shape, settings, table.name, shape.kind)
     except UserError:
         return None
 
@@ -330,7 +328,7 @@ def _tokens(request: Request) -> Response:
     file, number = _file(site, given), whole_number(given, "row", 1)
     if not file.recipe and not given.get("model"):
         return page(request, "data_tokens.html.j2", facts=None)
-    kind = file.shape[0].kind if file.shape else "pairs"
+    kind = file.shape.kind if file.shape else "pairs"
     source = {"text": file.recipe}
     if not file.recipe:
         source = {"model": given["model"], "path": file.source.path, "kind": kind}

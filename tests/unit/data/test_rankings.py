@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from prefold.data.conversion import to_records
 from prefold.data.formats import RawRow
+from prefold.data.layouts import Rule
 from prefold.data.mixture import Prepared, load_split
 from prefold.data.preference import Preference, Problem, Prompt, Record, RowId, Unpaired
-from prefold.data.rankings import BY_DEFAULT, Rule, rule_of
+from prefold.data.rankings import with_rule
 from prefold.data.shapes import KINDS, Kind, find_shape
 from prefold.errors import UserError
 from prefold.recipe import Benchmark, Data, Source, Values
@@ -25,13 +27,13 @@ Write = Callable[..., str]
 
 def records(
     *values: dict[str, Any],
-    rule: Rule = BY_DEFAULT,
+    rule: Rule | None = None,
     columns: dict[str, str] | None = None,
     kinds: tuple[Kind, ...] = ("pairs",),
 ) -> list[Record | Problem]:
     rows = [RawRow(RowId("rows.jsonl", number), value) for number, value in enumerate(values, start=1)]
-    shape = find_shape(rows, "rows.jsonl", columns, kinds)
-    return [record for row in rows for record in to_records(row, shape, rule=rule)]
+    shape = replace(find_shape(rows, "rows.jsonl", columns, kinds), rule=rule or Rule())
+    return [record for row in rows for record in to_records(row, shape)]
 
 
 def texts(made: list[Record | Problem]) -> list[Any]:
@@ -301,7 +303,7 @@ def test_whatever_is_in_a_ranking_nothing_crashes() -> None:
         shape = find_shape(rows, "rows.jsonl", case.columns, ("pairs",))
         bad = RawRow(RowId("rows.jsonl", 9), exchanged(source.choice(case.rows), source) or {})
         rule = Rule(source.choice(["all", "adjacent", None]), source.choice([None, 2.0]), source.random() < 0.3)
-        for record in to_records(bad if isinstance(bad.value, dict) else rows[0], shape, rule=rule):
+        for record in to_records(bad if isinstance(bad.value, dict) else rows[0], replace(shape, rule=rule)):
             kinds.add(record.kind if isinstance(record, Problem) else type(record).__name__)
             assert not isinstance(record, Problem) or record.message.encode()
         try:
@@ -519,7 +521,9 @@ def test_a_benchmark_text_in_a_prompt_is_listed_once(write: Write, chatml: PreTr
 
 
 def test_a_source_of_pairs_needs_no_rule() -> None:
-    assert rule_of(Source(path="x.jsonl"), "text", "x.jsonl", "pairs") == Rule()
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    shape = find_shape([RawRow(RowId("x.jsonl", 1), row)], "x.jsonl")
+    assert with_rule(shape, Source(path="x.jsonl"), "x.jsonl", "pairs") == shape
     assert {*KINDS} == {"pairs", "unpaired", "prompts"}
 
 
