@@ -117,7 +117,7 @@ def painted(address: str, repeats: int) -> tuple[dict[str, float], dict[str, lis
 
         def paint(path: str) -> float:
             page.goto(path, wait_until="commit")
-            return round(page.evaluate(PAINTED), 1)
+            return round(float(page.evaluate(PAINTED)), 1)
 
         first = {name: paint(path) for name, path in PAGES.items()}
         rounds = [{name: paint(path) for name, path in PAGES.items()} for _ in range(repeats)]
