@@ -40,4 +40,4 @@ def test_every_key_of_the_installed_trl_is_known_or_of_the_trainer_it_extends() 
 
 def test_the_losses_are_those_of_the_installed_trl() -> None:
     named = next(field for field in dataclasses.fields(DPOConfig) if field.name == "loss_type").metadata["help"]
-    assert all(f"'{name}'" in named for name in losses.OF_PAIRS if name != "aot_pair")
+    assert all(f"'{name}'" in named for name in losses.LOSSES["dpo"] if name != "aot_pair")

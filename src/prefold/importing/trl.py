@@ -110,6 +110,7 @@ def _write_data(draft: Draft, where: str) -> None:
     for key in filter(draft.has, ("chat_template", "chat_template_path")):
         write_template(draft, key)
     write_sources(draft, "datasets", "data.train")
+    draft.section("dataset_mixture")
     # In a mixture, a weight is the share of a data set's own rows.
     write_sources(draft, "dataset_mixture.datasets", "data.train", shares=True)
     write_fraction(draft, "dataset_mixture.test_split_size")
