@@ -19,7 +19,7 @@ def default(config: Any, name: str) -> Any:
 def test_the_defaults_are_those_of_the_installed_trl() -> None:
     for config in (DPOConfig, GRPOConfig, KTOConfig):
         assert default(config, "learning_rate") == 1e-6
-    assert default(RewardConfig, "learning_rate") == trl.REWARD_RATE
+    assert default(RewardConfig, "learning_rate") == trl.KEYS["method_defaults"]["reward"]["train.learning_rate"]
     for name in ("num_train_epochs", "lr_scheduler_type", "warmup_steps", "gradient_checkpointing"):
         assert default(DPOConfig, name) == trl.KEYS["defaults"][f"train.{name}"]
     assert [default(ModelConfig, f"lora_{name}") for name in ("r", "alpha", "dropout")] == [16, 32, 0.05]
@@ -40,4 +40,4 @@ def test_every_key_of_the_installed_trl_is_known_or_of_the_trainer_it_extends() 
 
 def test_the_losses_are_those_of_the_installed_trl() -> None:
     named = next(field for field in dataclasses.fields(DPOConfig) if field.name == "loss_type").metadata["help"]
-    assert all(f"'{name}'" in named for name in losses.OF_PAIRS if name != "aot_pair")
+    assert all(f"'{name}'" in named for name in losses.LOSSES["dpo"] if name != "aot_pair")

@@ -13,8 +13,6 @@ KEYS = read_tool("axolotl")
 
 
 def _write_losses(draft: Draft, where: str, method: str | None) -> None:
-    for section in ("trl", "peft"):
-        draft.section(section)
     wanted, choices = draft.look("rl"), "rl: " + " | ".join(KEYS["commands"])
     if draft.look("process_reward_model"):
         what = "`process_reward_model`: a model that scores steps of an answer"
@@ -27,8 +25,7 @@ def _write_losses(draft: Draft, where: str, method: str | None) -> None:
         raise supervised("a file for supervised fine-tuning or pre-training: it has no `rl`", where, f": {choices}")
     command = "reward" if wanted == "reward" else known(wanted, KEYS["commands"], "rl", where)
     require_method(method, wanted, "rl", where)
-    beta = None if command == "grpo" else next(filter(draft.has, KEYS["beta"]), "rl_beta")
-    write_command(draft, where, command, KEYS, ["rl"], "ipo" if wanted == "ipo" else None, beta)
+    write_command(draft, where, command, KEYS, ["rl"], "ipo" if wanted == "ipo" else None)
 
 
 def _write_data(draft: Draft, where: str) -> None:

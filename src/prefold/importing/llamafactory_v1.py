@@ -20,8 +20,6 @@ KEYS = read_tool("llamafactory_v1")
 
 
 def _write_losses(draft: Draft, where: str, method: str | None) -> None:
-    for section in ("peft_config", "quant_config"):
-        draft.section(section)
     train = "train_dataset" if draft.has("train_dataset") else "dataset"
     fields = {train: "data.train", "eval_dataset": "data.eval"}
     sets = {key: _read_sets(draft.take(key), where) for key in fields if draft.has(key)}

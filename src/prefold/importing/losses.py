@@ -34,7 +34,6 @@ def losses_of(table: Mapping[str, Any]) -> dict[str, Loss]:
 TRL = read_tool("trl")
 LOSSES = {command: losses_of(table) for command, table in TRL["losses"].items()}
 """The losses of TRL's commands, by their names; the first is the default."""
-OF_PAIRS = LOSSES["dpo"]
 OWN_REWARDS = "a function takes `completions` as texts, and the rows' columns by their names"
 
 
@@ -145,16 +144,14 @@ def write_command(
     keys: Mapping[str, Any],
     chosen_by: Sequence[str] = (),
     default: str | None = None,
-    beta: str | None = None,
 ) -> None:
     """Losses and settings of one of TRL's commands.
 
     Args:
         keys: the tool's file of tables. `settings`: those of each command; `prefixes`: what their keys begin with;
-            `loss_defaults`: where the tool's are not TRL's.
+            `loss_defaults`: where the tool's are not TRL's; `beta`: keys of `beta`, if not that of the command.
         chosen_by: keys that chose the command.
         default: the loss if the file names none, unless it is TRL's default.
-        beta: the key of `beta`, if it has another name.
     """
     prefix, names = keys.get("prefixes", {}).get(command, ""), LOSSES.get(command, {})
     loss_key, weights_key = f"{prefix}loss_type", f"{prefix}loss_weights"
@@ -177,7 +174,9 @@ def write_command(
         chosen += ["loss_type", "cpo_alpha"]
         if "cpo_alpha" not in draft.given:
             draft.comments["mixed.losses"] = "TRL adds the supervised loss with `cpo_alpha: 1.0` unless told otherwise"
-    settings = {"beta": beta} if beta else {}
+    settings = {}
+    if (betas := keys.get("beta")) and command != "grpo":
+        settings["beta"] = next(filter(draft.has, betas), betas[0])
     for entry in (table := keys["settings"][command]):
         settings[entry] = prefix + (table[entry] if isinstance(table, Mapping) else entry)
     if command == "grpo" and draft.look(loss_key) == "cispo":

@@ -14,8 +14,6 @@ from prefold.recipe import parse_yaml
 KEYS = read_tool("sources")
 WORDS = KEYS["words"]
 TO_RENAME = "other names of roles and contents need renaming in the rows"
-READERS = ("json", "csv", "parquet")
-"""What `path` says if the files are in `data_files` or `data_dir`."""
 TO_DOWNLOAD = "download this and give its path: a source is a whole split, a folder or files"
 
 
@@ -100,12 +98,12 @@ def _sources(values: dict[str, Any], notes: list[tuple[str, Group, str]], shares
     source |= {"columns": columns} if columns else {}
     group: Group
     if folder:
-        group = "renamed" if source["path"] in READERS and not files else "missing"
+        group = "renamed" if source["path"] in KEYS["readers"] and not files else "missing"
         source |= {"path": folder} if group == "renamed" else {}
         notes.append(("data_dir", group, "`path`" if group == "renamed" else TO_DOWNLOAD))
     if files is None:
         return [source] if source["path"] else []
-    group = "renamed" if source["path"] in ("", *READERS) else "missing"
+    group = "renamed" if source["path"] in ("", *KEYS["readers"]) else "missing"
     notes.append(("data_files", group, "`path`" if group == "renamed" else TO_DOWNLOAD))
     paths = files.values() if isinstance(files, dict) else listed(files)
     return [{**source, "path": path} for path in paths] if group == "renamed" else [source]

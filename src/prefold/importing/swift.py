@@ -17,8 +17,6 @@ from prefold.importing.write import Tool, has_held_out, samples
 
 KEYS = read_tool("swift")
 MODELSCOPE = "a name on ModelScope, unless the file has `use_hf: true`: see that the Hub's is the same"
-VISION = "(^|[-_./])(vl|vision|omni|audio|llava|pixtral|internvl[0-9.]*)([-_.]|[0-9]|$)"
-"""A pattern of the names of models of images, video and sound."""
 
 
 def _write_losses(draft: Draft, where: str, method: str | None) -> None:
@@ -49,8 +47,8 @@ def _type(draft: Draft, where: str, method: str | None) -> str:
 def _refuse_images(draft: Draft, where: str) -> None:
     name = str(draft.look("model", ""))
     asked = [key for key in KEYS["vision"] if draft.look(key)]
-    asked += [key for key in ("freeze_vit", "freeze_aligner") if draft.given.get(key) is False]
-    if asked or re.search(VISION, name.rpartition("/")[2].lower()):
+    asked += [key for key in KEYS["vision_if_false"] if draft.given.get(key) is False]
+    if asked or re.search(KEYS["vision_names"], name.rpartition("/")[2].lower()):
         what = f"`{asked[0]}`" if asked else f"`model: {name}`"
         raise UserError(
             f"{what} is of a model of images, videos or sound",

@@ -12,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 from prefold.recipe import parse_yaml
 from prefold.recipe.sections import OPTIMIZERS, SCHEDULERS
 
-COUNTED = "`prefold check` says how many there are"
-
 
 class NoCounterpartError(Exception):
     """A value that no recipe can hold; the message says what to do."""
@@ -47,8 +45,7 @@ def mapping(value: Any) -> Any:
 
 
 def overlong(value: Any) -> Any:
-    choices = {"drop": "drop", "delete": "drop", "raise": "error"}
-    choices |= dict.fromkeys(("truncate", "left"), "truncate_prompt")
+    choices = read_tool("transformers")["overlong"]
     if str(value) in choices:
         return choices[str(value)]
     raise NoCounterpartError("answers are never cut; see `data.overlong`")

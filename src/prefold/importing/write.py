@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from prefold.algorithms import ALGORITHMS
 from prefold.importing.draft import Draft
 from prefold.importing.sources import drop_splits_of_files
-from prefold.importing.tables import COUNTED, Entry, is_number, listed, read_tool, table_of, whole_or_share
+from prefold.importing.tables import Entry, is_number, listed, read_tool, table_of, whole_or_share
 from prefold.importing.weights import write_weights
 from prefold.recipe.sections import HUB_MODEL_ID, Tracker
 
@@ -40,6 +40,8 @@ class Tool:
 def write(draft: Draft, tool: Tool, where: str, method: str | None) -> None:
     """Fill the draft from a file of the tool."""
     keys, table = tool.keys, {**table_of(read_tool("transformers")), **table_of(tool.keys)}
+    for section in keys.get("sections", []):
+        draft.section(section)
     tool.write_losses(draft, where, method)
     if samples(draft):
         table |= table_of(keys.get("online", {}))
@@ -62,7 +64,8 @@ def write(draft: Draft, tool: Tool, where: str, method: str | None) -> None:
     draft.follow(table)
     for why, starts in keys.get("families", {}).items():
         draft.follow({key: Entry("missing", why) for key in draft.given if key.startswith(tuple(starts))})
-    for field, value in keys["defaults"].items():
+    own = keys.get("method_defaults", {}).get(draft.values["method"], {})
+    for field, value in [*own.items(), *keys["defaults"].items()]:
         draft.fill(field, value)
 
 
@@ -169,14 +172,12 @@ def write_per_epoch(draft: Draft, key: str, times: Any, field: str, at_the_end: 
         draft.carry(field, part, key, comment=f"{often} an epoch, as a share of all steps")
 
 
-def write_dtype(draft: Draft, keys: Sequence[str]) -> None:
+def write_dtype(draft: Draft, keys: Mapping[str, str | None]) -> None:
     """The first of the keys that names a dtype or is on decides; `bf16: true` is a dtype too."""
-    names = {name: name for name in ("bfloat16", "float16", "float32")}
-    names |= {"bf16": "bfloat16", "pure_bf16": "bfloat16", "fp16": "float16"}
     chosen = None
     for key in filter(draft.has, keys):
         value = draft.take(key)
-        dtype = names.get(key) or str(value).removeprefix("torch.")
+        dtype = keys[key] or str(value).removeprefix("torch.")
         if value is False:
             draft.note("off", key)
         elif chosen:
@@ -208,7 +209,7 @@ def write_fraction(draft: Draft, key: str) -> None:
     elif not is_number(size) or size < 1:
         draft.carry("data.eval_fraction", size, key)
     else:
-        text = f"to set: {size:g} rows are held out in the file; {COUNTED}"
+        text = f"to set: {size:g} rows are held out in the file; `prefold check` says how many there are"
         draft.carry("data.eval_fraction", 0.1, comment=text)
         draft.note("missing", key, text=f"`data.eval_fraction` is a share of the rows, below 1; {text}")
 
@@ -216,8 +217,7 @@ def write_fraction(draft: Draft, key: str) -> None:
 def write_publish(draft: Draft, push_key: str | None) -> None:
     """The Hub repository."""
     push, name = push_key is None or draft.take(push_key, False), draft.take("hub_model_id")
-    branch = "publish.branch"
-    others = {"hub_private_repo": "publish.private", "hub_revision": branch, "hub_model_revision": branch}
+    others = table_of(read_tool("transformers")["publish"])
     keys = [key for key in (push_key, "hub_model_id", *others) if key and draft.look(key) is not None]
     if not keys:
         return
@@ -225,7 +225,7 @@ def write_publish(draft: Draft, push_key: str | None) -> None:
         draft.note("off", *keys)
     elif isinstance(name, str) and re.fullmatch(HUB_MODEL_ID, name):
         draft.carry("publish.hub_model_id", name, *(key for key in keys if key not in others))
-        draft.follow({key: Entry("field", field, "revision") for key, field in others.items()})
+        draft.follow(others)
     else:
         draft.note("missing", *keys, text="write `publish: {hub_model_id: NAME/MODEL}`, with your name on the Hub")
 

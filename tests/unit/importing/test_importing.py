@@ -168,12 +168,12 @@ def test_which_way_a_metric_is_better(keys: str, wanted: bool | None, write) -> 
     assert "greater_is_better" in result.account
 
 
-@pytest.mark.parametrize("loss", losses.OF_PAIRS)
+@pytest.mark.parametrize("loss", losses.LOSSES["dpo"])
 def test_every_loss_of_pairs(loss: str, write) -> None:
     file = write(f"model_name_or_path: m\ndataset_name: a.jsonl\nbeta: 0.3\nloss_type: {loss}\n")
     result = import_recipe(file)
     recipe = load_recipe(write(result.text))
-    assert recipe.method == losses.OF_PAIRS[loss].method
+    assert recipe.method == losses.LOSSES["dpo"][loss].method
     assert getattr(recipe.algorithm, "beta", 0.3) == 0.3
 
 
