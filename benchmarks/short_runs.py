@@ -23,7 +23,7 @@ PAIRS = {
     "train": [{"path": "builtin:short_answers"}],
     "eval": [{"path": "builtin:short_answers", "split": "held_out", "count": 24}],
 }
-PROMPTS = {"train": [{"path": "builtin:everyday_prompts"}]}
+PROMPTS = {"train": [{"path": "builtin:everyday_prompts"}], "system": "Answer in a few words."}
 LITTLE_MEMORY = {"max_tokens": 512, "gradient_checkpointing": True}
 """Neither changes the numbers."""
 OF_PAIRS = {"learning_rate": 5e-5, "batch_size": 4, "max_steps": 20, "warmup_steps": 2, "eval_steps": 0.25}
@@ -36,9 +36,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "reward": {"data": PAIRS, "train": {**OF_PAIRS, "learning_rate": 1e-4}},
     "grpo": {
         "data": PROMPTS,
-        "rewards": [{"name": "length", "target": 40}],
-        "grpo": {"num_generations": 8, "max_completion_length": 64, "temperature": 0.8, "beta": 0.02},
-        "train": {"batch_size": 2, "max_steps": 12, "learning_rate": 3e-4, "lr_scheduler_type": "constant"},
+        "rewards": [{"name": "length", "target": 20}],
+        "grpo": {"num_generations": 8, "max_completion_length": 64, "beta": 0.02},
+        "train": {"batch_size": 4, "max_steps": 12, "learning_rate": 3e-4, "lr_scheduler_type": "constant"},
     },
 }
 
