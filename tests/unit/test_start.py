@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def test_modules_by_command(command: str, code: int, most: int, folder: Path) ->
     assert len(imported) < most
 
 
+@pytest.mark.skipif(version("transformers").startswith("5.18"), reason="transformers 5.18 imports some of them itself")
 def test_modules_of_a_check(folder: Path) -> None:
     """The first one puts a model together; another of the same recipe imports neither models nor statistics, nor does
     a look at a row."""

@@ -178,10 +178,14 @@ def without_dropout(model: torch.nn.Module) -> None:
 
 def plain_attention(setting: str, config: Any) -> str | None:
     """The attention of the plain path: what the recipe says; eager if the model has a soft-cap, which sdpa would leave
-    out; else None, which is sdpa for every model that supports it."""
+    out; else None, which is sdpa for every model that supports it. Raises UserError: sdpa for such a model."""
+    is_capped = bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+    if is_capped and setting == "sdpa":
+        what = "`model.attn_implementation` is sdpa, which would leave out the soft-cap of this model's attention"
+        raise UserError(what, advice="take `trees` or `eager`")
     if setting in ("sdpa", "eager"):
         return setting
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    return "eager" if is_capped else None
 
 
 def _require_complete(report: dict[str, Any], name: str) -> None:
