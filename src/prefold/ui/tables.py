@@ -71,8 +71,11 @@ class Table:
             if write:
                 self.facts = write(self.lines)
             self._find_ends()
-        except (OSError, UserError) as error:
-            self.failed = error if isinstance(error, UserError) else UserError(f"cannot be read ({error.strerror})")
+        except UserError as error:
+            self.failed = error
+        except Exception as error:  # in a thread, which nobody else hears of
+            reason = getattr(error, "strerror", None) or repr(error)
+            self.failed = UserError(f"cannot be read ({reason})", where=self.name)
         finally:
             self.is_whole.set()
 

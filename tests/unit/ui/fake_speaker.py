@@ -44,6 +44,9 @@ def main(run: str, which: str) -> None:
         return write(error="out of memory: the model does not fit")
     if not fits(run):
         return write(error="needs more memory", too_large=True)
+    if os.path.exists(f"{run}/small"):
+        with open(f"{run}/small", "a") as loaded:
+            loaded.write(f"{which}\n")
     write(ready=True)
     given = lines()
     for request in given:
