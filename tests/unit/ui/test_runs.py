@@ -309,14 +309,16 @@ def test_a_job_goes_on_by_itself_is_followed_and_stopped(tmp_path: Path, monkeyp
 def test_a_run_that_was_started_elsewhere_is_stopped(
     ui_client: Client, fake_run: Fake, tmp_path: Path, monkeypatch: Any, command: str, may_stop: bool
 ) -> None:
-    """The process that took the lock gets the signal, and not its child, which has the same descriptor."""
+    """The process that took the lock gets the signal, and not the one that shares the descriptor with it."""
     lines = [
         "import fcntl, os, signal, sys, time",
-        "fcntl.flock(os.open(sys.argv[2], os.O_RDONLY), fcntl.LOCK_EX)",
-        "child = os.fork()",
-        "signal.signal(signal.SIGTERM, lambda *_: print('stopped', bool(child), flush=True))",
-        "print('began', flush=True) if child else None",
-        "time.sleep(60 if child else 1)",
+        "descriptor, parent = os.open(sys.argv[2], os.O_RDONLY), os.getpid()",
+        "is_parent = os.fork() > 0",
+        "signal.signal(signal.SIGTERM, lambda *_: print('stopped', is_parent, flush=True))",
+        "if is_parent: time.sleep(60)",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX)",
+        "print('began', flush=True)",
+        "while os.getppid() == parent: time.sleep(0.1)",
     ]
     (tmp_path / "prefold.py").write_text("\n".join(lines))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -328,7 +330,7 @@ def test_a_run_that_was_started_elsewhere_is_stopped(
             assert ("Stop after this step" in client.get(f"/runs/run?run={folder}").text) == may_stop
             answer = client.post("/runs/stop", data={"run": "a"}, headers=ORIGIN, follow_redirects=False)
             assert answer.status_code == (303 if may_stop else 400)
-            assert not may_stop or process.stdout.readline() == "stopped True\n"
+            assert not may_stop or process.stdout.readline() == "stopped False\n"
         finally:
             process.kill()
 
