@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import iglob
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,19 @@ def is_locked(folder: Path) -> bool:
         return error.errno in (errno.EAGAIN, errno.EACCES)
     finally:
         os.close(descriptor)
+
+
+def holder_of(folder: Path) -> psutil.Process | None:
+    """The process that has the lock of a folder; None where the system does not tell (it is not Linux, or the process
+    belongs to another user or machine)."""
+    for opened in iglob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError, psutil.Error):  # it has been closed meanwhile
+            if os.path.samefile(opened, folder):
+                process, about = opened.split("/")[2], Path(opened.replace("/fd/", "/fdinfo/")).read_text()
+                # A child inherits the descriptor, but the lock names the process that took it.
+                if f"FLOCK  ADVISORY  WRITE {process} " in about:
+                    return psutil.Process(int(process))
+    return None
 
 
 def remove_left_over(folder: Path) -> None:

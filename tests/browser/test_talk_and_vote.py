@@ -210,7 +210,9 @@ def test_answers_made_ahead_are_voted_on(open_page: Open, run: Path, fake_models
     page.locator("[name=file]").fill("runs/prompts.jsonl")
     page.locator("[name=count]").fill("5")
     page.keyboard.press("Enter")
-    expect(page.locator("#ahead")).to_contain_text("5 of 5 prompts answered by one, before training and one, after")
+    expect(page.locator("#ahead")).to_contain_text(
+        "5 of 5 prompts answered by one, before training, 5 by one, after training"
+    )
     page = open_page(f"/vote?deck={run.parent}&voter=Bo")
     vote_by_keys(page, 5, lambda first, _: "1" if first.startswith("after") else "2")
     expect(page.locator("#results")).to_contain_text("one, after training against one, before training")

@@ -36,41 +36,53 @@ Prompt = list[dict[str, Any]]
 
 @dataclass
 class Work:
-    """Prompts for two models to answer. `left`: those still to be answered; `made`: comparisons put to the vote;
-    `same`: prompts that both answered alike; `error`: why it stopped early."""
+    """Prompts for two models to answer, all by the first and then by the second, since they may not fit into memory
+    together. `first`: how the first ended each of its answers; `done`: prompts that both have answered; `same`: of
+    these, those that they answered alike; `error`: why it stopped early."""
 
     folder: Path
     models: list[str]
-    left: list[Prompt]
-    all: int
-    made: int = 0
+    prompts: list[Prompt]
+    first: list[dict[str, Any]] = field(default_factory=list)
+    done: int = 0
     same: int = 0
     error: str = ""
     is_over: bool = False
     stopped: Event = field(default_factory=Event)
 
     def perform(self, speakers: Sequence[Speaker], settings: dict[str, Any]) -> None:
+        first, second = speakers
         try:
-            while self.left and not self.stopped.is_set() and not self.error:
-                self._answer(self.left[0], speakers, settings)
+            for end in self._answers(first, self.prompts, settings):
+                self.first.append(end)
+            for end in self._answers(second, self.prompts[: len(self.first)], settings):
+                self._compare(self.prompts[self.done], self.first[self.done], end)
         except UserError as error:
             self.error = readable(str(error))
         finally:
             self.is_over = True
 
-    def _answer(self, prompt: Prompt, speakers: Sequence[Speaker], settings: dict[str, Any]) -> None:
-        ends = [deque(speaker.ask(prompt, settings), maxlen=1)[0] for speaker in speakers]
-        if error := next((end["error"] for end in ends if "error" in end), ""):
-            self.error = readable(str(error))
-            return
-        self.left.pop(0)
+    def _answers(
+        self, speaker: Speaker, prompts: Sequence[Prompt], settings: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """How a model ends its answer to each prompt, until it cannot answer one or is stopped."""
+        for prompt in prompts:
+            if self.stopped.is_set():
+                return
+            end = deque(speaker.ask(prompt, settings), maxlen=1)[0]
+            if "error" in end:
+                self.error = readable(str(end["error"]))
+                return
+            yield end
+
+    def _compare(self, prompt: Prompt, *ends: dict[str, Any]) -> None:
         answers, cut_off = [end["answer"] for end in ends], [not end["finished"] for end in ends]
         if answers[0] == answers[1]:
             self.same += 1
-            return
-        line = {"prompt": prompt, "answers": answers, "models": self.models, "cut_off": cut_off}
-        append_line(self.folder / COMPARISONS, line)
-        self.made += 1
+        else:
+            line = {"prompt": prompt, "answers": answers, "models": self.models, "cut_off": cut_off}
+            append_line(self.folder / COMPARISONS, line)
+        self.done += 1
 
 
 _WORK: dict[Path, Work] = {}
@@ -114,7 +126,7 @@ def _begin(request: Request, fields: Fields) -> Response:
     prompts = list(islice(prompts_of(site, fields.get("prompts", ""), models[1][0]), int(count)))
     if not prompts:
         raise HTTPException(400, "There are no prompts in it.")
-    work = _WORK[folder] = Work(folder, [model_name(site, *model) for model in models], prompts, len(prompts))
+    work = _WORK[folder] = Work(folder, [model_name(site, *model) for model in models], prompts)
     speakers = [speaker_of(*model) for model in models]
     Thread(target=work.perform, args=(speakers, settings), daemon=True).start()
     return _state(request)

@@ -1,5 +1,5 @@
 """Runs that were started from a page: `prefold run` as a process of its own, which goes on when the page is closed or
-`prefold ui` ends. The cache has a record of each, and its output."""
+`prefold ui` ends. The cache has a record of each, and its output. Those that were started elsewhere can be stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from prefold.errors import UserError
-from prefold.files import cache_folder, is_locked, write_text
+from prefold.files import cache_folder, holder_of, is_locked, write_text
 
 SHOWN = 40_000
 """Bytes at the end of a log that are shown."""
@@ -82,6 +82,16 @@ def job_of(folder: Path) -> Job | None:
     """The last job that was started for a run folder."""
     with suppress(OSError, ValueError, TypeError):
         return Job(**json.loads(_record_of(folder).read_text(encoding="utf-8")))
+    return None
+
+
+def started_elsewhere(folder: Path) -> psutil.Process | None:
+    """The process of `prefold run`, `train` or `sweep` that works in a run folder; None if it is not known."""
+    with suppress(psutil.Error, ValueError):
+        if holder := holder_of(folder):
+            words = [Path(word).name for word in holder.cmdline()]
+            command = words[words.index("prefold") + 1 :][:2]  # an option may come first
+            return None if {"run", "train", "sweep"}.isdisjoint(command) else holder
     return None
 
 

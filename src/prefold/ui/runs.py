@@ -117,6 +117,8 @@ def _run(request: Request) -> Response:
     site = site_of(request)
     folder = run_at(site, request.query_params.get("run", ""))
     job, exists = jobs.job_of(folder), (folder / "recipe.yaml").is_file()
+    is_job = bool(job and job.is_running)
+    at_work = is_job or is_locked(folder)
     is_part = request.url.path.endswith("/now")
     run = read_run(folder, growing=["metrics"]) if exists else None
     return page(
@@ -127,7 +129,8 @@ def _run(request: Request) -> Response:
         run=run,
         row=index_of(site.folders).row(folder) if exists else None,
         job=job,
-        at_work=bool(job and job.is_running) or is_locked(folder),
+        at_work=at_work,
+        may_stop=is_job or (at_work and jobs.started_elsewhere(folder)),
         log=readable(job.said()) if job else _end_of(folder / "run.log"),
         charts=charts({site.name_of(folder): run}) if run else [],
         has={name: (folder / name).is_file() for name in ("report.html", "merge.json", *OF_SAMPLES)},
@@ -156,9 +159,13 @@ def _continue(request: Request, fields: Fields) -> Response:
 def _stop(request: Request, fields: Fields) -> Response:
     folder = site_of(request).inside(fields.get("run", ""))
     job = jobs.job_of(folder)
-    if not job or not job.is_running:
-        raise UserError("it was not started from here", where=str(folder), advice="press Ctrl-C where it was started")
-    job.stop()
+    if job and job.is_running:
+        job.stop()
+    elif process := jobs.started_elsewhere(folder):
+        process.terminate()  # in a shell's background, Ctrl-C may be ignored
+    else:
+        what, advice = "which process is at work here is not known", "press Ctrl-C where it was started"
+        raise UserError(what, where=str(folder), advice=advice)
     return go_to(_address(folder))
 
 

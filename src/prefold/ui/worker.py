@@ -58,7 +58,7 @@ class Worker:
             self.timer = Timer(IDLE, self.end)
             self.timer.daemon = True
             self.timer.start()
-        if not answer:
+        if not answer.endswith("\n"):
             what = f"the process that does this has ended (exit code {self.child.wait()})"
             raise UserError(what, advice="try again; it may have run out of memory")
         result, refused = json.loads(answer)

@@ -28,12 +28,14 @@ def lines() -> Any:
             yield None
 
 
-def fits(run: str) -> bool:
-    """Where there is memory for one model, whoever has it holds a lock until its process ends."""
+def fits(run: str, which: str) -> bool:
+    """Where there is memory for one model, whoever has it writes its name in a file and locks it until its process
+    ends."""
     if not os.path.exists(f"{run}/small"):
         return True
     try:
-        fcntl.flock(os.open(f"{run}/small", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(loaded := os.open(f"{run}/small", os.O_WRONLY | os.O_APPEND), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(loaded, f"{which}\n".encode())
     except OSError:
         return False
     return True
@@ -42,7 +44,7 @@ def fits(run: str) -> bool:
 def main(run: str, which: str) -> None:
     if which == "before" and os.path.exists(f"{run}/cannot"):
         return write(error="out of memory: the model does not fit")
-    if not fits(run):
+    if not fits(run, which):
         return write(error="needs more memory", too_large=True)
     write(ready=True)
     given = lines()

@@ -58,7 +58,10 @@ def test_a_run_is_running_while_its_folder_is_locked(ui_client: Client, fake_run
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         assert listed(client, "?state=running") == ["a"]
-        assert "was not started from here" in client.get(f"/runs/run?run={folder}").text
+        # By this process, which is not `prefold run`.
+        assert "Ctrl-C stops it where it was started" in client.get(f"/runs/run?run={folder}").text
+        refused = client.post("/runs/stop", data={"run": str(folder)}, headers=ORIGIN)
+        assert refused.status_code == 400 and "Ctrl-C" in refused.text
         assert client.post("/runs/continue", data={"run": str(folder)}, headers=ORIGIN).status_code == 400
     finally:
         os.close(descriptor)
@@ -299,6 +302,37 @@ def test_a_job_goes_on_by_itself_is_followed_and_stopped(tmp_path: Path, monkeyp
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fdinfo").exists(), reason="this system does not tell who has a lock")
+@pytest.mark.parametrize(("command", "may_stop"), [("run", True), ("ui", False)])
+def test_a_run_that_was_started_elsewhere_is_stopped(
+    ui_client: Client, fake_run: Fake, tmp_path: Path, monkeypatch: Any, command: str, may_stop: bool
+) -> None:
+    """The process that took the lock gets the signal, and not the one that shares the descriptor with it."""
+    lines = [
+        "import fcntl, os, signal, sys, time",
+        "descriptor, parent = os.open(sys.argv[2], os.O_RDONLY), os.getpid()",
+        "is_parent = os.fork() > 0",
+        "signal.signal(signal.SIGTERM, lambda *_: print('stopped', is_parent, flush=True))",
+        "if is_parent: time.sleep(60)",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX)",
+        "print('began', flush=True)",
+        "while os.getppid() == parent: time.sleep(0.1)",
+    ]
+    (tmp_path / "prefold.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder, client = fake_run(tmp_path / "a"), ui_client(tmp_path)
+    arguments = [sys.executable, "-m", "prefold", command, str(folder)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "began\n"
+        try:
+            assert ("Stop after this step" in client.get(f"/runs/run?run={folder}").text) == may_stop
+            answer = client.post("/runs/stop", data={"run": "a"}, headers=ORIGIN, follow_redirects=False)
+            assert answer.status_code == (303 if may_stop else 400)
+            assert not may_stop or process.stdout.readline() == "stopped False\n"
+        finally:
+            process.kill()
 
 
 def test_a_job_that_was_refused_is_shown_with_what_it_said(ui_client: Client, tmp_path: Path, monkeypatch: Any) -> None:

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from prefold.data.formats import read_file
 from prefold.errors import UserError
 from prefold.ui import tables
-from prefold.ui.tables import Table, table_of
+from prefold.ui.tables import Table, Written, table_of
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"Ask {i}", "chosen": "é" * i, "rejected": "\u2028no"} for i in range(30)]
 
@@ -110,6 +110,18 @@ def test_a_file_that_is_not_of_its_format_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b\n1,2\n1,2,3\n4,5\n")
     table = whole(tmp_path / "a.csv")
     assert table.row(2).problem == "3 values for 2 columns" and table.row(3).value == {"a": "4", "b": "5"}
+
+
+def test_a_conversion_that_fails_says_so(tmp_path: Path) -> None:
+    """Whatever the error, also where rows were already written."""
+
+    def convert(lines: Path) -> Written:
+        lines.write_text('{"a": 1}\n')
+        raise MemoryError
+
+    table = Table("a.csv", None, convert)
+    table.is_whole.wait(10)
+    assert str(table.failed) == "a.csv: cannot be read (MemoryError())" and len(table) == 0
 
 
 def test_a_file_that_has_changed_is_looked_at_anew(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_both_answer_what_was_held_out(ui_client: Client, run: Path) -> None:
     given = {"run_a": str(run), "run_b": str(run), **BOTH, "prompts": "held-out", "count": "3"}
     assert post(client, "ahead", **given).status_code == 200
     state = until_over(client, run.parent)
-    assert "3 of 3 prompts answered by" in state and "data-goes-on" not in state
+    assert "3 of 3 prompts answered by" in state and ", 3 by" in state and "data-goes-on" not in state
     found = [*comparisons_of(run.parent).values()]
     assert [each.prompt[0]["content"] for each in found] == ["one", "two", "three"]
     assert found[0].answers == ("before 0: one", "after 0: one")
@@ -251,11 +251,21 @@ def test_both_answer_the_prompts_of_a_file(ui_client: Client, run: Path) -> None
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"run_a": str(run), "run_b": str(run), "which_a": "after", "which_b": "after", "count": "2"}
     post(client, "ahead", **given, prompts=str(file))
-    assert "2 of 2 prompts answered" in (state := until_over(client, run.parent)) and "2 of them alike" in state
+    assert ", 2 by" in (state := until_over(client, run.parent)) and "2 of them alike" in state
     post(client, "ahead", **{**given, **BOTH, "count": "4"}, prompts="pairs.jsonl")
     state = until_over(client, run.parent)
-    assert "2 of 4 prompts answered" in state and "the prompt is too long" in state
+    assert "2 of 4 prompts answered" in state and ", 2 by" in state and "the prompt is too long" in state
     assert len(comparisons_of(run.parent)) == 2
+
+
+def test_models_that_do_not_fit_together_answer_all_prompts_in_turn(ui_client: Client, run: Path) -> None:
+    """Each is loaded once."""
+    (run / "small").touch()
+    client = ui_client(run.parent)
+    held_out(run, "one", "two", "three")
+    post(client, "ahead", run_a=str(run), run_b=str(run), **BOTH, prompts="held-out", count="3")
+    assert ", 3 by" in until_over(client, run.parent)
+    assert (run / "small").read_text().split() == ["before", "after"]
 
 
 def test_making_answers_can_be_stopped_and_is_not_begun_twice(ui_client: Client, run: Path) -> None:

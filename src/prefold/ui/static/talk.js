@@ -123,5 +123,6 @@ setInterval(async () => {
   if (document.hidden || !byId("ahead")?.querySelector("[data-goes-on]")) return;
   const part = await fetchPart("/talk/ahead").catch(() => ({ ok: false }));
   if (part.ok) replacePart(byId("ahead"), part.text);
+  if (part.ok && !byId("ahead").querySelector("[data-goes-on]")) said(byId("ahead").textContent.trim());
 }, 2000);
 if (byId("composer")) { show(); byId("text").focus(); }

@@ -28,7 +28,10 @@ for (const element of document.querySelectorAll("[data-refresh]")) {
   const turn = async () => {
     if (!document.hidden && element.dataset.refresh) {
       const part = await fetchPart(element.dataset.refresh).catch(() => ({ ok: false }));
+      const before = element.querySelector(".overline .state")?.textContent;
       if (part.ok) replacePart(element, part.text);
+      const state = element.querySelector(".overline .state")?.textContent;
+      if (state !== before) said(state);
       if (part.ok && element.querySelector("[data-last]")) return;
       element.classList.toggle("stale", !part.ok);
     }
@@ -38,7 +41,10 @@ for (const element of document.querySelectorAll("[data-refresh]")) {
 }
 // <div data-load="/address">: content that takes the server a while, loaded after the page.
 for (const element of document.querySelectorAll("[data-load]")) {
-  fetchPart(element.dataset.load).then((part) => replacePart(element, part.text), () => { element.textContent = "The server has ended."; });
+  fetchPart(element.dataset.load).then((part) => {
+    if (part.ok && element.querySelector("[role=status]")) said("Loaded.");
+    replacePart(element, part.text);
+  }, () => { element.textContent = "The server has ended."; });
 }
 // <textarea data-check="/address" data-into="id">: the text is checked as it is written, and the result shown there.
 for (const field of document.querySelectorAll("[data-check]")) {
