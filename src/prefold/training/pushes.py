@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from prefold.errors import Explained, first_line
-from prefold.terminal import say
-
-logger = logging.getLogger("prefold")
+from prefold.terminal import warn
 
 
 class Pushes(TrainerCallback):
@@ -27,6 +24,4 @@ class Pushes(TrainerCallback):
             self.push(checkpoint)
         except Exception as error:  # a server's client, or the disk that it packs on, may raise anything
             reason = first_line(error) if isinstance(error, Explained) else type(error).__name__
-            text = f"{checkpoint.name} was not pushed, and the run goes on: {reason}"
-            logger.warning(text)
-            say(f"  {text}")
+            warn(f"{checkpoint.name} was not pushed, and the run goes on: {reason}")
