@@ -322,7 +322,8 @@ class Train(Section):
     @field_validator("optim", "lr_scheduler_type")
     @classmethod
     def known_to_transformers(cls, value: str, info: ValidationInfo) -> str:
-        for why in (why for name, why in UNUSABLE.items() if info.field_name == "optim" and value.startswith(name)):
+        why = next((why for name, why in UNUSABLE.items() if value.startswith(name)), "")
+        if why and info.field_name == "optim":
             raise ValueError(f"`{value}` {why}; take another, such as `adamw_torch` or `adamw_bnb_8bit`")
         known = SCHEDULERS if info.field_name == "lr_scheduler_type" else OPTIMIZERS
         if value not in known:

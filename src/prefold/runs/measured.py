@@ -29,12 +29,12 @@ UNITS = {PAIRS: "pair", PROMPTS: "prompt", WIN_RATE: "prompt"}
 
 @dataclass(frozen=True)
 class Measured:
-    """`values` by a key of the pair or prompt, None or NaN where there is none. `settings`, by name, must be equal to
-    compare two. `even`: every value is one half by definition, e.g. the win rate of the model before training.
-    `has_keys`: the keys identify single pairs or prompts; else at most the whole set is known."""
+    """`values` by a key of the pair or prompt, NaN where there is none. `settings`, by name, must be equal to compare
+    two. `even`: every value is one half by definition, e.g. the win rate of the model before training. `has_keys`: the
+    keys identify single pairs or prompts; else at most the whole set is known."""
 
     metric: str
-    values: Mapping[str, float | None]
+    values: Mapping[str, float]
     settings: Mapping[str, Any]
     even: bool = False
     has_keys: bool = True
@@ -101,7 +101,7 @@ def _held_out(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
         settings["lengths that prompts are cut to"] = cut
     has_keys, even = "key" in lines[0], kind.scores and when == "before"
     keys = unique(line.get("key") or fingerprints["held_out"] for line in lines)
-    values = [0.5 if even else line[when] for line in lines]
+    values = [0.5 if even else np.nan if line[when] is None else float(line[when]) for line in lines]
     what = PROMPTS if kind.samples else PAIRS
     return {
         what: Measured(
