@@ -155,9 +155,8 @@ class LocalEngine:
         """
         if not prompts:
             return
-        ends = settings.end_tokens
-        if ends is None:
-            ends = end_tokens(self._model.generation_config, self._tokenizer)
+        own = settings.end_tokens
+        ends = end_tokens(self._model.generation_config, self._tokenizer) if own is None else own
         request = GenerationRequest(prompts, settings, self._tokenizer, ends, numbers, on_token)
         with evaluating(self._model):
             reason = why_not_shared(self._model, max(prompts, key=len), settings.max_new_tokens)

@@ -62,7 +62,7 @@ class Steps:
     """The optimizer steps of a run. `sampled`: the real completions may be shorter than those of `trees`."""
 
     trees: Sequence[Lengths]
-    order: StepOrder
+    order: StepOrder | Sequence[Sequence[int]]
     sampled: bool = False
 
     def __iter__(self) -> Iterator[list[Lengths]]:
