@@ -47,7 +47,7 @@ from benchmarks.results import RESULTS, quieten, save
 from benchmarks.sides import DOES_NOT_FIT, ROOT, Side, SideFailed, TakenStep
 from benchmarks.vs_trl import SIDES
 from benchmarks.workloads import HELD_OUT, Workload, random_pairs
-from prefold.models.device import choose_device
+from prefold.device import choose_device
 from prefold.plan.flops import Steps
 from prefold.plan.machine import Machine
 from prefold.plan.meta_model import MetaModel

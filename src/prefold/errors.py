@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -52,6 +53,23 @@ def json_type(value: Any) -> str:
 
 def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def joined(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Names in a sentence, the first `most` of them, and how many more there are."""
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    *first, last = [*names[:most], *more]
+    return f"{separator.join(first)} and {last}" if first else last
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """The names, with a number behind the second and further occurrences of one."""
+    seen: Counter[str] = Counter()
+    made = []
+    for name in names:
+        seen[name] += 1
+        made.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return made
 
 
 def first_line(error: BaseException) -> str:

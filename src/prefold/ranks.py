@@ -26,7 +26,7 @@ from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from prefold.errors import StageError, UserError
+from prefold.errors import StageError, UserError, first_line
 from prefold.launch import LIFELINE, launched
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise StageError(f"another process has ended, or cannot be reached ({str(error).splitlines()[0]})") from None
+        raise StageError(f"another process has ended, or cannot be reached ({first_line(error)})") from None
 
 
 def wait() -> None:

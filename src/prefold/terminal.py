@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -204,6 +205,12 @@ def _cell(progress: Progress) -> Callable[[], None]:
 def say(text: str) -> None:
     """Print a line; outside a terminal it is not wrapped."""
     console.print(text, markup=False, soft_wrap=not console.is_terminal)
+
+
+def warn(text: str) -> None:
+    """Print a line of a stage, and log it as a warning."""
+    logging.getLogger("prefold").warning(text)
+    say(f"  {text}")
 
 
 def as_text(show: Callable[[Console], None]) -> str:

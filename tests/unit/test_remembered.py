@@ -35,13 +35,13 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def examinations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One entry for each that was made."""
     made: list[Any] = []
-    examined = examination.examined
+    real = examination.findings_and_plan
 
     def counted(*arguments: Any) -> Any:
         made.append(arguments)
-        return examined(*arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(examination, "examined", counted)
+    monkeypatch.setattr(examination, "findings_and_plan", counted)
     return made
 
 

@@ -42,6 +42,16 @@ def answer_pairs(samples: Sequence[Mapping[str, Any]]) -> list[AnswerPair]:
     ]
 
 
+def by_sample(
+    samples: Sequence[Any], pairs: Sequence[AnswerPair], outcomes: Sequence[float | None]
+) -> list[list[float | None]]:
+    """The outcomes of each sample's answers."""
+    own: list[list[float | None]] = [[] for _ in samples]
+    for pair, outcome in zip(pairs, outcomes, strict=True):
+        own[pair.number].append(outcome)
+    return own
+
+
 def rate_of_answers(
     pairs: Sequence[AnswerPair], outcomes: Sequence[float | None], at_equal_lengths: bool = True
 ) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +36,7 @@ from prefold.files import write_text
 from prefold.generation.engine import LocalEngine, end_tokens
 from prefold.generation.sampling import Sampling
 from prefold.terminal import progress_bar
-from prefold.trees.attention import unwrapped
+from prefold.trees.attention import evaluating, unwrapped
 from prefold.trees.forest import Text
 from prefold.trees.reader import Reader, choose_reader
 from prefold.trees.reference import model_digest
@@ -158,7 +157,7 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         if not scored:
             return answers
         longest = max(len(text.tokens) for text in scored)
-        with progress_bar(self.label, len(scored)) as advance, _evaluating(self._model):
+        with progress_bar(self.label, len(scored)) as advance, evaluating(self._model):
             if self._reader is None or longest > self._longest_checked:
                 self._reader, self._longest_checked = choose_reader(self._model, scored), longest
             for row, likelihoods in self._reader.read(scored):
@@ -223,7 +222,7 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             what = f"has generation settings that are not known here: {names}"
             known = ("until", "max_gen_toks", "do_sample", "temperature", *DEFAULTS)
             raise UserError(what, where=self.label, expected=", ".join(known))
-        ends = dict.fromkeys([*end_tokens(self._base, self.tokenizer), self.eot_token_id])
+        ends = dict.fromkeys([*end_tokens(self._base.generation_config, self.tokenizer), self.eot_token_id])
         stop = tuple(text for text in until if text)
         return Sampling(most, 1, temperature, stop=stop, end_tokens=tuple(ends), **chosen)
 
@@ -243,16 +242,6 @@ class TreeLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             if ranks.is_first():
                 write_text(file, text)
         return list(json.loads(text))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -142,6 +142,20 @@ class Difference:
         return f"no difference that {n:,} {of}{'' if n == 1 else 's'} can show ({'; '.join(limits)})"
 
 
+def measured_facts(metric: str, unit: str, before: Floats, after: Floats, difference: Difference) -> dict[str, Any]:
+    """The facts of a measure before and after, `[n]` values each, other than a task's: of pairs or prompts."""
+    shares, n = metric != "reward", len(after)
+    return {
+        "metric": metric,
+        "shares": shares,
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        **difference.facts(n, unit, shares),
+        "n": n,
+        "unit": unit,
+    }
+
+
 def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = None) -> Difference:
     """The mean difference `after - before` of values `[n]`. `clusters`: the cluster of each question (unset: questions
     are independent)."""

@@ -17,7 +17,7 @@ from typing import Any
 from prefold.data.formats import reader_for
 from prefold.data.vote_file import compared_key, holds_votes, key_of, preference_for, read_votes
 from prefold.errors import UserError
-from prefold.evaluation.answer_rates import answer_pairs, rate_of_answers
+from prefold.evaluation.answer_rates import answer_pairs, by_sample, rate_of_answers
 from prefold.files import without_home
 from prefold.terminal import say
 
@@ -55,9 +55,6 @@ def rate_by_votes(
         cast.append([] if pair.before == pair.after else by_key.pop(compared_key(pair.prompt, answers), []))
     preferred = [[preference_for(pair.after, vote) for vote in own] for pair, own in zip(pairs, cast, strict=True)]
     outcomes = [fmean(of_pair) if of_pair else None for of_pair in preferred]
-    by_sample: list[list[float | None]] = [[] for _ in samples]
-    for pair, outcome in zip(pairs, outcomes, strict=True):
-        by_sample[pair.number].append(outcome)
     people = sorted({vote["voter"].strip() for vote in chain.from_iterable(cast)})
     # The voters are not named in the report; the key tells whether two runs were judged by the same.
     key = blake2b("\n".join(people).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
@@ -73,7 +70,7 @@ def rate_by_votes(
         "votes": sum(map(len, cast)),
         "both_bad": sum(vote["winner"] == "both bad" for vote in chain.from_iterable(cast)),
         "agreement": agreement(preferred),
-        "outcomes": by_sample,
+        "outcomes": by_sample(samples, pairs, outcomes),
     }
 
 

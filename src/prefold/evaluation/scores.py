@@ -3,8 +3,7 @@ each question, and texts for people to read."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from prefold.errors import UserError
+from prefold.errors import UserError, unique
 from prefold.evaluation.suites import PRIMARY, Wanted
 
 SHOWN = 400
@@ -80,7 +79,7 @@ def scores_of(
     metric = primary_metric(opened, {name: samples[0][name] for name in samples[0]["metrics"]})
     chosen = wanted.filter or next(sample["filter"] for sample in samples if metric in sample)
     samples = [sample for sample in samples if sample["filter"] == chosen and metric in sample]
-    questions = tuple(_unique([str(sample["doc_hash"])[:16] for sample in samples]))
+    questions = tuple(unique(str(sample["doc_hash"])[:16] for sample in samples))
     texts = [question_of(task, sample["doc"]) for sample in samples]
     return TaskScores(
         task=opened.name,
@@ -122,14 +121,6 @@ def _value(task: Any, metric: str, value: Any) -> float:
         return float(value)
     logprob, weight = value
     return -float(logprob) / float(weight) / (log(2) if metric == "bits_per_byte" else 1.0)
-
-
-def _unique(keys: Sequence[str]) -> Iterator[str]:
-    """The keys, made unique by a number behind the second and further occurrences."""
-    seen: Counter[str] = Counter()
-    for key in keys:
-        seen[key] += 1
-        yield key if seen[key] == 1 else f"{key}-{seen[key]}"
 
 
 def _clusters(questions: Sequence[str], texts: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import scipy
 
 from prefold.data.findings import ROWS_SHOWN, Finding
 from prefold.data.preference import RowId
+from prefold.errors import counted
 from prefold.evaluation.held_out_pairs import PairScores
 from prefold.evaluation.paired import won
 
@@ -46,7 +47,7 @@ def findings_of(scores: PairScores, origins: Sequence[RowId]) -> list[Finding]:
     against = np.flatnonzero((margins < np.median(margins) - _FAR * spread) & (margins < 0))
     if len(against):
         worst = sorted(against.tolist(), key=lambda index: float(margins[index]))[:ROWS_SHOWN]
-        number = "1 pair" if len(against) == 1 else f"{len(against)} pairs"
+        number = counted(len(against), "pair")
         message = f"in {number} the model prefers the rejected completion far more strongly than in the others"
         advice = "read them, the first ones first: their labels may be flipped"
         rows = tuple(origins[index] for index in worst)

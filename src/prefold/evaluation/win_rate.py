@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from prefold.errors import StageError
-from prefold.evaluation.answer_rates import AnswerPair, answer_pairs, rate_of_answers
+from prefold.evaluation.answer_rates import AnswerPair, answer_pairs, by_sample, rate_of_answers
 from prefold.files import cache_folder
 from prefold.generation.endpoint import Endpoint
 from prefold.generation.http import Refused
@@ -58,10 +58,8 @@ def measure_win_rate(judge: Compares, samples: Sequence[Mapping[str, Any]]) -> d
     outcomes = [by_index[index] for index in range(len(pairs))]
     if outcomes and not any(isinstance(outcome, float) for outcome in outcomes):
         raise _nothing_said(outcomes[-1], f"any of {len(outcomes)} pairs of answers")
-    by_sample: list[list[float | None]] = [[] for _ in samples]
-    for pair, outcome in zip(pairs, outcomes, strict=True):
-        by_sample[pair.number].append(outcome if isinstance(outcome, float) else None)
-    return {"judge": judge.facts(), **win_rate(pairs, outcomes), "outcomes": by_sample}
+    known = [outcome if isinstance(outcome, float) else None for outcome in outcomes]
+    return {"judge": judge.facts(), **win_rate(pairs, outcomes), "outcomes": by_sample(samples, pairs, known)}
 
 
 def _nothing_said(outcome: Outcome, what: str) -> StageError:

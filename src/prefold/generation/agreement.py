@@ -36,11 +36,13 @@ Drawn = tuple[tuple[int, ...], Sequence[Completion]]
 class Positions(NamedTuple):
     """Statistics of `S` tokens, `[S]` each, float32 on the CPU, in nats.
 
-    `logprobs`: of the policy, at the sampling temperature; `plain`: at temperature 1. `kept`: the log of the
-    probability mass that truncation keeps, at most 0. `luck`: the token's log-prob minus the expected one of a token
-    sampled from what is kept, and `variance`, its variance. `outside`: whether truncation rules the token out.
+    `given`: the log-probs that came with the completions. `logprobs`: of the policy, at the sampling temperature;
+    `plain`: at temperature 1. `kept`: the log of the probability mass that truncation keeps, at most 0. `luck`: the
+    token's log-prob minus the expected one of a token sampled from what is kept, and `variance`, its variance.
+    `outside`: whether truncation rules the token out.
     """
 
+    given: Tensor
     logprobs: Tensor
     plain: Tensor
     kept: Tensor
@@ -54,17 +56,21 @@ def positions_of(scorer: Scorer, drawn: Sequence[Drawn], sampling: Sampling) -> 
     """Statistics of the tokens of completions, one after the other."""
     parts: list[Positions] = []
     for prompt, completions in drawn:
-        rows: list[list[tuple[int, ...]]] = []
+        rows: list[list[Completion]] = []
         for completion in completions:
-            if rows and sum(map(len, rows[-1])) + len(completion.token_ids) <= TOKENS:
-                rows[-1].append(completion.token_ids)
+            if rows and sum(len(each.token_ids) for each in rows[-1]) + len(completion.token_ids) <= TOKENS:
+                rows[-1].append(completion)
             else:
-                rows.append([completion.token_ids])
-        parts += [_positions(scorer, TokenTree(prompt, tuple(row)), sampling) for row in rows]
+                rows.append([completion])
+        parts += [_positions(scorer, prompt, row, sampling) for row in rows]
     return Positions(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _positions(scorer: Scorer, tree: TokenTree, sampling: Sampling) -> Positions:
+def _positions(
+    scorer: Scorer, prompt: tuple[int, ...], completions: Sequence[Completion], sampling: Sampling
+) -> Positions:
+    given = torch.tensor([value for completion in completions for value in completion.logprobs])
+    tree = TokenTree(prompt, tuple(completion.token_ids for completion in completions))
     logits = _logits(scorer, tree).float()
     targets = torch.tensor([[token] for ids in tree.completions for token in ids], device=logits.device)
     plain = logits.log_softmax(-1).gather(-1, targets).squeeze(-1)
@@ -84,7 +90,8 @@ def _positions(scorer: Scorer, tree: TokenTree, sampling: Sampling) -> Positions
     outside = logprobs < cut.where(cut.isfinite(), math.inf).amin(-1) - NEAR
     luck = (logprobs - kept - expected).where(inside, 0.0)
     kept = torch.zeros_like(kept) if greedy else kept
-    return Positions(*(values.cpu() for values in (logprobs, plain, kept, luck, variance.clamp(min=0), outside)))
+    statistics = (logprobs, plain, kept, luck, variance.clamp(min=0), outside)
+    return Positions(given, *(values.cpu() for values in statistics))
 
 
 def _logits(scorer: Scorer, tree: TokenTree) -> Tensor:
@@ -117,15 +124,10 @@ def some_of(drawn: Sequence[Drawn], tokens: int) -> list[Drawn]:
     return [(prompt, own) for (prompt, _), own in zip(drawn, chosen, strict=True) if own]
 
 
-def logprobs_of(drawn: Sequence[Drawn]) -> Tensor:
-    """`[S]`: the log-probs that came with completions, one after the other."""
-    return torch.tensor([value for _, group in drawn for completion in group for value in completion.logprobs])
-
-
-def difference(positions: Positions, given: Tensor, sampling: Sampling) -> float:
+def difference(positions: Positions, sampling: Sampling) -> float:
     """Mean absolute difference in nats of a server's log-probs and the policy's. With truncation, the largest few are
     left out: a token that only one of two engines keeps changes the log-probs of all."""
-    differences = (given + positions.kept - positions.logprobs).abs()
+    differences = (positions.given + positions.kept - positions.logprobs).abs()
     tokens = len(differences)
     few = min(max(FEW, int(SHARE * tokens)), tokens // 2) if sampling.truncates else 0
     return float(differences.sort().values[: tokens - few].mean()) if differences.isfinite().all() else math.nan

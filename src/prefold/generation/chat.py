@@ -16,6 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from prefold.data.preference import Message
+from prefold.device import choose_device
 from prefold.errors import StageError, UserError, did_you_mean
 from prefold.files import write_text
 from prefold.generation.answers import model_named, run_recipe
@@ -23,7 +24,6 @@ from prefold.generation.engine import answer
 from prefold.generation.opening import how_to_keep, open_model
 from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
-from prefold.models.device import choose_device
 from prefold.models.tokenizer import tokenizer_of
 from prefold.plan.machine import Machine
 from prefold.recipe import Chat, make_section

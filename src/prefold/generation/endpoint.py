@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from prefold.data.preference import Message, Prompt
 from prefold.errors import UserError
 from prefold.generation.http import Connection, Passing, Refused, in_parallel
+from prefold.generation.journal import Journal, key_of
 from prefold.generation.samplers import Answer, Answers
 from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import seed_of
@@ -58,6 +60,11 @@ class Endpoint:
         base = self.url.rstrip("/")
         return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
 
+    def replies(self, folder: Path) -> Journal:
+        """The file of its replies in a folder, which is created."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return Journal(folder / f"{key_of(self.url, self.model)}.jsonl")
+
     def ask(self, messages: Sequence[Message], **settings: Any) -> Answer:
         """The model's answer; see `ask_counting`."""
         return self.ask_counting(messages, **settings)[0]
@@ -100,6 +107,11 @@ class Endpoint:
         return Answer((content or "").encode("utf-8", "replace").decode("utf-8").strip(), finished), counts
 
 
+def as_text(messages: Sequence[Message]) -> str:
+    """A conversation, to be quoted in a question."""
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
+
+
 @dataclass(frozen=True)
 class RemoteModel:
     """A model behind an endpoint as a sampler. It sends one request per answer: many servers give only one at a
@@ -139,13 +151,13 @@ class RemoteModel:
             temperature=sampling.temperature,
             seed=seed_of(sampling.seed, index, number),
             **{name: value for name, (value, default) in optional.items() if value != default},
-            **_beside_messages(prompt),
+            **beside_messages(prompt),
         )
 
 
-def _beside_messages(prompt: Prompt) -> dict[str, Any]:
-    """Fields of a request for the server's chat template: `tools` as in the protocol, other keywords as in vLLM and
-    SGLang."""
+def beside_messages(prompt: Prompt) -> dict[str, Any]:
+    """What a prompt gives the chat template, as fields of a request or a row: `tools` as in the protocol, other
+    keywords as in vLLM and SGLang."""
     keywords = dict(prompt.template_kwargs)
     fields = {"tools": keywords.pop("tools", None), "chat_template_kwargs": keywords}
     return {name: value for name, value in fields.items() if value}

@@ -18,16 +18,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from prefold import ranks
 from prefold.data.chat import Template, render
 from prefold.data.preference import Message
+from prefold.device import is_half
 from prefold.errors import UserError, first_line
 from prefold.generation.kv_cache import (
     ATTENTION,
-    HALF,
     Decode,
     Prefill,
     Products,
@@ -43,7 +43,7 @@ from prefold.generation.transformers_engine import ASK_FOR_LESS, SINGLE_PROMPT, 
 from prefold.generation.weights import fold_adapter, packed_weights
 from prefold.models.gate import require_prompts
 from prefold.terminal import Advance, progress_bar
-from prefold.trees.attention import Shape, heads_of, unwrapped, using_attention
+from prefold.trees.attention import Shape, evaluating, heads_of, unwrapped, using_attention
 from prefold.trees.budget import attempt, lowered, split_by_budget
 from prefold.trees.memory import free_on, gpus_of, is_out_of_memory
 from prefold.trees.packing import TokenTree, pack
@@ -155,11 +155,10 @@ class LocalEngine:
         """
         if not prompts:
             return
-        ends = end_tokens(self._model, self._tokenizer) if settings.end_tokens is None else settings.end_tokens
+        own = settings.end_tokens
+        ends = end_tokens(self._model.generation_config, self._tokenizer) if own is None else own
         request = GenerationRequest(prompts, settings, self._tokenizer, ends, numbers, on_token)
-        training = self._model.training
-        self._model.eval()
-        try:
+        with evaluating(self._model):
             reason = why_not_shared(self._model, max(prompts, key=len), settings.max_new_tokens)
             if reason is None:
                 # Reordering takes as long as some steps, too long for a user who reads the tokens as they come.
@@ -168,8 +167,6 @@ class LocalEngine:
             else:
                 logger.warning("completions are written by transformers' own generate: %s", reason)
                 yield from generate_plainly(self._model, request, self._most)
-        finally:
-            self._model.train(training)
 
     def _generate(self, request: GenerationRequest) -> Iterator[tuple[int, list[Completion]]]:
         """If memory runs out, the prompts in progress are begun again within a smaller budget: their random numbers
@@ -203,7 +200,10 @@ class LocalEngine:
                 drawing.draw(logits.repeat_interleave(request.settings.num_answers, 0))
                 under_way = [*under_way, (batch, drawing)]
             else:
-                for _ in range(self._steps(under_way, request)):
+                # The tokens are read after each step if they are streamed.
+                most = 1 if request.on_token else STEPS_BETWEEN_LOOKS.get(self._model.device.type, 1)
+                longest = max(len(completion.tokens) for _, drawing in under_way for completion in drawing.completions)
+                for _ in range(min(most, request.settings.max_new_tokens - longest)):
                     newest = torch.cat([drawing.newest for _, drawing in under_way]).to(self._model.device)
                     logits = decode(self._model, [batch for batch, _ in under_way], newest)
                     rows = [batch.sequences for batch, _ in under_way]
@@ -219,12 +219,6 @@ class LocalEngine:
             if kept:
                 left.append((batch, drawing))
         return completions, _joined(left)
-
-    def _steps(self, under_way: UnderWay, request: GenerationRequest) -> int:
-        """Steps until the tokens are read: one if they are streamed, and never beyond the length limit."""
-        most = 1 if request.on_token else STEPS_BETWEEN_LOOKS.get(self._model.device.type, 1)
-        longest = max(len(completion.tokens) for _, drawing in under_way for completion in drawing.completions)
-        return min(most, request.settings.max_new_tokens - longest)
 
     def _admitted(self, waiting: deque[int], under_way: UnderWay, request: GenerationRequest, budget: int) -> list[int]:
         """The prompts that begin now: once half of the budget is free, as many as fit, so that they are encoded
@@ -254,9 +248,9 @@ def _joined(under_way: UnderWay) -> UnderWay:
     return [(batches[0], drawing)]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a completion: those of the model's generation settings, else the tokenizer's; perhaps none."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+def end_tokens(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a completion: those of a model's generation settings, else the tokenizer's; perhaps none."""
+    own = None if settings is None else settings.eos_token_id
     ends: Any = tokenizer.eos_token_id if own is None else own
     return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
 
@@ -387,7 +381,7 @@ def failed_check(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
     device, dtype = model.device.type, computed_in(model)
     with torch.autocast(device, enabled=False):
         reason = difference(model, shared, lambda: plain().amax(-1, keepdim=True), rounding)
-    if reason or dtype not in HALF or not attends_in(dtype, device):
+    if reason or not is_half(dtype) or not attends_in(dtype, device):
         return reason
     if VariableLength.fits(model.config):
         reason = failed_half(model, dtype, VariableLength, partial(logits, VariableLength))
@@ -455,7 +449,7 @@ def require_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     Raises:
         UserError: neither model nor tokenizer names an end token.
     """
-    if not end_tokens(model, tokenizer):
+    if not end_tokens(model.generation_config, tokenizer):
         raise UserError(
             "names no end token, so no completion would ever end",
             where=model.name_or_path or "model",

@@ -7,7 +7,6 @@ rounded to bfloat16.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,13 +17,14 @@ import torch
 from transformers import PreTrainedModel
 
 from prefold import memory
+from prefold.device import choose_device, choose_dtype, is_half
 from prefold.files import without_home
 from prefold.generation.engine import CACHE_BYTES, PREFILL_TOKENS
 from prefold.launch import launched_here
 from prefold.memory import gigabytes
 from prefold.models.adapters import load_start
-from prefold.models.device import choose_device, choose_dtype, is_half
 from prefold.models.fetch import fetch, weight_files
+from prefold.models.gate import stored_tensors
 from prefold.models.load import read_config
 from prefold.plan.machine import Machine
 from prefold.recipe import Model
@@ -53,13 +53,10 @@ def stored_weights(folder: Path) -> Stored:
     sizes: Counter[str] = Counter()
     largest = 0
     for file in weight_files(folder):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                count = math.prod(entry["shape"])
-                sizes[entry["dtype"]] += count
-                largest = max(largest, count)
+        for facts in stored_tensors(file, str(folder)).values():
+            count = math.prod(facts["shape"])
+            sizes[facts["dtype"]] += count
+            largest = max(largest, count)
     most = sizes.most_common(1)[0][0] if sizes else "F32"
     return Stored(sum(sizes.values()), largest, DTYPES.get(most, torch.float32))
 

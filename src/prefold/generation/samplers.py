@@ -17,13 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from prefold.data.chat import render, require_chat_template
 from prefold.data.preference import Prompt, whole_prompt
 from prefold.data.templates import REFUSALS
+from prefold.device import choose_device
 from prefold.errors import UserError
 from prefold.generation.answers import model_named
 from prefold.generation.engine import ROWS, LocalEngine
 from prefold.generation.journal import Journal, key_of
 from prefold.generation.opening import open_model
 from prefold.generation.sampling import Completion, Sampling
-from prefold.models.device import choose_device
 from prefold.models.fetch import fetch
 from prefold.models.gate import require_prompts
 from prefold.models.load import require_model

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prefold.device import widened
 from prefold.generation.sampling import Completion, Sampling
 
 BLOCK = 256
@@ -236,7 +237,7 @@ def choose(logits: Tensor, settings: Sampling, drawn: Tensor, seen: Tensor | Non
         drawn: `[R]` float64, a random number in [0, 1) for each row.
         seen: `[R, V]`, whether a token has occurred in the row; needed for a repetition penalty.
     """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = widened(logits)
     scores = logits if seen is None else penalised(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0:
         tokens = scores.argmax(-1)

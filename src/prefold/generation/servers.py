@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prefold.errors import UserError
+from prefold.generation.engine import end_tokens
 from prefold.generation.http import Connection, Gone, Missing, Passing, Refused, in_parallel
 from prefold.generation.samplers import Answers, LocalModel, as_answers
 from prefold.generation.sampling import Completion, Sampling
@@ -268,7 +269,10 @@ class ServedModel(LocalModel):
     def _answered(
         self, rendered: Mapping[int, list[int]], tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[int, Answers]]:
-        servers, ends = Servers(self._settings, tokenizer), end_tokens_in(self._files, tokenizer)
+        servers, settings = Servers(self._settings, tokenizer), None
+        with suppress(OSError):
+            settings = GenerationConfig.from_pretrained(self._files)
+        ends = end_tokens(settings, tokenizer)
 
         def answers(index: int) -> Answers:
             try:
@@ -277,12 +281,3 @@ class ServedModel(LocalModel):
                 return refused
 
         yield from in_parallel(answers, list(rendered), servers.concurrency)
-
-
-def end_tokens_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a completion of the model in a folder; see `end_tokens`."""
-    ends: Any = tokenizer.eos_token_id
-    with suppress(OSError):
-        own = GenerationConfig.from_pretrained(folder).eos_token_id
-        ends = ends if own is None else own
-    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from prefold.device import widened
 from prefold.errors import UserError, first_line
 from prefold.files import without_home
 from prefold.models.chat_format import vocabulary_rows
@@ -122,8 +123,8 @@ def ready_to_train(adapted: PeftModel) -> None:
         what = "DoRA over 8-bit weights cannot be computed on a CPU"
         raise UserError(what, where="`model.load_in_8bit`", advice=advice)
     for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad:
+            parameter.data = widened(parameter.data)
     fuse_lora(adapted)
     fuse_trained_rows(adapted)
 

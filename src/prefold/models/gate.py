@@ -54,7 +54,9 @@ def require_usable(config: Any, folder: Path, name: str, scores: bool = False) -
         UserError: the model is of a kind that is not supported, its weights are stored quantised, or one of its files
             is truncated.
     """
-    types = [kind for file in weight_files(folder) for kind in _types_of_weights(file, name)]
+    stored = [each for file in weight_files(folder) for each in stored_tensors(file, name).items()]
+    # Masks and positions, which older files contain as well, are no weights.
+    types = [str(facts["dtype"]) for tensor, facts in stored if "weight" in tensor]
     for what, expected, advice in _obstacles(config, folder, types, scores):
         raise UserError(what, where=name, expected=expected, advice=advice)
 
@@ -64,7 +66,8 @@ def _obstacles(config: Any, folder: Path, types: Sequence[str], scores: bool) ->
     kind, classes = config.model_type, getattr(config, "architectures", None) or [""]
     if config.is_encoder_decoder:
         yield f"is an encoder-decoder ({kind}): a prompt and its answer are read by two models", CAUSAL, ""
-    if parts := sorted(part.removesuffix("_config") for part in config.sub_configs if _is_other_part(config, part)):
+    others = [part for part in config.sub_configs if PARTS.search(part) and getattr(config, part, None) is not None]
+    if parts := sorted(part.removesuffix("_config") for part in others):
         what = f"holds more than a text model ({', '.join(parts)}), and what is not text would be lost"
         yield what, "a model of text alone", "take the text model of its family, or save its text part as a model"
     if (kind in ENCODERS and not getattr(config, "is_decoder", False)) or kind in NEVER_CAUSAL or _looks_ahead(config):
@@ -87,10 +90,6 @@ def _obstacles(config: Any, folder: Path, types: Sequence[str], scores: bool) ->
         yield f"is a model of type {kind}, and {what}", CAUSAL, ""
 
 
-def _is_other_part(config: Any, part: str) -> bool:
-    return bool(PARTS.search(part)) and getattr(config, part, None) is not None
-
-
 def _looks_ahead(config: Any) -> bool:
     """Whether a family that exists with causal and with bidirectional attention is configured as the latter."""
     text = config.get_text_config()
@@ -98,8 +97,12 @@ def _looks_ahead(config: Any) -> bool:
     return both_ways in (True, "all") or getattr(text, "is_causal", None) is False
 
 
-def _types_of_weights(file: Path, name: str) -> list[str]:
-    """The dtype of each weight in a safetensors file. Raises UserError: the file is truncated or invalid."""
+def stored_tensors(file: Path, name: str) -> dict[str, Any]:
+    """`dtype`, `shape` and `data_offsets` of each tensor in a safetensors file of the model `name`, from its header.
+
+    Raises:
+        UserError: the file is truncated or invalid.
+    """
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -112,8 +115,7 @@ def _types_of_weights(file: Path, name: str) -> list[str]:
             wanted, what = None, f"{file.name} is no file of safetensors, or its header is cut off"
     if wanted != size:
         raise UserError(what, where=name, advice="fetch it again; the copy or download may have been cut short")
-    # Masks and positions, which older files contain as well, are no weights.
-    return [str(entry["dtype"]) for tensor, entry in tensors.items() if "weight" in tensor]
+    return tensors
 
 
 def _method(quantised: Any) -> str:

@@ -18,13 +18,13 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
 from prefold import ranks
+from prefold.device import choose_device, choose_dtype, is_half
 from prefold.errors import UserError
 from prefold.files import without_home
 from prefold.models.chat_format import fit_vocabulary
-from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch, is_hub_id, require_safetensors_on_hub, weight_files
 from prefold.models.gate import require_known_tokens, require_usable
-from prefold.models.messages import UNREADABLE, quiet, unreadable
+from prefold.models.messages import quiet, reading
 from prefold.models.quantised import UNPACKED, prepare_quantised, quantisation, quantise_in_pieces, quantised_bytes
 from prefold.models.score_head import set_up_head
 from prefold.models.tokenizer import has_tokenizer, load_tokenizer, tokenizer_of
@@ -39,11 +39,8 @@ NOTHING_AMISS: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mis
 
 def read_config(section: Model, folder: Path, **settings: Any) -> Any:
     """Raises UserError if the configuration in the folder cannot be read."""
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
-    except UNREADABLE as error:
-        raise unreadable("its configuration cannot be read", error, section.name) from None
+    with reading("its configuration cannot be read", section.name):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
 
 
 @returning_allocations()
@@ -77,27 +74,25 @@ def load_model(
     spread, device = None if device else section.device_map, device or choose_device()
     chosen = choose_dtype(dtype or section.dtype, device)
     bits = quantisation(section, chosen) if quantised else None
-    kind: Any = AutoModelForCausalLM if head_seed is None else AutoModelForSequenceClassification
-    config = read_config(section, folder, **({} if head_seed is None else {"num_labels": 1}))
-    require_usable(config, folder, section.name, scores=head_seed is not None)
+    scores = head_seed is not None
+    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    config = read_config(section, folder, **({"num_labels": 1} if scores else {}))
+    require_usable(config, folder, section.name, scores)
     if has_tokenizer(folder) and not section.chat_template:
         require_known_tokens(config, load_tokenizer(folder), folder, section.name)
     attention = plain_attention(section.attn_implementation, config)
     settings: dict[str, Any] = {"config": config, "dtype": chosen, "attn_implementation": attention}
-    if bits and contents:
-        quantise_in_pieces()
     if contents:
+        if bits:
+            quantise_in_pieces()
         placed = {"": device} if bits or (device.type != "cpu" and not sharded) else None
         # With a device map each tensor goes from its file to its device; on the CPU, without a cast, it stays mapped.
         settings |= {"device_map": spread or placed, "quantization_config": bits}
         settings["distributed_config"] = DistributedConfig(fsdp_size=ranks.processes()) if sharded else None
         with busy(f"loading {without_home(section.name)}"):
             model, report = _from_files(kind, folder, section.name, settings)
-    elif weight_files(folder):
-        model, report = _from_files(kind, folder, section.name, {**settings, "device_map": {"": "meta"}})
     else:
-        require_safetensors_on_hub(section.name, section.revision)
-        model, report = _from_configuration(kind, section.name, settings), NOTHING_AMISS
+        model, report = _shapes_alone(kind, folder, section, settings)
     if head_seed is not None:
         report = set_up_head(model, report, head_seed, section.name)
     _require_complete(report, section.name)
@@ -122,28 +117,25 @@ def _on_hub(section: Model) -> bool:
 
 def _from_files(kind: Any, folder: Path, name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A model with transformers' report about its tensors."""
-    try:
-        with quiet():
-            return kind.from_pretrained(  # type: ignore[no-any-return]
-                folder,
-                **settings,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # `_require_complete` names them
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (*UNREADABLE, AssertionError) as error:
-        raise unreadable("cannot be loaded", error, name) from None
+    with reading("cannot be loaded", name):
+        return kind.from_pretrained(  # type: ignore[no-any-return]
+            folder,
+            **settings,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # `_require_complete` names them
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
 
 
-def _from_configuration(kind: Any, name: str, settings: dict[str, Any]) -> Any:
-    """A model without contents, on the meta device."""
-    try:
-        with quiet(), torch.device("meta"):
-            return kind.from_config(**settings)
-    except (*UNREADABLE, AssertionError) as error:
-        raise unreadable("cannot be loaded", error, name) from None
+def _shapes_alone(kind: Any, folder: Path, section: Model, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The same on the meta device, without contents; if the weights have not been fetched, by the configuration."""
+    if weight_files(folder):
+        return _from_files(kind, folder, section.name, {**settings, "device_map": {"": "meta"}})
+    require_safetensors_on_hub(section.name, section.revision)
+    with reading("cannot be loaded", section.name), torch.device("meta"):
+        return kind.from_config(**settings), NOTHING_AMISS
 
 
 def prepare_forward(model: PreTrainedModel) -> PreTrainedModel:
@@ -158,7 +150,7 @@ def prepare_forward(model: PreTrainedModel) -> PreTrainedModel:
 
     without_dropout(model)
     embeddings: Any = model.get_input_embeddings()
-    if embeddings.weight.dtype in (torch.float16, torch.bfloat16):
+    if is_half(embeddings.weight.dtype):
         embeddings.register_forward_hook(widened)
     return cast(PreTrainedModel, model.eval())
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -29,11 +28,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefold.device import choose_device
 from prefold.errors import StageError
 from prefold.files import sha256_of, unfinished_folder
 from prefold.models.adapters import CONFIG, WEIGHTS, open_adapter
-from prefold.models.device import choose_device
 from prefold.models.fetch import fetch, weight_files
+from prefold.models.gate import stored_tensors
 from prefold.models.load import load_model
 from prefold.models.merged_files import Unmergeable, write_merged
 from prefold.models.messages import quiet
@@ -207,7 +207,7 @@ def _comparison(case: Case, device: torch.device) -> dict[str, Any]:
 
 def _logits_of_base(case: Case, device: torch.device) -> Logits:
     """Computed in float32 from the weights as they are stored; on a CPU they are mapped from their files."""
-    stored = _stored_dtype(case.base_files)
+    stored = _stored_dtype(case)
     model = load_model(case.base, dtype=stored, head_seed=case.head_seed, device=device)
     with in_float32(model):
         wanted = plain = rounded = logits_of(model, case.rows)
@@ -233,12 +233,10 @@ def _loaded_back(case: Case, device: torch.device) -> Iterator[PreTrainedModel]:
     free_memory()
 
 
-def _stored_dtype(files: Sequence[Path]) -> str:
-    """The dtype that most tensors are stored in."""
-    counted: Counter[str] = Counter()
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            counted.update(opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118  # no mapping
+def _stored_dtype(case: Case) -> str:
+    """The dtype that most tensors of the base are stored in."""
+    stored = (facts for file in case.base_files for facts in stored_tensors(file, case.base.name).values())
+    counted = Counter(facts["dtype"] for facts in stored)
     return {"BF16": "bfloat16", "F16": "float16"}.get(counted.most_common(1)[0][0], "float32")
 
 

@@ -19,6 +19,7 @@ UNREADABLE = (
     TypeError,
     RuntimeError,
     ImportError,
+    AssertionError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -41,9 +42,14 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def unreadable(what: str, error: Exception, where: str) -> UserError:
-    """The error for a model that transformers cannot read."""
-    if "trust_remote_code" in str(error):
-        what = f"{what}: it needs Python code of its own, which prefold does not run"
-        return UserError(what, where=where, expected="an architecture that transformers knows")
-    return UserError(f"{what}: {first_line(error)}", where=where)
+@contextmanager
+def reading(what: str, where: str, raised: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
+    """For reading a part of a model by transformers, quietly. Raises UserError: `what`, and why."""
+    try:
+        with quiet():
+            yield
+    except raised as error:
+        if "trust_remote_code" in str(error):
+            what = f"{what}: it needs Python code of its own, which prefold does not run"
+            raise UserError(what, where=where, expected="an architecture that transformers knows") from None
+        raise UserError(f"{what}: {first_line(error)}", where=where) from None

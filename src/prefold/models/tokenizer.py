@@ -14,7 +14,7 @@ from prefold.errors import UserError
 from prefold.files import read_json
 from prefold.models.chat_format import set_chat_format
 from prefold.models.fetch import fetch
-from prefold.models.messages import quiet, unreadable
+from prefold.models.messages import reading
 from prefold.recipe import Model
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model*", "*.tiktoken", "tekken.json")
@@ -27,19 +27,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not has_tokenizer(folder):
         what = "the model folder has no tokenizer"
         raise UserError(what, where=folder.name, expected=f"a file like {', '.join(VOCABULARY_FILES)}")
-    try:
-        if (config := folder / "config.json").is_file():
+    if (config := folder / "config.json").is_file():
+        with reading("its configuration cannot be read", folder.name):
             read_json(config)
-    except ValueError as error:
-        raise unreadable("its configuration cannot be read", error, folder.name) from None
-    try:
-        with quiet():
-            settings: Any = {"config": plain} if (plain := _plain_config(folder)) else {}
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, **settings, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # the tokenizers library raises plain `Exception` for a file that it cannot read
-        raise unreadable("its tokenizer cannot be loaded", error, folder.name) from None
+    # The tokenizers library raises plain `Exception` for a file that it cannot read.
+    with reading("its tokenizer cannot be loaded", folder.name, (Exception,)):
+        settings: Any = {"config": plain} if (plain := _plain_config(folder)) else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **settings, local_files_only=True, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

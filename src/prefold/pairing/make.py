@@ -25,7 +25,7 @@ from prefold.data.shapes import READ_IN_PAIRS, find_shape
 from prefold.data.votes import is_rating
 from prefold.errors import StageError, UserError
 from prefold.files import cache_folder, new_file, without_home
-from prefold.generation.endpoint import Endpoint, RemoteModel
+from prefold.generation.endpoint import Endpoint, RemoteModel, beside_messages
 from prefold.generation.journal import Journal
 from prefold.generation.samplers import LocalModel, Sampler, answers_of
 from prefold.generation.sampling import Sampling
@@ -256,13 +256,6 @@ def mean_scores(candidates: Sequence[Candidates], pairs: Sequence[tuple[Candidat
     }
 
 
-def beside_prompt(prompt: Prompt) -> dict[str, Any]:
-    """The columns for the prompt's arguments of the chat template: `tools` and `chat_template_kwargs`."""
-    kwargs = dict(prompt.template_kwargs)
-    tools = {"tools": kwargs.pop("tools")} if "tools" in kwargs else {}
-    return tools | ({"chat_template_kwargs": kwargs} if kwargs else {})
-
-
 def write_pairs(output: Path, pairs: Sequence[Chosen], with_scores: bool = True) -> None:
     as_text = all(len(prompt.prompt) == 1 and not holds_dialogue(prompt.prompt[0]["content"]) for prompt, _ in pairs)
     # Only the prompts' other columns can hold what UTF-8 cannot encode.
@@ -273,7 +266,7 @@ def write_pairs(output: Path, pairs: Sequence[Chosen], with_scores: bool = True)
                 row[side] = answer.text if as_text else [{"role": "assistant", "content": answer.text}]
             if with_scores:
                 row |= {"score_chosen": chosen.score, "score_rejected": rejected.score}
-            row |= beside_prompt(prompt)
+            row |= beside_messages(prompt)
             for name, value in prompt.columns.items():
                 # A column that would be read as part of the pair, or as its rating, gets another name.
                 taken = name in READ_IN_PAIRS or is_rating(name, value)

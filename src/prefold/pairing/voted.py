@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefold.data.conversion import to_records
-from prefold.data.preference import Message, Preference, Problem, Prompt, messages_key
+from prefold.data.preference import Preference, Problem, Prompt, messages_key
 from prefold.data.shapes import find_shape
 from prefold.data.sources import read_rows
 from prefold.errors import UserError
 from prefold.files import write_jsonl
-from prefold.pairing.make import Chosen, beside_prompt
+from prefold.generation.endpoint import beside_messages
+from prefold.pairing.make import Chosen
 from prefold.pairing.scores import Candidate, Candidates
 from prefold.recipe import Source, Values, make_section
 
@@ -27,7 +28,7 @@ def offer(path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidates
             "output_1": answers[0].text,
             "output_2": answers[1].text,
             "vote": None,
-            **beside_prompt(prompt),
+            **beside_messages(prompt),
         }
         for prompt, answers in zip(prompts, map(_offered, candidates), strict=True)
         if answers
@@ -60,7 +61,7 @@ def voted_pairs(
     for record in records:
         if not isinstance(record, Preference):
             continue
-        texts = [_text(answer) for answer in record.answers]
+        texts = [str(answer[-1]["content"]) for answer in record.answers]
         index, answers = offered.get((messages_key(record.prompt), frozenset(texts)), (-1, ()))
         where = str(record.origin)
         if index < 0:
@@ -82,7 +83,3 @@ def _offered(candidates: Candidates) -> tuple[Candidate, Candidate] | None:
     usable = [answer for answer in candidates if answer.text and answer.finished]
     different = list({answer.text: answer for answer in reversed(usable)}.values())[::-1]
     return (different[0], different[1]) if len(different) > 1 else None
-
-
-def _text(answer: Sequence[Message]) -> str:
-    return str(answer[-1]["content"])

@@ -6,13 +6,16 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefold.plan.meta_model import MetaModel
 from prefold.plan.passes import Lengths, Row
 from prefold.recipe import RecipeBase
 from prefold.trees.attention import heads_of
 from prefold.trees.budget import split_by_budget
+
+if TYPE_CHECKING:
+    from prefold.training.loop import StepOrder
 
 STEPS_READ = 2000
 """Most steps whose micro-batches are laid out; of a longer run, evenly spaced ones."""
@@ -54,20 +57,12 @@ def with_completions(recipe: RecipeBase, trees: Sequence[Lengths]) -> list[Lengt
     return [(tree[0], *([longest] * number)) for tree in trees] if number else list(trees)
 
 
-class StepOrder(Protocol):
-    """Indices of the trees of each optimizer step."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, step: int, /) -> Sequence[int]: ...
-
-
 @dataclass(frozen=True)
 class Steps:
     """The optimizer steps of a run. `sampled`: the real completions may be shorter than those of `trees`."""
 
     trees: Sequence[Lengths]
-    order: StepOrder
+    order: StepOrder | Sequence[Sequence[int]]
     sampled: bool = False
 
     def __iter__(self) -> Iterator[list[Lengths]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from prefold.device import choose_device
 from prefold.errors import UserError
 from prefold.launch import launched_here
 from prefold.memory import available, held, left_by_ulimit
-from prefold.models.device import choose_device
 from prefold.trees.memory import free_memory
 
 CUDA_BYTES = 750 * 2**20

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import Trainer
 
 from prefold.algorithms import Draws
+from prefold.device import is_half
 from prefold.errors import UserError
 from prefold.generation.engine import CACHE_BYTES, ROWS
 from prefold.generation.weights import SHARE
-from prefold.models.device import is_half
 from prefold.models.load import Loading, loading_peak, vocabulary_before
 from prefold.models.merge import TOKENS as COMPARED
 from prefold.models.merge import merge_dtype

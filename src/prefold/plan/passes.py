@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prefold.device import is_half
 from prefold.plan.meta_model import MetaModel, fake_tensors, move_to_cpu
 from prefold.trees.attention import BACKENDS, CHECKPOINTING, Shape, register, unwrapped, using_attention
 from prefold.trees.head import head_logprobs, head_of
@@ -162,7 +163,7 @@ class AllocatedBytes(TorchDispatchMode):
 
 def _on_gpu(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape: Shape) -> Tensor:
     """Variable-length attention in the dtype that a GPU computes it in."""
-    half = value.dtype if value.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    half = value.dtype if is_half(value.dtype) else torch.bfloat16
     states = (query.to(half), key.to(half), value.to(half))
     return BACKENDS["prefold_variable_length"](*states, trees, shape)
 

@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prefold.device import choose_device, choose_dtype
 from prefold.launch import launched
-from prefold.models.device import choose_device, choose_dtype
 from prefold.models.merge import merge_dtype
 from prefold.models.tokenizer import tokenizer_of
 from prefold.plan import timing
-from prefold.plan.flops import StepOrder, Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
+from prefold.plan.flops import Steps, Tokens, plain_size, scoring_flops, training_flops, with_completions
 from prefold.plan.machine import Machine, free_disk
 from prefold.plan.memory import Memory, Rows, number_of_prompts
 from prefold.plan.meta_model import MetaModel, config_of
@@ -30,6 +30,9 @@ from prefold.recipe.sections import in_steps
 from prefold.recipe.text import apply_override
 from prefold.trees.memory import CPU_TOKENS, budget_for
 from prefold.trees.self_check import obstacle, stretched_positions
+
+if TYPE_CHECKING:
+    from prefold.training.loop import StepOrder
 
 UNTIMED = ("tasks", "compare_with", "win_rate", "rounds")
 """Fields of `evaluate` whose time depends on the tasks, models or judge; and `rounds`, as the plan is of one round."""

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefold.device import choose_device
 from prefold.generation.engine import ROWS, LocalEngine
 from prefold.generation.sampling import Sampling
-from prefold.models.device import choose_device
 from prefold.models.quantised import prepare_quantised, quantisation
 from prefold.plan.flops import Tokens
 from prefold.plan.meta_model import MetaModel, QuantisedLinear

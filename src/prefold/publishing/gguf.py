@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefold import memory
+from prefold.device import choose_device, is_half
 from prefold.errors import StageError, UserError, first_line
 from prefold.files import new_folder, read_json, write_json
 from prefold.generation.opening import WORKING, open_model, stored_weights
-from prefold.models.device import choose_device, is_half
 from prefold.models.from_gguf import DAMAGED, FREQUENCIES, open_gguf, rope_divisors
 from prefold.models.load import load_model
 from prefold.models.merge import TOLERANCE as ROUNDING

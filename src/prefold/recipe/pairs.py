@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from prefold.errors import UserError
 from prefold.recipe.rewards import Concurrency, Timeout
-from prefold.recipe.sampling import MaxNewTokens, Sampling, Temperature
+from prefold.recipe.sampling import MaxLengthRatio, MaxNewTokens, MinMargin, Sampling, Temperature
 
 JUDGE = "judge"
 """Among the values of `reward`: a chat model scores the answers."""
@@ -31,10 +31,8 @@ class Pairs(Sampling):
     """No scores: the first model's answer is chosen, the second's rejected."""
     num_completions: int | None = Field(None, gt=0)
     """Answers per prompt and model: 4; with --prefer-first 1."""
-    min_margin: float = Field(0.0, ge=0)
-    """Smallest difference of a pair's scores."""
-    max_length_ratio: float | None = Field(None, ge=1)
-    """A pair's longer answer has at most so many times the characters of the shorter."""
+    min_margin: MinMargin = 0.0
+    max_length_ratio: MaxLengthRatio = None
     endpoint: Texts = []
     """Address of an OpenAI-compatible server that has the models; with two models, one for each, or `local`."""
     server: Texts = []

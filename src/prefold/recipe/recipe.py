@@ -64,6 +64,16 @@ class RecipeBase(Section):
             return f"{self.method}.max_completion_length", draws.max_completion_length, draws.num_generations
         return ("rounds.max_new_tokens", self.rounds.max_new_tokens, 2) if self.rounds else ("", 0, 0)
 
+    @property
+    def _beyond_plain_lora(self) -> dict[str, Any]:
+        """By field, what is trained besides the two factors of each LoRA layer."""
+        lora = self.lora if isinstance(self.lora, Lora) else Lora()
+        return {
+            "model.chat_template": self.model.chat_template,
+            "lora.use_dora": lora.use_dora,
+            "lora.modules_to_save": lora.modules_to_save,
+        }
+
     @model_validator(mode="before")
     @classmethod
     def an_adapter_brings_its_own_settings(cls, values: Any) -> Any:
@@ -89,20 +99,17 @@ class RecipeBase(Section):
 
     @model_validator(mode="after")
     def can_be_sharded(self) -> RecipeBase:
-        lora, kind = self.lora if isinstance(self.lora, Lora) else Lora(), self.algorithm.kind
+        kind = self.algorithm.kind
         barred = {
             "model.load_in_4bit": self.model.load_in_4bit,
             "model.load_in_8bit": self.model.load_in_8bit,
             "model.device_map": self.model.device_map,
-            "model.chat_template": self.model.chat_template,
-            "lora.use_dora": lora.use_dora,
-            "lora.modules_to_save": lora.modules_to_save,
+            **self._beyond_plain_lora,
             f"method: {self.method}": kind.scores,
             f"method: {self.method}` without servers in `generation": kind.samples and not self.generation.by_servers,
         }
-        given = [name for name, value in barred.items() if value]
-        if self.train.fsdp and given:
-            raise ValueError(f"`train.fsdp` does not go with `{given[0]}`; remove one of them")
+        if self.train.fsdp and (given := next((name for name, value in barred.items() if value), None)):
+            raise ValueError(f"`train.fsdp` does not go with `{given}`; remove one of them")
         return self
 
     @model_validator(mode="after")
@@ -118,15 +125,9 @@ class RecipeBase(Section):
         if not settings.kind.samples:
             what = f"`generation` would be ignored by `method: {self.method}`, which samples nothing"
             raise ValueError(f"{what}; remove it")
-        lora = self.lora if isinstance(self.lora, Lora) else Lora()
-        barred = {
-            "lora: none": self.lora == "none",
-            "lora.use_dora": lora.use_dora,
-            "lora.modules_to_save": lora.modules_to_save,
-            "model.chat_template": self.model.chat_template,
-        }
-        if given := [name for name, value in barred.items() if value]:
-            what = f"`{given[0]}` does not go with `generation.engine: vllm`"
+        barred = {"lora: none": self.lora == "none", **self._beyond_plain_lora}
+        if given := next((name for name, value in barred.items() if value), None):
+            what = f"`{given}` does not go with `generation.engine: vllm`"
             raise ValueError(f"{what}: servers are given the weights of plain LoRA layers; remove one of them")
         return self
 

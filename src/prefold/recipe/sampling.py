@@ -10,9 +10,20 @@ from prefold.recipe.section import Section
 
 MaxNewTokens = Annotated[int, Field(gt=0, description="Longest answer, in tokens.")]
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False, description="0 is greedy.")]
+TopP = Annotated[
+    float, Field(gt=0, le=1, description="Sample from the likeliest tokens that together have this probability.")
+]
+TopK = Annotated[int, Field(ge=0, description="Sample from this many of the likeliest tokens; 0 is off.")]
 MinP = Annotated[
     float,
     Field(ge=0, le=1, description="Leave out tokens below this share of the likeliest one's probability; 0 is off."),
+]
+
+# Of the pairs that are made of sampled answers.
+MinMargin = Annotated[float, Field(ge=0, description="Smallest difference of a pair's scores.")]
+MaxLengthRatio = Annotated[
+    float | None,
+    Field(ge=1, description="A pair's longer answer has at most so many times the characters of the shorter."),
 ]
 
 
@@ -21,10 +32,8 @@ class Sampling(Section):
     """System message before each prompt; unset: what the prompt or the chat template brings."""
     max_new_tokens: MaxNewTokens = 256
     temperature: Temperature = 0.0
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that together have this probability."""
-    top_k: int = Field(0, ge=0)
-    """Sample from this many of the likeliest tokens; 0 is off."""
+    top_p: TopP = 1.0
+    top_k: TopK = 0
     min_p: MinP = 0.0
     seed: int = Field(42, ge=0)
     """Seed of the sampling."""

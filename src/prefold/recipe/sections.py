@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from prefold.errors import did_you_mean
 from prefold.recipe.rewards import EndpointJudge, WinRate, without_password
-from prefold.recipe.sampling import MaxNewTokens, MinP, Sampling
+from prefold.recipe.sampling import MaxLengthRatio, MaxNewTokens, MinMargin, MinP, Sampling, TopK, TopP
 from prefold.recipe.section import Section
 from prefold.recipe.values import Values
 from prefold.recipe.where import Where
@@ -251,10 +251,6 @@ UNUSABLE = {
 """Optimizers of transformers that cannot work here, by the beginning of their names."""
 
 
-def _unusable(optimizer: str) -> str:
-    return next((why for name, why in UNUSABLE.items() if optimizer.startswith(name)), "")
-
-
 def in_steps(value: int | float, steps: int) -> int:
     """`value` as a number of steps: below 1 it is a share of all `steps`, rounded up as in transformers."""
     return math.ceil(value * steps) if value < 1 else int(value)
@@ -326,7 +322,8 @@ class Train(Section):
     @field_validator("optim", "lr_scheduler_type")
     @classmethod
     def known_to_transformers(cls, value: str, info: ValidationInfo) -> str:
-        if info.field_name == "optim" and (why := _unusable(value)):
+        why = next((why for name, why in UNUSABLE.items() if value.startswith(name)), "")
+        if why and info.field_name == "optim":
             raise ValueError(f"`{value}` {why}; take another, such as `adamw_torch` or `adamw_bnb_8bit`")
         known = SCHEDULERS if info.field_name == "lr_scheduler_type" else OPTIMIZERS
         if value not in known:
@@ -492,15 +489,11 @@ class Rounds(Section):
     max_new_tokens: MaxNewTokens = 256
     temperature: float = Field(0.8, gt=0, allow_inf_nan=False)
     """Sampling temperature; at 0 all answers to a prompt would be the same."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that together have this probability."""
-    top_k: int = Field(0, ge=0)
-    """Sample from this many of the likeliest tokens; 0 is off."""
+    top_p: TopP = 1.0
+    top_k: TopK = 0
     min_p: MinP = 0.0
-    min_margin: float = Field(0.0, ge=0)
-    """Smallest difference of a pair's scores."""
-    max_length_ratio: float | None = Field(None, ge=1)
-    """A pair's longer answer has at most so many times the characters of the shorter."""
+    min_margin: MinMargin = 0.0
+    max_length_ratio: MaxLengthRatio = None
     reference: Literal["last", "base"] = "last"
     """The reference of each round: the model that it starts from, which the `last` round left, or the `base`, which the
     first round starts from."""

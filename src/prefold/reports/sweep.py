@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 
+from prefold.errors import joined
 from prefold.files import write_text
 from prefold.reports.numbers import NARROW_SPACE, change, counted, decimals, ends, finite, p_value, score
 from prefold.reports.run_files import Values, as_list, cleaned, objects, read_run, section
@@ -19,7 +20,6 @@ from prefold.reports.terminal_tables import STYLES, indented, plain, tasks_table
 from prefold.reports.verdict import Line, Verdict, change_sentence, overall
 
 PAGE = "sweep.html"
-CHANCE = 0.5
 NAMED = 3
 """Runs that a sentence names."""
 CONFIRM = "Before you rely on it, measure it on data that did not choose it"
@@ -88,7 +88,7 @@ def verdict(sweep: Values) -> Verdict:
 
 def _ranking(tied: Sequence[str], highest: str, as_good: bool, runs: int, metric: str) -> str:
     if tied:
-        which = ("both" if runs == 2 else "all") if len(tied) == runs else _listed(tied)
+        which = ("both" if runs == 2 else "all") if len(tied) == runs else _named(tied)
         return f"No best of {runs}: {which} have the same held-out {metric}"
     return f"No clear best of {runs}: {highest} is the highest" if as_good else f"Best of {runs}: {highest}"
 
@@ -97,7 +97,7 @@ def _sentence(facts: Values) -> str:
     """The change of a run; a reward model, which has no score before training, is compared with chance."""
     if finite(facts.get("before")) is not None:
         return f"held-out {_metric(facts)} {change_sentence(facts)}"
-    return f"held-out {_metric(facts)} against chance {change_sentence({**facts, 'before': CHANCE})}"
+    return f"held-out {_metric(facts)} against chance {change_sentence({**facts, 'before': 0.5})}"
 
 
 def _without_best(sweep: Values) -> str:
@@ -131,12 +131,11 @@ def _others(sweep: Values, tied: int) -> list[Line]:
     if not alike:
         return [Line("better", "Better than each of the others, after correction for all comparisons")]
     highest = "them" if tied else "it"
-    return [Line("unclear", f"{_units(sweep)} do not show {highest} to be better than {_listed(alike)}")]
+    return [Line("unclear", f"{_units(sweep)} do not show {highest} to be better than {_named(alike)}")]
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = list(map(_spaced, names[:NAMED])) + ([f"{len(names) - NAMED} more"] if len(names) > NAMED else [])
-    return " and ".join(filter(None, ["; ".join(shown[:-1]), shown[-1]]))
+def _named(runs: Sequence[str]) -> str:
+    return joined(list(map(_spaced, runs)), NAMED, "; ")
 
 
 def _units(sweep: Values) -> str:

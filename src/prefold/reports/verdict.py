@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from prefold.errors import joined
 from prefold.reports.held_out import accuracy_digits, comparison_of
 from prefold.reports.numbers import (
     MINUS,
@@ -105,9 +106,8 @@ def _verdict_on(subjects: dict[str, Values], lines: Sequence[Line]) -> Verdict:
 
 
 def _listed(names: Sequence[str]) -> str:
-    if len(names) > NAMES_SHOWN + 1:
-        names = [*names[:NAMES_SHOWN], f"{len(names) - NAMES_SHOWN} more"]
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    # "1 more" takes no less space than its name.
+    return joined(names, NAMES_SHOWN if len(names) > NAMES_SHOWN + 1 else len(names))
 
 
 # ---- held-out data ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 
 from prefold.data.preference import Message
-from prefold.generation.endpoint import Endpoint
+from prefold.generation.endpoint import Endpoint, as_text
 from prefold.generation.http import Refused, in_parallel
 from prefold.generation.journal import Journal, key_of
 
@@ -50,8 +50,7 @@ class Judge:
 
     @classmethod
     def at(cls, endpoint: Endpoint, cache: Path) -> Judge:
-        (cache / "judge").mkdir(parents=True, exist_ok=True)
-        return cls(endpoint, Journal(cache / "judge" / f"{key_of(endpoint.url, endpoint.model)}.jsonl"))
+        return cls(endpoint, endpoint.replies(cache / "judge"))
 
     def all_shares(
         self, groups: Sequence[tuple[Sequence[Message], Sequence[str]]], workers: int
@@ -88,8 +87,7 @@ class Judge:
         return [count / (len(completions) - 1) for count in won]
 
     def _verdict(self, prompt: Sequence[Message], first: str, second: str) -> int:
-        conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-        question = _QUESTION.format(conversation=conversation, first=first, second=second)
+        question = _QUESTION.format(conversation=as_text(prompt), first=first, second=second)
         key = key_of(question)
         if key not in self.replies:
             messages = [Message(role="user", content=question)]

@@ -15,11 +15,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from prefold import memory
 from prefold.data.chat import require_chat_template
 from prefold.data.preference import Message
-from prefold.errors import UserError, first_line
+from prefold.device import choose_device, choose_dtype
+from prefold.errors import UserError
 from prefold.generation.opening import how_to_keep
-from prefold.models.device import choose_device, choose_dtype
 from prefold.models.fetch import fetch
-from prefold.models.messages import UNREADABLE, quiet
+from prefold.models.messages import reading
 from prefold.models.tokenizer import load_tokenizer
 from prefold.plan.machine import Machine
 from prefold.recipe import Model
@@ -75,19 +75,16 @@ def _load(name: str, contents: bool = True) -> tuple[PreTrainedModel, PreTrained
     if contents:
         machine = Machine.here(device.type)
         memory.require(f"the reward model {name}", how_to_keep(Model(name=name), machine).needed, machine.memory)
-    try:
-        with quiet():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=choose_dtype("auto", device),
-                device_map={"": device if contents else "meta"},
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except UNREADABLE as error:
-        raise UserError(f"cannot be loaded as a reward model: {first_line(error)}", where=name) from None
+    with reading("cannot be loaded as a reward model", name):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=choose_dtype("auto", device),
+            device_map={"": device if contents else "meta"},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     if missing := sorted(report["missing_keys"]):
         # A head that is missing from the files would be initialised at random.
         raise UserError(f"is not a reward model: its weights lack {missing[0]}", where=name, expected=_ONE_LOGIT)

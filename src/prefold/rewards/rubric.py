@@ -17,7 +17,7 @@ from typing import Any
 
 from prefold.data.preference import Message
 from prefold.files import cache_folder
-from prefold.generation.endpoint import Endpoint
+from prefold.generation.endpoint import Endpoint, as_text
 from prefold.generation.http import in_parallel
 from prefold.generation.journal import Journal, key_of
 from prefold.recipe import rewards as settings
@@ -62,9 +62,7 @@ class Rubric:
 
     @cached_property
     def _replies(self) -> Journal:
-        folder = cache_folder() / "rubric"
-        folder.mkdir(parents=True, exist_ok=True)
-        return Journal(folder / f"{key_of(self._endpoint.url, self._endpoint.model)}.jsonl")
+        return self._endpoint.replies(cache_folder() / "rubric")
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
         """Raises NotNumbers: the model does not reply as the schema says; UserError: the endpoint fails."""
@@ -76,7 +74,9 @@ class Rubric:
                 what = f"got no reply in its JSON schema in {TRIES} tries; the last one: {reply!r}"
                 advice = "take a model and a server that follow JSON schemas, or set `on_error: skip`"
                 raise NotNumbers(f"{what}\n  to do: {advice}", keys.index(key))
-        return [self._score(self._replies[key]["met"]) for key in keys]
+        weights, all_met = self._weights.items(), [self._replies[key]["met"] for key in keys]
+        total = math.fsum(self._weights.values())
+        return [math.fsum(weight for name, weight in weights if met[name]) / total for met in all_met]
 
     def cost(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> dict[str, int]:
         """What these scores have cost, in this run or an earlier one: `calls`, `prompt_tokens`, `completion_tokens`."""
@@ -87,11 +87,7 @@ class Rubric:
 
     def _questions(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[str]:
         return [
-            _QUESTION.format(
-                conversation="\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt),
-                answer=completion,
-                criteria=self._criteria,
-            )
+            _QUESTION.format(conversation=as_text(prompt), answer=completion, criteria=self._criteria)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
 
@@ -123,7 +119,3 @@ class Rubric:
         if not isinstance(met, dict) or met.keys() != self._weights.keys():
             return None
         return met if all(isinstance(value, bool) for value in met.values()) else None
-
-    def _score(self, met: dict[str, bool]) -> float:
-        weights = self._weights
-        return math.fsum(weight for name, weight in weights.items() if met[name]) / math.fsum(weights.values())

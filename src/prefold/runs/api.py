@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prefold import ranks
-from prefold.errors import StageError, UserError
+from prefold.errors import StageError, UserError, first_line
 from prefold.files import read_json
 from prefold.publishing import publish as publishing
 from prefold.publishing.publish import require_section
@@ -26,7 +26,7 @@ from prefold.runs.fingerprints import record_failure, record_inputs, say_changes
 from prefold.runs.folder import open_run_folder
 from prefold.runs.limits import require_memory
 from prefold.runs.rounds import ROUNDS, perform_rounds
-from prefold.runs.stages import Stage, examined, stages_of
+from prefold.runs.stages import Stage, passed_check, stages_of
 from prefold.terminal import say
 from prefold.training.record import record_stage, restart_peaks
 from prefold.trees.memory import arrange_allocations, is_out_of_memory
@@ -117,7 +117,7 @@ def perform_all(run: Run, *, until: str | None = None, fresh: bool = False) -> P
     """Perform the stages that are not done, up to and including `until`; returns the run folder."""
     if fresh and ranks.is_first() and (run.folder / "recipe.yaml").is_file():
         with ranks.alone():
-            examined(run)  # before the existing run is removed
+            passed_check(run)  # before the existing run is removed
     with open_run_folder(run.recipe, fresh) if ranks.is_first() else nullcontext(run.folder) as folder:
         stages = stages_of(run.recipe)
         names = [stage.name for stage in stages]
@@ -167,7 +167,7 @@ def _perform(stage: Stage, run: Run) -> None:
             record_failure(run.folder, run.recipe, error)
         if not is_out_of_memory(error):
             raise
-        raise StageError(f"out of memory: the model itself does not fit ({str(error).splitlines()[0]})") from None
+        raise StageError(f"out of memory: the model itself does not fit ({first_line(error)})") from None
     if ranks.is_first():
         record_inputs(run.folder, run.recipe, stage.name, ended=True)
     record_stage(run.folder, stage.name, time.perf_counter() - started)

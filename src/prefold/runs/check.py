@@ -166,7 +166,7 @@ def examine(run: Run, reference: bool = False, device_memory: int | None = None,
         with loading():
             from prefold.runs import examination
     if known is None:
-        known = examination.examined(run, device_memory, measure)
+        known = examination.findings_and_plan(run, device_memory, measure)
         remembered.write(key, known)
     elif others:
         examination.require_others(run)

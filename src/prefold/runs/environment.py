@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prefold.models.device import choose_device
+from prefold.device import choose_device
 
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from prefold import ranks
 from prefold.data.preference import Message
+from prefold.errors import counted
 from prefold.evaluation.contamination import questions_in
 from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.task_comparison import compare_tasks
@@ -72,8 +73,7 @@ def _measured_before(run: Run, measuring: Measuring) -> Any:
 
 def _evaluate_tasks(run: Run, tasks: Sequence[OpenTask], in_16_bits: bool) -> None:
     folder, settings = run.folder / "evaluation", run.recipe.evaluate
-    number = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
-    say(f"  {number}, chat template {'applied' if settings.apply_chat_template else 'off'}")
+    say(f"  {counted(len(tasks), 'task')}, chat template {'applied' if settings.apply_chat_template else 'off'}")
     trained_on = questions_in(run.prepared.train.records, tasks, settings.limit)
     merged = run.recipe.model.whole(run.folder / "merged")
     before = measure_model(run.recipe.model, tasks, settings, "before", in_16_bits=in_16_bits)

@@ -27,7 +27,7 @@ PAIRS_SCORED = 128
 """Enough to know an accuracy to within 9 percentage points."""
 
 
-def examined(run: Run, device_memory: int | None, measure: bool) -> tuple[list[Finding], Plan]:
+def findings_and_plan(run: Run, device_memory: int | None, measure: bool) -> tuple[list[Finding], Plan]:
     """Findings about model, data and recipe together, and the plan; arguments as in `check.examine`.
 
     Raises:
@@ -40,7 +40,7 @@ def examined(run: Run, device_memory: int | None, measure: bool) -> tuple[list[F
         tasks_of(run)
     require_ready(recipe)
     require_openable(run)
-    findings = limits.examined(run, shapes, order_of(recipe, len(run.prepared.train)))
+    findings = limits.findings_of(run, shapes, order_of(recipe, len(run.prepared.train)))
     with busy("planning" if not measure else "planning, and timing this machine"):
         return findings, limits.plan_of(run, device_memory, measure)
 

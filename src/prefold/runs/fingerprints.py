@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from prefold.data.mixture import Prepared
 from prefold.data.preference import RowId
 from prefold.data.sources import named_files, read_rows
-from prefold.errors import UserError, counted
+from prefold.errors import UserError, counted, joined
 from prefold.evaluation.task_files import task_files
 from prefold.files import digest_of, read_json, without_home, write_json
 from prefold.models.fetch import is_hub_id
@@ -230,7 +230,10 @@ def _in_words(field: str, was: Mapping[str, str], now: Input, recipe: RecipeBase
         ("is gone", "are gone"): [name for name in was if name not in files],
         ("is new", "are new"): [name for name in files if name not in was],
     }
-    parts = [f"{_listed(now.root, names)} {fate[len(names) > 1]}" for fate, names in by_fate.items() if names]
+    parts = []
+    for fate, names in by_fate.items():
+        if paths := [os.path.normpath(os.path.join(now.root, name)) for name in names]:
+            parts.append(f"{joined(paths, SHOWN)} {fate[len(paths) > 1]}")
     return "; ".join(parts)
 
 
@@ -248,13 +251,6 @@ def _rows_in_words(field: str, recipe: RecipeBase, folder: Path) -> str:
             return f" has other rows than when this run read it, {before:,} as before"
         return f": {counted(before, 'row')} when this run read it, {after:,} now"
     return ""
-
-
-def _listed(root: str, names: Sequence[str]) -> str:
-    shown = [os.path.normpath(os.path.join(root, name)) for name in names[:SHOWN]]
-    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    *first, last = [*shown, *more]
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def require_unchanged(recipe: RecipeBase, folder: Path) -> None:

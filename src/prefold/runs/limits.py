@@ -5,19 +5,17 @@ What cannot be computed is refused; what can be, but is hardly intended, becomes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from prefold import memory
 from prefold.data.chat import render
-from prefold.data.examples import Examples
 from prefold.data.findings import ROWS_SHOWN, Finding
-from prefold.data.preference import RowId, Unfit
+from prefold.data.preference import Unfit
+from prefold.device import choose_device
 from prefold.errors import UserError, counted, first_line
 from prefold.files import read_json
-from prefold.models.device import choose_device
 from prefold.models.gate import beyond_rows, require_positions, rotary_positions
 from prefold.plan.machine import Machine
 from prefold.plan.plan import Plan
@@ -31,7 +29,7 @@ from prefold.trees.attention import unwrapped
 from prefold.trees.logprobs import router_coefficient
 
 
-def examined(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
+def findings_of(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
     """Findings about model, data and recipe together; `shapes` is the model without its weights.
 
     Raises:
@@ -40,7 +38,9 @@ def examined(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
     """
     prepared, model = run.prepared, unwrapped(shapes)
     for examples in (prepared.train, prepared.held_out):
-        _require_known_tokens(run, examples, model.config.get_text_config().vocab_size)
+        (token, index), rows = examples.largest_token(), model.config.get_text_config().vocab_size
+        if token >= rows:
+            raise beyond_rows(token, run.tokenizer, rows, str(examples.origins[index]))
     about_model = [*_about_positions(run, model), *_about_objective(run, model)]
     return [*about_model, *_about_steps(run, len(order)), *_about_rounds(run)]
 
@@ -86,15 +86,6 @@ def require_memory(run: Run, stage: str) -> None:
         memory.require(where, plan.host, memory.available())
 
 
-# ---- data -------------------------------------------------------------------------------------------------------
-
-
-def _require_known_tokens(run: Run, examples: Examples, rows: int) -> None:
-    token, index = examples.largest_token()
-    if token >= rows:
-        raise beyond_rows(token, run.tokenizer, rows, str(examples.origins[index]))
-
-
 # ---- lengths ----------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +108,11 @@ def _about_positions(run: Run, model: Any) -> list[Finding]:
             model, length, f"prompt {number} of `evaluate` and its answer", "lower `evaluate.max_new_tokens`"
         )
         longest = max(longest, length)
-    return [_beyond_positions(longest, limit, beyond)] if limit and longest > limit else []
+    if not limit or longest <= limit:
+        return []
+    message = f"sequences of up to {longest:,} tokens, and the model is made for {limit:,} positions, scaling included"
+    advice = "lower `data.max_length`, or take a model for longer texts: beyond them it has learnt nothing"
+    return [Finding("beyond_positions", "warning", len(beyond), tuple(beyond[:ROWS_SHOWN]), message, advice)]
 
 
 def _questions(run: Run) -> list[list[int]]:
@@ -135,12 +130,6 @@ def _questions(run: Run) -> list[list[int]]:
             what, where = f"the chat template refuses it: {first_line(error)}", f"prompt {number} of `evaluate`"
             raise UserError(what, where=where, advice="change the prompt, or leave it out") from None
     return ids
-
-
-def _beyond_positions(longest: int, limit: int, rows: Sequence[RowId]) -> Finding:
-    message = f"sequences of up to {longest:,} tokens, and the model is made for {limit:,} positions, scaling included"
-    advice = "lower `data.max_length`, or take a model for longer texts: beyond them it has learnt nothing"
-    return Finding("beyond_positions", "warning", len(rows), tuple(rows[:ROWS_SHOWN]), message, advice)
 
 
 # ---- steps and objective ----------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ Two runs are compared on what they share: pairs and prompts are matched by their
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from prefold.data.preference import messages_key
-from prefold.errors import UserError
-from prefold.evaluation.paired import beyond_half, estimate
+from prefold.errors import UserError, unique
+from prefold.evaluation.paired import beyond_half, estimate, measured_facts
 from prefold.files import read_json, read_jsonl, without_home
 from prefold.recipe import RecipeBase
 from prefold.runs.fingerprints import files_read
@@ -76,18 +75,9 @@ def _compared(what: str, first: Measured, second: Measured) -> dict[str, Any] | 
     before, after = before[known], after[known]
     if not known.any():
         return f"no {unit} that is the same in both has a value in both"
-    shares, n = first.metric != "reward", len(before)
     difference = beyond_half(after) if first.even else estimate(before, after)
-    return {
-        "metric": first.metric,
-        "shares": shares,
-        "before": float(before.mean()),
-        "after": float(after.mean()),
-        **difference.facts(n, unit, shares),
-        "n": n,
-        "unit": unit,
-        "asked": [len(first.values), len(second.values)],
-    }
+    facts = measured_facts(first.metric, unit, before, after, difference)
+    return facts | {"asked": [len(first.values), len(second.values)]}
 
 
 def _held_out(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured]:
@@ -110,8 +100,8 @@ def _held_out(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
         cut = (data.max_length, data.max_prompt_length) if data.overlong == "truncate_prompt" else None
         settings["lengths that prompts are cut to"] = cut
     has_keys, even = "key" in lines[0], kind.scores and when == "before"
-    keys = _unique(line.get("key") or fingerprints["held_out"] for line in lines)
-    values = [0.5 if even else _number(line[when]) for line in lines]
+    keys = unique(line.get("key") or fingerprints["held_out"] for line in lines)
+    values = [0.5 if even else np.nan if line[when] is None else float(line[when]) for line in lines]
     what = PROMPTS if kind.samples else PAIRS
     return {
         what: Measured(
@@ -132,7 +122,11 @@ def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
     if outcomes is None:
         return {WIN_RATE: Measured("win rate", {}, settings, even, has_keys=False)}
     # The answers before training are part of the key: a preference over other answers is another measurement.
-    keys = _unique(_digest([*sample["prompt"], *_as_messages(sample["before"])]) for sample in samples)
+    shown = [
+        [*sample["prompt"], *({"role": "assistant", "content": answer} for answer in sample["before"])]
+        for sample in samples
+    ]
+    keys = unique(blake2b(messages_key(each).encode(), digest_size=16).hexdigest() for each in shown)
     known = [[outcome for outcome in of_prompt if outcome is not None] for of_prompt in outcomes]
     values = [(0.5 if even else float(np.mean(of_prompt))) if of_prompt else np.nan for of_prompt in known]
     return {WIN_RATE: Measured("win rate", dict(zip(keys, values, strict=True)), settings, even)} if keys else {}
@@ -140,25 +134,3 @@ def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return read_jsonl(path) if path.is_file() else []
-
-
-def _number(value: float | None) -> float:
-    return np.nan if value is None else float(value)
-
-
-def _as_messages(answers: Iterable[str]) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": answer} for answer in answers]
-
-
-def _digest(messages: list[Any]) -> str:
-    return blake2b(messages_key(messages).encode(), digest_size=16).hexdigest()
-
-
-def _unique(keys: Iterable[str]) -> list[str]:
-    """The keys, made unique by a number behind the second and further occurrences."""
-    seen: Counter[str] = Counter()
-    unique = []
-    for key in keys:
-        seen[key] += 1
-        unique.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
-    return unique

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from prefold.device import choose_device, choose_dtype
 from prefold.files import write_json
-from prefold.models.device import choose_device, choose_dtype
 from prefold.models.merge import merge_adapter, merge_dtype, remarks
 from prefold.models.provenance import provenance
 from prefold.models.score_head import pad_apart

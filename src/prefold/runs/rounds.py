@@ -27,7 +27,7 @@ from prefold import ranks
 from prefold.data.examples import prompts_of
 from prefold.data.preference import Prompt
 from prefold.errors import StageError, UserError, counted
-from prefold.evaluation.paired import Difference, beyond_half, estimate, mean_interval
+from prefold.evaluation.paired import beyond_half, estimate, mean_interval, measured_facts
 from prefold.evaluation.win_rate import EndpointCompares, measure_win_rate, open_judge
 from prefold.files import locked, read_json, remove, require_writable, without_home, write_json
 from prefold.generation.journal import Journal
@@ -43,7 +43,7 @@ from prefold.rewards.scoring import LoadedReward, column_names, costs_of
 from prefold.runs.context import Run
 from prefold.runs.folder import by_dotted_path
 from prefold.runs.opened import loaded_rewards
-from prefold.runs.stages import examined, say_warnings
+from prefold.runs.stages import passed_check, say_warnings
 from prefold.terminal import say
 from prefold.trees.memory import free_memory
 
@@ -70,7 +70,8 @@ class ByRewards:
         known = np.isfinite(was) & np.isfinite(became)
         if not known.any():
             raise StageError("the rewards say nothing about the answers to any held-out prompt")
-        return _facts("reward", was[known], became[known], estimate(was[known], became[known]))
+        was, became = was[known], became[known]
+        return measured_facts("reward", "prompt", was, became, estimate(was, became))
 
     def cost(self, prompts: Sequence[Prompt], candidates: Sequence[Candidates]) -> Facts:
         return costs_of(self.rewards, rows_of(prompts, candidates))
@@ -98,26 +99,13 @@ class ByJudge:
         if not len(wins):
             raise StageError("the judge compared the answers to none of the held-out prompts")
         alone = {name: measured[name] for name in ("length_controlled", "left_out")}
-        return _facts("win rate", np.full(len(wins), 0.5), wins, beyond_half(wins)) | alone
+        return measured_facts("win rate", "prompt", np.full(len(wins), 0.5), wins, beyond_half(wins)) | alone
 
     def cost(self, prompts: Sequence[Prompt], candidates: Sequence[Candidates]) -> Facts:
         return {}
 
 
 Scorer = ByRewards | ByJudge
-
-
-def _facts(metric: str, before: Any, after: Any, difference: Difference) -> Facts:
-    shares, number = metric != "reward", len(after)
-    return {
-        "metric": metric,
-        "shares": shares,
-        "before": float(before.mean()),
-        "after": float(after.mean()),
-        **difference.facts(number, "prompt", shares),
-        "n": number,
-        "unit": "prompt",
-    }
 
 
 def mean_reward(candidates: Candidates) -> float | None:
@@ -167,15 +155,8 @@ class RoundsRun:
     def answers(self, number: int, prompts: Sequence[Prompt], seed: int, scored: bool = True) -> list[Candidates]:
         """Answers of the model after `number` rounds, with scores if `scored`; empty answers are included."""
         rounds = self.rounds
-        sampling = Sampling(
-            max_new_tokens=rounds.max_new_tokens,
-            num_answers=rounds.num_completions,
-            temperature=rounds.temperature,
-            top_p=rounds.top_p,
-            top_k=rounds.top_k,
-            min_p=rounds.min_p,
-            seed=seed,
-        )
+        how = rounds.temperature, rounds.top_p, rounds.top_k, rounds.min_p
+        sampling = Sampling(rounds.max_new_tokens, rounds.num_completions, *how, seed)
         sampler = LocalModel(f"round {number}" if number else "the base", sampling, self.model(number))
         (self.folder / ANSWERS).mkdir(exist_ok=True)
         work = Journal(self.folder / ANSWERS / f"{number}.jsonl")
@@ -274,7 +255,7 @@ def perform_rounds(run: Run, perform_run: Callable[[Run], Path], fresh: bool = F
     if ranks.processes() > 1:
         what = f"answers are sampled in one process, and {ranks.processes()} were started"
         raise UserError(what, where="`rounds`", advice="leave `--nproc` out")
-    say_warnings(examined(run))
+    say_warnings(passed_check(run))
     made = RoundsRun(run)
     with _own_folder(run.recipe, fresh):
         seed = run.recipe.train.seed

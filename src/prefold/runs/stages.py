@@ -73,7 +73,7 @@ def stages_of(recipe: RecipeBase) -> list[Stage]:
     ]
 
 
-def examined(run: Run) -> CheckReport:
+def passed_check(run: Run) -> CheckReport:
     """Check the run, with its base model fetched. Raises UserError or StageError: it cannot be performed."""
     model = run.recipe.model
     if not weight_files(fetch(model.name, model.revision, weights=False)):
@@ -91,7 +91,7 @@ def say_warnings(report: CheckReport) -> None:
 
 
 def _check(run: Run) -> None:
-    report = examined(run)
+    report = passed_check(run)
     say_warnings(report)
     for line in in_two_lines(report.plan.as_json()):
         say(f"  {line}")

@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from prefold import ranks
 from prefold.data.examples import Examples, prompts_of
 from prefold.data.mixture import Prepared
+from prefold.device import choose_device, choose_dtype
 from prefold.errors import StageError, UserError, counted
 from prefold.files import cache_folder, new_file, new_folder
 from prefold.generation.servers import Servers
-from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import trainable_parameters
 from prefold.models.merge import logits_of
 from prefold.models.tokenizer import tokenizer_of
@@ -50,7 +50,6 @@ from prefold.training.saved_state import save_weights
 from prefold.training.served import ServedCompletions
 from prefold.training.trackers import send_completions, trackers
 from prefold.trees.memory import free_memory
-from prefold.trees.packing import TokenTree
 from prefold.trees.reference import Reference
 from prefold.trees.scorer import Scorer, can_be_reference
 
@@ -77,12 +76,15 @@ def train(run: Run) -> None:
 
 def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     algorithm, folder = recipe.algorithm, recipe.run_folder
-    model = _policy(recipe)
-    scorer = scorer_of(recipe, model, prepared.train, choose_dtype(recipe.model.dtype, choose_device()))
-    _require_packing(scorer)
+    model, dtype = _policy(recipe), choose_dtype(recipe.model.dtype, choose_device())
+    scorer = scorer_of(recipe, model, prepared.train, dtype)
+    if scorer.sharded and not scorer.packed:
+        raise StageError(f"`train.fsdp` needs a model whose trees can be packed; here: {scorer.reason}")
     checkpoint = _last_checkpoint(recipe)
     done, order = step_of(checkpoint), order_of(recipe, len(prepared.train))
-    reference = _reference(recipe, scorer, prepared.train.trees)
+    reference = None
+    if algorithm.needs_reference and not algorithm.draws:
+        reference = Reference(scorer, prepared.train.trees, cache_folder(), dtype)
     stored = None if algorithm.draws else _tree_set(recipe, prepared.train, reference)
     held_out = None
     if stored and recipe.train.eval_steps:
@@ -96,14 +98,16 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         _callbacks(recipe, reference) as callbacks,
         progress_bar("train", len(order), done) as advance,
     ):
-        record, drawn_by = StepRecord(folder, done, advance), partial(_sampled_trees, recipe)
+        record = StepRecord(folder, done, advance)
         loop = TrainingLoop(
             algorithm,
             scorer,
-            StoredTrees(stored, order) if stored else drawn_by(scorer, prepared.train, order, record, served),
+            StoredTrees(stored, order)
+            if stored
+            else _sampled_trees(recipe, scorer, prepared.train, order, record, served, dtype),
             order,
             record,
-            _guards(recipe, record, done, order, prepared),
+            _guards(recipe, record, done, order, prepared, dtype),
             training_arguments(recipe, len(order)),
             held_out,
             recipe.train.early_stopping_patience,
@@ -113,7 +117,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
             say(f"  going on after step {done}")
         loop.train(checkpoint)
     if ranks.is_first() and (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
-        _keep_logits(recipe, model, compared_rows(recipe, prepared.train))
+        _keep_logits(recipe, model, compared_rows(recipe, prepared.train), dtype)
     target = folder / ("trained" if recipe.lora == "none" else "adapter")
     with new_folder(target) if ranks.is_first() else nullcontext(target) as aside:
         save_weights(model, aside)
@@ -123,21 +127,12 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     free_memory()
 
 
-def _keep_logits(recipe: RecipeBase, model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> None:
+def _keep_logits(recipe: RecipeBase, model: Any, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
     """Save the logits that the merged model, made of the unquantised base, will be compared with."""
-    device = choose_device()
-    dtype = choose_dtype(recipe.model.dtype, device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
         logits = logits_of(model, rows)
     with new_file(recipe.run_folder / TRAINED_LOGITS) as aside:
         save_file({"logits": logits}, aside)
-
-
-def _reference(recipe: RecipeBase, scorer: Scorer, trees: Sequence[TokenTree]) -> Reference | None:
-    """None if the method needs no reference, or samples its own completions."""
-    if recipe.algorithm.draws or not recipe.algorithm.needs_reference:
-        return None
-    return Reference(scorer, trees, cache_folder(), choose_dtype(recipe.model.dtype, choose_device()))
 
 
 def _tree_set(recipe: RecipeBase, examples: Examples, reference: Reference | None) -> TreeSet:
@@ -184,13 +179,12 @@ def _sampled_trees(
     order: StepOrder,
     record: StepRecord,
     served: ServedCompletions | None,
+    dtype: torch.dtype,
 ) -> SampledTrees:
     assert recipe.algorithm.draws is not None
     scorer.temperature = recipe.algorithm.draws.temperature
     columns = column_names(prompts_of(prompts))
-    rewards, tokenizer = loaded_rewards(recipe, columns), tokenizer_of(recipe.model)
-    dtype = choose_dtype(recipe.model.dtype, choose_device())
-    seed = recipe.train.seed
+    rewards, tokenizer, seed = loaded_rewards(recipe, columns), tokenizer_of(recipe.model), recipe.train.seed
     show = [record.rollout, *([send_completions] if "wandb" in recipe.train.report_to else [])]
     return SampledTrees(
         recipe.algorithm, scorer, prompts, rewards, columns, tokenizer, order, show, seed, dtype, served
@@ -229,13 +223,12 @@ def _callbacks(recipe: RecipeBase, reference: Reference | None) -> Iterator[list
         yield [*callbacks, *keeping, *pushes]
 
 
-def _guards(recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared) -> Guards:
-    dtype = choose_dtype(recipe.model.dtype, choose_device())
-    settings = recipe.train
+def _guards(
+    recipe: RecipeBase, record: StepRecord, done: int, order: StepOrder, prepared: Prepared, dtype: torch.dtype
+) -> Guards:
+    settings, origins = recipe.train, prepared.train.origins
     telling = [finding.message for finding in prepared.report.findings if finding.kind in TELLING]
-    in_float16 = dtype == torch.float16
-    facts = Facts(len(order), settings.learning_rate, settings.batch_size, telling, in_float16)
-    origins = prepared.train.origins
+    facts = Facts(len(order), settings.learning_rate, settings.batch_size, telling, dtype == torch.float16)
     return Guards(
         recipe.guards.model_dump(),
         facts,
@@ -263,11 +256,6 @@ def _require_sharing(recipe: RecipeBase) -> None:
             where="`train.fsdp`",
             advice="start several, e.g. `prefold run RECIPE --nproc 2`",
         )
-
-
-def _require_packing(scorer: Scorer) -> None:
-    if scorer.sharded and not scorer.packed:
-        raise StageError(f"`train.fsdp` needs a model whose trees can be packed; here: {scorer.reason}")
 
 
 def _policy(recipe: RecipeBase) -> torch.nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from prefold.models.device import choose_device, choose_dtype
+from prefold.device import choose_device, choose_dtype
 from prefold.recipe import RecipeBase
 from prefold.trees.attention import CHECKPOINTING
 

@@ -6,18 +6,14 @@ by an additional file, is not used, and the one before is taken.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from prefold.algorithms import State
-from prefold.files import read_json, write_json
-from prefold.terminal import say
-
-logger = logging.getLogger("prefold")
+from prefold.files import read_json, sha256_of, write_json
+from prefold.terminal import warn
 
 MANIFEST = "prefold.json"
 """The manifest of a checkpoint: the token budget, so that a resumed run splits its steps alike; the algorithm's state;
@@ -55,9 +51,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
         trouble = flaw(checkpoint) or _flaw_of_best(checkpoint)
         if not trouble:
             return checkpoint
-        text = f"{checkpoint.name} is passed over: {trouble}"
-        logger.warning(text)
-        say(f"  {text}")
+        warn(f"{checkpoint.name} is passed over: {trouble}")
         aside = checkpoint.with_name(f"broken-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)
@@ -99,6 +93,4 @@ def _files(checkpoint: Path) -> dict[str, Path]:
 
 
 def _size_and_sum(path: Path) -> dict[str, Any]:
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -278,9 +278,7 @@ class TrainingLoop:
             keep(output.kept, data, row)
         return torch.stack([loss for loss, _ in shares]).sum(), [output for _, outputs in shares for output in outputs]
 
-    def row_by_row(
-        self, data: TreeSet, rows: list[list[int]], units: dict[str, int]
-    ) -> tuple[Tensor, list[LossOutput]]:
+    def row_by_row(self, data: TreeSet, rows: list[list[int]], units: Mapping[str, int]) -> Gradients:
         """Log-probs, loss and backward pass of each row of `data`; returns this process's part of the loss."""
         loss, outputs = torch.zeros((), device=unwrapped(self.model).device), []
         self._seed_dropout()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from prefold.errors import Explained
-from prefold.terminal import say
-
-logger = logging.getLogger("prefold")
+from prefold.errors import Explained, first_line
+from prefold.terminal import warn
 
 
 class Pushes(TrainerCallback):
@@ -26,7 +23,5 @@ class Pushes(TrainerCallback):
         try:
             self.push(checkpoint)
         except Exception as error:  # a server's client, or the disk that it packs on, may raise anything
-            reason = str(error).splitlines()[0] if isinstance(error, Explained) else type(error).__name__
-            text = f"{checkpoint.name} was not pushed, and the run goes on: {reason}"
-            logger.warning(text)
-            say(f"  {text}")
+            reason = first_line(error) if isinstance(error, Explained) else type(error).__name__
+            warn(f"{checkpoint.name} was not pushed, and the run goes on: {reason}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from prefold import ranks
 from prefold.algorithms import Algorithm, Draws, Metric
 from prefold.data.examples import Example, Examples, prompts_of
+from prefold.device import is_half
 from prefold.generation.engine import require_end_token, sample
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import seed_of
@@ -179,8 +179,7 @@ class SampledTrees:
         """A group for each prompt, sampled from the current model; servers sample with seeds of their own."""
         model, served = self.scorer.model, self.served
         model.eval()
-        device, is_half = unwrapped(model).device.type, self.dtype in (torch.bfloat16, torch.float16)
-        precision = torch.autocast(device, self.dtype) if is_half else nullcontext()
+        precision = torch.autocast(unwrapped(model).device.type, self.dtype, enabled=is_half(self.dtype))
         with using_attention(unwrapped(model), self.attention), precision:
             if served is not None:
                 completions, self.of_servers = served(step, prompts)
@@ -190,14 +189,8 @@ class SampledTrees:
 
 def sampling_of(draws: Draws) -> Sampling:
     """The sampling settings of training."""
-    return Sampling(
-        max_new_tokens=draws.max_completion_length,
-        num_answers=draws.num_generations,
-        temperature=draws.temperature,
-        top_p=draws.top_p,
-        top_k=draws.top_k,
-        min_p=draws.min_p,
-    )
+    how = draws.temperature, draws.top_p, draws.top_k, draws.min_p
+    return Sampling(draws.max_completion_length, draws.num_generations, *how)
 
 
 def sampler_logprobs(groups: Sequence[Sequence[Completion]]) -> list[Tensor] | None:

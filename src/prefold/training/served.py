@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from prefold.generation.agreement import (
     Drawn,
     Positions,
     difference,
-    logprobs_of,
     positions_of,
     some_of,
     why_not_as_told,
@@ -38,7 +37,10 @@ from prefold.terminal import Advance, say
 from prefold.training.saved_state import save_weights
 from prefold.trees.attention import unwrapped
 from prefold.trees.packing import TokenTree
-from prefold.trees.scorer import Scorer
+from prefold.trees.scorer import Scorer, holding
+
+if TYPE_CHECKING:  # training itself calls no endpoint
+    from prefold.generation.servers import Server, Servers
 
 MEASURED_PROMPTS, MEASURED_LENGTH = 4, 32
 """Prompts of the comparison at the start, and tokens of each completion."""
@@ -54,35 +56,6 @@ PROBE = 0.5
 ADVICE = "see which model and adapter it serves, and with which settings; docs/servers.md says how to start it"
 
 Weights = dict[str, Tensor]
-
-
-class Server(Protocol):
-    """The part of `generation.servers` that is used here; this module itself calls no endpoint."""
-
-    url: str
-
-    def unload(self, name: str) -> None: ...
-
-    def error(self, what: str, advice: str = "") -> UserError: ...
-
-
-class Servers(Protocol):
-    @property
-    def all(self) -> Sequence[Server]: ...
-
-    def require_length(self, longest: int) -> None: ...
-
-    def load(self, name: str, folder: Path) -> None: ...
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        ends: Sequence[int],
-        name: str | None,
-        only: Any = None,
-        advance: Advance = ...,
-    ) -> Sequence[tuple[Server, list[Completion]]]: ...
 
 
 class ServedCompletions:
@@ -107,7 +80,7 @@ class ServedCompletions:
         self.servers, self.scorer, self.sampling = servers, scorer, sampling
         self.folder, self.label = folder.resolve(), label
         self.model: Any = scorer.model
-        self.ends = end_tokens(unwrapped(scorer.model), tokenizer)
+        self.ends = end_tokens(unwrapped(scorer.model).generation_config, tokenizer)
         self.allowed: dict[str, float] = {}
         self.step, self.name, self.furthest = -1, "", 0.0
         self.before: Weights = {}
@@ -204,7 +177,7 @@ class ServedCompletions:
         self.furthest = max(self.furthest, figure)
         if not sampling.truncates:
             return [list(group) for _, group in drawn]
-        whole = iter((logprobs_of(some) + positions.kept).tolist())
+        whole = iter((positions.given + positions.kept).tolist())
         return [
             [replace(each, logprobs=tuple(next(whole) for _ in each.token_ids)) for each in group] for _, group in drawn
         ]
@@ -217,9 +190,9 @@ class ServedCompletions:
         Raises:
             UserError: the difference is too large, with its cause; or the tokens are not drawn as they should be.
         """
-        given, positions = logprobs_of(drawn), positions_of(self.scorer, drawn, sampling)
-        figure, why = difference(positions, given, sampling), why_not_as_told(positions, sampling)
-        from_plain = float((given - positions.plain).abs().mean())
+        positions = positions_of(self.scorer, drawn, sampling)
+        figure, why = difference(positions, sampling), why_not_as_told(positions, sampling)
+        from_plain = float((positions.given - positions.plain).abs().mean())
         # If these are the unprocessed log-probs, their distance to the policy's is rounding.
         allowed = min(allowed, max(LEAST, LEEWAY * from_plain))
         if figure <= allowed and why is None:
@@ -239,7 +212,7 @@ class ServedCompletions:
         }
         for name, weights in suspects.items():
             with weights():
-                if difference(positions_of(self.scorer, drawn, sampling), given, sampling) <= allowed:
+                if difference(positions_of(self.scorer, drawn, sampling), sampling) <= allowed:
                     raise server.error(f"{what}; they are those of {name}", ADVICE)
         cause = "it has other weights (another base model, adapter or precision)"
         raise server.error(f"{what}; {cause}, or reads or draws otherwise than it says", ADVICE)
@@ -283,7 +256,8 @@ class ServedEngine:
         rounding: dict[str, float],
     ):
         self.servers, self.model, self.adapter, self.rounding = servers, model, adapter, rounding
-        self.ends, self.folder, self.label = end_tokens(unwrapped(model), tokenizer), folder.resolve(), label
+        self.folder, self.label = folder.resolve(), label
+        self.ends = end_tokens(unwrapped(model).generation_config, tokenizer)
 
     def sample(
         self,
@@ -316,7 +290,7 @@ class ServedEngine:
 
     def _compare(self, server: Server, drawn: Sequence[Drawn], settings: Sampling) -> None:
         positions = positions_of(Scorer(self.model, 0, None), drawn, settings)
-        figure, why = difference(positions, logprobs_of(drawn), settings), why_not_as_told(positions, settings)
+        figure, why = difference(positions, settings), why_not_as_told(positions, settings)
         allowed, known = MOST, self.rounding.get(server.url)
         if self.adapter is None:
             self.rounding[server.url] = max(figure, known or 0.0)
@@ -369,17 +343,3 @@ def trained_weights(model: nn.Module) -> Weights:
     return {
         name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters() if weight.requires_grad
     }
-
-
-@contextmanager
-def holding(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """While open, the model has these trained weights."""
-    own = {name: weight for name, weight in model.named_parameters() if name in weights}
-    kept = {name: weight.data for name, weight in own.items()}
-    try:
-        for name, weight in own.items():
-            weight.data = weights[name].to(weight)
-        yield
-    finally:
-        for name, weight in own.items():
-            weight.data = kept[name]

@@ -7,7 +7,6 @@ each.
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import secrets
 import sys
@@ -22,9 +21,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from prefold.errors import UserError
 from prefold.files import read_json, write_json
 from prefold.recipe.sections import Train
-from prefold.terminal import say
-
-logger = logging.getLogger("prefold")
+from prefold.terminal import warn
 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 STATE = "trackers.json"
@@ -132,9 +129,7 @@ def _close(name: str) -> None:
 
 
 def _say_failed(name: str, error: Exception) -> None:
-    text = f"{name} failed ({type(error).__name__}); the run goes on without it, the run folder has it all"
-    logger.warning(text)
-    say(f"  {text}")
+    warn(f"{name} failed ({type(error).__name__}); the run goes on without it, the run folder has it all")
 
 
 def send_completions(step: int, groups: Sequence[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from prefold.device import widened
 from prefold.trees.packing import Node, PackedTrees, Span
 
 NAMES_GROUPED_HEADS = torch.__version__ >= "2.12"
@@ -103,6 +104,17 @@ def using_attention(model: nn.Module, name: str) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While open, the model is in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 # ---- segments: one call per prompt and per completion; for every device, dtype, window and soft-cap --------------
 
 
@@ -176,10 +188,8 @@ def joined(query: Tensor, key: Tensor, value: Tensor, trees: PackedTrees, shape:
     """
     if shape.window is not None or shape.softcap:
         return segments(query, key, value, trees, shape)
-    dtype = query.dtype
-    exact = [states.float() if dtype in (torch.bfloat16, torch.float16) else states for states in (query, key, value)]
-    attended: Tensor = _Joined.apply(*exact, trees.nodes, shape.scale)
-    return attended.to(dtype)
+    attended: Tensor = _Joined.apply(*map(widened, (query, key, value)), trees.nodes, shape.scale)
+    return attended.to(query.dtype)
 
 
 class _Joined(torch.autograd.Function):

@@ -108,12 +108,10 @@ class _FusedLora(torch.autograd.Function):
             if mask is not None:
                 grad_x.mul_(mask)
             # The larger product comes last, so that it is rounded once, together with the sum.
-            grad_x = grad_x.addmm_(grad, _weight(ctx.base, grad.dtype)).view(ctx.shape)
+            base = ctx.base
+            weight = base.weight.to(grad.dtype) if type(base) is nn.Linear else base.unpacked(grad.dtype)
+            grad_x = grad_x.addmm_(grad, weight).view(ctx.shape)
         return grad_x, None, grad_inner.T @ rows, (grad.T @ inner).mul_(ctx.scaling), None, None, None
-
-
-def _weight(base: Any, dtype: torch.dtype) -> Tensor:
-    return base.weight.to(dtype) if type(base) is nn.Linear else base.unpacked(dtype)
 
 
 # ---- trained rows of embeddings and head ------------------------------------------------------------------------

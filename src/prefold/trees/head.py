@@ -16,6 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from prefold.device import widened
 from prefold.trees.fused_layers import trained_rows
 
 T = TypeVar("T")
@@ -163,7 +164,7 @@ class _HeadLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             wanted = targets[part, None]
-            logits = _raw_logits(hidden[part], weight, bias)
+            logits = widened(nn.functional.linear(hidden[part], weight, bias))
             slope = _bend(logits, head, with_slope=jacobian is not None)
             if statistics:
                 for values, value in zip(gathered, distribution_statistics(logits, wanted), strict=True):
@@ -201,11 +202,6 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_weight, grad_bias = _head_gradients(grad, hidden, *saved, head=ctx.head) if saved else (None, None)
         grad_rows = (grad[:, None] * by_rows).T @ hidden.to(by_rows.dtype) if by_rows is not None else None
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, grad_rows
-
-
-def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = nn.functional.linear(hidden, weight, bias)
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _bend(logits: Tensor, head: Head, with_slope: bool) -> Tensor | None:
@@ -247,7 +243,7 @@ def _head_gradients(
     grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if bias is not None else None
     for start in range(0, len(targets), CHUNK):
         part = slice(start, start + CHUNK)
-        logits = _raw_logits(hidden[part], weight, bias)
+        logits = widened(nn.functional.linear(hidden[part], weight, bias))
         slope = _bend(logits, head, with_slope=True)
         by_logits = logits.softmax(-1).mul_(-grad[part, None])
         by_logits.scatter_add_(-1, targets[part, None], grad[part, None].to(by_logits.dtype))

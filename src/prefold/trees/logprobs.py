@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from prefold.device import widened
 from prefold.trees.attention import unwrapped
 from prefold.trees.budget import padded_batches
 from prefold.trees.head import (
@@ -91,10 +92,6 @@ class TreeLogprobs:
         if self.prompts is None or gradient.prompts is None:
             return total
         return total + (self.prompts * gradient.prompts).sum()
-
-    def detach(self) -> TreeLogprobs:
-        prompts = None if self.prompts is None else self.prompts.detach()
-        return replace(self, tokens=self.tokens.detach(), prompts=prompts)
 
 
 def _gradient(leaf: Tensor) -> Tensor:
@@ -189,8 +186,7 @@ def plain_logprobs(
             start, stop = starts[i], len(rows[i])
             # A slice copies nothing, and logits are large.
             selected = slice(None) if len(scored[i]) == stop - start else [*scored[i]]
-            own = logits[start - 1 - dropped : stop - 1 - dropped][selected]
-            own = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
+            own = widened(logits[start - 1 - dropped : stop - 1 - dropped][selected])
             own = own / temperature if temperature != 1.0 else own
             targets = ids[start:stop][selected, None]
             tokens[i] = own.log_softmax(-1).gather(-1, targets).squeeze(-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prefold import ranks
+from prefold.device import widened
 from prefold.trees.attention import BLOCK_MASK, candidates, unwrapped, using_attention
 from prefold.trees.budget import attempt, from_all, lowered, pad, row_by_row, split_by_length
 from prefold.trees.forest import WORTH_SHARING, Text, pack_forest, split_texts
@@ -112,8 +113,7 @@ def _read_plainly(model: nn.Module, texts: Sequence[Text]) -> tuple[Tensor, Tens
     logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
     logprobs, greedy = [], []
     for text, row in zip(texts, logits, strict=True):
-        own = row[len(text.read) - text.scored : len(text.read)]
-        own = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
+        own = widened(row[len(text.read) - text.scored : len(text.read)])
         targets = torch.tensor(text.tokens[-text.scored :], device=device)
         # On a CPU log_softmax adds a vocabulary's probabilities one after another: +8e-6 nats a token in float32.
         logprobs.append(own.gather(-1, targets[:, None]).squeeze(-1) - own.logsumexp(-1))

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from prefold import ranks
+from prefold.device import is_half
 from prefold.files import new_file, remove_left_over
 from prefold.trees.attention import unwrapped
 from prefold.trees.packing import TokenTree
@@ -129,8 +129,7 @@ def compute_reference(
     """Log-probs of trees under the reference, as from `Reference`, without its cache."""
     reference: list[Tensor] = [torch.empty(0)] * len(trees)
     device = next(scorer.model.parameters()).device.type
-    precision = torch.autocast(device, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
-    with reference_model(scorer.model), precision:
+    with reference_model(scorer.model), torch.autocast(device, dtype, enabled=is_half(dtype)):
         for row, logprobs in scorer.scored(trees):
             lengths = [trees[i].scored_tokens for i in row]
             for i, part in zip(row, logprobs.tokens.float().cpu().split(lengths), strict=True):

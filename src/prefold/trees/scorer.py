@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from prefold import ranks
 from prefold.errors import StageError
 from prefold.terminal import progress_bar
-from prefold.trees.attention import candidates, unwrapped, using_attention
+from prefold.trees.attention import candidates, evaluating, unwrapped, using_attention
 from prefold.trees.budget import attempt, from_all, lowered, row_by_row, split_by_budget
 from prefold.trees.logprobs import TreeLogprobs, packed_logprobs, plain_logprobs
 from prefold.trees.memory import free_memory
@@ -230,8 +230,9 @@ def _self_checked(model: nn.Module, attention: str, rows: Sequence[Sequence[Toke
 
 def _fault(model: nn.Module, attention: str, parts: Sequence[TokenTree]) -> str | None:
     def fault() -> str:
-        row, plain = pack(parts, unwrapped(model).device), partial(_plainly, model, parts)
-        return packing_fault(model, row, attention, plain) or ""
+        row = pack(parts, unwrapped(model).device)
+        plain = Scorer(model, row.tokens, None)  # as many tokens at once
+        return packing_fault(model, row, attention, lambda: plain.score(parts).tokens) or ""
 
     is_last = len(parts) == 1 or is_fsdp_managed_module(unwrapped(model))
     reason = attempt(fault, OUT_OF_MEMORY.format(f"{sum(tree.size for tree in parts):,} tokens") if is_last else "")
@@ -241,11 +242,6 @@ def _fault(model: nn.Module, attention: str, parts: Sequence[TokenTree]) -> str 
     logger.warning("out of memory: the self-check of %s trees goes on with half of them at a time", len(parts))
     half = len(parts) // 2
     return _fault(model, attention, parts[:half]) or _fault(model, attention, parts[half:])
-
-
-def _plainly(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
-    """`[S]` plain log-probs, with as many tokens at once as in the packed pass."""
-    return Scorer(model, sum(tree.size for tree in trees), None).score(trees).tokens
 
 
 # ---- the reference ----------------------------------------------------------------------------------------------
@@ -272,16 +268,21 @@ def can_be_reference(policy: nn.Module) -> bool:
 @contextmanager
 def reference_model(policy: nn.Module) -> Iterator[None]:
     """While open, `policy` computes as the reference: adapter off, or as `frozen_adapter` has it; dropout off."""
-    training, frozen = policy.training, frozen_adapter(policy)
-    kept = [(parameter, parameter.data, name) for name, parameter in policy.named_parameters() if name in frozen]
+    frozen = frozen_adapter(policy)
     can_be_off = can_be_reference(policy) and not frozen
-    policy.eval()
+    off = policy.disable_adapter() if can_be_off else nullcontext()  # type: ignore[operator]
+    with evaluating(policy), holding(policy, frozen), off:
+        yield
+
+
+@contextmanager
+def holding(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """While open, the parameters of these names have these values."""
+    own = [(weight, weight.data, weights[name]) for name, weight in model.named_parameters() if name in weights]
     try:
-        for parameter, _, name in kept:
-            parameter.data = frozen[name].to(parameter.device)
-        with policy.disable_adapter() if can_be_off else nullcontext():  # type: ignore[operator]
-            yield
+        for weight, _, given in own:
+            weight.data = given.to(weight.device, weight.dtype)
+        yield
     finally:
-        for parameter, data, _ in kept:
-            parameter.data = data
-        policy.train(training)
+        for weight, before, _ in own:
+            weight.data = before

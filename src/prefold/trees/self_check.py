@@ -17,6 +17,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prefold.device import is_half
+from prefold.errors import first_line
 from prefold.trees.attention import BACKENDS, BLOCK_MASK, Shape, heads_of, unwrapped, using_attention
 from prefold.trees.head import head_obstacle, score_layer
 from prefold.trees.logprobs import packed_logprobs, router_coefficient
@@ -156,7 +158,7 @@ def difference(
         except (NotImplementedError, TypeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            return f"its packed forward pass failed ({str(error).splitlines()[0]})"
+            return f"its packed forward pass failed ({first_line(error)})"
         wanted = plain()
     base = unwrapped(model)
     layers = base.config.get_text_config().num_hidden_layers
@@ -194,7 +196,7 @@ def choose_attention(
             reason = _deviation(name, trials, wanted)
             elapsed = _seconds(name, trials[-1])
         except Exception as error:  # a kernel, compiler or driver may fail in any way, or run out of memory
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
         if reason is not None:
             logger.warning("the attention %s is not used: %s", name, reason)
             free_memory()
@@ -298,7 +300,7 @@ def compute_in_float32(model: nn.Module, rounded: torch.dtype | None = None) -> 
     def widen(module: nn.Module, *arguments: Any) -> None:
         # A module that PEFT wraps is not always called, but its weights are used.
         for parameter in module.parameters(recurse=isinstance(module, AuxiliaryTrainingWrapper)):
-            if parameter.dtype in (torch.float16, torch.bfloat16) or (rounded and parameter.is_floating_point()):
+            if is_half(parameter.dtype) or (rounded and parameter.is_floating_point()):
                 data = parameter.data.to(rounded or parameter.dtype)
                 buffer = _taken(spare, data.numel()) if data.is_cpu and not torch.is_grad_enabled() else None
                 kept.append((module, parameter, parameter.data, buffer))

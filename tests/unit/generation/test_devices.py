@@ -14,6 +14,7 @@ from tiny import tiny_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prefold.device import is_half
 from prefold.generation import engine, kv_cache
 from prefold.generation.engine import LocalEngine, failed_check, failed_half
 from prefold.generation.sampling import Sampling
@@ -75,7 +76,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> str:
 
     def swapped(query: Tensor, *states: Any) -> Any:
         out, normaliser = part(query, *states)
-        return out, -normaliser if query.dtype in kv_cache.HALF else normaliser
+        return out, -normaliser if is_half(query.dtype) else normaliser
 
     monkeypatch.setattr(kv_cache, "attention_part", swapped)
     return "its attention in torch.bfloat16 is off by"
@@ -85,7 +86,7 @@ def without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> str:
     part = kv_cache.attention_part
 
     def refused(query: Tensor, *states: Any) -> Any:
-        if query.dtype in kv_cache.HALF:
+        if is_half(query.dtype):
             raise NotImplementedError("Could not run 'aten::bmm.dtype'\nmore of it")
         return part(query, *states)
 

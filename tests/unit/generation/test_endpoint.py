@@ -271,8 +271,8 @@ def test_replies_that_are_none(chat_server: ChatServer, tmp_path: Path, reply: s
 
 def test_what_a_prompt_gives_its_template_is_sent() -> None:
     prompt = Prompt((), {}, RowId("a", 1), {"tools": [{"type": "function"}], "enable_thinking": False})
-    assert endpoint._beside_messages(prompt) == {
+    assert endpoint.beside_messages(prompt) == {
         "tools": [{"type": "function"}],
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    assert endpoint._beside_messages(Prompt((), {}, RowId("a", 1))) == {}
+    assert endpoint.beside_messages(Prompt((), {}, RowId("a", 1))) == {}

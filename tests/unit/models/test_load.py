@@ -21,10 +21,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from prefold.data.chat import render
 from prefold.data.templates import keywords_of
+from prefold.device import choose_device, choose_dtype
 from prefold.errors import UserError
 from prefold.models import load
 from prefold.models.adapters import add_lora
-from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import load_model, trainable_parameters
 from prefold.models.tokenizer import load_tokenizer, tokenizer_of
 from prefold.recipe import Lora, Model
