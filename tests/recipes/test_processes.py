@@ -20,6 +20,7 @@ from processes import Pair, stopping_at
 from run_files import lines
 from safetensors.torch import load_file
 from tiny_tokenizer import save_chat_model
+from transformers import AutoModelForSequenceClassification
 from vllm_server import VllmServer
 
 import prefold
@@ -266,12 +267,29 @@ def test_the_automatic_budget_reckons_with_the_own_part_of_the_weights(pair: Pai
 
 
 @pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
-def test_sharded_training_goes_on(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_sharded_reward_models(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Plain transformers loads what they leave."""
+    train = {**UNEVEN, "learning_rate": 1e-3, "eval_steps": 2, "save_steps": 1}
+    settings = {"method": "reward", "lora": lora}
+    pair.do("run", recipe(**settings, train={**train, "fsdp": True}, output_dir=str(tmp_path / "two")))
+    one = prefold.run(recipe(**settings, train=train, output_dir=str(tmp_path / "one")))
+    assert_alike(tmp_path / "two", one)
+    found, wanted = (
+        AutoModelForSequenceClassification.from_pretrained(folder / "merged").state_dict()
+        for folder in (tmp_path / "two", one)
+    )
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_sharded_training_goes_on(method: str, lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
     train = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "fsdp": True}
     best = {"eval_steps": 2, "load_best_model_at_end": True}
 
     def make(name: str) -> RecipeBase:
-        return recipe(lora=lora, train={**train, **best}, output_dir=str(tmp_path / name))
+        return recipe(method=method, lora=lora, train={**train, **best}, output_dir=str(tmp_path / name))
 
     pair.do("train", make("straight"))
     pair.do("train", make("stopped"), stop=3)

@@ -23,6 +23,7 @@ from prefold.files import without_home
 from prefold.models.chat_format import vocabulary_rows
 from prefold.models.load import load_model
 from prefold.models.messages import UNREADABLE, quiet
+from prefold.models.score_head import unshard_head
 from prefold.models.tokenizer import chat_tokens
 from prefold.recipe import Lora, Model
 from prefold.trees.fused_layers import fuse_lora, fuse_trained_rows
@@ -43,6 +44,8 @@ def load_policy(
     """The model to train: quantised if the section says so, with fresh LoRA weights, which every process holds whole,
     or with the adapter that it names, which has its own settings. The other arguments: see `load_model`."""
     model = load_model(section, quantised=True, head_seed=head_seed, sharded=sharded, contents=contents)
+    if sharded and contents:
+        unshard_head(model)
     if section.adapter is None:
         with nullcontext() if contents else torch.device("meta"):
             return add_lora(model, lora or Lora(), seed, chat_tokens(section))

@@ -97,7 +97,6 @@ class RecipeBase(Section):
             "model.chat_template": self.model.chat_template,
             "lora.use_dora": lora.use_dora,
             "lora.modules_to_save": lora.modules_to_save,
-            f"method: {self.method}": kind.scores,
             f"method: {self.method}` without servers in `generation": kind.samples and not self.generation.by_servers,
         }
         given = [name for name, value in barred.items() if value]
