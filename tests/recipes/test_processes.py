@@ -266,6 +266,29 @@ def test_the_automatic_budget_reckons_with_the_own_part_of_the_weights(pair: Pai
     assert sum(pair.do("reckoned", recipe())) == sum(weight.nbytes for weight in base.values())
 
 
+@pytest.mark.slow
+def test_shards_within_machines(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Four processes on two machines: each machine has a whole copy of the model, each process a half of it."""
+    four = Pair(4)
+    try:
+        for lora in (EXACT, "none"):
+            train = {**UNEVEN, "learning_rate": 1e-3, "eval_steps": 2, "save_steps": 1}
+            folder = tmp_path / ("lora" if lora == EXACT else "full")
+            hybrid = recipe(lora=lora, train={**train, "fsdp": "hybrid"}, output_dir=str(folder / "four"))
+            found = four.do("shards", hybrid)
+            one = prefold.train(recipe(lora=lora, train=train, output_dir=str(folder / "one")))
+            assert_alike(folder / "four", one)
+            for name, (whole, _) in found[0].items():
+                own = [parts[name][1][0] for parts in found]
+                assert own[0] + own[1] == own[2] + own[3] == whole[0] and own[0] == own[2], name
+            stopped = recipe(lora=lora, train={**train, "fsdp": "hybrid"}, output_dir=str(folder / "stopped"))
+            four.do("train", stopped, stop=2)
+            four.do("train", stopped)
+            assert_alike(folder / "stopped", one)
+    finally:
+        four.end()
+
+
 @pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
 def test_sharded_reward_models(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
     """Plain transformers loads what they leave."""

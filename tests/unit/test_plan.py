@@ -510,8 +510,8 @@ def test_no_amount_of_memory(text: str) -> None:
 
 def launch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the plan sees it; the environment would have transformers look for the others."""
-    for module in ("planner", "meta_model"):
-        monkeypatch.setattr(f"prefold.plan.{module}.launched", lambda: number)
+    for module in ("plan.planner", "launch"):
+        monkeypatch.setattr(f"prefold.{module}.launched", lambda: number)
 
 
 @pytest.mark.parametrize("lora", [{"r": RANK}, "none"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -53,7 +54,7 @@ def load_model(
     dtype: str | None = None,
     quantised: bool = False,
     head_seed: int | None = None,
-    sharded: bool = False,
+    shards: int = 1,
     contents: bool = True,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
@@ -64,7 +65,8 @@ def load_model(
         quantised: with weights in 4 or 8 bits if the section says so; otherwise they are unquantised.
         head_seed: if given, the model scores conversations: a sequence classifier with one label, whose head is
             initialised with this seed if the files have none.
-        sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
+        shards: over how many processes every weight is divided (FSDP2). Each loads and keeps its part, and all of
+            them must call this; if there are more of them, each group of so many holds a copy.
         contents: without them the model has shapes alone, on the meta device. It is refused for the same reasons, but
             no weight is read or downloaded.
         device: instead of the best available, or of the section's `device_map`.
@@ -87,10 +89,10 @@ def load_model(
     if bits and contents:
         quantise_in_pieces()
     if contents:
-        placed = {"": device} if bits or (device.type != "cpu" and not sharded) else None
+        placed = {"": device} if bits or (device.type != "cpu" and shards == 1) else None
         # With a device map each tensor goes from its file to its device; on the CPU, without a cast, it stays mapped.
         settings |= {"device_map": spread or placed, "quantization_config": bits}
-        settings["distributed_config"] = DistributedConfig(fsdp_size=ranks.processes()) if sharded else None
+        settings["distributed_config"] = _distribution(shards) if shards > 1 else None
         with busy(f"loading {without_home(section.name)}"):
             model, report = _from_files(kind, folder, section.name, settings)
     elif weight_files(folder):
@@ -109,6 +111,14 @@ def load_model(
     # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
     model.name_or_path = model.config.name_or_path = without_home(section.name)
     return prepare_forward(model)
+
+
+def _distribution(shards: int) -> DistributedConfig:
+    copies = ranks.processes() // shards
+    if copies > 1 and not hasattr(DistributedConfig, "dp_replicate_size"):
+        what = f"needs transformers 5.23 or newer, and {transformers.__version__} is installed"
+        raise UserError(what, where="`train.fsdp: hybrid`", advice="update it, or set `train.fsdp: true`")
+    return DistributedConfig(fsdp_size=shards, **({"dp_replicate_size": copies} if copies > 1 else {}))
 
 
 def require_model(section: Model, head_seed: int | None = None) -> None:

@@ -101,7 +101,7 @@ class Planner:
             dtype=str(meta.dtype).removeprefix("torch."),
             at_hand=self.machine.memory,
             packed=self.packed,
-            spread=recipe.train.fsdp or recipe.model.device_map is not None,
+            spread=bool(recipe.train.fsdp) or recipe.model.device_map is not None,
             parameters=meta.sizes.parameters,
             trained=meta.sizes.trained,
             weights=phases["train"]["weights"] + phases["train"]["mapped"],

@@ -19,6 +19,7 @@ from prefold.data.mixture import Prepared
 from prefold.errors import StageError, UserError, counted
 from prefold.files import cache_folder, new_file, new_folder
 from prefold.generation.servers import Servers
+from prefold.launch import launched_here, shards
 from prefold.models.device import choose_device, choose_dtype
 from prefold.models.load import trainable_parameters
 from prefold.models.merge import logits_of
@@ -257,12 +258,16 @@ def _require_sharing(recipe: RecipeBase) -> None:
         if recipe.model.device_map:
             what = "places one model on several devices, and here each process has its own"
             raise UserError(what, where="`model.device_map`", advice="remove it, or start one process")
-    elif recipe.train.fsdp:
-        raise UserError(
-            "shards weights over processes, and there is one",
-            where="`train.fsdp`",
-            advice="start several, e.g. `prefold run RECIPE --nproc 2`",
-        )
+    if not recipe.train.fsdp:
+        return
+    here = sorted(set(ranks.gather(launched_here())))
+    if recipe.train.fsdp == "hybrid" and len(here) > 1:
+        what = f"needs as many processes on each machine, and there are {' and '.join(map(str, here))}"
+        raise UserError(what, where="`train.fsdp: hybrid`", advice="set `train.fsdp: true`, or start as many on each")
+    if (parts := shards(recipe.train.fsdp)) == 1:
+        what = "shards weights over processes, and there is one on this machine"
+        raise UserError(what, where="`train.fsdp`", advice="start several, e.g. `prefold run RECIPE --nproc 2`")
+    say(f"  every weight is divided over {parts} processes")
 
 
 def _require_packing(scorer: Scorer) -> None:
