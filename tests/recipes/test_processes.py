@@ -27,6 +27,7 @@ import prefold
 from prefold import ranks
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase, dump_recipe
+from prefold.runs.train import _require_sharing
 
 MakeRecipe = Callable[..., RecipeBase]
 EXACT = {"r": 4, "lora_dropout": 0.0}
@@ -245,14 +246,21 @@ def test_tasks(pair: Pair, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pyte
 # ---- sharded weights --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
-def test_sharded_weights(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lora", "model"),
+    [(EXACT, {}), ("none", {}), (EXACT, {"load_in_4bit": True})],
+    ids=["lora", "full", "4 bits, tied"],
+)
+def test_sharded_weights(lora: Any, model: dict[str, Any], pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+    if model:
+        pytest.importorskip("bitsandbytes")
+        model = {**model, "name": str(save_chat_model(tmp_path / "tied", tie_word_embeddings=True))}
     train = {**UNEVEN, "learning_rate": 1e-3, "eval_steps": 2, "save_steps": 1}
-    settings = {"lora": lora, "train": {**train, "fsdp": True}, "output_dir": str(tmp_path / "two")}
+    settings = {"lora": lora, "model": model, "output_dir": str(tmp_path / "two"), "train": {**train, "fsdp": True}}
     found = pair.do("shards", recipe(**settings))
-    one = prefold.train(recipe(lora=lora, train=train, output_dir=str(tmp_path / "one")))
+    one = prefold.train(recipe(lora=lora, model=model, train=train, output_dir=str(tmp_path / "one")))
     assert_alike(tmp_path / "two", one)
-    base = list(load_file(Path(recipe().model.name) / "model.safetensors"))
+    base = list(load_file(Path(recipe(**settings).model.name) / "model.safetensors"))
     assert len(found[0]) == len(base)
     for name, (whole, first) in found[0].items():
         second = found[1][name][1]
@@ -341,7 +349,7 @@ def test_sharded_weights_of_other_methods(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": {"load_in_4bit": True}},
+        {"model": {"load_in_8bit": True}},
         {"model": {"device_map": "auto"}},
         {"lora": {"use_dora": True}},
         {"lora": {"modules_to_save": ["lm_head"]}},
@@ -384,6 +392,20 @@ def test_several_processes_with_a_server(
 def test_one_process_has_nothing_to_shard_with(recipe: MakeRecipe) -> None:
     with pytest.raises(UserError, match="there is one"):
         prefold.train(recipe(train={"fsdp": True}))
+
+
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [([2, 2, 1], "as many processes on each machine, and there are 1 and 2"), ([1, 1], "is one on")],
+)
+def test_machines_that_cannot_hold_a_copy_each(
+    here: list[int], message: str, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here[-1]))
+    monkeypatch.setattr(ranks, "processes", lambda: len(here))
+    monkeypatch.setattr(ranks, "gather", lambda value: here)
+    with pytest.raises(UserError, match=message):
+        _require_sharing(recipe(train={"fsdp": "hybrid"}))
 
 
 # ---- shares -----------------------------------------------------------------------------------------------------

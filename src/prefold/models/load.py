@@ -92,7 +92,7 @@ def load_model(
         placed = {"": device} if bits or (device.type != "cpu" and shards == 1) else None
         # With a device map each tensor goes from its file to its device; on the CPU, without a cast, it stays mapped.
         settings |= {"device_map": spread or placed, "quantization_config": bits}
-        settings["distributed_config"] = _distribution(shards) if shards > 1 else None
+        settings["distributed_config"] = _distribution(shards) if shards > 1 and not bits else None
         with busy(f"loading {without_home(section.name)}"):
             model, report = _from_files(kind, folder, section.name, settings)
     elif weight_files(folder):
@@ -108,6 +108,7 @@ def load_model(
             fit_vocabulary(model, tokenizer_of(section), known=len(load_tokenizer(folder)))
     if bits and contents:
         prepare_quantised(model)
+        model = _divided(model, shards) if shards > 1 else model
     # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
     model.name_or_path = model.config.name_or_path = without_home(section.name)
     return prepare_forward(model)
@@ -119,6 +120,20 @@ def _distribution(shards: int) -> DistributedConfig:
         what = f"needs transformers 5.23 or newer, and {transformers.__version__} is installed"
         raise UserError(what, where="`train.fsdp: hybrid`", advice="update it, or set `train.fsdp: true`")
     return DistributedConfig(fsdp_size=shards, **({"dp_replicate_size": copies} if copies > 1 else {}))
+
+
+def _divided(model: Any, shards: int) -> Any:
+    """A model that is loaded whole, sharded. transformers divides weights as it reads them: it would quantise each part
+    of a weight, and take it for the whole."""
+    if head := model.get_output_embeddings():
+        head.weight = nn.Parameter(head.weight.data)  # tied weights are sharded apart, and tied again
+    known = {layer: vars(layer.weight) for layer in model.modules() if hasattr(layer, "quant_state")}
+    distribution, _, mesh = model.prepare_distribute_model(_distribution(shards))
+    model = model.maybe_distribute_model(model, distribution, mesh)
+    for layer, facts in known.items():
+        vars(layer.weight).update(facts)  # peft reads them
+    model.tie_weights()
+    return model
 
 
 def require_model(section: Model, head_seed: int | None = None) -> None:

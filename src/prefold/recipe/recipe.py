@@ -91,7 +91,6 @@ class RecipeBase(Section):
     def can_be_sharded(self) -> RecipeBase:
         lora, kind = self.lora if isinstance(self.lora, Lora) else Lora(), self.algorithm.kind
         barred = {
-            "model.load_in_4bit": self.model.load_in_4bit,
             "model.load_in_8bit": self.model.load_in_8bit,
             "model.device_map": self.model.device_map,
             "model.chat_template": self.model.chat_template,

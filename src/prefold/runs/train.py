@@ -113,7 +113,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         if checkpoint:
             say(f"  going on after step {done}")
         loop.train(checkpoint)
-    if ranks.is_first() and (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
+    if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
         _keep_logits(recipe, model, compared_rows(recipe, prepared.train))
     target = folder / ("trained" if recipe.lora == "none" else "adapter")
     with new_folder(target) if ranks.is_first() else nullcontext(target) as aside:
@@ -130,6 +130,8 @@ def _keep_logits(recipe: RecipeBase, model: torch.nn.Module, rows: Sequence[Sequ
     dtype = choose_dtype(recipe.model.dtype, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits = logits_of(model, rows)
+    if not ranks.is_first():
+        return
     with new_file(recipe.run_folder / TRAINED_LOGITS) as aside:
         save_file({"logits": logits}, aside)
 
