@@ -34,7 +34,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @contextmanager
-def whole_shapes() -> Iterator[None]:
+def _whole_shapes() -> Iterator[None]:
     """While open, peft gives LoRA of a sharded layer the shape of the whole layer. It takes a mesh of two dimensions
     for tensor parallelism's, where a layer computes with its part alone."""
     before = LoraLayer._get_in_out_features
@@ -50,7 +50,7 @@ def whole_shapes() -> Iterator[None]:
         LoraLayer._get_in_out_features = before  # type: ignore[method-assign]
 
 
-@whole_shapes()
+@_whole_shapes()
 def load_policy(
     section: Model,
     lora: Lora | None,

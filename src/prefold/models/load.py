@@ -119,7 +119,8 @@ def _distribution(shards: int) -> DistributedConfig:
     if copies > 1 and not hasattr(DistributedConfig, "dp_replicate_size"):
         what = f"needs transformers 5.23 or newer, and {transformers.__version__} is installed"
         raise UserError(what, where="`train.fsdp: hybrid`", advice="update it, or set `train.fsdp: true`")
-    return DistributedConfig(fsdp_size=shards, **({"dp_replicate_size": copies} if copies > 1 else {}))
+    replicas: dict[str, Any] = {"dp_replicate_size": copies} if copies > 1 else {}
+    return DistributedConfig(fsdp_size=shards, **replicas)
 
 
 def _divided(model: Any, shards: int) -> Any:
