@@ -1,4 +1,4 @@
-"""Two processes for tests that do together what they are told, job after job: starting them takes seconds.
+"""Two processes, or more, for tests that do together what they are told, job after job: starting them takes seconds.
 
 `serve` runs in each of them. Its jobs are the functions below it, by name.
 """
@@ -31,13 +31,15 @@ PATIENCE = 120.0
 
 
 class Pair:
-    def __init__(self) -> None:
+    def __init__(self, number: int = 2, of_a_machine: int = 2) -> None:
+        """`of_a_machine`: how many of them take themselves to be on the same machine."""
         port = free_port()
         self.processes, self.lines = [], []
         context = multiprocessing.get_context("spawn")
-        for rank in range(2):
+        for rank in range(number):
             here, there = context.Pipe()
-            with patch.dict(os.environ, {**environment(rank, 2, port), "OMP_NUM_THREADS": "1"}):
+            settings = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(of_a_machine)}
+            with patch.dict(os.environ, {**environment(rank, number, port), **settings}):
                 process = context.Process(target=serve, args=(there,), daemon=True)
                 process.start()
             self.processes.append(process)
@@ -130,7 +132,7 @@ def reckoned(recipe: RecipeBase) -> int:
     from prefold.models.load import load_model
     from prefold.trees import memory
 
-    model = load_model(recipe.model, sharded=True)
+    model = load_model(recipe.model, shards=2)
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), config=model.config, parameters=model.parameters)
     with (
         patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=0)),

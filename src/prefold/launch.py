@@ -55,6 +55,11 @@ def launched_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", launched()))
 
 
+def shards(fsdp: bool | str) -> int:
+    """Over how many of them the setting `train.fsdp` divides the weights: all, with `hybrid` those of each machine."""
+    return launched_here() if fsdp == "hybrid" else launched() if fsdp else 1
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

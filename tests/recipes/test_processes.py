@@ -20,12 +20,14 @@ from processes import Pair, stopping_at
 from run_files import lines
 from safetensors.torch import load_file
 from tiny_tokenizer import save_chat_model
+from transformers import AutoModelForSequenceClassification
 from vllm_server import VllmServer
 
 import prefold
 from prefold import ranks
 from prefold.errors import UserError
 from prefold.recipe import RecipeBase, dump_recipe
+from prefold.runs.train import _require_sharing
 
 MakeRecipe = Callable[..., RecipeBase]
 EXACT = {"r": 4, "lora_dropout": 0.0}
@@ -244,14 +246,21 @@ def test_tasks(pair: Pair, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pyte
 # ---- sharded weights --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
-def test_sharded_weights(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lora", "model"),
+    [(EXACT, {}), ("none", {}), (EXACT, {"load_in_4bit": True})],
+    ids=["lora", "full", "4 bits, tied"],
+)
+def test_sharded_weights(lora: Any, model: dict[str, Any], pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+    if model:
+        pytest.importorskip("bitsandbytes")
+        model = {**model, "name": str(save_chat_model(tmp_path / "tied", tie_word_embeddings=True))}
     train = {**UNEVEN, "learning_rate": 1e-3, "eval_steps": 2, "save_steps": 1}
-    settings = {"lora": lora, "train": {**train, "fsdp": True}, "output_dir": str(tmp_path / "two")}
+    settings = {"lora": lora, "model": model, "output_dir": str(tmp_path / "two"), "train": {**train, "fsdp": True}}
     found = pair.do("shards", recipe(**settings))
-    one = prefold.train(recipe(lora=lora, train=train, output_dir=str(tmp_path / "one")))
+    one = prefold.train(recipe(lora=lora, model=model, train=train, output_dir=str(tmp_path / "one")))
     assert_alike(tmp_path / "two", one)
-    base = list(load_file(Path(recipe().model.name) / "model.safetensors"))
+    base = list(load_file(Path(recipe(**settings).model.name) / "model.safetensors"))
     assert len(found[0]) == len(base)
     for name, (whole, first) in found[0].items():
         second = found[1][name][1]
@@ -265,13 +274,53 @@ def test_the_automatic_budget_reckons_with_the_own_part_of_the_weights(pair: Pai
     assert sum(pair.do("reckoned", recipe())) == sum(weight.nbytes for weight in base.values())
 
 
+@pytest.mark.slow
+def test_shards_within_machines(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Four processes on two machines: each machine has a whole copy of the model, each process a half of it."""
+    four = Pair(4)
+    try:
+        for lora in (EXACT, "none"):
+            train = {**UNEVEN, "learning_rate": 1e-3, "eval_steps": 2, "save_steps": 1}
+            folder = tmp_path / ("lora" if lora == EXACT else "full")
+            hybrid = recipe(lora=lora, train={**train, "fsdp": "hybrid"}, output_dir=str(folder / "four"))
+            found = four.do("shards", hybrid)
+            one = prefold.train(recipe(lora=lora, train=train, output_dir=str(folder / "one")))
+            assert_alike(folder / "four", one)
+            for name, (whole, _) in found[0].items():
+                own = [parts[name][1][0] for parts in found]
+                assert own[0] + own[1] == own[2] + own[3] == whole[0] and own[0] == own[2], name
+            stopped = recipe(lora=lora, train={**train, "fsdp": "hybrid"}, output_dir=str(folder / "stopped"))
+            four.do("train", stopped, stop=2)
+            four.do("train", stopped)
+            assert_alike(folder / "stopped", one)
+    finally:
+        four.end()
+
+
 @pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
-def test_sharded_training_goes_on(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_sharded_reward_models(lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Plain transformers loads what they leave."""
+    train = {**UNEVEN, "learning_rate": 1e-3, "eval_steps": 2, "save_steps": 1}
+    settings = {"method": "reward", "lora": lora}
+    pair.do("run", recipe(**settings, train={**train, "fsdp": True}, output_dir=str(tmp_path / "two")))
+    one = prefold.run(recipe(**settings, train=train, output_dir=str(tmp_path / "one")))
+    assert_alike(tmp_path / "two", one)
+    found, wanted = (
+        AutoModelForSequenceClassification.from_pretrained(folder / "merged").state_dict()
+        for folder in (tmp_path / "two", one)
+    )
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("lora", [EXACT, "none"], ids=["lora", "full"])
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_sharded_training_goes_on(method: str, lora: Any, pair: Pair, recipe: MakeRecipe, tmp_path: Path) -> None:
     train = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "fsdp": True}
     best = {"eval_steps": 2, "load_best_model_at_end": True}
 
     def make(name: str) -> RecipeBase:
-        return recipe(lora=lora, train={**train, **best}, output_dir=str(tmp_path / name))
+        return recipe(method=method, lora=lora, train={**train, **best}, output_dir=str(tmp_path / name))
 
     pair.do("train", make("straight"))
     pair.do("train", make("stopped"), stop=3)
@@ -300,7 +349,7 @@ def test_sharded_weights_of_other_methods(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": {"load_in_4bit": True}},
+        {"model": {"load_in_8bit": True}},
         {"model": {"device_map": "auto"}},
         {"lora": {"use_dora": True}},
         {"lora": {"modules_to_save": ["lm_head"]}},
@@ -343,6 +392,20 @@ def test_several_processes_with_a_server(
 def test_one_process_has_nothing_to_shard_with(recipe: MakeRecipe) -> None:
     with pytest.raises(UserError, match="there is one"):
         prefold.train(recipe(train={"fsdp": True}))
+
+
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [([2, 2, 1], "as many processes on each machine, and there are 1 and 2"), ([1, 1], "is one on")],
+)
+def test_machines_that_cannot_hold_a_copy_each(
+    here: list[int], message: str, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here[-1]))
+    monkeypatch.setattr(ranks, "processes", lambda: len(here))
+    monkeypatch.setattr(ranks, "gather", lambda value: here)
+    with pytest.raises(UserError, match=message):
+        _require_sharing(recipe(train={"fsdp": "hybrid"}))
 
 
 # ---- shares -----------------------------------------------------------------------------------------------------

@@ -510,8 +510,8 @@ def test_no_amount_of_memory(text: str) -> None:
 
 def launch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the plan sees it; the environment would have transformers look for the others."""
-    for module in ("planner", "meta_model"):
-        monkeypatch.setattr(f"prefold.plan.{module}.launched", lambda: number)
+    for module in ("plan.planner", "launch"):
+        monkeypatch.setattr(f"prefold.{module}.launched", lambda: number)
 
 
 @pytest.mark.parametrize("lora", [{"r": RANK}, "none"])
@@ -530,6 +530,9 @@ def test_sharded_weights_are_divided(lora: Any, monkeypatch: pytest.MonkeyPatch)
     # Checkpoints hold whole tensors, and the whole model is merged by one process.
     assert four.disk == replace(one.disk, free=four.disk.free)
     assert four.memory["merge"] == one.memory["merge"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    hybrid = plan_of(recipe_of(lora=lora, train={"fsdp": "hybrid"}))
+    assert hybrid.memory["train"]["weights"] == one.memory["train"]["weights"] // 2
 
 
 @pytest.mark.parametrize("spread", [{"train": {"fsdp": True}}, {"model": {"device_map": "auto"}}])
@@ -540,10 +543,20 @@ def test_a_model_that_is_too_large_for_one_device_may_be_spread(spread: dict[str
     assert finding.severity == "warning" and "devices" in str(finding.advice)
 
 
+def test_scales_of_4_bits_are_whole_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    launch(4, monkeypatch)
+    parts = plan_of(recipe_of(model={"load_in_4bit": True}, train={"fsdp": True})).memory["train"]
+    linear = LAYERS * sum(LINEAR.values())
+    assert parts["weights"] == pytest.approx((4 * (PARAMETERS - linear) + linear / 2) / 4 + 4 / 64 * linear, rel=5e-3)
+    vocabulary_and_norms, two_layers = 4 * (PARAMETERS - linear), 2 * linear / LAYERS * (0.5 + 4 / 64)
+    assert parts["gathered"] == pytest.approx(vocabulary_and_norms + two_layers, rel=5e-3)
+
+
 def test_what_is_suggested_goes_with_sharding() -> None:
     sharded = planner(recipe_of(train={"fsdp": True}), config_of(), Machine("cuda", PARAMETERS, 0))
     found = sharded.with_change(sharded.plan()).change
-    assert found is not None and not any("bit" in field for field in found.fields)
+    assert found is not None and found.fields["model.load_in_4bit"]
 
 
 # ---- time -------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from prefold.files import without_home
 from prefold.models.chat_format import vocabulary_rows
 from prefold.models.load import load_model
 from prefold.models.messages import UNREADABLE, quiet
+from prefold.models.score_head import unshard_head
 from prefold.models.tokenizer import chat_tokens
 from prefold.recipe import Lora, Model
 from prefold.trees.fused_layers import fuse_lora, fuse_trained_rows
@@ -33,17 +34,37 @@ from prefold.trees.scorer import freeze_reference
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+@contextmanager
+def _whole_shapes() -> Iterator[None]:
+    """While open, peft gives LoRA of a sharded layer the shape of the whole layer. It takes a mesh of two dimensions
+    for tensor parallelism's, where a layer computes with its part alone."""
+    before = LoraLayer._get_in_out_features
+
+    def shape_of(self: LoraLayer, module: nn.Module) -> Any:
+        linear = isinstance(module, nn.Linear)
+        return (module.in_features, module.out_features) if linear else before(self, module)
+
+    LoraLayer._get_in_out_features = shape_of  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LoraLayer._get_in_out_features = before  # type: ignore[method-assign]
+
+
+@_whole_shapes()
 def load_policy(
     section: Model,
     lora: Lora | None,
     seed: int,
     head_seed: int | None = None,
-    sharded: bool = False,
+    shards: int = 1,
     contents: bool = True,
 ) -> PeftModel:
     """The model to train: quantised if the section says so, with fresh LoRA weights, which every process holds whole,
     or with the adapter that it names, which has its own settings. The other arguments: see `load_model`."""
-    model = load_model(section, quantised=True, head_seed=head_seed, sharded=sharded, contents=contents)
+    model = load_model(section, quantised=True, head_seed=head_seed, shards=shards, contents=contents)
+    if shards > 1 and contents:
+        unshard_head(model)
     if section.adapter is None:
         with nullcontext() if contents else torch.device("meta"):
             return add_lora(model, lora or Lora(), seed, chat_tokens(section))

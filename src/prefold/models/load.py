@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -50,7 +51,7 @@ def load_model(
     dtype: str | None = None,
     quantised: bool = False,
     head_seed: int | None = None,
-    sharded: bool = False,
+    shards: int = 1,
     contents: bool = True,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
@@ -61,7 +62,8 @@ def load_model(
         quantised: with weights in 4 or 8 bits if the section says so; otherwise they are unquantised.
         head_seed: if given, the model scores conversations: a sequence classifier with one label, whose head is
             initialised with this seed if the files have none.
-        sharded: each process loads and keeps its part of every weight (FSDP2); all of them must call this.
+        shards: over how many processes every weight is divided (FSDP2). Each loads and keeps its part, and all of
+            them must call this; if there are more of them, each group of so many holds a copy.
         contents: without them the model has shapes alone, on the meta device. It is refused for the same reasons, but
             no weight is read or downloaded.
         device: instead of the best available, or of the section's `device_map`.
@@ -85,10 +87,10 @@ def load_model(
     if contents:
         if bits:
             quantise_in_pieces()
-        placed = {"": device} if bits or (device.type != "cpu" and not sharded) else None
+        placed = {"": device} if bits or (device.type != "cpu" and shards == 1) else None
         # With a device map each tensor goes from its file to its device; on the CPU, without a cast, it stays mapped.
         settings |= {"device_map": spread or placed, "quantization_config": bits}
-        settings["distributed_config"] = DistributedConfig(fsdp_size=ranks.processes()) if sharded else None
+        settings["distributed_config"] = _distribution(shards) if shards > 1 and not bits else None
         with busy(f"loading {without_home(section.name)}"):
             model, report = _from_files(kind, folder, section.name, settings)
     else:
@@ -101,9 +103,33 @@ def load_model(
             fit_vocabulary(model, tokenizer_of(section), known=len(load_tokenizer(folder)))
     if bits and contents:
         prepare_quantised(model)
+        model = _divided(model, shards) if shards > 1 else model
     # What adapters and merged models name as their base: the model's own name, not a folder of this machine.
     model.name_or_path = model.config.name_or_path = without_home(section.name)
     return prepare_forward(model)
+
+
+def _distribution(shards: int) -> DistributedConfig:
+    copies = ranks.processes() // shards
+    if copies > 1 and not hasattr(DistributedConfig, "dp_replicate_size"):
+        what = f"needs transformers 5.23 or newer, and {transformers.__version__} is installed"
+        raise UserError(what, where="`train.fsdp: hybrid`", advice="update it, or set `train.fsdp: true`")
+    replicas: dict[str, Any] = {"dp_replicate_size": copies} if copies > 1 else {}
+    return DistributedConfig(fsdp_size=shards, **replicas)
+
+
+def _divided(model: Any, shards: int) -> Any:
+    """A model that is loaded whole, sharded. transformers divides weights as it reads them: it would quantise each part
+    of a weight, and take it for the whole."""
+    if head := model.get_output_embeddings():
+        head.weight = nn.Parameter(head.weight.data)  # tied weights are sharded apart, and tied again
+    known = {layer: vars(layer.weight) for layer in model.modules() if hasattr(layer, "quant_state")}
+    distribution, _, mesh = model.prepare_distribute_model(_distribution(shards))
+    model = model.maybe_distribute_model(model, distribution, mesh)
+    for layer, facts in known.items():
+        vars(layer.weight).update(facts)  # peft reads them
+    model.tie_weights()
+    return model
 
 
 def require_model(section: Model, head_seed: int | None = None) -> None:

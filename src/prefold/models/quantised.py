@@ -120,7 +120,7 @@ def _stay(mode: bool = True) -> None:
 def _from_4_bits(layer: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype)
+    return dequantize_4bit(layer.weight, layer.quant_state).to(dtype)
 
 
 def _from_8_bits(layer: Any, dtype: torch.dtype) -> Tensor:

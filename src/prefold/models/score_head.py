@@ -5,10 +5,12 @@ vocabulary's head.
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefold.errors import UserError
@@ -34,6 +36,8 @@ def set_up_head(model: PreTrainedModel, report: dict[str, Any], seed: int, name:
     if WEIGHT in report["missing_keys"]:
         spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
         drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+        if isinstance(head.weight, DTensor):
+            drawn = distribute_tensor(drawn, head.weight.device_mesh, head.weight.placements)
         head.weight.data.copy_(spread * drawn)
     if model.config.get_text_config().pad_token_id is None:
         # Without one the model refuses batches; which one does not matter to the engine, which knows the last tokens.
@@ -44,6 +48,19 @@ def set_up_head(model: PreTrainedModel, report: dict[str, Any], seed: int, name:
         "missing_keys": set(report["missing_keys"]) - {WEIGHT},
         "unexpected_keys": [key for key in report["unexpected_keys"] if key.startswith(trunk)],
     }
+
+
+def unshard_head(model: PreTrainedModel) -> None:
+    """Have every process hold the head of a sharded reward model whole, like the LoRA weights beside which it is
+    trained: peft copies it, and a copy of a part would stay a part."""
+    sharded = score_layer(model)
+    if sharded is None:
+        return
+    assert isinstance(sharded.weight, DTensor)
+    head = deepcopy(sharded)
+    head.weight = nn.Parameter(sharded.weight.full_tensor())
+    sharded.requires_grad_(False)  # FSDP2 goes on gathering it
+    setattr(model, SCORE, head)
 
 
 def set_padding(model: PreTrainedModel, token: int | None) -> None:

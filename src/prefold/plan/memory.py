@@ -127,7 +127,9 @@ class Memory:
         peak, mapped = self.loading, self._policy()["mapped"]
         if self.machine.counts_mapped:
             mapped = self.sizes.parameters * (self.meta.stored_dtype or self.meta.weights_dtype).itemsize
-        weights = (peak.host if self.on_cpu else peak.device) // self.meta.shards
+        # Quantised weights are sharded once they are loaded.
+        parts = 1 if self.meta.is_quantised else self.meta.shards
+        weights = (peak.host if self.on_cpu else peak.device) // parts
         return {"process": self.machine.process, "weights": weights, "mapped": mapped}
 
     @cached_property
@@ -141,13 +143,16 @@ class Memory:
     def _policy(self) -> Parts:
         """What the policy takes for as long as it is loaded."""
         sizes, meta = self.sizes, self.meta
-        kept = (sizes.trained_bytes if meta.trains_all else sizes.weights) // meta.shards
+        quantised = sizes.weights - sizes.whole
+        scales = max(0, quantised - sizes.linear // 2)  # of 4 bits: every process holds them whole
+        kept = ((sizes.trained_bytes if meta.trains_all else sizes.weights) - scales) // meta.shards + scales
         as_stored = self.on_cpu and not meta.trains_all and meta.shards == 1 and meta.stored_dtype == meta.dtype
         mapped = sizes.whole - self._grown(meta.dtype) if as_stored else 0
         # Of sharded weights, those that are gathered at a time: the current layer, the next one and the vocabulary;
         # with their gradients, if they are trained.
-        numbers = sizes.parameters - sizes.linear + 2 * sizes.linear // meta.layers
-        gathered = numbers * meta.weights_dtype.itemsize * (2 if meta.trains_all else 1)
+        itemsize = meta.weights_dtype.itemsize
+        layers = 2 * (quantised or sizes.linear * itemsize) // meta.layers
+        gathered = ((sizes.parameters - sizes.linear) * itemsize + layers) * (2 if meta.trains_all else 1)
         return {
             "process": self.machine.process,
             "weights": kept - mapped,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prefold.launch import launched
+from prefold.launch import shards
 from prefold.models.adapters import add_lora, ready_to_train
 from prefold.models.chat_format import MULTIPLE
 from prefold.models.fetch import fetch
@@ -121,7 +121,7 @@ class MetaModel:
     @property
     def shards(self) -> int:
         """The number of started processes over which the weights are sharded."""
-        return launched() if self.recipe.train.fsdp else 1
+        return shards(self.recipe.train.fsdp)
 
     def own(self, trained: int) -> int:
         """This process's part of what is kept for the trained parameters; LoRA weights are not sharded."""

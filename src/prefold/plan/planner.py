@@ -104,7 +104,7 @@ class Planner:
             dtype=str(meta.dtype).removeprefix("torch."),
             at_hand=self.machine.memory,
             packed=self.packed,
-            spread=recipe.train.fsdp or recipe.model.device_map is not None,
+            spread=bool(recipe.train.fsdp) or recipe.model.device_map is not None,
             parameters=meta.sizes.parameters,
             trained=meta.sizes.trained,
             weights=phases["train"]["weights"] + phases["train"]["mapped"],
@@ -254,7 +254,7 @@ class Planner:
             yield {"train.gradient_checkpointing": True}
         if trains_all and "8bit" not in recipe.train.optim:
             yield {"train.optim": "adamw_8bit"}
-        if not trains_all and not model.load_in_4bit and not recipe.train.fsdp:
+        if not trains_all and not model.load_in_4bit:
             yield {"model.load_in_4bit": True, **({"model.load_in_8bit": False} if model.load_in_8bit else {})}
         if merge_dtype(recipe, self.meta.dtype) == torch.float32:
             yield {"merge.dtype": "bfloat16"}

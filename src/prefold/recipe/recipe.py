@@ -101,11 +101,9 @@ class RecipeBase(Section):
     def can_be_sharded(self) -> RecipeBase:
         kind = self.algorithm.kind
         barred = {
-            "model.load_in_4bit": self.model.load_in_4bit,
             "model.load_in_8bit": self.model.load_in_8bit,
             "model.device_map": self.model.device_map,
             **self._beyond_plain_lora,
-            f"method: {self.method}": kind.scores,
             f"method: {self.method}` without servers in `generation": kind.samples and not self.generation.by_servers,
         }
         if self.train.fsdp and (given := next((name for name, value in barred.items() if value), None)):

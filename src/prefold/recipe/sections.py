@@ -290,9 +290,9 @@ class Train(Section):
     """Added to the square root of the second moment."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
-    fsdp: bool = False
+    fsdp: bool | Literal["hybrid"] = False
     """Shard the model over all processes (FSDP2): each holds a part of every weight, and gathers the rest while it
-    computes. For models too large for one device."""
+    computes. For models too large for one device. With `hybrid`, over those of each machine, which then has a copy."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(42, ge=0)

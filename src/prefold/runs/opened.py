@@ -21,6 +21,7 @@ from prefold.evaluation.people import require_votes
 from prefold.evaluation.scores import OpenTask
 from prefold.evaluation.tasks import open_tasks
 from prefold.evaluation.win_rate import Compares, open_judge
+from prefold.launch import shards
 from prefold.models.adapters import load_policy
 from prefold.models.load import load_model
 from prefold.models.merge import compared
@@ -89,13 +90,12 @@ def loaded_rewards(recipe: RecipeBase, columns: Sequence[str]) -> list[LoadedRew
 
 def policy_of(recipe: RecipeBase, contents: bool = True) -> PreTrainedModel | PeftModel:
     """The model to train; see `load_model`."""
-    section, settings = recipe.model, recipe.train
+    section, settings, head_seed = recipe.model, recipe.train, head_seed_of(recipe)
+    parts = shards(settings.fsdp)
     if recipe.lora == "none":
         # Mixed precision keeps the trained weights in float32 and computes in the recipe's dtype.
-        return load_model(
-            section, dtype="float32", head_seed=head_seed_of(recipe), sharded=settings.fsdp, contents=contents
-        )
-    return load_policy(section, recipe.lora, settings.seed, head_seed_of(recipe), settings.fsdp, contents)
+        return load_model(section, dtype="float32", head_seed=head_seed, shards=parts, contents=contents)
+    return load_policy(section, recipe.lora, settings.seed, head_seed, parts, contents)
 
 
 def head_seed_of(recipe: RecipeBase) -> int | None:

@@ -20,6 +20,7 @@ from prefold.device import choose_device, choose_dtype
 from prefold.errors import StageError, UserError, counted
 from prefold.files import cache_folder, new_file, new_folder
 from prefold.generation.servers import Servers
+from prefold.launch import launched_here, shards
 from prefold.models.load import trainable_parameters
 from prefold.models.merge import logits_of
 from prefold.models.tokenizer import tokenizer_of
@@ -116,7 +117,7 @@ def _train(recipe: RecipeBase, prepared: Prepared) -> None:
         if checkpoint:
             say(f"  going on after step {done}")
         loop.train(checkpoint)
-    if ranks.is_first() and (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
+    if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
         _keep_logits(recipe, model, compared_rows(recipe, prepared.train), dtype)
     target = folder / ("trained" if recipe.lora == "none" else "adapter")
     with new_folder(target) if ranks.is_first() else nullcontext(target) as aside:
@@ -131,6 +132,8 @@ def _keep_logits(recipe: RecipeBase, model: Any, rows: Sequence[Sequence[int]], 
     """Save the logits that the merged model, made of the unquantised base, will be compared with."""
     with torch.autocast(choose_device().type, dtype, enabled=dtype != torch.float32):
         logits = logits_of(model, rows)
+    if not ranks.is_first():
+        return
     with new_file(recipe.run_folder / TRAINED_LOGITS) as aside:
         save_file({"logits": logits}, aside)
 
@@ -250,12 +253,16 @@ def _require_sharing(recipe: RecipeBase) -> None:
         if recipe.model.device_map:
             what = "places one model on several devices, and here each process has its own"
             raise UserError(what, where="`model.device_map`", advice="remove it, or start one process")
-    elif recipe.train.fsdp:
-        raise UserError(
-            "shards weights over processes, and there is one",
-            where="`train.fsdp`",
-            advice="start several, e.g. `prefold run RECIPE --nproc 2`",
-        )
+    if not recipe.train.fsdp:
+        return
+    here = sorted(set(ranks.gather(launched_here())))
+    if recipe.train.fsdp == "hybrid" and len(here) > 1:
+        what = f"needs as many processes on each machine, and there are {' and '.join(map(str, here))}"
+        raise UserError(what, where="`train.fsdp: hybrid`", advice="set `train.fsdp: true`, or start as many on each")
+    if (parts := shards(recipe.train.fsdp)) == 1:
+        what = "shards weights over processes, and there is one on this machine"
+        raise UserError(what, where="`train.fsdp`", advice="start several, e.g. `prefold run RECIPE --nproc 2`")
+    say(f"  every weight is divided over {parts} processes")
 
 
 def _policy(recipe: RecipeBase) -> torch.nn.Module:
