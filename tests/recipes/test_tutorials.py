@@ -42,6 +42,13 @@ class TestTutorials:
         assert name in (tmp_path / "published" / "README.md").read_text(encoding="utf-8").lower()
 
 
+def begin_to_serve(command: str, folder: Path) -> None:
+    line = [sys.executable, "-m", *command.split("#")[0].split(), "--no-browser"]
+    with subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stdout.readline().startswith("http://127.0.0.1:")
+        server.terminate()
+
+
 @pytest.mark.slow
 def test_the_tour(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
     """With a tiny model in `mine.yaml`, as soon as there is one."""
@@ -57,5 +64,5 @@ def test_the_tour(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert len(others) >= 10
     for command in others:
-        give(command, tmp_path)
+        (begin_to_serve if command.startswith("prefold ui") else give)(command, tmp_path)
     assert (tmp_path / "page.html").is_file() and (tmp_path / "ours.yaml").is_file()
