@@ -109,6 +109,9 @@ def prepare_quantised(model: PreTrainedModel) -> None:
             layer.train()
             layer.train = _stay  # type: ignore[method-assign, assignment]
             unpack = _from_4_bits if isinstance(layer, Linear4bit) else _from_8_bits
+            if isinstance(layer, Linear4bit):
+                # Where it stays when sharding replaces the weight.
+                layer.quant_state = layer.weight.quant_state  # type: ignore[attr-defined]
             vars(layer)["unpacked"] = MethodType(unpack, layer)
             layer.register_forward_pre_hook(_as_under_autocast)
 
