@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
 
 
 def choose_device() -> torch.device:
@@ -17,11 +16,6 @@ def choose_device() -> torch.device:
 
 def is_half(dtype: torch.dtype | None) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
-
-
-def widened(values: Tensor) -> Tensor:
-    """Half precision in float32; other dtypes as they are."""
-    return values.float() if is_half(values.dtype) else values
 
 
 def choose_dtype(setting: str, device: torch.device) -> torch.dtype:

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from prefold.device import is_half
 from prefold.trees.attention import Shape, heads_of, register, segments, variable_length
 from prefold.trees.packing import PackedTrees
 
@@ -112,7 +111,7 @@ class SequenceBatch(ABC):
 def attends_in(dtype: torch.dtype, device: str) -> bool:
     """Whether attention computes in a dtype, and not in float32: CUDA alone has half-precision products with scores in
     float32, and a CPU is as fast in float32, which is more accurate."""
-    return not is_half(dtype) or device == "cuda"
+    return dtype.itemsize > 2 or device == "cuda"
 
 
 def _widened(attend: Attend) -> Attend:
@@ -219,7 +218,7 @@ def attention_part(query: Tensor, keys: Tensor, values: Tensor, shape: Shape) ->
     """Softmax attention of scaled queries `[B, n, width]` to keys `[B, S, width]`: `[B, n, width]`, and the log of the
     softmax's denominator, `[B, n, 1]`."""
     keys = keys.transpose(1, 2)
-    scores = torch.bmm(query, keys, out_dtype=torch.float32) if is_half(query.dtype) else torch.bmm(query, keys)
+    scores = torch.bmm(query, keys, out_dtype=torch.float32) if query.dtype.itemsize == 2 else torch.bmm(query, keys)
     if shape.softcap is not None:
         scores.div_(shape.softcap).tanh_().mul_(shape.softcap)
     weights = scores.softmax(-1)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prefold.device import widened
 from prefold.generation.sampling import Completion, Sampling
+from prefold.trees.attention import widened
 
 BLOCK = 256
 """Tokens of a block: probabilities are added up by block, and only the block of the drawn token is searched."""

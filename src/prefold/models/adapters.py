@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prefold.device import widened
 from prefold.errors import UserError, first_line
 from prefold.files import without_home
 from prefold.models.chat_format import vocabulary_rows
@@ -27,6 +26,7 @@ from prefold.models.messages import UNREADABLE, quiet
 from prefold.models.score_head import unshard_head
 from prefold.models.tokenizer import chat_tokens
 from prefold.recipe import Lora, Model
+from prefold.trees.attention import widened
 from prefold.trees.fused_layers import fuse_lora, fuse_trained_rows
 from prefold.trees.head import SCORE, score_layer
 from prefold.trees.scorer import freeze_reference

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from prefold.data.preference import Message, Prompt
-from prefold.errors import StageError, UserError, json_type, unique
+from prefold.errors import StageError, UserError, json_type
 from prefold.generation.sampling import Completion
 from prefold.rewards.builtin import RewardFunction
 from prefold.user_code import UserCodeFailed, call_user_code, line_of, start_of, summary_of
@@ -146,7 +146,9 @@ def column_names(prompts: Iterable[Prompt]) -> list[str]:
 
 def names_of(rewards: Sequence[LoadedReward]) -> list[str]:
     """The names of rewards in records; the second reward of the same name is `NAME-2`."""
-    return unique(reward.name for reward in rewards)
+    names = [reward.name for reward in rewards]
+    earlier = [names[:index].count(name) for index, name in enumerate(names)]
+    return [f"{name}-{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
 
 
 def score(

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from prefold import ranks
 from prefold.algorithms import Algorithm, Draws, Metric
 from prefold.data.examples import Example, Examples, prompts_of
-from prefold.device import is_half
 from prefold.generation.engine import require_end_token, sample
 from prefold.generation.sampling import Completion, Sampling
 from prefold.generation.sequences import seed_of
@@ -179,7 +178,7 @@ class SampledTrees:
         """A group for each prompt, sampled from the current model; servers sample with seeds of their own."""
         model, served = self.scorer.model, self.served
         model.eval()
-        precision = torch.autocast(unwrapped(model).device.type, self.dtype, enabled=is_half(self.dtype))
+        precision = torch.autocast(unwrapped(model).device.type, self.dtype, enabled=self.dtype.itemsize == 2)
         with using_attention(unwrapped(model), self.attention), precision:
             if served is not None:
                 completions, self.of_servers = served(step, prompts)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from prefold.device import widened
 from prefold.trees.packing import Node, PackedTrees, Span
 
 NAMES_GROUPED_HEADS = torch.__version__ >= "2.12"
@@ -90,6 +89,11 @@ def register(name: str, backend: Backend) -> None:
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def widened(values: Tensor) -> Tensor:
+    """Half precision in float32; other dtypes as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @contextmanager

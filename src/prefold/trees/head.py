@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from prefold.device import widened
+from prefold.trees.attention import widened
 from prefold.trees.fused_layers import trained_rows
 
 T = TypeVar("T")

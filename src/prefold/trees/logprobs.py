@@ -21,8 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from prefold.device import widened
-from prefold.trees.attention import unwrapped
+from prefold.trees.attention import unwrapped, widened
 from prefold.trees.budget import padded_batches
 from prefold.trees.head import (
     Statistics,

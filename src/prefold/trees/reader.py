@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prefold import ranks
-from prefold.device import widened
-from prefold.trees.attention import BLOCK_MASK, candidates, unwrapped, using_attention
+from prefold.trees.attention import BLOCK_MASK, candidates, unwrapped, using_attention, widened
 from prefold.trees.budget import attempt, from_all, lowered, pad, row_by_row, split_by_length
 from prefold.trees.forest import WORTH_SHARING, Text, pack_forest, split_texts
 from prefold.trees.logprobs import packed_logprobs

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from prefold import ranks
-from prefold.device import is_half
 from prefold.files import new_file, remove_left_over
 from prefold.trees.attention import unwrapped
 from prefold.trees.packing import TokenTree
@@ -129,7 +128,7 @@ def compute_reference(
     """Log-probs of trees under the reference, as from `Reference`, without its cache."""
     reference: list[Tensor] = [torch.empty(0)] * len(trees)
     device = next(scorer.model.parameters()).device.type
-    with reference_model(scorer.model), torch.autocast(device, dtype, enabled=is_half(dtype)):
+    with reference_model(scorer.model), torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
         for row, logprobs in scorer.scored(trees):
             lengths = [trees[i].scored_tokens for i in row]
             for i, part in zip(row, logprobs.tokens.float().cpu().split(lengths), strict=True):
