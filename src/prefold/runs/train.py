@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,16 @@ def train(run: Run) -> None:
         require_openable(run)
         prepared = run.checked_data()
     while True:
-        try:
+        with suppress(RolledBack):
             return _train(run.recipe, prepared)
-        except RolledBack:
-            pass
         free_memory()
 
 
 def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     algorithm, folder = recipe.algorithm, recipe.run_folder
-    model, dtype = _policy(recipe), choose_dtype(recipe.model.dtype, choose_device())
+    model, dtype = policy_of(recipe), choose_dtype(recipe.model.dtype, choose_device())
+    trainable, total = trainable_parameters(model)
+    say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     scorer = scorer_of(recipe, model, prepared.train, dtype)
     if scorer.sharded and not scorer.packed:
         raise StageError(f"`train.fsdp` needs a model whose trees can be packed; here: {scorer.reason}")
@@ -256,11 +256,3 @@ def _require_sharing(recipe: RecipeBase) -> None:
             where="`train.fsdp`",
             advice="start several, e.g. `prefold run RECIPE --nproc 2`",
         )
-
-
-def _policy(recipe: RecipeBase) -> torch.nn.Module:
-    """The model to train; prints how many of its parameters are trained."""
-    model = policy_of(recipe)
-    trainable, total = trainable_parameters(model)
-    say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
-    return model
