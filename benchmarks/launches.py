@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -30,7 +31,7 @@ from prefold.generation.sampling import Sampling
 from prefold.generation.sequences import GenerationRequest
 from prefold.models.adapters import add_lora
 from prefold.models.load import prepare_forward
-from prefold.plan.meta_model import fake_tensors, move_to_cpu
+from prefold.plan.meta_model import move_to_cpu
 from prefold.plan.passes import attention_on
 from prefold.recipe import Lora
 from prefold.trees.attention import using_attention
@@ -125,7 +126,7 @@ def training_step(model: PreTrainedModel) -> Launches:
         policy = add_lora(prepare_forward(model), Lora(r=16), seed=0).train()
     trees = [TokenTree((1,) * PROMPT_TOKENS, ((1,) * NEW_TOKENS, (2,) * NEW_TOKENS))] * 2
     launches = Launches()
-    with fake_tensors(), launches:
+    with FakeTensorMode(allow_non_fake_inputs=True), launches:
         move_to_cpu(policy)
         launches.names.clear()
         with using_attention(policy, attention_on("cuda", torch.bfloat16)), torch.autocast("cpu", torch.bfloat16):

@@ -439,7 +439,7 @@ from prefold.runs import train as training
 if os.environ["RANK"] == "1":
     def fails(recipe):
         raise UserError("something is wrong here", where="process 1")
-    training._policy = fails
+    training.policy_of = fails
 from prefold.cli import main
 main()
 """

@@ -65,6 +65,9 @@ def rate_of_answers(
     prompts = [str(pair.number) for pair, _ in judged]
     against_even = rate(wins, prompts)
     del against_even["difference"]
+    _, groups = np.unique(np.asarray(prompts), return_inverse=True)
+    sizes, longer = np.bincount(groups), np.bincount(groups, lengths[:, 1] - lengths[:, 0])
+    at_equal = length_controlled(np.bincount(groups, wins) / sizes, longer / sizes) if at_equal_lengths else None
     return {
         "prompts": len(set(prompts)),
         "comparisons": len(judged),
@@ -73,22 +76,15 @@ def rate_of_answers(
         "losses": int((wins < 0.5).sum()),
         "win_rate": float(wins.mean()),
         **against_even,
-        "length_controlled": _of_prompts(wins, lengths, prompts) if at_equal_lengths else None,
+        "length_controlled": at_equal,
         "characters": {"before": float(lengths[:, 0].mean()), "after": float(lengths[:, 1].mean())},
     }
 
 
-def _of_prompts(wins: Floats, lengths: Floats, prompts: Sequence[str]) -> dict[str, Any] | None:
-    """The length-controlled rate, from the means over each prompt's answers."""
-    _, groups = np.unique(np.asarray(prompts), return_inverse=True)
-    sizes = np.bincount(groups)
-    longer = np.bincount(groups, lengths[:, 1] - lengths[:, 0]) / sizes
-    return length_controlled(np.bincount(groups, wins) / sizes, longer)
-
-
 def length_controlled(wins: Floats, longer: Floats) -> dict[str, Any] | None:
-    """The rate at equal lengths, with Wald's 95 % interval and p-value; None for fewer than `LEAST_PROMPTS`. `wins`
-    `[n]` are shares from 0 to 1, `longer` `[n]` the characters that the answer after training has more."""
+    """The rate at equal lengths, with Wald's 95 % interval and p-value; None for fewer than `LEAST_PROMPTS`. Means over
+    each prompt's answers: `wins` `[n]`, shares from 0 to 1, and `longer` `[n]`, the characters that the answer after
+    training has more."""
     if len(wins) < LEAST_PROMPTS:
         return None
     spread = float(longer.std())

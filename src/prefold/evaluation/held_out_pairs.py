@@ -95,13 +95,11 @@ def by_pair(
     0.5 for a tie), by how much, and the pair. `keys`: the same for the same pair in every run."""
     sides = {when: values for when, values in (("before", before), ("after", after)) if values is not None}
     columns: dict[str, Any] = {"key": keys} | {when: _wins(values).tolist() for when, values in sides.items()}
-    columns |= {f"margin_{when}": map(_number, values[:, 0] - values[:, 1]) for when, values in sides.items()}
+    for when, values in sides.items():
+        margins = (values[:, 0] - values[:, 1]).tolist()
+        columns[f"margin_{when}"] = [margin if math.isfinite(margin) else None for margin in margins]
     lines = (dict(zip(columns, pair, strict=True)) for pair in zip(*columns.values(), strict=True))
     return [line | text for line, text in zip(lines, texts, strict=True)]
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def against_chance(scores: PairScores) -> dict[str, Any]:

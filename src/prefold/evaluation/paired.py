@@ -160,7 +160,9 @@ def estimate(before: Floats, after: Floats, clusters: Sequence[str] | None = Non
     """The mean difference `after - before` of values `[n]`. `clusters`: the cluster of each question (unset: questions
     are independent)."""
     change = after - before
-    sums, sizes = _by_cluster(change, clusters)
+    numbers = np.arange(len(change)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums: Floats = np.bincount(numbers, change).astype(np.float64)
+    sizes = np.bincount(numbers).astype(np.int64)
     n, scale = len(change), _scale(before, after)
     mean, moves = float(change.mean()), sums / n
     if scale:
@@ -224,7 +226,6 @@ def won(differences: Floats) -> Floats:
 
 def wilson(shares: Floats, level: float = LEVEL) -> list[float]:
     """Wilson's interval of a mean of right and wrong, at `1 - level`."""
-
     from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(shares.sum(), len(shares), alpha=level, method="wilson")
@@ -258,12 +259,3 @@ def _exchanged(moves: Floats, step: float | None) -> float:
         probabilities = flipped
     beyond = (len(probabilities) - 1 - abs(int(steps.sum()))) // 2
     return min(1.0, 2 * float(probabilities[: beyond + 1].sum()))
-
-
-def _by_cluster(change: Floats, clusters: Sequence[str] | None) -> tuple[Floats, NDArray[np.int64]]:
-    """The sum and the size of each cluster."""
-    if clusters is None:
-        return change, np.ones(len(change), dtype=np.int64)
-    _, numbers = np.unique(np.asarray(clusters), return_inverse=True)
-    sums: Floats = np.bincount(numbers, change).astype(np.float64)
-    return sums, np.bincount(numbers).astype(np.int64)

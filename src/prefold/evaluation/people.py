@@ -62,11 +62,7 @@ def rate_by_votes(
     return {
         "judge": {"kind": "people", "name": f"{len(people)} {'person' if len(people) == 1 else 'people'}", "key": key},
         **rate_of_answers(pairs, outcomes, at_equal_lengths),
-        "left_out": {
-            "same_answers": same,
-            "not_voted": outcomes.count(None) - same,
-            "of_other_answers": len(by_key),
-        },
+        "left_out": {"same_answers": same, "not_voted": outcomes.count(None) - same, "of_other_answers": len(by_key)},
         "votes": sum(map(len, cast)),
         "both_bad": sum(vote["winner"] == "both bad" for vote in chain.from_iterable(cast)),
         "agreement": agreement(preferred),

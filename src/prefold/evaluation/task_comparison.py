@@ -181,16 +181,11 @@ def _some_questions(task: _Task, marks: Marks) -> dict[str, Any]:
 
 def _texts(task: _Task, marks: Marks) -> list[dict[str, str]]:
     """The first marked questions, as a person reads them."""
-    chosen = [task.questions[index] for index in np.flatnonzero(marks)[:FLIPPED_SHOWN]]
-    return [
-        {
-            "question": task.scores.texts[here],
-            "before": task.scores.answers[here],
-            "after": task.other.answers[there],
-            "target": task.scores.targets[here],
-        }
-        for here, there in chosen
-    ]
+    first, second, shown = task.scores, task.other, []
+    for here, there in (task.questions[index] for index in np.flatnonzero(marks)[:FLIPPED_SHOWN]):
+        answers = {"before": first.answers[here], "after": second.answers[there]}
+        shown.append({"question": first.texts[here], **answers, "target": first.targets[here]})
+    return shown
 
 
 # ---- several tasks ----------------------------------------------------------------------------------------------

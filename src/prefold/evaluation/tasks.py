@@ -166,17 +166,11 @@ def measure(
         lm.label = f"{opened.name} {when}".strip()
         with _as_the_harness_runs():
             opened.task.set_fewshot_seed(SEEDS["fewshot"])
-            run_task = partial(
-                evaluate,
-                lm=lm,
-                task_dict={"tasks": {opened.name: opened.task}, "groups": {}},
-                limit=settings.limit,
-                bootstrap_iters=0,
-                apply_chat_template=settings.apply_chat_template,
-                fewshot_as_multiturn=True,
-            )
+            task_dict = {"tasks": {opened.name: opened.task}, "groups": {}}
+            asked = {"limit": settings.limit, "apply_chat_template": settings.apply_chat_template}
+            asked |= {"fewshot_as_multiturn": True, "bootstrap_iters": 0}
             try:
-                results: Any = call_user_code(run_task)
+                results: Any = call_user_code(partial(evaluate, lm=lm, task_dict=task_dict, **asked))
             except UserCodeFailed as failure:
                 if isinstance(failure.error, Exception):
                     raise failure.error from None

@@ -28,7 +28,6 @@ FAILURES_IN_A_ROW = 10
 REPLIES_SHOWN = 3
 _SHOWN_CHARACTERS = 120
 
-
 Outcome = float | NoVerdict | Refused | None
 """1 where the answer after training is preferred, 0 where the one before is, 0.5 where they are even; or why there is
 no verdict. None: the reward has no number for one of them."""

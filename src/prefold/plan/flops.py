@@ -37,18 +37,13 @@ class Tokens(NamedTuple):
             unique=sum(map(sum, trees)),
             plain=sum(map(plain_size, trees)),
             scored=sum(sum(tree[1:]) + scores_prompt * (tree[0] - 1) for tree in trees),
-            attended=sum(map(_attended, trees)),
+            attended=sum(length * (length + 1) // 2 for tree in trees for length in tree)
+            + sum(tree[0] * sum(tree[1:]) for tree in trees),
         )
 
 
 def plain_size(tree: Lengths) -> int:
     return sum(tree) + tree[0] * (max(len(tree) - 1, 1) - 1)
-
-
-def _attended(tree: Lengths) -> int:
-    prompt, *completions = tree
-    own = sum(length * (length + 1) // 2 for length in tree)
-    return own + prompt * sum(completions)
 
 
 def with_completions(recipe: RecipeBase, trees: Sequence[Lengths]) -> list[Lengths]:
@@ -72,15 +67,13 @@ class Steps:
 
     def fullest_row(self, budget: int, packed: bool) -> Row:
         """The micro-batch with the most tokens, as the engine lays them out."""
-        size = sum if packed else plain_size
-        return max(self._rows(budget, size), key=lambda row: (sum(map(size, row)), row))
-
-    def _rows(self, budget: int, size: Callable[[Lengths], int]) -> Iterator[Row]:
+        size, rows = sum if packed else plain_size, list[Row]()
         for trees in self:
             for indices in split_by_budget(list(map(size, trees)), budget):
-                yield tuple(trees[index] for index in indices)
+                rows.append(tuple(trees[index] for index in indices))
             if self.sampled:
-                yield _ending_early(trees, budget, size)
+                rows.append(_ending_early(trees, budget, size))
+        return max(rows, key=lambda row: (sum(map(size, row)), row))
 
     def tokens(self, scores_prompt: bool) -> Tokens:
         """The tokens of all steps together, extrapolated from those that are read."""

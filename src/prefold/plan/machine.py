@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,15 +60,13 @@ class Machine:
 
 def bytes_of(text: str) -> int:
     """An amount of memory, such as `24GB` or `79.6GiB`, in bytes. Raises UserError: `text` is no positive amount."""
-    number = text.strip().upper().rstrip("GIMB")
-    try:
+    number, what = text.strip().upper().rstrip("GIMB"), f"`{text}` is no amount of memory"
+    with suppress(ValueError, KeyError, OverflowError):
         size = int(float(number) * UNITS[text.strip().upper()[len(number) :]])
-    except (ValueError, KeyError, OverflowError):
-        size = None
-    if size is None or size <= 0:
-        what = f"`{text}` is no {'amount of memory' if size is None else 'memory at all'}"
-        raise UserError(what, where="`--device-memory`", expected="e.g. 24GB or 80GiB")
-    return size
+        if size > 0:
+            return size
+        what = f"`{text}` is no memory at all"
+    raise UserError(what, where="`--device-memory`", expected="e.g. 24GB or 80GiB")
 
 
 def free_disk(folder: Path) -> int:

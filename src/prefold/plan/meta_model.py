@@ -7,8 +7,6 @@ for what is trained and what is quantised. For a pass, its tensors become fake o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,7 +16,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefold.launch import shards
@@ -213,15 +210,8 @@ def config_of(section: Model) -> Any:
     return config
 
 
-@contextmanager
-def fake_tensors() -> Iterator[FakeTensorMode]:
-    """While open, new tensors have shapes and dtypes but no contents."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield mode
-
-
 def move_to_cpu(model: nn.Module) -> None:
-    """Replace a meta model's tensors by fake ones on the CPU, in place. To be called with `fake_tensors` open."""
+    """Replace a meta model's tensors by fake ones on the CPU, in place. To be called with a `FakeTensorMode` open."""
     moved: dict[int, Tensor] = {}
 
     def on_cpu(tensor: Tensor) -> Tensor:

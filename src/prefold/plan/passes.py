@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefold.device import is_half
-from prefold.plan.meta_model import MetaModel, fake_tensors, move_to_cpu
+from prefold.plan.meta_model import MetaModel, move_to_cpu
 from prefold.trees.attention import BACKENDS, CHECKPOINTING, Shape, register, unwrapped, using_attention
 from prefold.trees.head import head_logprobs, head_of
 from prefold.trees.logprobs import packed_logprobs, plain_logprobs
@@ -63,7 +63,7 @@ def _training_pass(
     if meta.recipe.train.gradient_checkpointing:
         settings = {"use_reentrant": False, "preserve_rng_state": False}
         getattr(unwrapped(model), f"{CHECKPOINTING}_enable")(settings)
-    with fake_tensors() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         move_to_cpu(model)
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
@@ -87,7 +87,7 @@ def scoring_pass(meta: MetaModel, dtype: torch.dtype, row: Row, budget: int, att
     packed = pack(trees_of(row))
     try:
         model = meta.base(dtype, 1)
-        with fake_tensors() as mode:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             move_to_cpu(model)
             with torch.no_grad(), _using(attention, model), AllocatedBytes(_resident(model)) as allocated:
                 _scored(meta, model, _without_contents(packed, mode), budget, attention)

@@ -93,12 +93,10 @@ def require_exportable(model: Path, tokenizer: PreTrainedTokenizerBase, kinds: S
     read_vocabulary(tokenizer, where)
     foreign = [kind for kind in kinds if kind not in WRITTEN]
     if foreign and shutil.which(QUANTIZER) is None:
-        raise UserError(
-            f"{foreign[0]} is made by llama.cpp's `{QUANTIZER}`, and it is not on PATH",
-            where="`publish.gguf`",
-            expected=f"{' or '.join(WRITTEN)}, which need no other program",
-            advice="install llama.cpp and put its programs on PATH",
-        )
+        what = f"{foreign[0]} is made by llama.cpp's `{QUANTIZER}`, and it is not on PATH"
+        expected = f"{' or '.join(WRITTEN)}, which need no other program"
+        advice = "install llama.cpp and put its programs on PATH"
+        raise UserError(what, where="`publish.gguf`", expected=expected, advice=advice)
 
 
 def export_gguf(
@@ -114,9 +112,11 @@ def export_gguf(
         UserError: see `require_exportable`.
         StageError: a file differs from the model, or llama.cpp's program failed.
     """
-    made = _made_before(merged, folder, title, kinds)
-    if made is not None:
-        return made
+    names, record = [file_name(title, kind) for kind in kinds], folder / RECORD
+    if record.is_file() and record.stat().st_mtime_ns >= (merged.parent / "merge.json").stat().st_mtime_ns:
+        made: list[dict[str, Any]] = read_json(record)
+        if {check["file"] for check in made} == set(names) and all((folder / name).is_file() for name in names):
+            return made
     tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
     require_exportable(merged, tokenizer, kinds, merged.parent.name)
     original = _original(merged, tokenizer, texts)
@@ -143,17 +143,6 @@ def expected_bytes(merged: Path, kind: str) -> int:
     config = AutoConfig.from_pretrained(merged, local_files_only=True)
     numbers = sum(math.prod(tensor.shape) for tensor in _tensors(merged, config, kind))
     return int(numbers * BITS[kind] / 8)
-
-
-def _made_before(merged: Path, folder: Path, title: str, kinds: Sequence[str]) -> list[dict[str, Any]] | None:
-    """The checks of an earlier export of the same merged model, if its files are those that are wanted now."""
-    record = folder / RECORD
-    if not record.is_file() or record.stat().st_mtime_ns < (merged.parent / "merge.json").stat().st_mtime_ns:
-        return None
-    checks: list[dict[str, Any]] = read_json(record)
-    wanted = {file_name(title, kind) for kind in kinds}
-    files = {check["file"] for check in checks}
-    return checks if files == wanted and all((folder / file).is_file() for file in files) else None
 
 
 def _quantize(merged: Path, file: Path, kind: str, title: str) -> None:

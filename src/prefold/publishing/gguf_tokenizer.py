@@ -56,8 +56,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, where: str) -> Vocabular
 def _cuts(described: dict[str, Any], where: str) -> str:
     steps = described.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    level = steps[-1]
+    kinds, level = [step.get("type") for step in steps], steps[-1]
     if kinds[-1] == "ByteLevel" and not level["add_prefix_space"]:
         if level["use_regex"] and kinds == ["ByteLevel"]:
             return GPT2

@@ -60,11 +60,9 @@ def push(section: Publish, items: Sequence[Item], message: str, before: dict[str
     with _explained(name), _quiet_client():
         api.create_repo(name, private=section.private, exist_ok=True)
         if section.private and not api.model_info(name).private:
-            raise UserError(
-                "is public, and the recipe has `publish.private: true`; nothing was sent",
-                where=name,
-                advice="set `publish.private: false`, make the repository private, or name another",
-            )
+            what = "is public, and the recipe has `publish.private: true`; nothing was sent"
+            advice = "set `publish.private: false`, make the repository private, or name another"
+            raise UserError(what, where=name, advice=advice)
         if section.branch:
             api.create_branch(name, branch=section.branch, exist_ok=True)
         pull_request = _open_pull_request(api, name, before) if section.create_pr else None
@@ -145,12 +143,10 @@ def _refusal(name: str, reason: BaseException) -> UserError | StageError:
     if isinstance(reason, errors.HfHubHTTPError):
         status = reason.response.status_code
         if status in (401, 403, 404):
-            return UserError(
-                f"the Hub does not let this token write there (HTTP {status})",
-                where=name,
-                expected="a write token of an account that may write to this repository",
-                advice="check `publish.hub_model_id`; `hf auth login`, or set HF_TOKEN",
-            )
+            what = f"the Hub does not let this token write there (HTTP {status})"
+            expected = "a write token of an account that may write to this repository"
+            advice = "check `publish.hub_model_id`; `hf auth login`, or set HF_TOKEN"
+            return UserError(what, where=name, expected=expected, advice=advice)
         return StageError(f"{name}: the Hub refused it (HTTP {status}); {again} once that is fixed")
     if isinstance(reason, httpx2.HTTPError | ConnectionError | TimeoutError):
         return StageError(f"{name}: the connection to the Hub broke ({type(reason).__name__}); {again}")

@@ -30,12 +30,9 @@ COMPARED, LONGEST = 3, 2000
 def require_section(recipe: RecipeBase) -> Publish:
     """Raises UserError if the recipe does not say where to publish."""
     if recipe.publish is None:
-        raise UserError(
-            "the recipe does not say where to publish",
-            where=recipe.output_dir,
-            expected="a section `publish`",
-            advice="add `publish.hub_model_id=NAME/MODEL` or `publish.to=FOLDER`",
-        )
+        what, expected = "the recipe does not say where to publish", "a section `publish`"
+        advice = "add `publish.hub_model_id=NAME/MODEL` or `publish.to=FOLDER`"
+        raise UserError(what, where=recipe.output_dir, expected=expected, advice=advice)
     return recipe.publish
 
 
@@ -102,10 +99,8 @@ def compared_texts(run_folder: Path, tokenizer: PreTrainedTokenizerBase) -> list
     texts = []
     for row in (read_jsonl(samples) if samples.is_file() else [])[:COMPARED]:
         answered = [*row["prompt"], {"role": "assistant", "content": row["after"][0]}]
-        if tokenizer.chat_template:
-            texts.append(str(tokenizer.apply_chat_template(answered, tokenize=False)))
-        else:
-            texts.append("".join(message["content"] for message in answered))
+        plain = "".join(message["content"] for message in answered)
+        texts.append(str(tokenizer.apply_chat_template(answered, tokenize=False)) if tokenizer.chat_template else plain)
     kept = [text[:LONGEST] for text in texts if text.strip()]
     return kept or ["Why is the sky blue?\n\nAir scatters blue light more than red: about 5.5 times as much."]
 
@@ -138,8 +133,5 @@ def _require_own(folder: Path, shown: str, known: Collection[str]) -> None:
         raise UserError("is a file, not a folder", where=shown, advice="choose another `publish.to`")
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     if foreign := [file for file in files if file.as_posix() not in known]:
-        raise UserError(
-            f"holds files that were not published there, e.g. {min(foreign)}",
-            where=shown,
-            advice="choose another `publish.to`, or empty it: it is replaced as a whole",
-        )
+        what = f"holds files that were not published there, e.g. {min(foreign)}"
+        raise UserError(what, where=shown, advice="choose another `publish.to`, or empty it: it is replaced as a whole")

@@ -48,13 +48,21 @@ def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
     run = read_run(run_folder)
     recipe, base = map_texts(run.recipe, last_part), _base(run)
     gguf = run_folder / "gguf" / "checks.json"
-    tasks, average = (_measured(facts) for facts in (tasks_of(run.tasks), averages(run.tasks)))
+    tasks, average = (
+        {name: task for name, task in facts.items() if finite(task.get("after")) is not None}
+        for facts in (tasks_of(run.tasks), averages(run.tasks))
+    )
+    environment = run.environment or {}
+    packages = section(environment, "packages")
+    versions = {"prefold": environment.get("prefold"), "Python": environment.get("python")}
+    versions |= {name: packages.get(name) for name in PACKAGES}
+    versions["computed on"] = environment.get("device_name") or environment.get("device")
     body = card_template("card.md.j2", literal, last_part)(
         run=run,
         parts=parts,
         title=_title(run),
         model_id=section(run.recipe, "publish").get("hub_model_id") or "PATH/OF/THIS/FOLDER",
-        chats=_has_chat_template(run_folder),
+        chats=(run_folder / "merged" / "chat_template.jinja").is_file(),
         base=base,
         licence=base.get("license_name") or base.get("license"),
         verdict=overall(run),
@@ -67,7 +75,7 @@ def render_card(run_folder: Path, parts: Sequence[Part] = ("merged",)) -> str:
         data=run.data or {},
         checks=read_json(gguf) if "gguf" in parts and gguf.is_file() else [],
         recipe=fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100), "yaml"),
-        versions=_versions(run),
+        versions={name: value for name, value in versions.items() if value},
     )
     return f"---\n{_head(run, parts, tasks)}---\n\n{body}"
 
@@ -148,16 +156,6 @@ def _base(run: RunRecord) -> Values:
     return {"name": last_part(run.model), "hub_id": None, "revision": None, **known}
 
 
-def _has_chat_template(run_folder: Path) -> bool:
-    config = run_folder / "merged" / "tokenizer_config.json"
-    inside = config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
-    return inside or (run_folder / "merged" / "chat_template.jinja").is_file()
-
-
-def _measured(tasks: dict[str, Values]) -> dict[str, Values]:
-    return {name: task for name, task in tasks.items() if finite(task.get("after")) is not None}
-
-
 def _settings(recipe: Values) -> dict[str, str]:
     """The fields that say most, as the recipe names them; the whole recipe follows at the end of the card."""
     method, train, model = str(recipe.get("method", "")), section(recipe, "train"), section(recipe, "model")
@@ -167,22 +165,10 @@ def _settings(recipe: Values) -> dict[str, str]:
     shown |= {f"lora.{name}": section(recipe, "lora").get(name) for name in LORA}
     shown |= {f"train.{name}": train.get(name) for name in TRAIN}
     shown |= {f"model.{name}": True for name in ("load_in_4bit", "load_in_8bit") if model.get(name)}
+    # A computed rate has sixteen digits.
+    rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in shown.items()}
     return {
-        name: value if isinstance(value, str) else json.dumps(_rounded(value), ensure_ascii=False)
-        for name, value in shown.items()
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in rounded.items()
         if value is not None
     }
-
-
-def _rounded(value: Any) -> Any:
-    """A float to four significant digits: a computed rate has sixteen."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _versions(run: RunRecord) -> Values:
-    environment = run.environment or {}
-    packages = section(environment, "packages")
-    versions = {"prefold": environment.get("prefold"), "Python": environment.get("python")}
-    versions |= {name: packages.get(name) for name in PACKAGES}
-    versions["computed on"] = environment.get("device_name") or environment.get("device")
-    return {name: value for name, value in versions.items() if value}

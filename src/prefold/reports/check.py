@@ -96,9 +96,8 @@ def _print_example(console: Console, shown: Values) -> None:
         for part, run in groupby(tokens, lambda token: token.part):
             # A visible mark for white space at the end, which is trained on as well.
             marked = "".join(token.text for token in run).translate(CONTROL).replace("\n", "\u23ce\n")
-            shown_text.append(
-                f"~{marked}~" if part == "context" else marked, "underline" if part == "scored" else "dim"
-            )
+            marked = f"~{marked}~" if part == "context" else marked
+            shown_text.append(marked, "underline" if part == "scored" else "dim")
         shown_text.rstrip()
         console.print(indented(shown_text, 2, 1))
 

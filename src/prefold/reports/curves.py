@@ -10,7 +10,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefold.reports.numbers import decimal, finite, percent
@@ -27,11 +26,6 @@ def library() -> str:
     from bokeh.resources import Resources
 
     return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
-
-
-def drawing() -> str:
-    """The script that hands the plots of a page to bokeh."""
-    return Path(__file__).with_name("draw_curves.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -66,16 +66,11 @@ def is_counted(name: str, sources: list[Values]) -> bool:
     return any(finite(source.get(name)) for source in sources)
 
 
-def list_of(value: Any) -> list[Any]:
-    """A list, also from a tuple, as values have that were not read from a file."""
-    return list(value) if isinstance(value, tuple) else as_list(value)
-
-
 def unused(sources: list[Values]) -> dict[str, str]:
     """The columns that are not used, by source; sources with the same ones are named together."""
     by_columns: dict[str, list[str]] = {}
     for source in sources:
-        if columns := ", ".join(map(str, list_of(source.get("unused")))):
+        if columns := ", ".join(map(str, as_list(source.get("unused")))):
             by_columns.setdefault(columns, []).append(str(source.get("path", "")))
     return {", ".join(dict.fromkeys(paths)): columns for columns, paths in by_columns.items()}
 
@@ -154,14 +149,10 @@ def lengths(data: Values) -> list[tuple[dict[str, Any], list[tuple[str, list[Any
 
 def rows_of(finding: Values, most: int = 8) -> str:
     """The first `most` rows of a finding, each source named once."""
-    rows = objects(finding.get("rows"))
+    rows, total = objects(finding.get("rows")), finite(finding.get("count"))
     by_source: dict[str, list[str]] = {}
     for row in rows[:most]:
         by_source.setdefault(str(row.get("source", "")), []).append(str(row.get("row", "")))
-    named = [
-        f"{source}, {'row' if len(numbers) == 1 else 'rows'} {', '.join(numbers)}"
-        for source, numbers in by_source.items()
-    ]
-    total = finite(finding.get("count"))
+    named = [f"{source}, {'row' if len(own) == 1 else 'rows'} {', '.join(own)}" for source, own in by_source.items()]
     left = int(len(rows) if total is None else total) - min(len(rows), most)
     return "; ".join([*named, *([f"and {left:,} more"] if named and left > 0 else [])])

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from prefold.reports.numbers import MINUS, finite
@@ -57,9 +58,8 @@ class EachPair:
 
 
 def each_pair(run: RunRecord) -> EachPair | None:
-    """None if the run has no held-out lines with texts, which earlier versions did not write."""
-    lines = [line for line in run.held_out_lines if "prompt" in line]
-    if not lines:
+    """None if nothing was held out."""
+    if not (lines := run.held_out_lines):
         return None
     pairs = [entry_of(line, max(FEWEST_CHARACTERS, MOST_CHARACTERS // (3 * len(lines)))) for line in lines]
     sides = ["after"] if run.scores else ["before", "after"]
@@ -90,41 +90,31 @@ def entry_of(line: Values, characters: int = FEWEST_CHARACTERS) -> Entry:
 
 
 def joined(messages: Any) -> str:
-    """Messages as one text."""
-    return "\n\n".join(map(_written, objects(messages)))
-
-
-def _written(message: Values) -> str:
-    """The text of a turn, with its role unless that is the assistant's, and with its further fields."""
-    role, text = str(message.get("role", "")), str(message.get("content", ""))
-    more = {name: value for name, value in message.items() if name not in ("role", "content", "weight")}
-    parts = [text if role == "assistant" else f"{role}: {text}"]
-    parts += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in more.items()]
-    return "\n".join(filter(None, parts))
+    """Messages as one text: each with its role unless that is the assistant's, and with its further fields."""
+    texts = []
+    for message in objects(messages):
+        role, text = str(message.get("role", "")), str(message.get("content", ""))
+        more = {name: value for name, value in message.items() if name not in ("role", "content", "weight")}
+        parts = [text if role == "assistant" else f"{role}: {text}"]
+        parts += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in more.items()]
+        texts.append("\n".join(filter(None, parts)))
+    return "\n\n".join(texts)
 
 
 def _bins(sides: Sequence[Sequence[float | None]]) -> list[tuple[str, list[int]]]:
-    """About `BINS` bins of equal, round width, from the lowest to the highest value; 0 lies between two of them."""
+    """About `BINS` bins of equal width, 1, 2 or 5 times a power of 10, from the lowest to the highest value; 0 lies
+    between two of them."""
     known = [[value for value in side if value is not None] for side in sides]
     every = [value for side in known for value in side]
-    width = _round_up((max(every) - min(every)) / BINS) if every else 0.0
-    if not width:
+    if not every or min(every) == max(every):
         return [(f"{value:g}", [len(side) for side in known]) for value in every[:1]]
-    counts = [Counter(math.floor(value / width) for value in side) for side in known]
-    bins = range(math.floor(min(every) / width), math.floor(max(every) / width) + 1)
-    return [
-        (f"{_edge(number, width)} to {_edge(number + 1, width)}", [of_side[number] for of_side in counts])
-        for number in bins
-    ]
-
-
-def _round_up(width: float) -> float:
-    """`width` rounded up to 1, 2 or 5 times a power of 10."""
-    if width <= 0:
-        return 0.0
+    width = (max(every) - min(every)) / BINS
     power = 10.0 ** math.floor(math.log10(width))
-    return power * next(step for step in (1, 2, 5, 10) if step * power >= width * (1 - 1e-9))
-
-
-def _edge(number: int, width: float) -> str:
-    return f"{round(number * width, 12):g}".replace("-", MINUS)
+    width = power * next(step for step in (1, 2, 5, 10) if step * power >= width * (1 - 1e-9))
+    counts = [Counter(math.floor(value / width) for value in side) for side in known]
+    first, last = (math.floor(end(every) / width) for end in (min, max))
+    edges = [f"{round(number * width, 12):g}".replace("-", MINUS) for number in range(first, last + 2)]
+    return [
+        (f"{low} to {high}", [of_side[number] for of_side in counts])
+        for number, (low, high) in enumerate(pairwise(edges), first)
+    ]

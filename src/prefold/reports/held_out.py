@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from prefold.reports.numbers import decimal, finite, interval, percent, points, signed, written
+from prefold.reports.numbers import decimal, finite, percent, points, signed, written
 from prefold.reports.run_files import RunRecord, Values, section
 from prefold.reports.tasks import decimals_of
 
@@ -57,27 +57,14 @@ def comparison_of(run: RunRecord) -> Values:
         return _one_comparison(run.heldout, "accuracy", "pair")
     even, ci = chance.get("accuracy"), after.get("accuracy_ci")
     own = {"before": even, "after": after.get("accuracy"), "even": even, "ci": ci}
-    facts = {**chance, **own, "n": run.heldout.get("pairs"), "metric": "accuracy", "unit": "pair", "shares": True}
-    return _with_verdict(facts, finite(even) or 0.0)
+    return {**chance, **own, "n": run.heldout.get("pairs"), "metric": "accuracy", "unit": "pair", "shares": True}
 
 
 def _one_comparison(facts: Values, metric: str, unit: str) -> Values:
     sides = {when: section(facts, when).get(metric) for when in ("before", "after")}
     difference = section(facts, "difference")
     own = {"difference": difference.get(metric), "metric": metric, "unit": unit, "shares": metric == "accuracy"}
-    return _with_verdict({**difference, **sides, **own, "n": facts.get(f"{unit}s")}, 0.0) if facts else {}
-
-
-def _with_verdict(facts: Values, even: float) -> Values:
-    """Add a verdict if there is none. Earlier versions wrote none, and took interval and p-value from two tests: where
-    these disagree, the verdict is empty, and the interval is left out."""
-    if "verdict" in facts:
-        return facts
-    (low, high), p_value = interval(facts.get("ci")), finite(facts.get("p_value"))
-    side = "" if low is None or high is None or low <= even <= high else "better" if low > even else "worse"
-    if bool(side) != (p_value is not None and p_value < 0.05):
-        return {**facts, "ci": None, "verdict": ""}
-    return {**facts, "verdict": side}
+    return {**difference, **sides, **own, "n": facts.get(f"{unit}s")} if facts else {}
 
 
 def accuracies_of(run: RunRecord) -> dict[str, Values]:
@@ -111,7 +98,11 @@ def _pair_rows(heldout: Values, digits: int) -> list[Row]:
             _columns(before.get("accuracy_ci"), after.get("accuracy_ci"), difference.get("ci")),
             " points",
         ),
-        _row("Margin", "log-prob per token of the chosen minus the rejected answer, in nats", before, after, "margin"),
+        Row(
+            "Margin",
+            "log-prob per token of the chosen minus the rejected answer, in nats",
+            _with_change(before, after, "margin"),
+        ),
     ]
     reward = section(heldout, "reward")
     share = "share of pairs whose chosen answer gained more on the base model than the rejected one"
@@ -128,23 +119,24 @@ def _reward_rows(rewards: Values, digits: int) -> list[Row]:
     before, after = section(rewards, "before"), section(rewards, "after")
     if not before or not after:
         return []
+    write, total = partial(signed, digits=digits), "mean of a sampled completion of each held-out prompt"
     intervals = _columns(before.get("reward_ci"), after.get("reward_ci"), section(rewards, "difference").get("ci"))
-    write = partial(signed, digits=digits)
-    total = _row("Reward", "mean of a sampled completion of each held-out prompt", before, after, "reward", write)
     single = section(before, "rewards") if len(section(before, "rewards")) > 1 else {}
     finished = _columns(before.get("finished"), after.get("finished"), None)
     return [
-        replace(total, intervals=intervals, write_change=write),
-        *(_row(name, "this reward alone, unweighted", single, section(after, "rewards"), name) for name in single),
-        _row("Length", "tokens of a completion", before, after, "tokens", decimal),
+        Row("Reward", total, _with_change(before, after, "reward"), write, write, intervals),
+        *(
+            Row(name, "this reward alone, unweighted", _with_change(single, section(after, "rewards"), name))
+            for name in single
+        ),
+        Row("Length", "tokens of a completion", _with_change(before, after, "tokens"), decimal),
         Row("Finished", "share of completions that ended", finished, percent),
     ]
 
 
-def _row(name: str, note: str, before: Values, after: Values, key: str, write: Callable[[Any], str] = signed) -> Row:
+def _with_change(before: Values, after: Values, key: str) -> dict[str, Any]:
     first, second = finite(before.get(key)), finite(after.get(key))
-    change = None if first is None or second is None else second - first
-    return Row(name, note, _columns(before.get(key), after.get(key), change), write)
+    return _columns(before.get(key), after.get(key), None if first is None or second is None else second - first)
 
 
 def _columns(before: Any, after: Any, change: Any) -> dict[str, Any]:

@@ -60,7 +60,10 @@ class LivePage:
             yield
         except BaseException as error:
             _end(ended, thread)
-            _attempt(partial(write_report, self.folder, f"Stopped in {stage}: {_reason(error)}"))
+            reason = str(error) or type(error).__name__
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                reason = "interrupted. The same command continues from there."
+            _attempt(partial(write_report, self.folder, f"Stopped in {stage}: {reason}"))
             raise
         _end(ended, thread)
         if stage == self.stages[-1]:
@@ -101,17 +104,14 @@ class State:
         left = seconds_left(bar)
         until = left and (written + timedelta(seconds=left)).strftime("%H:%M" if left < 72_000 else "%d %b, %H:%M")
         pace = (rate(speed(bar)), f"{duration(left)} left, until about {until}" if left else "", bar.fields["text"])
-        share = min(bar.completed / bar.total, 1)
-        return cls(
-            f"{headline}, {bar.completed:,.0f} of {bar.total:,.0f}", share, " · ".join(filter(None, pace)), written
-        )
+        headline += f", {bar.completed:,.0f} of {bar.total:,.0f}"
+        return cls(headline, min(bar.completed / bar.total, 1), " · ".join(filter(None, pace)), written)
 
 
 def _marked(run: RunRecord, stages: Sequence[str], now: str) -> list[tuple[str, str, str]]:
     """Every stage with `done`, `now` or `later`, and the time that it took."""
     costs, at = stage_costs(run.timing), stages.index(now)
-    took = [duration(costs[name][0]) if name in costs else "" for name in stages[:at]]
-    done = [(name, "done", text) for name, text in zip(stages, took, strict=False)]
+    done = [(name, "done", duration(costs[name][0]) if name in costs else "") for name in stages[:at]]
     return [*done, (now, "now", ""), *((name, "later", "") for name in stages[at + 1 :])]
 
 
@@ -126,9 +126,3 @@ def _attempt(write: Callable[[], object]) -> None:
 def _end(ended: Event, thread: Thread) -> None:
     ended.set()
     thread.join()
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt | SystemExit):
-        return "interrupted. The same command continues from there."
-    return str(error) or type(error).__name__

@@ -20,14 +20,13 @@ from markupsafe import Markup
 
 from prefold.errors import UserError
 from prefold.files import write_text
-from prefold.reports.curves import curves, drawing, library
+from prefold.reports.curves import curves, library
 from prefold.reports.data_tables import SEVERITIES, data_tables
 from prefold.reports.each_pair import each_pair
 from prefold.reports.held_out import accuracies_of, accuracy_digits, columns_of, comparison_of, rows_of
 from prefold.reports.numbers import count, counted, duration, finite
 from prefold.reports.plan import LINES, PARTS, change_title, memory_rows, plan_lines
-from prefold.reports.rollouts import sampled
-from prefold.reports.run_files import RunRecord, Values, as_list, cleaned, read_run, section, turns
+from prefold.reports.run_files import RunRecord, Values, as_list, cleaned, objects, read_run, section, turns
 from prefold.reports.tasks import judge_of, score_table, task_table
 from prefold.reports.templates import page_template
 from prefold.reports.verdict import overall
@@ -107,14 +106,16 @@ def render(run: RunRecord, stopped: str = "") -> str:
 
 def render_live(run: RunRecord, **state: Any) -> str:
     """The page of a run that is going; `state`: further values for `live.html.j2`."""
-    return page_template("live.html.j2")(run=run, **state, **of_training(run, live_script()))
+    return page_template("live.html.j2")(run=run, **state, **of_training(run, "live.js"))
 
 
-def of_training(run: RunRecord, *more_scripts: str) -> Values:
+def of_training(run: RunRecord, *own_scripts: str) -> Values:
     """Values for the sections about training and its data, and for the page's scripts."""
-    drawn = curves(run)
-    texts = [*([library(), drawing()] if drawn else []), *more_scripts]
+    drawn, folder = curves(run), Path(__file__).parent
+    files = [*(["draw_curves.js"] if drawn else []), *own_scripts]
+    texts = [*([library()] if drawn else []), *((folder / file).read_text(encoding="utf-8") for file in files)]
     scripts = [script_safe(text) for text in texts]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     return {
         "curves": drawn,
         "metrics": metric_rows(run.metrics),
@@ -122,12 +123,8 @@ def of_training(run: RunRecord, *more_scripts: str) -> Values:
         "data": data_tables(run.data) if run.data else None,
         "plots": script_safe_json([curve.plot for curve in drawn]),
         "scripts": scripts,
-        "script_hashes": [_hash(script) for script in scripts],
+        "script_hashes": [f"sha256-{digest}" for digest in digests],
     }
-
-
-def live_script() -> str:
-    return Path(__file__).with_name("live.js").read_text(encoding="utf-8")
 
 
 def script_safe(script: str) -> Markup:
@@ -140,10 +137,6 @@ def script_safe_json(value: Any) -> Markup:
     """JSON that holds no `<`, `>` or `&`, so that it can neither close its element nor open another."""
     text = json.dumps(value, allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _hash(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 Answer = tuple[Any, bool]
@@ -172,6 +165,21 @@ def shared_system(samples: Sequence[Values]) -> str:
     firsts = {tuple(turns(sample.get("prompt"))[:1]) for sample in samples}
     first = firsts.pop() if len(firsts) == 1 else ()
     return first[0][1] if first and first[0][0] == "system" else ""
+
+
+def sampled(run: RunRecord) -> list[tuple[Values, Values, Values]]:
+    """For the first, the middle and the last recorded step, the group whose rewards differ most, with its worst and its
+    best completion: they show whether the reward is being gamed."""
+    by_step: dict[str, list[tuple[Values, Values, Values]]] = {}
+    for group in run.rollouts:
+        completions = objects(group.get("completions"))
+        judged = [completion for completion in completions if finite(completion.get("reward")) is not None]
+        if len(judged) > 1:
+            judged.sort(key=lambda completion: float(completion["reward"]))
+            by_step.setdefault(str(group.get("step")), []).append((group, judged[0], judged[-1]))
+    steps = list(by_step.values())
+    shown = dict.fromkeys((0, len(steps) // 2, len(steps) - 1)) if steps else {}
+    return [max(steps[index], key=lambda row: float(row[2]["reward"]) - float(row[1]["reward"])) for index in shown]
 
 
 def metric_rows(metrics: Sequence[Values]) -> dict[str, tuple[float | None, ...]]:

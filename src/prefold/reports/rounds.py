@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -129,14 +128,8 @@ def _reach(rows: dict[str, Values]) -> float:
 def _costs(facts: Values) -> dict[str, Counter[str]]:
     """The total cost of rewards that call an endpoint, by their names."""
     total: dict[str, Counter[str]] = {}
-    for cost in _all_costs(facts):
-        for name, numbers in cost.items():
+    of_rounds = [section(entry, part) for entry in objects(facts.get("rounds")) for part in ("pairs", "model")]
+    for part in (section(facts, "base"), *of_rounds):
+        for name, numbers in section(part, "cost").items():
             total.setdefault(name, Counter()).update(numbers)
     return total
-
-
-def _all_costs(facts: Values) -> Iterator[Values]:
-    yield section(section(facts, "base"), "cost")
-    for entry in objects(facts.get("rounds")):
-        yield section(section(entry, "pairs"), "cost")
-        yield section(section(entry, "model"), "cost")

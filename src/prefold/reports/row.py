@@ -22,27 +22,26 @@ VISIBLE = CONTROL | {ord(" "): "\u00b7", ord("\n"): "\u23ce", ord("\t"): "\u21e5
 def print_row(facts: Values, console: Console | None = None) -> None:
     """Args: facts: the content of `SeenRow.as_json`. console: unset: stdout."""
     console = console or Console(highlight=False)
-    origin = facts["row"]
-    title = (
-        f"{origin['source']}, row {origin['row']}, of `data.{facts['split']}`; recognised as {facts['recognised_as']}"
-    )
-    console.print(Text(title, style="bold"))
+    origin = f"{facts['row']['source']}, row {facts['row']['row']}, of `data.{facts['split']}`"
+    console.print(Text(f"{origin}; recognised as {facts['recognised_as']}", style="bold"))
     for problem in facts["left_out"]:
         console.print(Text("left out", style="yellow").append(f"  {problem['kind']}: {problem['message']}", "default"))
     print_findings(console, facts["findings"])
-    _print_heading(console, "As it is read")
+    print_heading(console, "As it is read")
     for name, cell in (facts["read"] or {}).items():
         _print_named(console, name, shown_cell(cell))
     entries = list(zip(facts["messages"], facts["rendered"], facts["tokens"], strict=True))
     for number, (messages, rendered, tokens) in enumerate(entries, start=1):
         which = f", {number} of {len(entries)}" if len(entries) > 1 else ""
-        _print_heading(console, f"As messages{which}")
+        print_heading(console, f"As messages{which}")
         print_messages(console, messages)
         if rendered:
-            _print_heading(console, f"As text{which}")
-            _print_rendered(console, rendered)
+            print_heading(console, f"As text{which}")
+            for part, text in rendered.items():  # of each conversation what follows the prompt
+                goes_on = part != "prompt" and text.startswith(rendered["prompt"])
+                _print_named(console, part, text[len(rendered["prompt"]) :] if goes_on else text)
         if tokens:
-            _print_heading(console, f"As it is trained{which}")
+            print_heading(console, f"As it is trained{which}")
             _print_tokens(console, tokens)
 
 
@@ -66,13 +65,13 @@ def print_messages(console: Console, messages: Values, longest: int = LONGEST_CE
             _print_named(console, part, shown_cell(value, longest))
             continue
         for message in value:
-            further = {name: field for name, field in message.items() if name not in ("role", "content")}
             _print_named(console, f"{part}, {message['role']}", shown_cell(message.get("content") or "", longest))
-            for name, field in further.items():
-                console.print(indented(Text(f"{shown_cell(name)}: {shown_cell(field, longest)}", "cyan"), 4))
+            for name, field in message.items():
+                if name not in ("role", "content"):
+                    console.print(indented(Text(f"{shown_cell(name)}: {shown_cell(field, longest)}", "cyan"), 4))
 
 
-def _print_heading(console: Console, text: str) -> None:
+def print_heading(console: Console, text: str) -> None:
     console.print()
     console.print(Text(text, style="bold underline"))
 
@@ -80,13 +79,6 @@ def _print_heading(console: Console, text: str) -> None:
 def _print_named(console: Console, name: str, text: str) -> None:
     console.print(Text(f"{shown_cell(name)}:", style="bold"))
     console.print(indented(Text(text.translate(CONTROL)), 4))
-
-
-def _print_rendered(console: Console, rendered: dict[str, str]) -> None:
-    """The prompt, and of each conversation what follows the prompt."""
-    for part, text in rendered.items():
-        goes_on = part != "prompt" and text.startswith(rendered["prompt"])
-        _print_named(console, part, text[len(rendered["prompt"]) :] if goes_on else text)
 
 
 def _print_tokens(console: Console, tokens: dict[str, list[Values]]) -> None:

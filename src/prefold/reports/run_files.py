@@ -96,37 +96,33 @@ def read_run(folder: Path, growing: Collection[str] = GROWING) -> RunRecord:
     """
     recipe_text = _read(folder / "recipe.yaml", readable)
     if recipe_text is None:
-        raise UserError(
-            "not a run folder: it holds no recipe.yaml",
-            where=readable(str(folder)),
-            advice="give the `output_dir` of a run",
-        )
+        what, advice = "not a run folder: it holds no recipe.yaml", "give the `output_dir` of a run"
+        raise UserError(what, where=readable(str(folder)), advice=advice)
     recipe = _read(folder / "recipe.yaml", lambda text: cleaned(_from_yaml(text)))
     recipe = recipe if isinstance(recipe, dict) else {}
     evaluated, settings = folder / "evaluation", section(recipe, "evaluate")
-    lines = {
-        name: _read_lines(folder / f"{name}.jsonl", _excerpt if name == "rollouts" else str) if name in growing else []
-        for name in GROWING
-        if name != "data"
-    }
+
+    def lines(name: str, choose: Callable[[str], str] = str) -> list[Values]:
+        return _read_lines(folder / f"{name}.jsonl", choose) if name in growing else []
+
     return RunRecord(
         folder=folder,
         recipe_text=recipe_text,
         recipe=recipe,
         environment=_read_object(folder / "environment.json"),
         data=_read_object(folder / "data.json") if "data" in growing else None,
-        metrics=lines["metrics"],
-        timing=lines["timing"],
+        metrics=lines("metrics"),
+        timing=lines("timing"),
         heldout=_read_object(evaluated / "heldout.json"),
         rewards=_read_object(evaluated / "rewards.json"),
         # Results that an earlier recipe asked for may still be in the folder.
         tasks=_read_object(evaluated / "tasks.json") if settings.get("tasks") else None,
         compared=_read_object(evaluated / "compared.json") if settings.get("compare_with") else None,
         win_rate=_read_object(evaluated / "win_rate.json") if settings.get("win_rate") else None,
-        samples=lines["samples"],
+        samples=lines("samples"),
         merge=_read_object(folder / "merge.json"),
         guards=_read_object(folder / "guards.json"),
-        rollouts=lines["rollouts"],
+        rollouts=lines("rollouts", _excerpt),
     )
 
 
@@ -148,11 +144,8 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
         return None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         message = " ".join(readable(str(error)).split())
-        raise UserError(
-            f"cannot be read ({message})",
-            where=readable(str(path)),
-            advice="remove the file and run the recipe again; the stage that writes it is redone",
-        ) from None
+        advice = "remove the file and run the recipe again; the stage that writes it is redone"
+        raise UserError(f"cannot be read ({message})", where=readable(str(path)), advice=advice) from None
 
 
 def _read_object(path: Path) -> Any:
@@ -173,10 +166,8 @@ def _parse_lines(text: str) -> list[Values]:
     rows: list[Values] = []
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            rows.append(_cleaned_object(json.loads(line)))
+            rows += [_cleaned_object(json.loads(line))] if line.strip() else []
         except ValueError as error:
             # A run that is still going, or was killed, may have half a line at the end.
             if number == len(lines):
@@ -230,8 +221,8 @@ def section(values: Values | None, name: str) -> Values:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list; empty where it is missing or something else."""
-    return value if isinstance(value, list) else []
+    """A list, also from a tuple, as values have that were not read from a file; empty for anything else."""
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def objects(value: Any) -> list[Values]:

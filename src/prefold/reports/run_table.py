@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 
 from prefold.files import without_home
 from prefold.reports.held_out import columns_of, rows_of
@@ -31,21 +30,12 @@ def summary(run_folder: Path) -> RenderableType:
         tables.append(held_out_table(rows, f"held-out {run.held_out}", columns_of(run)))
     if tasks := task_table(run.tasks):
         tables.append(tasks_table(tasks))
-    if (files := _files(run_folder)).row_count:
-        tables.append(files)
-    return Group(*lines, *(Padding(table, (1, 0, 0, 0)) for table in tables))
-
-
-def _files(run_folder: Path) -> Table:
-    """The paths of the report and the merged model, if they exist."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    for label, name in (("report", "report.html"), ("merged model", "merged")):
-        path = run_folder / name
+    files = grid("", "", header=False, justify="left")
+    for label, path in (("report", run_folder / "report.html"), ("merged model", run_folder / "merged")):
         if path.exists():
-            table.add_row(plain(label), plain(readable(without_home(str(path)))))
-    return table
+            files.add_row(plain(label, "dim"), plain(readable(without_home(str(path)))))
+    tables += [files] if files.row_count else []
+    return Group(*lines, *(Padding(table, (1, 0, 0, 0)) for table in tables))
 
 
 def print_published(outcome: Values) -> None:

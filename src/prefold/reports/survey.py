@@ -7,7 +7,7 @@ from rich.text import Text
 
 from prefold.reports.check import print_findings
 from prefold.reports.numbers import counted
-from prefold.reports.row import print_messages, shown_cell
+from prefold.reports.row import print_heading, print_messages, shown_cell
 from prefold.reports.run_files import Values
 from prefold.reports.terminal_tables import grid, plain
 
@@ -28,13 +28,10 @@ def print_survey(facts: Values, console: Console | None = None) -> None:
     console.print(f"{counted(facts['rows'], 'row')}{filtered}, {facts['rows_usable']:,} usable{made}")
     console.print()
     _print_columns(console, facts["columns"])
-    table = grid("can be used as", "recognised as", "by methods such as")
-    for column in table.columns:
-        column.justify = "left"
+    table = grid("can be used as", "recognised as", "by methods such as", justify="left")
     for kind, use in facts["uses"].items():
-        table.add_row(
-            WHAT_FOR[kind], *((plain(use["recognised_as"]), ", ".join(use["methods"])) if use else ("no", ""))
-        )
+        read_as, methods = (plain(use["recognised_as"]), ", ".join(use["methods"])) if use else ("no", "")
+        table.add_row(WHAT_FOR[kind], read_as, methods)
     console.print(table)
     console.print()
     for column, votes in facts["votes"].items():
@@ -42,28 +39,20 @@ def print_survey(facts: Values, console: Console | None = None) -> None:
         console.print(Text(shown_cell(f"{column}: {shown}")))
     print_findings(console, facts["findings"])
     for record in facts["first"]:
-        record = dict(record)
-        row = record.pop("row")
-        console.print()
-        console.print(Text(f"{row['source']}, row {row['row']}, as messages", style="bold underline"))
-        print_messages(console, record, LONGEST_TEXT)
-    console.print()
-    console.print(Text("In a recipe", style="bold underline"))
+        messages, row = {part: value for part, value in record.items() if part != "row"}, record["row"]
+        print_heading(console, f"{row['source']}, row {row['row']}, as messages")
+        print_messages(console, messages, LONGEST_TEXT)
+    print_heading(console, "In a recipe")
     console.print(Text(facts["section"].rstrip()), soft_wrap=True)
 
 
 def _print_columns(console: Console, columns: dict[str, Values], without_role: str = "not used") -> None:
-    table = grid("column", "holds", "read as", "example")
-    for column in table.columns:
-        column.justify = "left"
+    table = grid("column", "holds", "read as", "example", justify="left")
     for name, facts in columns.items():
-        total = sum(facts["holds"].values())
-        holds = ", ".join(
-            kind if number == total else f"{kind} {number / total:.0%}" for kind, number in facts["holds"].items()
-        )
+        kinds, total = facts["holds"].items(), sum(facts["holds"].values())
+        holds = ", ".join(kind if number == total else f"{kind} {number / total:.0%}" for kind, number in kinds)
         role = plain(facts["role"]) if facts["role"] else plain(without_role, "dim")
-        table.add_row(
-            plain(shown_cell(name)), plain(holds), role, plain(shown_cell(facts["example"], LONGEST_EXAMPLE), "dim")
-        )
+        example = plain(shown_cell(facts["example"], LONGEST_EXAMPLE), "dim")
+        table.add_row(plain(shown_cell(name)), plain(holds), role, example)
     console.print(table)
     console.print()

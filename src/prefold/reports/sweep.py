@@ -71,7 +71,11 @@ def verdict(sweep: Values) -> Verdict:
     tied = [name for name in as_list(sweep.get("tied")) if name in measured]
     highest = tied or [name for name in [sweep.get("best")] if name in measured]
     if not highest:
-        return Verdict("missing", _without_best(sweep))
+        points, failed = len(objects(sweep.get("points"))), len(_points(sweep, "failed"))
+        headline = "No run could be measured" if _points(sweep, "done") else "No run is done yet"
+        if failed == points:
+            headline = "The only run failed" if points == 1 else f"All {points} runs failed"
+        return Verdict("missing", headline)
     runs, facts = len(measured), measured[highest[0]]
     outcome, as_good = outcome_of(facts), as_list(sweep.get("as_good"))
     against = "before training" if finite(facts.get("before")) is not None else "chance"
@@ -100,13 +104,6 @@ def _sentence(facts: Values) -> str:
     return f"held-out {_metric(facts)} against chance {change_sentence({**facts, 'before': 0.5})}"
 
 
-def _without_best(sweep: Values) -> str:
-    runs, failed = len(objects(sweep.get("points"))), len(_points(sweep, "failed"))
-    if failed == runs:
-        return "The only run failed" if runs == 1 else f"All {runs} runs failed"
-    return "No run could be measured" if _points(sweep, "done") else "No run is done yet"
-
-
 def _metric(facts: Values) -> str:
     return "accuracy" if facts.get("shares") else "reward"
 
@@ -125,13 +122,12 @@ def _chosen_by_luck(sweep: Values, facts: Values, runs: int) -> list[Line]:
 
 
 def _others(sweep: Values, tied: int) -> list[Line]:
-    alike, rest = as_list(sweep.get("as_good")), len(_measured(sweep)) - max(tied, 1)
-    if not rest:
+    if len(_measured(sweep)) == max(tied, 1):
         return []
-    if not alike:
-        return [Line("better", "Better than each of the others, after correction for all comparisons")]
-    highest = "them" if tied else "it"
-    return [Line("unclear", f"{_units(sweep)} do not show {highest} to be better than {_named(alike)}")]
+    if alike := as_list(sweep.get("as_good")):
+        highest = "them" if tied else "it"
+        return [Line("unclear", f"{_units(sweep)} do not show {highest} to be better than {_named(alike)}")]
+    return [Line("better", "Better than each of the others, after correction for all comparisons")]
 
 
 def _named(runs: Sequence[str]) -> str:

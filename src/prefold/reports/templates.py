@@ -22,17 +22,8 @@ NUMBERS = (
 )
 TEXTS = (
     *(tasks.note, tasks.in_training_data, tasks.in_words, tasks.whisker, tasks.decimals_of, tasks.smallest),
-    *(
-        tasks.outcome_of,
-        tasks.are_shares,
-        numbers.p_value,
-        numbers.ends,
-        numbers.counted,
-        as_list,
-        objects,
-        section,
-        turns,
-    ),
+    *(tasks.outcome_of, tasks.are_shares, numbers.p_value, numbers.ends, numbers.counted),
+    *(as_list, objects, section, turns),
 )
 
 
@@ -55,10 +46,8 @@ def card_template(name: str, finalize: Callable[[Any], Any], *filters: Callable[
 
 
 def _environment(filters: dict[str, Any], folders: Sequence[Path] = (), **settings: Any) -> Environment:
-    loader = FileSystemLoader([*folders, Path(__file__).parent])
-    environment = Environment(
-        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **settings
-    )
+    settings |= {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader([*folders, Path(__file__).parent]), **settings)
     environment.filters |= filters | {function.__name__: function for function in TEXTS}
     environment.globals |= {write.__name__: write for write in NUMBERS} | {"script_hashes": ()}
     environment.tests["finite"] = lambda value: numbers.finite(value) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import JustifyMethod
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -44,12 +45,12 @@ def indented(text: Text, left: int = 2, below: int = 0) -> Padding:
     return Padding(text, (0, 0, below, left))
 
 
-def grid(first: str, *others: str, header: bool = True, whole: bool = False) -> Table:
-    """A table without lines; the columns after the first are right-aligned, and if `whole`, never wrapped."""
+def grid(first: str, *others: str, header: bool = True, whole: bool = False, justify: JustifyMethod = "right") -> Table:
+    """A table without lines. `justify`: the columns after the first; `whole`: they are never wrapped."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=header)
     table.add_column(first, overflow="fold")
     for name in others:
-        table.add_column(name, justify="right", overflow="fold", no_wrap=whole)
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=whole)
     return table
 
 

@@ -97,10 +97,10 @@ def publish(recipe: str | Path | RecipeBase, overrides: Sequence[str] = (), *, d
         StageError: the connection broke, or a GGUF file differs from the model.
     """
     run = _single(recipe, overrides)
-    recipe, section = run.recipe, require_section(run.recipe)
+    section = require_section(run.recipe)
     if dry_run:
-        say_changes(recipe, recipe.run_folder)
-        return publishing.planned(recipe.run_folder, section)
+        say_changes(run.recipe, run.folder)
+        return publishing.planned(run.folder, section)
     return dict(read_json(_redo("publish", run) / "publish.json"))
 
 

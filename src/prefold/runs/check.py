@@ -84,21 +84,12 @@ class CheckReport:
     def _shown(self, example: Example) -> dict[str, Any]:
         """An example as it is trained on, token by token."""
         parts = tokens_of(example.record, example.tree, self.tokenizer)
-        half = TOKENS_SHOWN // 2
-        return {
-            "row": asdict(example.record.origin),
-            "counts": {name: len(tokens) for name, tokens in parts.items()},
-            "tokens": {
-                name: tokens
-                if len(tokens) <= TOKENS_SHOWN
-                else [*tokens[:half], _left_out(len(tokens) - 2 * half), *tokens[-half:]]
-                for name, tokens in parts.items()
-            },
-        }
-
-
-def _left_out(number: int) -> dict[str, Any]:
-    return {"id": None, "text": f" [... {number:,} tokens ...] ", "part": "left_out"}
+        counts, half = {name: len(tokens) for name, tokens in parts.items()}, TOKENS_SHOWN // 2
+        for name, number in counts.items():
+            if number > TOKENS_SHOWN:
+                gap = {"id": None, "text": f" [... {number - 2 * half:,} tokens ...] ", "part": "left_out"}
+                parts[name] = [*parts[name][:half], gap, *parts[name][-half:]]
+        return {"row": asdict(example.record.origin), "counts": counts, "tokens": parts}
 
 
 def _lengths(examples: Examples) -> dict[str, Any]:

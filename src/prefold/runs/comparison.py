@@ -108,15 +108,13 @@ def _compared_tasks(
 ) -> dict[str, Any]:
     """The tasks of two sides, as `compare_tasks` returns them; `left_out` says why there are none."""
     first, second = (scores[name] for name in names)
-    facts = compare_tasks(first, second)
     if first and second and with_template[names[0]] != with_template[names[1]]:
-        using = next(name for name in names if with_template[name])
-        reason = f"only {using} was asked with its chat template"
-        return compare_tasks([], []) | {"left_out": {"tasks": reason}}
-    if bool(first) != bool(second):
+        reason = f"only {next(name for name in names if with_template[name])} was asked with its chat template"
+    elif bool(first) != bool(second):
         reason = f"only {names[0] if first else names[1]} was asked tasks"
-        return facts | {"left_out": {"tasks": reason}}
-    return facts
+    else:
+        return compare_tasks(first, second)
+    return compare_tasks([], []) | {"left_out": {"tasks": reason}}
 
 
 def compare_with(baseline: Sequence[TaskScores], settings: Evaluate) -> dict[str, Any]:

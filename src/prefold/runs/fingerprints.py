@@ -22,7 +22,7 @@ from prefold.errors import UserError, counted, joined
 from prefold.evaluation.task_files import task_files
 from prefold.files import digest_of, read_json, without_home, write_json
 from prefold.models.fetch import is_hub_id
-from prefold.recipe import EndpointJudge, RecipeBase, RewardBase, Rows, WinRate, load_recipe
+from prefold.recipe import EndpointJudge, RecipeBase, RewardBase, Rows, load_recipe
 from prefold.recipe.paths import INPUTS, run_folder, start_of_paths
 from prefold.terminal import say
 from prefold.user_code import files_of_code
@@ -68,24 +68,21 @@ def inputs_of(recipe: RecipeBase, start: Path | None = None) -> dict[str, dict[s
     if model.adapter:
         checked["model.adapter"] = _model(model.adapter)
     if model.chat_template and model.chat_template != "chatml":
-        path = Path(model.chat_template).expanduser()
-        checked["model.chat_template"] = _input(model.chat_template, path.parent, [path])
+        checked["model.chat_template"] = _file(model.chat_template)
     if data.decisions:
-        path = Path(data.decisions).expanduser()
-        checked["data.decisions"] = _input(data.decisions, path.parent, [path])
-    compared, win_rate = settings.compare_with, settings.win_rate
-    rewards = {f"rewards.{index}": _reward(reward) for index, reward in enumerate(recipe.rewards)}
-    judges = {"evaluate.win_rate": _judge(win_rate)} if win_rate else {}
-    tasks = {}
+        checked["data.decisions"] = _file(data.decisions)
+    judges, tasks = {}, {}
+    if win_rate := settings.win_rate:
+        judges["evaluate.win_rate"] = _reward(win_rate.judge) if win_rate.judge else _file(str(win_rate.votes))
     if settings.include_path:
         root = Path(settings.include_path).expanduser()
         files = task_files(root, settings.tasks, start or Path.cwd()).values()
         tasks["evaluate.include_path"] = _input(settings.include_path, root, files)
     return {
         "check": checked,
-        "train": rewards,
+        "train": {f"rewards.{index}": _reward(reward) for index, reward in enumerate(recipe.rewards)},
         "evaluate": tasks,
-        "compare": {f"evaluate.compare_with.{index}": _model(name) for index, name in enumerate(compared)},
+        "compare": {f"evaluate.compare_with.{index}": _model(name) for index, name in enumerate(settings.compare_with)},
         "judge": judges,
     }
 
@@ -96,6 +93,11 @@ def _input(name: str, root: Path, files: Iterable[Path]) -> Input:
         with suppress(OSError):
             digests[os.path.relpath(file, root)] = digest_of(file)
     return Input(without_home(name), without_home(str(root)), digests)
+
+
+def _file(name: str) -> Input:
+    path = Path(name).expanduser()
+    return _input(name, path.parent, [path])
 
 
 def _rows(source: Rows) -> Input:
@@ -118,19 +120,11 @@ def _model(name: str, revision: str | None = None) -> Input:
     if path.is_dir():
         return _input(name, path, sorted(file for pattern in OF_A_MODEL for file in path.glob(pattern)))
     if path.is_file():
-        return _input(name, path.parent, [path])
+        return _file(name)
     if name.startswith("pypi:"):  # a pinned version whose digest is known
         return Input(name, "", None)
     config = try_to_load_from_cache(name, "config.json", revision=revision) if is_hub_id(name) and "/" in name else None
     return Input(name, "", {COMMIT: Path(config).parent.name} if isinstance(config, str) else None)
-
-
-def _judge(win_rate: WinRate) -> Input:
-    if win_rate.votes is None:
-        assert win_rate.judge is not None
-        return _reward(win_rate.judge)
-    path = Path(win_rate.votes).expanduser()
-    return _input(win_rate.votes, path.parent, [path])
 
 
 def _reward(reward: RewardBase | EndpointJudge) -> Input:
@@ -239,14 +233,13 @@ def _in_words(field: str, was: Mapping[str, str], now: Input, recipe: RecipeBase
 
 def _rows_in_words(field: str, recipe: RecipeBase, folder: Path) -> str:
     """How many rows a source of data had and has now; empty for other inputs, and if unknown."""
-    train, held_out = recipe.data.train, recipe.data.eval
-    names = [f"data.train.{i}" for i in range(len(train))] + [f"data.eval.{i}" for i in range(len(held_out))]
-    if field not in names:
+    sources = {f"data.train.{index}": source for index, source in enumerate(recipe.data.train)}
+    sources |= {f"data.eval.{index}": source for index, source in enumerate(recipe.data.eval)}
+    if field not in sources:
         return ""
     with suppress(OSError, ValueError, LookupError, UserError):
-        source = [*train, *held_out][names.index(field)]
-        before = int(read_json(folder / "data.json")["sources"][names.index(field)]["rows_in"])
-        after = sum(1 for _ in read_rows(source))
+        before = int(read_json(folder / "data.json")["sources"][list(sources).index(field)]["rows_in"])
+        after = sum(1 for _ in read_rows(sources[field]))
         if before == after:
             return f" has other rows than when this run read it, {before:,} as before"
         return f": {counted(before, 'row')} when this run read it, {after:,} now"

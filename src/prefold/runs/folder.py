@@ -77,7 +77,9 @@ def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool, only: st
             what = "is neither empty nor a run folder"
             raise UserError(what, where=recipe.output_dir, advice="choose another `output_dir`")
         if only == "report":
-            _say_differences(recipe, folder)
+            for difference in [*_differences(recipe, folder).values()][:SHOWN]:
+                say(f"  {difference}; the report is of the run as it was")
+            say_changes(recipe, folder)
         else:
             _make_ready(recipe, folder, fresh, only)
         logger = logging.getLogger("prefold")
@@ -92,12 +94,6 @@ def _opened(recipe: RecipeBase, folder: Path, fresh: bool, alone: bool, only: st
             handler.close()
 
 
-def _say_differences(recipe: RecipeBase, folder: Path) -> None:
-    for difference in [*_differences(recipe, folder).values()][:SHOWN]:
-        say(f"  {difference}; the report is of the run as it was")
-    say_changes(recipe, folder)
-
-
 def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None) -> None:
     """Remove what is out of date, and write the recipe."""
     stages = stages_of(recipe)
@@ -110,11 +106,8 @@ def _make_ready(recipe: RecipeBase, folder: Path, fresh: bool, only: str | None)
         say_changes(recipe, folder)
         changed = []
     outdated = _outdated(recipe, folder, changed)
-    again = {
-        stage.name: reasons
-        for stage, reasons in outdated.items()
-        if any((folder / output).exists() for output in stage.outputs)
-    }
+    made = [stage for stage in outdated if any((folder / output).exists() for output in stage.outputs)]
+    again = {stage.name: outdated[stage] for stage in made}
     before = list(takewhile(lambda name: name != only, (stage.name for stage in stages))) if only else []
     if earlier := next((name for name in before if name in again), None):
         what = f"`{only}` needs the output of `{earlier}`, which is out of date:{_listed(again[earlier])}"
@@ -152,25 +145,18 @@ def _outdated(recipe: RecipeBase, folder: Path, changed: Sequence[Change]) -> di
         if not (settings or of_inputs):
             continue
         outdated[stage] = settings + of_inputs
-        if stage.name == "train":
-            _require_untrained(recipe, folder, stage, settings, of_inputs)
+        if stage.name != "train":
+            continue
+        is_done, at = stage.is_done(folder), max(map(step_of, checkpoints_in(folder / "checkpoints")), default=0)
+        if is_done or at:
+            advice = "take another `output_dir`, or `--fresh` to remove that run and start over"
+            if settings:
+                what = f"holds a run that was trained with other settings:{_listed(settings)}"
+                raise UserError(what, where=recipe.output_dir, advice=advice)
+            when = "it was trained" if is_done else f"it began; it is at step {at}"
+            what = f"holds a run whose inputs have changed since {when}:{_listed(of_inputs)}"
+            raise UserError(what, where=recipe.output_dir, advice=f"restore them, {advice}")
     return outdated
-
-
-def _require_untrained(
-    recipe: RecipeBase, folder: Path, train: Stage, settings: Sequence[str], of_inputs: Sequence[str]
-) -> None:
-    is_done, at = train.is_done(folder), max(map(step_of, checkpoints_in(folder / "checkpoints")), default=0)
-    if not (is_done or at):
-        return
-    advice = "take another `output_dir`, or `--fresh` to remove that run and start over"
-    if settings:
-        what = f"holds a run that was trained with other settings:{_listed(settings)}"
-    else:
-        when = "it was trained" if is_done else f"it began; it is at step {at}"
-        what = f"holds a run whose inputs have changed since {when}:{_listed(of_inputs)}"
-        advice = f"restore them, {advice}"
-    raise UserError(what, where=recipe.output_dir, advice=advice)
 
 
 def _differences(recipe: RecipeBase, folder: Path) -> dict[str, str]:

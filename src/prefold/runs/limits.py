@@ -45,8 +45,6 @@ def findings_of(run: Run, shapes: Any, order: StepOrder) -> list[Finding]:
     return [*about_model, *_about_steps(run, len(order)), *_about_rounds(run)]
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------
-
 PHASES = {
     "train": ("load", "self-check", "train", "rollouts"),
     "merge": ("merge",),
@@ -86,9 +84,6 @@ def require_memory(run: Run, stage: str) -> None:
         memory.require(where, plan.host, memory.available())
 
 
-# ---- lengths ----------------------------------------------------------------------------------------------------
-
-
 def _about_positions(run: Run, model: Any) -> list[Finding]:
     """Compare the length of every sequence that will be computed with the positions of the model."""
     recipe, (sampled, drawn, _) = run.recipe, run.recipe.sampled
@@ -103,10 +98,8 @@ def _about_positions(run: Run, model: Any) -> list[Finding]:
         beyond += [examples.origins[i] for i, length in enumerate(lengths) if limit and length > limit]
         longest = max(longest, *lengths, 0)
     for number, prompt in enumerate(_questions(run), 1):
-        length = len(prompt) + recipe.evaluate.max_new_tokens
-        require_positions(
-            model, length, f"prompt {number} of `evaluate` and its answer", "lower `evaluate.max_new_tokens`"
-        )
+        length, what = len(prompt) + recipe.evaluate.max_new_tokens, f"prompt {number} of `evaluate` and its answer"
+        require_positions(model, length, what, "lower `evaluate.max_new_tokens`")
         longest = max(longest, length)
     if not limit or longest <= limit:
         return []
@@ -130,9 +123,6 @@ def _questions(run: Run) -> list[list[int]]:
             what, where = f"the chat template refuses it: {first_line(error)}", f"prompt {number} of `evaluate`"
             raise UserError(what, where=where, advice="change the prompt, or leave it out") from None
     return ids
-
-
-# ---- steps and objective ----------------------------------------------------------------------------------------
 
 
 def _about_steps(run: Run, steps: int) -> list[Finding]:

@@ -137,10 +137,7 @@ class PairsByLogprobs(Measuring):
     def score(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, when: str) -> PairScores | None:
         if not self.held_out:
             return None
-        return self.pair_scores(model, f"held-out pairs {when}")
-
-    def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
-        return score_pairs(self.scorer(model), self.held_out.trees, label)
+        return score_pairs(self.scorer(model), self.held_out.trees, f"held-out pairs {when}")
 
     def compare(self, before: PairScores | None, after: PairScores | None) -> Comparison:
         if before is None or after is None:
@@ -174,10 +171,10 @@ class MatchedPairs(PairsByLogprobs):
             answers = {name: [*(() if shared else record.prompt), *record.completion] for record, name in sides}
             yield {"row": f"{first.origin}; {second.origin}", "prompt": list(shared), **answers}
 
-    def pair_scores(self, model: nn.Module, label: str) -> PairScores | None:
+    def score(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, when: str) -> PairScores | None:
         if not self.matches:
             return None
-        return score_pairs(self.scorer(model), self.held_out.trees, label, self.matches)
+        return score_pairs(self.scorer(model), self.held_out.trees, f"held-out pairs {when}", self.matches)
 
 
 class PromptsByRewards(Measuring):
@@ -199,10 +196,9 @@ class PromptsByRewards(Measuring):
         columns = column_names(prompts)
         rewards = loaded_rewards(recipe, columns) if prompts else []
         seeds = [seed_of(recipe.train.seed, index) for index in range(len(prompts))]
-        with progress_bar(f"held-out prompts {when}", len(prompts)) as advance:
-            ids = [tree.prompt for tree in held_out.trees]
-            with fold_adapter(model):
-                completions = self.engine(model, tokenizer, when).sample(ids, replace(sampling, seed=0), seeds, advance)
+        ids = [tree.prompt for tree in held_out.trees]
+        with progress_bar(f"held-out prompts {when}", len(prompts)) as advance, fold_adapter(model):
+            completions = self.engine(model, tokenizer, when).sample(ids, replace(sampling, seed=0), seeds, advance)
         return ranks.from_first(lambda: scored_groups(rewards, prompts, completions, columns))
 
     def compare(self, before: Sequence[Group], after: Sequence[Group]) -> Comparison:
@@ -218,7 +214,7 @@ class PairsByHead(PairsByLogprobs):
         if not self.held_out:
             return None, []
         model = self.open(section, partial(load_model, head_seed=head_seed_of(self.recipe)))
-        scores = self.pair_scores(model, "held-out pairs")
+        scores = score_pairs(self.scorer(model), self.held_out.trees, "held-out pairs")
         del model
         free_memory()
         return scores, []

@@ -47,7 +47,7 @@ from prefold.runs.stages import passed_check, say_warnings
 from prefold.terminal import say
 from prefold.trees.memory import free_memory
 
-ROUNDS, ANSWERS, PAIRS = "rounds", "answers", "pairs"
+ROUNDS, ANSWERS, PAIRS, HELD_OUT = "rounds", "answers", "pairs", "-held-out"
 OF_ALL_ROUNDS = ("method", "model", "data", "rewards", "rounds")
 """Sections that no round's run folder contains in full, so that a change of theirs would not be noticed there."""
 Facts = dict[str, Any]
@@ -139,13 +139,13 @@ class RoundsRun:
         """
         scored = self.rounds.votes is None
         answers = self.answers(number - 1, self.prompts, seed_of(self.recipe.train.seed, number), scored)
-        train_file, held_out_file = (self.pairs_file(number, held_out) for held_out in (False, True))
-        pairs = self._write_pairs(train_file, self.prompts, answers, None if scored else self._votes(number, answers))
+        votes = None if scored else self._votes(number, answers)
+        pairs = self._write_pairs(self.pairs_file(number), self.prompts, answers, votes)
         if not pairs["pairs"]:
             if number == 1:
                 raise StageError(f"no pair could be made of {len(self.prompts)} prompts: {pairs['why_left_out']}")
             return None
-        pairs["held_out"] = self._write_pairs(held_out_file, self.held_out, before)["pairs"]
+        pairs["held_out"] = self._write_pairs(self.pairs_file(number, HELD_OUT), self.held_out, before)["pairs"]
         if self.recipe.train.eval_steps and not pairs["held_out"]:
             raise StageError("`train.eval_steps` measures held-out pairs, and none could be made of the answers")
         perform_run(Run(self.recipe_of(number, with_held_out=pairs["held_out"] > 0)))
@@ -169,15 +169,13 @@ class RoundsRun:
     def _votes(self, number: int, answers: Sequence[Candidates]) -> Path:
         """The file of a round's votes. Raises UserError: it is missing; the answers to vote on have been written."""
         votes = Path(str(self.rounds.votes)).expanduser() / f"{number}.jsonl"
-        if not votes.is_file():
-            offered = self.pairs_file(number, held_out=False).with_stem(f"{number}-to-vote")
-            prompts = counted(offer(offered, self.prompts, answers), "prompt")
-            what = f"round {number} waits for votes on two answers to {prompts}: {without_home(str(offered))}"
-            advice = (
-                "write 1 or 2 in place of `vote: null`, the better answer (0: neither), into this file; run it again"
-            )
-            raise UserError(what, where=without_home(str(votes)), advice=advice)
-        return votes
+        if votes.is_file():
+            return votes
+        offered = self.pairs_file(number, "-to-vote")
+        prompts = counted(offer(offered, self.prompts, answers), "prompt")
+        what = f"round {number} waits for votes on two answers to {prompts}: {without_home(str(offered))}"
+        advice = "write 1 or 2 in place of `vote: null`, the better answer (0: neither), into this file; run it again"
+        raise UserError(what, where=without_home(str(votes)), advice=advice)
 
     def model(self, number: int) -> Model:
         return self.recipe.model.whole(self.run_folder(number) / "merged") if number else self.recipe.model
@@ -185,8 +183,8 @@ class RoundsRun:
     def run_folder(self, number: int) -> Path:
         return self.folder / ROUNDS / str(number)
 
-    def pairs_file(self, number: int, held_out: bool) -> Path:
-        return self.folder / PAIRS / f"{number}{'-held-out' if held_out else ''}.jsonl"
+    def pairs_file(self, number: int, kind: str = "") -> Path:
+        return self.folder / PAIRS / f"{number}{kind}.jsonl"
 
     def _write_pairs(
         self, path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidates], votes: Path | None = None
@@ -215,10 +213,9 @@ class RoundsRun:
             reference = rounds.reference if rounds.reference == "base" else None
             values["model"] |= {"adapter": str(self.run_folder(number - 1) / "adapter"), "reference": reference}
             values["lora"] = None
-        held_out = [{"path": str(self.pairs_file(number, held_out=True))}] if with_held_out else []
         values["data"] = {
-            "train": [{"path": str(self.pairs_file(number, held_out=False))}],
-            "eval": held_out,
+            "train": [{"path": str(self.pairs_file(number))}],
+            "eval": [{"path": str(self.pairs_file(number, HELD_OUT))}] if with_held_out else [],
             "eval_fraction": 0.0,
             # The text is tokenized again, and may become other tokens than were sampled.
             "max_length": recipe.data.max_length + 2 * rounds.max_new_tokens,
@@ -325,8 +322,8 @@ def _own_folder(recipe: RecipeBase, fresh: bool) -> Iterator[None]:
 
 def _require_same(was: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     old, new = by_dotted_path(was), by_dotted_path(now)
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name != "rounds.number"]
-    if names:
-        what = f"holds rounds that were made with other settings: `{names[0]}` was {old.get(names[0])!r}, is "
-        advice = "take another `output_dir`, or `--fresh` to remove those rounds and start over"
-        raise UserError(f"{what}{new.get(names[0])!r}", where=where, advice=advice)
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name) and name != "rounds.number":
+            what = f"holds rounds that were made with other settings: `{name}` was {old.get(name)!r}, is "
+            advice = "take another `output_dir`, or `--fresh` to remove those rounds and start over"
+            raise UserError(f"{what}{new.get(name)!r}", where=where, advice=advice)

@@ -101,8 +101,7 @@ def _check(run: Run) -> None:
 
 def _compare(run: Run) -> None:
     folder, settings = run.folder / "evaluation", run.recipe.evaluate
-    compared = compare_with(read_scores(folder / "scores_before.json"), settings)
-    write_json(folder / "compared.json", compared)
+    write_json(folder / "compared.json", compare_with(read_scores(folder / "scores_before.json"), settings))
 
 
 def _judge(run: Run) -> None:

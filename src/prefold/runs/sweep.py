@@ -168,9 +168,7 @@ def _in_a_name(value: Any) -> str:
     if isinstance(value, float):
         text = re.sub(r"e([+-])0+", r"e\1", text)
     safe = re.sub(r"[^\w.+-]+", "-", text)[:40].strip("-")
-    if safe == text:
-        return safe
-    return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _require_own_folder(folder: Path, points: Sequence[Point]) -> None:
@@ -198,16 +196,13 @@ def _require_comparable(points: Sequence[Point]) -> None:
             way.
         StageError: the data of a run have errors.
     """
-    measured_by = {point.name: _measured_by(point) for point in points}
-    first = points[0].name
-    for other, measured in measured_by.items():
-        if measured != measured_by[first]:
-            raise UserError(
-                f"`{first}` and `{other}` could not be compared: they hold out different data, or are measured in "
-                "different ways",
-                advice="name the held-out data in `data.eval`; fields that decide what is held out, or how answers are "
-                "drawn and scored, cannot be swept",
-            )
+    measured_by = [_measured_by(point) for point in points]
+    for other, measured in zip(points, measured_by, strict=True):
+        if measured != measured_by[0]:
+            what = f"`{points[0].name}` and `{other.name}` could not be compared: they hold out different data, or are "
+            advice = "name the held-out data in `data.eval`; fields that decide what is held out, or how answers are "
+            advice += "drawn and scored, cannot be swept"
+            raise UserError(f"{what}measured in different ways", advice=advice)
 
 
 def _measured_by(point: Point) -> tuple[Any, ...]:

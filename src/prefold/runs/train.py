@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,16 @@ def train(run: Run) -> None:
         require_openable(run)
         prepared = run.checked_data()
     while True:
-        try:
+        with suppress(RolledBack):
             return _train(run.recipe, prepared)
-        except RolledBack:
-            pass
         free_memory()
 
 
 def _train(recipe: RecipeBase, prepared: Prepared) -> None:
     algorithm, folder = recipe.algorithm, recipe.run_folder
-    model, dtype = _policy(recipe), choose_dtype(recipe.model.dtype, choose_device())
+    model, dtype = policy_of(recipe), choose_dtype(recipe.model.dtype, choose_device())
+    trainable, total = trainable_parameters(model)
+    say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     scorer = scorer_of(recipe, model, prepared.train, dtype)
     if scorer.sharded and not scorer.packed:
         raise StageError(f"`train.fsdp` needs a model whose trees can be packed; here: {scorer.reason}")
@@ -263,11 +263,3 @@ def _require_sharing(recipe: RecipeBase) -> None:
         what = "shards weights over processes, and there is one on this machine"
         raise UserError(what, where="`train.fsdp`", advice="start several, e.g. `prefold run RECIPE --nproc 2`")
     say(f"  every weight is divided over {parts} processes")
-
-
-def _policy(recipe: RecipeBase) -> torch.nn.Module:
-    """The model to train; prints how many of its parameters are trained."""
-    model = policy_of(recipe)
-    trainable, total = trainable_parameters(model)
-    say(f"  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
-    return model

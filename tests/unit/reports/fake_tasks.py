@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from fake_run import RECIPE
+from fake_run import RECIPE, SAMPLES
 
 from prefold.evaluation.scores import TaskScores
 from prefold.evaluation.task_comparison import compare_tasks
@@ -52,6 +52,7 @@ WIN_RATE = {
     "verdict": "better",
     "length_controlled": {"win_rate": 0.557, "ci": [0.479, 0.632]},
     "characters": {"before": 312.4, "after": 420.9},
+    "outcomes": [[None]] * len(SAMPLES),
 }
 
 

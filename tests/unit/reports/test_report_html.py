@@ -455,10 +455,11 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
 
 def test_the_page_of_a_reward_model(tmp_path: Path) -> None:
     after = {"accuracy": 0.85, "accuracy_ci": [0.76, 0.91], "margin": 1.5}
+    chance = {"accuracy": 0.5, "p_value": 1e-6, "verdict": "better"}
     names = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
     page = report(
         tmp_path,
-        heldout={"pairs": 84, "after": after, "chance": {"accuracy": 0.5, "p_value": 1e-6}},
+        heldout={"pairs": 84, "after": after, "chance": chance},
         metrics=[{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)],
         samples=[],
     )

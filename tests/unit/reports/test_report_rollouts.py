@@ -10,7 +10,7 @@ import yaml
 from fake_run import HOSTILE, write_run
 from test_report_html import Page, report
 
-from prefold.reports.rollouts import sampled
+from prefold.reports.page import sampled
 from prefold.reports.run_files import read_run
 
 RECIPE = yaml.safe_dump(

@@ -71,7 +71,7 @@ def test_hostile_text_steers_no_terminal(text: str, tmp_path: Path) -> None:
 
 def test_a_reward_model_has_one_column(tmp_path: Path) -> None:
     after = {"accuracy": 0.85, "accuracy_ci": [0.76, 0.91], "margin": 1.5}
-    chance = {"accuracy": 0.5, "p_value": 1e-6}
+    chance = {"accuracy": 0.5, "p_value": 1e-6, "verdict": "better"}
     text = words(printed(tmp_path, heldout={"pairs": 84, "after": after, "chance": chance}))
     assert text == (
         "Held-out accuracy is 85 %, and 50 % by chance 95 % interval 76 % to 91 %, p < 0.001, 84 pairs "
