@@ -341,7 +341,7 @@ def test_training_computes_in_the_dtype_of_its_autocast(monkeypatch: pytest.Monk
         given.append(dtype)
         raise InterruptedError
 
-    monkeypatch.setattr(train, "_policy", lambda recipe: tiny_llama())
+    monkeypatch.setattr(train, "policy_of", lambda recipe: tiny_llama())
     monkeypatch.setattr(train, "scorer_of", scorer_of)
     recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype="bfloat16"), algorithm=None, run_folder=None)
     with pytest.raises(InterruptedError):
