@@ -58,8 +58,8 @@ class EachPair:
 
 
 def each_pair(run: RunRecord) -> EachPair | None:
-    """None if nothing was held out."""
-    if not (lines := run.held_out_lines):
+    """None if the run has no held-out lines with texts, which earlier versions did not write."""
+    if not (lines := [line for line in run.held_out_lines if "prompt" in line]):
         return None
     pairs = [entry_of(line, max(FEWEST_CHARACTERS, MOST_CHARACTERS // (3 * len(lines)))) for line in lines]
     sides = ["after"] if run.scores else ["before", "after"]

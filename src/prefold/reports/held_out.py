@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from prefold.reports.numbers import decimal, finite, percent, points, signed, written
+from prefold.reports.numbers import decimal, finite, interval, percent, points, signed, written
 from prefold.reports.run_files import RunRecord, Values, section
 from prefold.reports.tasks import decimals_of
 
@@ -57,14 +57,27 @@ def comparison_of(run: RunRecord) -> Values:
         return _one_comparison(run.heldout, "accuracy", "pair")
     even, ci = chance.get("accuracy"), after.get("accuracy_ci")
     own = {"before": even, "after": after.get("accuracy"), "even": even, "ci": ci}
-    return {**chance, **own, "n": run.heldout.get("pairs"), "metric": "accuracy", "unit": "pair", "shares": True}
+    facts = {**chance, **own, "n": run.heldout.get("pairs"), "metric": "accuracy", "unit": "pair", "shares": True}
+    return _with_verdict(facts, finite(even) or 0.0)
 
 
 def _one_comparison(facts: Values, metric: str, unit: str) -> Values:
     sides = {when: section(facts, when).get(metric) for when in ("before", "after")}
     difference = section(facts, "difference")
     own = {"difference": difference.get(metric), "metric": metric, "unit": unit, "shares": metric == "accuracy"}
-    return {**difference, **sides, **own, "n": facts.get(f"{unit}s")} if facts else {}
+    return _with_verdict({**difference, **sides, **own, "n": facts.get(f"{unit}s")}, 0.0) if facts else {}
+
+
+def _with_verdict(facts: Values, even: float) -> Values:
+    """Add a verdict if there is none. Earlier versions wrote none, and took interval and p-value from two tests: where
+    these disagree, the verdict is empty, and the interval is left out."""
+    if "verdict" in facts:
+        return facts
+    (low, high), p_value = interval(facts.get("ci")), finite(facts.get("p_value"))
+    side = "" if low is None or high is None or low <= even <= high else "better" if low > even else "worse"
+    if bool(side) != (p_value is not None and p_value < 0.05):
+        return {**facts, "ci": None, "verdict": ""}
+    return {**facts, "verdict": side}
 
 
 def accuracies_of(run: RunRecord) -> dict[str, Values]:

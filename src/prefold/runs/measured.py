@@ -30,12 +30,14 @@ UNITS = {PAIRS: "pair", PROMPTS: "prompt", WIN_RATE: "prompt"}
 @dataclass(frozen=True)
 class Measured:
     """`values` by a key of the pair or prompt, NaN where there is none. `settings`, by name, must be equal to compare
-    two. `even`: every value is one half by definition, e.g. the win rate of the model before training."""
+    two. `even`: every value is one half by definition, e.g. the win rate of the model before training. `has_keys`: the
+    keys identify single pairs or prompts; else at most the whole set is known."""
 
     metric: str
     values: Mapping[str, float]
     settings: Mapping[str, Any]
     even: bool = False
+    has_keys: bool = True
 
 
 def measured_by(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured]:
@@ -64,6 +66,8 @@ def _compared(what: str, first: Measured, second: Measured) -> dict[str, Any] | 
         if value != (other := second.settings.get(name)):
             return f"{name}: {value} and {other}" if isinstance(value, str | int | float) else f"{name}: not the same"
     unit, keys = UNITS[what], [key for key in first.values if key in second.values]
+    if not keys and not (first.has_keys and second.has_keys):
+        return f"measured by an earlier version that did not write down which {unit}s; `prefold evaluate` does"
     if not keys:
         return f"no {unit} is the same in both{', with the same answer before training' if what == WIN_RATE else ''}"
     before, after = (np.array([side.values[key] for key in keys], dtype=float) for side in (first, second))
@@ -95,11 +99,12 @@ def _held_out(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
         settings["what is held out"] = "pairs" if kind.data == "pairs" else "answers with a label, matched"
         cut = (data.max_length, data.max_prompt_length) if data.overlong == "truncate_prompt" else None
         settings["lengths that prompts are cut to"] = cut
-    even = kind.scores and when == "before"
+    has_keys, even = "key" in lines[0], kind.scores and when == "before"
+    held_out = read_json(folder / "data.json")["fingerprint"]["held_out"]
     values = [0.5 if even else np.nan if line[when] is None else float(line[when]) for line in lines]
-    by_key = dict(zip(unique(line["key"] for line in lines), values, strict=True))
+    by_key = dict(zip(unique(line.get("key") or held_out for line in lines), values, strict=True))
     what, metric = (PROMPTS, "reward") if kind.samples else (PAIRS, "accuracy")
-    return {what: Measured(metric, by_key, settings, even)}
+    return {what: Measured(metric, by_key, settings, even, has_keys)}
 
 
 def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured]:
@@ -110,14 +115,16 @@ def _win_rate(folder: Path, recipe: RecipeBase, when: str) -> dict[str, Measured
     judge = {name: value for name, value in facts["judge"].items() if name != "cost"}
     section = recipe.evaluate.win_rate.judge
     settings = {"the judge": judge | {"settings": section and section.model_dump()}}
-    even = when == "before"
+    even, outcomes = when == "before", facts.get("outcomes")
+    if outcomes is None:
+        return {WIN_RATE: Measured("win rate", {}, settings, even, has_keys=False)}
     # The answers before training are part of the key: a preference over other answers is another measurement.
     shown = [
         [*sample["prompt"], *({"role": "assistant", "content": answer} for answer in sample["before"])]
         for sample in samples
     ]
     keys = unique(blake2b(messages_key(each).encode(), digest_size=16).hexdigest() for each in shown)
-    known = [[outcome for outcome in of_prompt if outcome is not None] for of_prompt in facts["outcomes"]]
+    known = [[outcome for outcome in of_prompt if outcome is not None] for of_prompt in outcomes]
     values = [(0.5 if even else float(np.mean(of_prompt))) if of_prompt else np.nan for of_prompt in known]
     return {WIN_RATE: Measured("win rate", dict(zip(keys, values, strict=True)), settings, even)} if keys else {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import HELDOUT, RECIPE, SAMPLES, sample, write_run
+from fake_run import DATA, HELDOUT, RECIPE, SAMPLES, sample, write_run
 from fake_tasks import ASKED
 from rich.console import Console
 from test_report_html import Page
@@ -44,7 +44,7 @@ def plain(text: str) -> str:
 def lines(right: int, keys: str = "k", start: int = 0, before: int = 42, n: int = N) -> list[dict[str, Any]]:
     """Of `n` pairs, the first `right` after training, and the first `before` before it."""
     sides = [{"before": float(row < before), "after": float(row < right)} for row in range(n)]
-    return [{"key": f"{keys}{start + row}"} | side for row, side in enumerate(sides)]
+    return [({"key": f"{keys}{start + row}"} if keys else {}) | side for row, side in enumerate(sides)]
 
 
 def run(folder: Path, **changes: Any) -> str:
@@ -101,6 +101,15 @@ def test_what_is_shared_is_compared_and_counted(tmp_path: Path) -> None:
     text = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
     assert "accuracy, 60 pairs shared, of 90 and 80" in plain(text)
     assert "shared" in printed(found)
+
+
+def test_runs_of_an_earlier_version_are_matched_by_their_set(tmp_path: Path) -> None:
+    one, two = (run(tmp_path / name, pairs=lines(right, "")) for name, right in (("one", 42), ("two", 81)))
+    assert compare([one, two])["models"][two]["measures"]["held-out pairs"]["n"] == 90
+    other = run(tmp_path / "other", pairs=lines(81, ""), data=DATA | {"fingerprint": {"held_out": "another"}})
+    newer = run(tmp_path / "newer", pairs=lines(81))
+    for folder in (other, newer):
+        assert "an earlier version that did not write down which pairs" in reason(one, folder)
 
 
 def test_one_run_is_compared_with_itself_before(tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_reward_models_are_compared_with_each_other_and_with_chance(tmp_path: Pa
         compare(folders, ["everyday_facts"])
 
 
-def judged(folder: Path, outcomes: list[float | None], before: str = "", **judge: Any) -> str:
+def judged(folder: Path, outcomes: list[float | None], before: str = "", older: bool = False, **judge: Any) -> str:
     samples = [
         sample(f"{prompt} {row}", before or first, after) for row in range(3) for prompt, first, after in SAMPLES
     ]
@@ -215,6 +224,8 @@ def judged(folder: Path, outcomes: list[float | None], before: str = "", **judge
         "verdict": "no difference",
         "outcomes": [[outcome] for outcome in outcomes],
     }
+    if older:
+        del facts["outcomes"]
     return run(folder, recipe=JUDGED, win_rate=facts, samples=samples)
 
 
@@ -227,6 +238,8 @@ def test_win_rates_on_the_same_prompts(tmp_path: Path) -> None:
     # Alone: how often it is preferred to its own model before training, against one half.
     alone = compare([two])["models"][two]["measures"]["win rate"]
     assert (alone["before"], alone["after"], alone["p_value"]) == (0.5, 10.5 / 12, pytest.approx(2 * 12 / 2**11))
+    older = judged(tmp_path / "older", [1.0] * 12, older=True)
+    assert "an earlier version that did not write down which prompts" in reason(one, older)
     other = judged(tmp_path / "other", [1.0] * 12, before="Another answer.")
     assert "win rate: no prompt is the same in both, with the same answer before training" in reason(one, other)
     model = judged(tmp_path / "model", [1.0] * 12, model="big")

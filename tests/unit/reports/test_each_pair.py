@@ -85,8 +85,8 @@ def test_an_answer_that_is_no_text_is_shown(tmp_path: Path) -> None:
     assert shown["Chosen"] == (f"{call}\n\ntool: 12:00", False) and shown["Rejected"] == ("yes 1", False)
 
 
-def test_without_held_out_pairs_there_is_no_list(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path, pairs=[]))
+def test_an_earlier_version_wrote_no_texts(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, pairs=[{"key": "a", "before": 1.0, "after": 0.0}]))
     assert each_pair.each_pair(run) is None and "Every pair" not in render(run)
 
 
